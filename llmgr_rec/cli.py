@@ -1,0 +1,125 @@
+"""What all entry points share: argument parsing with helpful errors, one-line user errors, progress bars."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmgr_rec.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+    from tqdm import tqdm
+
+EXIT_USER_ERROR = 2
+
+
+def run_cli(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs an entry point; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if is_first_rank():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the run (rank 0, or not launched by torchrun)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_parser(prog: str, description: str) -> "ArgumentParser":
+    """A jsonargparse parser whose errors come back as exceptions, for `parse_args` to explain."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class _Formatter(DefaultHelpFormatter):
+        def __init__(self, prog: str) -> None:
+            super().__init__(prog, max_help_position=40, width=120)
+
+    return ArgumentParser(
+        prog=f"python -m {prog}",
+        description=description,
+        exit_on_error=False,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+
+
+def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
+    """Parses arguments; an unknown or ill-typed one is a `UserError` that names the nearest known setting.
+
+    Args:
+        parser: A parser from `make_parser`.
+        argv: Arguments. The parser's own module name as a first word is skipped, because `dist.ddp llmgr_rec.train`
+            passes it on.
+    """
+    from argparse import ArgumentError
+
+    words = list(argv)
+    if words and not words[0].startswith("-") and words[0] == parser.prog.split()[-1]:
+        words = words[1:]
+    try:
+        return parser.parse_args(words)
+    except ArgumentError as error:
+        raise UserError(_explain(str(error), parser, words)) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(_explain(str(error), parser, words)) from None
+
+
+def _explain(message: str, parser: "ArgumentParser", words: Sequence[str]) -> str:
+    line = " ".join(message.split())
+    known = sorted(_known_settings(parser))
+    unknown = re.search(r"[Uu]nrecognized arguments: (.*)", line)
+    if unknown:
+        name = unknown.group(1).split()[0].lstrip("-").split("=")[0]
+        return f"unknown option --{name}{_near_miss(name, known)}; see --help for all options"
+    group = re.search(r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'", line)
+    key = re.search(r"[Kk]ey ['\"]([\w.]+)['\"] is not expected", line)
+    if group or key:
+        name = f"{group.group(1)}.{group.group(2)}" if group else key.group(1)  # type: ignore[union-attr]
+        where = _config_named(words)
+        return f"unknown setting {name}{where}{_near_miss(name, known)}; see --help for all settings"
+    return f"{line.rstrip('.')}{_config_named(words)}; see --help"
+
+
+def _near_miss(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
+        other for other in known if other.split(".")[-1] == name.split(".")[-1]
+    ]
+    return f", did you mean {matches[0]}?" if matches else ""
+
+
+def _known_settings(parser: "ArgumentParser") -> Iterator[str]:
+    for action in parser._actions:
+        for option in action.option_strings:
+            if option.startswith("--"):
+                yield option[2:]
+
+
+def _config_named(words: Sequence[str]) -> str:
+    for position, word in enumerate(words):
+        if word == "--config" and position + 1 < len(words):
+            return f" (in {words[position + 1]} or on the command line)"
+        if word.startswith("--config="):
+            return f" (in {word.split('=', 1)[1]} or on the command line)"
+    return ""
+
+
+def progress(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
+    """A progress bar with an ETA: rank 0 only, silent when stderr is not a terminal.
+
+    Args:
+        total: Units of work in all, None when unknown.
+        description: What is being done.
+        unit: Name of one unit.
+        initial: Units already done, after a resume.
+    """
+    from tqdm import tqdm
+
+    quiet = not is_first_rank() or not sys.stderr.isatty()
+    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=quiet, dynamic_ncols=True)

