@@ -78,12 +78,12 @@ def _explain(message: str, parser: "ArgumentParser", words: Sequence[str]) -> st
     if unknown:
         name = unknown.group(1).split()[0].lstrip("-").split("=")[0]
         return f"unknown option --{name}{_near_miss(name, known)}; see --help for all options"
-    group = re.search(r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'", line)
-    key = re.search(r"[Kk]ey ['\"]([\w.]+)['\"] is not expected", line)
-    if group or key:
-        name = f"{group.group(1)}.{group.group(2)}" if group else key.group(1)  # type: ignore[union-attr]
-        where = _config_named(words)
-        return f"unknown setting {name}{where}{_near_miss(name, known)}; see --help for all settings"
+    nested = re.search(r"Group '([\w.]+)' does not accept \w+ '([\w.]+)'", line)
+    top = re.search(r"Option '([\w.]+)' is not accepted", line)
+    if nested or top:
+        name = ".".join((nested or top).groups())  # type: ignore[union-attr]
+        return f"unknown setting {name}{_config_named(words)}{_near_miss(name, known)}; see --help for all settings"
+    line = re.sub(r'Parser key "([\w.]+)":', r"setting \1:", line).replace("typing.", "")
     return f"{line.rstrip('.')}{_config_named(words)}; see --help"
 
 

@@ -1,0 +1,90 @@
+"""Settings as files: shipped recipes by name, YAML in and out, dotted overrides from the command line."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmgr_rec.cli import make_parser, parse_args
+from llmgr_rec.config import Config
+from llmgr_rec.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+def add_config_arguments(parser: "ArgumentParser") -> None:
+    """Adds --config and one dotted option for every setting (`--llm.num_layers 6`)."""
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file with settings, or a shipped recipe: {', '.join(recipe_names())}.",
+    )
+    parser.add_class_arguments(Config, None)
+
+
+def parse_with_config(parser: "ArgumentParser", argv: Sequence[str]) -> tuple["Namespace", Config]:
+    """Parses arguments of a parser that has `add_config_arguments`; recipe names are resolved to their files."""
+    namespace = parse_args(parser, _resolve_recipes(argv))
+    return namespace, _build(Config, namespace)
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Reads settings from a YAML file or a shipped recipe.
+
+    Raises:
+        UserError: The file is absent, or a key or value in it is not known; the nearest known key is named.
+    """
+    parser = make_parser("llmgr_rec.recipes", "Reads settings.")
+    add_config_arguments(parser)
+    return parse_with_config(parser, ["--config", str(path)])[1]
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes every setting, defaults included, as YAML."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=120))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _resolve_recipes(argv: Sequence[str]) -> list[str]:
+    words = list(argv)
+    for position, word in enumerate(words):
+        if word == "--config" and position + 1 < len(words):
+            words[position + 1] = _config_file(words[position + 1])
+        elif word.startswith("--config="):
+            words[position] = "--config=" + _config_file(word.split("=", 1)[1])
+    return words
+
+
+def _config_file(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    shipped = RECIPES / f"{name}.yaml"
+    if shipped.is_file():
+        return str(shipped)
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        raise UserError(f"settings file {name} does not exist; give a YAML file or one of {', '.join(recipe_names())}")
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    hint = f", did you mean {near[0]}?" if near else ""
+    raise UserError(f"no recipe named {name}{hint} Shipped recipes: {', '.join(recipe_names())}")
+
+
+def _build(cls: type, values: Any) -> Any:
+    return cls(
+        **{
+            item.name: _build(item.type, values[item.name])  # type: ignore[arg-type]
+            if is_dataclass(item.type)
+            else values[item.name]
+            for item in fields(cls)
+        }
+    )
