@@ -135,7 +135,7 @@ class StageConfig:
         warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
         clip_norm: Largest global gradient norm of the dense parameters.
         trainable: Parameter groups that this stage trains; all others stay bit-identical.
-        eval_every: Epochs between validations; 0 validates at the end only.
+        eval_every: Epochs between validations, the last epoch included; the best weights are kept. 0 never validates.
         patience: Validations without a better NDCG@20 before the stage stops; 0 never stops early.
     """
 

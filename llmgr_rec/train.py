@@ -1,0 +1,83 @@
+"""`python -m llmgr_rec.train`: trains on a prepared data set, alone or under torchrun / TorchX.
+
+    python -m llmgr_rec.train --config quickstart --dataset DATASET --output RUN
+    torchx run -s local_cwd dist.ddp -j 1x2 -m llmgr_rec.train -- --config quickstart --dataset DATASET --output RUN
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from llmgr_rec.cli import make_parser, run_cli
+from llmgr_rec.recipes import add_config_arguments, parse_with_config
+
+DEFAULT_RECIPE = "quickstart"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses arguments, checks everything that can be wrong, then trains.
+
+    Raises:
+        UserError: Something in arguments, data set, settings or run folder is wrong. It is raised on every rank before
+            any rank waits for another.
+    """
+    parser = make_parser("llmgr_rec.train", "Trains the session recommender and tunes the language model on it.")
+    parser.add_argument(
+        "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
+    )
+    parser.add_argument("--output", type=str, help="Run folder to create; default runs/train-ID.")
+    parser.add_argument("--stage", type=Literal["all", "sbr", "align", "behave"], default="all", help="Stage to run.")
+    parser.add_argument("--resume", action="store_true", help="Continue an interrupted run exactly where it stopped.")
+    add_config_arguments(parser)
+    arguments, config = parse_with_config(parser, _with_default_recipe(argv))
+
+    from llmgr_rec.training.run import RunRequest, train_run
+
+    train_run(
+        RunRequest(
+            config=config,
+            dataset=Path(arguments.dataset) if arguments.dataset else _synthetic_dataset(),
+            output=Path(arguments.output or _default_output()),
+            stage=arguments.stage,
+            resume=arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+        )
+    )
+
+
+def _with_default_recipe(argv: Sequence[str]) -> list[str]:
+    """The bare command, as `torchx run dist.ddp llmgr_rec.train` types it, runs the quickstart recipe."""
+    words = list(argv)
+    if any(word.startswith("--") for word in words):
+        return words
+    return [*words, "--config", DEFAULT_RECIPE]
+
+
+def _default_output() -> str:
+    # torchrun gives all ranks, and all restarts of them, the same run id.
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"runs/train-{run_id if run_id != 'none' else time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _synthetic_dataset() -> Path:
+    """Makes small synthetic sessions once, under a lock because every rank comes here."""
+    from filelock import FileLock
+
+    from datagen.synthetic import main as synthesize
+    from llmgr_rec.prepare import main as prepare
+
+    root = Path("runs/synthetic")
+    root.mkdir(parents=True, exist_ok=True)
+    dataset = root / "dataset"
+    with FileLock(root / ".lock"):
+        if not dataset.exists():
+            if not (root / "raw").exists():
+                synthesize(["--output", str(root / "raw")])
+            files = [str(root / "raw" / f"{name}.parquet") for name in ("interactions", "items")]
+            prepare(["--interactions", files[0], "--items", files[1], "--output", str(dataset)])
+    return dataset
+
+
+if __name__ == "__main__":
+    run_cli(main)

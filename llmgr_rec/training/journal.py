@@ -1,0 +1,62 @@
+"""What a run tells about itself: metrics.jsonl and TensorBoard events, written by the first rank."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Appends records to RUN/metrics.jsonl and mirrors their numbers to RUN/tensorboard."""
+
+    def __init__(self, run: Path, enabled: bool) -> None:
+        """Opens the journal.
+
+        Args:
+            run: Run folder.
+            enabled: False on all ranks but the first; then every call does nothing.
+        """
+        self._path = run / "metrics.jsonl"
+        self._enabled = enabled
+        self._writer: Any = None
+        if enabled:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, stage: str, step: int, **values: Any) -> None:
+        """Adds one record; it is on disk when the call returns."""
+        if not self._enabled:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        prefix = "/".join(str(values[key]) for key in ("split",) if key in values)
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar("/".join(filter(None, (stage, prefix, name))), value, step)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drops this stage's records after a step: a resumed run writes them again."""
+        if not self._enabled or not self._path.exists():
+            return
+        kept = [
+            line
+            for line in self._path.read_text().splitlines()
+            if (record := _parse(line)) and not (record["stage"] == stage and record["step"] > step)
+        ]
+        temporary = self._path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, self._path)
+
+    def close(self) -> None:
+        """Flushes TensorBoard events."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    # The last line of a killed run may be cut short.
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

@@ -1,0 +1,237 @@
+"""The optimizer loop of one stage: pipelined steps, metrics, validation, checkpoints, exact resume."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.optim.keyed import CombinedOptimizer
+
+from llmgr_rec.cli import progress
+from llmgr_rec.config import RuntimeConfig, StageConfig
+from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.reduce import mean_over_ranks
+from llmgr_rec.errors import UserError
+from llmgr_rec.training.checkpoint import CheckpointManager
+from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.optimizers import CosineSchedule
+
+logger = logging.getLogger(__name__)
+
+SELECTION_METRIC = "ndcg@20"
+
+
+@dataclass
+class Position:
+    """Where a stage stands; together with the seed it is the whole state besides weights and optimizer.
+
+    Args:
+        epoch: Epoch of the next step.
+        epoch_step: Steps done in that epoch.
+        step: Steps done in the stage.
+        best: Best validation value so far.
+        stale: Validations since the best one.
+    """
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    best: float = -1.0
+    stale: int = 0
+
+
+@dataclass
+class StageLoop:
+    """Runs the steps of one stage.
+
+    Args:
+        name: Stage name, as it stands in metrics and checkpoint folders.
+        model: The stage's task, sharded.
+        optimizer: From `build_optimizer`.
+        reader: Training examples.
+        settings: The stage's settings.
+        runtime: Use of the machine.
+        seed: Seed of dropout and of every other random choice in the steps.
+        world: Ranks.
+        journal: Receives metrics.
+        checkpoints: Newest states, for resuming.
+        best: Best state by validation, for export.
+        validate: Computes validation metrics of the present weights; all ranks call it together.
+    """
+
+    name: str
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    reader: SessionReader
+    settings: StageConfig
+    runtime: RuntimeConfig
+    seed: int
+    world: World
+    journal: Journal
+    checkpoints: CheckpointManager
+    best: CheckpointManager
+    validate: Callable[[], dict[str, float]]
+
+    def __post_init__(self) -> None:
+        steps = self.settings.epochs * self.reader.steps_per_epoch
+        self._total_steps = min(steps, self.settings.max_steps) if self.settings.max_steps else steps
+        self._schedule = CosineSchedule(self.optimizer, self._total_steps, self.settings.warmup)
+        self._bar = progress(self._total_steps, self.name, "step")
+
+    def run(self, position: Position) -> None:
+        """Trains from a position to the end of the stage; the model then holds the best validated weights."""
+        self._bar.update(position.step)
+        while position.step < self._total_steps and not self._out_of_patience(position):
+            self._run_epoch(position)
+        self._bar.close()
+        if self.best.latest() is not None:
+            self.best.load(self.model, None)
+
+    def resume(self) -> Position:
+        """Loads the newest complete checkpoint into model and optimizer; a fresh position where there is none."""
+        if self.checkpoints.latest() is None:
+            return Position()
+        position = Position(**self.checkpoints.load(self.model, self.optimizer)["position"])
+        self.journal.rewind(self.name, position.step)
+        logger.info("%s resumes after step %d", self.name, position.step)
+        return position
+
+    def _run_epoch(self, position: Position) -> None:
+        steps = min(
+            self.reader.steps_per_epoch - position.epoch_step,
+            self._total_steps - position.step,
+        )
+        batches = _Timed(islice(self.reader.batches(position.epoch, position.epoch_step), steps))
+        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.world.device)
+        self.model.train()
+        window = _Window(batches)
+        for _ in range(steps):
+            factor = self._schedule.apply(position.step)
+            torch.manual_seed(step_seed(self.seed, self.name, position.step, self.world.rank))
+            outputs = pipeline.progress(batches)
+            position.step += 1
+            position.epoch_step += 1
+            window.add(outputs)
+            self._bar.update()
+            if position.step % self.runtime.log_every == 0 or position.step == self._total_steps:
+                self._log(position, window, factor)
+                window = _Window(batches)
+            if self._checkpoint_due(position):
+                self._save(position)
+        if not pipeline._pipelined_modules:
+            raise RuntimeError(f"stage {self.name}: no embedding lookup was pipelined; is the batch changed in forward?")
+        pipeline.detach()
+        self._end_epoch(position)
+
+    def _end_epoch(self, position: Position) -> None:
+        position.epoch += 1
+        position.epoch_step = 0
+        every = self.settings.eval_every
+        last = position.step >= self._total_steps
+        if every and (last or position.epoch % every == 0):
+            self._validate(position)
+        self._save(position)
+
+    def _validate(self, position: Position) -> None:
+        metrics = self.validate()
+        self.journal.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
+        if metrics[SELECTION_METRIC] > position.best:
+            position.best, position.stale = metrics[SELECTION_METRIC], 0
+            self.best.save(position.step, self.model, None, {"position": asdict(position)})
+        else:
+            position.stale += 1
+        if self.world.rank == 0:
+            logger.info(
+                "%s epoch %d: validation %s %.4f, best %.4f",
+                self.name,
+                position.epoch,
+                SELECTION_METRIC,
+                metrics[SELECTION_METRIC],
+                position.best,
+            )
+
+    def _out_of_patience(self, position: Position) -> bool:
+        return bool(self.settings.patience) and position.stale >= self.settings.patience
+
+    def _checkpoint_due(self, position: Position) -> bool:
+        every = self.runtime.checkpoint_every
+        return bool(every) and position.step % every == 0 and position.epoch_step < self.reader.steps_per_epoch
+
+    def _save(self, position: Position) -> None:
+        self.checkpoints.save(position.step, self.model, self.optimizer, {"position": asdict(position)})
+
+    def _log(self, position: Position, window: "_Window", factor: float) -> None:
+        means = mean_over_ranks(window.means(), self.world)
+        if not all(map(_is_finite, means.values())):
+            raise UserError(
+                f"stage {self.name}: the loss is not finite at step {position.step}; "
+                f"lower --{self.name}.lr or --tables.lr and start again from the last checkpoint with --resume"
+            )
+        self._bar.set_postfix(loss=f"{means['loss']:.4f}")
+        self.journal.write(
+            self.name,
+            position.step,
+            epoch=position.epoch,
+            lr=self.settings.lr * factor,
+            examples_per_s=window.steps * self.settings.batch_size / window.seconds(),
+            data_wait=window.waiting_share(),
+            **means,
+        )
+
+
+def step_seed(seed: int, stage: str, step: int, rank: int) -> int:
+    """Seed of one step on one rank: random state is a function of these four, so none has to be stored."""
+    mixed = seed
+    for value in (sum(map(ord, stage)), step, rank):
+        mixed = (mixed * 6364136223846793005 + value + 1442695040888963407) % 2**63
+    return mixed
+
+
+class _Timed(Iterator[SessionBatch]):
+    """Passes batches on and adds up the seconds spent waiting for them."""
+
+    def __init__(self, batches: Iterator[SessionBatch]) -> None:
+        self._batches = batches
+        self.waited = 0.0
+
+    def __next__(self) -> SessionBatch:
+        start = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.waited += time.perf_counter() - start
+
+
+class _Window:
+    """Sums of the steps between two log lines; tensors stay on the device until the line is written."""
+
+    def __init__(self, batches: _Timed) -> None:
+        self._batches = batches
+        self._waited = batches.waited
+        self._start = time.perf_counter()
+        self._sums: dict[str, torch.Tensor] = {}
+        self.steps = 0
+
+    def add(self, outputs: dict[str, torch.Tensor]) -> None:
+        for name, value in outputs.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self.steps += 1
+
+    def means(self) -> dict[str, torch.Tensor]:
+        return {name: value / self.steps for name, value in self._sums.items()}
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def waiting_share(self) -> float:
+        return (self._batches.waited - self._waited) / self.seconds()
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

@@ -1,0 +1,82 @@
+"""Optimizers of one stage: fused ones on the tables, AdamW with clipping on the rest, one schedule over both."""
+
+import math
+
+from torch import nn, optim
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from llmgr_rec.config import StageConfig, TablesConfig
+from llmgr_rec.modules.groups import group_of
+
+
+def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) -> CombinedOptimizer:
+    """Optimizer over everything the stage trains.
+
+    Args:
+        model: The stage's task inside DistributedModelParallel, trainable groups already selected.
+        stage: Learning rate, weight decay and clipping of the dense parameters (AdamW, as in the paper).
+        tables: Learning rate of tables that no fused optimizer updates (adam on CPU).
+
+    Returns:
+        Groups named "" (fused), "dense" and "tables" (only where tables are trained by a dense Adam). Optimizer state
+        exists from the start, so that a checkpoint can be loaded into it.
+    """
+    trained = {
+        name: parameter
+        for name, parameter in in_backward_optimizer_filter(model.named_parameters())
+        if parameter.requires_grad
+    }
+    tables_by_name = {name: parameter for name, parameter in trained.items() if group_of(name) == "tables"}
+    dense_by_name = {name: parameter for name, parameter in trained.items() if name not in tables_by_name}
+    groups: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]  # type: ignore[list-item]
+    if dense_by_name:
+        adamw = KeyedOptimizerWrapper(
+            dense_by_name, lambda p: optim.AdamW(p, lr=stage.lr, weight_decay=stage.weight_decay)
+        )
+        adamw.init_state()
+        groups.append(("dense", GradientClippingOptimizer(adamw, GradientClipping.NORM, stage.clip_norm)))
+    if tables_by_name:
+        adam = KeyedOptimizerWrapper(tables_by_name, lambda p: optim.Adam(p, lr=tables.lr))
+        adam.init_state()
+        groups.append(("tables", adam))
+    return CombinedOptimizer(groups)
+
+
+class CosineSchedule:
+    """Linear warm-up, then a cosine to zero, as a factor on every group's own peak rate.
+
+    The rate is a function of the step alone, so a resumed run needs no schedule state.
+    """
+
+    def __init__(self, optimizer: CombinedOptimizer, total_steps: int, warmup: float) -> None:
+        """Reads the peak rates from the optimizer.
+
+        Args:
+            optimizer: Its groups' present learning rates are the peaks.
+            total_steps: Steps of the whole stage.
+            warmup: Share of the steps in warm-up, 0 to 1.
+        """
+        self._groups = optimizer.param_groups
+        self._peaks = [group["lr"] for group in self._groups]
+        self._total = max(total_steps, 1)
+        self._warmup = round(warmup * total_steps)
+
+    def factor(self, step: int) -> float:
+        """Share of the peak rate at a step (counted from 0), above 0 up to 1."""
+        if step < self._warmup:
+            return (step + 1) / self._warmup
+        done = (step - self._warmup) / max(self._total - self._warmup, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def apply(self, step: int) -> float:
+        """Sets every group's rate for a step; fused optimizers take it up at the next zero_grad.
+
+        Returns:
+            The factor applied.
+        """
+        factor = self.factor(step)
+        for group, peak in zip(self._groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        return factor

@@ -1,0 +1,56 @@
+"""User errors become one line and exit code 2."""
+
+import sys
+
+import pytest
+
+from llmgr_rec.cli import make_parser, parse_args, run_cli
+from llmgr_rec.errors import UserError
+
+
+def _fail(argv):
+    raise UserError("items.parquet has no column title; add it")
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(_fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: items.parquet has no column title; add it\n"
+
+
+def test_only_the_first_rank_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        run_cli(_fail)
+    assert capsys.readouterr().err == ""
+
+
+def test_other_exceptions_keep_their_trace(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(ZeroDivisionError):
+        run_cli(lambda argv: 1 / 0)  # type: ignore[arg-type]
+
+
+def _parser():
+    parser = make_parser("llmgr_rec.score", "Scores.")
+    parser.add_argument("--output", type=str)
+    parser.add_argument("--k", type=int, default=20)
+    return parser
+
+
+def test_an_unknown_option_names_its_near_miss():
+    with pytest.raises(UserError, match=r"unknown option --outptu, did you mean output\?"):
+        parse_args(_parser(), ["--outptu", "x"])
+
+
+def test_a_wrong_type_names_the_option():
+    with pytest.raises(UserError, match=r"setting k: .*int.*x"):
+        parse_args(_parser(), ["--k", "x"])
+
+
+def test_the_module_name_is_accepted_as_a_leading_word():
+    assert parse_args(_parser(), ["llmgr_rec.score", "--k", "5"]).k == 5
+    with pytest.raises(UserError):
+        parse_args(_parser(), ["llmgr_rec.other", "--k", "5"])
