@@ -29,7 +29,13 @@ def ranked_batches(draw):
     sessions = draw(st.integers(1, 12))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     ids = np.stack([rng.permutation(num_items)[:20] for _ in range(sessions)])
-    return num_items, ids, rng.integers(0, num_items, sessions), rng.integers(0, 2, sessions), rng.integers(0, 30, num_items)
+    return (
+        num_items,
+        ids,
+        rng.integers(0, num_items, sessions),
+        rng.integers(0, 2, sessions),
+        rng.integers(0, 30, num_items),
+    )
 
 
 @given(ranked_batches(), st.integers(1, 12))

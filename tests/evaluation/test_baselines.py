@@ -1,0 +1,80 @@
+"""Baselines against plain loops."""
+
+import math
+from collections import Counter
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmgr_rec.evaluation import baselines
+from llmgr_rec.evaluation.baselines import ItemKNN, Popularity, cosine_similarity, session_matrix
+
+sessions_of = st.lists(st.lists(st.integers(0, 14), min_size=1, max_size=6), min_size=1, max_size=12)
+
+
+def flat(sessions):
+    return (
+        np.array([item for session in sessions for item in session], np.int64),
+        np.cumsum([0, *(len(session) for session in sessions)]).astype(np.int64),
+    )
+
+
+def knn_reference(train, session, num_items, decay):
+    """Scores of all items, straight from the definition."""
+    count = Counter(item for other in train for item in set(other))
+    scores = np.zeros(num_items)
+    for position, clicked in enumerate(session):
+        for item in range(num_items):
+            both = sum(clicked in other and item in other for other in train)
+            if both and item != clicked:
+                recency = decay ** (len(session) - 1 - position)
+                scores[item] += recency * both / math.sqrt(count[clicked] * count[item])
+    return scores
+
+
+@given(sessions_of, sessions_of, st.integers(1, 15))
+@settings(max_examples=60, deadline=None)
+def test_item_knn_equals_the_reference(train, queries, k):
+    knn = ItemKNN(session_matrix([flat(train[:5]), flat(train[5:])], 15), decay=0.7)
+    ids, scores = knn.rank(*flat(queries), k)
+    for session, ids_K, scores_K in zip(queries, ids, scores, strict=True):
+        expected = np.round(knn_reference(train, session, 15, 0.7), 12)
+        best = np.argsort(-expected, kind="stable")[:k]
+        np.testing.assert_allclose(scores_K, expected[best], atol=1e-11)
+        np.testing.assert_allclose(expected[ids_K], expected[best], atol=1e-11)
+        for left in range(k - 1):
+            assert scores_K[left] > scores_K[left + 1] or ids_K[left] < ids_K[left + 1]
+        assert len(set(ids_K.tolist())) == k
+
+
+@given(sessions_of, st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_blocks_do_not_change_the_similarities(train, block):
+    matrix = session_matrix([flat(train)], 15)
+    whole = cosine_similarity(matrix)
+    before = baselines._BLOCK_PAIRS
+    baselines._BLOCK_PAIRS = block
+    try:
+        np.testing.assert_array_equal(cosine_similarity(matrix).toarray(), whole.toarray())
+    finally:
+        baselines._BLOCK_PAIRS = before
+
+
+def test_neighbours_keep_the_most_similar():
+    train = [[0, 1], [0, 1], [0, 2], [3, 4]]
+    kept = cosine_similarity(session_matrix([flat(train)], 5), neighbours=1).toarray()
+    assert np.flatnonzero(kept[0]).tolist() == [1]
+    assert np.count_nonzero(kept, axis=1).max() == 1
+
+
+def test_unseen_items_are_ranked_by_index_after_the_related_ones():
+    ids, scores = ItemKNN(session_matrix([flat([[3, 1]])], 5)).rank(*flat([[3], [4]]), 8)
+    assert ids.tolist() == [[1, 0, 2, 3, 4, -1, -1, -1], [0, 1, 2, 3, 4, -1, -1, -1]]
+    assert scores[0, :2].tolist() == [1.0, 0.0]
+
+
+def test_popularity_breaks_ties_by_index():
+    ids, scores = Popularity(np.array([1, 5, 5, 0])).rank(*flat([[0], [1]]), 5)
+    assert ids.tolist() == [[1, 2, 0, 3, -1]] * 2
+    np.testing.assert_allclose(scores[0, :4], [5 / 11, 5 / 11, 1 / 11, 0])
