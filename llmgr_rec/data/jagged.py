@@ -1,0 +1,106 @@
+"""Rows of different lengths stored as one flat tensor.
+
+Shapes: R rows, S flat values.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Jagged:
+    """Rows of different lengths, end to end.
+
+    Args:
+        values: Values of all rows in order, [S].
+        offsets: Start of each row in `values` and, last, the end of the last one, int64 [R + 1]; the first is 0.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def empty(cls, num_rows: int, dtype: torch.dtype = torch.int64) -> "Jagged":
+        """`num_rows` rows that hold nothing."""
+        return cls(torch.empty(0, dtype=dtype), torch.zeros(num_rows + 1, dtype=torch.int64))
+
+    @classmethod
+    def from_lengths(cls, values: Tensor, lengths: Tensor) -> "Jagged":
+        """Cuts flat values [S] into rows of the given lengths [R]."""
+        return cls(values, lengths_to_offsets(lengths))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows R."""
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Length of each row, int64 [R]."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def row_of_value(self) -> Tensor:
+        """Row that each value belongs to, int64 [S]."""
+        rows = torch.arange(self.num_rows, device=self.offsets.device)
+        return torch.repeat_interleave(rows, self.lengths, output_size=self.values.shape[0])
+
+    def select(self, rows: Tensor) -> "Jagged":
+        """The given rows, in the given order and as often as given.
+
+        Args:
+            rows: Row numbers 0 .. R - 1, int64 of any length.
+        """
+        starts = self.offsets[rows]
+        return self.gather(starts, self.offsets[rows + 1] - starts)
+
+    def gather(self, starts: Tensor, lengths: Tensor) -> "Jagged":
+        """Runs of values that need not be whole rows.
+
+        Args:
+            starts: Position of the first value of each run in `values`, int64.
+            lengths: Number of values of each run, int64.
+        """
+        offsets = lengths_to_offsets(lengths)
+        return Jagged(self.values[ranges(starts, offsets)], offsets)
+
+    def narrow(self, start: int, stop: int) -> "Jagged":
+        """Rows start .. stop - 1; the values are a view."""
+        offsets = self.offsets[start : stop + 1]
+        return Jagged(self.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Jagged":
+        """The same rows on another device."""
+        return Jagged(
+            self.values.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)
+        )
+
+    def pin_memory(self) -> "Jagged":
+        """The same rows in page-locked memory."""
+        return Jagged(self.values.pin_memory(), self.offsets.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the memory from reuse until `stream` has done its work."""
+        self.values.record_stream(stream)
+        self.offsets.record_stream(stream)
+
+
+def lengths_to_offsets(lengths: Tensor) -> Tensor:
+    """Row starts and the end of the last row, int64 [R + 1], of row lengths [R]."""
+    offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    return offsets
+
+
+def ranges(starts: Tensor, offsets: Tensor) -> Tensor:
+    """Integer ranges end to end: run r counts up from `starts[r]` and fills positions offsets[r] .. offsets[r + 1] - 1.
+
+    Args:
+        starts: First integer of each run, int64 [R].
+        offsets: Place of each run in the result, int64 [R + 1], beginning with 0.
+    """
+    total = int(offsets[-1])
+    shifts = torch.repeat_interleave(starts - offsets[:-1], offsets[1:] - offsets[:-1], output_size=total)
+    return shifts.add_(torch.arange(total, device=starts.device))
