@@ -1,0 +1,248 @@
+"""Reads the raw files into three scratch tables and refuses what is wrong with single rows.
+
+    users   key, name              a user or a session; key = number of its first row
+    items   key, item_id, texts    the catalogue; key = row number in the item file
+    events  user, item, time, row, phase   one click; row orders the clicks of a user that share a time
+
+Keys are row numbers, so an order by key is the order of the input, whatever order DuckDB works in.
+"""
+
+from collections.abc import Callable
+
+from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.preparation.source import Kind, Source, open_source
+from llmgr_rec.data.schema import TEXT_COLUMNS
+from llmgr_rec.errors import UserError
+
+_SPLIT_WORDS = {"train": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
+_SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT"}
+
+
+def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
+    """Opens clicks and items by their footers alone.
+
+    Args:
+        settings: Settings of this run.
+
+    Returns:
+        Source of the interactions or sessions, and of the items.
+
+    Raises:
+        UserError: A file or column is missing, or of the wrong type.
+    """
+    split = split_column(settings)
+    if settings.interactions is not None:
+        required: dict[str, Kind] = {"user_id": "id", "item_id": "id", "timestamp": "time"}
+        optional: dict[str, Kind] = {}
+        name, path, item_column = "interactions", settings.interactions, "item_id"
+    else:
+        assert settings.sessions is not None
+        required, optional = {"session_id": "id", "items": "id_list"}, {"timestamp": "time"}
+        name, path, item_column = "sessions", settings.sessions, "items"
+        if settings.split == "temporal":
+            required["timestamp"] = optional.pop("timestamp")
+    if split is not None:
+        (required if settings.split_column else optional)[split] = "text"
+    clicks = open_source(path, name, required, optional)
+    texts: dict[str, Kind] = {column: "text" for column in TEXT_COLUMNS if column != "title"}
+    items = open_source(settings.items, "items", {"item_id": "id", "title": "text"}, texts)
+    if clicks.types[item_column] != items.types["item_id"]:
+        raise UserError(
+            f"column {item_column} is {clicks.types[item_column]} in {path} but item_id is {items.types['item_id']} in "
+            f"{settings.items}; write both with the same type"
+        )
+    return clicks, items
+
+
+def split_column(settings: PrepareSettings) -> str | None:
+    """Name of the column that may hold the predefined split, None where no column does."""
+    if settings.split != "predefined" or settings.split_prefix:
+        return None
+    return settings.split_column or "split"
+
+
+def load_items(database: Database, items: Source) -> None:
+    """Fills table items.
+
+    Args:
+        database: Scratch database.
+        items: Source of the catalogue.
+
+    Raises:
+        UserError: An item id is null, negative or there twice.
+    """
+    texts = ", ".join(
+        f"CAST({column} AS VARCHAR) AS {column}" if column in items.types else f"CAST(NULL AS VARCHAR) AS {column}"
+        for column in TEXT_COLUMNS
+    )
+    _refuse_bad_values(database, items, ["item_id"])
+    id_type = _SQL_TYPES[items.types["item_id"]]
+    database.run(
+        f"CREATE TABLE items AS SELECT {items.row_sql()} AS key, CAST(item_id AS {id_type}) AS item_id, {texts} "
+        f"FROM {items.sql()}"
+    )
+    twice = database.run(
+        "SELECT count(*) OVER (), item_id, keys[1], keys[2] FROM (SELECT item_id, list_sort(list(key)) AS keys "
+        "FROM items WHERE item_id IN (SELECT item_id FROM items GROUP BY item_id HAVING count(*) > 1) "
+        "GROUP BY item_id) ORDER BY keys[2] LIMIT 1"
+    )
+    if twice:
+        count, item_id, first, second = twice[0]
+        raise UserError(
+            f"{items.locate(second)}: item_id {item_id!r} stands there again after {items.locate(first)} "
+            f"({count:,} ids stand there more than once); keep one row for each item"
+        )
+
+
+def load_interactions(database: Database, clicks: Source, settings: PrepareSettings) -> None:
+    """Fills tables users and events from rows (user_id, item_id, timestamp).
+
+    Args:
+        database: Scratch database with table items.
+        clicks: Source of the interactions.
+        settings: Settings of this run.
+
+    Raises:
+        UserError: A value is null or negative, or an item is unknown.
+    """
+    _refuse_bad_values(database, clicks, ["user_id", "item_id", "timestamp"])
+    user_type = _SQL_TYPES[clicks.types["user_id"]]
+    label = _label_sql(clicks, settings)
+    database.run(
+        f"CREATE TABLE users AS SELECT min({clicks.row_sql()}) AS key, CAST(user_id AS {user_type}) AS name "
+        f"FROM {clicks.sql()} GROUP BY ALL"
+    )
+    _load_events(
+        database,
+        clicks,
+        settings,
+        f"SELECT CAST(user_id AS {user_type}) AS name, CAST(item_id AS {_SQL_TYPES[clicks.types['item_id']]}) AS item_id, "
+        f"{_time_sql(clicks)} AS time, {clicks.row_sql()} AS row, row AS place, {label} AS label FROM {clicks.sql()}",
+    )
+
+
+def load_sessions(database: Database, clicks: Source, settings: PrepareSettings) -> None:
+    """Fills tables users and events from rows (session_id, items).
+
+    Args:
+        database: Scratch database with table items.
+        clicks: Source of the sessions.
+        settings: Settings of this run.
+
+    Raises:
+        UserError: A value is null, a session is there twice, or an item is unknown.
+    """
+    columns = ["session_id", "items"] + (["timestamp"] if "timestamp" in clicks.types else [])
+    _refuse_bad_values(database, clicks, columns)
+    name_type = _SQL_TYPES[clicks.types["session_id"]]
+    database.run(
+        f"CREATE TABLE users AS SELECT {clicks.row_sql()} AS key, CAST(session_id AS {name_type}) AS name "
+        f"FROM {clicks.sql()}"
+    )
+    twice = database.run("SELECT name, max(key) FROM users GROUP BY name HAVING count(*) > 1 ORDER BY 2 LIMIT 1")
+    if twice:
+        raise UserError(
+            f"{clicks.locate(twice[0][1])}: session_id {twice[0][0]!r} stands there more than once; give each session "
+            "one row and one id"
+        )
+    item_type = _SQL_TYPES[clicks.types["items"]]
+    _load_events(
+        database,
+        clicks,
+        settings,
+        f"SELECT CAST(session_id AS {name_type}) AS name, CAST(unnest(items) AS {item_type}) AS item_id, "
+        f"{_time_sql(clicks)} AS time, generate_subscripts(items, 1) AS row, {clicks.row_sql()} AS place, "
+        f"{_label_sql(clicks, settings)} AS label FROM {clicks.sql()}",
+    )
+
+
+def _load_events(database: Database, clicks: Source, settings: PrepareSettings, raw: str) -> None:
+    """Joins clicks with users and catalogue; `raw` yields name, item_id, time, row, place (input row) and label."""
+    database.run(
+        f"CREATE TABLE missing AS SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
+        "ANTI JOIN items USING (item_id) GROUP BY item_id"
+    )
+    count, first = database.run("SELECT sum(clicks), arg_min(item_id, first) FROM missing")[0]
+    if count and settings.missing_items == "error":
+        raise UserError(
+            f"{settings.items}: column item_id lacks items that {count:,} clicks name, the first is {first!r}; complete "
+            "the file, or use --missing_items drop (leave those clicks out) or keep (items without text)"
+        )
+    if settings.missing_items == "keep":
+        texts = ", ".join(f"NULL AS {column}" for column in TEXT_COLUMNS)
+        database.run(
+            "INSERT INTO items SELECT (SELECT max(key) FROM items) + row_number() OVER (ORDER BY first, item_id), "
+            f"item_id, {texts} FROM missing"
+        )
+    user = "u.key" if settings.interactions else "r.place"
+    join = "JOIN users u ON u.name = r.name" if settings.interactions else ""
+    database.run(
+        f"CREATE TABLE events AS SELECT {user} AS user, i.key AS item, r.time, r.row, "
+        f"{_phase_sql(clicks, settings)} AS phase FROM ({raw}) r JOIN items i ON i.item_id = r.item_id {join}"
+    )
+    _refuse_unknown_split(database, clicks, settings)
+
+
+def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -> None:
+    """Raises a `UserError` at the first null, and at the first negative number, of each column."""
+    tests: list[tuple[str, str, Callable[[str], str]]] = []
+    for column in columns:
+        tests.append((column, f"{column} IS NULL", lambda count: f"is null ({count} in all); fill or delete such rows"))
+        if column == "items":
+            tests.append(
+                (column, "list_count(items) < len(items)", lambda count: f"holds a null ({count} rows in all)")
+            )
+            negative = "list_min(items) < 0"
+        else:
+            negative = f"{column} < 0"
+        if source.types[column] == "int64":
+            tests.append((column, negative, lambda count: f"is negative ({count} rows in all); give numbers from 0 on"))
+    selected = ", ".join(f"count(*) FILTER ({test}), min({source.row_sql()}) FILTER ({test})" for _, test, _ in tests)
+    results = database.run(f"SELECT {selected} FROM {source.sql()}")[0]
+    for position, (column, _, message) in enumerate(tests):
+        count, row = results[2 * position : 2 * position + 2]
+        if count:
+            raise UserError(f"{source.locate(row)}: column {column} {message(f'{count:,}')}")
+
+
+def _refuse_unknown_split(database: Database, clicks: Source, settings: PrepareSettings) -> None:
+    place_column = "row" if settings.interactions else "user"
+    count, place = database.run(f'SELECT count(*), min("{place_column}") FROM events WHERE phase IS NULL')[0]
+    if not count:
+        return
+    column = split_column(settings)
+    if column in clicks.types:
+        words = ", ".join(_SPLIT_WORDS)
+        raise UserError(f"{clicks.locate(place)}: column {column} is none of {words} ({count:,} clicks); correct it")
+    name = "user_id" if settings.interactions else "session_id"
+    raise UserError(
+        f"{clicks.locate(place)}: column {name} does not start with train_, valid_ or test_ ({count:,} clicks), and "
+        f"no column {column or 'split'} is read; name the column with --split_column, or use another --split"
+    )
+
+
+def _label_sql(clicks: Source, settings: PrepareSettings) -> str:
+    column = split_column(settings)
+    return f'lower(CAST("{column}" AS VARCHAR))' if column in clicks.types else "NULL"
+
+
+def _phase_sql(clicks: Source, settings: PrepareSettings) -> str:
+    """Phase of a click of relation r: 0 train, 1 valid, 2 test, NULL where the input does not tell."""
+    if settings.split != "predefined":
+        return "CAST(0 AS TINYINT)"
+    if split_column(settings) in clicks.types:
+        word = "r.label"
+    else:
+        word = f"regexp_extract(lower(CAST(r.name AS VARCHAR)), '^({'|'.join(_SPLIT_WORDS)})[_.:-]', 1)"
+    cases = " ".join(f"WHEN '{name}' THEN {phase}" for name, phase in _SPLIT_WORDS.items())
+    return f"CAST(CASE {word} {cases} END AS TINYINT)"
+
+
+def _time_sql(clicks: Source) -> str:
+    kind = clicks.types.get("timestamp")
+    if kind is None:
+        return "CAST(0 AS BIGINT)"
+    return {"timestamp": "epoch_ns(timestamp)", "date": "epoch_ns(CAST(timestamp AS TIMESTAMP))"}.get(
+        kind, "CAST(timestamp AS BIGINT)"
+    )

@@ -1,0 +1,58 @@
+"""Which clicks are training, validation and test clicks (phases 0, 1, 2), by time or as the input says.
+
+The rows follow from the phases in one way for all protocols (see windows.py): a user's clicks of phase 0 are training,
+the last click of phase 1 is the validation target, the last click of phase 2 the test target, each with all that came
+before it as history. leave_one_out needs no phases here: it takes them from the position.
+"""
+
+from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.errors import UserError
+
+
+def assign_phases(database: Database, settings: PrepareSettings) -> dict[str, int]:
+    """Sets the column phase of table events according to the split protocol.
+
+    Args:
+        database: Scratch database with tables users and events.
+        settings: Settings of this run.
+
+    Returns:
+        Last timestamp of the training and of the validation window; empty but for the temporal split.
+
+    Raises:
+        UserError: The cuts leave a split empty.
+    """
+    if settings.split == "temporal":
+        return _cut_by_time(database, settings)
+    if settings.split == "predefined" and settings.valid_share > 0:
+        _carve_validation(database, settings.valid_share)
+    return {}
+
+
+def _cut_by_time(database: Database, settings: PrepareSettings) -> dict[str, int]:
+    """Cuts at quantiles of the users' last clicks, so that the shares are shares of users."""
+    levels = [1 - settings.test_share - settings.valid_share, 1 - settings.test_share]
+    last = "SELECT max(time) AS last FROM events GROUP BY user"
+    train_end, valid_end = database.value(f"SELECT quantile_disc(last, {levels}) FROM ({last})")
+    newest = database.value("SELECT max(time) FROM events")
+    if valid_end == newest or (train_end == valid_end and settings.valid_share > 0):
+        raise UserError(
+            f"--split temporal cannot cut: too many sessions end at the same timestamp {valid_end}; change "
+            "--valid_share and --test_share, or use another --split"
+        )
+    database.run(
+        f"UPDATE events SET phase = CASE WHEN time <= {train_end} THEN 0 WHEN time <= {valid_end} THEN 1 ELSE 2 END "
+        f"WHERE time > {train_end}"
+    )
+    return {"train": int(train_end), "valid": int(valid_end)}
+
+
+def _carve_validation(database: Database, share: float) -> None:
+    """Moves the newest training sessions to validation, where the input marks none for it."""
+    if database.value("SELECT count(*) FROM events WHERE phase = 1"):
+        return
+    sessions = "SELECT user, max(time) AS last FROM events GROUP BY user HAVING max(phase) = 0 AND count(*) > 1"
+    count = int(database.value(f"SELECT count(*) FROM ({sessions})") * share)
+    newest = f"SELECT user FROM ({sessions}) ORDER BY last DESC, user DESC LIMIT {count}"
+    database.run(f"UPDATE events SET phase = 1 WHERE user IN ({newest})")

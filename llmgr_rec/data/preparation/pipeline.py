@@ -1,0 +1,151 @@
+"""The steps of prepare in order, from checked inputs to a data set folder that appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+
+from llmgr_rec.cli import progress
+from llmgr_rec.data.dataset import Manifest
+from llmgr_rec.data.preparation import filters, load, phases
+from llmgr_rec.data.preparation.database import Database, explained
+from llmgr_rec.data.preparation.items import catalogue_hash, write_items
+from llmgr_rec.data.preparation.parts import PartWriter, describe_file
+from llmgr_rec.data.preparation.rows import AS_GIVEN, SHUFFLED, RowBuilder, stream_blocks
+from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
+from llmgr_rec.data.preparation.source import Source
+from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
+from llmgr_rec.errors import UserError
+
+
+def prepare_dataset(settings: PrepareSettings) -> Manifest:
+    """Makes a data set from raw logs.
+
+    Args:
+        settings: What to read, how to filter and split it, where to write it.
+
+    Returns:
+        The manifest of the written data set.
+
+    Raises:
+        UserError: Input or settings are wrong; nothing is left behind.
+    """
+    check_settings(settings)
+    clicks, items = load.open_inputs(settings)
+    output = Path(settings.output).absolute()
+    draft = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    scratch = Path(settings.temp_folder or output.parent).absolute() / f"{output.name}.scratch-{os.getpid()}"
+    try:
+        _make_folders(draft, scratch)
+        database = Database(scratch, settings.memory_gb, settings.threads)
+        try:
+            manifest = _fill(draft, database, settings, clicks, items)
+        finally:
+            database.close()
+        draft.rename(output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def _make_folders(*folders: Path) -> None:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {folder} ({error.strerror}); give another --output or --temp_folder"
+            ) from None
+
+
+def _fill(draft: Path, database: Database, settings: PrepareSettings, clicks: Source, items: Source) -> Manifest:
+    """Runs all steps; one tick of the bar a step."""
+    with progress(6, "prepare", "step") as bar:
+
+        def step(name: str) -> None:
+            bar.set_description(f"prepare: {name}")
+
+        step("read items and clicks")
+        with explained(f"reading {settings.items} and {settings.interactions or settings.sessions}"):
+            load.load_items(database, items)
+            (load.load_interactions if settings.interactions else load.load_sessions)(database, clicks, settings)
+        bar.update()
+        step("k-core")
+        with explained("preparing"):
+            _filter(database, settings)
+            bar.update()
+            step("split")
+            cuts = phases.assign_phases(database, settings)
+            num_items = filters.number_items(database, settings.keep_unseen_items)
+            bar.update()
+            return _write(draft, database, settings, items, num_items, cuts, step, bar.update)
+
+
+def _filter(database: Database, settings: PrepareSettings) -> None:
+    per_session = settings.min_session_length
+    filters.apply_core(
+        database, settings.min_interactions, settings.min_interactions if per_session is None else per_session
+    )
+    filters.drop_silent_users(database)
+
+
+def _write(
+    draft: Path,
+    database: Database,
+    settings: PrepareSettings,
+    items: Source,
+    num_items: int,
+    cuts: dict[str, int],
+    step: Callable[[str], None],
+    done: Callable[[], object],
+) -> Manifest:
+    digest = catalogue_hash(database)
+    writers = {split: PartWriter(draft / split, sessions_schema(digest)) for split in SPLITS}
+    builder = RowBuilder(settings, num_items)
+    for order, splits in ((SHUFFLED, ("train",)), (AS_GIVEN, ("valid", "test"))):
+        step(f"write {' and '.join(splits)}")
+        for block in stream_blocks(database, order):
+            builder.write(block, {split: writers[split] for split in splits})
+        for split in splits:
+            writers[split].close()
+        done()
+    _refuse_empty(writers, settings)
+    step("write items")
+    item_id_type = pa.string() if items.types["item_id"] == "string" else pa.int64()
+    features, has_text = write_items(database, draft / ITEMS_NAME, item_id_type, builder.train_count_V)
+    manifest = Manifest(
+        num_items=num_items,
+        num_sessions={split: writer.num_rows for split, writer in writers.items()},
+        num_examples={
+            split: writer.num_clicks if split in settings.augmented_splits else writer.num_rows
+            for split, writer in writers.items()
+        },
+        split=settings.split,
+        max_length=settings.max_length,
+        min_interactions=settings.min_interactions,
+        prefix_augmentation=settings.augmented_splits,
+        features=features,
+        has_text=has_text,
+        catalogue_hash=digest,
+        files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},
+        cuts=cuts,
+    )
+    (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    done()
+    return manifest
+
+
+def _refuse_empty(writers: dict[str, PartWriter], settings: PrepareSettings) -> None:
+    """Training and test must have rows; validation may be switched off."""
+    needed = [
+        split for split in SPLITS if split != "valid" or settings.split == "leave_one_out" or settings.valid_share
+    ]
+    for split in needed:
+        if writers[split].num_rows == 0:
+            raise UserError(
+                f"the {settings.split} split leaves no {split} row: no session has the two {split} clicks or the history "
+                "that it needs; lower --min_interactions, or use another --split or other shares"
+            )

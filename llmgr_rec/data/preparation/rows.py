@@ -1,0 +1,168 @@
+"""Streams users' clicks out of the scratch database in order, and writes the rows of the splits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.parts import PartWriter
+from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.preparation.windows import Ints, Windows, gather_ranges, make_windows, phase_ends
+from llmgr_rec.data.schema import SPLITS
+from llmgr_rec.errors import UserError
+
+# Order of users in the training files and in the others. The hash shuffles once, so that a reader that shuffles within
+# row groups mixes users of all times; md5 because it stays the same in every version of DuckDB.
+SHUFFLED = "md5_number_lower(CAST(name AS VARCHAR)), key"
+AS_GIVEN = "key"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The clicks of some users, complete and in order.
+
+    Args:
+        names_U: Names of the users, string.
+        offsets_U1: Bounds of each user's clicks.
+        items_L: Item indices.
+        phases_L: Phases.
+    """
+
+    names_U: pa.Array
+    offsets_U1: Ints
+    items_L: Ints
+    phases_L: Ints
+
+
+def stream_blocks(database: Database, order: str) -> Iterator[Block]:
+    """All users with their clicks in order of (time, row).
+
+    Args:
+        database: Scratch database with tables users, events and catalogue.
+        order: `SHUFFLED` or `AS_GIVEN`.
+    """
+    database.run(
+        f"CREATE OR REPLACE TABLE places AS SELECT key, row_number() OVER (ORDER BY {order}) AS place FROM users"
+    )
+    clicks = database.stream(
+        'SELECT p.place, c."index", e.phase FROM events e JOIN places p ON p.key = e.user '
+        "JOIN catalogue c ON c.key = e.item ORDER BY p.place, e.time, e.row"
+    )
+    names = _Names(database, order)
+    rest: list[Ints] = [np.empty(0, np.int64) for _ in range(3)]
+    for batch in clicks:
+        columns = [column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False) for column in batch.columns]
+        joined = [np.concatenate(pair) for pair in zip(rest, columns, strict=True)]
+        # The last user of a batch may go on in the next one.
+        whole = int(np.searchsorted(joined[0], joined[0][-1], side="left"))
+        rest = [column[whole:] for column in joined]
+        if whole:
+            yield _block([column[:whole] for column in joined], names)
+    if len(rest[0]):
+        yield _block(rest, names)
+
+
+def _block(columns: list[Ints], names: "_Names") -> Block:
+    places_L, items_L, phases_L = columns
+    bounds = np.flatnonzero(np.diff(places_L)) + 1
+    offsets_U1 = np.concatenate([[0], bounds, [len(places_L)]])
+    return Block(names.take(len(offsets_U1) - 1), offsets_U1, items_L, phases_L)
+
+
+class _Names:
+    """The users' names as a second stream, in the same order as their clicks: sorting them with each click is dear."""
+
+    def __init__(self, database: Database, order: str) -> None:
+        self._batches = database.stream(f"SELECT CAST(name AS VARCHAR) AS name FROM users ORDER BY {order}")
+        self._pending = pa.array([], pa.string())
+
+    def take(self, count: int) -> pa.Array:
+        """The next `count` names."""
+        pieces = [self._pending]
+        while sum(map(len, pieces)) < count:
+            pieces.append(next(self._batches).column(0))
+        joined = pa.concat_arrays(pieces)
+        self._pending = joined[count:]
+        return joined[:count]
+
+
+class RowBuilder:
+    """Turns blocks into rows and hands them to the writers of the splits.
+
+    Args:
+        settings: Settings of this run.
+        num_items: Items in the catalogue.
+    """
+
+    def __init__(self, settings: PrepareSettings, num_items: int) -> None:
+        self._settings = settings
+        self.train_count_V = np.zeros(num_items, np.int64)
+
+    def write(self, block: Block, writers: dict[str, PartWriter]) -> None:
+        """Writes a block's rows.
+
+        Args:
+            block: Users with their clicks.
+            writers: Writer of each split that is wanted.
+
+        Raises:
+            UserError: The phases contradict the order of the clicks or the prefix augmentation.
+        """
+        positional = self._settings.split == "leave_one_out"
+        if not positional:
+            _refuse_disorder(block)
+        ends_3U = phase_ends(block.offsets_U1, None if positional else block.phases_L)
+        for split, writer in writers.items():
+            augmented = split in self._settings.augmented_splits
+            if augmented and split != "train":
+                _refuse_seen_prefixes(block, ends_3U, SPLITS.index(split))
+            windows = make_windows(
+                block.offsets_U1,
+                ends_3U,
+                SPLITS.index(split),
+                self._settings.max_length,
+                augmented and self._settings.long_sessions == "split",
+            )
+            writer.write(_table(block, windows))
+            if split == "train":
+                self._count(block, windows)
+
+    def _count(self, block: Block, windows: Windows) -> None:
+        """Counts each training click that a row holds once."""
+        start_R = windows.start_R + windows.continues_R
+        clicks, _ = gather_ranges(block.items_L, start_R, windows.stop_R + 1)
+        self.train_count_V += np.bincount(clicks, minlength=len(self.train_count_V))
+
+
+def _table(block: Block, windows: Windows) -> list[pa.Array]:
+    values, offsets_R1 = gather_ranges(block.items_L, windows.start_R, windows.stop_R)
+    return [
+        pc.take(block.names_U, pa.array(windows.user_R)),
+        pa.ListArray.from_arrays(pa.array(offsets_R1, pa.int32()), pa.array(values)),
+        pa.array(block.items_L[windows.stop_R]),
+    ]
+
+
+def _refuse_disorder(block: Block) -> None:
+    falls = np.diff(block.phases_L) < 0
+    falls[block.offsets_U1[1:-1] - 1] = False
+    if falls.any():
+        user = int(np.searchsorted(block.offsets_U1, int(np.argmax(falls)), side="right")) - 1
+        name = block.names_U[user].as_py()
+        raise UserError(
+            f"the predefined split contradicts the timestamps: session {name!r} has a training click after a "
+            "validation or test click, or a validation click after a test click; correct the split or use another"
+        )
+
+
+def _refuse_seen_prefixes(block: Block, ends_3U: Ints, phase: int) -> None:
+    mixed = (ends_3U[phase - 1] > block.offsets_U1[:-1]) & (ends_3U[phase] > ends_3U[phase - 1])
+    if mixed.any():
+        name = block.names_U[int(np.argmax(mixed))].as_py()
+        raise UserError(
+            f"--prefix_augmentation all would test on clicks of an earlier split: the {SPLITS[phase]} session {name!r} "
+            "begins in one; use train or none, or a split by whole sessions"
+        )

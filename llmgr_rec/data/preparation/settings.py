@@ -1,0 +1,109 @@
+"""Settings of prepare. Standard library only: `--help` must not wait for pyarrow or DuckDB."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llmgr_rec.errors import UserError
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What to read, how to filter and split it, and where to write it.
+
+    Args:
+        items: Item catalogue: a Parquet file or a folder of them, with item_id, title and any of category, brand,
+            description.
+        output: Data set folder to write; must be absent or empty.
+        interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions.
+        sessions: Parquet file or folder with session_id, items (list of item ids, oldest first) and, optionally,
+            timestamp. Give this or interactions.
+        min_interactions: k of the iterative k-core: users and items with fewer interactions are dropped until all
+            have at least k; 0 or 1 switches it off.
+        min_session_length: k for users (sessions) alone, where it is to differ from that of items.
+        max_length: Longest history in clicks; of a longer one the newest clicks are kept.
+        long_sessions: What becomes of a training history above max_length: keep the newest clicks, or split it into
+            consecutive rows so that every click is predicted once.
+        split: leave_one_out (last click test, the one before validation), temporal (global time cuts) or predefined.
+        valid_share: Share of sessions for validation. temporal: sessions by their last click; predefined: newest
+            training sessions, taken only where the input marks none for validation. 0 for none.
+        test_share: Share of sessions for test in the temporal split, by their last click.
+        split_column: Column that holds train, valid or test for the predefined split; default: a column named split.
+        split_prefix: Predefined split by the start of the user or session name (train_, valid_, test_); default:
+            used where there is no split column.
+        prefix_augmentation: Splits whose rows stand for all their prefixes, each prefix with its next click as target.
+        missing_items: What to do with interactions whose item is not in the catalogue: stop, drop the interactions, or
+            keep the item without text.
+        keep_unseen_items: Keep catalogue items that no kept interaction names.
+        memory_gb: Memory that DuckDB may use, in GiB; more spills to disk. The process needs about 0.5 GiB more.
+        threads: DuckDB threads; 0 for one a core.
+        temp_folder: Folder for spilled data; default: beside the output.
+    """
+
+    items: str
+    output: str
+    interactions: str | None = None
+    sessions: str | None = None
+    min_interactions: int = 5
+    min_session_length: int | None = None
+    max_length: int = 50
+    long_sessions: Literal["newest", "split"] = "newest"
+    split: Literal["leave_one_out", "temporal", "predefined"] = "leave_one_out"
+    valid_share: float = 0.1
+    test_share: float = 0.1
+    split_column: str | None = None
+    split_prefix: bool = False
+    prefix_augmentation: Literal["train", "all", "none"] = "train"
+    missing_items: Literal["error", "drop", "keep"] = "error"
+    keep_unseen_items: bool = False
+    memory_gb: float = 1.0
+    threads: int = 0
+    temp_folder: str | None = None
+
+    @property
+    def augmented_splits(self) -> list[str]:
+        """The splits whose rows stand for all their prefixes."""
+        return {"train": ["train"], "all": ["train", "valid", "test"], "none": []}[self.prefix_augmentation]
+
+
+def check_settings(settings: PrepareSettings) -> None:
+    """Refuses settings that cannot work, before anything is read.
+
+    Args:
+        settings: Parsed settings.
+
+    Raises:
+        UserError: Names the option and the remedy.
+    """
+    if (settings.interactions is None) == (settings.sessions is None):
+        raise UserError("give exactly one of --interactions and --sessions")
+    if settings.max_length < 1:
+        raise UserError(f"--max_length is {settings.max_length}; give 1 or more clicks")
+    if settings.min_interactions < 0:
+        raise UserError(f"--min_interactions is {settings.min_interactions}; give 0 (no filter) or more")
+    if settings.min_session_length is not None and settings.min_session_length < 0:
+        raise UserError(f"--min_session_length is {settings.min_session_length}; give 0 (no filter) or more")
+    if settings.memory_gb <= 0 or settings.threads < 0:
+        raise UserError("--memory_gb must be above 0 and --threads 0 (one a core) or more")
+    _check_split(settings)
+    output = Path(settings.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output {output} exists and is not an empty folder; give another --output or delete it")
+
+
+def _check_split(settings: PrepareSettings) -> None:
+    shares = {"valid_share": settings.valid_share, "test_share": settings.test_share}
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise UserError(f"--{name} is {share}; give a share of the sessions, 0 or more and below 1")
+    if settings.split == "temporal" and not (settings.test_share > 0 and sum(shares.values()) < 1):
+        raise UserError("--split temporal needs --test_share above 0 and --valid_share + --test_share below 1")
+    if settings.split_column and settings.split_prefix:
+        raise UserError("give --split_column or --split_prefix, not both")
+    if settings.split != "predefined" and (settings.split_column or settings.split_prefix):
+        raise UserError("--split_column and --split_prefix belong to --split predefined; add it or leave them out")
+    if settings.split == "leave_one_out" and settings.prefix_augmentation == "all":
+        raise UserError(
+            "--prefix_augmentation all would test on training clicks under --split leave_one_out; "
+            "use train or none, or a split by whole sessions (temporal, predefined)"
+        )

@@ -1,0 +1,159 @@
+"""Input files: found, opened and checked by their footers before a row is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmgr_rec.errors import UserError
+
+Kind = Literal["id", "time", "text", "id_list"]
+_NEEDED = {
+    "id": "string or int64",
+    "time": "int64 or a timestamp",
+    "text": "string",
+    "id_list": "a list of string or int64",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One or several Parquet files read as one table, in the order of their names.
+
+    Args:
+        files: The files.
+        types: Column -> common type: string, int64, timestamp or date (of the elements, for a list). Absent optional columns
+            are not in it.
+        first_rows: Number of the first row of each file in the whole table.
+        row_groups: Rows of each row group of each file.
+    """
+
+    files: tuple[Path, ...]
+    types: dict[str, str]
+    first_rows: tuple[int, ...]
+    row_groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        return sum(sum(groups) for groups in self.row_groups)
+
+    def locate(self, row: int) -> str:
+        """Where a row stands, for an error message: file, row group and row in the file.
+
+        Args:
+            row: Row number in the whole table.
+        """
+        file = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        in_file = row - self.first_rows[file]
+        group = int(np.searchsorted(np.cumsum(self.row_groups[file]), in_file, side="right"))
+        return f"{self.files[file]}, row group {group}, row {in_file}"
+
+    def sql(self) -> str:
+        """A DuckDB table expression of all files with their columns file_index and file_row_number."""
+        # DuckDB reads every name as a glob pattern, so that its special characters stand in brackets here.
+        names = ("".join(f"[{c}]" if c in "*?[" else c for c in str(file)) for file in self.files)
+        quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
+        return f"read_parquet([{quoted}], file_row_number=true)"
+
+    def row_sql(self) -> str:
+        """A DuckDB expression of the row number in the whole table."""
+        starts = ", ".join(f"{row}::BIGINT" for row in self.first_rows)
+        return f"(file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT))"
+
+
+def open_source(path: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
+    """Finds the files of an input and checks that each is Parquet with the right columns.
+
+    Args:
+        path: Parquet file, or folder of *.parquet files.
+        option: Option that named it, for messages.
+        required: Column -> kind; each must be there.
+        optional: Column -> kind; checked where present.
+
+    Raises:
+        UserError: Names file, column and remedy.
+    """
+    files = _find(Path(path), option)
+    first_rows, row_groups, types = [], [], dict[str, str]()
+    rows = 0
+    for position, file in enumerate(files):
+        parquet = _open(file, option)
+        found = _column_types(file, parquet.schema_arrow, required, optional)
+        if position and found != types:
+            name = next(name for name in {**types, **found} if types.get(name) != found.get(name))
+            raise UserError(
+                f"{file}: column {name} is {found.get(name, 'absent')} but {types.get(name, 'absent')} in {files[0]}; "
+                "write all files with the same columns and types"
+            )
+        types = found
+        groups = tuple(parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
+        first_rows.append(rows)
+        row_groups.append(groups)
+        rows += sum(groups)
+    if rows == 0:
+        raise UserError(f"{path} (--{option}) has no rows; give a file with at least one")
+    return Source(tuple(files), types, tuple(first_rows), tuple(row_groups))
+
+
+def _find(path: Path, option: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a Parquet file or a folder of them to --{option}")
+    files = sorted(file for file in path.glob("*.parquet") if file.is_file() and file.name[0] not in "._")
+    if not files:
+        raise UserError(f"folder {path} holds no *.parquet file; give another one to --{option}")
+    return files
+
+
+def _open(file: Path, option: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{file} (--{option}) is not a complete Parquet file ({reason}); write or download it again"
+        ) from None
+
+
+def _column_types(
+    file: Path, schema: pa.Schema, required: dict[str, Kind], optional: dict[str, Kind]
+) -> dict[str, str]:
+    types = {}
+    for name, kind in {**required, **optional}.items():
+        places = schema.get_all_field_indices(name)
+        if len(places) > 1:
+            raise UserError(f"{file}: column {name} stands there {len(places)} times; keep one of them")
+        if not places:
+            if name in optional:
+                continue
+            raise UserError(f"{file}: column {name} is missing (it has {', '.join(schema.names)}); add or rename it")
+        found = schema.field(places[0]).type
+        common = _common_type(found, kind)
+        if common is None:
+            raise UserError(f"{file}: column {name} is {found}, but must be {_NEEDED[kind]}; cast it")
+        types[name] = common
+    return types
+
+
+def _common_type(found: pa.DataType, kind: Kind) -> str | None:
+    """string, int64, timestamp or date, whichever stands for this type in this kind of column; None when the type is wrong."""
+    if kind == "id_list":
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
+        return _common_type(found.value_type, "id") if is_list else None
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found):
+        return "string" if kind in ("id", "text") else None
+    # An all-null column of a text comes from writers that saw no value at all.
+    if pa.types.is_null(found):
+        return "string" if kind == "text" else None
+    if pa.types.is_integer(found) and found != pa.uint64():
+        return "int64" if kind in ("id", "time") else None
+    if kind == "time" and pa.types.is_timestamp(found):
+        return "timestamp"
+    return "date" if kind == "time" and pa.types.is_date(found) else None

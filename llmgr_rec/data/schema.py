@@ -1,0 +1,74 @@
+"""Names, types and sizes of what a prepared data set holds on disk: the one place that spells them out."""
+
+import hashlib
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid", "test")
+
+MANIFEST_NAME = "manifest.json"
+ITEMS_NAME = "items.parquet"
+
+# Rows of a row group: the unit that a reader decodes, caches and hands to a rank.
+ROW_GROUP_ROWS = 8192
+# Rows of one part file: a multiple of the row group, so that only the last group of a part is short.
+PART_ROWS = 128 * ROW_GROUP_ROWS
+
+TEXT_COLUMNS = ("title", "category", "brand", "description")
+FEATURES = ("category", "brand")
+
+# Parquet schema metadata of the parts: a scorer tells indices from raw ids by it.
+ITEMS_KIND_KEY = b"llmgr_rec.items"
+ITEMS_KIND_INDEX = b"index"
+CATALOGUE_HASH_KEY = b"llmgr_rec.catalogue_hash"
+
+
+def sessions_schema(catalogue_hash: str) -> pa.Schema:
+    """Schema of the part files of a split.
+
+    Args:
+        catalogue_hash: Hash of the catalogue whose indices `items` and `target` hold.
+    """
+    return pa.schema(
+        [
+            pa.field("session_id", pa.string(), nullable=False),
+            pa.field("items", pa.list_(pa.int64()), nullable=False),
+            pa.field("target", pa.int64(), nullable=False),
+        ],
+        metadata={ITEMS_KIND_KEY: ITEMS_KIND_INDEX, CATALOGUE_HASH_KEY: catalogue_hash.encode()},
+    )
+
+
+def items_schema(item_id_type: pa.DataType) -> pa.Schema:
+    """Schema of items.parquet; row i is the item of index i.
+
+    Args:
+        item_id_type: string or int64, as the user gave the ids.
+    """
+    return pa.schema(
+        [
+            pa.field("index", pa.int64(), nullable=False),
+            pa.field("item_id", item_id_type, nullable=False),
+            *(pa.field(name, pa.string()) for name in TEXT_COLUMNS),
+            pa.field("train_count", pa.int64(), nullable=False),
+            *(pa.field(f"{name}_ids", pa.list_(pa.int64()), nullable=False) for name in FEATURES),
+        ]
+    )
+
+
+def hash_item_ids(batches: Iterable[pa.Array]) -> str:
+    """Hash of a catalogue: sha256 over the item ids in index order, each as UTF-8 text closed by a zero byte.
+
+    Args:
+        batches: Arrays of ids, string or int64, in index order.
+
+    Returns:
+        Hexadecimal digest.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for item_id in batch.cast(pa.string()).to_pylist():
+            digest.update(item_id.encode() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""`python -m llmgr_rec.prepare`: raw logs and an item file in, a data set folder out."""
+
+from collections.abc import Sequence
+
+from llmgr_rec.cli import make_parser, parse_args, run_cli
+from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
+
+_DESCRIPTION = """Prepares a data set: filters (k-core), splits, and writes sessions as item indices, out of core."""
+
+# Written bare on the command line, unlike the boolean settings that jsonargparse derives from a dataclass.
+_FLAGS = {
+    "split_prefix": "Predefined split by the start of the user or session name, even where there is a split column.",
+    "keep_unseen_items": "Keep catalogue items that no kept interaction names.",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the entry point.
+
+    Args:
+        argv: Command-line arguments without the program's name.
+
+    Raises:
+        UserError: Arguments or input are wrong.
+    """
+    parser = make_parser("llmgr_rec.prepare", _DESCRIPTION)
+    parser.add_class_arguments(PrepareSettings, skip=set(_FLAGS))
+    for name, text in _FLAGS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    settings = PrepareSettings(**parse_args(parser, argv).as_dict())
+    check_settings(settings)
+
+    from llmgr_rec.data.preparation.pipeline import prepare_dataset
+
+    manifest = prepare_dataset(settings)
+    rows = ", ".join(f"{split} {rows:,} rows" for split, rows in manifest.num_sessions.items())
+    examples = ", ".join(f"{split} {manifest.num_examples[split]:,}" for split in manifest.prefix_augmentation)
+    note = f" (with their prefixes: {examples} examples)" if examples else ""
+    print(f"{settings.output}: {manifest.num_items:,} items, {rows}{note}, split {manifest.split}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
