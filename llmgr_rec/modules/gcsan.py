@@ -1,0 +1,136 @@
+"""GC-SAN (Xu et al., IJCAI 2019): gated graph network, then self-attention blocks over the clicks.
+
+Shapes: B sessions, N nodes, M = most nodes of one session, A attention heads, D = d1 columns.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmgr_rec.config import EncoderConfig
+from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.gated_graph import GatedGraph
+from llmgr_rec.modules.session_encoder import (
+    EncodedSessions,
+    SessionEncoder,
+    click_counts,
+    initialise_uniform,
+    last_states,
+    register_encoder,
+    segment_softmax,
+    segment_sum,
+)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention and a feed-forward net with a residual connection, in two forms that share their weights.
+
+    The paper attends over clicks. It has no positions, so clicks on the same item have the same state in every layer,
+    and attending over distinct nodes whose score is raised by log(clicks) gives exactly the same result with fewer
+    rows. `forward` computes every node; `forward_last` only the last click, which is all that the final block is
+    asked for and which costs O(N) instead of O(B * M * M).
+
+    Args:
+        dim: Width of states, in columns.
+        heads: Attention heads; must divide `dim`.
+        dropout: Probability of dropping an output of the attention or of the feed-forward net.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.expand = nn.Linear(dim, dim)
+        self.contract = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states_ND: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
+        """Lets every node of a session attend to all its nodes, [N, D] to [N, D]."""
+        num_nodes, dim = states_ND.shape
+        starts_B, lengths_B = graph.node_offsets_B1[:-1], graph.node_offsets_B1.diff()
+        longest = int(lengths_B.max()) if num_nodes else 0
+        slots_M = torch.arange(longest, device=states_ND.device)
+        nodes_BM = (starts_B.unsqueeze(1) + slots_M).clamp(max=num_nodes - 1)
+        empty_BM = slots_M >= lengths_B.unsqueeze(1)
+        # A finite floor: with -inf a session without nodes would turn gradients into NaN.
+        bias_BM = log_counts_N[nodes_BM].masked_fill(empty_BM, torch.finfo(states_ND.dtype).min)
+
+        def split_heads(projected_ND: Tensor) -> Tensor:
+            padded_BMD = projected_ND.index_select(0, nodes_BM.flatten())
+            return padded_BMD.view(*nodes_BM.shape, self.heads, dim // self.heads).transpose(1, 2)
+
+        attended_BAMD = functional.scaled_dot_product_attention(
+            split_heads(self.query(states_ND)),
+            split_heads(self.key(states_ND)),
+            split_heads(self.value(states_ND)),
+            attn_mask=bias_BM[:, None, None, :],
+        )
+        slot_N = torch.arange(num_nodes, device=states_ND.device) - starts_B[graph.node_session_N]
+        attended_ND = attended_BAMD.transpose(1, 2).reshape(-1, dim)[graph.node_session_N * longest + slot_N]
+        return self._feed_forward(self.dropout(attended_ND))
+
+    def forward_last(self, states_ND: Tensor, last_BD: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
+        """Lets the last click of each session attend to all its nodes, [B, D].
+
+        The key projection is moved to the query's side and the value projection behind the weighted mean, so no node
+        is projected at all: q . (K h) = (K' q) . h and sum p (V h) = V (sum p h).
+        """
+        dim = states_ND.shape[1]
+        query_BAD = self.query(last_BD).unflatten(1, (self.heads, -1))
+        probe_BAD = torch.einsum("bak,akd->bad", query_BAD, self.key.weight.view(self.heads, -1, dim))
+        probe_NAD = probe_BAD.index_select(0, graph.node_session_N)
+        scores_NA = (probe_NAD * states_ND.unsqueeze(1)).sum(dim=2) * (dim // self.heads) ** -0.5
+        weights_NA = segment_softmax(scores_NA + log_counts_N.unsqueeze(1), graph)
+        means_BAD = segment_sum((weights_NA.unsqueeze(2) * states_ND.unsqueeze(1)).flatten(1), graph).view_as(probe_BAD)
+        attended_BAK = torch.einsum("bad,akd->bak", means_BAD, self.value.weight.view(self.heads, -1, dim))
+        return self._feed_forward(self.dropout(attended_BAK.flatten(1)))
+
+    def _feed_forward(self, attended_XD: Tensor) -> Tensor:
+        return attended_XD + self.dropout(self.contract(self.expand(attended_XD).relu()))
+
+
+@register_encoder("gcsan")
+class GCSAN(SessionEncoder):
+    """Session vector: a weighted sum of the last click's attention output and its graph-network state.
+
+    Args:
+        config: Encoder settings; dropout applies to the node vectors that enter and inside the attention blocks.
+        dim: Width of item, node and session vectors, in columns.
+
+    Raises:
+        UserError: The number of attention heads does not divide the width, or there is no attention block.
+    """
+
+    def __init__(self, config: EncoderConfig, dim: int) -> None:
+        super().__init__()
+        if config.attention_layers < 1:
+            raise UserError(
+                f"encoder.attention_layers is {config.attention_layers}: gcsan needs at least 1; set it to 1"
+            )
+        if config.attention_heads < 1 or dim % config.attention_heads:
+            raise UserError(
+                f"encoder.attention_heads is {config.attention_heads}, which does not divide tables.dim {dim}; "
+                "choose a divisor of tables.dim"
+            )
+        self.last_item_weight = config.last_item_weight
+        self.dropout = nn.Dropout(config.dropout)
+        self.graph_network = GatedGraph(dim, config.steps)
+        self.blocks = nn.ModuleList(
+            AttentionBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
+        )
+        initialise_uniform(self, dim)
+
+    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+        """Encodes a batch; see `SessionEncoder.forward`."""
+        states_ND = self.graph_network(self.dropout(nodes_ND), graph)
+        log_counts_N = click_counts(graph).to(states_ND.dtype).log()
+        attended_ND = states_ND
+        for block in self.blocks[:-1]:
+            attended_ND = block(attended_ND, log_counts_N, graph)
+        read_BD = self.blocks[-1].forward_last(attended_ND, last_states(attended_ND, graph), log_counts_N, graph)
+        mixed_BD = torch.lerp(last_states(states_ND, graph), read_BD, self.last_item_weight)
+        filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
+        return EncodedSessions(states_ND, mixed_BD * filled_B1)

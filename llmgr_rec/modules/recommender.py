@@ -1,0 +1,107 @@
+"""The session recommender: item tables, a session encoder and a score; the backbone that LLMGR builds on.
+
+Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, Q columns of queries and items (here D).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
+
+
+@dataclass
+class Recommended:
+    """All that one lookup of a batch gives.
+
+    Args:
+        queries_BQ: Query of each session: a score is the dot product of a query and an item's vector.
+        candidates_CQ: Vectors of the batch's candidate items, on the items' side of that product.
+        states_ND: Encoder states of the nodes.
+        rows_ND: Item vectors of the nodes as looked up.
+        sessions_BD: Session vectors before they became queries.
+        candidate_ids_CD: Bare id rows of the candidates.
+    """
+
+    queries_BQ: Tensor
+    candidates_CQ: Tensor
+    states_ND: Tensor
+    rows_ND: Tensor
+    sessions_BD: Tensor
+    candidate_ids_CD: Tensor
+
+
+class SessionRecommender(nn.Module):
+    """Scores items for sessions.
+
+    Args:
+        item_tables: The item tables.
+        encoder: The session encoder.
+        score: `dot`, or `cosine` divided by the temperature.
+        temperature: Divisor of the cosine; ignored for dot.
+    """
+
+    def __init__(
+        self, item_tables: ItemTables, encoder: SessionEncoder, score: Literal["dot", "cosine"], temperature: float
+    ) -> None:
+        super().__init__()
+        self.item_tables = item_tables
+        self.encoder = encoder
+        self.score = score
+        self.temperature = temperature
+
+    def forward(self, batch: SessionBatch) -> Recommended:
+        """Encodes the sessions and prepares the candidates from one lookup.
+
+        Args:
+            batch: Its features hold a bag for each node, then one for each candidate.
+
+        Returns:
+            Queries, candidates and what they were made of.
+        """
+        rows = self.item_tables.rows(batch.features)
+        num_nodes = batch.graph.node_items_N.shape[0]
+        rows_ND = rows.vectors_XD[:num_nodes]
+        encoded = self.encoder(rows_ND, batch.graph)
+        return Recommended(
+            queries_BQ=self.as_queries(encoded.sessions_BD),
+            candidates_CQ=self.as_items(rows.vectors_XD[num_nodes:]),
+            states_ND=encoded.states_ND,
+            rows_ND=rows_ND,
+            sessions_BD=encoded.sessions_BD,
+            candidate_ids_CD=rows.ids_XD[num_nodes:],
+        )
+
+    def encode(self, features: KeyedJaggedTensor, graph: SessionGraph) -> EncodedSessions:
+        """Encodes sessions.
+
+        Args:
+            features: A bag for each node; bags after them are ignored.
+            graph: The sessions' graphs.
+
+        Returns:
+            Node states and session vectors.
+        """
+        return self.encoder(self.item_tables(features)[: graph.node_items_N.shape[0]], graph)
+
+    def queries(self, batch: SessionBatch) -> Tensor:
+        """Makes the queries of a batch, [B, Q]."""
+        return self.as_queries(self.encode(batch.features, batch.graph).sessions_BD)
+
+    def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
+        """Makes the items' side of the score for one bag an item, [C, Q]: scores are queries @ items.T."""
+        return self.as_items(self.item_tables(features))
+
+    def as_queries(self, sessions_BD: Tensor) -> Tensor:
+        """Turns session vectors into queries, [B, Q]."""
+        return functional.normalize(sessions_BD, dim=1) / self.temperature if self.score == "cosine" else sessions_BD
+
+    def as_items(self, vectors_CD: Tensor) -> Tensor:
+        """Turns looked-up item vectors into the items' side of the score, [C, Q]."""
+        return functional.normalize(vectors_CD, dim=1) if self.score == "cosine" else vectors_CD

@@ -1,0 +1,129 @@
+"""The interface of session encoders, their registry and the segment operations that they share.
+
+Shapes: B sessions, N nodes (distinct items of a session, sessions one after another), D = d1 columns, K channels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from llmgr_rec.config import EncoderConfig
+from llmgr_rec.data.graph import SessionGraph
+
+
+@dataclass
+class EncodedSessions:
+    """What an encoder reads from a batch of session graphs.
+
+    Args:
+        states_ND: A state for each node.
+        sessions_BD: One vector for each session; zeros for a session without clicks.
+    """
+
+    states_ND: Tensor
+    sessions_BD: Tensor
+
+
+class SessionEncoder(nn.Module, ABC):
+    """Reads session graphs: node vectors in, node states and session vectors out.
+
+    A session's result depends on that session alone, whatever else stands in the batch.
+    """
+
+    @abstractmethod
+    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+        """Encodes a batch.
+
+        Args:
+            nodes_ND: Item vectors of the nodes, in the order of `graph.node_items_N`.
+            graph: The sessions' graphs.
+
+        Returns:
+            Node states and session vectors.
+        """
+
+
+Builder = Callable[[EncoderConfig, int], SessionEncoder]
+_builders: dict[str, Builder] = {}
+EncoderClass = TypeVar("EncoderClass", bound=type[SessionEncoder])
+
+
+def register_encoder(name: str) -> Callable[[EncoderClass], EncoderClass]:
+    """Makes an encoder class, built as `cls(config, dim)`, known to `build_encoder` under a name."""
+
+    def register(cls: EncoderClass) -> EncoderClass:
+        _builders[name] = cls
+        return cls
+
+    return register
+
+
+def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
+    """Builds the encoder that the settings name.
+
+    Args:
+        config: Encoder settings.
+        dim: Width of item, node and session vectors, in columns.
+
+    Returns:
+        A freshly initialised encoder.
+
+    Raises:
+        KeyError: No encoder is registered under `config.name`.
+    """
+    # Imported here because both modules import this one for the interface; importing them registers them.
+    from llmgr_rec.modules import gcsan, srgnn  # noqa: F401
+
+    if config.name not in _builders:
+        raise KeyError(f"no session encoder is registered as {config.name!r}; known: {sorted(_builders)}")
+    return _builders[config.name](config, dim)
+
+
+def initialise_uniform(module: nn.Module, dim: int) -> None:
+    """Draws every parameter from uniform(-1/sqrt(dim), 1/sqrt(dim)), as the SR-GNN and GC-SAN authors do."""
+    bound = dim**-0.5
+    for parameter in module.parameters():
+        nn.init.uniform_(parameter, -bound, bound)
+
+
+def click_counts(graph: SessionGraph) -> Tensor:
+    """Counts how often each node was clicked in its session, int64 [N]."""
+    return torch.bincount(graph.alias_L, minlength=graph.node_items_N.shape[0])
+
+
+def last_states(states_ND: Tensor, graph: SessionGraph) -> Tensor:
+    """Picks the state of each session's last click.
+
+    Args:
+        states_ND: Node states.
+        graph: The sessions' graphs.
+
+    Returns:
+        States of the last clicks, zeros for sessions without clicks, [B, D].
+    """
+    if states_ND.shape[0] == 0:
+        # Adding the empty sum keeps every parameter in the autograd graph, which static-graph DDP relies on.
+        return states_ND.new_zeros(graph.num_sessions, states_ND.shape[1]) + states_ND.sum()
+    filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
+    return states_ND.index_select(0, graph.last_node_B.clamp(min=0)) * filled_B1
+
+
+def segment_sum(values_NK: Tensor, graph: SessionGraph) -> Tensor:
+    """Sums node values within each session, [N, K] to [B, K]."""
+    sums_BK = values_NK.new_zeros(graph.num_sessions, values_NK.shape[1])
+    return sums_BK.index_add(0, graph.node_session_N, values_NK)
+
+
+def segment_softmax(scores_NK: Tensor, graph: SessionGraph) -> Tensor:
+    """Softmax over the nodes of each session, for each channel by itself, [N, K] to [N, K]."""
+    session_N = graph.node_session_N
+    # The maximum cancels out of the result, so it needs no gradient.
+    detached_NK = scores_NK.detach()
+    highest_BK = detached_NK.new_full((graph.num_sessions, scores_NK.shape[1]), float("-inf"))
+    highest_BK.scatter_reduce_(0, session_N.unsqueeze(1).expand_as(detached_NK), detached_NK, "amax")
+    exp_NK = (scores_NK - highest_BK.index_select(0, session_N)).exp()
+    return exp_NK / segment_sum(exp_NK, graph).index_select(0, session_N)

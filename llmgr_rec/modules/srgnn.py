@@ -1,0 +1,51 @@
+"""SR-GNN (arXiv 1811.00855): gated graph network, soft attention by the last click, linear read-out.
+
+Shapes: B sessions, N nodes, D = d1 columns.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from llmgr_rec.config import EncoderConfig
+from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.modules.gated_graph import GatedGraph
+from llmgr_rec.modules.session_encoder import (
+    EncodedSessions,
+    SessionEncoder,
+    click_counts,
+    initialise_uniform,
+    last_states,
+    register_encoder,
+    segment_sum,
+)
+
+
+@register_encoder("srgnn")
+class SRGNN(SessionEncoder):
+    """Session vector from the last click's state and an attention over all clicks (eq. 6 and 7).
+
+    Clicks on the same item share a state, so the sum over clicks is a sum over nodes weighted by their click counts.
+
+    Args:
+        config: Encoder settings; dropout applies to the node vectors that enter.
+        dim: Width of item, node and session vectors, in columns.
+    """
+
+    def __init__(self, config: EncoderConfig, dim: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.graph_network = GatedGraph(dim, config.steps)
+        self.attend_last = nn.Linear(dim, dim)
+        self.attend_node = nn.Linear(dim, dim, bias=False)
+        self.attend_score = nn.Linear(dim, 1, bias=False)
+        self.read_out = nn.Linear(2 * dim, dim, bias=False)
+        initialise_uniform(self, dim)
+
+    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+        """Encodes a batch; see `SessionEncoder.forward`."""
+        states_ND = self.graph_network(self.dropout(nodes_ND), graph)
+        last_BD = last_states(states_ND, graph)
+        hidden_ND = self.attend_last(last_BD).index_select(0, graph.node_session_N) + self.attend_node(states_ND)
+        attention_N1 = self.attend_score(hidden_ND.sigmoid()) * click_counts(graph).unsqueeze(1)
+        global_BD = segment_sum(attention_N1 * states_ND, graph)
+        return EncodedSessions(states_ND, self.read_out(torch.cat([last_BD, global_BD], dim=1)))
