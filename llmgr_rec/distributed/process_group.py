@@ -1,0 +1,152 @@
+"""The process group: which rank this process is, on which device, with how many threads."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llmgr_rec.config import Device
+from llmgr_rec.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among all processes of the run.
+
+    Args:
+        rank: Number of this process, from 0.
+        size: Processes in all.
+        local_rank: Number of this process on its machine.
+        local_size: Processes on this machine.
+        device: Where this process computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
+    """Joins the process group that torchrun describes in the environment, or makes one of a single process.
+
+    Args:
+        device: `auto` takes CUDA where there is one.
+        timeout_s: Longest wait for another rank, in seconds.
+        threads: CPU threads of this rank; 0 divides the machine's cores among its ranks.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or there are more local ranks than GPUs.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    size = size if launched else 1
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if launched else 1
+    place = choose_device(device, local_rank if launched else 0)
+    torch.set_num_threads(threads or max(1, _usable_cores() // local_size))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    # Gloo beside NCCL carries what lives on the CPU: checkpoints' plans and gathered objects.
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if launched:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return World(rank if launched else 0, size, local_rank if launched else 0, local_size, place)
+
+
+def choose_device(device: Device, local_rank: int = 0) -> torch.device:
+    """The device of a local rank.
+
+    Args:
+        device: `auto` takes CUDA where there is one.
+        local_rank: Number of the process on its machine: the number of its GPU.
+
+    Raises:
+        UserError: There is no such GPU.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not gpus):
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise UserError(
+            f"runtime.device is {device} and local rank {local_rank} finds {gpus} GPUs; "
+            "start one process per GPU, or set --runtime.device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def shutdown() -> None:
+    """Leaves the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """Runs work that may fail on one rank only, and lets it fail on all: no rank is left waiting for another.
+
+    Args:
+        world: Ranks; all must call.
+        work: Work without collective calls of its own.
+
+    Returns:
+        This rank's own result.
+
+    Raises:
+        UserError: The first rank's (in rank order) user error.
+        RuntimeError: Another rank failed with another exception; a rank's own exception is raised as it is.
+    """
+    error: Exception | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    if world.size > 1:
+        message = None if error is None else (isinstance(error, UserError), f"{error}" or type(error).__name__)
+        messages: list[tuple[bool, str] | None] = [None] * world.size
+        dist.all_gather_object(messages, message)
+        failed = [(rank, found) for rank, found in enumerate(messages) if found]
+        if failed and (error is None or isinstance(error, UserError)):
+            rank, (is_user_error, text) = failed[0]
+            raise UserError(text) if is_user_error else RuntimeError(f"rank {rank} failed: {text}")
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def on_first_rank(world: World, work: Callable[[], T]) -> T:
+    """Runs work on rank 0 and hands its result, or its failure, to every rank.
+
+    Args:
+        world: Ranks; all must call.
+        work: Work without collective calls of its own; its result is pickled between this run's own processes.
+
+    Raises:
+        UserError: Rank 0's user error, on all ranks.
+        RuntimeError: Rank 0 failed with another exception.
+    """
+    result = together(world, work if world.rank == 0 else lambda: None)
+    if world.size == 1:
+        return result  # type: ignore[return-value]
+    box = [result]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def barrier(world: World) -> None:
+    """Waits until every rank is here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
