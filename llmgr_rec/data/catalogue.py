@@ -1,0 +1,204 @@
+"""The item catalogue: ids, side features and text of every item, by item index.
+
+Shapes: V items.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
+from llmgr_rec.errors import UserError
+
+_REMEDY = "make the data set again with python -m llmgr_rec.prepare"
+_TEXT_SEPARATOR = ", "
+
+
+@dataclass
+class Catalogue:
+    """Items in index order; text stays on disk until it is asked for.
+
+    Args:
+        file: The items.parquet it was read from.
+        item_ids: Raw ids, string or int64, row i of index i.
+        train_count_V: Occurrences in training sessions, targets included, int64.
+        features: Ids of the side features that at least one item has, one row an item.
+    """
+
+    file: Path
+    item_ids: pa.Array
+    train_count_V: Tensor
+    features: dict[str, Jagged] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads the catalogue of a prepared data set or of an exported bundle.
+
+        Args:
+            path: Folder that holds items.parquet.
+
+        Raises:
+            UserError: The file is absent, truncated, or not as `prepare` writes it.
+        """
+        file = Path(path) / ITEMS_NAME
+        required = ["index", "item_id", "train_count"]
+        table = _read(file, [*required, *(f"{name}_ids" for name in FEATURES)])
+        for name in required:
+            if table[name].null_count:
+                raise UserError(f"{file}: column {name} holds {table[name].null_count} nulls; {_REMEDY}")
+        item_ids = _whole(table["item_id"])
+        if not (pa.types.is_string(item_ids.type) or pa.types.is_int64(item_ids.type)):
+            raise UserError(f"{file}: column item_id is {item_ids.type}, not string or int64; {_REMEDY}")
+        if not len(item_ids):
+            raise UserError(f"{file}: the catalogue is empty; {_REMEDY}")
+        if not np.array_equal(_ints(table["index"], file, "index"), np.arange(len(item_ids))):
+            raise UserError(f"{file}: column index does not count 0, 1, 2, ... row by row; {_REMEDY}")
+        _refuse_duplicates(item_ids, file)
+        features = {name: _jagged(_whole(table[f"{name}_ids"]), file, f"{name}_ids") for name in FEATURES}
+        return cls(
+            file=file,
+            item_ids=item_ids,
+            train_count_V=torch.from_numpy(_ints(table["train_count"], file, "train_count")),
+            features={name: rows for name, rows in features.items() if rows.values.numel()},
+        )
+
+    @property
+    def num_items(self) -> int:
+        """Number of items V."""
+        return len(self.item_ids)
+
+    @property
+    def num_embeddings(self) -> dict[str, int]:
+        """Size of the vocabulary of each side feature."""
+        return {name: int(rows.values.max()) + 1 for name, rows in self.features.items()}
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the item ids in index order: two catalogues with the same hash give every index the same item."""
+        step = 65536
+        return hash_item_ids(self.item_ids.slice(start, step) for start in range(0, self.num_items, step))
+
+    def titles(self) -> list[str | None]:
+        """Title of each item; None where it has none."""
+        return _read(self.file, ["title"])["title"].to_pylist()
+
+    def texts(self, fields: list[str]) -> list[str]:
+        """Text of each item: its given columns that hold something, joined by commas.
+
+        Args:
+            fields: Text columns in the order in which they are joined.
+
+        Raises:
+            UserError: An item has none of them.
+        """
+        if unknown := sorted(set(fields) - set(TEXT_COLUMNS)):
+            raise UserError(f"prompt.text_fields names {', '.join(unknown)}; it can hold {', '.join(TEXT_COLUMNS)}")
+        table = _read(self.file, fields)
+        columns = [pc.utf8_trim_whitespace(table[name]) for name in fields]
+        filled = [pc.if_else(pc.equal(column, ""), None, column) for column in columns]
+        texts = pc.binary_join_element_wise(*filled, _TEXT_SEPARATOR, null_handling="skip")
+        missing = pc.equal(texts, "")
+        if count := pc.sum(missing).as_py():
+            first = self.item_ids[pc.index(missing, True).as_py()].as_py()
+            raise UserError(
+                f"{self.file}: {count} items have no text in {', '.join(fields)}, the first is item_id {first!r}; "
+                "give them text or name further columns in prompt.text_fields"
+            )
+        return texts.to_pylist()
+
+    def index_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Item index of each raw id, int64; -1 for unknown ids and nulls.
+
+        String ids are looked up by a hash table that is built in each call, so ask for many ids at once; int64 ids by
+        search in an order that is kept.
+
+        Args:
+            ids: Raw ids of the catalogue's type; any integers do where that is int64.
+
+        Raises:
+            UserError: The ids are of another type.
+        """
+        known = _whole(ids).cast(self.item_ids.type) if _castable(ids.type, self.item_ids.type) else None
+        if known is None:
+            raise UserError(
+                f"item ids are {ids.type} but the catalogue's are {self.item_ids.type} ({self.file}); "
+                f"cast them to {self.item_ids.type}"
+            )
+        if pa.types.is_string(self.item_ids.type):
+            found = pc.index_in(known, value_set=self.item_ids, skip_nulls=True)
+            return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        sorted_ids, order = self._search_order
+        wanted = known.fill_null(0).to_numpy()
+        places = np.minimum(np.searchsorted(sorted_ids, wanted), len(order) - 1)
+        hit = (sorted_ids[places] == wanted) & known.is_valid().to_numpy(zero_copy_only=False)
+        return np.where(hit, order[places], -1)
+
+    @cached_property
+    def _search_order(self) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.item_ids.to_numpy()
+        order = np.argsort(ids)
+        return ids[order], order
+
+
+def _castable(given: pa.DataType, known: pa.DataType) -> bool:
+    if pa.types.is_dictionary(given):
+        given = given.value_type
+    if pa.types.is_null(given):
+        return True
+    if pa.types.is_string(known):
+        return pa.types.is_string(given) or pa.types.is_large_string(given) or pa.types.is_string_view(given)
+    return pa.types.is_integer(given)
+
+
+def _read(file: Path, columns: list[str]) -> pa.Table:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; {_REMEDY}")
+    try:
+        present = pq.read_schema(file).names
+        if missing := [name for name in columns if name not in present]:
+            raise UserError(f"{file} has no column {', '.join(missing)}; {_REMEDY}")
+        return pq.read_table(file, columns=columns, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]}); {_REMEDY}") from None
+
+
+def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """One array of a column's chunks, with a dictionary's values written out."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _ints(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
+    if not pa.types.is_integer(column.type):
+        raise UserError(f"{file}: column {name} is {column.type}, not int64; {_REMEDY}")
+    return _whole(column.cast(pa.int64())).to_numpy().copy()
+
+
+def _jagged(column: pa.Array, file: Path, name: str) -> Jagged:
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if not (is_list and pa.types.is_integer(column.type.value_type)):
+        raise UserError(f"{file}: column {name} is {column.type}, not list<int64>; {_REMEDY}")
+    values = column.flatten().cast(pa.int64())
+    if values.null_count or (len(values) and pc.min(values).as_py() < 0):
+        raise UserError(f"{file}: column {name} holds a null or negative id; {_REMEDY}")
+    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return Jagged.from_lengths(torch.from_numpy(values.to_numpy().copy()), torch.from_numpy(lengths))
+
+
+def _refuse_duplicates(item_ids: pa.Array, file: Path) -> None:
+    if pc.count_distinct(item_ids).as_py() == len(item_ids):
+        return
+    counts = item_ids.value_counts()
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
+    raise UserError(
+        f"{file}: column item_id holds {len(repeated)} ids twice, such as {repeated[0].as_py()!r}; {_REMEDY}"
+    )

@@ -1,0 +1,235 @@
+"""Turns raw sessions into the batch that the model takes: graphs, bags of features, candidates, text.
+
+Shapes: B sessions, L clicks, N nodes, C candidates, V items in the catalogue.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from llmgr_rec.data.batch import RawSessions, SessionBatch
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.graph import SessionGraph, build_graphs
+from llmgr_rec.data.jagged import Jagged
+
+ITEM_ID = "item_id"
+
+Candidates = Literal["none", "full", "sampled"]
+TextPlace = Literal["none", "random_node", "last_items"]
+
+
+class Collator:
+    """Makes batches; a function of its settings and the raw sessions alone, so any process may run it.
+
+    Args:
+        catalogue: The items.
+        num_items: Size V of the catalogue.
+        side_features: Side features that get a bag beside the item id; the bags of a feature that the catalogue lacks
+            are empty.
+        candidates: Items whose vectors are looked up together with the nodes': none, the whole catalogue, or a sample
+            (this rank's targets and log-uniform draws over items by falling popularity, the same draws on every rank).
+        sampled_items: Draws of the sample; repeated ones count once.
+        text: What stands at the text place: nothing, the text of one node of the session, which then is the target
+            (node-context alignment), or the texts of the last clicks, oldest first.
+        text_items: Clicks whose texts are shown with `last_items`.
+        text_tokens: Token ids of each item's text, one row an item; needed unless `text` is none.
+        text_separator: Token ids between two texts with `last_items`.
+        max_nodes: With `random_node`, the node is drawn from this many last clicks, so that a prompt with so many nodes
+            shows it; 0 draws from all.
+        seed: Seed of the draws.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        num_items: int,
+        side_features: Sequence[str] = (),
+        candidates: Candidates = "none",
+        sampled_items: int = 0,
+        text: TextPlace = "none",
+        text_items: int = 0,
+        text_tokens: Jagged | None = None,
+        text_separator: Sequence[int] = (),
+        max_nodes: int = 0,
+        seed: int = 0,
+    ) -> None:
+        if text != "none" and text_tokens is None:
+            raise ValueError(f"text is {text} but there are no text tokens")
+        self.num_items = num_items
+        self.side_features = {name: catalogue.features.get(name, Jagged.empty(num_items)) for name in side_features}
+        self.candidates = candidates
+        self.sampler = (
+            LogUniformSampler(catalogue.train_count_V, sampled_items, seed) if candidates == "sampled" else None
+        )
+        self.text = text
+        self.text_items = text_items
+        self.text_tokens = text_tokens or Jagged.empty(num_items)
+        self.separated_tokens = _prepend(self.text_tokens, text_separator)
+        self.separator_length = len(text_separator)
+        self.max_nodes = max_nodes
+        self.seed = seed
+
+    def __call__(self, raw: RawSessions) -> SessionBatch:
+        """Makes the batch of this rank's sessions."""
+        graph = build_graphs(raw.items_L, raw.offsets_B1, self.num_items)
+        text_items_B = self._text_items(raw)
+        targets_B = text_items_B if self.text == "random_node" else raw.targets_B
+        candidates_C, log_q_C = self._candidates(raw, targets_B)
+        return SessionBatch(
+            features=self._features(graph, candidates_C),
+            graph=graph,
+            targets_B=targets_B,
+            target_columns_B=self._columns(targets_B, candidates_C),
+            weights_B=raw.weights_B,
+            rows_B=raw.rows_B,
+            candidates_C=candidates_C,
+            log_q_C=log_q_C,
+            text_tokens=self._text(raw, text_items_B),
+            text_items_B=text_items_B,
+            global_size=raw.global_size,
+            step=raw.step,
+            epoch=raw.epoch,
+            num_items=self.num_items,
+        )
+
+    def _candidates(self, raw: RawSessions, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+        if self.candidates == "none":
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        if self.sampler is None:
+            return torch.arange(self.num_items), torch.zeros(self.num_items)
+        return self.sampler.sample(targets_B, raw.epoch, raw.step)
+
+    def _columns(self, targets_B: Tensor, candidates_C: Tensor) -> Tensor:
+        if self.sampler is None:
+            return targets_B
+        return torch.where(targets_B >= 0, torch.searchsorted(candidates_C, targets_B), -1)
+
+    def _features(self, graph: SessionGraph, candidates_C: Tensor) -> KeyedJaggedTensor:
+        rows = torch.cat([graph.node_items_N, candidates_C])
+        bags = {name: feature.select(rows) for name, feature in self.side_features.items()}
+        return KeyedJaggedTensor(
+            keys=[ITEM_ID, *bags],
+            values=torch.cat([rows, *(bag.values for bag in bags.values())]),
+            lengths=torch.cat([torch.ones_like(rows), *(bag.lengths for bag in bags.values())]),
+            stride=rows.numel(),
+        )
+
+    def _text_items(self, raw: RawSessions) -> Tensor:
+        """Item whose text is shown, chosen by hash of (seed, epoch, row), so that no other row has a part in it."""
+        if self.text != "random_node":
+            return torch.full_like(raw.targets_B, -1)
+        ends_B = raw.offsets_B1[1:]
+        counts_B = ends_B - raw.offsets_B1[:-1]
+        if self.max_nodes:
+            counts_B = counts_B.clamp(max=self.max_nodes)
+        noise_B = _hash(raw.rows_B.numpy(), self.seed, raw.epoch)
+        back_B = torch.from_numpy((noise_B % np.maximum(counts_B.numpy(), 1).astype(np.uint64)).astype(np.int64))
+        padded = torch.cat([raw.items_L, torch.full((1,), -1)])
+        return padded[torch.where(counts_B > 0, ends_B - 1 - back_B, raw.items_L.numel())]
+
+    def _text(self, raw: RawSessions, text_items_B: Tensor) -> Jagged:
+        num_sessions = text_items_B.numel()
+        if self.text == "none":
+            return Jagged.empty(num_sessions)
+        if self.text == "random_node":
+            starts_B = self.text_tokens.offsets[text_items_B.clamp(min=0)]
+            ends_B = self.text_tokens.offsets[text_items_B + 1]
+            return self.text_tokens.gather(starts_B, (ends_B - starts_B).clamp(min=0))
+        sessions = Jagged(raw.items_L, raw.offsets_B1)
+        shown = sessions.lengths.clamp(max=self.text_items)
+        items = sessions.gather(raw.offsets_B1[1:] - shown, shown)
+        tokens = self.separated_tokens
+        starts = tokens.offsets[items.values]
+        ends = tokens.offsets[items.values + 1]
+        # The first text of a session goes without its separator.
+        starts[items.offsets[:-1][shown > 0]] += self.separator_length
+        texts = tokens.gather(starts, ends - starts)
+        return Jagged(texts.values, texts.offsets[items.offsets])
+
+
+class LogUniformSampler:
+    """Draws candidate items of which popular ones are likelier, and knows how likely each was.
+
+    The item of popularity rank r (0 = most training occurrences) is drawn with probability
+    log((r + 2) / (r + 1)) / log(V + 1), the usual guess at Zipf-distributed frequencies.
+
+    Args:
+        train_count_V: Occurrences of each item in training sessions.
+        num_draws: Draws of a step, with replacement.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, train_count_V: Tensor, num_draws: int, seed: int) -> None:
+        counts = train_count_V.numpy()
+        self.by_rank_V = np.argsort(-counts, kind="stable")
+        self.num_draws = num_draws
+        self.seed = seed
+        num_items = len(counts)
+        ranks = np.empty(num_items, dtype=np.int64)
+        ranks[self.by_rank_V] = np.arange(num_items)
+        drawn = np.log1p(1.0 / (ranks + 1.0)) / math.log(num_items + 1)
+        in_batch = counts / max(int(counts.sum()), 1)
+        # Log of the chance that one draw, or one target, is another item.
+        self._log_not_drawn_V = _log_complement(drawn)
+        self._log_not_target_V = _log_complement(in_batch)
+
+    def sample(self, targets_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Draws the candidates of a step.
+
+        Args:
+            targets_B: Items that must be among the candidates; -1 is ignored.
+            epoch: Number of the epoch.
+            step: Number of the global batch.
+
+        Returns:
+            Candidates in rising order without repetition, int64 [C], and the log of their expected count, float32 [C]:
+            as each stands once at most, that is the log of the chance to be drawn or to be a target.
+        """
+        generator = np.random.default_rng([self.seed % (1 << 64), epoch, step])
+        num_items = len(self.by_rank_V)
+        uniform = generator.random(self.num_draws)
+        ranks = np.minimum(np.exp(uniform * math.log(num_items + 1)).astype(np.int64) - 1, num_items - 1)
+        targets = targets_B.numpy()
+        targets = targets[targets >= 0]
+        candidates = np.unique(np.concatenate([self.by_rank_V[ranks], targets]))
+        log_absent = (
+            self.num_draws * self._log_not_drawn_V[candidates] + len(targets) * self._log_not_target_V[candidates]
+        )
+        log_q = np.log(-np.expm1(log_absent))
+        return torch.from_numpy(candidates), torch.from_numpy(log_q.astype(np.float32))
+
+
+def _log_complement(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.log1p(-np.minimum(probability, 1.0 - 1e-12))
+
+
+def _prepend(tokens: Jagged, separator: Sequence[int]) -> Jagged:
+    """Rows of tokens, each with the separator in front."""
+    if not separator:
+        return tokens
+    width = len(separator)
+    offsets = tokens.offsets + width * torch.arange(tokens.num_rows + 1)
+    values = torch.empty(int(offsets[-1]), dtype=tokens.values.dtype)
+    heads = offsets[:-1, None] + torch.arange(width)
+    is_head = torch.zeros(values.numel(), dtype=torch.bool)
+    is_head[heads.flatten()] = True
+    values[~is_head] = tokens.values
+    values[heads] = torch.tensor(separator, dtype=values.dtype)
+    return Jagged(values, offsets)
+
+
+def _hash(numbers: NDArray[np.int64], *salts: int) -> NDArray[np.uint64]:
+    """Mixes integers into 64 bits that look random (splitmix64; Steele et al., OOPSLA 2014)."""
+    mixed = numbers.astype(np.uint64)
+    for salt in (0, *salts):
+        mixed = mixed + np.uint64((0x9E3779B97F4A7C15 * (salt + 1)) % (1 << 64))
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed

@@ -1,0 +1,274 @@
+"""Reads a split as global batches: the same batches in the same order at any world size, resumable to the row.
+
+The order of an epoch is a permutation of the row groups and, within each, of its examples, both functions of the seed
+and the epoch. Global batch t holds positions t * batch_size .. (t + 1) * batch_size - 1 of that order and every rank
+takes a contiguous slice of it. So (epoch, step) says everything about the position.
+
+Shapes: B sessions of this rank's slice, L clicks.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
+from llmgr_rec.data.row_groups import Recent, RowGroup, RowGroups
+from llmgr_rec.errors import UserError
+
+T = TypeVar("T")
+
+_PREFETCHED_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class ReadOrder:
+    """What decides which examples a rank reads at which step.
+
+    Args:
+        batch_size: Examples of a global batch, over all ranks.
+        rank: This rank.
+        world_size: Number of ranks.
+        shuffle: Whether each epoch has its own random order; otherwise it is the order of the files.
+        seed: Seed of the order.
+        augment_prefixes: Whether a row stands for an example of each of its prefixes, or for one example.
+    """
+
+    batch_size: int
+    rank: int
+    world_size: int
+    shuffle: bool
+    seed: int
+    augment_prefixes: bool
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}; set it to 1 or more")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not within a world of {self.world_size}")
+
+    def generator(self, *numbers: int) -> np.random.Generator:
+        """A generator of random numbers that depends on the seed and the given numbers only."""
+        return np.random.default_rng([self.seed % (1 << 64), *numbers])
+
+
+class SessionReader(Generic[T]):
+    """Hands out this rank's part of every global batch of a split.
+
+    Args:
+        parts: Part files of the split.
+        num_items: Size V of the catalogue, against which indices are checked.
+        batch_size: Examples of a global batch, over all ranks; the last one of an epoch may be smaller.
+        rank: This rank.
+        world_size: Number of ranks.
+        shuffle: Whether each epoch has its own random order; otherwise it is the order of the files.
+        seed: Seed of the order.
+        augment_prefixes: Whether a row (v1 .. vn, target) stands for the n examples (v1 .. vj -> the click that
+            followed), or for the last of them alone.
+        collate: Makes a batch of the raw sessions; runs in the worker processes.
+        workers: Processes that read ahead; 0 reads in this process.
+        pin_memory: Whether batches are copied to page-locked memory, for copies to a GPU that do not block.
+
+    Raises:
+        UserError: No examples, or a file that cannot be read, lacks a column, or holds a null or an index out of range.
+    """
+
+    def __init__(
+        self,
+        parts: list[Path],
+        *,
+        num_items: int,
+        batch_size: int,
+        collate: Callable[[RawSessions], T],
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        augment_prefixes: bool = False,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        self.order = ReadOrder(batch_size, rank, world_size, shuffle, seed, augment_prefixes)
+        self.groups = RowGroups(parts, num_items=num_items, by_click=augment_prefixes)
+        if not self.groups.num_examples:
+            folder = f" in {Path(parts[0]).parent}" if parts else ""
+            raise UserError(f"the split has no sessions{folder}; prepare the data set from more interactions")
+        self.epoch = 0
+        self.step = 0
+        self._collate = collate
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._epoch_orders = Recent(self._make_epoch_order, keep=1)
+        self._group_orders = Recent(self._make_group_order, keep=2)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of an epoch, over all ranks."""
+        return self.groups.num_examples
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of an epoch."""
+        return -(-self.num_examples // self.order.batch_size)
+
+    def batches(self, epoch: int, start_step: int = 0) -> Iterator[T]:
+        """Reads the rest of an epoch.
+
+        The reader's position follows the batches as they are handed out, however far the workers have read ahead.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            start_step: First global batch.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            _Steps(self, epoch),
+            batch_size=None,
+            sampler=range(start_step, self.steps_per_epoch),
+            num_workers=self._workers,
+            prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
+            collate_fn=_as_it_is,
+            pin_memory=self._pin_memory,
+        )
+        self.epoch, self.step = epoch, start_step
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as plain values: epoch, step, and what must be the same when it is taken up again."""
+        return {"epoch": self.epoch, "step": self.step, "fingerprint": self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a position, at any world size and number of workers.
+
+        Args:
+            state: From `state_dict`. Continue with `batches(reader.epoch, reader.step)`.
+
+        Raises:
+            UserError: The files, the batch size or the order are not those of the state.
+        """
+        now = self._fingerprint()
+        for name, before in state["fingerprint"].items():
+            if now[name] != before:
+                what = "the training files have changed" if name == "files" else f"{name} was {before}, is {now[name]}"
+                raise UserError(f"cannot resume within the epoch: {what}; restore it or start a new run")
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+
+    def _fingerprint(self) -> dict[str, Any]:
+        order = self.order
+        return {
+            "files": self.groups.fingerprint(),
+            "batch_size": order.batch_size,
+            "shuffle": order.shuffle,
+            "seed": order.seed,
+            "augment_prefixes": order.augment_prefixes,
+        }
+
+    def collated(self, epoch: int, step: int) -> T:
+        """This rank's part of global batch `step`, collated."""
+        return self._collate(self.raw(epoch, step))
+
+    def raw(self, epoch: int, step: int) -> RawSessions:
+        """This rank's slice of global batch `step`; a filler row where the slice is empty."""
+        order = self.order
+        first = step * order.batch_size
+        global_size = min(order.batch_size, self.num_examples - first)
+        start = first + order.rank * global_size // order.world_size
+        stop = first + (order.rank + 1) * global_size // order.world_size
+        if start == stop:
+            return _filler(global_size, step, epoch)
+        pieces = [
+            (*_cut(self.groups[group], examples, order.augment_prefixes), examples + self.groups.first_example[group])
+            for group, examples in self._examples(epoch, start, stop)
+        ]
+        items, targets, rows = zip(*pieces, strict=True)
+        return RawSessions(
+            items_L=torch.cat([piece.values for piece in items]),
+            offsets_B1=lengths_to_offsets(torch.cat([piece.lengths for piece in items])),
+            targets_B=torch.cat(targets),
+            weights_B=torch.ones(stop - start),
+            rows_B=torch.cat(rows),
+            global_size=global_size,
+            step=step,
+            epoch=epoch,
+        )
+
+    def _examples(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Row groups and example numbers within them at positions start .. stop - 1 of the epoch's order."""
+        groups, ends = self._epoch_orders(epoch)
+        place = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            group, end = int(groups[place]), int(ends[place])
+            begin = end - int(self.groups.sizes[group])
+            yield group, self._group_orders((epoch, group))[start - begin : min(stop, end) - begin]
+            start, place = end, place + 1
+
+    def _make_epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row groups in the epoch's order, and the position after the last example of each."""
+        count = len(self.groups)
+        groups = self.order.generator(epoch).permutation(count) if self.order.shuffle else np.arange(count)
+        return groups, np.cumsum(self.groups.sizes[groups])
+
+    def _make_group_order(self, key: tuple[int, int]) -> Tensor:
+        """Example numbers of a row group in the epoch's order."""
+        epoch, group = key
+        count = int(self.groups.sizes[group])
+        if not self.order.shuffle:
+            return torch.arange(count)
+        return torch.from_numpy(self.order.generator(epoch, group).permutation(count))
+
+
+class _Steps(Dataset[Any]):
+    """The steps of an epoch as a map-style data set, whose order a DataLoader keeps with any number of workers."""
+
+    def __init__(self, reader: SessionReader[Any], epoch: int) -> None:
+        self._reader = reader
+        self._epoch = epoch
+
+    def __getitem__(self, step: int) -> Any:
+        # A raised error would reach the main process wrapped in the worker's stack trace.
+        try:
+            return self._reader.collated(self._epoch, step)
+        except UserError as error:
+            return error
+
+
+def _as_it_is(batch: T) -> T:
+    return batch
+
+
+def _cut(group: RowGroup, examples: Tensor, augment_prefixes: bool) -> tuple[Jagged, Tensor]:
+    """Clicks and targets of examples of a row group.
+
+    With prefix augmentation example e is the row that holds click e, up to and including that click.
+    """
+    clicks, offsets = group.items.values, group.items.offsets
+    if not augment_prefixes:
+        return group.items.select(examples), group.targets_R[examples]
+    rows = torch.searchsorted(offsets, examples, right=True) - 1
+    starts, following = offsets[rows], examples + 1
+    ends_row = following == offsets[rows + 1]
+    targets = torch.where(ends_row, group.targets_R[rows], clicks[following.clamp(max=clicks.numel() - 1)])
+    return group.items.gather(starts, following - starts), targets
+
+
+def _filler(global_size: int, step: int, epoch: int) -> RawSessions:
+    """One row of weight 0, so that a rank without rows takes part in the step's collective calls."""
+    return RawSessions(
+        items_L=torch.zeros(1, dtype=torch.int64),
+        offsets_B1=torch.tensor([0, 1]),
+        targets_B=torch.zeros(1, dtype=torch.int64),
+        weights_B=torch.zeros(1),
+        rows_B=torch.full((1,), -1),
+        global_size=global_size,
+        step=step,
+        epoch=epoch,
+    )

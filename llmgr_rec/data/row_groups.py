@@ -1,0 +1,218 @@
+"""Row groups of a split's part files: what their footers say, and their decoded content.
+
+Shapes: R rows of a row group, S clicks of a row group.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.errors import UserError
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+_COLUMNS = ("items", "target")
+_REMEDY = "make the data set again with python -m llmgr_rec.prepare"
+
+
+@dataclass(frozen=True)
+class RowGroupPlace:
+    """Where a row group lies.
+
+    Args:
+        file: Part file.
+        number: Number of the row group in the file.
+    """
+
+    file: Path
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, row group {self.number}"
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A decoded row group.
+
+    Args:
+        items: Item indices of each row, oldest first, int64 [S] in R rows.
+        targets_R: Item that followed each row, int64.
+    """
+
+    items: Jagged
+    targets_R: Tensor
+
+
+class Recent(Generic[K, T]):
+    """The last few results of a costly function.
+
+    Args:
+        make: The function, of one hashable key.
+        keep: Results kept, the most recently used ones.
+    """
+
+    def __init__(self, make: Callable[[K], T], keep: int) -> None:
+        self._make = make
+        self._keep = keep
+        self._results: OrderedDict[K, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __call__(self, key: K) -> T:
+        if key not in self._results:
+            result = self._make(key)
+            while len(self._results) >= self._keep:
+                self._results.popitem(last=False)
+            self._results[key] = result
+        self._results.move_to_end(key)
+        return self._results[key]
+
+
+class RowGroups:
+    """All row groups of a split in order; footers are read and checked at once, contents when asked for.
+
+    Args:
+        parts: Part files of the split; read in sorted order.
+        num_items: Size V of the catalogue; every index must be below it.
+        by_click: Whether each click of a row stands for an example (prefix augmentation), or each row for one.
+        keep: Decoded row groups kept in memory.
+
+    Raises:
+        UserError: A file is unreadable or lacks a column, or an index is null or out of range. Column statistics tell
+            that without reading the data; a row group without them, or with nulls, is read once to know.
+    """
+
+    def __init__(self, parts: list[Path], *, num_items: int, by_click: bool, keep: int = 2) -> None:
+        self.num_items = num_items
+        self.by_click = by_click
+        self.decoded = Recent(self._decode, keep)
+        self.places: list[RowGroupPlace] = []
+        self.files: list[tuple[str, int, int]] = []
+        sizes: list[int] = []
+        doubtful: list[int] = []
+        for part in sorted(Path(part) for part in parts):
+            metadata = _read_footer(part)
+            items, target = _find_columns(metadata, part)
+            self.files.append((part.name, part.stat().st_size, metadata.num_rows))
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                if not group.num_rows:
+                    continue
+                if not (self._proves_range(group.column(items)) and self._proves_range(group.column(target))):
+                    doubtful.append(len(self.places))
+                self.places.append(RowGroupPlace(part, number))
+                sizes.append(group.column(items).num_values if by_click else group.num_rows)
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.first_example = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        for index in doubtful:
+            self._decode(index)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of all row groups."""
+        return int(self.first_example[-1])
+
+    def fingerprint(self) -> str:
+        """Hash over the names, sizes and row counts of the part files."""
+        return hashlib.sha256(repr(self.files).encode()).hexdigest()
+
+    def __getitem__(self, index: int) -> RowGroup:
+        """Content of row group `index`, from memory where it was used lately."""
+        return self.decoded(index)
+
+    def _proves_range(self, column: pq.ColumnChunkMetaData) -> bool:
+        statistics = column.statistics if column.is_stats_set else None
+        if statistics is None or not statistics.has_min_max or not statistics.has_null_count or statistics.null_count:
+            return False
+        return 0 <= statistics.min and statistics.max < self.num_items
+
+    def _decode(self, index: int) -> RowGroup:
+        place = self.places[index]
+        items, target = _read_group(place)
+        _refuse_nulls(items, place, "items")
+        _refuse_nulls(target, place, "target")
+        # The values of a sliced list array include what lies outside of the slice.
+        offsets = np.asarray(items.offsets, dtype=np.int64)
+        clicks = items.values.slice(offsets[0], offsets[-1] - offsets[0])
+        _refuse_nulls(clicks, place, "items")
+        # Arrow's memory is read-only, which tensors do not know; the copy also lets go of the decoder's buffers.
+        group = RowGroup(
+            items=Jagged(torch.from_numpy(np.array(clicks)), torch.from_numpy(offsets - offsets[0])),
+            targets_R=torch.from_numpy(np.array(target)),
+        )
+        self._refuse_out_of_range(group.items.values, place, "items")
+        self._refuse_out_of_range(group.targets_R, place, "target")
+        if self.by_click and group.items.values.numel() != self.sizes[index]:
+            raise UserError(f"{place}: column items holds an empty list; {_REMEDY}")
+        return group
+
+    def _refuse_out_of_range(self, values: Tensor, place: RowGroupPlace, column: str) -> None:
+        if not values.numel():
+            return
+        low, high = (int(bound) for bound in values.aminmax())
+        if low < 0 or high >= self.num_items:
+            raise UserError(
+                f"{place}: column {column} holds item index {low if low < 0 else high}, "
+                f"but the catalogue has items 0 to {self.num_items - 1}; {_REMEDY}"
+            )
+
+
+def _read_footer(part: Path) -> pq.FileMetaData:
+    if not part.is_file():
+        raise UserError(f"{part} does not exist; {_REMEDY}")
+    try:
+        return pq.read_metadata(part)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{part} is truncated or no Parquet file ({reason}); {_REMEDY}") from None
+
+
+def _find_columns(metadata: pq.FileMetaData, part: Path) -> tuple[int, int]:
+    """Positions of the leaf columns of `items` and `target`."""
+    schema = metadata.schema.to_arrow_schema()
+    for name in _COLUMNS:
+        if name not in schema.names:
+            raise UserError(f"{part} has no column {name}; {_REMEDY}")
+    items, target = schema.field("items").type, schema.field("target").type
+    is_list = pa.types.is_list(items) or pa.types.is_large_list(items)
+    if not (is_list and pa.types.is_int64(items.value_type)):
+        raise UserError(f"{part}: column items is {items}, not list<int64>; {_REMEDY}")
+    if not pa.types.is_int64(target):
+        raise UserError(f"{part}: column target is {target}, not int64; {_REMEDY}")
+    leaves = {metadata.schema.column(leaf).path.split(".")[0]: leaf for leaf in range(metadata.num_columns)}
+    return leaves["items"], leaves["target"]
+
+
+def _read_group(place: RowGroupPlace) -> tuple[pa.Array, pa.Array]:
+    try:
+        with pq.ParquetFile(place.file) as file:
+            rows = file.metadata.row_group(place.number).num_rows
+            batches = file.iter_batches(
+                batch_size=rows, row_groups=[place.number], columns=list(_COLUMNS), use_threads=False
+            )
+            table = pa.Table.from_batches(list(batches))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{place}: unreadable ({str(error).splitlines()[0]}); {_REMEDY}") from None
+    items, target = (table[name].combine_chunks() for name in _COLUMNS)
+    return items, target
+
+
+def _refuse_nulls(array: pa.Array, place: RowGroupPlace, column: str) -> None:
+    if array.null_count:
+        raise UserError(f"{place}: column {column} holds {array.null_count} nulls; {_REMEDY}")
