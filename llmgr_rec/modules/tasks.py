@@ -1,0 +1,170 @@
+"""Training tasks: modules that turn a batch into (loss, parts), the form that TorchRec's pipelines drive.
+
+Shapes: B sessions, R hard negatives a session, M shown nodes, H = d2 hidden width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.modules.llmgr import LLMGR, Scored
+from llmgr_rec.modules.losses import ranking_loss, structure_loss
+from llmgr_rec.modules.prompts import prompt_nodes
+from llmgr_rec.modules.recommender import Recommended, SessionRecommender
+
+torch.fx.wrap("ranking_loss")
+torch.fx.wrap("structure_loss")
+torch.fx.wrap("prompt_nodes")
+torch.fx.wrap("_corrupt")
+torch.fx.wrap("_groups")
+
+LossAndParts = tuple[Tensor, dict[str, Tensor]]
+
+
+class SbrTask(nn.Module):
+    """Session-recommender pre-training: next-item ranking by the recommender's own score.
+
+    Args:
+        recommender: The session recommender.
+        world_size: Number of ranks, over which gradients are averaged.
+    """
+
+    def __init__(self, recommender: SessionRecommender, world_size: int = 1) -> None:
+        super().__init__()
+        self.recommender = recommender
+        self.world_size = world_size
+
+    def forward(self, batch: SessionBatch) -> LossAndParts:
+        """Loss of a batch with candidates, and its parts without gradient."""
+        seen = self.recommender(batch)
+        loss = _ranking(Scored(seen.queries_BQ, seen.candidates_CQ), batch, self.world_size)
+        return loss, {"loss": loss.detach()}
+
+
+class BehaveTask(nn.Module):
+    """Stage 2, behaviour pattern modelling: the next item from the session's graph and nodes.
+
+    Args:
+        llmgr: The model.
+        world_size: Number of ranks, over which gradients are averaged.
+    """
+
+    def __init__(self, llmgr: LLMGR, world_size: int = 1) -> None:
+        super().__init__()
+        self.llmgr = llmgr
+        self.world_size = world_size
+
+    def forward(self, batch: SessionBatch) -> LossAndParts:
+        """Loss of a batch, and its parts without gradient."""
+        loss = _ranking(self.llmgr.score(batch, "behave"), batch, self.world_size)
+        return loss, {"loss": loss.detach()}
+
+
+class AlignTask(nn.Module):
+    """Stage 1, auxiliary instruction tuning: node-context alignment plus the structure-aware contrast.
+
+    Node-context alignment shows the session's nodes and the text of one of them, and asks for that item. The contrast
+    sets the reading of a session's graph token against the reading of its node list and of others'.
+
+    Args:
+        llmgr: The model.
+        contrastive_weight: Weight of the structure-aware loss; at 0 its prompts are not read.
+        contrastive_temperature: Divisor of its cosine similarities.
+        hard_negatives: Corrupted node lists (one node replaced by another session's) for each session.
+        contrastive_group: Sessions that are negatives of each other, in order of the batch. Groups, and not the whole
+            batch, so that the loss does not depend on how many ranks share a batch (as long as each rank's part is a
+            multiple of the group).
+        world_size: Number of ranks, over which gradients are averaged.
+    """
+
+    def __init__(
+        self,
+        llmgr: LLMGR,
+        contrastive_weight: float,
+        contrastive_temperature: float,
+        hard_negatives: int,
+        contrastive_group: int = 16,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        self.llmgr = llmgr
+        self.contrastive_weight = contrastive_weight
+        self.contrastive_temperature = contrastive_temperature
+        self.hard_negatives = hard_negatives
+        self.contrastive_group = contrastive_group
+        self.world_size = world_size
+
+    def forward(self, batch: SessionBatch) -> LossAndParts:
+        """Loss of a batch, and its parts without gradient."""
+        seen = self.llmgr.look_up(batch)
+        queries_BQ = self.llmgr.queries(seen, self.llmgr.read(seen, batch, "align"))
+        context = _ranking(Scored(queries_BQ, self.llmgr.items(seen, batch)), batch, self.world_size)
+        if self.contrastive_weight == 0:
+            return context, {"loss": context.detach()}
+        structure = self._structure(seen, batch)
+        loss = context + self.contrastive_weight * structure
+        return loss, {"loss": loss.detach(), "context": context.detach(), "structure": structure.detach()}
+
+    def _structure(self, seen: Recommended, batch: SessionBatch) -> Tensor:
+        nodes = prompt_nodes(batch.graph, self.llmgr.node_order, self.llmgr.max_nodes)
+        graphs_BH = self.llmgr.read_nodes(seen, nodes, batch.text_tokens, "structure_graph")
+        nodes_BH = self.llmgr.read_nodes(seen, nodes, batch.text_tokens, "structure_nodes")
+        hard = []
+        for number in range(self.hard_negatives):
+            corrupted = _corrupt(nodes, batch, number, self.contrastive_group)
+            hard.append(self.llmgr.read_nodes(seen, corrupted, batch.text_tokens, "structure_nodes"))
+        return structure_loss(
+            graphs_BH,
+            nodes_BH,
+            batch.weights_B,
+            batch.global_size,
+            self.world_size,
+            self.contrastive_temperature,
+            torch.stack(hard, dim=1) if hard else None,
+            _groups(batch, self.contrastive_group),
+        )
+
+
+def _ranking(scored: Scored, batch: SessionBatch, world_size: int) -> Tensor:
+    return ranking_loss(
+        scored.queries_BQ,
+        scored.items_CQ,
+        batch.target_columns_B,
+        batch.weights_B,
+        batch.global_size,
+        world_size,
+        batch.log_q_C,
+    )
+
+
+def _groups(batch: SessionBatch, size: int) -> Tensor:
+    """Group of each session of the batch: consecutive sessions, `size` in each."""
+    return torch.arange(batch.weights_B.numel(), device=batch.weights_B.device) // size
+
+
+def _corrupt(nodes: Jagged, batch: SessionBatch, number: int, group: int) -> Jagged:
+    """Replaces one shown node of each session by one of another session of its group.
+
+    Place and replacement follow from the session's row number, so neither other rows nor ranks have a part in it. A
+    session alone in its group keeps its list.
+
+    Args:
+        nodes: Shown nodes, one row a session, each row not empty.
+        batch: The sessions.
+        number: Number of the hard negative; each replaces another node or takes another session's.
+        group: Sessions in a group.
+    """
+    batch_size = nodes.num_rows
+    session_B = torch.arange(batch_size, device=nodes.values.device)
+    first_B = session_B // group * group
+    width_B = (batch_size - first_B).clamp(max=group)
+    # Another session of the group: 1 .. width - 1 places on, round the end of the group.
+    shift_B = 1 + number % (width_B - 1).clamp(min=1)
+    other_B = first_B + (session_B - first_B + shift_B) % width_B
+    lengths_B, starts_B = nodes.lengths, nodes.offsets[:-1]
+    noise_B = (batch.rows_B + batch.epoch + number).abs()
+    place_B = starts_B + noise_B % lengths_B
+    source_B = starts_B[other_B] + noise_B % lengths_B[other_B]
+    values = nodes.values.index_copy(0, place_B, nodes.values[source_B])
+    return Jagged(values, nodes.offsets)
