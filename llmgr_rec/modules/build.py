@@ -1,0 +1,106 @@
+"""Models from settings: one place that knows which setting goes into which constructor."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from llmgr_rec.config import Config, TrainableGroup
+from llmgr_rec.data.prompt_files import Task
+from llmgr_rec.modules.heads import LinearHead, TiedHead
+from llmgr_rec.modules.hybrid import HybridEncoding
+from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
+from llmgr_rec.modules.llmgr import LLMGR, text_tables
+from llmgr_rec.modules.prompts import CompiledPrompt
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.session_encoder import build_encoder
+
+
+def build_recommender(
+    config: Config, num_items: int, num_embeddings: Mapping[str, int], tables_device: torch.device | str = "cpu"
+) -> SessionRecommender:
+    """The session recommender with fresh weights that depend on the settings and their seed only.
+
+    Args:
+        config: All settings.
+        num_items: Items of the catalogue.
+        num_embeddings: Size of the vocabulary of each side feature that the catalogue has.
+        tables_device: Where the item tables are made; `meta` leaves the memory to the sharder.
+
+    Raises:
+        UserError: Settings that do not go together.
+    """
+    with _seeded(config.seed):
+        dim = config.tables.dim
+        sizes = {name: num_embeddings[name] for name in config.tables.side_features if name in num_embeddings}
+        return SessionRecommender(
+            ItemTables(num_items, sizes, dim, torch.device(tables_device)),
+            build_encoder(config.encoder, dim),
+            config.encoder.score,
+            config.encoder.temperature,
+        )
+
+
+def build_llmgr(
+    config: Config,
+    num_items: int,
+    num_embeddings: Mapping[str, int],
+    decoder: PreTrainedModel,
+    prompts: Mapping[Task, CompiledPrompt],
+    trainable: Collection[TrainableGroup] = (),
+    tables_device: torch.device | str = "cpu",
+    embedding_norm: float | None = None,
+) -> LLMGR:
+    """The whole model with fresh weights of its own beside the pre-trained decoder.
+
+    Args:
+        config: All settings.
+        num_items: Items of the catalogue.
+        num_embeddings: Size of the vocabulary of each side feature that the catalogue has.
+        decoder: The pre-trained decoder; LoRA layers are put into it.
+        prompts: A compiled prompt for each task that is used.
+        trainable: Parameter groups that train.
+        tables_device: Where item tables and text encodings are made; `meta` leaves the memory to the sharder.
+        embedding_norm: Mean norm of the decoder's token embeddings; None computes it.
+
+    Raises:
+        UserError: Settings that do not go together.
+    """
+    recommender = build_recommender(config, num_items, num_embeddings, tables_device)
+    norm = mean_embedding_norm(decoder) if embedding_norm is None else embedding_norm
+    with _seeded(config.seed):
+        llm = config.llm
+        language_model = LoraLanguageModel(decoder, llm.lora_rank, llm.lora_alpha, llm.lora_dropout, llm.share_prefix)
+        d1, d2 = config.tables.dim, language_model.hidden_size
+        head: TiedHead | LinearHead
+        if config.head.name == "tied":
+            head = TiedHead(d1, d2, config.head.item_text, config.head.residual)
+        else:
+            head = LinearHead(d2, num_items, config.head.residual)
+        return LLMGR(
+            recommender,
+            HybridEncoding(d1, d2, norm),
+            language_model,
+            head,
+            prompts,
+            text_tables(num_items, d2, torch.device(tables_device)) if reads_item_text(config) else None,
+            config.prompt.node_source,
+            config.prompt.node_order,
+            config.prompt.max_nodes,
+            trainable,
+        )
+
+
+def reads_item_text(config: Config) -> bool:
+    """Whether the head compares with text encodings of the items."""
+    return config.head.name == "tied" and config.head.item_text
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Fresh weights are equal on all ranks and do not depend on what was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
