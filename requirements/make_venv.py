@@ -112,8 +112,10 @@ def build(venv, lock, torch_index, python):
         _run(pip + ["--no-deps", "-r", lock] + further, "pip could not install %s; see its message above" % lock)
         stamp = {}
     if stamp.get("project") != wanted["project"]:
+        # "compat" puts this folder on the path as a whole, so that packages added later are found, too.
         pip = [inner, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        _run(pip + ["--no-deps", "--no-build-isolation", "--editable", ROOT], "pip could not install this project")
+        editable = ["--no-build-isolation", "--config-settings", "editable_mode=compat", "--editable", ROOT]
+        _run(pip + ["--no-deps"] + editable, "pip could not install this project")
         _run([inner, "-m", "llmgr_rec.doctor", "--core"], "the environment does not work; the remedy stands above")
         write_stamp(venv, wanted)
 
