@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
     rows = ", ".join(f"{split} {rows:,} rows" for split, rows in manifest.num_sessions.items())
     examples = ", ".join(f"{split} {manifest.num_examples[split]:,}" for split in manifest.prefix_augmentation)
     note = f" (with their prefixes: {examples} examples)" if examples else ""
-    print(f"{settings.output}: {manifest.num_items:,} items, {rows}{note}, split {manifest.split}")
+    clicks = f"{manifest.num_clicks['kept']:,} of {manifest.num_clicks['read']:,} clicks kept"
+    print(f"{settings.output}: {clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}")
 
 
 if __name__ == "__main__":

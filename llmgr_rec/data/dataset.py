@@ -1,7 +1,7 @@
 """A prepared data set on disk: its manifest, checked when it is opened, and the part files of its splits."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Manifest:
         files: Relative path -> rows, bytes and content hash.
         cuts: Last timestamp of the training and of the validation window, in the input's unit (nanoseconds for Arrow
             timestamps); empty but for the temporal split.
+        num_clicks: Clicks read and kept after the filters.
         format_version: Version of this layout.
     """
 
@@ -59,6 +60,7 @@ class Manifest:
     catalogue_hash: str
     files: dict[str, FileEntry]
     cuts: dict[str, int] = field(default_factory=dict)
+    num_clicks: dict[str, int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -134,7 +136,11 @@ def _parse(values: Any, file: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}; {_REMEDY}")
     try:
-        known = {entry.name: values[entry.name] for entry in fields(Manifest)}
+        needed = [entry.name for entry in fields(Manifest) if entry.default is entry.default_factory is MISSING]
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise KeyError(missing[0])
+        known = {entry.name: values[entry.name] for entry in fields(Manifest) if entry.name in values}
         known["files"] = {name: FileEntry(**entry) for name, entry in known["files"].items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{file} lacks a field or has an ill-formed one ({error}); {_REMEDY}") from None

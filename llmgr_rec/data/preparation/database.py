@@ -1,6 +1,5 @@
 """A DuckDB database in a scratch file, with bounded memory: everything beyond it spills to disk."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +29,12 @@ class Database:
     def __init__(self, folder: Path, memory_gb: float, threads: int) -> None:
         config: dict[str, Any] = {
             "memory_limit": f"{max(int(memory_gb * 1024), 1)}MiB",
-            "threads": threads or len(os.sched_getaffinity(0)),
             "temp_directory": str(folder / "spill"),
             "preserve_insertion_order": "false",
+            "autoinstall_known_extensions": "false",
         }
+        if threads:
+            config["threads"] = threads
         self._connection = duckdb.connect(str(folder / "scratch.duckdb"), config=config)
 
     def run(self, statement: str) -> list[tuple[Any, ...]]:
@@ -72,7 +73,7 @@ class Database:
 
 @contextmanager
 def explained(doing: str) -> Iterator[None]:
-    """Turns DuckDB's resource and read errors into a line for the user.
+    """Turns what DuckDB and the file system report into a line for the user; errors in our SQL stay as they are.
 
     Args:
         doing: What was under way, as the start of the line.
@@ -83,9 +84,11 @@ def explained(doing: str) -> Iterator[None]:
         raise UserError(
             f"{doing}: DuckDB ran out of memory ({_first_line(error)}); raise --memory_gb or lower --threads"
         ) from None
-    except (duckdb.IOException, duckdb.InvalidInputException, duckdb.ConversionException) as error:
+    except (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException, duckdb.InternalException):
+        raise
+    except (duckdb.Error, OSError) as error:
         raise UserError(
-            f"{doing}: {_first_line(error)}; check the free disk space, and write or download a damaged file again"
+            f"{doing}: {_first_line(error)}; the file may be damaged (write or download it again) or the disk full"
         ) from None
 
 

@@ -13,12 +13,14 @@ def apply_core(database: Database, min_per_item: int, min_per_user: int) -> int:
         min_per_user: Fewest clicks of a user; 0 or 1 filters nothing.
 
     Returns:
-        Clicks deleted.
+        Clicks that remain.
 
     Raises:
         UserError: Nothing remains.
     """
     before = database.value("SELECT count(*) FROM events")
+    if before == 0:
+        raise UserError("the input holds no click of a known item; check the item ids in both files")
     limits = {column: least for column, least in (("item", min_per_item), ("user", min_per_user)) if least > 1}
     deleted = sum(_delete_rare(database, column, least) for column, least in limits.items())
     # With one limit alone a single pass is stable.
@@ -27,10 +29,10 @@ def apply_core(database: Database, min_per_item: int, min_per_user: int) -> int:
     after = int(database.value("SELECT count(*) FROM events"))
     if after == 0:
         raise UserError(
-            f"the k-core leaves none of {before:,} clicks: no group of users and items has {min_per_user} clicks a user "
-            f"and {min_per_item} an item; lower --min_interactions (0 switches it off)"
+            f"the k-core leaves none of {before:,} clicks: no group of users and items has {min_per_user} clicks a "
+            f"user and {min_per_item} an item; lower --min_interactions (0 switches it off)"
         )
-    return int(before) - after
+    return after
 
 
 def _delete_rare(database: Database, column: str, least: int) -> int:

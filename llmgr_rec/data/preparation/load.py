@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.data.preparation.source import Kind, Source, open_source
+from llmgr_rec.data.preparation.source import Kind, Source, open_source, quote
 from llmgr_rec.data.schema import TEXT_COLUMNS
 from llmgr_rec.errors import UserError
 
@@ -79,7 +79,7 @@ def load_items(database: Database, items: Source) -> None:
     _refuse_bad_values(database, items, ["item_id"])
     id_type = _SQL_TYPES[items.types["item_id"]]
     database.run(
-        f"CREATE TABLE items AS SELECT {items.row_sql()} AS key, CAST(item_id AS {id_type}) AS item_id, {texts} "
+        f"CREATE TABLE items AS SELECT source_row AS key, CAST(item_id AS {id_type}) AS item_id, {texts} "
         f"FROM {items.sql()}"
     )
     twice = database.run(
@@ -95,7 +95,7 @@ def load_items(database: Database, items: Source) -> None:
         )
 
 
-def load_interactions(database: Database, clicks: Source, settings: PrepareSettings) -> None:
+def load_interactions(database: Database, clicks: Source, settings: PrepareSettings) -> int:
     """Fills tables users and events from rows (user_id, item_id, timestamp).
 
     Args:
@@ -103,32 +103,38 @@ def load_interactions(database: Database, clicks: Source, settings: PrepareSetti
         clicks: Source of the interactions.
         settings: Settings of this run.
 
+    Returns:
+        Clicks read.
+
     Raises:
         UserError: A value is null or negative, or an item is unknown.
     """
     _refuse_bad_values(database, clicks, ["user_id", "item_id", "timestamp"])
-    user_type = _SQL_TYPES[clicks.types["user_id"]]
+    user_type, item_type = _SQL_TYPES[clicks.types["user_id"]], _SQL_TYPES[clicks.types["item_id"]]
     label = _label_sql(clicks, settings)
     database.run(
-        f"CREATE TABLE users AS SELECT min({clicks.row_sql()}) AS key, CAST(user_id AS {user_type}) AS name "
+        f"CREATE TABLE users AS SELECT min(source_row) AS key, CAST(user_id AS {user_type}) AS name "
         f"FROM {clicks.sql()} GROUP BY ALL"
     )
-    _load_events(
+    return _load_events(
         database,
         clicks,
         settings,
-        f"SELECT CAST(user_id AS {user_type}) AS name, CAST(item_id AS {_SQL_TYPES[clicks.types['item_id']]}) AS item_id, "
-        f"{_time_sql(clicks)} AS time, {clicks.row_sql()} AS row, row AS place, {label} AS label FROM {clicks.sql()}",
+        f"SELECT CAST(user_id AS {user_type}) AS name, CAST(item_id AS {item_type}) AS item_id, "
+        f"{_time_sql(clicks)} AS time, source_row AS row, source_row AS place, {label} AS label FROM {clicks.sql()}",
     )
 
 
-def load_sessions(database: Database, clicks: Source, settings: PrepareSettings) -> None:
+def load_sessions(database: Database, clicks: Source, settings: PrepareSettings) -> int:
     """Fills tables users and events from rows (session_id, items).
 
     Args:
         database: Scratch database with table items.
         clicks: Source of the sessions.
         settings: Settings of this run.
+
+    Returns:
+        Clicks read.
 
     Raises:
         UserError: A value is null, a session is there twice, or an item is unknown.
@@ -137,8 +143,7 @@ def load_sessions(database: Database, clicks: Source, settings: PrepareSettings)
     _refuse_bad_values(database, clicks, columns)
     name_type = _SQL_TYPES[clicks.types["session_id"]]
     database.run(
-        f"CREATE TABLE users AS SELECT {clicks.row_sql()} AS key, CAST(session_id AS {name_type}) AS name "
-        f"FROM {clicks.sql()}"
+        f"CREATE TABLE users AS SELECT source_row AS key, CAST(session_id AS {name_type}) AS name FROM {clicks.sql()}"
     )
     twice = database.run("SELECT name, max(key) FROM users GROUP BY name HAVING count(*) > 1 ORDER BY 2 LIMIT 1")
     if twice:
@@ -147,18 +152,21 @@ def load_sessions(database: Database, clicks: Source, settings: PrepareSettings)
             "one row and one id"
         )
     item_type = _SQL_TYPES[clicks.types["items"]]
-    _load_events(
+    return _load_events(
         database,
         clicks,
         settings,
         f"SELECT CAST(session_id AS {name_type}) AS name, CAST(unnest(items) AS {item_type}) AS item_id, "
-        f"{_time_sql(clicks)} AS time, generate_subscripts(items, 1) AS row, {clicks.row_sql()} AS place, "
+        f"{_time_sql(clicks)} AS time, generate_subscripts(items, 1) AS row, source_row AS place, "
         f"{_label_sql(clicks, settings)} AS label FROM {clicks.sql()}",
     )
 
 
-def _load_events(database: Database, clicks: Source, settings: PrepareSettings, raw: str) -> None:
-    """Joins clicks with users and catalogue; `raw` yields name, item_id, time, row, place (input row) and label."""
+def _load_events(database: Database, clicks: Source, settings: PrepareSettings, raw: str) -> int:
+    """Joins clicks with users and catalogue; `raw` yields name, item_id, time, row, place (input row) and label.
+
+    Returns the number of clicks read.
+    """
     database.run(
         f"CREATE TABLE missing AS SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
         "ANTI JOIN items USING (item_id) GROUP BY item_id"
@@ -166,8 +174,8 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
     count, first = database.run("SELECT sum(clicks), arg_min(item_id, first) FROM missing")[0]
     if count and settings.missing_items == "error":
         raise UserError(
-            f"{settings.items}: column item_id lacks items that {count:,} clicks name, the first is {first!r}; complete "
-            "the file, or use --missing_items drop (leave those clicks out) or keep (items without text)"
+            f"{settings.items}: column item_id lacks items that {count:,} clicks name, the first is {first!r}; "
+            "complete the file, or use --missing_items drop (leave those clicks out) or keep (items without text)"
         )
     if settings.missing_items == "keep":
         texts = ", ".join(f"NULL AS {column}" for column in TEXT_COLUMNS)
@@ -182,6 +190,8 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
         f"{_phase_sql(clicks, settings)} AS phase FROM ({raw}) r JOIN items i ON i.item_id = r.item_id {join}"
     )
     _refuse_unknown_split(database, clicks, settings)
+    dropped = count if count and settings.missing_items == "drop" else 0
+    return int(database.value("SELECT count(*) FROM events")) + int(dropped)
 
 
 def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -> None:
@@ -191,14 +201,18 @@ def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -
         tests.append((column, f"{column} IS NULL", lambda count: f"is null ({count} in all); fill or delete such rows"))
         if column == "items":
             tests.append(
-                (column, "list_count(items) < len(items)", lambda count: f"holds a null ({count} rows in all)")
+                (
+                    column,
+                    "list_count(items) < len(items)",
+                    lambda count: f"holds a null item ({count} rows in all); delete it from the list",
+                )
             )
             negative = "list_min(items) < 0"
         else:
             negative = f"{column} < 0"
         if source.types[column] == "int64":
             tests.append((column, negative, lambda count: f"is negative ({count} rows in all); give numbers from 0 on"))
-    selected = ", ".join(f"count(*) FILTER ({test}), min({source.row_sql()}) FILTER ({test})" for _, test, _ in tests)
+    selected = ", ".join(f"count(*) FILTER ({test}), min(source_row) FILTER ({test})" for _, test, _ in tests)
     results = database.run(f"SELECT {selected} FROM {source.sql()}")[0]
     for position, (column, _, message) in enumerate(tests):
         count, row = results[2 * position : 2 * position + 2]
@@ -224,7 +238,7 @@ def _refuse_unknown_split(database: Database, clicks: Source, settings: PrepareS
 
 def _label_sql(clicks: Source, settings: PrepareSettings) -> str:
     column = split_column(settings)
-    return f'lower(CAST("{column}" AS VARCHAR))' if column in clicks.types else "NULL"
+    return f"lower(CAST({quote(column)} AS VARCHAR))" if column is not None and column in clicks.types else "NULL"
 
 
 def _phase_sql(clicks: Source, settings: PrepareSettings) -> str:

@@ -38,8 +38,8 @@ def _cut_by_time(database: Database, settings: PrepareSettings) -> dict[str, int
     newest = database.value("SELECT max(time) FROM events")
     if valid_end == newest or (train_end == valid_end and settings.valid_share > 0):
         raise UserError(
-            f"--split temporal cannot cut: too many sessions end at the same timestamp {valid_end}; change "
-            "--valid_share and --test_share, or use another --split"
+            "--split temporal leaves a split empty: there are too few sessions, or too many end at timestamp "
+            f"{valid_end}; change --valid_share and --test_share, or use another --split"
         )
     database.run(
         f"UPDATE events SET phase = CASE WHEN time <= {train_end} THEN 0 WHEN time <= {valid_end} THEN 1 ELSE 2 END "

@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -18,6 +19,9 @@ from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.data.preparation.source import Source
 from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
 from llmgr_rec.errors import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def prepare_dataset(settings: PrepareSettings) -> Manifest:
@@ -34,7 +38,7 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
     """
     check_settings(settings)
     clicks, items = load.open_inputs(settings)
-    output = Path(settings.output).absolute()
+    output = Path(settings.output).resolve()
     draft = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     scratch = Path(settings.temp_folder or output.parent).absolute() / f"{output.name}.scratch-{os.getpid()}"
     try:
@@ -44,11 +48,20 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
             manifest = _fill(draft, database, settings, clicks, items)
         finally:
             database.close()
-        draft.rename(output)
+        _publish(draft, output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)
     return manifest
+
+
+def _publish(draft: Path, output: Path) -> None:
+    try:
+        draft.rename(output)
+    except OSError as error:
+        raise UserError(
+            f"cannot give {draft} its name {output} ({error.strerror}); give an --output that does not exist yet"
+        ) from None
 
 
 def _make_folders(*folders: Path) -> None:
@@ -64,59 +77,60 @@ def _make_folders(*folders: Path) -> None:
 def _fill(draft: Path, database: Database, settings: PrepareSettings, clicks: Source, items: Source) -> Manifest:
     """Runs all steps; one tick of the bar a step."""
     with progress(6, "prepare", "step") as bar:
-
-        def step(name: str) -> None:
-            bar.set_description(f"prepare: {name}")
-
-        step("read items and clicks")
-        with explained(f"reading {settings.items} and {settings.interactions or settings.sessions}"):
+        bar.set_description("prepare: read items and clicks")
+        with explained(f"reading {settings.items}"):
             load.load_items(database, items)
-            (load.load_interactions if settings.interactions else load.load_sessions)(database, clicks, settings)
+        with explained(f"reading {settings.interactions or settings.sessions}"):
+            read = (load.load_interactions if settings.interactions else load.load_sessions)(database, clicks, settings)
         bar.update()
-        step("k-core")
+        bar.set_description("prepare: k-core")
         with explained("preparing"):
-            _filter(database, settings)
+            num_clicks = {"read": read, "kept": _filter(database, settings)}
             bar.update()
-            step("split")
+            bar.set_description("prepare: split")
             cuts = phases.assign_phases(database, settings)
             num_items = filters.number_items(database, settings.keep_unseen_items)
             bar.update()
-            return _write(draft, database, settings, items, num_items, cuts, step, bar.update)
+            manifest = _write_files(draft, database, settings, items, num_items, bar)
+            manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks)
+            (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
 
 
-def _filter(database: Database, settings: PrepareSettings) -> None:
-    per_session = settings.min_session_length
-    filters.apply_core(
-        database, settings.min_interactions, settings.min_interactions if per_session is None else per_session
+def _filter(database: Database, settings: PrepareSettings) -> int:
+    """Applies the k-core; returns the clicks that stay."""
+    least = settings.min_interactions
+    kept = filters.apply_core(
+        database, least, least if settings.min_session_length is None else settings.min_session_length
     )
     filters.drop_silent_users(database)
+    return kept
 
 
-def _write(
+def _write_files(
     draft: Path,
     database: Database,
     settings: PrepareSettings,
     items: Source,
     num_items: int,
-    cuts: dict[str, int],
-    step: Callable[[str], None],
-    done: Callable[[], object],
+    bar: "tqdm[Any]",
 ) -> Manifest:
     digest = catalogue_hash(database)
     writers = {split: PartWriter(draft / split, sessions_schema(digest)) for split in SPLITS}
     builder = RowBuilder(settings, num_items)
     for order, splits in ((SHUFFLED, ("train",)), (AS_GIVEN, ("valid", "test"))):
-        step(f"write {' and '.join(splits)}")
+        bar.set_description(f"prepare: write {' and '.join(splits)}")
         for block in stream_blocks(database, order):
             builder.write(block, {split: writers[split] for split in splits})
         for split in splits:
             writers[split].close()
-        done()
+        bar.update()
     _refuse_empty(writers, settings)
-    step("write items")
+    bar.set_description("prepare: write items")
     item_id_type = pa.string() if items.types["item_id"] == "string" else pa.int64()
     features, has_text = write_items(database, draft / ITEMS_NAME, item_id_type, builder.train_count_V)
-    manifest = Manifest(
+    bar.update()
+    return Manifest(
         num_items=num_items,
         num_sessions={split: writer.num_rows for split, writer in writers.items()},
         num_examples={
@@ -131,11 +145,7 @@ def _write(
         has_text=has_text,
         catalogue_hash=digest,
         files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},
-        cuts=cuts,
     )
-    (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    done()
-    return manifest
 
 
 def _refuse_empty(writers: dict[str, PartWriter], settings: PrepareSettings) -> None:
@@ -146,6 +156,6 @@ def _refuse_empty(writers: dict[str, PartWriter], settings: PrepareSettings) -> 
     for split in needed:
         if writers[split].num_rows == 0:
             raise UserError(
-                f"the {settings.split} split leaves no {split} row: no session has the two {split} clicks or the history "
-                "that it needs; lower --min_interactions, or use another --split or other shares"
+                f"the {settings.split} split leaves no {split} row: no session has a {split} click with a history that "
+                "may serve it; lower --min_interactions, or use another --split or other shares"
             )

@@ -134,7 +134,9 @@ class RowBuilder:
         """Counts each training click that a row holds once."""
         start_R = windows.start_R + windows.continues_R
         clicks, _ = gather_ranges(block.items_L, start_R, windows.stop_R + 1)
-        self.train_count_V += np.bincount(clicks, minlength=len(self.train_count_V))
+        # Not bincount: its work for each block would grow with the catalogue.
+        seen, counts = np.unique(clicks, return_counts=True)
+        self.train_count_V[seen] += counts
 
 
 def _table(block: Block, windows: Windows) -> list[pa.Array]:

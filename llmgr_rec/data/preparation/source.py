@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from llmgr_rec.errors import UserError
 
 Kind = Literal["id", "time", "text", "id_list"]
+_RESERVED = {"file_row_number", "file_index"}
 _NEEDED = {
     "id": "string or int64",
     "time": "int64 or a timestamp",
@@ -25,8 +26,8 @@ class Source:
 
     Args:
         files: The files.
-        types: Column -> common type: string, int64, timestamp or date (of the elements, for a list). Absent optional columns
-            are not in it.
+        types: Column -> common type: string, int64, timestamp or date (of the elements, for a list). Absent optional
+            columns are not in it.
         first_rows: Number of the first row of each file in the whole table.
         row_groups: Rows of each row group of each file.
     """
@@ -53,16 +54,25 @@ class Source:
         return f"{self.files[file]}, row group {group}, row {in_file}"
 
     def sql(self) -> str:
-        """A DuckDB table expression of all files with their columns file_index and file_row_number."""
+        """A DuckDB table expression of the checked columns and of `source_row`, the row number in the whole table."""
         # DuckDB reads every name as a glob pattern, so that its special characters stand in brackets here.
         names = ("".join(f"[{c}]" if c in "*?[" else c for c in str(file)) for file in self.files)
         quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
-        return f"read_parquet([{quoted}], file_row_number=true)"
-
-    def row_sql(self) -> str:
-        """A DuckDB expression of the row number in the whole table."""
         starts = ", ".join(f"{row}::BIGINT" for row in self.first_rows)
-        return f"(file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT))"
+        columns = ", ".join(map(quote, self.types))
+        return (
+            f"(SELECT {columns}, file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT) AS source_row "
+            f"FROM read_parquet([{quoted}], file_row_number=true))"
+        )
+
+
+def quote(name: str) -> str:
+    """A column name as a DuckDB identifier.
+
+    Args:
+        name: Any name.
+    """
+    return '"' + name.replace('"', '""') + '"'
 
 
 def open_source(path: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
@@ -124,6 +134,8 @@ def _column_types(
     file: Path, schema: pa.Schema, required: dict[str, Kind], optional: dict[str, Kind]
 ) -> dict[str, str]:
     types = {}
+    for name in _RESERVED & set(schema.names):
+        raise UserError(f"{file}: column {name} has a name that the reader itself uses; rename it")
     for name, kind in {**required, **optional}.items():
         places = schema.get_all_field_indices(name)
         if len(places) > 1:
@@ -141,7 +153,7 @@ def _column_types(
 
 
 def _common_type(found: pa.DataType, kind: Kind) -> str | None:
-    """string, int64, timestamp or date, whichever stands for this type in this kind of column; None when the type is wrong."""
+    """string, int64, timestamp or date, which stands for this type in this kind of column; None for a wrong type."""
     if kind == "id_list":
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
         return _common_type(found.value_type, "id") if is_list else None
