@@ -100,12 +100,18 @@ class Catalogue:
         Raises:
             UserError: An item has none of them.
         """
+        if not fields:
+            raise UserError(f"prompt.text_fields is empty; name one or more of {', '.join(TEXT_COLUMNS)}")
         if unknown := sorted(set(fields) - set(TEXT_COLUMNS)):
             raise UserError(f"prompt.text_fields names {', '.join(unknown)}; it can hold {', '.join(TEXT_COLUMNS)}")
         table = _read(self.file, fields)
-        columns = [pc.utf8_trim_whitespace(table[name]) for name in fields]
-        filled = [pc.if_else(pc.equal(column, ""), None, column) for column in columns]
-        texts = pc.binary_join_element_wise(*filled, _TEXT_SEPARATOR, null_handling="skip")
+        columns = [pc.utf8_trim_whitespace(table[name]).fill_null("") for name in fields]
+        # Not null_handling="skip": pyarrow 26 then drops the rows in which every column is null.
+        led = [
+            pc.if_else(pc.equal(column, ""), "", pc.binary_join_element_wise(_TEXT_SEPARATOR, column, ""))
+            for column in columns
+        ]
+        texts = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*led, ""), start=len(_TEXT_SEPARATOR))
         missing = pc.equal(texts, "")
         if count := pc.sum(missing).as_py():
             first = self.item_ids[pc.index(missing, True).as_py()].as_py()

@@ -1,0 +1,332 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.row_groups import RowGroup
+from llmgr_rec.errors import UserError
+
+from .files import Session, prefix_examples, random_sessions, write_part, write_parts
+
+NUM_ITEMS = 11
+
+Row = tuple[int, list[int], int]
+Make = Callable[..., "SessionReader[RawSessions]"]
+
+
+def identity(raw: RawSessions) -> RawSessions:
+    return raw
+
+
+@pytest.fixture
+def sessions() -> list[Session]:
+    return random_sessions(61, NUM_ITEMS)
+
+
+@pytest.fixture
+def make(tmp_path: Path, sessions: list[Session]) -> Make:
+    parts = write_parts(tmp_path / "train", sessions, [20, 1, 17])
+
+    def make(**settings: object) -> "SessionReader[RawSessions]":
+        return SessionReader(parts, num_items=NUM_ITEMS, **{"batch_size": 7, "collate": identity, **settings})  # type: ignore[arg-type]
+
+    return make
+
+
+def rows_of(raw: RawSessions) -> list[Row]:
+    """(row number, clicks, target) of every real row."""
+    clicks = torch.split(raw.items_L, raw.offsets_B1.diff().tolist())
+    return [
+        (row, part.tolist(), target)
+        for row, part, target, weight in zip(
+            raw.rows_B.tolist(), clicks, raw.targets_B.tolist(), raw.weights_B.tolist(), strict=True
+        )
+        if weight
+    ]
+
+
+def numbered(examples: list[Session]) -> list[Row]:
+    return [(number, items, target) for number, (items, target) in enumerate(examples)]
+
+
+def global_batches(
+    make: Make, world_size: int, epoch: int = 0, start_step: int = 0, **settings: object
+) -> list[list[Row]]:
+    """Global batches as the ranks put them together."""
+    ranks = [make(rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
+    streams = [list(reader.batches(epoch, start_step)) for reader in ranks]
+    assert len({len(stream) for stream in streams}) == 1
+    return [[row for raw in raws for row in rows_of(raw)] for raws in zip(*streams, strict=True)]
+
+
+def test_without_shuffle_rows_come_in_file_order(make: Make, sessions: list[Session]) -> None:
+    batches = global_batches(make, 1)
+
+    assert [row for batch in batches for row in batch] == numbered(sessions)
+    assert [len(batch) for batch in batches] == [7] * 8 + [5]
+
+
+def test_prefix_augmentation_equals_naive_expansion(make: Make, sessions: list[Session]) -> None:
+    examples = prefix_examples(sessions)
+    reader = make(augment_prefixes=True)
+
+    assert reader.num_examples == len(examples)
+    assert reader.steps_per_epoch == -(-len(examples) // 7)
+    assert [row for raw in reader.batches(0) for row in rows_of(raw)] == numbered(examples)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 16, 1000])
+@pytest.mark.parametrize("augment_prefixes", [False, True])
+def test_every_example_is_read_once_over_all_ranks(
+    make: Make, sessions: list[Session], world_size: int, batch_size: int, augment_prefixes: bool
+) -> None:
+    settings = {"batch_size": batch_size, "shuffle": True, "augment_prefixes": augment_prefixes}
+    examples = prefix_examples(sessions) if augment_prefixes else sessions
+
+    batches = global_batches(make, world_size, epoch=3, **settings)
+
+    assert sorted(row for batch in batches for row in batch) == numbered(examples)
+    assert batches == global_batches(make, 1, epoch=3, **settings)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.integers(1, 40),
+    row_group_size=st.integers(1, 12),
+    batch_size=st.integers(1, 50),
+    world_size=st.integers(1, 6),
+    augment=st.booleans(),
+    epoch=st.integers(0, 2),
+)
+def test_any_layout_gives_every_example_once(
+    tmp_path: Path, count: int, row_group_size: int, batch_size: int, world_size: int, augment: bool, epoch: int
+) -> None:
+    sessions = random_sessions(count, NUM_ITEMS, seed=count)
+    part = write_part(tmp_path / "part-00000.parquet", sessions, row_group_size)
+
+    def make(**options: object) -> "SessionReader[RawSessions]":
+        return SessionReader([part], num_items=NUM_ITEMS, collate=identity, **options)  # type: ignore[arg-type]
+
+    batches = global_batches(
+        make, world_size, epoch, batch_size=batch_size, augment_prefixes=augment, shuffle=True, seed=1
+    )
+    expected = prefix_examples(sessions) if augment else sessions
+    assert sorted(row for batch in batches for row in batch) == numbered(expected)
+
+
+def test_epochs_and_seeds_have_their_own_order(make: Make) -> None:
+    def order(epoch: int, seed: int) -> list[int]:
+        return [row for raw in make(shuffle=True, seed=seed).batches(epoch) for row, _, _ in rows_of(raw)]
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(1, 1)
+    assert order(0, 1) != order(0, 2)
+    assert order(0, -1) != order(0, 1)
+
+
+def test_a_rank_without_rows_gets_a_filler_of_weight_zero(make: Make) -> None:
+    last = [list(make(batch_size=60, rank=rank, world_size=3).batches(0))[-1] for rank in range(3)]
+
+    assert [raw.weights_B.tolist() for raw in last] == [[0.0], [0.0], [1.0]]
+    assert [raw.rows_B.tolist() for raw in last] == [[-1], [-1], [60]]
+    assert [raw.global_size for raw in last] == [1, 1, 1]
+    assert last[0].offsets_B1.tolist() == [0, 1]
+
+
+def test_batches_know_their_place(make: Make) -> None:
+    raws = list(make(rank=1, world_size=2).batches(4, start_step=5))
+
+    assert [(raw.epoch, raw.step, raw.global_size) for raw in raws] == [(4, 5, 7), (4, 6, 7), (4, 7, 7), (4, 8, 5)]
+
+
+def test_resume_continues_to_the_row_at_any_world_size(make: Make) -> None:
+    settings = {"shuffle": True, "augment_prefixes": True}
+    before = make(rank=1, world_size=2, **settings)
+    stream = before.batches(2)
+    for _ in range(11):
+        next(stream)
+    state = json.loads(json.dumps(before.state_dict()))
+
+    for world_size in (1, 2, 3):
+        after = make(world_size=world_size, **settings)
+        after.load_state_dict(state)
+        assert (after.epoch, after.step) == (2, 11)
+        rest = global_batches(make, world_size, after.epoch, after.step, **settings)
+        assert rest == global_batches(make, 1, 2, **settings)[11:]
+
+
+def test_position_counts_the_batches_handed_out(make: Make) -> None:
+    reader = make(workers=1)
+    assert (reader.state_dict()["epoch"], reader.state_dict()["step"]) == (0, 0)
+
+    stream = reader.batches(1, start_step=2)
+    next(stream)
+    next(stream)
+
+    assert (reader.state_dict()["epoch"], reader.state_dict()["step"]) == (1, 4)
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_workers_do_not_change_the_batches(make: Make) -> None:
+    settings = {"shuffle": True, "augment_prefixes": True, "batch_size": 16}
+
+    alone, helped = ([rows_of(raw) for raw in make(workers=workers, **settings).batches(1)] for workers in (0, 2))
+
+    assert alone == helped
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 8}, "batch_size was 7, is 8"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"shuffle": True}, "shuffle was False, is True"),
+        ({"augment_prefixes": True}, "augment_prefixes was False, is True"),
+    ],
+)
+def test_resume_with_another_order_is_refused(make: Make, change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**change).load_state_dict(make().state_dict())
+
+
+def test_resume_with_other_files_is_refused(make: Make, tmp_path: Path) -> None:
+    state = make().state_dict()
+    write_part(tmp_path / "train" / "part-00001.parquet", [([1, 2], 3)])
+
+    with pytest.raises(UserError, match="the training files have changed"):
+        make().load_state_dict(state)
+
+
+def test_the_folder_may_move(make: Make, tmp_path: Path, sessions: list[Session]) -> None:
+    state = make().state_dict()
+    parts = write_parts(tmp_path / "moved", sessions, [20, 1, 17])
+
+    SessionReader(parts, num_items=NUM_ITEMS, batch_size=7, collate=identity).load_state_dict(state)
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_memory_does_not_grow_with_the_data(tmp_path: Path, count: int) -> None:
+    part = write_part(tmp_path / "part-00000.parquet", random_sessions(count, NUM_ITEMS), row_group_size=10)
+    reader = SessionReader([part], num_items=NUM_ITEMS, batch_size=25, collate=identity, shuffle=True)
+
+    for raw in reader.batches(0):
+        assert raw.items_L.untyped_storage().nbytes() == raw.items_L.nbytes
+        assert len(reader.groups.decoded) <= 2
+    assert sum(len(group) for group in (reader.groups.decoded, reader._group_orders)) <= 4
+
+
+def test_each_row_group_is_decoded_once_an_epoch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = make(shuffle=True, augment_prefixes=True, batch_size=5)
+    decoded: list[int] = []
+    decode = reader.groups.decoded._make
+
+    def counted(index: int) -> RowGroup:
+        decoded.append(index)
+        return decode(index)
+
+    monkeypatch.setattr(reader.groups.decoded, "_make", counted)
+
+    list(reader.batches(0))
+
+    assert sorted(decoded) == list(range(len(reader.groups)))
+
+
+def open_reader(part: Path, **settings: object) -> "SessionReader[RawSessions]":
+    return SessionReader([part], num_items=NUM_ITEMS, batch_size=4, collate=identity, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (([3, NUM_ITEMS], 1), f"row group 1: column items holds item index {NUM_ITEMS}, .* items 0 to 10; make"),
+        (([-2], 1), "row group 1: column items holds item index -2"),
+        (([1], 99), "row group 1: column target holds item index 99"),
+        (([1], -1), "row group 1: column target holds item index -1"),
+    ],
+)
+def test_an_index_out_of_range_is_named_at_once(tmp_path: Path, bad: Session, message: str, statistics: bool) -> None:
+    sessions = [([1, 2], 3)] * 10 + [bad]
+    part = write_part(tmp_path / "part-00000.parquet", sessions, write_statistics=statistics)
+
+    with pytest.raises(UserError, match=message) as error:
+        open_reader(part)
+    assert str(part) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"items": [[1], None]}, "row group 0: column items holds 1 nulls"),
+        ({"items": [[1], [None, 2]]}, "row group 0: column items holds 1 nulls"),
+        ({"target": [None, 1]}, "row group 0: column target holds 1 nulls"),
+        ({"target": ["a", "b"]}, "column target is string, not int64"),
+        ({"items": [["a"], ["b"]]}, "column items is list<.*string>, not list<int64>"),
+        ({"items": [1, 2]}, "column items is int64, not list<int64>"),
+        ({"items": None}, "has no column items"),
+        ({"target": None}, "has no column target"),
+    ],
+)
+def test_a_broken_column_is_named(tmp_path: Path, columns: dict[str, list[object] | None], message: str) -> None:
+    part = tmp_path / "part-00000.parquet"
+    content = {"items": [[1], [2, 3]], "target": [4, 5], **columns}
+    pq.write_table(pa.table({name: values for name, values in content.items() if values is not None}), part)
+
+    with pytest.raises(UserError, match=message) as error:
+        open_reader(part)
+    assert str(part) in str(error.value)
+
+
+def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
+    part = write_part(tmp_path / "part-00000.parquet", random_sessions(20, NUM_ITEMS))
+    part.write_bytes(part.read_bytes()[:-30])
+
+    with pytest.raises(UserError, match=r"part-00000\.parquet is truncated or no Parquet file"):
+        open_reader(part)
+    part.unlink()
+    with pytest.raises(UserError, match=r"part-00000\.parquet does not exist"):
+        open_reader(part)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_pages_are_named_when_read(tmp_path: Path, workers: int) -> None:
+    part = write_part(tmp_path / "part-00000.parquet", random_sessions(64, NUM_ITEMS), row_group_size=64)
+    reader = open_reader(part, workers=workers)
+    content = bytearray(part.read_bytes())
+    content[4:600] = b"\xff" * 596
+    part.write_bytes(bytes(content))
+
+    with pytest.raises(UserError, match=r"part-00000\.parquet, row group 0: unreadable") as error:
+        list(reader.batches(0))
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_list_is_refused_where_prefixes_are_counted(tmp_path: Path) -> None:
+    part = write_part(tmp_path / "part-00000.parquet", [([1, 2], 3), ([], 4)])
+
+    with pytest.raises(UserError, match="row group 0: column items holds an empty list"):
+        open_reader(part, augment_prefixes=True)
+    assert [rows_of(raw) for raw in open_reader(part).batches(0)] == [[(0, [1, 2], 3), (1, [], 4)]]
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    part = write_part(tmp_path / "valid" / "part-00000.parquet", [])
+
+    with pytest.raises(UserError, match=r"no sessions in .*valid"):
+        open_reader(part)
+    with pytest.raises(UserError, match="no sessions"):
+        SessionReader([], num_items=1, batch_size=1, collate=identity)
+
+
+def test_batch_size_must_be_positive(make: Make) -> None:
+    with pytest.raises(UserError, match="batch_size is 0"):
+        make(batch_size=0)
