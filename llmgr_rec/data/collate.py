@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.graph import SessionGraph, build_graphs
+from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.jagged import Jagged
 
 ITEM_ID = "item_id"
@@ -82,7 +82,7 @@ class Collator:
         targets_B = text_items_B if self.text == "random_node" else raw.targets_B
         candidates_C, log_q_C = self._candidates(raw, targets_B)
         return SessionBatch(
-            features=self._features(graph, candidates_C),
+            features=self.item_features(torch.cat([graph.node_items_N, candidates_C])),
             graph=graph,
             targets_B=targets_B,
             target_columns_B=self._columns(targets_B, candidates_C),
@@ -110,14 +110,14 @@ class Collator:
             return targets_B
         return torch.where(targets_B >= 0, torch.searchsorted(candidates_C, targets_B), -1)
 
-    def _features(self, graph: SessionGraph, candidates_C: Tensor) -> KeyedJaggedTensor:
-        rows = torch.cat([graph.node_items_N, candidates_C])
-        bags = {name: feature.select(rows) for name, feature in self.side_features.items()}
+    def item_features(self, items_X: Tensor) -> KeyedJaggedTensor:
+        """The bags of a list of items, [X] of them, under `item_id` and each side feature."""
+        bags = {name: feature.select(items_X) for name, feature in self.side_features.items()}
         return KeyedJaggedTensor(
             keys=[ITEM_ID, *bags],
-            values=torch.cat([rows, *(bag.values for bag in bags.values())]),
-            lengths=torch.cat([torch.ones_like(rows), *(bag.lengths for bag in bags.values())]),
-            stride=rows.numel(),
+            values=torch.cat([items_X, *(bag.values for bag in bags.values())]),
+            lengths=torch.cat([torch.ones_like(items_X), *(bag.lengths for bag in bags.values())]),
+            stride=items_X.numel(),
         )
 
     def _text_items(self, raw: RawSessions) -> Tensor:
