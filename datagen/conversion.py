@@ -1,0 +1,243 @@
+"""Turns raw rows of any dump into the two contract files, out of core: what all converters share.
+
+DuckDB reads, checks and sorts; it holds at most `_MEMORY` and spills the rest beside the output.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from datagen.output import ITEM_COLUMNS, ROW_GROUP_ROWS, interactions_schema, items_schema, output_folder
+from datagen.sources import clean_text, identifier
+from llmgr_rec.cli import progress
+from llmgr_rec.errors import UserError
+
+_MEMORY = "2GiB"
+_ITEM_BATCH = 1 << 14
+
+_log = logging.getLogger(__name__)
+
+Item = dict[str, str | None]
+
+
+class Conversion:
+    """One conversion under way; use `conversion(output)`.
+
+    Args:
+        folder: The unfinished output folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": _MEMORY,
+            "temp_directory": str(scratch / "spill"),
+            # No look at the network for extensions: what is used here is part of the wheel.
+            "autoinstall_known_extensions": False,
+        }
+        self._database = duckdb.connect(str(scratch / "scratch.duckdb"), config=config)
+        # Dates without a zone are taken as UTC, whatever the machine's zone.
+        self._run("SET TimeZone = 'UTC'")
+        columns = ", ".join(f"{name} VARCHAR" for name in ITEM_COLUMNS)
+        self._run(f"CREATE TABLE items (place BIGINT, {columns})")
+
+    def close(self) -> None:
+        """Closes the scratch database."""
+        self._database.close()
+
+    def sql_rows(self, source: Path, query: str) -> Iterator[dict[str, Any]]:
+        """Rows of a query one by one, as dictionaries.
+
+        Args:
+            source: The file that is read, for messages.
+            query: SQL.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        with _explained(source), self._database.cursor() as cursor:
+            for batch in cursor.sql(query).to_arrow_reader(_ITEM_BATCH):
+                yield from batch.to_pylist()
+
+    def read_interactions(
+        self,
+        source: Path,
+        table: str,
+        user: str,
+        item: str,
+        time: str,
+        rating: str | None = None,
+        min_rating: float | None = None,
+        dates: bool = False,
+    ) -> None:
+        """Reads the interactions of a dump.
+
+        Args:
+            source: The file, for messages.
+            table: DuckDB table expression with string columns.
+            user: Name of the user column.
+            item: Name of the item column.
+            time: Name of the time column: whole numbers of any unit.
+            rating: Name of the rating column; needed with `min_rating`.
+            min_rating: Leave out rows rated lower.
+            dates: Whether times may be ISO dates and times instead; they become milliseconds since 1970 (UTC).
+
+        Raises:
+            UserError: A row lacks a value or holds one that is no number; nothing is left over.
+        """
+        _log.info("reading %s", source)
+        names = {"user_id": user, "item_id": item, "time": time}
+        if min_rating is not None and rating is not None:
+            names["rating"] = rating
+        selected = ", ".join(f"{identifier(column)} AS {name}" for name, column in names.items())
+        self._run(f"CREATE TABLE raw AS SELECT row_number() OVER () AS place, {selected} FROM {table}", source)
+        for name in ("user_id", "item_id"):
+            self._refuse(f"trim({name}) = '' OR {name} IS NULL", source, names[name], "is missing or empty")
+        number = "CAST(round(TRY_CAST(time AS DOUBLE)) AS BIGINT)"
+        # A decimal number is read through a double only where it is none of the exact ones.
+        kept_time = f"coalesce(TRY_CAST(time AS BIGINT), {number})"
+        if dates and self._value("SELECT count(TRY_CAST(time AS DOUBLE)) = 0 FROM raw"):
+            kept_time = "epoch_ms(TRY_CAST(time AS TIMESTAMPTZ))"
+            self._refuse("TRY_CAST(time AS TIMESTAMPTZ) IS NULL", source, time, "is no date like 2024-01-31T12:00:00Z")
+        else:
+            self._refuse("TRY_CAST(time AS DOUBLE) IS NULL", source, time, "is no number")
+        kept = "true"
+        if "rating" in names:
+            self._refuse("TRY_CAST(rating AS DOUBLE) IS NULL", source, names["rating"], "is no number")
+            kept = f"CAST(rating AS DOUBLE) >= {min_rating!r}"
+        self._run(
+            f"CREATE TABLE interactions AS SELECT place, trim(user_id) AS user_id, trim(item_id) AS item_id, "
+            f"{kept_time} AS timestamp FROM raw WHERE {kept}"
+        )
+        if not self._value("SELECT count(*) FROM interactions"):
+            raw = self._value("SELECT count(*) FROM raw")
+            why = f"none of its {raw:,} rows reaches --min_rating {min_rating}" if raw else "it has no rows"
+            raise UserError(f"{source}: nothing to convert: {why}; check the file and the options")
+        self._run("DROP TABLE raw")
+
+    def read_items(self, source: Path, items: Iterable[Item]) -> None:
+        """Reads the catalogue; of an item that comes twice the first row stays.
+
+        Args:
+            source: The file, for messages.
+            items: Items with `item_id` and any of the text columns, texts as they come.
+
+        Raises:
+            UserError: An item has no id.
+        """
+        _log.info("reading %s", source)
+        schema = pa.schema([("place", pa.int64()), *items_schema()])
+        place = 0
+        rows = iter(items)
+        with progress(None, "items", "item") as bar:
+            while batch := list(islice(rows, _ITEM_BATCH)):
+                columns: dict[str, list[Any]] = {"place": list(range(place, place + len(batch)))}
+                columns["item_id"] = [str(item.get("item_id") or "").strip() for item in batch]
+                if "" in columns["item_id"]:
+                    row = place + columns["item_id"].index("") + 1
+                    raise UserError(f"{source}: row {row}: the item id is missing; delete or complete the row")
+                for name in ITEM_COLUMNS[1:]:
+                    columns[name] = [clean_text(item.get(name)) for item in batch]
+                self._database.register("batch", pa.table(columns, schema=schema))
+                self._run("INSERT INTO items SELECT * FROM batch")
+                place += len(batch)
+                bar.update(len(batch))
+
+    def write(self) -> None:
+        """Writes both files: interactions grouped by user, oldest first, ties in the order of the dump."""
+        missing = self._value("SELECT count(DISTINCT item_id) FROM interactions ANTI JOIN items USING (item_id)")
+        columns = ", ".join(ITEM_COLUMNS)
+        nulls = ", ".join(f"NULL AS {name}" for name in ITEM_COLUMNS[1:])
+        self._write(
+            "items.parquet",
+            items_schema(),
+            f"SELECT {columns} FROM (SELECT 0 AS later, place, {columns} FROM items "
+            "QUALIFY row_number() OVER (PARTITION BY item_id ORDER BY place) = 1 UNION ALL "
+            f"SELECT 1, min(place), item_id, {nulls} FROM interactions ANTI JOIN items USING (item_id) "
+            "GROUP BY item_id) ORDER BY later, place",
+        )
+        # Shorter ids first, so that numbers stand in their natural order.
+        self._write(
+            "interactions.parquet",
+            interactions_schema(),
+            "SELECT user_id, item_id, timestamp FROM interactions ORDER BY length(user_id), user_id, timestamp, place",
+        )
+        users = self._value("SELECT count(DISTINCT user_id) FROM interactions")
+        rows = pq.read_metadata(self._folder / "interactions.parquet").num_rows
+        items = pq.read_metadata(self._folder / "items.parquet").num_rows
+        note = f" ({missing:,} of them named by interactions only, without text)" if missing else ""
+        _log.info("%s interactions, %s users, %s items%s", f"{rows:,}", f"{users:,}", f"{items:,}", note)
+
+    def _write(self, name: str, schema: pa.Schema, query: str) -> None:
+        with (
+            _explained(self._folder / name),
+            self._database.cursor() as cursor,
+            pq.ParquetWriter(self._folder / name, schema) as writer,
+            progress(None, name, "row") as bar,
+        ):
+            for batch in cursor.sql(query).to_arrow_reader(ROW_GROUP_ROWS):
+                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+                bar.update(batch.num_rows)
+
+    def _run(self, statement: str, source: Path | None = None) -> None:
+        with _explained(source or self._folder):
+            self._database.execute(statement)
+
+    def _value(self, query: str) -> Any:
+        with _explained(self._folder):
+            return self._database.execute(query).fetchall()[0][0]
+
+    def _refuse(self, test: str, source: Path, column: str, what: str) -> None:
+        count = self._value(f"SELECT count(*) FROM raw WHERE {test}")
+        if count:
+            place = self._value(f"SELECT min(place) FROM raw WHERE {test}")
+            raise UserError(
+                f"{source}: row {place:,}: {column} {what} ({count:,} rows in all); correct or delete such rows, or "
+                "check that the file is of the kind you named"
+            )
+
+
+@contextmanager
+def conversion(output: str | Path) -> Iterator[Conversion]:
+    """Yields a `Conversion` whose folder appears under `output` when the block ends well.
+
+    Args:
+        output: The folder to make.
+
+    Raises:
+        UserError: `output` stands there already and is not empty.
+    """
+    with output_folder(output) as folder:
+        work = Conversion(folder)
+        try:
+            yield work
+            work.write()
+        finally:
+            work.close()
+            shutil.rmtree(folder / "scratch", ignore_errors=True)
+
+
+@contextmanager
+def _explained(source: Path) -> Iterator[None]:
+    """Turns DuckDB's many-line errors into one line that names the file."""
+    try:
+        yield
+    except duckdb.Error as error:
+        text = " ".join(str(error).split())
+        where = re.search(r"CSV Error on Line: (\d+)", text)
+        why = re.search(
+            r"Expected Number of Columns: \d+ Found: \d+|Value with unterminated quote found|not utf-8 encoded", text
+        )
+        what = f"line {where.group(1)}: {why.group(0)}" if where and why else text[:300].rstrip(". ")
+        raise UserError(f"{source}: {what}; correct the file, or check its format and the free disk space") from None

@@ -1,0 +1,141 @@
+"""Reading dumps as they come: plain or gzipped text, delimited or one JSON object a line, with HTML in the texts."""
+
+import csv
+import difflib
+import gzip
+import html
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llmgr_rec.errors import UserError
+
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+
+
+def require_file(path: str | Path, option: str) -> Path:
+    """The path of an existing file.
+
+    Args:
+        path: As the user gave it.
+        option: The option it was given with, for the message.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{option} {file} is not a file; check the path")
+    return file
+
+
+def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
+    """Lines of a text file that are not blank, with their numbers from 1; a name ending in .gz is decompressed.
+
+    Args:
+        path: The file.
+        encoding: Its encoding.
+
+    Raises:
+        UserError: The file is cut off, not gzip though named so, or of another encoding.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.decode(encoding).rstrip("\r\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: damaged gzip data after line {number} ({error}); download the file again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: line {number} is not {encoding} text; convert the file first (iconv)") from None
+
+
+def clean_text(text: object) -> str | None:
+    """One line of plain text: HTML entities decoded, tags dropped, blanks collapsed; None where nothing is left.
+
+    Args:
+        text: A string; None and anything else become None.
+    """
+    if not isinstance(text, str):
+        return None
+    plain = _TAG.sub(" ", html.unescape(text)) if "&" in text or "<" in text else text
+    return " ".join(plain.split()) or None
+
+
+def quote(text: str | Path) -> str:
+    """A SQL string literal."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def identifier(name: str) -> str:
+    """A SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header: bool, quotes: bool) -> str:
+    """A DuckDB table expression of a delimited file, all columns strings, empty fields null.
+
+    Args:
+        path: The file.
+        columns: Names of all its columns, in order.
+        delimiter: What stands between fields, up to four bytes.
+        header: Whether the first line is a header.
+        quotes: Whether fields may stand in double quotes.
+    """
+    types = ", ".join(f"{quote(name)}: 'VARCHAR'" for name in columns)
+    mark = "'\"'" if quotes else "''"
+    return (
+        f"read_csv({quote(path)}, delim={quote(delimiter)}, header={str(header).lower()}, quote={mark}, escape={mark}, "
+        f"auto_detect=false, columns={{{types}}})"
+    )
+
+
+def json_sql(path: Path, fields: Sequence[str]) -> str:
+    """A DuckDB table expression of some fields of a file with one JSON object a line, all as strings.
+
+    Args:
+        path: The file.
+        fields: Names of the fields.
+    """
+    types = ", ".join(f"{identifier(name)}: 'VARCHAR'" for name in fields)
+    return f"read_json({quote(path)}, format='newline_delimited', columns={{{types}}})"
+
+
+def read_header(path: Path, delimiter: str) -> list[str]:
+    """Column names of a delimited file.
+
+    Args:
+        path: The file.
+        delimiter: One character.
+
+    Raises:
+        UserError: The file is empty, or a name stands there twice.
+    """
+    first = next(read_lines(path, "utf-8-sig"), None)
+    if first is None:
+        raise UserError(f"{path} is empty; give a file whose first line names the columns")
+    names = [name.strip() for name in next(csv.reader([first[1]], delimiter=delimiter))]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: column {name!r} stands twice in the first line; rename one")
+    return names
+
+
+def require_columns(path: Path, present: Sequence[str], wanted: dict[str, str]) -> None:
+    """Checks that the columns a user named are there.
+
+    Args:
+        path: The file, for the message.
+        present: Its columns.
+        wanted: Option to column name.
+
+    Raises:
+        UserError: One is not there; the message names the nearest one.
+    """
+    for option, name in wanted.items():
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(present)}; is --delimiter right?"
+            raise UserError(f"{path} has no column {name!r} ({option}); {hint}")
