@@ -23,6 +23,7 @@ from llmgr_rec.errors import UserError
 
 _MEMORY = "2GiB"
 _ITEM_BATCH = 1 << 14
+_NO_NUMBER = "NOT coalesce(isfinite(TRY_CAST({} AS DOUBLE)), false)"
 
 _log = logging.getLogger(__name__)
 
@@ -111,14 +112,15 @@ class Conversion:
             kept_time = "epoch_ms(TRY_CAST(time AS TIMESTAMPTZ))"
             self._refuse("TRY_CAST(time AS TIMESTAMPTZ) IS NULL", source, time, "is no date like 2024-01-31T12:00:00Z")
         else:
-            self._refuse("TRY_CAST(time AS DOUBLE) IS NULL", source, time, "is no number")
+            self._refuse(_NO_NUMBER.format("time"), source, time, "is no number")
         kept = "true"
         if "rating" in names:
-            self._refuse("TRY_CAST(rating AS DOUBLE) IS NULL", source, names["rating"], "is no number")
+            self._refuse(_NO_NUMBER.format("rating"), source, names["rating"], "is no number")
             kept = f"CAST(rating AS DOUBLE) >= {min_rating!r}"
         self._run(
             f"CREATE TABLE interactions AS SELECT place, trim(user_id) AS user_id, trim(item_id) AS item_id, "
-            f"{kept_time} AS timestamp FROM raw WHERE {kept}"
+            f"{kept_time} AS timestamp FROM raw WHERE {kept}",
+            source,
         )
         if not self._value("SELECT count(*) FROM interactions"):
             raw = self._value("SELECT count(*) FROM raw")
