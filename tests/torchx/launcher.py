@@ -1,0 +1,33 @@
+"""Calls the real torchx program, the way a user types it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+REQUEST_HEADING = "=== SCHEDULER REQUEST ==="
+
+
+def torchx(
+    words: Sequence[str], cwd: Path = ROOT, timeout_s: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `torchx WORDS` with this interpreter's programs first on the PATH."""
+    programs = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(
+        [str(programs / "torchx"), *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+def rendered_job(words: Sequence[str], **env: str) -> dict[str, Any]:
+    """The one document that `torchx run --dryrun -s kubernetes ...` prints."""
+    done = torchx(words, **env)
+    assert done.returncode == 0, done.stderr
+    documents = list(yaml.safe_load_all(done.stdout.split(REQUEST_HEADING, 1)[1]))
+    assert len(documents) == 1
+    return documents[0]

@@ -1,0 +1,83 @@
+"""The components themselves: TorchX's own checks, what they render, and that they hide nobody else's."""
+
+import importlib.metadata
+import inspect
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torchx.specs as specs
+from torchx.components.component_test_base import ComponentTestCase
+from torchx.runner import get_runner
+from torchx.schedulers.kubernetes_scheduler import app_to_resource, sanitize_for_serialization
+from torchx.specs import file_linter, finder
+
+from tests.torchx.volcano import JOB
+from torchx_components import rec
+
+NAMES = ["prepare", "train", "evaluate", "score", "pipeline"]
+FILE = str(Path(rec.__file__).resolve())
+
+
+class ComponentsTest(ComponentTestCase):
+    """TorchX's own test case: every component parses and offers --help."""
+
+    def test_every_component(self) -> None:
+        for name in NAMES:
+            with self.subTest(name):
+                self.validate(rec, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_linter_of_torchx_finds_nothing(name: str) -> None:
+    assert file_linter.validate(FILE, name) == []
+
+
+def test_only_components_are_annotated_as_such() -> None:
+    annotated = [
+        name
+        for name, function in inspect.getmembers(rec, inspect.isfunction)
+        if function.__annotations__.get("return") is specs.AppDef
+    ]
+    assert sorted(annotated) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_component_fits_a_cluster(name: str) -> None:
+    app = getattr(rec, name)("--output", "/data/out", mounts=["type=volume", "src=claim", "dst=/data"])
+    job = sanitize_for_serialization(app_to_resource(app, queue="default", service_account=None))
+    jsonschema.validate(job, JOB)
+    assert "/data/out" in " ".join(app.roles[0].args)
+
+
+def test_training_restarts_and_keeps_what_the_user_sets() -> None:
+    app = rec.train(nnodes=2, nproc=4, env={"PET_MAX_RESTARTS": "0", "A": "1"})
+    (role,) = app.roles
+    assert role.num_replicas == 2
+    assert role.max_retries == 3
+    assert role.env["PET_MAX_RESTARTS"] == "0"
+    assert role.env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert role.env["A"] == "1"
+    assert "--nnodes 2 --nproc_per_node 4" in role.args[1]
+    assert rec.RESTART_ENV["PET_MAX_RESTARTS"] == "2"
+
+
+def test_the_pipeline_runs_its_own_module() -> None:
+    assert rec.pipeline("--output", "x").roles[0].args == ["-m", "torchx_components.pipeline", "--output", "x"]
+
+
+def test_the_runner_renders_by_file() -> None:
+    with get_runner() as runner:
+        info = runner.dryrun_component(
+            f"{FILE}:train", ["--nproc", "2", "--", "--seed", "1"], "kubernetes", {"queue": "q"}
+        )
+    assert info.request.resource["spec"]["queue"] == "q"
+
+
+def test_registered_components_hide_no_builtin() -> None:
+    try:
+        importlib.metadata.distribution("llmgr-rec")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the project is not installed in this environment (make venv installs it)")
+    found = set(finder.get_components())
+    assert {"dist.ddp", "utils.echo", *(f"llmgr.{name}" for name in NAMES)} <= found

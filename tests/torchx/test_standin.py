@@ -1,0 +1,54 @@
+"""Submit, status, log, list and cancel through TorchX's command line, against a loopback stand-in for a cluster."""
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+from kubernetes.config import kube_config
+from torchx.cli.main import main as torchx_main
+
+from tests.torchx.launcher import ROOT, torchx
+from tests.torchx.standin import serving, write_kubeconfig
+from tests.torchx.volcano import JOB
+
+SUBMIT = (
+    "run -s kubernetes -cfg queue=default,namespace=ml dist.ddp -j 2x1 -- --dataset /data/dataset --output /data/run"
+)
+
+
+def test_a_job_is_submitted_watched_and_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubeconfig = tmp_path / "config"
+    # The client reads $KUBECONFIG once, when it is imported.
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+    monkeypatch.chdir(ROOT)
+    with serving() as server:
+        write_kubeconfig(kubeconfig, server, "ml")
+
+        def call(line: str) -> str:
+            torchx_main(line.split())
+            return capsys.readouterr().out
+
+        handle = call(SUBMIT).strip().splitlines()[-1]
+        ((namespace, name), job), *others = server.jobs.items()
+        assert not others
+        assert (namespace, handle) == ("ml", f"kubernetes://torchx/ml:{name}")
+        jsonschema.validate(job, JOB)
+
+        server.set_phase("ml", name, "Running")
+        assert "RUNNING" in call(f"status {handle}")
+        assert f"{name}-train-1-0" in call(f"log {handle}/train/1")
+        assert handle in call("list -s kubernetes")
+        call(f"cancel {handle}")
+        assert not server.jobs
+        assert ("DELETE", f"/apis/batch.volcano.sh/v1alpha1/namespaces/ml/jobs/{name}") in server.requests
+
+
+def test_an_absent_cluster_is_an_error(tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "config"
+    with serving() as server:
+        write_kubeconfig(kubeconfig, server, "ml")
+    done = torchx(SUBMIT.split(), KUBECONFIG=str(kubeconfig))
+    assert done.returncode != 0
+    assert "refused" in done.stderr
