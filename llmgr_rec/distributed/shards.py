@@ -74,8 +74,9 @@ def local_shards(module: nn.Module) -> Iterator[Shard]:
             if parts[-1] != "weight" or parts[0] not in ("embedding_bags", "embeddings"):
                 continue
             parameter = f"{prefix}.{key}" if prefix else key
+            num_rows, dim = value.size()
             for tensor, (row, col) in _pieces(value):
-                yield Shard(parameter, ".".join(parts[1:-1]), tensor, row, col, value.shape[0], value.shape[1])
+                yield Shard(parameter, ".".join(parts[1:-1]), tensor, row, col, num_rows, dim)
 
 
 def unwrapped_name(name: str) -> str:
@@ -128,7 +129,7 @@ def table_parameters(module: nn.Module) -> dict[str, tuple[int, int]]:
             prefix = unwrapped_name(path)
             for key, value in collection.state_dict().items():
                 if key.endswith(".weight") and key.split(".")[0] in ("embedding_bags", "embeddings"):
-                    tables[f"{prefix}.{key}" if prefix else key] = (value.shape[0], value.shape[1])
+                    tables[f"{prefix}.{key}" if prefix else key] = tuple(value.size())
     return tables
 
 

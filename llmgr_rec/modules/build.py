@@ -34,7 +34,8 @@ def build_recommender(
     """
     with _seeded(config.seed):
         dim = config.tables.dim
-        sizes = {name: num_embeddings[name] for name in config.tables.side_features if name in num_embeddings}
+        wanted: list[str] = [name for name in config.tables.side_features if name in num_embeddings]
+        sizes = {name: num_embeddings[name] for name in wanted}
         return SessionRecommender(
             ItemTables(num_items, sizes, dim, torch.device(tables_device)),
             build_encoder(config.encoder, dim),

@@ -77,7 +77,7 @@ def train_plain(tables: TablesConfig) -> tuple[list[float], nn.Module]:
 
 
 CASES = [
-    TablesConfig(optimizer=optimizer, sharding=sharding, lr=0.05)  # type: ignore[arg-type]
+    TablesConfig(optimizer=optimizer, sharding=sharding, lr=0.05)
     for optimizer in ("adagrad", "sgd", "adam")
     for sharding in ("table_wise", "column_wise", "auto")
 ] + [TablesConfig(optimizer="rowwise_adagrad", sharding="table_wise")]

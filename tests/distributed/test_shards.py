@@ -24,7 +24,7 @@ TEXT = "text_tables.embedding_bags.item_text.weight"
 def init_rank(world: World) -> list[list[tuple[str, int, int, Tensor]]]:
     answers = []
     for sharding in ("table_wise", "column_wise"):
-        model = sharded_model(world, TablesConfig(sharding=sharding))  # type: ignore[arg-type]
+        model = sharded_model(world, TablesConfig(sharding=sharding))
         answers.append(shard_list(model))
         fill_table(model, TEXT, lambda rows, cols: numbered(rows, cols))
         answers.append(shard_list(model))

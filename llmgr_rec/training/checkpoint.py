@@ -1,0 +1,273 @@
+"""Checkpoints of a stage: sharded, complete or invisible, readable at any number of ranks.
+
+FOLDER/step-00000123/ holds the tensors (torch.distributed.checkpoint), state.json and the marker COMPLETE. It is
+written as step-00000123.tmp and renamed by rank 0 when every rank is done.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torchrec.optim.keyed import KeyedOptimizer
+
+from llmgr_rec.config import Config
+from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
+from llmgr_rec.errors import UserError
+from llmgr_rec.training.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
+from llmgr_rec.training.safe_reader import SafeReader
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_STATE, _COMPLETE = "state.json", "COMPLETE"
+_FOLDER = re.compile(r"step-(\d{8})")
+_PACKAGES = ("llmgr-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "peft")
+# Settings that may change between a checkpoint and its resumption: they do not change what is computed.
+_FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix")
+_STAGES = ("sbr", "align", "behave")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to; one of another identity is refused before anything is loaded.
+
+    Args:
+        stage: Stage name.
+        catalogue: Hash of the catalogue.
+        settings: Settings that decide what is computed, dotted name to value.
+    """
+
+    stage: str
+    catalogue: str
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, stage: str, catalogue: str, config: Config) -> "Identity":
+        """Identity of a stage under some settings; other stages' settings and the use of the machine are left out."""
+        foreign = tuple(f"{other}." for other in _STAGES if other != stage)
+        settings = {
+            name: value
+            for name, value in _flatten(asdict(config))
+            if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
+        }
+        return cls(stage, catalogue, settings)
+
+
+class CheckpointManager:
+    """Writes and reads the checkpoints of one folder; all ranks call every method together.
+
+    Args:
+        folder: Where the checkpoints lie, on storage that all ranks share.
+        keep: Newest complete checkpoints kept.
+        world: Ranks.
+        identity: What the checkpoints belong to.
+    """
+
+    def __init__(self, folder: Path, keep: int, world: World, identity: Identity) -> None:
+        self._folder = folder
+        self._keep = max(keep, 1)
+        self._world = world
+        self._identity = identity
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; one that is not complete is passed over."""
+        return on_first_rank(self._world, lambda: next(iter(self._complete()), None))
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: KeyedOptimizer | None, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes a checkpoint, then removes what is older than the newest `keep` and what lies ahead of it.
+
+        A complete checkpoint of the same step is kept as it is: the same step of the same run holds the same state.
+        Checkpoints of later steps are left from a run that was resumed before them.
+
+        Args:
+            step: Steps done.
+            model: The sharded model; the base language model is left out.
+            optimizer: Its optimizer; None leaves its state out.
+            extra: More state, as JSON.
+        """
+        final = self._folder / f"step-{step:08d}"
+        partial = final.with_name(final.name + ".tmp")
+        if not on_first_rank(self._world, lambda: self._prepare(final, partial)):
+            return
+        tensors = model_tensors(model)
+        if optimizer is not None:
+            tensors |= equalise_steps(optimizer_tensors(optimizer, model))
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
+        barrier(self._world)
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "identity": asdict(self._identity),
+            "world_size": self._world.size,
+            "has_optimizer": optimizer is not None,
+            "column_widths": column_widths(tensors),
+            "versions": _versions(),
+            "extra": dict(extra or {}),
+        }
+        on_first_rank(self._world, lambda: self._complete_folder(partial, final, state))
+
+    def load(self, model: nn.Module, optimizer: KeyedOptimizer | None, path: Path | None = None) -> dict[str, Any]:
+        """Loads a checkpoint, written at any number of ranks, into a model and its optimizer.
+
+        Args:
+            model: The sharded model.
+            optimizer: Its optimizer with existing state; None loads the model alone.
+            path: The checkpoint; None takes the newest complete one.
+
+        Returns:
+            The extra state given to `save`.
+
+        Raises:
+            UserError: It is not complete, damaged, or belongs to another catalogue, stage or settings; raised on every
+                rank before anything is loaded.
+        """
+        tensors = model_tensors(model)
+        widths = column_widths(tensors)
+        chosen, state = on_first_rank(self._world, lambda: self._check(path, optimizer is not None, widths))
+        if optimizer is not None:
+            tensors |= optimizer_tensors(optimizer, model)
+        try:
+            dcp.load(tensors, storage_reader=SafeReader(chosen))
+        except CheckpointException as error:
+            causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
+            known = next((cause for cause in causes if isinstance(cause, UserError)), None)
+            raise known or UserError(
+                f"{chosen} does not fit this model ({' '.join(str(causes[0]).split())[:200]}); "
+                "use the settings of the run that wrote it"
+            ) from error
+        if optimizer is not None:
+            # Fused Adam keeps its step count in the kernel and not among its state tensors.
+            optimizer.set_optimizer_step(state["step"])
+        return state["extra"]
+
+    def _complete(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        found = [path for path in self._folder.iterdir() if _FOLDER.fullmatch(path.name)]
+        return sorted((path for path in found if (path / _COMPLETE).is_file()), reverse=True)
+
+    def _prepare(self, final: Path, partial: Path) -> bool:
+        if (final / _COMPLETE).is_file():
+            return False
+        for leftover in (final, partial):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        return True
+
+    def _complete_folder(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        _write_synced(partial / _STATE, json.dumps({**state, "files": files}, indent=1))
+        _write_synced(partial / _COMPLETE, "")
+        partial.rename(final)
+        _sync_folder(self._folder)
+        done = self._complete()
+        ahead = [path for path in done if path.name > final.name]
+        old = [path for path in done if path.name <= final.name][self._keep :]
+        for path in ahead + old:
+            # Without its marker a half-removed folder is not taken for a checkpoint.
+            (path / _COMPLETE).unlink()
+            shutil.rmtree(path)
+
+    def _check(
+        self, path: Path | None, needs_optimizer: bool, widths: Mapping[str, list[int]]
+    ) -> tuple[Path, dict[str, Any]]:
+        chosen = path or next(iter(self._complete()), None)
+        if chosen is None:
+            raise UserError(f"{self._folder} holds no complete checkpoint; start the stage anew without --resume")
+        if not (chosen / _COMPLETE).is_file():
+            raise UserError(
+                f"checkpoint {chosen} is not complete (it lacks the file {_COMPLETE}); "
+                "remove it to resume from the one before"
+            )
+        try:
+            state = json.loads((chosen / _STATE).read_text())
+            files, identity = state["files"], state["identity"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{chosen / _STATE} is damaged ({error}); remove {chosen} to resume from the one before"
+            ) from None
+        if state["format"] != FORMAT:
+            raise UserError(f"checkpoint {chosen} has format {state['format']}, this version reads {FORMAT}")
+        for name, size in files.items():
+            found = (chosen / name).stat().st_size if (chosen / name).is_file() else None
+            if found != size:
+                raise UserError(
+                    f"checkpoint {chosen} is not complete: {name} has {found or 0} of {size} bytes; "
+                    "remove the folder to resume from the one before"
+                )
+        self._check_identity(chosen, identity)
+        self._check_widths(chosen, state, widths)
+        if needs_optimizer and not state["has_optimizer"]:
+            raise UserError(f"checkpoint {chosen} holds no optimizer state, so training cannot go on from it")
+        return chosen, state
+
+    def _check_identity(self, path: Path, identity: Mapping[str, Any]) -> None:
+        if identity["catalogue"] != self._identity.catalogue:
+            raise UserError(
+                f"checkpoint {path} belongs to another catalogue ({identity['catalogue'][:12]} instead of "
+                f"{self._identity.catalogue[:12]}); give the data set it was trained on, or another --output"
+            )
+        if identity["stage"] != self._identity.stage:
+            raise UserError(f"checkpoint {path} is of stage {identity['stage']}, not of {self._identity.stage}")
+        before, now = identity["settings"], json.loads(json.dumps(dict(self._identity.settings)))
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"setting {name} is {now.get(name)}, but checkpoint {path} was made with {before.get(name)}; "
+                    "give the same settings to resume, or another --output"
+                )
+
+    def _check_widths(self, path: Path, state: Mapping[str, Any], widths: Mapping[str, list[int]]) -> None:
+        """Row-wise Adagrad keeps one number a row and column shard, which means nothing for shards of other widths."""
+        row_wise = state["identity"]["settings"].get("tables.optimizer") == "rowwise_adagrad"
+        if row_wise and state["column_widths"] != widths:
+            raise UserError(
+                f"checkpoint {path} was written by {state['world_size']} ranks with other column shards, and row-wise "
+                f"Adagrad keeps a state for each: resume with the same --tables.sharding on {state['world_size']} ranks, "
+                "or train with --tables.optimizer adagrad"
+            )
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        pairs += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return pairs
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,89 @@
+"""Reads sharded checkpoints without letting them run code.
+
+`torch.distributed.checkpoint` keeps its index in `.metadata`, a pickle. Here that pickle may name nothing but the plain
+classes of such an index, and the index may describe nothing but tensors: other values would be unpickled in full.
+"""
+
+import pickle
+from pathlib import Path, PosixPath
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from llmgr_rec.errors import UserError
+
+_ALLOWED = {
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Unpickles a checkpoint's index and refuses every name that does not belong into one."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Resolves a name of the pickle.
+
+        Raises:
+            UnpicklingError: The name is none of a checkpoint's index.
+        """
+        if module == "pathlib._local":
+            module = "pathlib"
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class SafeReader(FileSystemReader):
+    """Storage reader whose index goes through `MetadataUnpickler`; tensors are read with weights_only by torch itself.
+
+    Args:
+        path: Checkpoint folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._folder = path
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Reads the index.
+
+        Raises:
+            UserError: It is no index of a checkpoint, names foreign classes or files outside the folder.
+        """
+        file = self._folder / ".metadata"
+        try:
+            with file.open("rb") as stream:
+                metadata = _load(stream)
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"{file} is not the index of a checkpoint ({error}); remove the folder to resume from an older one"
+            ) from None
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def _load(stream: IO[bytes]) -> Metadata:
+    metadata = MetadataUnpickler(stream).load()
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"it holds a {type(metadata).__name__}")
+    for entry in (metadata.storage_data or {}).values():
+        if PosixPath(entry.relative_path).name != entry.relative_path:
+            raise ValueError(f"it names the file {entry.relative_path}")
+    return metadata
