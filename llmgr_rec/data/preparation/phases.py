@@ -32,7 +32,8 @@ def assign_phases(database: Database, settings: PrepareSettings) -> dict[str, in
 
 def _cut_by_time(database: Database, settings: PrepareSettings) -> dict[str, int]:
     """Cuts at quantiles of the users' last clicks, so that the shares are shares of users."""
-    levels = [1 - settings.test_share - settings.valid_share, 1 - settings.test_share]
+    # Rounded, because 1 - 0.2 - 0.1 is a little above 0.7 and would take in one session more.
+    levels = [round(1 - share, 9) for share in (settings.test_share + settings.valid_share, settings.test_share)]
     last = "SELECT max(time) AS last FROM events GROUP BY user"
     train_end, valid_end = database.value(f"SELECT quantile_disc(last, {levels}) FROM ({last})")
     newest = database.value("SELECT max(time) FROM events")
