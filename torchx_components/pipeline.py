@@ -22,12 +22,10 @@ from pathlib import Path
 
 from llmgr_rec.cli import run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.results import format_table, read_metrics
 
 INPUT_FILES = ("interactions.parquet", "items.parquet")
 STOP_TIMEOUT_S = 60
-# Columns and rows of the closing table, in this order.
-METRICS = tuple(f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in (5, 10, 20))
-MODELS = {"popularity": "popularity", "item_knn": "item-kNN", "sbr": "session GNN", "llmgr": "LLMGR"}
 
 
 @dataclass(frozen=True)
@@ -176,20 +174,6 @@ def claim_output(output: Path, settings: dict[str, object]) -> None:
     partial.rename(note)
 
 
-def metrics_table(metrics: dict[str, dict[str, float]]) -> str:
-    """The closing table.
-
-    Args:
-        metrics: One split of metrics.json: {"sbr": {"hr@5": 0.1, ...}, ...}.
-    """
-    lines = ["".join([f"{'test':<14}", *(f"{name.upper():>9}" for name in METRICS)])]
-    for key, label in MODELS.items():
-        if key in metrics:
-            values = (f"{metrics[key][name]:>9.4f}" if name in metrics[key] else f"{'-':>9}" for name in METRICS)
-            lines.append("".join([f"{label:<14}", *values]))
-    return "\n".join(lines)
-
-
 def _check_input(data: Path | None) -> None:
     for name in INPUT_FILES if data else ():
         assert data is not None
@@ -237,8 +221,8 @@ def main(argv: Sequence[str]) -> None:
     environment = child_environment(arguments.ranks)
     steps = plan_steps(data, output, arguments.config, arguments.ranks, further)
     run_steps(steps, lambda command: run_command(command, environment))
-    metrics = json.loads((output / "run" / "metrics.json").read_text())
-    print(f"\n{metrics_table(metrics['test'])}\n({metrics['count']:,} test sessions, whole catalogue ranked)\n")
+    metrics = read_metrics(output / "run" / "metrics.json")
+    print(f"\n{format_table(metrics['test'])}\n({metrics['count']:,} test sessions, whole catalogue ranked)\n")
     for what, where in (("report", "report/index.html"), ("scores", "scores/"), ("trained run", "run/")):
         print(f"{what + ':':<13}{output / where}")
 
