@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.modules.session_encoder import initialise_uniform
 
 
 class GatedGraph(nn.Module):
@@ -25,10 +26,11 @@ class GatedGraph(nn.Module):
         super().__init__()
         self.dim = dim
         self.steps = steps
-        # Rows [:dim] make the messages to successors, rows [dim:] those to predecessors.
-        self.message = nn.Linear(dim, 2 * dim, bias=False)
+        # The two halves of H in eq. 1: messages from predecessors, messages from successors.
+        self.message = nn.Parameter(torch.empty(2, dim, dim))
         self.message_bias = nn.Parameter(torch.empty(2 * dim))
         self.update = nn.GRUCell(2 * dim, dim)
+        initialise_uniform(self, dim)
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:
         """Runs the rounds.
@@ -41,14 +43,32 @@ class GatedGraph(nn.Module):
             Node states after the last round, [N, D].
         """
         num_nodes = nodes_ND.shape[0]
-        # Row 2n of the message matrix seen as [2N, D] is node n's message to successors, row 2n + 1 to predecessors;
-        # the received matrix is laid out alike, so both directions are one gather and one addition by index.
-        sources = torch.cat([2 * graph.edge_src_E, 2 * graph.edge_dst_E + 1])
+        # Row 2n of the received matrix seen as [2N, D] is what node n has from predecessors, row 2n + 1 what it has
+        # from successors, so both directions are one gather and one addition by index.
+        sources = torch.cat([graph.edge_src_E, graph.edge_dst_E])
         receivers = torch.cat([2 * graph.edge_dst_E, 2 * graph.edge_src_E + 1])
         degrees = torch.bincount(receivers, minlength=2 * num_nodes).clamp(min=1).to(nodes_ND.dtype).unsqueeze(1)
+        input_weight, input_bias = self._input_weight()
         states_ND = nodes_ND
         for _ in range(self.steps):
-            messages = self.message(states_ND).view(2 * num_nodes, self.dim).index_select(0, sources)
-            received = messages.new_zeros(2 * num_nodes, self.dim).index_add(0, receivers, messages) / degrees
-            states_ND = self.update(received.view(num_nodes, 2 * self.dim) + self.message_bias, states_ND)
+            received = nodes_ND.new_zeros(2 * num_nodes, self.dim)
+            received = received.index_add(0, receivers, states_ND.index_select(0, sources)) / degrees
+            states_ND = torch.gru_cell(
+                received.view(num_nodes, 2 * self.dim),
+                states_ND,
+                input_weight,
+                self.update.weight_hh,
+                input_bias,
+                self.update.bias_hh,
+            )
         return states_ND
+
+    def _input_weight(self) -> tuple[Tensor, Tensor]:
+        """Folds the message matrices of both directions into the update's input matrix.
+
+        Both maps are linear with a mean between them, so W_a (H m + b) = (W_a H) m + W_a b: states travel along the
+        edges as they are, and no message is ever computed.
+        """
+        weight = self.update.weight_ih
+        folded = [weight[:, : self.dim] @ self.message[0], weight[:, self.dim :] @ self.message[1]]
+        return torch.cat(folded, dim=1), weight @ self.message_bias + self.update.bias_ih

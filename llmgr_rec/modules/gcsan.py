@@ -3,6 +3,8 @@
 Shapes: B sessions, N nodes, M = most nodes of one session, A attention heads, D = d1 columns.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -68,8 +70,7 @@ class AttentionBlock(nn.Module):
             split_heads(self.value(states_ND)),
             attn_mask=bias_BM[:, None, None, :],
         )
-        slot_N = torch.arange(num_nodes, device=states_ND.device) - starts_B[graph.node_session_N]
-        attended_ND = attended_BAMD.transpose(1, 2).reshape(-1, dim)[graph.node_session_N * longest + slot_N]
+        attended_ND = attended_BAMD.transpose(1, 2).reshape(-1, dim)[(~empty_BM).flatten().nonzero().squeeze(1)]
         return self._feed_forward(self.dropout(attended_ND))
 
     def forward_last(self, states_ND: Tensor, last_BD: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
@@ -78,14 +79,16 @@ class AttentionBlock(nn.Module):
         The key projection is moved to the query's side and the value projection behind the weighted mean, so no node
         is projected at all: q . (K h) = (K' q) . h and sum p (V h) = V (sum p h).
         """
-        dim = states_ND.shape[1]
-        query_BAD = self.query(last_BD).unflatten(1, (self.heads, -1))
-        probe_BAD = torch.einsum("bak,akd->bad", query_BAD, self.key.weight.view(self.heads, -1, dim))
-        probe_NAD = probe_BAD.index_select(0, graph.node_session_N)
-        scores_NA = (probe_NAD * states_ND.unsqueeze(1)).sum(dim=2) * (dim // self.heads) ** -0.5
-        weights_NA = segment_softmax(scores_NA + log_counts_N.unsqueeze(1), graph)
-        means_BAD = segment_sum((weights_NA.unsqueeze(2) * states_ND.unsqueeze(1)).flatten(1), graph).view_as(probe_BAD)
-        attended_BAK = torch.einsum("bad,akd->bak", means_BAD, self.value.weight.view(self.heads, -1, dim))
+        dim, num_sessions, session_N = states_ND.shape[1], graph.num_sessions, graph.node_session_N
+        width = dim // self.heads
+        query_BAK = self.query(last_BD).view(num_sessions, self.heads, width) * width**-0.5
+        probe_BAD = torch.einsum("bak,akd->bad", query_BAK, self.key.weight.view(self.heads, width, dim))
+        scores_NA = (probe_BAD.index_select(0, session_N) * states_ND.unsqueeze(1)).sum(dim=2)
+        scores_NA = scores_NA + log_counts_N.unsqueeze(1)
+        weights_NA = segment_softmax(scores_NA, session_N, num_sessions)
+        weighted_NAD = weights_NA.unsqueeze(2) * states_ND.unsqueeze(1)
+        means_BAD = segment_sum(weighted_NAD.flatten(1), session_N, num_sessions).view_as(probe_BAD)
+        attended_BAK = torch.einsum("bad,akd->bak", means_BAD, self.value.weight.view(self.heads, width, dim))
         return self._feed_forward(self.dropout(attended_BAK.flatten(1)))
 
     def _feed_forward(self, attended_XD: Tensor) -> Tensor:
@@ -130,7 +133,8 @@ class GCSAN(SessionEncoder):
         attended_ND = states_ND
         for block in self.blocks[:-1]:
             attended_ND = block(attended_ND, log_counts_N, graph)
-        read_BD = self.blocks[-1].forward_last(attended_ND, last_states(attended_ND, graph), log_counts_N, graph)
+        final = cast(AttentionBlock, self.blocks[-1])
+        read_BD = final.forward_last(attended_ND, last_states(attended_ND, graph), log_counts_N, graph)
         mixed_BD = torch.lerp(last_states(states_ND, graph), read_BD, self.last_item_weight)
         filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
         return EncodedSessions(states_ND, mixed_BD * filled_B1)

@@ -14,7 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 # Scores held at one time, in elements: large enough for efficient matrix products, small beside the model.
-_SCORES_AT_ONCE = 1 << 23
+_SCORES_AT_ONCE = 1 << 22
+# Fewer rows in a block would read and write the items' gradient more often than the products are worth.
+_LEAST_ROWS = 64
 
 
 def _scores(queries_bQ: Tensor, items_CQ: Tensor, bias_C: Tensor | None) -> Tensor:
@@ -97,7 +99,7 @@ def ranking_loss(
     columns_B = torch.where(real_B, target_columns_B, 0)
     scales_B = torch.where(real_B, weights_B, 0).to(queries_BQ.dtype) * (world_scale / global_size)
     bias_C = None if log_q_C is None or log_q_C.numel() == 0 else -log_q_C.to(queries_BQ.dtype)
-    rows_at_once = max(16, _SCORES_AT_ONCE // max(1, items_CQ.shape[0]))
+    rows_at_once = max(_LEAST_ROWS, _SCORES_AT_ONCE // max(1, items_CQ.shape[0]))
     with_gradient = torch.is_grad_enabled() and (queries_BQ.requires_grad or items_CQ.requires_grad)
     return _SoftmaxLoss.apply(queries_BQ, items_CQ, columns_B, scales_B, bias_C, rows_at_once, with_gradient)
 

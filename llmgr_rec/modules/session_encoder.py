@@ -112,18 +112,34 @@ def last_states(states_ND: Tensor, graph: SessionGraph) -> Tensor:
     return states_ND.index_select(0, graph.last_node_B.clamp(min=0)) * filled_B1
 
 
-def segment_sum(values_NK: Tensor, graph: SessionGraph) -> Tensor:
-    """Sums node values within each session, [N, K] to [B, K]."""
-    sums_BK = values_NK.new_zeros(graph.num_sessions, values_NK.shape[1])
-    return sums_BK.index_add(0, graph.node_session_N, values_NK)
+def segment_sum(values_NK: Tensor, session_N: Tensor, num_sessions: int) -> Tensor:
+    """Sums node values within each session.
+
+    Args:
+        values_NK: Values of the nodes.
+        session_N: Session of each node.
+        num_sessions: Sessions B; those without nodes get zeros.
+
+    Returns:
+        Sums, [B, K].
+    """
+    return values_NK.new_zeros(num_sessions, values_NK.shape[1]).index_add(0, session_N, values_NK)
 
 
-def segment_softmax(scores_NK: Tensor, graph: SessionGraph) -> Tensor:
-    """Softmax over the nodes of each session, for each channel by itself, [N, K] to [N, K]."""
-    session_N = graph.node_session_N
+def segment_softmax(scores_NK: Tensor, session_N: Tensor, num_sessions: int) -> Tensor:
+    """Softmax over the nodes of each session, for each channel by itself.
+
+    Args:
+        scores_NK: Scores of the nodes.
+        session_N: Session of each node.
+        num_sessions: Sessions B.
+
+    Returns:
+        Weights that sum to 1 within each session that has nodes, [N, K].
+    """
     # The maximum cancels out of the result, so it needs no gradient.
     detached_NK = scores_NK.detach()
-    highest_BK = detached_NK.new_full((graph.num_sessions, scores_NK.shape[1]), float("-inf"))
+    highest_BK = detached_NK.new_full((num_sessions, scores_NK.shape[1]), float("-inf"))
     highest_BK.scatter_reduce_(0, session_N.unsqueeze(1).expand_as(detached_NK), detached_NK, "amax")
     exp_NK = (scores_NK - highest_BK.index_select(0, session_N)).exp()
-    return exp_NK / segment_sum(exp_NK, graph).index_select(0, session_N)
+    return exp_NK / segment_sum(exp_NK, session_N, num_sessions).index_select(0, session_N)

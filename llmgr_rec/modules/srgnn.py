@@ -45,7 +45,8 @@ class SRGNN(SessionEncoder):
         """Encodes a batch; see `SessionEncoder.forward`."""
         states_ND = self.graph_network(self.dropout(nodes_ND), graph)
         last_BD = last_states(states_ND, graph)
-        hidden_ND = self.attend_last(last_BD).index_select(0, graph.node_session_N) + self.attend_node(states_ND)
+        session_N = graph.node_session_N
+        hidden_ND = self.attend_last(last_BD).index_select(0, session_N) + self.attend_node(states_ND)
         attention_N1 = self.attend_score(hidden_ND.sigmoid()) * click_counts(graph).unsqueeze(1)
-        global_BD = segment_sum(attention_N1 * states_ND, graph)
+        global_BD = segment_sum(attention_N1 * states_ND, session_N, graph.num_sessions)
         return EncodedSessions(states_ND, self.read_out(torch.cat([last_BD, global_BD], dim=1)))
