@@ -140,7 +140,8 @@ def test_children_use_this_interpreters_programs() -> None:
 
 
 def test_the_child_is_stopped_with_the_driver(tmp_path: Path) -> None:
-    child = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+    note = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
+    child = f"import os, pathlib, time; {note}; time.sleep(60)"
     code = f"""
 import signal, sys
 from torchx_components import pipeline

@@ -1,0 +1,148 @@
+"""The builder of the environment: which Python it takes, what it says, and that a broken-off build is built anew."""
+
+import importlib.util
+import json
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# The four things that a build runs, in order, each known by one of its words.
+ALL = ["venv", "-r", "--editable", "llmgr_rec.doctor"]
+
+
+@pytest.fixture
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_venv", ROOT / "requirements" / "make_venv.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_python(folder: Path, name: str, version: str, has_venv: bool = True) -> str:
+    """A program that answers the two questions that the builder asks a Python."""
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    answer = "exit 0" if has_venv else "exit 1"
+    program.write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) {answer};; *) echo {version};; esac\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return str(program)
+
+
+def test_an_old_python_is_passed_over(builder: ModuleType, tmp_path: Path) -> None:
+    old, new = fake_python(tmp_path, "old", "3.9"), fake_python(tmp_path, "new", "3.12")
+    assert builder.find_python([str(tmp_path / "absent"), old, new], "") == new
+
+
+def test_only_old_pythons_are_an_error_that_names_the_package(builder: ModuleType, tmp_path: Path) -> None:
+    old = fake_python(tmp_path, "old", "3.9")
+    with pytest.raises(builder.SetupError, match=r"3\.11 or newer is needed, found only .*old is 3\.9; .*apt install"):
+        builder.find_python([old], "")
+
+
+def test_a_named_python_is_taken_or_refused(builder: ModuleType, tmp_path: Path) -> None:
+    good = fake_python(tmp_path, "good", "3.11")
+    assert builder.find_python(["never-asked"], good) == good
+    with pytest.raises(builder.SetupError, match="none called nowhere/python"):
+        builder.find_python([good], "nowhere/python")
+
+
+def test_a_python_without_venv_names_the_package(builder: ModuleType, tmp_path: Path) -> None:
+    bare = fake_python(tmp_path, "bare", "3.11", has_venv=False)
+    with pytest.raises(builder.SetupError, match="lacks the venv module; mend: apt install python3-venv"):
+        builder.find_python([bare], "")
+
+
+class Installer:
+    """Plays venv, pip and the doctor."""
+
+    def __init__(self, builder: ModuleType, venv: Path) -> None:
+        self.builder, self.venv = builder, venv
+        self.ran: list[str] = []
+        self.failing = ""
+
+    def __call__(self, command: Sequence[str], failure: str) -> None:
+        what = next(word for word in ALL if word in command)
+        self.ran.append(what)
+        if what == self.failing:
+            raise self.builder.SetupError(failure)
+        if what == "venv":
+            (self.venv / "bin").mkdir(parents=True)
+            (self.venv / "bin" / "python").symlink_to(sys.executable)
+
+
+@pytest.fixture
+def installer(builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Installer:
+    installer = Installer(builder, tmp_path / "venv")
+    monkeypatch.setattr(builder, "_run", installer)
+    monkeypatch.setattr(builder, "find_python", lambda *_: sys.executable)
+    (tmp_path / "lock.txt").write_text("a==1\n")
+    return installer
+
+
+def build(builder: ModuleType, tmp_path: Path, torch_index: str = "") -> None:
+    builder.build(str(tmp_path / "venv"), str(tmp_path / "lock.txt"), torch_index, "")
+
+
+def test_it_is_built_once(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:
+    build(builder, tmp_path)
+    assert installer.ran == ALL
+    build(builder, tmp_path)
+    assert installer.ran == ALL
+
+
+@pytest.mark.parametrize("failing", ALL)
+def test_a_build_that_broke_off_is_never_complete(
+    builder: ModuleType, tmp_path: Path, installer: Installer, failing: str
+) -> None:
+    installer.failing = failing
+    with pytest.raises(builder.SetupError):
+        build(builder, tmp_path)
+    installer.failing, installer.ran = "", []
+    build(builder, tmp_path)
+    assert installer.ran == ALL
+
+
+def test_another_lock_starts_from_an_empty_folder(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:
+    build(builder, tmp_path)
+    (tmp_path / "venv" / "left-over").write_text("")
+    (tmp_path / "lock.txt").write_text("a==2\n")
+    build(builder, tmp_path)
+    assert installer.ran == ALL * 2
+    assert not (tmp_path / "venv" / "left-over").exists()
+
+
+def test_a_moved_environment_is_built_anew(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:
+    build(builder, tmp_path)
+    stamp = json.loads((tmp_path / "venv" / "complete.json").read_text())
+    (tmp_path / "venv" / "complete.json").write_text(json.dumps({**stamp, "path": "/elsewhere"}))
+    build(builder, tmp_path)
+    assert installer.ran == ALL * 2
+
+
+def test_the_further_index_reaches_pip(
+    builder: ModuleType, tmp_path: Path, installer: Installer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        builder, "_run", lambda command, failure: (commands.append(command), installer(command, failure))
+    )
+    build(builder, tmp_path, torch_index="file:///wheels")
+    (install,) = [command for command in commands if "-r" in command]
+    assert install[-2:] == ["--extra-index-url", "file:///wheels"]
+    assert "--no-deps" in install
+
+
+def test_the_script_is_readable_by_an_old_python(builder: ModuleType) -> None:
+    import ast
+
+    source = (ROOT / "requirements" / "make_venv.py").read_text()
+    ast.parse(source, feature_version=(3, 6))
+    assert os.path.samefile(builder.ROOT, ROOT)
