@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Beside a recommender's score the head starts at a tenth of unit variance, so tuning starts from its ranking.
+# Beside a recommender's score a head starts at a tenth of unit variance, so tuning starts from its ranking.
 _RESIDUAL_START = 0.1
 
 
@@ -22,11 +22,10 @@ class _Head(nn.Module):
         super().__init__()
         self.d2 = d2
         self.residual = residual
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_RESIDUAL_START if residual else 1.0)))
 
     def _standardise(self, hidden_XH: Tensor) -> Tensor:
         """Brings hidden states to unit variance: their size differs a hundredfold between language models."""
-        return functional.layer_norm(hidden_XH.to(self.log_scale.dtype), (self.d2,))
+        return functional.layer_norm(hidden_XH.float(), (self.d2,))
 
     def _join(self, own: Tensor, recommender: Tensor) -> Tensor:
         return torch.cat([own, recommender.to(own.dtype)], dim=1) if self.residual else own
@@ -46,6 +45,7 @@ class TiedHead(_Head):
 
     def __init__(self, d1: int, d2: int, text: bool, residual: bool) -> None:
         super().__init__(d2, residual)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_RESIDUAL_START if residual else 1.0)))
         self.query = nn.Linear(d2, d1)
         self.text = nn.Linear(d2, d1, bias=False) if text else None
         # Query components start at unit variance, both parts of an item at unit norm: scores start at unit variance.
@@ -81,7 +81,7 @@ class TiedHead(_Head):
         Raises:
             ValueError: The head was built with text and there is none.
         """
-        own_CD = functional.normalize(rows_CD.to(self.log_scale.dtype), dim=1)
+        own_CD = functional.normalize(rows_CD.float(), dim=1)
         if self.text is not None:
             if text_CH is None:
                 raise ValueError("the tied head was built with text, but no text encodings were given")
@@ -102,12 +102,14 @@ class LinearHead(_Head):
         super().__init__(d2, residual)
         self.weight_VH = nn.Parameter(torch.empty(num_items, d2))
         self.bias_V = nn.Parameter(torch.zeros(num_items))
-        nn.init.normal_(self.weight_VH, std=d2**-0.5)
+        # Small weights and not a small factor: AdamW moves every weight by about the learning rate, whatever its
+        # gradient's size, and a factor would shrink what that does to a score.
+        nn.init.normal_(self.weight_VH, std=(_RESIDUAL_START if residual else 1.0) * d2**-0.5)
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
         """Makes the queries; see `TiedHead.queries`. The last own column is the bias's factor."""
         own_BH = self._standardise(hidden_BH)
-        own = torch.cat([own_BH, own_BH.new_ones(own_BH.shape[0], 1)], dim=1) * self.log_scale.exp()
+        own = torch.cat([own_BH, own_BH.new_ones(own_BH.shape[0], 1)], dim=1)
         return self._join(own, recommender_queries_BD)
 
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:

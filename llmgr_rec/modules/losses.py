@@ -140,15 +140,15 @@ def structure_loss(
     if groups_B is not None:
         allowed_BB = allowed_BB & (groups_B.unsqueeze(0) == groups_B.unsqueeze(1))
     # The own pair always stays, so that no row, filler included, is without a column.
-    scores_BB = (graphs_BH @ nodes_BH.T / temperature).masked_fill(~(allowed_BB | own_BB), float("-inf"))
+    masked_BB = ~(allowed_BB | own_BB)
     columns_B = torch.arange(real_B.shape[0], device=real_B.device)
-    forward_scores = scores_BB
+    cosines_BB = graphs_BH @ nodes_BH.T / temperature
+    forward_scores = cosines_BB.masked_fill(masked_BB, float("-inf"))
     if hard_nodes_BRH is not None:
         hard_BRH = functional.normalize(hard_nodes_BRH, dim=2)
         hard_BR = torch.einsum("bh,brh->br", graphs_BH, hard_BRH) / temperature
-        forward_scores = torch.cat([scores_BB, hard_BR], dim=1)
-    # Each direction masks the columns that are filler; transposing would mask rows instead.
-    backward_scores = (nodes_BH @ graphs_BH.T / temperature).masked_fill(~(allowed_BB | own_BB), float("-inf"))
+        forward_scores = torch.cat([forward_scores, hard_BR], dim=1)
+    backward_scores = cosines_BB.T.masked_fill(masked_BB, float("-inf"))
     losses_B = functional.cross_entropy(forward_scores, columns_B, reduction="none")
     losses_B = (losses_B + functional.cross_entropy(backward_scores, columns_B, reduction="none")) / 2
     return (losses_B * weights_B).sum() * (world_scale / global_size)

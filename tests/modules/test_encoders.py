@@ -1,5 +1,7 @@
 """Session encoders against plain dense versions of the papers' equations, session by session and click by click."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,7 +41,7 @@ def dense_gated_graph(network: GatedGraph, nodes: Tensor, session: list[int]) ->
     """SR-GNN's eq. 1 to 5 for one session, with the connection matrix of the paper's figure 2."""
     items = list(dict.fromkeys(session))
     follows = torch.zeros(len(items), len(items), dtype=nodes.dtype)
-    for before, after in zip(session[:-1], session[1:], strict=True):
+    for before, after in itertools.pairwise(session):
         follows[items.index(before), items.index(after)] = 1
     outgoing = follows / follows.sum(1, keepdim=True).clamp(min=1)
     incoming = follows.T / follows.T.sum(1, keepdim=True).clamp(min=1)
@@ -70,9 +72,7 @@ def dense_gcsan(encoder: GCSAN, states_LD: Tensor) -> Tensor:
     hidden = states_LD
     for block in encoder.blocks:
         heads = []
-        for q, k, v in zip(
-            *(p.weight.chunk(block.heads) for p in (block.query, block.key, block.value)), strict=True
-        ):
+        for q, k, v in zip(*(p.weight.chunk(block.heads) for p in (block.query, block.key, block.value)), strict=True):
             weights = torch.softmax((hidden @ q.T) @ (hidden @ k.T).T / q.shape[0] ** 0.5, dim=1)
             heads.append(weights @ (hidden @ v.T))
         attended = torch.cat(heads, dim=1)
@@ -163,8 +163,9 @@ def test_empty_sessions_are_zero_and_keep_gradients_finite(config: EncoderConfig
     vectors_BD.square().sum().backward()
     # A gradient of zero, but never none: data-parallel wrappers wait for every parameter.
     for name, parameter in encoder.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-    assert nodes_ND.grad is not None and nodes_ND.grad.isfinite().all()
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert nodes_ND.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
@@ -213,12 +214,13 @@ def test_segment_softmax_survives_large_scores() -> None:
 def test_unknown_encoder_names_the_known_ones() -> None:
     config = EncoderConfig()
     config.name = "gru"  # type: ignore[assignment]
-    with pytest.raises(KeyError, match="gru.*gcsan.*srgnn"):
+    with pytest.raises(KeyError, match=r"gru.*gcsan.*srgnn"):
         build_encoder(config, DIM)
 
 
 @pytest.mark.parametrize(
-    "config, words", [(EncoderConfig(attention_heads=3), "divide"), (EncoderConfig(attention_layers=0), "at least 1")]
+    ("config", "words"),
+    [(EncoderConfig(attention_heads=3), "divide"), (EncoderConfig(attention_layers=0), "at least 1")],
 )
 def test_settings_that_do_not_fit_are_user_errors(config: EncoderConfig, words: str) -> None:
     with pytest.raises(UserError, match=words):
