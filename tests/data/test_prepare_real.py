@@ -38,15 +38,13 @@ def test_beauty_has_the_published_counts(tmp_path: Path) -> None:
 
 @pytest.mark.real_data
 def test_diginetica_restores_the_published_split(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"split": "predefined", "prefix_augmentation": "all", "max_length": 70}
-    published = prepare_real("diginetica", tmp_path, **options, valid_share=0).dataset.manifest
+    # The longest session has 70 clicks; a shorter max_length would cut 35 of the training cases off.
+    options: dict[str, Any] = {"split": "predefined", "prefix_augmentation": "all", "max_length": 70, "valid_share": 0}
+    published = prepare_real("diginetica", tmp_path, **options).dataset.manifest
     assert published.num_items == 43_097
     assert published.num_sessions == {"train": 186_670, "valid": 0, "test": 15_963}
     assert published.num_examples == {"train": 719_470, "valid": 0, "test": 60_858}
     assert not published.has_text
-    carved = prepare_real("diginetica", tmp_path, **options, output=str(tmp_path / "carved")).dataset.manifest
-    assert carved.num_examples["train"] + carved.num_examples["valid"] == 719_470
-    assert carved.num_sessions["valid"] == 18_667
 
 
 @pytest.mark.real_data
