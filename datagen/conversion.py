@@ -169,24 +169,25 @@ class Conversion:
             f"SELECT 1, min(place), item_id, {nulls} FROM interactions ANTI JOIN items USING (item_id) "
             "GROUP BY item_id) ORDER BY later, place",
         )
+        rows = self._value("SELECT count(*) FROM interactions")
         # Shorter ids first, so that numbers stand in their natural order.
         self._write(
             "interactions.parquet",
             interactions_schema(),
             "SELECT user_id, item_id, timestamp FROM interactions ORDER BY length(user_id), user_id, timestamp, place",
+            rows,
         )
         users = self._value("SELECT count(DISTINCT user_id) FROM interactions")
-        rows = pq.read_metadata(self._folder / "interactions.parquet").num_rows
         items = pq.read_metadata(self._folder / "items.parquet").num_rows
         note = f" ({missing:,} of them named by interactions only, without text)" if missing else ""
         _log.info("%s interactions, %s users, %s items%s", f"{rows:,}", f"{users:,}", f"{items:,}", note)
 
-    def _write(self, name: str, schema: pa.Schema, query: str) -> None:
+    def _write(self, name: str, schema: pa.Schema, query: str, rows: int | None = None) -> None:
         with (
             _explained(self._folder / name),
             self._database.cursor() as cursor,
             pq.ParquetWriter(self._folder / name, schema) as writer,
-            progress(None, name, "row") as bar,
+            progress(rows, name, "row") as bar,
         ):
             for batch in cursor.sql(query).to_arrow_reader(ROW_GROUP_ROWS):
                 writer.write_table(pa.Table.from_batches([batch]).cast(schema))

@@ -1,0 +1,72 @@
+"""Every command of docs/data.md runs as it stands there."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from datagen.movielens import wheel_folder
+from datagen.synthetic import oracle_hit_rate
+from llmgr_rec.errors import UserError
+from tests.datagen.dumps import json_lines, write
+from tests.datagen.test_amazon import META_2014, META_2018, META_2023, OLD_REVIEWS, REVIEWS_2023
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "data.md").read_text()
+
+
+def _commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the page takes for granted."""
+    path = tmp_path_factory.mktemp("docs")
+    write(path / "ml-1m/ratings.dat", "1::2::5::978300760\n")
+    write(path / "ml-1m/movies.dat", "2::Jumanji (1995)::Adventure|Fantasy\n")
+    write(path / "reviews_Beauty_5.json.gz", json_lines(OLD_REVIEWS))
+    write(path / "meta_Beauty.json.gz", META_2014)
+    write(path / "Luxury_Beauty_5.json.gz", json_lines(OLD_REVIEWS))
+    write(path / "meta_Luxury_Beauty.json.gz", json_lines(META_2018))
+    write(path / "All_Beauty.jsonl.gz", json_lines(REVIEWS_2023))
+    write(path / "meta_All_Beauty.jsonl.gz", json_lines(META_2023))
+    write(path / "log.csv", "at,who,sku\n2024-01-31,u,a\n")
+    write(path / "products.csv", "sku,name,kind\na,Tea,Food > Drinks\n")
+    return path
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_command_runs(folder: Path, command: str) -> None:
+    words = shlex.split(command)
+    assert words[0] == "python"
+    if "datagen.movielens" in words and "--input" not in words:
+        try:
+            wheel_folder()
+        except UserError as error:
+            pytest.skip(str(error))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, *words[1:]]
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    output = folder / words[words.index("--output") + 1]
+    if "llmgr_rec.prepare" in words:
+        assert json.loads((output / "manifest.json").read_text())["num_items"] > 0
+    else:
+        assert sorted(path.name for path in output.iterdir()) == ["interactions.parquet", "items.parquet"]
+        assert pq.read_metadata(output / "interactions.parquet").num_rows > 0
+
+
+def test_table_of_the_oracle_is_true() -> None:
+    rows = re.findall(r"\| `--items (\d+)`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", PAGE)
+    assert len(rows) == 4
+    for items, *told in rows:
+        rates = oracle_hit_rate(items=int(items))
+        assert [f"{rate:.2f}" for rate in rates.values()] == told, items
