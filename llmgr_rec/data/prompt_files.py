@@ -40,8 +40,8 @@ class PromptTemplate:
     Args:
         task: What the prompt is for.
         source: File it came from, for messages.
-        text: Wording with the places {graph}, {nodes} and {text}. A part in [[double brackets]] that holds {text} is left
-            out where no text is shown.
+        text: Wording with the places {graph}, {nodes} and {text}. A part in [[double brackets]] that holds {text} is
+            left out where no text is shown.
     """
 
     task: Task

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llmgr_rec.data.jagged import Jagged
 
@@ -35,11 +36,13 @@ class LoraLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         decoder.requires_grad_(False)
-        linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+        linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5 for an attribute by its former name.
             warnings.simplefilter("ignore", FutureWarning)
+            # It finds out by itself that GPT-2 stores its weights transposed.
+            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             self.decoder: PeftModel = get_peft_model(decoder, settings)
         self.share_prefix = share_prefix
         for module in self.decoder.modules():

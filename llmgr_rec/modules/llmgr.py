@@ -24,7 +24,7 @@ from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.language_model import LoraLanguageModel
-from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, prompt_nodes
+from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender
 
 ITEM_TEXT = "item_text"
@@ -106,7 +106,7 @@ class LLMGR(nn.Module):
         self.hybrid = hybrid
         self.language_model = language_model
         self.head = head
-        self.prompts = nn.ModuleDict(dict(prompts))
+        self.prompts = PromptSet(prompts)
         self.text_tables = text
         self.node_source = node_source
         self.node_order: NodeOrder = node_order
@@ -172,7 +172,7 @@ class LLMGR(nn.Module):
         Returns:
             Readings, float32 [B, H].
         """
-        layout = self.prompts[task](nodes, text)
+        layout = self.prompts(task, nodes, text)
         vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
         embeddings_BTH = self.hybrid(
             self.language_model.token_embedding(layout.token_ids_BT),
@@ -188,7 +188,7 @@ class LLMGR(nn.Module):
 
     def items(self, seen: Recommended, batch: SessionBatch) -> Tensor:
         """Items' side of the score: the cached catalogue, or the batch's candidates, [C, Q]."""
-        if self.rows_VD is not None:
+        if self.item_rows_VD is not None and self.rows_VD is not None:
             return self.head.items(self.item_rows_VD, self.rows_VD, self.text_VH, None)
         text_CH = None
         if self._reads_text:

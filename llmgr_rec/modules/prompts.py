@@ -4,6 +4,7 @@ Shapes: B sessions, L clicks, N nodes, M soft node tokens of all prompts, P toke
 longest prompt after the prefix, S flat text tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.prompt_files import PromptTemplate
+from llmgr_rec.data.prompt_files import PromptTemplate, Task
 
 NodeOrder = Literal["clicks", "unique"]
 
@@ -25,8 +26,8 @@ class PromptLayout:
     Args:
         prefix_P: Token ids that every prompt starts with; may be empty.
         token_ids_BT: Token ids; 0 at soft places and padding.
-        soft_rows_BT: Row of the soft matrix that stands here: b for the graph of session b, B + m for the m-th node token
-            of the batch; -1 at ordinary tokens and padding.
+        soft_rows_BT: Row of the soft matrix that stands here: b for the graph of session b, B + m for the m-th node
+            token of the batch; -1 at ordinary tokens and padding.
         lengths_B: Tokens of each prompt after the prefix, at least 1.
     """
 
@@ -105,6 +106,18 @@ class CompiledPrompt(nn.Module):
             else:
                 column_B = column_B + (1 if segment == "graph" else self.get_buffer(segment).numel())
         return starts, column_B
+
+
+class PromptSet(nn.ModuleDict):
+    """A compiled prompt for each task, called as one module: TorchRec's tracing stops at it."""
+
+    def __init__(self, prompts: Mapping[Task, CompiledPrompt]) -> None:
+        super().__init__({str(task): prompt for task, prompt in prompts.items()})
+
+    def forward(self, task: Task, nodes: Jagged, text: Jagged) -> PromptLayout:
+        """Lays out the prompts of a batch, see `CompiledPrompt.forward`."""
+        layout: PromptLayout = self[task](nodes, text)
+        return layout
 
 
 def compile_prompt(

@@ -1,0 +1,118 @@
+"""A small complete model and batches for it, for the tests of modules."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from llmgr_rec.config import EncoderConfig
+from llmgr_rec.data.batch import RawSessions, SessionBatch
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.item_text import tokenize_texts
+from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
+from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
+from llmgr_rec.data.prompt_files import Task, parse_template
+from llmgr_rec.modules.heads import LinearHead, TiedHead
+from llmgr_rec.modules.hybrid import HybridEncoding
+from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
+from llmgr_rec.modules.llmgr import LLMGR, text_tables
+from llmgr_rec.modules.prompts import compile_prompt
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.session_encoder import build_encoder
+
+NUM_ITEMS = 12
+D1 = 8
+TEMPLATES: dict[Task, str] = {
+    "behave": "Next item?[[ {text}]]\nItems:{nodes} Graph:{graph} ->",
+    "align": "Which node? {text}:{nodes} ->",
+    "structure_graph": "Items of {graph} ->",
+    "structure_nodes": "Items: {nodes} ->",
+}
+
+
+def catalogue() -> Catalogue:
+    """Items in memory, the even ones with a category."""
+    lengths = torch.tensor([1, 0] * (NUM_ITEMS // 2))
+    return Catalogue(
+        file=Path("items.parquet"),
+        item_ids=pa.array([f"item{number}" for number in range(NUM_ITEMS)]),
+        train_count_V=torch.arange(NUM_ITEMS) + 1,
+        features={"category": Jagged.from_lengths(torch.arange(NUM_ITEMS // 2) % 3, lengths)},
+    )
+
+
+def item_tokens() -> Jagged:
+    """Token ids of the items' texts."""
+    return tokenize_texts([f"thing {number}" for number in range(NUM_ITEMS)], load_tokenizer("random-tiny"), 8)
+
+
+def raw_sessions(sessions: Sequence[Sequence[int]], targets: Sequence[int], weights: Any = None) -> RawSessions:
+    """Sessions as the reader hands them out."""
+    size = len(sessions)
+    weights_B = torch.ones(size) if weights is None else torch.tensor(weights, dtype=torch.float32)
+    return RawSessions(
+        items_L=torch.tensor([item for session in sessions for item in session]),
+        offsets_B1=lengths_to_offsets(torch.tensor([len(session) for session in sessions])),
+        targets_B=torch.tensor(targets),
+        weights_B=weights_B,
+        rows_B=torch.arange(size),
+        global_size=int((weights_B > 0).sum()),
+    )
+
+
+def make_batch(
+    sessions: Sequence[Sequence[int]] = ((1, 2, 3, 2, 4), (7,), (5, 5, 6)),
+    targets: Sequence[int] = (0, 3, 11),
+    weights: Any = None,
+    **settings: Any,
+) -> SessionBatch:
+    """A collated batch, with the whole catalogue as candidates unless told otherwise."""
+    collator = Collator(
+        catalogue(),
+        NUM_ITEMS,
+        **{"side_features": ["category"], "candidates": "full", "text_tokens": item_tokens(), **settings},
+    )
+    return collator(raw_sessions(sessions, targets, weights))
+
+
+def make_llmgr(
+    head: str = "tied",
+    residual: bool = True,
+    trainable: Collection[Any] = ("adapter", "lora", "head"),
+    with_text: bool = False,
+    encoder: EncoderConfig | None = None,
+    **settings: Any,
+) -> LLMGR:
+    """A seeded model on the random-tiny decoder whose LoRA matrices already matter."""
+    torch.manual_seed(0)
+    decoder = load_decoder("random-tiny", dtype="float32")
+    width = decoder.config.hidden_size
+    tables = ItemTables(NUM_ITEMS, {"category": 3}, D1)
+    recommender = SessionRecommender(tables, build_encoder(encoder or EncoderConfig(), D1), "cosine", 0.1)
+    embedding_norm = mean_embedding_norm(decoder)
+    language_model = LoraLanguageModel(decoder, rank=2, alpha=2.0, dropout=0.0)
+    for name, parameter in language_model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tokenizer = load_tokenizer("random-tiny")
+    text = None
+    if head == "tied":
+        text = text_tables(NUM_ITEMS, width)
+        torch.nn.init.normal_(text.embedding_bags["item_text"].weight)
+    return LLMGR(
+        recommender=recommender,
+        hybrid=HybridEncoding(D1, width, embedding_norm),
+        language_model=language_model,
+        head=TiedHead(D1, width, True, residual) if head == "tied" else LinearHead(width, NUM_ITEMS, residual),
+        prompts={
+            task: compile_prompt(parse_template(task, template, "test"), tokenizer, with_text or task == "align")
+            for task, template in TEMPLATES.items()
+        },
+        text=text,
+        trainable=trainable,
+        **settings,
+    )

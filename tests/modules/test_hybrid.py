@@ -1,0 +1,58 @@
+import torch
+
+from llmgr_rec.modules.hybrid import HybridEncoding
+
+
+def make():
+    torch.manual_seed(0)
+    return HybridEncoding(d1=4, d2=6, embedding_norm=2.5)
+
+
+def test_soft_tokens_stand_at_their_places_and_others_stay():
+    hybrid = make()
+    tokens_BTH, graph_BD, nodes_MD = torch.randn(2, 3, 6), torch.randn(2, 4), torch.randn(3, 4)
+    soft_rows = torch.tensor([[0, 2, -1], [4, 3, 1]])
+    result = hybrid(tokens_BTH, soft_rows, graph_BD, nodes_MD)
+    soft_SH = hybrid.project(graph_BD, nodes_MD)
+    for session, row in enumerate(soft_rows.tolist()):
+        for place, soft in enumerate(row):
+            expected = tokens_BTH[session, place] if soft < 0 else soft_SH[soft]
+            assert torch.equal(result[session, place], expected)
+
+
+def test_graph_and_nodes_have_their_own_projection():
+    hybrid = make()
+    same = torch.randn(1, 4)
+    soft_SH = hybrid.project(same, same)
+    assert not torch.allclose(soft_SH[0], soft_SH[1])
+
+
+def test_soft_tokens_have_the_embedding_norm_at_any_input_size():
+    hybrid = make()
+    for size in (1e-3, 1e3):
+        norms = hybrid.project(size * torch.randn(2, 4), size * torch.randn(5, 4)).norm(dim=1)
+        torch.testing.assert_close(norms, torch.full((7,), 2.5))
+
+
+def test_gain_scales_and_zero_vectors_stay_zero():
+    hybrid = make()
+    with torch.no_grad():
+        hybrid.log_gain_2.copy_(torch.tensor([0.0, 2.0]))
+    soft_SH = hybrid.project(torch.randn(1, 4), torch.cat([torch.randn(1, 4), torch.zeros(1, 4)]))
+    torch.testing.assert_close(soft_SH.norm(dim=1), torch.tensor([2.5, 2.5 * torch.e**2, 0.0]))
+
+
+def test_every_parameter_and_input_gets_gradient():
+    hybrid = make()
+    graph_BD, nodes_MD = torch.randn(2, 4, requires_grad=True), torch.randn(1, 4, requires_grad=True)
+    result = hybrid(torch.zeros(2, 2, 6), torch.tensor([[0, 2], [1, -1]]), graph_BD, nodes_MD)
+    (result * torch.randn_like(result)).sum().backward()
+    for tensor in (graph_BD, nodes_MD, *hybrid.parameters()):
+        assert tensor.grad.abs().sum() > 0
+
+
+def test_result_has_the_type_of_the_token_embeddings():
+    result = make()(
+        torch.zeros(1, 2, 6, dtype=torch.bfloat16), torch.tensor([[0, -1]]), torch.ones(1, 4), torch.ones(0, 4)
+    )
+    assert result.dtype == torch.bfloat16

@@ -1,0 +1,172 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModel, GPT2Config, MistralConfig, Qwen3Config
+
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.pretrained import load_decoder
+from llmgr_rec.modules.language_model import (
+    LoraLanguageModel,
+    encode_item_texts,
+    mean_embedding_norm,
+    standardise_encodings,
+)
+
+OTHER_DECODERS = [
+    Qwen3Config(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4,
+    ),
+    MistralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+    GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+]  # fmt: skip
+
+
+def make(decoder=None, dtype="float32", dropout=0.0):
+    torch.manual_seed(0)
+    model = LoraLanguageModel(decoder or load_decoder("random-tiny", dtype=dtype), 4, 4.0, dropout)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def read_with_gradients(model, embeddings_BTH, lengths_B, prefix_P, share_prefix):
+    """Readings and gradients of a fixed function of them: of the inputs and of every LoRA matrix."""
+    model.share_prefix = share_prefix
+    model.zero_grad()
+    inputs = embeddings_BTH.clone().requires_grad_()
+    readings_BH = model(inputs, lengths_B, prefix_P)
+    (readings_BH * torch.linspace(-1, 1, readings_BH.numel()).view_as(readings_BH)).mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return readings_BH.detach(), {"inputs": inputs.grad, **gradients}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return make()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 6), st.integers(0, 2**31))
+def test_shared_prefix_equals_whole_prompts(tiny, lengths, prefix, seed):
+    torch.manual_seed(seed)
+    embeddings_BTH = torch.randn(len(lengths), max(lengths), 64)
+    arguments = (embeddings_BTH, torch.tensor(lengths), torch.randint(0, 259, (prefix,)))
+    fast, fast_gradients = read_with_gradients(tiny, *arguments, share_prefix=True)
+    plain, plain_gradients = read_with_gradients(tiny, *arguments, share_prefix=False)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    # 7 linear layers in each of 2 decoder layers, two matrices each, and the inputs.
+    assert fast_gradients.keys() == plain_gradients.keys()
+    assert len(fast_gradients) == 29
+    for name, gradient in fast_gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", OTHER_DECODERS, ids=lambda config: config.model_type)
+def test_any_causal_decoder_shares_its_prefix(config):
+    torch.manual_seed(1)
+    model = make(AutoModel.from_config(config, attn_implementation="sdpa"))
+    arguments = (torch.randn(3, 4, 16), torch.tensor([4, 1, 2]), torch.tensor([7, 8, 9]))
+    fast, fast_gradients = read_with_gradients(model, *arguments, share_prefix=True)
+    plain, plain_gradients = read_with_gradients(model, *arguments, share_prefix=False)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    assert len(fast_gradients) > 9
+    for name, gradient in fast_gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_reading_is_that_of_the_prompt_alone(tiny, share_prefix):
+    """Neither padding nor other prompts of the batch have a part in a reading."""
+    torch.manual_seed(3)
+    tiny.share_prefix = share_prefix
+    embeddings_BTH, lengths, prefix_P = torch.randn(3, 6, 64), [2, 6, 1], torch.tensor([5, 6])
+    readings_BH = tiny(embeddings_BTH, torch.tensor(lengths), prefix_P)
+    inputs = torch.cat([tiny.token_embedding(prefix_P).expand(3, -1, -1), embeddings_BTH], dim=1)
+    for row, length in enumerate(lengths):
+        alone = tiny.base(inputs_embeds=inputs[row : row + 1, : 2 + length]).last_hidden_state[0, -1]
+        torch.testing.assert_close(readings_BH[row], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_prefix_gradient_reaches_lora(tiny):
+    """The prefix is not a constant: with LoRA after it switched off, its gradient is still there."""
+    torch.manual_seed(0)
+    embeddings_BTH, lengths_B = torch.randn(2, 2, 64), torch.tensor([2, 1])
+    short = read_with_gradients(tiny, embeddings_BTH, lengths_B, torch.tensor([5]), True)[1]
+    other = read_with_gradients(tiny, embeddings_BTH, lengths_B, torch.tensor([6]), True)[1]
+    name = next(name for name in short if "layers.0.self_attn.k_proj.lora_A" in name)
+    assert not torch.allclose(short[name], other[name])
+
+
+def test_only_lora_trains():
+    model = make()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        assert parameter.dtype == torch.float32
+
+
+def test_bfloat16_base_keeps_lora_in_float32_and_reads_nearly_the_same():
+    exact, rounded = make(), make(dtype="bfloat16")
+    rounded.load_state_dict(exact.state_dict())
+    torch.manual_seed(5)
+    embeddings_BTH, lengths_B, prefix_P = torch.randn(3, 5, 64), torch.tensor([5, 2, 3]), torch.tensor([7, 8])
+    expected, gradients = read_with_gradients(exact, embeddings_BTH, lengths_B, prefix_P, True)
+    found, found_gradients = read_with_gradients(rounded, embeddings_BTH.bfloat16(), lengths_B, prefix_P, True)
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    for name, parameter in rounded.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+        if "lora_" in name:
+            error = (found_gradients[name] - gradients[name]).norm() / gradients[name].norm()
+            assert error < 0.1, name
+
+
+def test_dropout_is_off_in_eval_mode():
+    model = make(dropout=0.5)
+    arguments = (torch.randn(2, 3, 64), torch.tensor([3, 2]), torch.tensor([4]))
+    model.eval()
+    assert torch.equal(model(*arguments), model(*arguments))
+    model.train()
+    assert not torch.equal(model(*arguments), model(*arguments))
+
+
+def test_embedding_norm():
+    decoder = load_decoder("random-tiny", dtype="float32")
+    rows = decoder.get_input_embeddings().weight
+    assert mean_embedding_norm(decoder) == pytest.approx(sum(float(row.norm()) for row in rows) / len(rows))
+
+
+def test_item_texts_are_mean_readings_of_each_text_alone():
+    decoder = load_decoder("random-tiny", dtype="float32")
+    rows = [[5, 6, 7], [], [8], [9, 10, 11, 12, 13], [14, 15]]
+    tokens = Jagged.from_lengths(
+        torch.tensor([token for row in rows for token in row]), torch.tensor([len(row) for row in rows])
+    )
+    done = []
+    encodings_VH = encode_item_texts(decoder, tokens, batch_size=2, progress=done.append)
+    for row, encoding in zip(rows, encodings_VH, strict=True):
+        expected = torch.zeros(64)
+        if row:
+            expected = decoder(input_ids=torch.tensor([row])).last_hidden_state[0].mean(dim=0)
+        torch.testing.assert_close(encoding, expected, atol=1e-5, rtol=1e-5)
+    assert done == [2, 2]
+    assert not encodings_VH.requires_grad
+
+
+def test_standardised_encodings_have_no_common_direction():
+    torch.manual_seed(0)
+    encodings_VH = 3 * torch.randn(50, 8) + 100
+    encodings_VH[7] = 0
+    result = standardise_encodings(encodings_VH)
+    with_text = torch.cat([result[:7], result[8:]])
+    torch.testing.assert_close(with_text.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(with_text.square().sum(dim=1).mean(), torch.tensor(1.0))
+    assert (result[7] == 0).all()
+    assert (standardise_encodings(torch.zeros(3, 8)) == 0).all()

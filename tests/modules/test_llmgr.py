@@ -1,0 +1,99 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmgr_rec.config import EncoderConfig
+from tests.modules.small_llmgr import NUM_ITEMS, make_batch, make_llmgr
+
+
+def whole_catalogue():
+    """Features with one bag an item, in item order."""
+    return make_batch([[item] for item in range(NUM_ITEMS)], [0] * NUM_ITEMS, candidates="none").features
+
+
+def cache(model):
+    rows = model.recommender.item_tables.rows(whole_catalogue())
+    model.cache_catalogue(rows.vectors_XD, rows.ids_XD, model.text_tables(whole_catalogue()).values())
+
+
+@pytest.mark.parametrize("head", ["tied", "linear"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_cached_catalogue_candidates_and_item_vectors_agree(head, residual):
+    model = make_llmgr(head, residual).eval()
+    batch = make_batch()
+    scored = model.score(batch)
+    torch.testing.assert_close(model(make_batch(candidates="none")), scored.queries_BQ)
+    torch.testing.assert_close(model.item_vectors(whole_catalogue()), scored.items_CQ)
+    if head == "tied":
+        cache(model)
+        cached = model.score(make_batch(candidates="none"))
+        torch.testing.assert_close(cached.items_CQ, scored.items_CQ)
+        torch.testing.assert_close(cached.queries_BQ, scored.queries_BQ)
+
+
+def test_cache_is_not_part_of_the_state():
+    model = make_llmgr()
+    before = model.state_dict().keys()
+    cache(model)
+    assert model.state_dict().keys() == before
+
+
+def test_cache_is_refused_while_the_recommender_trains():
+    model = make_llmgr(trainable=["tables", "adapter"])
+    with pytest.raises(ValueError, match="while the recommender trains"):
+        cache(model)
+
+
+@pytest.mark.parametrize("node_source", ["table", "encoder"])
+@pytest.mark.parametrize("node_order", ["clicks", "unique"])
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 2**31))
+def test_sessions_do_not_see_each_other_or_the_target(node_source, node_order, seed):
+    generator = torch.Generator().manual_seed(seed)
+    model = make_llmgr(with_text=True, node_source=node_source, node_order=node_order, max_nodes=3).eval()
+    settings_ = {"text": "last_items", "text_items": 2}
+    draw = lambda *size: torch.randint(0, NUM_ITEMS, size, generator=generator).tolist()  # noqa: E731
+    sessions = [draw(length) for length in (4, 1, 2)]
+    together = model(make_batch(sessions, draw(3), **settings_))
+    for row, session in enumerate(sessions):
+        alone = model(make_batch([session], draw(1), **settings_))
+        torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("node_source", ["table", "encoder"])
+def test_what_the_prompt_shows_matters(node_source):
+    model = make_llmgr(residual=False, with_text=True, node_source=node_source, max_nodes=2).eval()
+    shown = {"text": "last_items", "text_items": 1}
+
+    def query(session, **settings_):
+        return model(make_batch([session], [0], **settings_))
+
+    base = query([1, 2, 3], **shown)
+    assert not torch.allclose(base, query([1, 3, 2], **shown))
+    assert not torch.allclose(base, query([1, 2, 3]))  # without its text
+    # An item older than max_nodes is seen by the graph token alone, and only through the encoder.
+    assert not torch.allclose(base, query([4, 2, 3], **shown))
+
+
+def test_frozen_recommender_has_neither_gradient_nor_dropout():
+    model = make_llmgr(encoder=EncoderConfig(dropout=0.5)).train()
+    assert not model.recommender.training
+    assert model.head.training
+    model.score(make_batch()).queries_BQ.sum().backward()
+    assert all(parameter.grad is None for parameter in model.recommender.parameters())
+    assert model.hybrid.nodes.weight.grad.abs().sum() > 0
+
+
+def test_recommender_trains_when_its_groups_do():
+    model = make_llmgr(trainable=["encoder", "adapter"]).train()
+    assert model.recommender.training
+    model.score(make_batch()).queries_BQ.sum().backward()
+    assert any(parameter.grad is not None for parameter in model.recommender.encoder.parameters())
+
+
+def test_head_with_text_needs_text_tables():
+    model = make_llmgr()
+    model.text_tables = None
+    with pytest.raises(ValueError, match="without text encodings"):
+        model.item_vectors(whole_catalogue())

@@ -1,0 +1,196 @@
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn import functional
+
+from llmgr_rec.config import TablesConfig
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.modules.groups import group_of, select_trainable
+from llmgr_rec.modules.prompts import prompt_nodes
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, _corrupt
+from tests.modules.small_llmgr import make_batch, make_llmgr
+from tests.ranks import run_on_ranks
+
+ALIGN = {"contrastive_weight": 0.5, "contrastive_temperature": 0.1, "hard_negatives": 2}
+SESSIONS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [2, 2], [0, 11]]
+TARGETS = [4, 0, 1, 11, 3, 5]
+
+
+def align_batch(sessions=SESSIONS, **settings):
+    return make_batch(sessions, [0] * len(sessions), text="random_node", **settings)
+
+
+def test_behave_loss_is_cross_entropy_over_the_catalogue():
+    model = make_llmgr().eval()
+    batch = make_batch()
+    loss, parts = BehaveTask(model)(batch)
+    scores = model(batch) @ model.score(batch).items_CQ.T
+    torch.testing.assert_close(loss, functional.cross_entropy(scores, batch.targets_B))
+    assert not parts["loss"].requires_grad
+
+
+def test_sbr_loss_is_cross_entropy_over_the_catalogue():
+    recommender = make_llmgr().recommender.eval()
+    batch = make_batch()
+    seen = recommender(batch)
+    loss, _ = SbrTask(recommender)(batch)
+    torch.testing.assert_close(loss, functional.cross_entropy(seen.queries_BQ @ seen.candidates_CQ.T, batch.targets_B))
+
+
+@pytest.mark.parametrize("kind", ["sbr", "align", "behave"])
+def test_filler_rows_do_not_count(kind):
+    model = make_llmgr().eval()
+    task = {
+        "sbr": SbrTask(model.recommender),
+        "align": AlignTask(model, **{**ALIGN, "hard_negatives": 0}),
+        "behave": BehaveTask(model),
+    }[kind]
+    make = align_batch if kind == "align" else lambda sessions, **s: make_batch(sessions, TARGETS[: len(sessions)], **s)
+    loss, _ = task(make(SESSIONS[:3]))
+    with_filler, _ = task(make(SESSIONS[:4], weights=[1, 1, 1, 0]))
+    torch.testing.assert_close(with_filler, loss)
+
+
+def test_two_ranks_average_to_one():
+    """Losses of two parts, each scaled for two ranks, average to the loss of the whole batch."""
+    model = make_llmgr().eval()
+
+    def halves(task_class, make, **settings):
+        whole, _ = task_class(model, **settings)(make(SESSIONS))
+        task = task_class(model, world_size=2, **settings)
+        parts = []
+        for rows in (slice(0, 4), slice(4, 6)):
+            batch = make(SESSIONS[rows])
+            batch.global_size = len(SESSIONS)
+            batch.rows_B = torch.arange(len(SESSIONS))[rows]
+            parts.append(task(batch)[0])
+        return whole, sum(parts) / 2
+
+    targets = dict(zip(map(tuple, SESSIONS), TARGETS, strict=True))
+    whole, mean = halves(BehaveTask, lambda rows: make_batch(rows, [targets[tuple(row)] for row in rows]))
+    torch.testing.assert_close(mean, whole)
+    settings = {**ALIGN, "contrastive_group": 2}
+    whole, mean = halves(_StructureOnly, lambda rows: make_batch(rows, [0] * len(rows)), **settings)
+    torch.testing.assert_close(mean, whole)
+
+
+class _StructureOnly(AlignTask):
+    def forward(self, batch):
+        return self._structure(self.llmgr.look_up(batch), batch), {}
+
+
+def test_align_asks_for_the_item_whose_text_is_shown():
+    batch = align_batch()
+    assert torch.equal(batch.target_columns_B, batch.text_items_B)
+    assert all(int(item) in session for item, session in zip(batch.targets_B, SESSIONS, strict=True))
+    _, parts = AlignTask(make_llmgr().eval(), **ALIGN)(batch)
+    assert set(parts) == {"loss", "context", "structure"}
+    torch.testing.assert_close(parts["loss"], parts["context"] + 0.5 * parts["structure"])
+
+
+def test_align_without_contrast_reads_one_prompt():
+    model = make_llmgr().eval()
+    reads = []
+    model.language_model.register_forward_hook(lambda *_: reads.append(1))
+    AlignTask(model, **ALIGN)(align_batch())
+    assert len(reads) == 5
+    reads.clear()
+    _, parts = AlignTask(model, **{**ALIGN, "contrastive_weight": 0.0})(align_batch())
+    assert len(reads) == 1
+    assert set(parts) == {"loss"}
+
+
+def test_structure_loss_falls_when_lists_belong_to_their_graphs():
+    """It is a loss about structure: training on it tells own node lists from others'."""
+    torch.manual_seed(0)
+    model = make_llmgr()
+    select_trainable(model, ["adapter", "lora"])
+    task = AlignTask(model, **{**ALIGN, "contrastive_weight": 1.0})
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        losses.append(task._structure(model.look_up(align_batch()), align_batch()))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_a_hard_negative_differs_in_one_node_of_another_session_of_the_group(number):
+    batch = make_batch(SESSIONS, TARGETS)
+    nodes = prompt_nodes(batch.graph, "clicks", 0)
+    corrupted = _corrupt(nodes, batch, number, group=4)
+    assert torch.equal(corrupted.offsets, nodes.offsets)
+    session_N = batch.graph.node_session_N
+    for row in range(len(SESSIONS)):
+        old, new = (n.values[n.offsets[row] : n.offsets[row + 1]] for n in (nodes, corrupted))
+        changed = new[new != old]
+        assert changed.numel() == 1
+        other = int(session_N[changed])
+        assert other != row
+        assert other // 4 == row // 4
+
+
+def test_a_lone_session_keeps_its_list():
+    batch = make_batch([[1, 2]], [3])
+    nodes = prompt_nodes(batch.graph, "clicks", 0)
+    corrupted = _corrupt(nodes, batch, 0, group=4)
+    assert set(corrupted.values.tolist()) <= {0, 1}
+    assert isinstance(corrupted, Jagged)
+
+
+def test_targets_do_not_reach_the_prompt():
+    """Another target changes the loss, but none of what the language model is given."""
+    model = make_llmgr(with_text=True).eval()
+    given = []
+    model.language_model.register_forward_pre_hook(lambda _, inputs: given.append(inputs))
+    first, second = (
+        BehaveTask(model)(make_batch(targets=targets, text="last_items", text_items=3))[0]
+        for targets in ([0, 3, 11], [9, 8, 10])
+    )
+    assert first != second
+    for one, other in zip(*given, strict=True):
+        assert torch.equal(one, other)
+
+
+def _train_sharded(world, kind):
+    """Some pipelined steps of a sharded model; returns what moved and what was pipelined."""
+    from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+    from llmgr_rec.distributed.sharding import shard
+
+    model = make_llmgr()
+    select_trainable(model, ["adapter", "lora", "head"])
+    task = AlignTask(model, **ALIGN) if kind == "align" else BehaveTask(model)
+    make = align_batch if kind == "align" else lambda: make_batch(SESSIONS, TARGETS)
+    sharded = shard(task, TablesConfig(), world, trained=lambda name: False)
+    before = _values(sharded)
+    dense = [p for name, p in sharded.named_parameters() if group_of(name) in ("adapter", "lora", "head")]
+    optimizer = torch.optim.AdamW(dense, lr=1e-2)
+    pipeline = TrainPipelineSparseDist(sharded, optimizer, world.device)
+    batches = iter([make() for _ in range(4)])
+    losses = [float(pipeline.progress(batches)["loss"]) for _ in range(4)]
+    after = _values(sharded)
+    moved = Counter((group_of(name), not torch.equal(before[name], after[name])) for name in before)
+    return losses, dict(moved), len(pipeline._pipelined_modules)
+
+
+def _values(module):
+    state = {}
+    for name, value in module.state_dict().items():
+        local = value.local_shards()[0].tensor if hasattr(value, "local_shards") else value
+        state[name] = local.detach().clone()
+    return state
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["align", "behave"])
+def test_pipelined_sharded_steps_move_what_trains_and_nothing_else(kind):
+    ((losses, moved, pipelined),) = run_on_ranks(_train_sharded, 1, kind)
+    assert losses[-1] < losses[0]
+    assert pipelined == 2  # item tables and text tables
+    assert {group for group, changed in moved if changed} == {"adapter", "lora", "head"}
+    assert {group for group, changed in moved if not changed} >= {"tables", "encoder", None}
+    assert ("lora", False) not in moved
