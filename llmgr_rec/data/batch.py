@@ -45,8 +45,8 @@ class SessionBatch(Pipelineable):
     """What a model's forward takes.
 
     Args:
-        features: One bag for each of the N nodes, then one for each of the C candidates (stride N + C); keys `item_id` and
-            the side features. It is the attribute that TorchRec's pipelines look up ahead.
+        features: One bag for each of the N nodes, then one for each of the C candidates (stride N + C); keys `item_id`
+            and the side features. It is the attribute that TorchRec's pipelines look up ahead.
         graph: Session graphs; its nodes are the first N bags.
         targets_B: Item to be predicted, int64; -1 where there is none.
         target_columns_B: Column of the target among the scored items, int64: its place in `candidates_C`, or the item
@@ -54,8 +54,8 @@ class SessionBatch(Pipelineable):
         weights_B: Weight in the loss, float32; 0 marks a filler row.
         rows_B: Row number in the split, int64; -1 for a filler row.
         candidates_C: Item index of each candidate, int64; empty where item vectors are cached elsewhere.
-        log_q_C: Log of the expected count of each candidate in the sample, float32, for the logQ correction; zeros where
-            candidates are not sampled.
+        log_q_C: Log of the expected count of each candidate in the sample, float32, for the logQ correction; zeros
+            where candidates are not sampled.
         text_tokens: Token ids for the text place of the prompt, one row a session.
         text_items_B: Item whose text is shown, int64; -1 where none or several.
         global_size: Real rows of the global batch, over all ranks.

@@ -88,14 +88,15 @@ def _rows_of(offsets: Tensor, total: int) -> Tensor:
 def build_graphs(items_L: Tensor, offsets_B1: Tensor, num_items: int) -> SessionGraph:
     """Builds the graphs of all sessions of a batch.
 
-    Nodes come from one sort of scalar keys that hold (session, item, click) in that order of significance: the first key
-    of each (session, item) run is the first click, and the running count of first clicks in click order is the node
+    Nodes come from one sort of scalar keys that hold (session, item, click) in that order of significance: the first
+    key of each (session, item) run is the first click, and the running count of first clicks in click order is the node
     number. Numpy sorts plain int64 values with vector instructions: 37,000 keys take 0.12 ms, where `torch.unique` with
     an inverse takes 0.47 ms and a sort that also returns positions 0.33 ms.
 
     Args:
         items_L: Item index of each click, oldest first, 0 .. num_items - 1, int64 on the CPU.
-        offsets_B1: First click of each session, int64 [B + 1], beginning with 0 and ending with L; a session may be empty.
+        offsets_B1: First click of each session, int64 [B + 1], beginning with 0 and ending with L; a session may be
+            empty.
         num_items: Size V of the catalogue.
 
     Raises:
@@ -135,7 +136,7 @@ def _edges(alias: IntArray, click_offsets: IntArray, num_nodes: int) -> tuple[In
 
 
 def build_graphs_reference(items_L: Tensor, offsets_B1: Tensor) -> SessionGraph:
-    """The same graphs by a plain loop over sessions and clicks: the definition that `build_graphs` is tested against."""
+    """The same graphs by a plain loop over clicks: the definition that `build_graphs` is tested against."""
     node_items: list[int] = []
     node_offsets, alias = [0], []
     edges: dict[tuple[int, int], int] = {}

@@ -72,6 +72,7 @@ class Recent(Generic[K, T]):
         return len(self._results)
 
     def __call__(self, key: K) -> T:
+        """The result for `key`, made now or kept from before."""
         if key not in self._results:
             result = self._make(key)
             while len(self._results) >= self._keep:
@@ -140,7 +141,7 @@ class RowGroups:
         statistics = column.statistics if column.is_stats_set else None
         if statistics is None or not statistics.has_min_max or not statistics.has_null_count or statistics.null_count:
             return False
-        return 0 <= statistics.min and statistics.max < self.num_items
+        return statistics.min >= 0 and statistics.max < self.num_items
 
     def _decode(self, index: int) -> RowGroup:
         place = self.places[index]

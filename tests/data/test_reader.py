@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.reader import SessionReader
-from llmgr_rec.data.row_groups import RowGroup
+from llmgr_rec.data.row_groups import Recent, RowGroup
 from llmgr_rec.errors import UserError
 
 from .files import Session, prefix_examples, random_sessions, write_part, write_parts
@@ -131,6 +131,24 @@ def test_epochs_and_seeds_have_their_own_order(make: Make) -> None:
     assert order(0, 1) != order(1, 1)
     assert order(0, 1) != order(0, 2)
     assert order(0, -1) != order(0, 1)
+
+
+def test_examples_change_their_order_within_a_row_group_too(tmp_path: Path) -> None:
+    part = write_part(tmp_path / "part-00000.parquet", random_sessions(30, NUM_ITEMS), row_group_size=30)
+    reader = open_reader(part, shuffle=True)
+
+    first, second = ([row for raw in reader.batches(epoch) for row, _, _ in rows_of(raw)] for epoch in (0, 1))
+
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_the_result_longest_unused_is_forgotten() -> None:
+    made: list[str] = []
+    recent: Recent[str, str] = Recent(lambda key: made.append(key) or key.upper(), keep=2)  # type: ignore[func-returns-value]
+
+    assert [recent(key) for key in "abacab"] == list("ABACAB")
+    assert made == ["a", "b", "c", "b"]
 
 
 def test_a_rank_without_rows_gets_a_filler_of_weight_zero(make: Make) -> None:
