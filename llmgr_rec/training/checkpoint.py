@@ -236,7 +236,7 @@ class CheckpointManager:
         if row_wise and state["column_widths"] != widths:
             raise UserError(
                 f"checkpoint {path} was written by {state['world_size']} ranks with other column shards, and row-wise "
-                f"Adagrad keeps a state for each: resume with the same --tables.sharding on {state['world_size']} ranks, "
+                "Adagrad keeps a state for each: resume with the same --tables.sharding on as many ranks, "
                 "or train with --tables.optimizer adagrad"
             )
 

@@ -1,0 +1,151 @@
+"""Exact top-K over a catalogue whose item vectors are spread over the ranks: the whole table is never in one place.
+
+Shapes: B sessions of this rank, X = most sessions of any rank, W ranks, R items of this rank, Q columns of queries and
+items, K places.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.topk import merge_top_k, top_k
+from llmgr_rec.errors import UserError
+
+# Items whose vectors are made at a time.
+_CHUNK = 8192
+# Stands for "this rank's scores are not numbers" in what the ranks exchange.
+_FAILED = -2
+
+
+class RanksItems(Protocol):
+    """A model that gives item vectors such that a score is queries @ items.T."""
+
+    def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
+        """Vectors of the items of some bags, [C, Q]."""
+
+
+class MakesBags(Protocol):
+    """Makes the bags of items, as the collator does."""
+
+    num_items: int
+
+    def item_features(self, items_X: Tensor) -> KeyedJaggedTensor:
+        """Bags of a list of items."""
+
+
+class CatalogueRanker:
+    """Holds the vectors of this rank's range of items and ranks the whole catalogue together with the other ranks.
+
+    Args:
+        model: Its item vectors are made once, here; sharded models need all ranks to come here together.
+        bags: Makes the bags of items.
+        world: Ranks.
+    """
+
+    def __init__(self, model: RanksItems, bags: MakesBags, world: World) -> None:
+        self._world = world
+        self._num_items = bags.num_items
+        self.first = bags.num_items * world.rank // world.size
+        stop = bags.num_items * (world.rank + 1) // world.size
+        self._items_RQ = _item_vectors(model, bags, range(self.first, stop), world)
+
+    @torch.no_grad()
+    def rank(self, queries_BQ: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
+        """Finds the K best items of each session; all ranks call together, each with its own sessions.
+
+        Args:
+            queries_BQ: Queries; the number of sessions may differ between ranks.
+            k: Places K; may exceed the number of items.
+            exclude: Items that a session must not get, one row a session; on all ranks or on none.
+
+        Returns:
+            Item indices int64 [B, K] and scores float32 [B, K], best first, equal scores by lower index. Where fewer
+            than K items are left: -1 and -inf.
+
+        Raises:
+            UserError: A score is not a number; raised on every rank.
+            ValueError: K is less than 1.
+        """
+        if k < 1:
+            raise ValueError(f"k is {k}; at least 1 item must be asked for")
+        queries = queries_BQ.detach().float()
+        if self._world.size == 1:
+            return top_k(queries, self._items_RQ, k, exclude)
+        sizes = _gather_sizes(queries.shape[0], queries.device, self._world)
+        longest = max(sizes)
+        queries_WXQ = _gather(_pad_rows(queries, longest), self._world)
+        excluded = None if exclude is None else self._gather_lists(exclude, longest)
+        ids, scores = self._own_top_k(queries_WXQ.flatten(0, 1), k, excluded)
+        # What this rank found for the sessions of each other rank goes back to that rank.
+        ids_WXK = _exchange(ids.view(self._world.size, longest, k))
+        scores_WXK = _exchange(scores.view(self._world.size, longest, k))
+        if (ids_WXK == _FAILED).any():
+            raise UserError(
+                "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
+                "train it again with a lower learning rate"
+            )
+        ids_BK, scores_BK = merge_top_k(ids_WXK, scores_WXK, k)
+        return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
+
+    def _own_top_k(self, queries: Tensor, k: int, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
+        if exclude is not None:
+            exclude = Jagged(exclude.values - self.first, exclude.offsets)
+        try:
+            ids, scores = top_k(queries, self._items_RQ, k, exclude)
+        except UserError:
+            # The other ranks wait for this one's lists; all learn of it together.
+            return (
+                queries.new_full((queries.shape[0], k), _FAILED, dtype=torch.int64),
+                queries.new_zeros(queries.shape[0], k),
+            )
+        return torch.where(ids >= 0, ids + self.first, ids), scores
+
+    def _gather_lists(self, lists: Jagged, longest: int) -> Jagged:
+        """The lists of all ranks, each rank's padded with empty ones to the same number."""
+        lengths_WX = _gather(_pad_rows(lists.lengths, longest), self._world)
+        sizes = lengths_WX.sum(dim=1).tolist()
+        values_WY = _gather(_pad_rows(lists.values, max(sizes)), self._world)
+        values = torch.cat([row[:size] for row, size in zip(values_WY, sizes, strict=True)])
+        return Jagged.from_lengths(values, lengths_WX.flatten())
+
+
+@torch.no_grad()
+def _item_vectors(model: RanksItems, bags: MakesBags, items: range, world: World) -> Tensor:
+    """Vectors of a range of items, chunk by chunk, with the same number of lookups on every rank."""
+    longest = -(-bags.num_items // world.size)
+    chunks = []
+    for start in range(items.start, items.start + longest, _CHUNK):
+        wanted = torch.arange(start, max(min(start + _CHUNK, items.stop), start))
+        # A rank whose range is shorter still takes part in the lookup, with a bag that is thrown away.
+        features = bags.item_features(wanted if wanted.numel() else torch.zeros(1, dtype=torch.int64))
+        chunks.append(model.item_vectors(features.to(world.device))[: wanted.numel()].detach().float())
+    return torch.cat(chunks).contiguous()
+
+
+def _gather_sizes(size: int, device: torch.device, world: World) -> list[int]:
+    return _gather(torch.tensor([size], device=device), world).flatten().tolist()
+
+
+def _gather(values: Tensor, world: World) -> Tensor:
+    """Equal-shaped tensors of all ranks, stacked in rank order."""
+    gathered = values.new_empty(world.size, *values.shape)
+    dist.all_gather(list(gathered.unbind()), values.contiguous())
+    return gathered
+
+
+def _exchange(parts_WXK: Tensor) -> Tensor:
+    """Part w goes to rank w; returns what every rank sent here, in rank order."""
+    received = torch.empty_like(parts_WXK)
+    dist.all_to_all_single(received, parts_WXK.contiguous())
+    return received
+
+
+def _pad_rows(values: Tensor, rows: int) -> Tensor:
+    padded = values.new_zeros(rows, *values.shape[1:])
+    padded[: values.shape[0]] = values
+    return padded

@@ -1,0 +1,179 @@
+"""Exact top-K of scores by blocks: scores of all items are never in memory at once.
+
+A score is the dot product of a query and an item. Equal scores rank by lower item index. Per block of items, only what
+beats a query's present K-th score is sorted; where it stands is found from the maxima of short strips of the block.
+
+Shapes: B queries, R items, N items of a block, Q columns, K places, C candidates of a block over all queries.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.errors import UserError
+
+_QUERY_BLOCK = 512
+_ITEM_BLOCK = 16384
+# The first block of items only sets the bar, by a full selection; the bar then spares the others one.
+_FIRST_BLOCK = 2048
+_STRIP = 64
+# Above this many candidates a place, a block is cut down to its own top K before it is sorted.
+_CROWDED = 64
+
+
+def top_k(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
+    """Finds the K best items of each query.
+
+    Args:
+        queries_BQ: Queries.
+        items_RQ: Items; row r is item r.
+        k: Places K, at least 1; may exceed the number of items.
+        exclude: Items that a query must not get, one row a query; indices outside 0 .. R - 1 are ignored.
+
+    Returns:
+        Item indices int64 [B, K] and scores float32 [B, K], best first. Where fewer than K items are left: -1 and -inf.
+        An item with score -inf counts as excluded.
+
+    Raises:
+        UserError: A score is not a number.
+    """
+    parts = [
+        _top_k_of_block(
+            queries_BQ[start : start + _QUERY_BLOCK],
+            items_RQ,
+            k,
+            None if exclude is None else exclude.narrow(start, min(start + _QUERY_BLOCK, exclude.num_rows)),
+        )
+        for start in range(0, queries_BQ.shape[0], _QUERY_BLOCK)
+    ]
+    if not parts:
+        empty = queries_BQ.new_empty(0, k, dtype=torch.float32)
+        return empty.long(), empty
+    return torch.cat([ids for ids, _ in parts]), torch.cat([scores for _, scores in parts])
+
+
+def merge_top_k(ids_WBK: Tensor, scores_WBK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Merges lists over disjoint, ascending ranges of items into one list.
+
+    Args:
+        ids_WBK: Item indices, best first, of each range; -1 where a list ends early.
+        scores_WBK: Their scores; -inf where a list ends early.
+        k: Places of the result.
+
+    Returns:
+        As `top_k`.
+    """
+    ids_BX = ids_WBK.transpose(0, 1).flatten(1)
+    # Stable: equal scores stay in the order of ranges and, within one, of the list, which is that of item indices.
+    scores_BX, order = torch.sort(scores_WBK.transpose(0, 1).flatten(1), dim=1, descending=True, stable=True)
+    return ids_BX.gather(1, order[:, :k]), scores_BX[:, :k].contiguous()
+
+
+class _Best:
+    """The best items so far, flat: query after query, best first."""
+
+    def __init__(self, num_queries: int, k: int, device: torch.device) -> None:
+        self._num_queries, self._k = num_queries, k
+        self._queries = torch.empty(0, dtype=torch.int64, device=device)
+        self._ids = torch.empty(0, dtype=torch.int64, device=device)
+        self._scores = torch.empty(0, device=device)
+        self.bar_B = torch.full((num_queries,), float("-inf"), device=device)
+
+    def add(self, queries_C: Tensor, ids_C: Tensor, scores_C: Tensor) -> None:
+        """Takes candidates in, ascending by query and then by id, with ids above all those that were added before."""
+        queries = torch.cat([self._queries, queries_C])
+        ids = torch.cat([self._ids, ids_C])
+        # Adding zero makes -0 into 0, which differ in their bits but not as scores.
+        scores = torch.cat([self._scores, scores_C]) + 0.0
+        bits = scores.view(torch.int32).long()
+        rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        # One stable sort: by query, then falling score; equal scores stay in order of arrival, which is that of ids.
+        order = torch.argsort((queries << 32) + (0x7FFFFFFF - rising), stable=True)
+        queries = queries[order]
+        counts_B = torch.bincount(queries, minlength=self._num_queries)
+        place = torch.arange(queries.numel(), device=queries.device) - (counts_B.cumsum(0) - counts_B)[queries]
+        kept = place < self._k
+        self._queries, self._ids, self._scores = queries[kept], ids[order[kept]], scores[order[kept]]
+        last = place[kept] == self._k - 1
+        self.bar_B[self._queries[last]] = self._scores[last]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Lists padded to K with -1 and -inf."""
+        counts_B = torch.bincount(self._queries, minlength=self._num_queries)
+        place = (
+            torch.arange(self._queries.numel(), device=counts_B.device) - (counts_B.cumsum(0) - counts_B)[self._queries]
+        )
+        ids_BK = torch.full((self._num_queries, self._k), -1, dtype=torch.int64, device=counts_B.device)
+        scores_BK = torch.full((self._num_queries, self._k), float("-inf"), device=counts_B.device)
+        ids_BK[self._queries, place] = self._ids
+        scores_BK[self._queries, place] = self._scores
+        return ids_BK, scores_BK
+
+
+def _top_k_of_block(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
+    best = _Best(queries_BQ.shape[0], k, queries_BQ.device)
+    buffer = queries_BQ.new_empty(queries_BQ.shape[0] * min(_ITEM_BLOCK, items_RQ.shape[0]))
+    for start, stop in _blocks(items_RQ.shape[0]):
+        scores_BN = buffer[: queries_BQ.shape[0] * (stop - start)].view(-1, stop - start)
+        torch.mm(queries_BQ, items_RQ[start:stop].T, out=scores_BN)
+        if exclude is not None:
+            inside = (exclude.values >= start) & (exclude.values < stop)
+            scores_BN[exclude.row_of_value[inside], exclude.values[inside] - start] = float("-inf")
+        queries_C, columns_C = _candidates(scores_BN, best.bar_B, k)
+        best.add(queries_C, columns_C + start, scores_BN[queries_C, columns_C])
+    return best.result()
+
+
+def _blocks(num_items: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < num_items:
+        stop = min(start + (_ITEM_BLOCK if start else _FIRST_BLOCK), num_items)
+        yield start, stop
+        start = stop
+
+
+def _candidates(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Query and column of all scores above the bar, or of the block's own top K where those are too many."""
+    width = scores_BN.shape[1]
+    whole = width // _STRIP * _STRIP
+    strips_BM = scores_BN[:, :whole].unflatten(1, (-1, _STRIP)).amax(dim=2)
+    if whole < width:
+        strips_BM = torch.cat([strips_BM, scores_BN[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+    if strips_BM.isnan().any():
+        raise UserError(
+            "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
+            "train it again with a lower learning rate"
+        )
+    queries_S, strips_S = (strips_BM > bar_B.unsqueeze(1)).nonzero(as_tuple=True)
+    if queries_S.numel() > _CROWDED * bar_B.numel():
+        return _block_top_k(scores_BN, bar_B, k)
+    offsets = torch.arange(_STRIP, device=scores_BN.device)
+    columns_SX = strips_S.unsqueeze(1) * _STRIP + offsets
+    values_SX = scores_BN[queries_S.unsqueeze(1), columns_SX.clamp(max=width - 1)]
+    above_SX = (values_SX > bar_B[queries_S].unsqueeze(1)) & (columns_SX < width)
+    queries_C = queries_S.unsqueeze(1).expand_as(columns_SX)[above_SX]
+    if queries_C.numel() > _CROWDED * k * bar_B.numel():
+        return _block_top_k(scores_BN, bar_B, k)
+    return queries_C, columns_SX[above_SX]
+
+
+def _block_top_k(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Query and column of each query's K best of a block, the leftmost where scores are equal at the K-th place."""
+    if scores_BN.shape[1] <= k:
+        return _places(scores_BN > bar_B.unsqueeze(1))
+    last_B1 = torch.topk(scores_BN, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    chosen_BN = scores_BN >= last_B1
+    crowded = (chosen_BN.sum(dim=1) > k).nonzero().squeeze(1)
+    if crowded.numel():
+        rows = scores_BN[crowded]
+        above, equal = rows > last_B1[crowded], rows == last_B1[crowded]
+        room = k - above.sum(dim=1, keepdim=True)
+        chosen_BN[crowded] = above | (equal & (equal.cumsum(dim=1) <= room))
+    return _places(chosen_BN & (scores_BN > bar_B.unsqueeze(1)))
+
+
+def _places(chosen_BN: Tensor) -> tuple[Tensor, Tensor]:
+    queries_C, columns_C = chosen_BN.nonzero().unbind(dim=1)
+    return queries_C, columns_C
