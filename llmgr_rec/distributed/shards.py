@@ -74,7 +74,7 @@ def local_shards(module: nn.Module) -> Iterator[Shard]:
             if parts[-1] != "weight" or parts[0] not in ("embedding_bags", "embeddings"):
                 continue
             parameter = f"{prefix}.{key}" if prefix else key
-            num_rows, dim = value.size()
+            num_rows, dim = _shape(value)
             for tensor, (row, col) in _pieces(value):
                 yield Shard(parameter, ".".join(parts[1:-1]), tensor, row, col, num_rows, dim)
 
@@ -129,8 +129,14 @@ def table_parameters(module: nn.Module) -> dict[str, tuple[int, int]]:
             prefix = unwrapped_name(path)
             for key, value in collection.state_dict().items():
                 if key.endswith(".weight") and key.split(".")[0] in ("embedding_bags", "embeddings"):
-                    tables[f"{prefix}.{key}" if prefix else key] = tuple(value.size())
+                    tables[f"{prefix}.{key}" if prefix else key] = _shape(value)
     return tables
+
+
+def _shape(value: Tensor | ShardedTensor) -> tuple[int, int]:
+    # ShardedTensor.shape warns of its deprecation, its metadata does not.
+    rows, dim = value.metadata().size if isinstance(value, ShardedTensor) else value.shape
+    return rows, dim
 
 
 def _pieces(value: Tensor | ShardedTensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
