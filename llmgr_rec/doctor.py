@@ -236,7 +236,8 @@ def check_language_model() -> Iterator[Finding]:
     )
     if importlib.util.find_spec("gguf") is None:
         yield Finding("gguf reader", "FAIL", "absent", install)
-    cache = Path(os.environ.get("LLMGR_CACHE") or Path.home() / ".cache" / "llmgr_rec")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llmgr_rec"
+    cache = Path(os.environ.get("LLMGR_CACHE") or caches).expanduser()
     remedy = "export LLMGR_CACHE=<a folder that you may write to>"
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 from kubernetes.config import kube_config
-from torchx.cli.main import main as torchx_main
 
-from tests.torchx.launcher import ROOT, torchx
+from tests.torchx.launcher import torchx, torchx_in_process
 from tests.torchx.standin import serving, write_kubeconfig
 from tests.torchx.volcano import JOB
 
@@ -22,12 +21,11 @@ def test_a_job_is_submitted_watched_and_cancelled(
     kubeconfig = tmp_path / "config"
     # The client reads $KUBECONFIG once, when it is imported.
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
-    monkeypatch.chdir(ROOT)
     with serving() as server:
         write_kubeconfig(kubeconfig, server, "ml")
 
         def call(line: str) -> str:
-            torchx_main(line.split())
+            torchx_in_process(line.split(), monkeypatch)
             return capsys.readouterr().out
 
         handle = call(SUBMIT).strip().splitlines()[-1]
