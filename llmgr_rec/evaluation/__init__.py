@@ -1,0 +1,1 @@
+"""Judging models: metrics, baselines, protocol, results as tables and plots."""

@@ -18,6 +18,8 @@ Floats = NDArray[np.float64]
 DECAY = 0.7
 # Most co-occurring pairs that are held at once while the similarities are computed, in pairs (12 bytes each).
 _BLOCK_PAIRS = 20_000_000
+# Most scores that are held at once while sessions are ranked.
+_BLOCK_SCORES = 4_000_000
 
 
 class Baseline(Protocol):
@@ -51,8 +53,8 @@ class Popularity:
 class ItemKNN:
     """Cosine of co-occurrence in training sessions, recent clicks counting more.
 
-    score(j) = sum over the clicks i of a session of decay^(clicks after i) * cos(i, j), where cos(i, j) is the number of
-    training sessions with both items over the geometric mean of the sessions with either, and cos(i, i) is left out.
+    score(j) = sum over the clicks i of a session of decay^(clicks after i) * cos(i, j), where cos(i, j) is the number
+    of training sessions with both items over the geometric mean of the numbers with each, and cos(i, i) is left out.
     """
 
     def __init__(self, sessions_SV: sparse.csr_array, decay: float = DECAY, neighbours: int = 0) -> None:
@@ -72,8 +74,14 @@ class ItemKNN:
         lengths_B = np.diff(offsets_B1)
         after_L = np.repeat(offsets_B1[1:], lengths_B) - 1 - np.arange(len(items_L))
         weights_BV = sparse.csr_array((self.decay**after_L, items_L, offsets_B1), shape=(len(lengths_B), num_items))
-        scores_BV = (weights_BV @ self.similarity_VV).tocsr()
-        return _top_k_sparse(scores_BV, k)
+        neighbours_B = np.add.reduceat(np.append(np.diff(self.similarity_VV.indptr)[items_L], 0), offsets_B1[:-1]) * (
+            lengths_B > 0
+        )
+        found = [
+            _top_k_sparse((weights_BV[start:stop] @ self.similarity_VV).tocsr(), k)
+            for start, stop in _blocks(neighbours_B, _BLOCK_SCORES)
+        ]
+        return np.concatenate([ids for ids, _ in found]), np.concatenate([scores for _, scores in found])
 
 
 def session_matrix(sessions: Iterable[tuple[Ints, Ints]], num_items: int) -> sparse.csr_array:
@@ -112,7 +120,8 @@ def cosine_similarity(sessions_SV: sparse.csr_array, neighbours: int = 0) -> spa
     count_V = np.diff(sessions_VS.indptr)
     scale_V = 1 / np.sqrt(np.maximum(count_V, 1))
     blocks = [sparse.csr_array((0, len(count_V)))]
-    for start, stop in _item_blocks(sessions_SV, sessions_VS):
+    pairs_V = sessions_VS @ np.diff(sessions_SV.indptr)
+    for start, stop in _blocks(pairs_V, _BLOCK_PAIRS):
         together_UV = sparse.coo_array(sessions_VS[start:stop] @ sessions_SV)
         rows_U, columns_U = together_UV.coords
         other = columns_U != rows_U + start
@@ -126,17 +135,15 @@ def cosine_similarity(sessions_SV: sparse.csr_array, neighbours: int = 0) -> spa
     return sparse.vstack(blocks, format="csr")
 
 
-def _item_blocks(sessions_SV: sparse.csr_array, sessions_VS: sparse.csr_array) -> list[tuple[int, int]]:
-    """Cuts the items into ranges whose co-occurring pairs stay below the block size (one item at least)."""
-    length_S = np.diff(sessions_SV.indptr)
-    pairs_V = sessions_VS @ length_S
-    blocks, start, held = [], 0, 0.0
-    for item, pairs in enumerate(pairs_V.tolist()):
-        if held + pairs > _BLOCK_PAIRS and item > start:
-            blocks.append((start, item))
-            start, held = item, 0.0
-        held += pairs
-    return [*blocks, (start, len(pairs_V))]
+def _blocks(sizes: Ints, limit: int) -> list[tuple[int, int]]:
+    """Cuts rows into ranges whose sizes add up to the limit at most (one row at least)."""
+    blocks, start, held = [], 0, 0
+    for row, size in enumerate(sizes.tolist()):
+        if held + size > limit and row > start:
+            blocks.append((start, row))
+            start, held = row, 0
+        held += size
+    return [*blocks, (start, len(sizes))]
 
 
 def _order_in_rows(rows: Ints, columns: Ints, values: Floats) -> tuple[Ints, Ints]:
@@ -153,12 +160,14 @@ def _top_k_sparse(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
     rows_count, num_items = scores_BV.shape
     rows = np.repeat(np.arange(rows_count), np.diff(scores_BV.indptr))
     # Sums of the same cosines in another order differ in the last bits: rounding keeps such ties ties.
-    values = np.round(scores_BV.data, 12)
-    order, place = _order_in_rows(rows, scores_BV.indices, values)
+    values, columns = np.round(scores_BV.data, 12), scores_BV.indices
+    high = values >= np.repeat(_kth_values(values, scores_BV.indptr, k), np.diff(scores_BV.indptr))
+    rows, columns, values = rows[high], columns[high], values[high]
+    order, place = _order_in_rows(rows, columns, values)
     kept, place = order[place < k], place[place < k]
     ids_BK = np.full((rows_count, k), -1, np.int64)
     scores_BK = np.full((rows_count, k), -np.inf)
-    ids_BK[rows[kept], place] = scores_BV.indices[kept]
+    ids_BK[rows[kept], place] = columns[kept]
     scores_BK[rows[kept], place] = values[kept]
     for row in np.flatnonzero(ids_BK[:, -1] < 0):
         found = int((ids_BK[row] >= 0).sum())
@@ -167,6 +176,14 @@ def _top_k_sparse(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
         ids_BK[row, found : found + len(unrelated)] = unrelated
         scores_BK[row, found : found + len(unrelated)] = 0.0
     return ids_BK, scores_BK
+
+
+def _kth_values(values: Floats, offsets: Ints, k: int) -> Floats:
+    """The k-th largest value of each row, so that only what can enter its list is sorted; -inf for short rows."""
+    kth_B = np.full(len(offsets) - 1, -np.inf)
+    for row in np.flatnonzero(np.diff(offsets) > k):
+        kth_B[row] = np.partition(values[offsets[row] : offsets[row + 1]], -k)[-k]
+    return kth_B
 
 
 def _padded(values: NDArray, length: int, fill: float) -> NDArray:

@@ -63,7 +63,7 @@ class RankingMetrics:
         bucket_B = self._bucket_V[targets_B.clamp(min=0)]
         self.counts_FP.index_put_((bucket_B, place_B), weights_B.to(torch.float64), accumulate=True)
 
-    def compute(self, sum_over_ranks: Callable[[Tensor], None] | None = None) -> dict[str, Any]:
+    def compute(self, sum_over_ranks: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
         """Joins the ranks and returns the metrics of all sessions counted so far.
 
         Args:

@@ -41,7 +41,7 @@ def ranked_batches(draw):
 @given(ranked_batches(), st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
 def test_equals_the_reference_in_any_batches(batch, size):
-    num_items, ids, targets, weights, train_count = batch
+    _, ids, targets, weights, train_count = batch
     metrics = RankingMetrics(torch.from_numpy(train_count))
     for start in range(0, len(ids), size):
         part = slice(start, start + size)

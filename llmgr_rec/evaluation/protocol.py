@@ -1,0 +1,175 @@
+"""How a model is judged: every session of a split against the whole catalogue, whatever the number of ranks.
+
+Shapes: B sessions of this rank, K places of a ranked list.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmgr_rec.cli import progress
+from llmgr_rec.config import Config
+from llmgr_rec.data.batch import RawSessions, SessionBatch
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.distributed.reduce import sum_over_ranks
+from llmgr_rec.evaluation.baselines import Baseline, ItemKNN, Popularity, session_matrix
+from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+
+T = TypeVar("T")
+
+BASELINES = ("popularity", "item_knn")
+
+# Rows read at a time where no model has to hold them.
+_READ_ROWS = 8192
+
+
+@torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
+def evaluate_model(
+    model: SessionRecommender | LLMGR,
+    dataset: Dataset,
+    split: str,
+    config: Config,
+    world: World,
+    catalogue: Catalogue | None = None,
+) -> dict[str, Any]:
+    """Ranks the whole catalogue for every session of a split and counts where the targets stand.
+
+    Args:
+        model: Sharded or not; it is in its former mode again afterwards.
+        dataset: Prepared sessions.
+        split: train, valid or test.
+        config: All settings.
+        world: Ranks; all call together, and all get the result.
+        catalogue: The data set's items, where they are at hand.
+
+    Returns:
+        What `RankingMetrics.compute` gives.
+    """
+    catalogue = catalogue or Catalogue.load(dataset.path)
+    collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
+    reader = split_reader(dataset, split, config.runtime.eval_batch_size, world, collate, config.runtime.reader_workers)
+    metrics = RankingMetrics(catalogue.train_count_V.to(world.device))
+    with evaluation_mode(model):
+        ranker = CatalogueRanker(model, collate, world)
+        for loaded in _with_progress(reader, f"evaluate {split}"):
+            batch = loaded.to(world.device)
+            ids_BK, _ = ranker.rank(session_queries(model, batch), metrics.depth)
+            metrics.update(ids_BK, batch.targets_B, batch.weights_B)
+    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+
+
+def evaluate_baseline(
+    baseline: Baseline, dataset: Dataset, split: str, catalogue: Catalogue, world: World
+) -> dict[str, Any]:
+    """The same for a recommender without weights.
+
+    Args:
+        baseline: From `build_baseline`.
+        dataset: Prepared sessions.
+        split: train, valid or test.
+        catalogue: The data set's items.
+        world: Ranks; all call together, and all get the result.
+    """
+    metrics = RankingMetrics(catalogue.train_count_V)
+    reader = split_reader(dataset, split, _READ_ROWS, world, _as_it_is)
+    for raw in _with_progress(reader, f"evaluate {split}"):
+        ids_BK, _ = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), metrics.depth)
+        metrics.update(torch.from_numpy(ids_BK), raw.targets_B, raw.weights_B)
+    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+
+
+def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue) -> Baseline:
+    """Makes a baseline from the training split alone.
+
+    Args:
+        name: One of `BASELINES`.
+        dataset: Prepared sessions.
+        catalogue: Their items.
+    """
+    if name == "popularity":
+        return Popularity(catalogue.train_count_V.numpy())
+    # Every rank reads all training rows, each of them once: prefixes of a session are no further evidence.
+    rows = SessionReader(
+        dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=_as_it_is
+    )
+    return ItemKNN(session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items))
+
+
+def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:
+    """Query of each session, [B, Q], as the model answers it outside of training."""
+    return model(batch, "behave") if isinstance(model, LLMGR) else model.queries(batch)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switches dropout off and, afterwards, back to what it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def split_reader(
+    dataset: Dataset,
+    split: str,
+    batch_size: int,
+    world: World,
+    collate: Callable[[RawSessions], T],
+    workers: int = 0,
+) -> SessionReader[T]:
+    """Reads a split in the order of its files, with the prefixes that belong to it.
+
+    Args:
+        dataset: Prepared sessions.
+        split: train, valid or test.
+        batch_size: Sessions of a global batch.
+        world: Ranks.
+        collate: Makes a batch of the raw sessions.
+        workers: Reader processes of each rank.
+    """
+    return SessionReader(
+        dataset.parts(split),
+        num_items=dataset.manifest.num_items,
+        batch_size=batch_size,
+        collate=collate,
+        rank=world.rank,
+        world_size=world.size,
+        augment_prefixes=split in dataset.manifest.prefix_augmentation,
+        workers=workers,
+    )
+
+
+def _with_progress(reader: SessionReader[T], description: str) -> Iterator[T]:
+    bar = progress(reader.num_examples, description, "session")
+    for step, batch in enumerate(reader.batches(0)):
+        yield batch
+        bar.update(min(reader.order.batch_size, reader.num_examples - step * reader.order.batch_size))
+    bar.close()
+
+
+def _with_target(raw: RawSessions) -> tuple[Any, Any]:
+    """A training session with its target as the last click, as arrays of items and offsets."""
+    sessions = len(raw.targets_B)
+    offsets_B1 = raw.offsets_B1 + torch.arange(sessions + 1)
+    items = torch.empty(int(offsets_B1[-1]), dtype=torch.int64)
+    is_target = torch.zeros(len(items), dtype=torch.bool)
+    is_target[offsets_B1[1:] - 1] = True
+    items[is_target] = raw.targets_B
+    items[~is_target] = raw.items_L
+    return items.numpy(), offsets_B1.numpy()
+
+
+def _as_it_is(raw: RawSessions) -> RawSessions:
+    return raw

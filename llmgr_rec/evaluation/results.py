@@ -1,0 +1,86 @@
+"""metrics.json: what it holds, how it gets on disk, and the table people read."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmgr_rec.errors import UserError
+
+FORMAT = "llmgr_rec.metrics"
+# In the order of the tables; other names follow them.
+MODEL_NAMES = {"popularity": "Popularity", "item_knn": "Item-kNN", "sbr": "GNN", "llmgr": "LLMGR"}
+CUTOFFS = (5, 10, 20)
+COLUMNS = tuple(f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in CUTOFFS)
+
+
+def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes metrics.json, whole or not at all.
+
+    Args:
+        path: File to make, or a metrics file to replace.
+        content: Results by split, then by model, beside what they were made of.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    partial.write_text(json.dumps({"format": FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Reads a metrics file.
+
+    Raises:
+        UserError: There is none, or it is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"metrics file {path} does not exist; make it with python -m llmgr_rec.evaluate")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no metrics file; make one with python -m llmgr_rec.evaluate")
+    return content
+
+
+def refuse_foreign_output(path: Path) -> None:
+    """Lets a metrics file be replaced, and nothing else.
+
+    Raises:
+        UserError: The path holds something that evaluate did not write.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file, such as {path / 'metrics.json'}")
+    if path.exists():
+        try:
+            read_metrics(path)
+        except UserError:
+            raise UserError(f"--output {path} exists and is no metrics file; give another --output") from None
+
+
+def in_table_order(models: Mapping[str, Any]) -> list[str]:
+    """Names of models, the known ones first."""
+    known = [name for name in MODEL_NAMES if name in models]
+    return known + [name for name in models if name not in MODEL_NAMES]
+
+
+def best_by_column(models: Mapping[str, Mapping[str, float]], columns: Sequence[str] = COLUMNS) -> dict[str, float]:
+    """Highest value of each column as the table shows it, to four decimals."""
+    return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in columns}
+
+
+def format_table(models: Mapping[str, Mapping[str, float]]) -> str:
+    """A plain-text table, a row for each model; the best value of a column carries a star."""
+    best = best_by_column(models) if models else {}
+    header = f"{'':<12}" + "".join(f"{column.upper():>10}" for column in COLUMNS)
+    lines = [header, "-" * len(header)]
+    for name in in_table_order(models):
+        cells = []
+        for column in COLUMNS:
+            value = round(models[name][column], 4)
+            mark = "*" if value == best[column] and len(models) > 1 else " "
+            cells.append(f"{value:>9.4f}{mark}")
+        lines.append(f"{MODEL_NAMES.get(name, name):<12}" + "".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
