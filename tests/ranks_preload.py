@@ -2,7 +2,7 @@
 
 import torch
 
-import llmgr_rec.distributed.sharding
+import llmgr_rec.distributed.bundle
 
 # Threads made before the fork would be missing in the ranks.
 torch.set_num_threads(1)

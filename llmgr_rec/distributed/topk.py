@@ -23,6 +23,7 @@ _STRIP = 64
 _CROWDED = 64
 
 
+@torch.no_grad()
 def top_k(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
     """Finds the K best items of each query.
 

@@ -58,7 +58,7 @@ def plain_ranker(num_items: int) -> CatalogueRanker:
 
 
 def rank_on_ranks(world: World, sizes: list[int], catalogues: list[int]) -> list[tuple[Tensor, ...]]:
-    answers = []
+    answers: list[tuple[Tensor, ...]] = []
     for num_items in catalogues:
         model = Items(num_items, "meta")
         shard(model, TablesConfig(dim=DIM), world, lambda name: True)

@@ -51,7 +51,7 @@ def train_all(world: World, cases: list[TablesConfig]) -> list[tuple[list[float]
     return [train_rank(world, tables) for tables in cases]
 
 
-def train_plain(tables: TablesConfig) -> tuple[list[float], nn.Module]:
+def train_plain(tables: TablesConfig) -> tuple[list[float], SmallModel]:
     """The readable reference: the unsharded model with torch's own optimizers."""
     model = SmallModel()
     init_tables(model, 3, 0.1)

@@ -1,5 +1,6 @@
 """Exact top-K equals a stable sort of all scores, whatever the ties, blocks, exclusions and K."""
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
     exclude = [
         generator.integers(-3, num_items + 3, generator.integers(0, num_items + 1)).tolist() for _ in range(num_queries)
     ]
-    sizes = {
+    sizes: dict[str, Any] = {
         "_QUERY_BLOCK": data.draw(st.integers(1, 4)),
         "_ITEM_BLOCK": data.draw(st.integers(8, 40)),
         "_FIRST_BLOCK": data.draw(st.integers(1, 8)),

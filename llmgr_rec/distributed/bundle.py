@@ -1,0 +1,215 @@
+"""Reads bundles: into a fresh model in plain torch, or into any model, sharded or not. Nothing is unpickled.
+
+Shapes: R rows and C columns of a rectangle of a table.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from llmgr_rec.config import Config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.pretrained import weights_hash
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender
+from llmgr_rec.distributed.bundle_export import dense_tensors, export_bundle, language_tensors, model_of
+from llmgr_rec.distributed.bundle_index import (
+    CONFIG,
+    LANGUAGE,
+    LORA,
+    PROMPTS,
+    RECOMMENDER,
+    TENSOR,
+    BundleIndex,
+    Piece,
+    is_complete,
+    latest_bundle,
+    read_index,
+    resolve_bundle,
+)
+from llmgr_rec.distributed.process_group import World, choose_device
+from llmgr_rec.distributed.sharding import shard
+from llmgr_rec.distributed.shards import fill_table, table_parameters
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.recipes import load_config
+
+__all__ = [
+    "Bundle",
+    "BundleIndex",
+    "export_bundle",
+    "is_complete",
+    "latest_bundle",
+    "load_bundle",
+    "load_weights",
+    "read_index",
+    "resolve_bundle",
+]
+
+_LORA_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle.
+
+    Args:
+        path: Its folder.
+        stage: Stage that it is the result of.
+        model: The model in eval mode, nothing of it trainable.
+        config: All settings of the run.
+        catalogue: The items.
+    """
+
+    path: Path
+    stage: str
+    model: SessionRecommender | LLMGR
+    config: Config
+    catalogue: Catalogue
+
+
+def load_bundle(path: Path | str, world: World | None = None) -> Bundle:
+    """Builds the model of a bundle.
+
+    Args:
+        path: A bundle, or a run (folder), whose furthest bundle is taken.
+        world: Ranks to shard the tables over; None or a single rank makes a plain torch module, for which
+            torch.distributed need not be initialised. All ranks call together.
+
+    Raises:
+        UserError: No complete bundle is there, it is damaged, or its base language model is not the one it was trained
+            with.
+    """
+    folder = resolve_bundle(Path(path))
+    index = read_index(folder)
+    config = load_config(folder / CONFIG)
+    config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
+    catalogue = Catalogue.load(folder)
+    if catalogue.hash != index.catalogue_hash:
+        raise UserError(f"bundle {folder} is damaged: items.parquet is another catalogue's; copy or export it again")
+    device = world.device if world else choose_device("cpu")
+    sharded = world is not None and world.size > 1
+    tables_device: torch.device | str = "meta" if sharded else device
+    model: SessionRecommender | LLMGR
+    if index.language_model:
+        _check_language_model(index, folder)
+        model = assemble_llmgr(config, catalogue, assemble_decoder(config, device), (), tables_device)
+    else:
+        model = assemble_recommender(config, catalogue, tables_device)
+    model.requires_grad_(False)
+    if sharded and world is not None:
+        shard(model, config.tables, world, lambda name: False)
+    else:
+        model.to(device)
+    left = load_weights(model, folder)
+    if left:
+        raise UserError(f"bundle {folder} is damaged: nothing in it for {left[0]}; export it again")
+    return Bundle(folder, index.stage, model.eval(), config, catalogue)
+
+
+def load_weights(module: nn.Module, path: Path | str) -> list[str]:
+    """Fills a model with what a bundle holds for it; each rank reads its own parts of the tables only.
+
+    Args:
+        module: The model, sharded or not, or anything around it.
+        path: A bundle.
+
+    Returns:
+        Names of parameters that the bundle has nothing for: those that an earlier stage does not have yet.
+
+    Raises:
+        UserError: The bundle is damaged or of another shape.
+    """
+    folder = Path(path)
+    index = read_index(folder)
+    model = model_of(module)
+    try:
+        left = _load_tables(model, folder, index)
+        recommender = model.recommender if isinstance(model, LLMGR) else model
+        left += _load_dense(dense_tensors(recommender), folder, RECOMMENDER)
+        if isinstance(model, LLMGR):
+            left += _load_dense(language_tensors(model), folder, LANGUAGE)
+            left += _load_lora(model, folder)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"bundle {folder} is damaged ({error}); copy or export it again") from None
+    return left
+
+
+def _load_tables(model: nn.Module, folder: Path, index: BundleIndex) -> list[str]:
+    left = []
+    for parameter, shape in table_parameters(model).items():
+        table = parameter.split(".")[-2]
+        if table not in index.tables:
+            left.append(parameter)
+            continue
+        if index.tables[table] != shape:
+            raise UserError(
+                f"bundle {folder} has {index.tables[table]} rows and columns in table {table}, the model {shape}; "
+                "use the settings and the data set of the run that made it"
+            )
+        fill_table(model, parameter, _TableReader(folder, index.pieces[table]).read)
+    return left
+
+
+class _TableReader:
+    """Reads rectangles of a table from its pieces, each file opened once and only where it is needed."""
+
+    def __init__(self, folder: Path, pieces: list[Piece]) -> None:
+        self._folder = folder
+        self._pieces = pieces
+
+    def read(self, rows: range, cols: range) -> Tensor:
+        values_RC = torch.full((len(rows), len(cols)), float("nan"))
+        for piece in self._pieces:
+            row0, row1 = max(rows.start, piece.row), min(rows.stop, piece.row + piece.rows)
+            col0, col1 = max(cols.start, piece.col), min(cols.stop, piece.col + piece.cols)
+            if row0 >= row1 or col0 >= col1:
+                continue
+            with safe_open(self._folder / piece.file, framework="pt") as file:
+                values_RC[row0 - rows.start : row1 - rows.start, col0 - cols.start : col1 - cols.start] = (
+                    file.get_slice(TENSOR)[row0 - piece.row : row1 - piece.row, col0 - piece.col : col1 - piece.col]
+                )
+        return values_RC
+
+
+@torch.no_grad()
+def _load_dense(targets: dict[str, Tensor], folder: Path, name: str) -> list[str]:
+    if not (folder / name).is_file():
+        return list(targets)
+    stored = load_file(folder / name)
+    for key, target in targets.items():
+        if key in stored and stored[key].shape != target.shape:
+            raise UserError(
+                f"bundle {folder} has {key} of shape {list(stored[key].shape)}, the model {list(target.shape)}; "
+                "use the settings and the data set of the run that made it"
+            )
+        if key in stored:
+            target.copy_(stored[key])
+    return [key for key in targets if key not in stored]
+
+
+def _load_lora(model: LLMGR, folder: Path) -> list[str]:
+    names = [name for name, _ in model.language_model.named_parameters() if "lora_" in name]
+    if not (folder / LORA / _LORA_FILE).is_file():
+        return names
+    outcome = set_peft_model_state_dict(model.language_model.decoder, load_file(folder / LORA / _LORA_FILE))
+    if outcome.unexpected_keys:
+        raise UserError(
+            f"bundle {folder} has LoRA weights for {outcome.unexpected_keys[0]}, which the model lacks; "
+            "use the settings of the run that made it"
+        )
+    return [name for name in outcome.missing_keys if "lora_" in name]
+
+
+def _check_language_model(index: BundleIndex, folder: Path) -> None:
+    name = index.language_model["name"]
+    if weights_hash(name) != index.language_model["weights_hash"]:
+        raise UserError(
+            f"bundle {folder} was trained with other weights of the language model {name} than the ones found now; "
+            "put the former ones back"
+        )

@@ -1,0 +1,253 @@
+"""Writes a bundle: every rank its own parts of the tables, rank 0 the rest; complete or invisible."""
+
+import hashlib
+import json
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llmgr_rec.config import Config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.pretrained import weights_hash
+from llmgr_rec.data.prompt_files import load_templates
+from llmgr_rec.data.schema import ITEMS_NAME
+from llmgr_rec.distributed.bundle_index import (
+    CONFIG,
+    INDEX,
+    LANGUAGE,
+    LORA,
+    PROMPTS,
+    RECOMMENDER,
+    STAGES,
+    TENSOR,
+    BundleIndex,
+    Piece,
+    is_complete,
+    read_index,
+)
+from llmgr_rec.distributed.process_group import World, on_first_rank, together
+from llmgr_rec.distributed.shards import Shard, local_shards
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.recipes import save_config
+
+# Rows of a piece are limited so that a piece stays below this many bytes.
+_PIECE_BYTES = 2 * 1024**3
+_PACKAGES = ("llmgr-rec", "torch", "torchrec", "transformers", "peft", "safetensors")
+
+
+def export_bundle(
+    module: nn.Module, stage: str, config: Config, catalogue: Catalogue, folder: Path, world: World
+) -> None:
+    """Writes what a stage has made, self-contained but for the base language model.
+
+    Tables that a stage left as they were are hard links to the pieces of an earlier stage's bundle.
+
+    Args:
+        module: The model, sharded or not, or anything around it.
+        stage: The stage.
+        config: All settings.
+        catalogue: The items.
+        folder: RUN/export/<stage>.
+        world: Ranks; all call together. Their storage is shared.
+
+    Raises:
+        UserError: The folder holds a complete bundle already.
+    """
+    model = model_of(module)
+    partial = folder.with_name(folder.name + ".tmp")
+    on_first_rank(world, lambda: _prepare(folder, partial))
+    known = together(world, lambda: _known_pieces(folder, catalogue))
+    written = together(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
+    pieces = _gather_pieces(written, world)
+    on_first_rank(world, lambda: _finish(model, stage, config, catalogue, partial, folder, pieces))
+
+
+def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
+    """The model inside a task, a DistributedModelParallel or other wrappers."""
+    found = [part for part in module.modules() if isinstance(part, LLMGR)]
+    found_plain = [part for part in module.modules() if isinstance(part, SessionRecommender)]
+    if not found and not found_plain:
+        raise TypeError(f"{type(module).__name__} holds neither LLMGR nor SessionRecommender")
+    return found[0] if found else found_plain[0]
+
+
+def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a module outside of embedding tables."""
+    return {
+        name: value.detach()
+        for name, value in model.state_dict().items()
+        if not {"embedding_bags", "embeddings"} & set(name.split("."))
+    }
+
+
+def language_tensors(model: LLMGR) -> dict[str, Tensor]:
+    """Adapter and head, by name in the model."""
+    return {
+        f"{part}.{name}": value
+        for part, module in (("hybrid", model.hybrid), ("head", model.head))
+        for name, value in dense_tensors(module).items()
+    }
+
+
+def _prepare(folder: Path, partial: Path) -> None:
+    if is_complete(folder):
+        raise UserError(f"{folder} holds an exported model already; give another --output")
+    for leftover in (folder, partial):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    (partial / "tables").mkdir(parents=True)
+
+
+def _known_pieces(folder: Path, catalogue: Catalogue) -> dict[str, str]:
+    """Files of earlier stages' bundles by hash and shape of their values, for hard links."""
+    known = {}
+    for stage in STAGES:
+        if is_complete(folder.parent / stage):
+            index = read_index(folder.parent / stage)
+            if index.catalogue_hash == catalogue.hash:
+                for pieces in index.pieces.values():
+                    known.update({_identity(piece): f"{stage}/{piece.file}" for piece in pieces})
+    return known
+
+
+def _identity(piece: Piece) -> str:
+    return f"{Path(piece.file).name}/{piece.rows}x{piece.cols}/{piece.sha256}"
+
+
+def _write_tables(
+    model: nn.Module, partial: Path, export: Path, known: dict[str, str], rank: int
+) -> list[tuple[str, tuple[int, int], Piece]]:
+    """Writes this rank's parts; returns table name, table shape and piece of each."""
+    written = []
+    for shard in local_shards(model):
+        rows_at_a_time = max(1, _PIECE_BYTES // (shard.tensor.shape[1] * shard.tensor.element_size()))
+        for start in range(0, shard.tensor.shape[0], rows_at_a_time):
+            values = shard.tensor[start : start + rows_at_a_time].cpu().contiguous()
+            piece = _piece(shard, start, values)
+            target = partial / piece.file
+            if (earlier := known.get(_identity(piece))) is not None and _link(export / earlier, target):
+                pass
+            elif not target.exists():
+                # Replicated tables exist on every rank: the name with the rank keeps them from one another's way.
+                own = target.with_name(f"{target.name}.rank{rank}")
+                save_file({TENSOR: values}, own)
+                os.replace(own, target)
+            written.append((shard.table, (shard.num_rows, shard.dim), piece))
+    return written
+
+
+def _piece(shard: Shard, start: int, values: Tensor) -> Piece:
+    row = shard.row_offset + start
+    return Piece(
+        file=f"tables/{shard.table}-r{row}-c{shard.col_offset}.safetensors",
+        row=row,
+        col=shard.col_offset,
+        rows=values.shape[0],
+        cols=values.shape[1],
+        sha256=hashlib.sha256(values.numpy().data).hexdigest(),
+    )
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another rank has linked it, or the file system has no hard links.
+        return target.exists()
+    return True
+
+
+def _gather_pieces(
+    written: list[tuple[str, tuple[int, int], Piece]], world: World
+) -> list[tuple[str, tuple[int, int], Piece]]:
+    if world.size == 1:
+        return written
+    gathered: list[list[tuple[str, tuple[int, int], Piece]]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(gathered, written)
+    by_file = {piece.file: (table, shape, piece) for rank in gathered for table, shape, piece in rank}
+    return sorted(by_file.values(), key=lambda found: found[2].file)
+
+
+def _finish(
+    model: LLMGR | SessionRecommender,
+    stage: str,
+    config: Config,
+    catalogue: Catalogue,
+    partial: Path,
+    folder: Path,
+    pieces: list[tuple[str, tuple[int, int], Piece]],
+) -> None:
+    save_config(config, partial / CONFIG)
+    templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
+    (partial / PROMPTS).write_text(yaml.safe_dump(templates, sort_keys=False, width=120))
+    shutil.copyfile(catalogue.file, partial / ITEMS_NAME)
+    recommender = model.recommender if isinstance(model, LLMGR) else model
+    _save(dense_tensors(recommender), partial / RECOMMENDER)
+    dims, language_model = {"d1": config.tables.dim}, {}
+    if isinstance(model, LLMGR):
+        dims["d2"] = model.language_model.hidden_size
+        language_model = {"name": config.llm.name_or_path, "weights_hash": weights_hash(config.llm.name_or_path)}
+        _save(language_tensors(model), partial / LANGUAGE)
+        _save_lora(model, partial / LORA, config.llm.name_or_path)
+    files = {
+        str(path.relative_to(partial)): path.stat().st_size
+        for path in sorted(partial.rglob("*"))
+        if path.is_file() and path.parent.name != "tables"
+    }
+    index = BundleIndex(
+        stage=stage,
+        catalogue_hash=catalogue.hash,
+        num_items=catalogue.num_items,
+        dims=dims,
+        language_model=language_model,
+        tables={table: shape for table, shape, _ in pieces},
+        pieces={name: [piece for table, _, piece in pieces if table == name] for name, *_ in pieces},
+        files=files,
+        versions=_versions(),
+    )
+    (partial / INDEX).write_text(index.to_json())
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    partial.rename(folder)
+    _sync(folder.parent)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    # Cloned: safetensors refuses tensors that share memory.
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path)
+
+
+def _save_lora(model: LLMGR, folder: Path, base_name: str) -> None:
+    model.language_model.decoder.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    settings_file = folder / "adapter_config.json"
+    settings = json.loads(settings_file.read_text())
+    # PEFT writes where the base was on this machine.
+    settings["base_model_name_or_path"] = base_name
+    settings_file.write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

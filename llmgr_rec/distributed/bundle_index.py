@@ -1,0 +1,146 @@
+"""The index of an exported model: what a bundle holds, whether it is complete, which one is the furthest.
+
+RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
+catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT) and
+tables/<table>-r<row>-c<column>.safetensors.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmgr_rec.errors import UserError
+
+FORMAT_VERSION = 1
+STAGES = ("sbr", "align", "behave")
+INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
+RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
+TENSOR = "weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a table in a file of its own.
+
+    Args:
+        file: Path in the bundle.
+        row: First row.
+        col: First column.
+        rows: Rows.
+        cols: Columns.
+        sha256: Hash of the values' bytes.
+    """
+
+    file: str
+    row: int
+    col: int
+    rows: int
+    cols: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BundleIndex:
+    """What a bundle says of itself.
+
+    Args:
+        stage: Stage that it is the result of.
+        catalogue_hash: Hash of its items.
+        num_items: Items of the catalogue.
+        dims: Widths d1 and, after a language stage, d2.
+        language_model: Name and weights_hash of the base language model; empty before the language stages.
+        tables: Rows and columns of each table.
+        pieces: Pieces of each table; together they cover it once.
+        files: Size in bytes of every other file, by path in the bundle.
+        versions: Versions of the packages that wrote it.
+    """
+
+    stage: str
+    catalogue_hash: str
+    num_items: int
+    dims: dict[str, int]
+    language_model: dict[str, str]
+    tables: dict[str, tuple[int, int]]
+    pieces: dict[str, list[Piece]]
+    files: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The index as it stands in bundle.json."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a complete bundle: its index is written last and the folder named after that."""
+    return not folder.name.endswith(".tmp") and (folder / INDEX).is_file()
+
+
+def latest_bundle(export: Path) -> Path:
+    """The complete bundle of the furthest stage.
+
+    Args:
+        export: RUN/export.
+
+    Raises:
+        UserError: There is none.
+    """
+    for stage in reversed(STAGES):
+        if is_complete(export / stage):
+            return export / stage
+    raise UserError(
+        f"{export} holds no exported model; train first: python -m llmgr_rec.train --output {export.parent}"
+    )
+
+
+def resolve_bundle(path: Path) -> Path:
+    """The bundle that a path means: a bundle itself, a run's export folder or a run, whose furthest bundle is taken.
+
+    Raises:
+        UserError: The path holds no complete bundle.
+    """
+    if is_complete(path):
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist; give a run folder made by python -m llmgr_rec.train")
+    return latest_bundle(path / "export" if (path / "export").is_dir() else path)
+
+
+def read_index(folder: Path) -> BundleIndex:
+    """Reads and checks a bundle's index.
+
+    Args:
+        folder: A bundle.
+
+    Raises:
+        UserError: The bundle is not complete, damaged, or of another format version.
+    """
+    file = folder / INDEX
+    if not is_complete(folder):
+        raise UserError(f"{folder} is not a complete bundle (no {INDEX}); export it again by training its stage")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        version = content.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}; update it")
+        content["tables"] = {name: (rows, cols) for name, (rows, cols) in content["tables"].items()}
+        content["pieces"] = {name: [Piece(**piece) for piece in pieces] for name, pieces in content["pieces"].items()}
+        index = BundleIndex(**content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); export the bundle again by training its stage") from None
+    _check_files(folder, index)
+    return index
+
+
+def _check_files(folder: Path, index: BundleIndex) -> None:
+    for name, size in index.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            raise UserError(f"bundle {folder} is damaged: {name} has {found} of {size} bytes; copy or export it again")
+    for name, (rows, cols) in index.tables.items():
+        covered = sum(piece.rows * piece.cols for piece in index.pieces[name])
+        missing = [piece.file for piece in index.pieces[name] if not (folder / piece.file).is_file()]
+        if missing or covered != rows * cols:
+            lost = missing[0] if missing else f"{rows * cols - covered} values of table {name}"
+            raise UserError(f"bundle {folder} is damaged: {lost} is missing; copy or export it again")
