@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llmgr_rec.errors import UserError
 
@@ -111,7 +111,10 @@ def _config_named(words: Sequence[str]) -> str:
 
 
 def progress(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
-    """A progress bar with an ETA: rank 0 only, silent when stderr is not a terminal.
+    """A progress bar with an ETA: rank 0 only, silent where there is no terminal.
+
+    Launchers such as TorchX give their children files for stderr; the environment variable LLMGR_TERMINAL names the
+    terminal that the user watches then.
 
     Args:
         total: Units of work in all, None when unknown.
@@ -121,5 +124,22 @@ def progress(total: int | None, description: str, unit: str = "it", initial: int
     """
     from tqdm import tqdm
 
-    quiet = not is_first_rank() or not sys.stderr.isatty()
-    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=quiet, dynamic_ncols=True)
+    terminal = _terminal() if is_first_rank() else None
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        disable=terminal is None,
+        file=terminal,
+        dynamic_ncols=True,
+    )
+
+
+def _terminal() -> TextIO | None:
+    if sys.stderr.isatty():
+        return sys.stderr
+    try:
+        return open(os.environ["LLMGR_TERMINAL"], "w")
+    except (KeyError, OSError):
+        return None

@@ -1,0 +1,142 @@
+"""From settings and files to models and collators: the one place where both come together."""
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from llmgr_rec.config import Config, TrainableGroup
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.collate import Candidates, Collator, TextPlace
+from llmgr_rec.data.item_text import tokenize_items
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
+from llmgr_rec.data.prompt_files import Task, load_templates
+from llmgr_rec.modules.build import build_llmgr, build_recommender
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
+from llmgr_rec.modules.recommender import SessionRecommender
+
+Purpose = Literal["sbr", "align", "behave", "rank"]
+
+# Stands between two item texts in a prompt.
+_TEXT_SEPARATOR = "; "
+
+
+def assemble_recommender(
+    config: Config, catalogue: Catalogue, tables_device: torch.device | str = "cpu"
+) -> SessionRecommender:
+    """The session recommender for a catalogue; see `build_recommender`."""
+    return build_recommender(config, catalogue.num_items, catalogue.num_embeddings, tables_device)
+
+
+def assemble_decoder(config: Config, device: torch.device) -> PreTrainedModel:
+    """The bare pre-trained decoder of the settings, on a device.
+
+    Raises:
+        UserError: It is not to be had.
+    """
+    return load_decoder(config.llm.name_or_path, config.llm.num_layers, config.llm.dtype, device)
+
+
+def assemble_llmgr(
+    config: Config,
+    catalogue: Catalogue,
+    decoder: PreTrainedModel,
+    trainable: Collection[TrainableGroup] = (),
+    tables_device: torch.device | str = "cpu",
+) -> LLMGR:
+    """The whole model for a catalogue; see `build_llmgr`.
+
+    Args:
+        config: All settings.
+        catalogue: Items.
+        decoder: From `assemble_decoder`; LoRA layers are put into it.
+        trainable: Parameter groups that train.
+        tables_device: Where tables are made; `meta` leaves the memory to the sharder.
+    """
+    return build_llmgr(
+        config,
+        catalogue.num_items,
+        catalogue.num_embeddings,
+        decoder,
+        compile_prompts(config),
+        trainable,
+        tables_device,
+    )
+
+
+def compile_prompts(config: Config) -> dict[Task, CompiledPrompt]:
+    """The settings' prompts as token ids.
+
+    Raises:
+        UserError: Template file or tokenizer are not usable.
+    """
+    tokenizer = load_tokenizer(config.llm.name_or_path)
+    return {
+        task: compile_prompt(template, tokenizer, with_text=task != "behave" or config.prompt.text_items > 0)
+        for task, template in load_templates(config.prompt.templates).items()
+    }
+
+
+def item_tokens(config: Config, catalogue: Catalogue) -> Jagged:
+    """Token ids of every item's text, [V] rows.
+
+    Raises:
+        UserError: An item has no text.
+    """
+    tokenizer = load_tokenizer(config.llm.name_or_path)
+    return tokenize_items(catalogue, tokenizer, list(config.prompt.text_fields), config.prompt.max_text_tokens)
+
+
+def make_collator(
+    config: Config, catalogue: Catalogue, purpose: Purpose, language: bool, tokens: Jagged | None = None
+) -> Collator:
+    """The collator that makes a stage's batches.
+
+    Args:
+        config: All settings.
+        catalogue: Items.
+        purpose: A training stage, or ranking (no candidates: item vectors are made elsewhere).
+        language: Whether a language model reads the batch.
+        tokens: From `item_tokens`, where they are at hand; made when needed.
+    """
+    text: TextPlace = "none"
+    if purpose == "align":
+        text = "random_node"
+    elif language and config.prompt.text_items:
+        text = "last_items"
+    separator: list[int] = []
+    if text != "none":
+        tokens = item_tokens(config, catalogue) if tokens is None else tokens
+        separator = load_tokenizer(config.llm.name_or_path)(_TEXT_SEPARATOR, add_special_tokens=False)["input_ids"]
+    return Collator(
+        catalogue,
+        catalogue.num_items,
+        config.tables.side_features,
+        candidates=_candidates(config, catalogue, purpose),
+        sampled_items=config.loss.sampled_items,
+        text=text,
+        text_items=config.prompt.text_items,
+        text_tokens=tokens if text != "none" else None,
+        text_separator=separator,
+        max_nodes=config.prompt.max_nodes,
+        seed=config.seed,
+    )
+
+
+def caches_catalogue(config: Config, catalogue: Catalogue, stage: Purpose) -> bool:
+    """Whether a stage keeps all item vectors' inputs at hand: a small catalogue whose tables are frozen."""
+    trained = set(getattr(config, stage).trainable)
+    return (
+        stage in ("align", "behave")
+        and not trained & {"tables", "encoder"}
+        and catalogue.num_items <= config.loss.full_softmax_max_items
+    )
+
+
+def _candidates(config: Config, catalogue: Catalogue, purpose: Purpose) -> Candidates:
+    if purpose == "rank" or caches_catalogue(config, catalogue, purpose):
+        return "none"
+    return "full" if catalogue.num_items <= config.loss.full_softmax_max_items else "sampled"

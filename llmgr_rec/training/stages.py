@@ -1,0 +1,174 @@
+"""The three stages: what each one builds, starts from, trains on and leaves behind."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from llmgr_rec.config import Config, StageConfig
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.pretrained import weights_hash
+from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.distributed.assembly import (
+    assemble_decoder,
+    assemble_llmgr,
+    assemble_recommender,
+    caches_catalogue,
+    item_tokens,
+    make_collator,
+)
+from llmgr_rec.distributed.bundle import export_bundle, latest_bundle, load_weights
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.sharding import shard
+from llmgr_rec.distributed.shards import init_tables
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import evaluate_model
+from llmgr_rec.modules.build import reads_item_text
+from llmgr_rec.modules.groups import group_of, select_trainable
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask
+from llmgr_rec.training.checkpoint import CheckpointManager, Identity
+from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.language import TextEncodings, cache_catalogue, encode_catalogue, fill_text_table
+from llmgr_rec.training.loop import Position, StageLoop
+from llmgr_rec.training.optimizers import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+StageName = Literal["sbr", "align", "behave"]
+STAGES: tuple[StageName, ...] = ("sbr", "align", "behave")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every stage of a run works with.
+
+    Args:
+        config: All settings.
+        dataset: Prepared sessions.
+        catalogue: Their items.
+        run: Run folder.
+        world: Ranks.
+        journal: Receives metrics.
+        resume: Continue from the newest checkpoint where there is one.
+    """
+
+    config: Config
+    dataset: Dataset
+    catalogue: Catalogue
+    run: Path
+    world: World
+    journal: Journal
+    resume: bool
+
+
+def stage_settings(config: Config, stage: StageName) -> StageConfig:
+    """The settings of one stage."""
+    return {"sbr": config.sbr, "align": config.align, "behave": config.behave}[stage]
+
+
+def run_stage(stage: StageName, context: RunContext) -> None:
+    """Trains one stage from where the one before it ended, and exports its result to RUN/export/<stage>.
+
+    Args:
+        stage: The stage.
+        context: The run; all ranks call together.
+
+    Raises:
+        UserError: A file, a setting or a checkpoint is not usable.
+    """
+    config, world = context.config, context.world
+    settings = stage_settings(config, stage)
+    reader = _reader(stage, context)
+    if stage == "sbr":
+        model, inner = _start_recommender(context)
+    else:
+        model, inner = _start_language(stage, context, reader)
+    loop = StageLoop(
+        name=stage,
+        model=model,
+        optimizer=build_optimizer(model, settings, config.tables),
+        reader=reader,
+        settings=settings,
+        runtime=config.runtime,
+        seed=config.seed,
+        world=world,
+        journal=context.journal,
+        checkpoints=_checkpoints(stage, context, "steps", config.runtime.keep_checkpoints),
+        best=_checkpoints(stage, context, "best", 1),
+        validate=lambda: evaluate_model(inner, context.dataset, "valid", config, world),
+    )
+    loop.run(loop.resume() if context.resume else Position())
+    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world)
+    if world.rank == 0:
+        logger.info("stage %s is complete: %s", stage, context.run / "export" / stage)
+
+
+def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
+    config = context.config
+    recommender = assemble_recommender(config, context.catalogue, "meta")
+    model = _shard(SbrTask(recommender, context.world.size), config.sbr, context)
+    init_tables(model, config.seed, config.tables.init_std)
+    return model, recommender
+
+
+def _start_language(
+    stage: StageName, context: RunContext, reader: SessionReader
+) -> tuple[DistributedModelParallel, LLMGR]:
+    config, world, settings = context.config, context.world, stage_settings(context.config, stage)
+    decoder = assemble_decoder(config, world.device)
+    encodings: TextEncodings | None = None
+    if reads_item_text(config):
+        tokens = item_tokens(config, context.catalogue)
+        name_hash = weights_hash(config.llm.name_or_path)
+        encodings = encode_catalogue(decoder, tokens, world, context.run, name_hash)
+    llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta")
+    task: nn.Module = BehaveTask(llmgr, world.size)
+    if stage == "align":
+        align = config.align
+        task = AlignTask(
+            llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size
+        )
+    model = _shard(task, settings, context)
+    load_weights(llmgr, latest_bundle(context.run / "export"))
+    if encodings is not None:
+        fill_text_table(model, encodings)
+    if caches_catalogue(config, context.catalogue, stage):
+        cache_catalogue(llmgr, make_collator(config, context.catalogue, "rank", language=False), world.device)
+    return model, llmgr
+
+
+def _shard(task: nn.Module, settings: StageConfig, context: RunContext) -> DistributedModelParallel:
+    trained = select_trainable(task, settings.trainable)
+    if settings.epochs and not trained:
+        raise UserError(f"{', '.join(settings.trainable)} name no part of this stage's model; change its trainable")
+    return shard(task, context.config.tables, context.world, lambda name: group_of(name) in settings.trainable)
+
+
+def _reader(stage: StageName, context: RunContext) -> SessionReader:
+    config, world, manifest = context.config, context.world, context.dataset.manifest
+    collate: Collator = make_collator(config, context.catalogue, stage, language=stage != "sbr")
+    return SessionReader(
+        context.dataset.parts("train"),
+        num_items=manifest.num_items,
+        batch_size=stage_settings(config, stage).batch_size,
+        collate=collate,
+        rank=world.rank,
+        world_size=world.size,
+        shuffle=True,
+        seed=config.seed,
+        augment_prefixes="train" in manifest.prefix_augmentation,
+        workers=config.runtime.reader_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def _checkpoints(stage: StageName, context: RunContext, kind: str, keep: int) -> CheckpointManager:
+    identity = Identity.of(stage, context.catalogue.hash, context.config)
+    return CheckpointManager(context.run / "checkpoints" / stage / kind, keep, context.world, identity)
