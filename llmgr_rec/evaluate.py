@@ -1,0 +1,78 @@
+"""`python -m llmgr_rec.evaluate`: ranks the whole catalogue for every test session, beside popularity and item-kNN.
+
+python -m llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
+torchrun --nproc_per_node 2 -m llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from llmgr_rec.cli import is_first_rank, make_parser, parse_args, run_cli
+from llmgr_rec.errors import UserError
+
+MODELS = ("popularity", "item_knn", "sbr", "llmgr")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses arguments, checks what can be wrong, evaluates, writes the metrics file and prints the table.
+
+    Raises:
+        UserError: Something in arguments, run or data set is wrong. It is raised on every rank before any rank
+            waits for another.
+    """
+    parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and the baselines over the full catalogue.")
+    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
+    parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
+    parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Sessions to judge by.")
+    parser.add_argument("--output", type=str, required=True, help="Metrics file (JSON) to write.")
+    parser.add_argument(
+        "--models",
+        type=str,
+        help=f"What to evaluate, of {','.join(MODELS)}; default the baselines and all that the run has trained.",
+    )
+    parser.add_argument("--batch_size", type=int, help="Sessions at a time, over all ranks; default the run's setting.")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
+    arguments = parse_args(parser, argv)
+
+    from llmgr_rec.evaluation.results import format_table
+    from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
+
+    content = evaluate_run(
+        EvaluationRequest(
+            run=Path(arguments.run),
+            dataset=Path(arguments.dataset),
+            split=arguments.split,
+            output=Path(arguments.output),
+            models=split_names(arguments.models, "--models", MODELS) if arguments.models else None,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+        )
+    )
+    if is_first_rank():
+        print(format_table(content[arguments.split]))
+        print(
+            f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items; wrote {arguments.output}"
+        )
+
+
+def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:
+    """Names of a comma-separated option.
+
+    Raises:
+        UserError: A name is not known.
+    """
+    names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"{option} names {name}, which is none of {', '.join(known)}{hint}")
+    if not names:
+        raise UserError(f"{option} is empty; name some of {', '.join(known)}")
+    return names
+
+
+if __name__ == "__main__":
+    run_cli(main)

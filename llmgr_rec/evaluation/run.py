@@ -1,0 +1,149 @@
+"""Evaluates a training run beside the baselines and writes metrics.json."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmgr_rec.config import Config, Device
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.bundle import is_complete, load_bundle
+from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import BASELINES, build_baseline, evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.results import MODEL_NAMES, refuse_foreign_output, write_metrics
+from llmgr_rec.recipes import load_config
+
+# Stages that hold each model, the furthest first.
+STAGES_OF_MODEL = {"sbr": ("sbr",), "llmgr": ("behave", "align")}
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What the user asks for.
+
+    Args:
+        run: Run folder made by train.
+        dataset: Folder made by prepare.
+        split: valid or test.
+        output: Metrics file to write.
+        models: What to evaluate; None takes the baselines and all that the run has trained.
+        batch_size: Sessions at a time, over all ranks; None takes the run's setting.
+        device: Where the models run; None takes the run's setting.
+    """
+
+    run: Path
+    dataset: Path
+    split: str
+    output: Path
+    models: list[str] | None = None
+    batch_size: int | None = None
+    device: Device | None = None
+
+
+def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
+    """Evaluates and writes the metrics file.
+
+    Returns:
+        What the metrics file holds.
+
+    Raises:
+        UserError: Anything a user can mend; raised on every rank before any rank waits for another.
+    """
+    dataset = Dataset(request.dataset)
+    catalogue = Catalogue.load(request.dataset)
+    bundles = _bundles(request)
+    config = _config(request)
+    refuse_foreign_output(request.output)
+    world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
+    try:
+        names = request.models or [*BASELINES, *bundles]
+        results = {}
+        for name in (known for known in MODEL_NAMES if known in names):
+            if name in BASELINES:
+                baseline = build_baseline(name, dataset, catalogue)
+                results[name] = evaluate_baseline(baseline, dataset, request.split, catalogue, world)
+            else:
+                results[name] = _evaluate_bundle(bundles[name], request, dataset, catalogue, world)
+    finally:
+        shutdown()
+    content = {
+        request.split: results,
+        "count": next(iter(results.values()))["count"],
+        "num_items": catalogue.num_items,
+        "split": request.split,
+        "dataset": dataset.manifest.catalogue_hash,
+        "protocol": "full catalogue, no item excluded, ties by lower index",
+        "run": str(request.run),
+        "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
+    }
+    if world.rank == 0:
+        write_metrics(request.output, content)
+    return content
+
+
+def find_bundle(run: Path, model: str) -> Path | None:
+    """The furthest complete export of a model (sbr or llmgr) of a run, None where it has not been trained."""
+    for stage in STAGES_OF_MODEL[model]:
+        if is_complete(run / "export" / stage):
+            return run / "export" / stage
+    return None
+
+
+def check_catalogue(bundle: Path, catalogue: Catalogue, ours: Path) -> None:
+    """Compares a bundle's items with a data set's.
+
+    Raises:
+        UserError: They differ, so that an index means another item.
+    """
+    theirs = Catalogue.load(bundle)
+    if theirs.hash != catalogue.hash:
+        raise UserError(
+            f"{bundle} was trained on another catalogue ({theirs.num_items} items, {theirs.hash[:12]}) than {ours} "
+            f"holds ({catalogue.num_items} items, {catalogue.hash[:12]}); give the data set of the run"
+        )
+
+
+def _evaluate_bundle(
+    bundle: Path, request: EvaluationRequest, dataset: Dataset, catalogue: Catalogue, world: World
+) -> dict[str, Any]:
+    loaded = load_bundle(bundle, world)
+    config = loaded.config
+    if request.batch_size:
+        runtime = dataclasses.replace(config.runtime, eval_batch_size=request.batch_size)
+        config = dataclasses.replace(config, runtime=runtime)
+    return evaluate_model(loaded.model, dataset, request.split, config, world, catalogue)
+
+
+def _bundles(request: EvaluationRequest) -> dict[str, Path]:
+    """Exports to evaluate, each of the data set's own catalogue."""
+    if not request.run.is_dir():
+        raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
+    found = {name: bundle for name in STAGES_OF_MODEL if (bundle := find_bundle(request.run, name))}
+    wanted = [name for name in request.models or STAGES_OF_MODEL if name in STAGES_OF_MODEL]
+    if request.models is None and not found:
+        raise UserError(
+            f"--run {request.run} holds no complete export; train it to the end of a stage (llmgr_rec.train --resume), "
+            "or pass --models popularity,item_knn"
+        )
+    if request.models is not None and (missing := [name for name in wanted if name not in found]):
+        stages = " or ".join(STAGES_OF_MODEL[missing[0]])
+        raise UserError(
+            f"--run {request.run} holds no complete export of {missing[0]} (stage {stages}); train it first, "
+            f"or leave {missing[0]} out of --models"
+        )
+    bundles = {name: found[name] for name in wanted if name in found}
+    for bundle in bundles.values():
+        check_catalogue(bundle, Catalogue.load(request.dataset), request.dataset)
+    return bundles
+
+
+def _config(request: EvaluationRequest) -> Config:
+    file = request.run / "config.yaml"
+    config = load_config(file) if file.is_file() else Config()
+    if request.device:
+        config.runtime.device = request.device
+    if request.batch_size is not None and request.batch_size < 1:
+        raise UserError(f"--batch_size is {request.batch_size}; give at least 1")
+    return config

@@ -1,0 +1,117 @@
+"""A prepared data set and a run with exported untrained models, made once and shared by the tests that read them."""
+
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from llmgr_rec.config import Config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.preparation.pipeline import prepare_dataset
+from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr
+from llmgr_rec.distributed.bundle import export_bundle
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.shards import init_tables
+from llmgr_rec.recipes import save_config
+
+ONE_RANK = World(0, 1, 0, 1, torch.device("cpu"))
+NUM_ITEMS = 60
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    """Where the shared files are; tests must not write to them."""
+
+    dataset: Dataset
+    run: Path
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue.load(self.dataset.path)
+
+
+def config() -> Config:
+    settings = Config()
+    settings.tables.dim = 16
+    settings.llm.name_or_path = "random-tiny"
+    settings.llm.num_layers = 1
+    settings.llm.lora_rank = 2
+    settings.prompt.max_text_tokens = 4
+    settings.runtime.eval_batch_size = 32
+    settings.runtime.device = "cpu"
+    settings.runtime.threads_per_rank = 1
+    return settings
+
+
+def write_log(folder: Path, seed: int = 0, first_item: int = 0) -> tuple[Path, Path]:
+    """Clicks of a slowly drifting random walk, so that neighbours in the catalogue occur together, and their items."""
+    rng = np.random.default_rng(seed)
+    users, items, times = [], [], []
+    for user in range(90):
+        start = int(rng.integers(NUM_ITEMS))
+        for click in range(int(rng.integers(3, 12))):
+            users.append(f"u{user}")
+            items.append(f"i{first_item + (start + 2 * click + int(rng.integers(3))) % NUM_ITEMS}")
+            times.append(1000 * user + click)
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"user_id": users, "item_id": items, "timestamp": times}), folder / "interactions.parquet")
+    ids = [f"i{first_item + item}" for item in range(NUM_ITEMS)]
+    titles = [f"<b>Thing</b> & {item}" for item in ids]
+    categories = [f"Kind {number % 4}" for number in range(NUM_ITEMS)]
+    pq.write_table(pa.table({"item_id": ids, "title": titles, "category": categories}), folder / "items.parquet")
+    return folder / "interactions.parquet", folder / "items.parquet"
+
+
+def prepare_small(folder: Path, seed: int = 0, first_item: int = 0) -> Dataset:
+    """A prepared data set of the log of `write_log`."""
+    interactions, items = write_log(folder / "raw", seed, first_item)
+    prepare_dataset(
+        PrepareSettings(
+            interactions=str(interactions),
+            items=str(items),
+            output=str(folder / "dataset"),
+            min_interactions=0,
+            threads=1,
+        )
+    )
+    return Dataset(folder / "dataset")
+
+
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="llmgr-small-run-")
+
+
+@cache
+def small_run() -> SmallRun:
+    """The shared data set and run, with exports of stage sbr and of stage behave."""
+    folder = Path(_folder().name)
+    dataset = prepare_small(folder)
+    catalogue = Catalogue.load(dataset.path)
+    settings = config()
+    model = assemble_llmgr(settings, catalogue, assemble_decoder(settings, torch.device("cpu")))
+    init_tables(model, 1, 0.5)
+    run = folder / "run"
+    run.mkdir()
+    save_config(settings, run / "config.yaml")
+    export_bundle(model.recommender, "sbr", settings, catalogue, run / "export" / "sbr", ONE_RANK)
+    export_bundle(model, "behave", settings, catalogue, run / "export" / "behave", ONE_RANK)
+    return SmallRun(dataset, run)
+
+
+def run_with(folder: Path, *stages: str) -> Path:
+    """A copy of the shared run with some of its stages only."""
+    source = small_run().run
+    (folder / "export").mkdir(parents=True)
+    shutil.copy(source / "config.yaml", folder)
+    for stage in stages:
+        shutil.copytree(source / "export" / stage, folder / "export" / stage)
+    return folder
