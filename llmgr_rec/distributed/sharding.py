@@ -1,7 +1,6 @@
 """Sharding: where each embedding table lies, under the constraints of the settings, and who updates it."""
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +32,8 @@ from llmgr_rec.errors import UserError
 
 GIB = 1024**3
 _FLOAT_BYTES = 4
+# Ranks considered when a remedy is looked for.
+_MOST_RANKS = 256
 _OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "adagrad": (optim.Adagrad, {"eps": 1e-8}),
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
@@ -150,16 +151,14 @@ def plan_tables(
     for size in sizes:
         _check_width(size)
     dense = _attach_optimizers(module, tables, device_type, trained)
-    with _without_log():
-        topology = _topology(tables, world_size, local_size, device_type)
-    planner = EmbeddingShardingPlanner(
-        topology=topology,
-        constraints={size.table: _constraints(size, tables, world_size, device_type) for size in sizes},
-        storage_reservation=FixedPercentageStorageReservation(0.0),
-        debug=False,
-    )
     try:
         with _without_log():
+            planner = EmbeddingShardingPlanner(
+                topology=_topology(tables, world_size, local_size, device_type),
+                constraints={size.table: _constraints(size, tables, world_size, device_type) for size in sizes},
+                storage_reservation=FixedPercentageStorageReservation(0.0),
+                debug=False,
+            )
             plan = planner.plan(module, [EmbeddingBagCollectionSharder()])
     except (PlannerError, RuntimeError) as error:
         raise UserError(_explain(error, sizes, tables, world_size)) from error
@@ -262,12 +261,31 @@ def _explain(error: Exception, sizes: list[Footprint], tables: TablesConfig, wor
     limit = tables.memory_per_rank_gb
     if total <= limit * world_size and largest.gib <= limit:
         return f"no sharding plan for tables.sharding {tables.sharding}: {' '.join(str(error).split())[:300]}"
+    needed = _ranks_needed(sizes, tables, world_size)
+    more = f"start {needed} ranks, " if needed else ""
+    columns = "" if tables.sharding == "column_wise" else "set --tables.sharding column_wise, "
     return (
         f"table {largest.table} with {largest.rows} rows of {largest.dim} columns takes {largest.gib:.2g} GiB with its "
         f"optimizer state and all tables take {total:.2g} GiB, which {tables.sharding} sharding cannot lay on "
-        f"{world_size} ranks of {limit:g} GiB; start about {max(math.ceil(total / limit), world_size + 1)} ranks, "
-        "set --tables.sharding column_wise, take a smaller --tables.dim, or raise --tables.memory_per_rank_gb"
+        f"{world_size} ranks of {limit:g} GiB; {more}{columns}take a smaller --tables.dim, or raise "
+        "--tables.memory_per_rank_gb"
     )
+
+
+def _ranks_needed(sizes: list[Footprint], tables: TablesConfig, world_size: int) -> int | None:
+    """The smallest larger number of ranks on which the parts of the tables fit, the largest part first."""
+    for ranks in range(world_size + 1, _MOST_RANKS + 1):
+        parts = []
+        for size in sizes:
+            count = 1 if tables.sharding == "table_wise" else size.dim // column_width(size.dim, ranks)
+            parts += [size.gib / count] * count
+        loads = [0.0] * ranks
+        for part in sorted(parts, reverse=True):
+            loads[loads.index(min(loads))] += part
+        # What passes through the tables takes some memory beside them.
+        if max(loads) < 0.95 * tables.memory_per_rank_gb:
+            return ranks
+    return None
 
 
 class _TrainedDataParallel(DataParallelWrapper):

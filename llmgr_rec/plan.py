@@ -1,0 +1,124 @@
+"""`python -m llmgr_rec.plan`: what a run would shard where, what it needs and what it trains, before it is started.
+
+    python -m llmgr_rec.plan --config paper --dataset DATASET --world_size 8
+    python -m llmgr_rec.plan --num_items 100000000 --world_size 16 --tables.memory_per_rank_gb 64
+
+Needs neither data nor ranks. Exit code 2 where the tables do not fit, with the remedy.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmgr_rec.cli import make_parser, run_cli
+from llmgr_rec.config import Config
+from llmgr_rec.errors import UserError
+from llmgr_rec.recipes import add_config_arguments, parse_with_config
+
+if TYPE_CHECKING:
+    from llmgr_rec.distributed.layout import Sizes, StageLayout
+
+GIB = 1024**3
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses arguments, plans all stages and prints the plan.
+
+    Raises:
+        UserError: Something in the arguments or settings is wrong, or the tables do not fit.
+    """
+    parser = make_parser("llmgr_rec.plan", "Shows what a run would shard where, what it needs and what it trains.")
+    parser.add_argument("--dataset", type=str, help="Folder made by llmgr_rec.prepare.")
+    parser.add_argument("--num_items", type=int, help="Items of the catalogue, instead of a data set.")
+    parser.add_argument("--num_categories", type=int, default=0, help="Categories, with --num_items.")
+    parser.add_argument("--num_brands", type=int, default=0, help="Brands, with --num_items.")
+    parser.add_argument("--world_size", type=int, default=1, help="Ranks of the run.")
+    parser.add_argument("--local_world_size", type=int, help="Ranks of one machine; default all, 8 at most.")
+    add_config_arguments(parser)
+    arguments, config = parse_with_config(parser, argv)
+    if arguments.world_size < 1:
+        raise UserError(f"--world_size is {arguments.world_size}; a run has at least 1 rank")
+    local_size = arguments.local_world_size or min(arguments.world_size, 8)
+    if local_size < 1 or arguments.world_size % local_size:
+        raise UserError(
+            f"--local_world_size {local_size} does not divide --world_size {arguments.world_size}; "
+            "give the ranks of one machine"
+        )
+
+    from llmgr_rec.distributed.layout import Ranks, lay_out
+    from llmgr_rec.distributed.process_group import choose_device
+
+    sizes = _sizes(arguments.dataset, arguments.num_items, arguments.num_categories, arguments.num_brands)
+    wanted = config.runtime.device
+    # A run on GPUs can be planned where there is none.
+    device_type = choose_device(wanted).type if wanted == "auto" else wanted
+    layouts = lay_out(config, sizes, Ranks(arguments.world_size, local_size, device_type))
+    print(f"{sizes.num_items} items on {arguments.world_size} {device_type} ranks, {local_size} a machine")
+    for layout in layouts:
+        print("\n" + "\n".join(_lines(layout, config, sizes, arguments.world_size)))
+    for layout in layouts:
+        if layout.problem:
+            raise UserError(f"stage {layout.stage}: {layout.problem}")
+
+
+def _sizes(dataset: str | None, num_items: int | None, num_categories: int, num_brands: int) -> "Sizes":
+    from llmgr_rec.distributed.layout import Sizes
+
+    if (dataset is None) == (num_items is None):
+        raise UserError("give either --dataset DATASET or --num_items N, so that the size of the catalogue is known")
+    if dataset is not None:
+        from llmgr_rec.data.dataset import Dataset
+
+        manifest = Dataset(Path(dataset)).manifest
+        return Sizes(
+            manifest.num_items, {name: feature["num_embeddings"] for name, feature in manifest.features.items()}
+        )
+    if num_items is None or num_items < 1:
+        raise UserError(f"--num_items is {num_items}; a catalogue has at least 1 item")
+    features = {"category": num_categories, "brand": num_brands}
+    return Sizes(num_items, {name: size for name, size in features.items() if size > 0})
+
+
+def _lines(layout: "StageLayout", config: Config, sizes: "Sizes", world_size: int) -> list[str]:
+    limit = config.tables.memory_per_rank_gb
+    lines = [f"stage {layout.stage}, trains {', '.join(layout.trained_groups) or 'nothing'}"]
+    lines.append(
+        f"  {'table':<12}{'rows':>12}{'columns':>9}  {'sharding':<16}{'ranks':<12}{'GiB a rank':>11}  optimizer"
+    )
+    totals: dict[int, int] = {}
+    for table in layout.tables:
+        size = table.footprint
+        for rank, held in table.bytes_per_rank.items():
+            totals[rank] = totals.get(rank, 0) + held
+        state = f"{config.tables.optimizer}, state {size.state_bytes / GIB:.3f} GiB" if size.state_bytes else "no state"
+        share = max(table.bytes_per_rank.values(), default=0) / GIB
+        lines.append(
+            f"  {size.table:<12}{size.rows:>12}{size.dim:>9}  {table.sharding or '-':<16}"
+            f"{_ranks(sorted(table.bytes_per_rank)):<12}{f'{share:.3f}' if table.sharding else '-':>11}  {state}"
+        )
+    if layout.problem:
+        lines.append(f"  DOES NOT FIT into {limit:g} GiB a rank")
+    else:
+        fullest = max(totals.values(), default=0) / GIB
+        lines.append(f"  fits: the fullest rank holds {fullest:.3f} of {limit:g} GiB")
+    counts = ", ".join(f"{group} {number:,}" for group, number in sorted(layout.parameters.items()))
+    lines.append(f"  other parameters: {counts}; {layout.dense_bytes / GIB:.3f} GiB a rank with gradients and AdamW")
+    lines.append(f"  pipelined lookups: {', '.join(layout.pipelined) or 'NONE'}")
+    if layout.blocking:
+        lines.append(f"  lookups that wait: {', '.join(layout.blocking)}")
+    if layout.cached_bytes:
+        lines.append(f"  the catalogue's item vectors are cached: {layout.cached_bytes / GIB:.3f} GiB a rank")
+    columns = config.tables.dim * (2 if layout.stage != "sbr" and config.head.residual else 1)
+    ranking = 4 * columns * -(-sizes.num_items // world_size) / GIB
+    lines.append(f"  ranking holds item vectors of {ranking:.3f} GiB a rank")
+    return lines
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ",".join(map(str, ranks)) or "-"
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,129 @@
+"""The plan command: sizes, remedies and exit codes without data, memory or ranks."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llmgr_rec.config import Config, LLMConfig
+from llmgr_rec.distributed.layout import FROZEN, Ranks, Sizes, StageLayout, lay_out
+from llmgr_rec.distributed.sharding import GIB
+from llmgr_rec.errors import UserError
+from llmgr_rec.plan import main
+
+TINY = ["--llm.name_or_path", "random-tiny"]
+
+
+def settings() -> Config:
+    return Config(llm=LLMConfig(name_or_path="random-tiny", dtype="float32", lora_rank=2))
+
+
+def layouts(config: Config, sizes: Sizes, world_size: int = 2) -> dict[str, StageLayout]:
+    return {layout.stage: layout for layout in lay_out(config, sizes, Ranks(world_size, world_size, "cpu"))}
+
+
+def test_a_hundred_million_items_are_planned_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.process_time()
+    main(["--num_items", "100000000", "--world_size", "16", *TINY])
+    assert time.process_time() - start < 20
+    shown = capsys.readouterr().out
+    # 1e8 rows of 64 float32 with as much Adagrad state, on 16 ranks.
+    assert re.search(r"item_id +100000000 +64 +column_wise +0-15 +2\.980 +adagrad, state 23\.842 GiB", shown)
+    assert "pipelined lookups: recommender.item_tables.ebc" in shown
+    assert shown.count("fits: the fullest rank") == 3
+
+
+def test_what_does_not_fit_names_a_remedy_that_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--num_items", "100000000", "--sbr.epochs", "1", *TINY]
+    with pytest.raises(UserError, match=r"stage sbr: table item_id.*start (\d+) ranks") as caught:
+        main([*arguments, "--world_size", "2"])
+    assert "DOES NOT FIT into 8 GiB a rank" in capsys.readouterr().out
+    ranks = re.search(r"start (\d+) ranks", str(caught.value))
+    assert ranks is not None
+    main([*arguments, "--world_size", ranks.group(1)])
+    table_wise = [*arguments, "--world_size", "64", "--tables.sharding", "table_wise"]
+    with pytest.raises(UserError, match=r"set --tables.sharding column_wise") as alone:
+        main(table_wise)
+    assert "start" not in str(alone.value), "no number of ranks helps a table that is never cut"
+
+
+def test_stages_train_and_keep_what_the_settings_say() -> None:
+    config = settings()
+    found = layouts(config, Sizes(1000, {"category": 30}))
+    sbr, align, behave = (found[stage] for stage in ("sbr", "align", "behave"))
+    assert [table.footprint.table for table in sbr.tables] == ["item_id", "category"]
+    assert [table.footprint.state_bytes for table in sbr.tables] == [4 * 64 * 1000, 4 * 64 * 30]
+    assert [table.footprint.table for table in behave.tables] == ["item_id", "category", "item_text"]
+    assert all(table.footprint.state_bytes == 0 for table in behave.tables)
+    assert [table.bytes_per_rank for table in sbr.tables] == [
+        dict.fromkeys(range(2), 4 * 64 * rows) for rows in (1000, 30)
+    ]
+    assert sbr.parameters.keys() == {"encoder"}
+    assert align.parameters.keys() == {"adapter", "head", FROZEN}
+    assert behave.parameters.keys() == {"adapter", "head", "lora", FROZEN}
+    assert align.parameters[FROZEN] == behave.parameters[FROZEN] + behave.parameters["lora"]
+    assert behave.parameters["lora"] == lora_parameters(config)
+    assert not any(layout.problem or layout.blocking for layout in found.values())
+    # A small frozen catalogue is cached, so its text is not looked up while training.
+    assert behave.pipelined == ["llmgr.recommender.item_tables.ebc"]
+    assert behave.cached_bytes == 4 * 1000 * (64 + 64 + 64)
+
+
+def lora_parameters(config: Config) -> int:
+    from torch import nn
+
+    from llmgr_rec.data.pretrained import load_decoder
+
+    linear = [
+        part for part in load_decoder("random-tiny", config.llm.num_layers).modules() if isinstance(part, nn.Linear)
+    ]
+    return sum(config.llm.lora_rank * (part.in_features + part.out_features) for part in linear)
+
+
+def test_a_large_catalogue_looks_its_text_up() -> None:
+    behave = layouts(settings(), Sizes(300_000))["behave"]
+    assert behave.pipelined == ["llmgr.recommender.item_tables.ebc", "llmgr.text_tables"]
+    assert behave.cached_bytes == 0
+
+
+def test_table_wise_tables_lie_on_one_rank_each() -> None:
+    config = settings()
+    config.tables.sharding = "table_wise"
+    sbr = layouts(config, Sizes(1000, {"category": 900}))["sbr"]
+    assert sorted(rank for table in sbr.tables for rank in table.bytes_per_rank) == [0, 1]
+    assert sbr.tables[0].bytes_per_rank.popitem()[1] == 2 * 4 * 64 * 1000
+    assert sbr.tables[0].footprint.gib == pytest.approx(2 * 4 * 64 * 1000 / GIB)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --dataset DATASET or --num_items N"),
+        (["--num_items", "0"], "--num_items is 0"),
+        (["--num_items", "5", "--world_size", "0"], "--world_size is 0"),
+        (["--num_items", "5", "--world_size", "6", "--local_world_size", "4"], "--local_world_size 4 does not divide"),
+        (["--num_items", "5", "--dataset", "nowhere"], "either --dataset DATASET or --num_items N"),
+        (["--dataset", "nowhere"], "nowhere"),
+        (["--num_items", "5", "--tables.dim", "30"], "table item_id has 30 columns"),
+        (["--num_items", "5", "--tables.dimm", "32"], "tables.dim"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main([*arguments, *TINY])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_exits_with_2_and_helps_fast() -> None:
+    failed = subprocess.run(
+        [sys.executable, "-m", "llmgr_rec.plan", "--world_size", "0", "--num_items", "5"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert failed.returncode == 2
+    assert failed.stderr == "error: --world_size is 0; a run has at least 1 rank\n"
