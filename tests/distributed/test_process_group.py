@@ -1,0 +1,95 @@
+"""The process group: alone without a launcher, together on ranks, an error on one rank is an error on all."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llmgr_rec.distributed.process_group import World, choose_device, init_distributed, on_first_rank, together
+from llmgr_rec.errors import UserError
+from tests.ranks import run_on_ranks
+
+
+def fail_on_one(world: World) -> list[str]:
+    """Every way in which a rank can fail, and what this rank sees of it."""
+
+    def fail(rank: int, error: Exception) -> int:
+        if world.rank == rank:
+            raise error
+        return world.rank
+
+    seen = []
+    for attempt in (
+        lambda: together(world, lambda: fail(1, UserError("table x is broken"))),
+        lambda: together(world, lambda: fail(1, ValueError("bug"))),
+        lambda: on_first_rank(world, lambda: fail(0, UserError("no file"))),
+    ):
+        try:
+            attempt()
+        except (UserError, RuntimeError, ValueError) as error:
+            seen.append(f"{type(error).__name__}: {error}")
+    assert together(world, lambda: world.rank) == world.rank
+    assert on_first_rank(world, lambda: os.getpid() if world.rank == 0 else None) is not None
+    return [*seen, f"{torch.get_num_threads()} thread, {world.local_rank} of {world.local_size}"]
+
+
+@pytest.mark.dist
+def test_an_error_on_one_rank_is_an_error_on_all() -> None:
+    first, second = run_on_ranks(fail_on_one, 2)
+    assert first == [
+        "UserError: table x is broken",
+        "RuntimeError: rank 1 failed: bug",
+        "UserError: no file",
+        "1 thread, 0 of 2",
+    ]
+    assert second == [
+        "UserError: table x is broken",
+        "ValueError: bug",
+        "UserError: no file",
+        "1 thread, 1 of 2",
+    ]
+
+
+def alone(world: World) -> tuple[int, int, str]:
+    """Joins again as a process that no launcher started."""
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    again = init_distributed("cpu", 60)
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return again.rank, again.size, f"{total.item()} {torch.get_num_threads()}"
+
+
+@pytest.mark.dist
+def test_a_process_without_launcher_is_a_world_of_its_own() -> None:
+    ((rank, size, text),) = run_on_ranks(alone, 1)
+    assert (rank, size) == (0, 1)
+    assert text == f"1.0 {len(os.sched_getaffinity(0))}"
+
+
+def hang_or_fail(world: World, how: str) -> None:
+    if how == "fail" and world.rank == 1:
+        raise ValueError("rank 1 is broken")
+    if how == "hang":
+        time.sleep(60)
+    dist.barrier()
+
+
+@pytest.mark.dist
+def test_ranks_of_tests_are_stopped_and_explained() -> None:
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="ValueError: rank 1 is broken"):
+        run_on_ranks(hang_or_fail, 2, "fail", timeout_s=60)
+    with pytest.raises(RuntimeError, match="gave no answer"):
+        run_on_ranks(hang_or_fail, 2, "hang", timeout_s=3)
+    assert time.monotonic() - start < 50
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match=r"finds 0 GPUs.*--runtime.device cpu"):
+        choose_device("cuda", 1)
