@@ -1,0 +1,1 @@
+"""Offline scoring: folders of sessions in, folders of ranked items out."""

@@ -1,0 +1,168 @@
+"""A whole scoring job: what is checked before it starts, its parts, and the mark at its end."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmgr_rec.cli import progress
+from llmgr_rec.config import Device
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
+from llmgr_rec.distributed.bundle_index import INDEX
+from llmgr_rec.distributed.process_group import World, barrier, init_distributed, on_first_rank, shutdown
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.recipes import load_config
+from llmgr_rec.scoring.input import SESSION_ID, Part, SessionFiles, UnknownItems
+from llmgr_rec.scoring.output import ScoreFolder, Totals
+from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("behave", "align", "sbr")
+
+_HASH_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What the user asks for.
+
+    Args:
+        run: Run folder made by train.
+        input: Parquet file or folder with sessions.
+        output: Folder to make or to go on with.
+        k: Items a session.
+        columns: Input columns that go into the output.
+        unknown_items: Whether a click on an unknown item is left out or an error.
+        exclude_seen: Whether items of a session are left out of its own list.
+        stage: Export to score with; None takes the furthest.
+        max_length: Newest clicks that the model sees.
+        part_rows: Sessions of an output file.
+        batch_size: Sessions at a time, over all ranks; None takes the run's setting.
+        device: Where the model runs; None takes the run's setting.
+    """
+
+    run: Path
+    input: Path
+    output: Path
+    k: int = 20
+    columns: list[str] | None = None
+    unknown_items: UnknownItems = "skip"
+    exclude_seen: bool = False
+    stage: Literal["sbr", "align", "behave"] | None = None
+    max_length: int = 50
+    part_rows: int = 16384
+    batch_size: int | None = None
+    device: Device | None = None
+
+
+def score_run(request: ScoreRequest) -> Totals:
+    """Scores the input, or what an interrupted job has left of it.
+
+    Returns:
+        What the complete output holds.
+
+    Raises:
+        UserError: Anything a user can mend; raised on every rank before any rank waits for another and before anything
+            is written.
+    """
+    _check_numbers(request)
+    bundle = _find_bundle(request)
+    columns = _columns(request)
+    catalogue = Catalogue.load(bundle)
+    files = SessionFiles(request.input, columns, catalogue, request.unknown_items)
+    config = load_config(bundle / "config.yaml")
+    settings = ScoreSettings(
+        k=request.k,
+        exclude_seen=request.exclude_seen,
+        max_length=request.max_length,
+        batch_size=request.batch_size or config.runtime.eval_batch_size,
+    )
+    _check_rows(files)
+    parts = files.parts(request.part_rows)
+    job = {
+        "input": {file.name: {"rows": file.rows, "sha256": file.sha256()} for file in files.files},
+        "settings": {
+            **vars(settings),
+            "columns": columns,
+            "unknown_items": request.unknown_items,
+            "part_rows": request.part_rows,
+        },
+        "model": {"stage": bundle.name, "sha256": model_hash(bundle), "catalogue": catalogue.hash},
+    }
+    folder = ScoreFolder(request.output, job, parts)
+    runtime = config.runtime
+    world = init_distributed(request.device or runtime.device, runtime.timeout_s, runtime.threads_per_rank)
+    try:
+        totals = _score(bundle, files, folder, settings, world)
+    finally:
+        shutdown()
+    return totals
+
+
+def _score(bundle: Path, files: SessionFiles, folder: ScoreFolder, settings: ScoreSettings, world: World) -> Totals:
+    missing: list[Part] = on_first_rank(world, lambda: _open(folder))
+    if missing:
+        loaded = load_bundle(bundle, world)
+        collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
+        scorer = Scorer(loaded.model, loaded.catalogue, collate, settings, world)
+        bar = progress(files.rows, "score", "session", initial=files.rows - sum(part.rows for part in missing))
+        scorer.run(files, missing, folder, bar.update)
+        bar.close()
+    barrier(world)
+    return on_first_rank(world, folder.finish)
+
+
+def _open(folder: ScoreFolder) -> list[Part]:
+    folder.open()
+    missing = [part for part in folder.parts if not folder.is_done(part)]
+    if done := len(folder.parts) - len(missing):
+        logger.info("%d of %d parts are finished already", done, len(folder.parts))
+    return missing
+
+
+def model_hash(bundle: Path) -> str:
+    """Hash of what a bundle holds: its files' names and bytes, tables by the hashes that the index keeps of them."""
+    digest = hashlib.sha256()
+    for name in sorted([*read_index(bundle).files, INDEX]):
+        digest.update(f"{name}\0{(bundle / name).stat().st_size}\0".encode())
+        with (bundle / name).open("rb") as file:
+            while block := file.read(_HASH_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_numbers(request: ScoreRequest) -> None:
+    values: dict[str, Any] = vars(request)
+    for name in ("k", "max_length", "part_rows", "batch_size"):
+        if values[name] is not None and values[name] < 1:
+            raise UserError(f"--{name} is {values[name]}; give at least 1")
+
+
+def _check_rows(files: SessionFiles) -> None:
+    bar = progress(files.rows, "check input", "session")
+    files.check(bar.update)
+    bar.close()
+
+
+def _find_bundle(request: ScoreRequest) -> Path:
+    if not request.run.is_dir():
+        raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
+    for stage in (request.stage,) if request.stage else STAGES:
+        if is_complete(request.run / "export" / stage):
+            return request.run / "export" / stage
+    what = f"stage {request.stage}" if request.stage else "any stage"
+    raise UserError(
+        f"--run {request.run} holds no complete export of {what}; train it to the end (llmgr_rec.train --resume)"
+    )
+
+
+def _columns(request: ScoreRequest) -> list[str]:
+    columns = list(dict.fromkeys([SESSION_ID, *(request.columns or [])]))
+    if taken := [name for name in columns if name in OUTPUT_COLUMNS]:
+        raise UserError(f"--columns names {taken[0]}, which the output uses for its own; rename the input column")
+    return columns

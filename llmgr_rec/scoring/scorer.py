@@ -1,0 +1,214 @@
+"""Sessions in, ranked items out: reading, ranking and writing overlap, and every input row gets its output row.
+
+Shapes: R rows of a part, B sessions of this rank's slice of a batch, L clicks, K places of a ranked list.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from llmgr_rec.data.batch import RawSessions, SessionBatch
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.distributed.reduce import sum_over_ranks
+from llmgr_rec.evaluation.baselines import Popularity
+from llmgr_rec.evaluation.protocol import evaluation_mode, session_queries
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.scoring.background import WriteBehind, read_ahead
+from llmgr_rec.scoring.input import Part, PartSessions, SessionFiles
+from llmgr_rec.scoring.output import ScoreFolder
+
+# Batches made ready while the model works, and parts that wait for the disk.
+_READ_AHEAD = 4
+_WRITE_BEHIND = 2
+
+OUTPUT_COLUMNS = ("item_ids", "scores", "fallback")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What decides the output beside input and model.
+
+    Args:
+        k: Items a session.
+        exclude_seen: Whether items of a session are left out of its own list.
+        max_length: Newest clicks that the model sees.
+        batch_size: Sessions of a batch, over all ranks.
+    """
+
+    k: int
+    exclude_seen: bool
+    max_length: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """This rank's part of a batch: the rows that it answers (none for a filler) and what the model takes."""
+
+    rows: Tensor
+    batch: SessionBatch
+    exclude: Jagged | None
+    sessions: int
+
+
+@dataclass
+class _Ranked:
+    """A part with its lists, zero where another rank answers or nothing was clicked."""
+
+    part: Part
+    sessions: PartSessions
+    ids_RK: Tensor = field(init=False)
+    scores_RK: Tensor = field(init=False)
+    k: int
+
+    def __post_init__(self) -> None:
+        self.ids_RK = torch.zeros(self.part.rows, self.k, dtype=torch.int64)
+        self.scores_RK = torch.zeros(self.part.rows, self.k)
+
+    @property
+    def is_empty_R(self) -> np.ndarray:
+        """Which sessions hold no known click."""
+        return np.diff(self.sessions.offsets) == 0
+
+
+class Scorer:
+    """Ranks the catalogue for the sessions of many parts.
+
+    Args:
+        model: The trained model.
+        catalogue: Its items.
+        collate: Makes batches for ranking.
+        settings: What decides the output.
+        world: Ranks; all go through the same parts and batches, each with its slice, and rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        model: SessionRecommender | LLMGR,
+        catalogue: Catalogue,
+        collate: Collator,
+        settings: ScoreSettings,
+        world: World,
+    ) -> None:
+        self._model = model
+        self._catalogue = catalogue
+        self._collate = collate
+        self._settings = settings
+        self._world = world
+        self._fallback = Popularity(catalogue.train_count_V.numpy())
+
+    @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
+    def run(
+        self, files: SessionFiles, parts: list[Part], folder: ScoreFolder, on_rows: Callable[[int], object]
+    ) -> None:
+        """Scores parts and writes them.
+
+        Args:
+            files: The input.
+            parts: Parts to do; the same on all ranks.
+            folder: Where they go.
+            on_rows: Told of sessions as they are ranked.
+        """
+        with (
+            evaluation_mode(self._model),
+            WriteBehind[_Ranked](lambda done: self._write(done, folder), _WRITE_BEHIND) as out,
+        ):
+            ranker = CatalogueRanker(self._model, self._collate, self._world)
+            ranked: _Ranked | None = None
+            for element in read_ahead(self._events(files, parts), _READ_AHEAD):
+                if isinstance(element, _Slice):
+                    assert ranked is not None
+                    self._rank(ranker, element, ranked)
+                    on_rows(element.sessions)
+                    continue
+                if ranked is not None:
+                    self._hand_over(ranked, out)
+                ranked = element
+                on_rows(0 if ranked is None else int(ranked.is_empty_R.sum()))
+
+    def _events(self, files: SessionFiles, parts: list[Part]) -> Iterator[_Ranked | _Slice | None]:
+        """Each part, followed by its batches; a last None closes the last part."""
+        for part in parts:
+            ranked = _Ranked(part, files.read(part), k=self._settings.k)
+            yield ranked
+            yield from self._slices(ranked.sessions)
+        yield None
+
+    def _slices(self, sessions: PartSessions) -> Iterator[_Slice]:
+        """This rank's slices of a part's batches; no batch holds rows of two parts, so a restart changes nothing."""
+        lengths_R = np.diff(sessions.offsets)
+        # Sessions of like length share a batch, which saves padding. The sort is stable, so it is the same every time.
+        order = np.argsort(lengths_R, kind="stable")[int((lengths_R == 0).sum()) :]
+        clicks = Jagged(torch.from_numpy(sessions.items_L), torch.from_numpy(sessions.offsets))
+        rank, world_size = self._world.rank, self._world.size
+        for start in range(0, len(order), self._settings.batch_size):
+            rows = order[start : start + self._settings.batch_size]
+            mine = torch.from_numpy(rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size])
+            # A rank without rows goes along with one session whose answer is thrown away.
+            seen = clicks.select(mine if mine.numel() else torch.from_numpy(rows[:1]))
+            yield _Slice(
+                rows=mine,
+                batch=self._collate(self._raw(seen, len(rows))),
+                exclude=seen if self._settings.exclude_seen else None,
+                sessions=len(rows),
+            )
+
+    def _raw(self, seen: Jagged, global_size: int) -> RawSessions:
+        lengths = seen.lengths.clamp(max=self._settings.max_length)
+        newest = seen.gather(seen.offsets[1:] - lengths, lengths)
+        none_B = torch.full_like(lengths, -1)
+        return RawSessions(
+            items_L=newest.values,
+            offsets_B1=newest.offsets,
+            targets_B=none_B,
+            weights_B=torch.ones(len(lengths)),
+            rows_B=none_B,
+            global_size=global_size,
+        )
+
+    def _rank(self, ranker: CatalogueRanker, piece: _Slice, ranked: _Ranked) -> None:
+        device = self._world.device
+        exclude = piece.exclude.to(device) if piece.exclude is not None else None
+        queries_BQ = session_queries(self._model, piece.batch.to(device))
+        ids_BK, scores_BK = ranker.rank(queries_BQ, self._settings.k, exclude)
+        ranked.ids_RK[piece.rows] = ids_BK[: piece.rows.numel()].cpu()
+        ranked.scores_RK[piece.rows] = scores_BK[: piece.rows.numel()].float().cpu()
+
+    def _hand_over(self, ranked: _Ranked, out: WriteBehind[_Ranked]) -> None:
+        # Each row is zero on all ranks but one, so the sum is that rank's answer to the bit.
+        sum_over_ranks(ranked.ids_RK, self._world)
+        sum_over_ranks(ranked.scores_RK, self._world)
+        if self._world.rank == 0:
+            out.put(ranked)
+
+    def _write(self, ranked: _Ranked, folder: ScoreFolder) -> None:
+        table = self._table(ranked)
+        folder.write(ranked.part, table, ranked.sessions.unknown_items, int(ranked.is_empty_R.sum()))
+
+    def _table(self, ranked: _Ranked) -> pa.Table:
+        ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()
+        empty_R = ranked.is_empty_R
+        nothing = np.zeros(0, np.int64)
+        ids_RK[empty_R], scores_RK[empty_R] = self._fallback.rank(nothing, np.zeros(2, np.int64), self._settings.k)
+        # A catalogue may have fewer than K items to offer.
+        offered_RK = ids_RK >= 0
+        offsets = pa.array(np.concatenate([[0], np.cumsum(offered_RK.sum(1))]), type=pa.int32())
+        item_ids = self._catalogue.item_ids.take(pa.array(ids_RK[offered_RK]))
+        lists = {
+            "item_ids": pa.ListArray.from_arrays(offsets, item_ids),
+            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores_RK[offered_RK], type=pa.float32())),
+            "fallback": pa.array(empty_R),
+        }
+        first, *others = ranked.sessions.table.column_names
+        columns = {first: ranked.sessions.table[first], **lists}
+        columns.update({name: ranked.sessions.table[name] for name in others})
+        return pa.table(columns)
