@@ -1,9 +1,11 @@
 """What all entry points share: argument parsing with helpful errors, one-line user errors, progress bars."""
 
 import difflib
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,6 +20,7 @@ EXIT_USER_ERROR = 2
 
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     """Runs an entry point; a `UserError` becomes one line on stderr and exit code 2."""
+    _set_up_messages()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -26,6 +29,19 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _set_up_messages() -> None:
+    """Our own log lines on stderr, from the first rank; of the libraries below only what is wrong."""
+    logger = logging.getLogger("llmgr_rec")
+    logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
+    logger.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger.handlers = [handler]
+    for name in ("torch", "torchrec", "fbgemm_gpu", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
 
 
 def is_first_rank() -> bool:

@@ -1,6 +1,5 @@
 """A whole training run: what is checked before it starts, and its stages one after the other."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,11 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import load_tokenizer
 from llmgr_rec.distributed.bundle import is_complete
-from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
+from llmgr_rec.distributed.process_group import init_distributed, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.recipes import save_config
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.stages import STAGES, RunContext, StageName, run_stage, stage_settings
-
-logger = logging.getLogger(__name__)
 
 
 
@@ -53,7 +50,6 @@ def train_run(request: RunRequest) -> None:
     _check_output(request, stages)
     world = init_distributed(request.config.runtime.device, request.config.runtime.timeout_s)
     try:
-        _log_to_stderr(world)
         if world.rank == 0:
             request.output.mkdir(parents=True, exist_ok=True)
             save_config(request.config, request.output / "config.yaml")
@@ -115,13 +111,3 @@ def _check_output(request: RunRequest, stages: Sequence[StageName]) -> None:
         raise UserError(f"{output} holds a run already; add --resume to continue it, or give another --output")
     if stages and stages[0] != "sbr" and not is_complete(output / "export" / "sbr"):
         raise UserError(f"stage {stages[0]} goes on from stage sbr, which is not complete in {output}; train it first")
-
-
-def _log_to_stderr(world: World) -> None:
-    logging.basicConfig(
-        level=logging.INFO if world.rank == 0 else logging.ERROR,
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    for noisy in ("torchrec", "torch", "fbgemm_gpu", "root", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
