@@ -62,7 +62,8 @@ class StageLoop:
         journal: Receives metrics.
         checkpoints: Newest states, for resuming.
         best: Best state by validation, for export.
-        validate: Computes validation metrics of the present weights; all ranks call it together.
+        validate: Computes validation metrics of the present weights; all ranks call it together. None where the data
+            set has no validation sessions: then the last weights are the result.
     """
 
     name: str
@@ -76,7 +77,7 @@ class StageLoop:
     journal: Journal
     checkpoints: CheckpointManager
     best: CheckpointManager
-    validate: Callable[[], dict[str, float]]
+    validate: Callable[[], dict[str, float]] | None
 
     def __post_init__(self) -> None:
         steps = self.settings.epochs * self.reader.steps_per_epoch
@@ -139,6 +140,8 @@ class StageLoop:
         self._save(position)
 
     def _validate(self, position: Position) -> None:
+        if self.validate is None:
+            return
         metrics = self.validate()
         self.journal.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
         if metrics[SELECTION_METRIC] > position.best:

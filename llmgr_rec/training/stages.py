@@ -90,6 +90,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         model, inner = _start_recommender(context)
     else:
         model, inner = _start_language(stage, context, reader)
+    has_validation = context.dataset.manifest.num_sessions["valid"] > 0
     loop = StageLoop(
         name=stage,
         model=model,
@@ -102,7 +103,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         journal=context.journal,
         checkpoints=_checkpoints(stage, context, "steps", config.runtime.keep_checkpoints),
         best=_checkpoints(stage, context, "best", 1),
-        validate=lambda: evaluate_model(inner, context.dataset, "valid", config, world),
+        validate=(lambda: evaluate_model(inner, context.dataset, "valid", config, world)) if has_validation else None,
     )
     loop.run(loop.resume() if context.resume else Position())
     export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world)
