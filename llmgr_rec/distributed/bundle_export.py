@@ -214,7 +214,11 @@ def _finish(
         versions=_versions(),
     )
     (partial / INDEX).write_text(index.to_json())
+    # safetensors makes files that only their owner may read; they get the mode of any other new file.
+    mode = (partial / INDEX).stat().st_mode
     for path in [*partial.rglob("*"), partial]:
+        if path.is_file() and path.stat().st_mode != mode:
+            path.chmod(mode)
         _sync(path)
     partial.rename(folder)
     _sync(folder.parent)
