@@ -25,7 +25,7 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         if is_first_rank():
-            print(f"error: {error}", file=sys.stderr)
+            sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -39,7 +39,7 @@ def _set_up_messages() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     logger.handlers = [handler]
-    for name in ("torch", "torchrec", "fbgemm_gpu", "transformers"):
+    for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
 

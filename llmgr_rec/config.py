@@ -43,7 +43,7 @@ class EncoderConfig:
         steps: Message-passing steps of the gated graph network.
         attention_layers: Self-attention blocks after the graph network (GC-SAN).
         attention_heads: Heads in each self-attention block (GC-SAN).
-        last_item_weight: Share of the attention read-out in the session vector; the rest is the last item's state (GC-SAN).
+        last_item_weight: Share of the attention read-out in the session vector, beside the last item's (GC-SAN).
         dropout: Probability of dropping an activation, 0 to 1.
         score: Session-item score: plain dot product or cosine divided by temperature.
         temperature: Divisor of the cosine score; ignored for dot.
@@ -135,7 +135,7 @@ class StageConfig:
         warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
         clip_norm: Largest global gradient norm of the dense parameters.
         trainable: Parameter groups that this stage trains; all others stay bit-identical.
-        eval_every: Epochs between validations, the last epoch included; the best weights are kept. 0 never validates.
+        eval_every: Epochs between validations, the last epoch included; the best weights are kept. 0 validates never.
         patience: Validations without a better NDCG@20 before the stage stops; 0 never stops early.
     """
 
@@ -171,7 +171,7 @@ class LossConfig:
     """Ranking loss.
 
     Args:
-        full_softmax_max_items: Largest catalogue that is scored whole in training; above it, softmax over sampled items.
+        full_softmax_max_items: Largest catalogue scored whole in training; above it, softmax over sampled items.
         sampled_items: Log-uniform negatives a step when the softmax is sampled.
     """
 

@@ -1,7 +1,9 @@
 """`python -m llmgr_rec.train`: trains on a prepared data set, alone or under torchrun / TorchX.
 
-    python -m llmgr_rec.train --config quickstart --dataset DATASET --output RUN
-    torchx run -s local_cwd dist.ddp -j 1x2 -m llmgr_rec.train -- --config quickstart --dataset DATASET --output RUN
+```sh
+python -m llmgr_rec.train --config quickstart --dataset DATASET --output RUN
+torchx run -s local_cwd dist.ddp -j 1x2 -m llmgr_rec.train -- --config quickstart --dataset DATASET --output RUN
+```
 """
 
 import os
@@ -10,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.cli import make_parser, run_cli
+from llmgr_rec.cli import is_first_rank, make_parser, run_cli
 from llmgr_rec.recipes import add_config_arguments, parse_with_config
 
 DEFAULT_RECIPE = "quickstart"
@@ -35,15 +37,18 @@ def main(argv: Sequence[str]) -> None:
 
     from llmgr_rec.training.run import RunRequest, train_run
 
-    train_run(
+    output = Path(arguments.output or _default_output())
+    stages = train_run(
         RunRequest(
             config=config,
             dataset=Path(arguments.dataset) if arguments.dataset else _synthetic_dataset(),
-            output=Path(arguments.output or _default_output()),
+            output=output,
             stage=arguments.stage,
             resume=arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
         )
     )
+    if is_first_rank():
+        print(f"trained {', '.join(stages) or 'nothing new'}; run folder {output}")
 
 
 def _with_default_recipe(argv: Sequence[str]) -> list[str]:

@@ -67,7 +67,7 @@ def test_an_unknown_recipe_names_the_near_one():
 
 
 def test_an_absent_file_is_named():
-    with pytest.raises(UserError, match="absent.yaml does not exist"):
+    with pytest.raises(UserError, match=r"absent\.yaml does not exist"):
         load_config("absent.yaml")
 
 

@@ -1,0 +1,1 @@
+"""Stages, the training loop, optimizers and checkpoints."""

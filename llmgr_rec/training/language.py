@@ -22,7 +22,7 @@ from llmgr_rec.distributed.shards import fill_table, table_parameters
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import ITEM_TEXT, LLMGR
 
-# A file holds this many items at least, and there are this many files at most: a file is what an interrupted run need
+# A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
 # not repeat, and what is dealt out to ranks.
 _MIN_ROWS = 512
 _MAX_FILES = 256
@@ -33,8 +33,8 @@ _LOOKUP_ITEMS = 8192
 class TextEncodings:
     """Text encodings of all items on disk, standardised as they are read.
 
-    Hidden states of a decoder share a large common direction, so raw encodings all look alike to a dot product: they are
-    centred on the catalogue's mean and scaled to a root mean square norm of 1. Items without tokens stay at zero.
+    Hidden states of a decoder share a large common direction, so raw encodings all look alike to a dot product. Here they
+    are centred on the catalogue's mean and scaled to a root mean square norm of 1. Items without tokens stay at zero.
 
     Args:
         folder: Where the encodings lie, in files of consecutive items; ranks share it.

@@ -126,7 +126,7 @@ class StageLoop:
             if self._checkpoint_due(position):
                 self._save(position)
         if not pipeline._pipelined_modules:
-            raise RuntimeError(f"stage {self.name}: no embedding lookup was pipelined; is the batch changed in forward?")
+            raise RuntimeError(f"stage {self.name}: no lookup was pipelined; does forward change the batch before it?")
         pipeline.detach()
         self._end_epoch(position)
 

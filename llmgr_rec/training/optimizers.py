@@ -30,7 +30,7 @@ def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) 
     }
     tables_by_name = {name: parameter for name, parameter in trained.items() if group_of(name) == "tables"}
     dense_by_name = {name: parameter for name, parameter in trained.items() if name not in tables_by_name}
-    groups: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]  # type: ignore[list-item]
+    groups: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     if dense_by_name:
         adamw = KeyedOptimizerWrapper(
             dense_by_name, lambda p: optim.AdamW(p, lr=stage.lr, weight_decay=stage.weight_decay)

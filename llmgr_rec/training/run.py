@@ -17,7 +17,6 @@ from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.stages import STAGES, RunContext, StageName, run_stage, stage_settings
 
 
-
 @dataclass(frozen=True)
 class RunRequest:
     """What the user asks for.
@@ -37,8 +36,11 @@ class RunRequest:
     resume: bool
 
 
-def train_run(request: RunRequest) -> None:
+def train_run(request: RunRequest) -> list[StageName]:
     """Trains the requested stages; see `RunRequest`.
+
+    Returns:
+        The stages trained: those that were complete already are left as they are.
 
     Raises:
         UserError: Anything a user can mend; raised on every rank before any rank waits for another.
@@ -60,8 +62,7 @@ def train_run(request: RunRequest) -> None:
         journal.close()
     finally:
         shutdown()
-    if world.rank == 0:
-        print(f"trained {', '.join(stages) or 'nothing new'}; run folder {request.output}")
+    return stages
 
 
 def _stages_to_run(request: RunRequest) -> list[StageName]:

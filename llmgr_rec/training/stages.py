@@ -86,10 +86,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     config, world = context.config, context.world
     settings = stage_settings(config, stage)
     reader = _reader(stage, context)
-    if stage == "sbr":
-        model, inner = _start_recommender(context)
-    else:
-        model, inner = _start_language(stage, context, reader)
+    model, inner = _start_recommender(context) if stage == "sbr" else _start_language(stage, context)
     has_validation = context.dataset.manifest.num_sessions["valid"] > 0
     loop = StageLoop(
         name=stage,
@@ -119,9 +116,7 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
     return model, recommender
 
 
-def _start_language(
-    stage: StageName, context: RunContext, reader: SessionReader
-) -> tuple[DistributedModelParallel, LLMGR]:
+def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, LLMGR]:
     config, world, settings = context.config, context.world, stage_settings(context.config, stage)
     decoder = assemble_decoder(config, world.device)
     encodings: TextEncodings | None = None
