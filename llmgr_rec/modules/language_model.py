@@ -14,6 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.modules.grouped_attention import use_grouped_attention
+from llmgr_rec.modules.lora_layers import fuse_lora
 
 
 class LoraLanguageModel(nn.Module):
@@ -36,6 +38,7 @@ class LoraLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         decoder.requires_grad_(False)
+        use_grouped_attention(decoder)
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
@@ -45,10 +48,7 @@ class LoraLanguageModel(nn.Module):
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             self.decoder: PeftModel = get_peft_model(decoder, settings)
         self.share_prefix = share_prefix
-        for module in self.decoder.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                # Autocast brings the input and the weight together; PEFT would widen every input to float32 first.
-                module.cast_input_dtype_enabled = decoder.dtype == torch.float32
+        fuse_lora(self.decoder)
 
     @property
     def base(self) -> PreTrainedModel:

@@ -75,7 +75,7 @@ def test_unreadable_files(tmp_path):
         load_templates("defualt")
     file = tmp_path / "prompts.yaml"
     file.write_text("behave: [")
-    with pytest.raises(UserError, match="prompts.yaml is not valid YAML"):
+    with pytest.raises(UserError, match=r"prompts\.yaml is not valid YAML"):
         load_templates(str(file))
     file.write_text("- behave")
     with pytest.raises(UserError, match="must map each of behave, align"):
