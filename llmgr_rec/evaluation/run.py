@@ -8,7 +8,7 @@ from typing import Any
 from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import is_complete, load_bundle
+from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import BASELINES, build_baseline, evaluate_baseline, evaluate_model
@@ -53,7 +53,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     """
     dataset = Dataset(request.dataset)
     catalogue = Catalogue.load(request.dataset)
-    bundles = _bundles(request)
+    bundles = _bundles(request, dataset)
     config = _config(request)
     refuse_foreign_output(request.output)
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
@@ -74,6 +74,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "num_items": catalogue.num_items,
         "split": request.split,
         "dataset": dataset.manifest.catalogue_hash,
+        "dataset_path": str(request.dataset.resolve()),
         "protocol": "full catalogue, no item excluded, ties by lower index",
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
@@ -91,17 +92,17 @@ def find_bundle(run: Path, model: str) -> Path | None:
     return None
 
 
-def check_catalogue(bundle: Path, catalogue: Catalogue, ours: Path) -> None:
+def check_catalogue(bundle: Path, dataset: Dataset) -> None:
     """Compares a bundle's items with a data set's.
 
     Raises:
         UserError: They differ, so that an index means another item.
     """
-    theirs = Catalogue.load(bundle)
-    if theirs.hash != catalogue.hash:
+    theirs, ours = read_index(bundle), dataset.manifest
+    if theirs.catalogue_hash != ours.catalogue_hash:
         raise UserError(
-            f"{bundle} was trained on another catalogue ({theirs.num_items} items, {theirs.hash[:12]}) than {ours} "
-            f"holds ({catalogue.num_items} items, {catalogue.hash[:12]}); give the data set of the run"
+            f"{bundle} was trained on another catalogue ({theirs.num_items} items, {theirs.catalogue_hash[:12]}) than "
+            f"{dataset.path} holds ({ours.num_items} items, {ours.catalogue_hash[:12]}); give the data set of the run"
         )
 
 
@@ -116,7 +117,7 @@ def _evaluate_bundle(
     return evaluate_model(loaded.model, dataset, request.split, config, world, catalogue)
 
 
-def _bundles(request: EvaluationRequest) -> dict[str, Path]:
+def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
     """Exports to evaluate, each of the data set's own catalogue."""
     if not request.run.is_dir():
         raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
@@ -135,7 +136,7 @@ def _bundles(request: EvaluationRequest) -> dict[str, Path]:
         )
     bundles = {name: found[name] for name in wanted if name in found}
     for bundle in bundles.values():
-        check_catalogue(bundle, Catalogue.load(request.dataset), request.dataset)
+        check_catalogue(bundle, dataset)
     return bundles
 
 

@@ -1,0 +1,142 @@
+"""A few sessions with titles, for people to look at: what was clicked, what came next, what was recommended."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import session_queries, split_reader
+from llmgr_rec.modules.llmgr import LLMGR
+
+PLACES = 20
+
+# Sessions that are looked through for hits and misses, from the start of the split.
+_LOOKED_AT = 256
+
+
+@dataclass(frozen=True)
+class Example:
+    """One session; items are titles, or ids where there is none.
+
+    Args:
+        session_id: Name of the session.
+        clicks: Oldest first.
+        target: The next click.
+        recommended: Best first.
+        place: Place of the target among them, from 1; 0 where it is not.
+    """
+
+    session_id: str
+    clicks: list[str]
+    target: str
+    recommended: list[str]
+    place: int
+
+
+def choose_examples(examples: Iterator[Example], hits: int, misses: int) -> list[Example]:
+    """The first hits and the first misses, in the order of the split: nothing is picked by hand."""
+    found: list[Example] = []
+    missed: list[Example] = []
+    for example in examples:
+        kept, wanted = (found, hits) if example.place else (missed, misses)
+        if len(kept) < wanted:
+            kept.append(example)
+        if len(found) == hits and len(missed) == misses:
+            break
+    return found + missed
+
+
+def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Example]:
+    """Ranks the first sessions of a split with a model.
+
+    Args:
+        bundle: The model.
+        dataset: Prepared sessions of the model's catalogue.
+        split: Which sessions.
+    """
+    loaded = load_bundle(bundle)
+    titles, world = _titles(loaded.catalogue), World(0, 1, 0, 1, torch.device("cpu"))
+    collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
+    ranker = CatalogueRanker(loaded.model, collate, world)
+    reader = split_reader(dataset, split, min(_LOOKED_AT, loaded.config.runtime.eval_batch_size), world, collate)
+    rows = _rows(dataset, split)
+    for _, batch in zip(range(-(-_LOOKED_AT // reader.order.batch_size)), reader.batches(0), strict=False):
+        with torch.no_grad():
+            ids_BK, _ = ranker.rank(session_queries(loaded.model, batch), PLACES)
+        for ids_K, (session_id, clicks, target) in zip(ids_BK.tolist(), rows, strict=False):
+            yield _example(session_id, clicks, target, [item for item in ids_K if item >= 0], titles)
+
+
+def scored_examples(scores: Path, dataset: Dataset, split: str) -> Iterator[Example]:
+    """Looks up what a scoring job recommended to sessions of a split.
+
+    Args:
+        scores: Output folder of llmgr_rec.score.
+        dataset: Prepared sessions.
+        split: Which sessions.
+
+    Raises:
+        UserError: The folder is no complete scoring output, or of other sessions.
+    """
+    if not (scores / "_SUCCESS").is_file():
+        raise UserError(f"--scores {scores} is no complete output of llmgr_rec.score (no _SUCCESS); score again")
+    job = json.loads((scores / "_manifest.json").read_text(encoding="utf-8"))
+    if job["model"]["catalogue"] != dataset.manifest.catalogue_hash:
+        raise UserError(f"--scores {scores} are of another catalogue than {dataset.path}; give the model's data set")
+    catalogue = Catalogue.load(dataset.path)
+    titles = _titles(catalogue)
+    known = {session_id: (clicks, target) for session_id, clicks, target in _first(_rows(dataset, split), _LOOKED_AT)}
+    wanted = pa.array(list(known), pa.string())
+    seen = 0
+    for part in sorted(scores.glob("part-*.parquet")):
+        table = pq.read_table(part, columns=["session_id", "item_ids"])
+        table = table.filter(pc.is_in(table["session_id"].cast(pa.string()), value_set=wanted))
+        for session_id, item_ids in zip(
+            table["session_id"].cast(pa.string()).to_pylist(), table["item_ids"].to_pylist(), strict=True
+        ):
+            seen += 1
+            items = catalogue.index_of(pa.array(item_ids[:PLACES], catalogue.item_ids.type)).tolist()
+            yield _example(session_id, *known[session_id], items, titles)
+        if seen >= len(known):
+            break
+    if not seen:
+        raise UserError(f"--scores {scores} and the {split} sessions of {dataset.path} have no session in common")
+
+
+def _example(session_id: str, clicks: list[int], target: int, items: list[int], titles: list[str]) -> Example:
+    return Example(
+        session_id=session_id,
+        clicks=[titles[item] for item in clicks],
+        target=titles[target],
+        recommended=[titles[item] for item in items],
+        place=items.index(target) + 1 if target in items else 0,
+    )
+
+
+def _titles(catalogue: Catalogue) -> list[str]:
+    ids = catalogue.item_ids.to_pylist()
+    return [title or f"item {item_id}" for title, item_id in zip(catalogue.titles(), ids, strict=True)]
+
+
+def _rows(dataset: Dataset, split: str) -> Iterator[tuple[str, list[int], int]]:
+    for part in dataset.parts(split):
+        with pq.ParquetFile(part) as file:
+            for batch in file.iter_batches(batch_size=_LOOKED_AT, columns=["session_id", "items", "target"]):
+                for row in batch.to_pylist():
+                    yield row["session_id"], row["items"], row["target"]
+
+
+def _first(rows: Iterator[tuple[str, list[int], int]], count: int) -> list[tuple[str, list[int], int]]:
+    return [row for _, row in zip(range(count), rows, strict=False)]

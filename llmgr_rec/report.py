@@ -1,0 +1,52 @@
+"""`python -m llmgr_rec.report`: a run as one self-contained HTML page, with its plots and its table as files.
+
+python -m llmgr_rec.report --run RUN --output FOLDER
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmgr_rec.cli import make_parser, parse_args, run_cli
+from llmgr_rec.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses arguments and writes the report.
+
+    Raises:
+        UserError: The run, or something it is to be shown with, is not there or does not belong to it.
+    """
+    parser = make_parser("llmgr_rec.report", "Shows a run: quality, training curves, a few sessions with titles.")
+    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
+    parser.add_argument("--output", type=str, required=True, help="Folder for index.html, PNG files and results.csv.")
+    parser.add_argument(
+        "--metrics", type=str, help="Metrics file of llmgr_rec.evaluate; default RUN/metrics.json where there is one."
+    )
+    parser.add_argument(
+        "--scores", type=str, help="Output of llmgr_rec.score to show; default ranks a few sessions anew."
+    )
+    parser.add_argument(
+        "--dataset", type=str, help="Folder made by llmgr_rec.prepare; default the one that the metrics name."
+    )
+    parser.add_argument("--sessions", type=int, default=6, help="Sessions to show, half of them hits; 0 shows none.")
+    arguments = parse_args(parser, argv)
+    if arguments.sessions < 0:
+        raise UserError(f"--sessions is {arguments.sessions}; give 0 or more")
+
+    from llmgr_rec.evaluation.report import ReportRequest, write_report
+
+    page = write_report(
+        ReportRequest(
+            run=Path(arguments.run),
+            output=Path(arguments.output),
+            metrics=Path(arguments.metrics) if arguments.metrics else None,
+            scores=Path(arguments.scores) if arguments.scores else None,
+            dataset=Path(arguments.dataset) if arguments.dataset else None,
+            sessions=arguments.sessions,
+        )
+    )
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
