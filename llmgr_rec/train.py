@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
     add_config_arguments(parser)
     arguments, config = parse_with_config(parser, _with_default_recipe(argv))
 
-    from llmgr_rec.training.run import RunRequest, train_run
+    from llmgr_rec.training.checks import RunRequest
+    from llmgr_rec.training.run import train_run
 
     output = Path(arguments.output or _default_output())
     stages = train_run(

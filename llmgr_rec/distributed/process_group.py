@@ -45,22 +45,34 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
     Raises:
         UserError: CUDA was asked for and there is none, or there are more local ranks than GPUs.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    rank, size, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    size = size if launched else 1
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if launched else 1
-    place = choose_device(device, local_rank if launched else 0)
-    torch.set_num_threads(threads or max(1, _usable_cores() // local_size))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    world = launched_world(device)
+    torch.set_num_threads(threads or max(1, _usable_cores() // world.local_size))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
     # Gloo beside NCCL carries what lives on the CPU: checkpoints' plans and gathered objects.
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if launched:
+    if _is_launched():
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return World(rank if launched else 0, size, local_rank if launched else 0, local_size, place)
+    return world
+
+
+def launched_world(device: Device) -> World:
+    """Where torchrun's environment puts this process, told without waiting for any other; a single one without it.
+
+    Args:
+        device: `auto` takes CUDA where there is one.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or there are more local ranks than GPUs.
+    """
+    if not _is_launched():
+        return World(0, 1, 0, 1, choose_device(device))
+    size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(int(os.environ["RANK"]), size, local_rank, local_size, choose_device(device, local_rank))
 
 
 def choose_device(device: Device, local_rank: int = 0) -> torch.device:
@@ -146,6 +158,10 @@ def barrier(world: World) -> None:
     """Waits until every rank is here."""
     if world.size > 1:
         dist.barrier()
+
+
+def _is_launched() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _usable_cores() -> int:

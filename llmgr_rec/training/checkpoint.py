@@ -83,6 +83,14 @@ class CheckpointManager:
         """The newest complete checkpoint; one that is not complete is passed over."""
         return on_first_rank(self._world, lambda: next(iter(self._complete()), None))
 
+    def check(self) -> None:
+        """Refuses the newest complete checkpoint, where there is one, if it is damaged or not this run's.
+
+        Raises:
+            UserError: As from `load`; nothing is loaded.
+        """
+        on_first_rank(self._world, lambda: [self._read_state(path) for path in self._complete()[:1]])
+
     def save(
         self, step: int, model: nn.Module, optimizer: KeyedOptimizer | None, extra: Mapping[str, Any] | None = None
     ) -> None:
@@ -192,8 +200,16 @@ class CheckpointManager:
                 f"checkpoint {chosen} is not complete (it lacks the file {_COMPLETE}); "
                 "remove it to resume from the one before"
             )
+        state = self._read_state(chosen)
+        self._check_widths(chosen, state, widths)
+        if needs_optimizer and not state["has_optimizer"]:
+            raise UserError(f"checkpoint {chosen} holds no optimizer state, so training cannot go on from it")
+        return chosen, state
+
+    def _read_state(self, chosen: Path) -> dict[str, Any]:
+        """What a complete checkpoint says of itself, checked against its files and this run."""
         try:
-            state = json.loads((chosen / _STATE).read_text())
+            state: dict[str, Any] = json.loads((chosen / _STATE).read_text())
             files, identity = state["files"], state["identity"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
@@ -209,10 +225,7 @@ class CheckpointManager:
                     "remove the folder to resume from the one before"
                 )
         self._check_identity(chosen, identity)
-        self._check_widths(chosen, state, widths)
-        if needs_optimizer and not state["has_optimizer"]:
-            raise UserError(f"checkpoint {chosen} holds no optimizer state, so training cannot go on from it")
-        return chosen, state
+        return state
 
     def _check_identity(self, path: Path, identity: Mapping[str, Any]) -> None:
         if identity["catalogue"] != self._identity.catalogue:

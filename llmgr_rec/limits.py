@@ -1,0 +1,116 @@
+"""Which values settings may have, beyond their types."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from llmgr_rec.config import Config
+from llmgr_rec.errors import UserError
+
+_STAGES = ("sbr", "align", "behave")
+# Seeds go to torch and numpy, which take different ranges; this one both take.
+_LARGEST_SEED = 2**63 - 1
+
+_AT_LEAST: dict[str, float] = {
+    "seed": 0,
+    "tables.dim": 4,
+    "encoder.steps": 1,
+    "encoder.attention_layers": 0,
+    "encoder.attention_heads": 1,
+    "llm.num_layers": 0,
+    "llm.lora_rank": 1,
+    "prompt.max_nodes": 0,
+    "prompt.text_items": 0,
+    "prompt.max_text_tokens": 1,
+    "align.contrastive_weight": 0,
+    "align.hard_negatives": 0,
+    "loss.full_softmax_max_items": 0,
+    "loss.sampled_items": 1,
+    "runtime.threads_per_rank": 0,
+    "runtime.reader_workers": 0,
+    "runtime.eval_batch_size": 1,
+    "runtime.checkpoint_every": 0,
+    "runtime.keep_checkpoints": 1,
+    "runtime.log_every": 1,
+    "runtime.timeout_s": 1,
+}
+_AT_LEAST_IN_STAGES: dict[str, float] = {
+    "epochs": 0,
+    "max_steps": 0,
+    "batch_size": 1,
+    "weight_decay": 0,
+    "eval_every": 0,
+    "patience": 0,
+}
+_ABOVE_0 = {
+    "tables.lr",
+    "tables.init_std",
+    "tables.memory_per_rank_gb",
+    "encoder.temperature",
+    "llm.lora_alpha",
+    "align.contrastive_temperature",
+}
+_ABOVE_0_IN_STAGES = ("lr", "clip_norm")
+_SHARES = {"encoder.last_item_weight"}
+_SHARES_IN_STAGES = ("warmup",)
+# A share of 1 would leave nothing.
+_DROPOUTS = {"encoder.dropout", "llm.lora_dropout"}
+
+for _stage in _STAGES:
+    _AT_LEAST |= {f"{_stage}.{name}": bound for name, bound in _AT_LEAST_IN_STAGES.items()}
+    _ABOVE_0 |= {f"{_stage}.{name}" for name in _ABOVE_0_IN_STAGES}
+    _SHARES |= {f"{_stage}.{name}" for name in _SHARES_IN_STAGES}
+
+
+def check_limits(config: Config) -> None:
+    """Refuses settings out of range.
+
+    Raises:
+        UserError: A setting has a value that it cannot have; names setting, value and range.
+    """
+    for name, value in _numbers(asdict(config)):
+        if remedy := _complaint(name, value):
+            raise UserError(f"setting {name} is {value}; {remedy}")
+    if config.tables.dim % 4:
+        raise UserError(f"setting tables.dim is {config.tables.dim}; give a multiple of 4, as tables need")
+    if config.encoder.name == "gcsan" and config.tables.dim % config.encoder.attention_heads:
+        raise UserError(
+            f"setting encoder.attention_heads is {config.encoder.attention_heads}; "
+            f"give a number that divides tables.dim {config.tables.dim}"
+        )
+    if not config.prompt.text_fields:
+        raise UserError("setting prompt.text_fields is empty; name at least one text column, such as title")
+    for stage in _STAGES:
+        settings = getattr(config, stage)
+        if settings.epochs and not settings.trainable:
+            raise UserError(f"setting {stage}.trainable is empty; name the parameter groups that the stage trains")
+    if config.sbr.epochs and not {"tables", "encoder"} & set(config.sbr.trainable):
+        raise UserError(
+            f"setting sbr.trainable names {', '.join(config.sbr.trainable)}, of which stage sbr has nothing; "
+            "name tables, encoder or both"
+        )
+
+
+def _complaint(name: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "give a finite number"
+    if name in _ABOVE_0 and value <= 0:
+        return "give a number above 0"
+    if name in _SHARES and not 0 <= value <= 1:
+        return "give a share from 0 to 1"
+    if name in _DROPOUTS and not 0 <= value < 1:
+        return "give a probability from 0 to below 1"
+    if name in _AT_LEAST and value < _AT_LEAST[name]:
+        return f"give {_AT_LEAST[name]} or more"
+    if name == "seed" and value > _LARGEST_SEED:
+        return f"give at most {_LARGEST_SEED}"
+    return ""
+
+
+def _numbers(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield prefix + name, value

@@ -1,0 +1,240 @@
+"""All that can be wrong with a run before it starts, found by every rank for itself before any waits for another."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llmgr_rec.config import Config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.pretrained import weights_hash
+from llmgr_rec.data.row_groups import RowGroups
+from llmgr_rec.distributed.assembly import compile_prompts
+from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
+from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
+from llmgr_rec.distributed.process_group import World, launched_world
+from llmgr_rec.errors import UserError
+from llmgr_rec.limits import check_limits
+from llmgr_rec.modules.build import reads_item_text
+from llmgr_rec.recipes import load_config
+from llmgr_rec.training.checkpoint import CheckpointManager, Identity
+from llmgr_rec.training.stages import STAGES, StageName, stage_settings
+
+# Settings that decide the shape or the meaning of the weights which a stage takes over from the one before.
+_RECOMMENDER_SETTINGS = (
+    "tables.dim",
+    "tables.side_features",
+    "encoder.name",
+    "encoder.steps",
+    "encoder.attention_layers",
+    "encoder.attention_heads",
+    "encoder.last_item_weight",
+    "encoder.score",
+    "encoder.temperature",
+)
+_LANGUAGE_SETTINGS = (
+    "llm.num_layers",
+    "llm.lora_rank",
+    "llm.lora_alpha",
+    "prompt.node_source",
+    "head.name",
+    "head.residual",
+    "head.item_text",
+)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user asks for.
+
+    Args:
+        config: All settings.
+        dataset: Folder made by prepare.
+        output: Run folder.
+        stage: One stage, or all in order.
+        resume: Continue what is in the run folder.
+    """
+
+    config: Config
+    dataset: Path
+    output: Path
+    stage: Literal["all", "sbr", "align", "behave"]
+    resume: bool
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """What is known of a run that may start.
+
+    Args:
+        dataset: Prepared sessions.
+        catalogue: Their items.
+        stages: Stages to train, in order; complete ones are left out.
+    """
+
+    dataset: Dataset
+    catalogue: Catalogue
+    stages: list[StageName]
+
+
+def check_run(request: RunRequest) -> CheckedRun:
+    """Looks at all that a run reads and at the folder it writes to, and changes nothing.
+
+    Args:
+        request: What the user asks for.
+
+    Raises:
+        UserError: Anything a user can mend.
+    """
+    check_limits(request.config)
+    dataset = Dataset(request.dataset)
+    catalogue = Catalogue.load(request.dataset)
+    _check_sessions(dataset, catalogue)
+    stages = _stages_to_run(request)
+    _check_output(request.output)
+    if stages:
+        _check_order(request, stages)
+        _check_earlier_stage(request, stages[0], catalogue)
+        for stage in stages:
+            _check_checkpoints(request, stage, catalogue)
+        _check_language(request.config, stages, dataset, catalogue)
+        _check_layout(request.config, stages, catalogue)
+    return CheckedRun(dataset, catalogue, stages)
+
+
+def _check_sessions(dataset: Dataset, catalogue: Catalogue) -> None:
+    if catalogue.hash != dataset.manifest.catalogue_hash:
+        raise UserError(
+            f"{dataset.items_path} is not the catalogue that manifest.json tells of; "
+            "make the data set again with python -m llmgr_rec.prepare"
+        )
+    for split in ("train", "valid"):
+        groups = RowGroups(dataset.parts(split), num_items=catalogue.num_items, by_click=False)
+        if split == "train" and not groups.num_examples:
+            raise UserError(f"{dataset.path} has no training sessions; prepare the data set from more interactions")
+
+
+def _stages_to_run(request: RunRequest) -> list[StageName]:
+    """Stages in order, without those that are complete (on resume) or have nothing to do."""
+    wanted = [stage for stage in STAGES if request.stage in ("all", stage)]
+    done = _complete_stages(request.output)
+    if not request.resume and (again := [stage for stage in wanted if stage in done]):
+        raise UserError(
+            f"stage {again[0]} of {request.output} is complete already; "
+            "give another --output, or --resume to go on with what is missing"
+        )
+    if request.stage != "all" and not _takes_part(request.config, request.stage):
+        raise UserError(f"setting {request.stage}.epochs is 0, so --stage {request.stage} has nothing to train")
+    return [stage for stage in wanted if stage not in done and _takes_part(request.config, stage)]
+
+
+def _takes_part(config: Config, stage: StageName) -> bool:
+    return stage == "sbr" or bool(stage_settings(config, stage).epochs)
+
+
+def _complete_stages(output: Path) -> set[StageName]:
+    return {stage for stage in STAGES if is_complete(output / "export" / stage)}
+
+
+def _check_output(output: Path) -> None:
+    """The folder is absent, empty or a run, and can be written to."""
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output {output}: {existing} is a file; give the path of a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: {existing} is not writable; give another --output")
+    if output.exists() and any(output.iterdir()) and not (output / "config.yaml").is_file():
+        raise UserError(f"output folder {output} is not empty and is no training run; give another --output")
+
+
+def _check_order(request: RunRequest, stages: Sequence[StageName]) -> None:
+    """A stage goes on from the ones before it, and none goes on from one that comes after it."""
+    output, first, done = request.output, stages[0], _complete_stages(request.output)
+    started = [stage for stage in stages if (output / "checkpoints" / stage).exists()]
+    if not request.resume and (started or (request.stage == "all" and (output / "config.yaml").exists())):
+        raise UserError(f"{output} holds a run already; add --resume to continue it, or give another --output")
+    place = STAGES.index(first)
+    missing = [stage for stage in STAGES[:place] if _takes_part(request.config, stage) and stage not in done]
+    if missing:
+        skip = "" if missing[0] == "sbr" else f", or leave it out with --{missing[0]}.epochs 0"
+        raise UserError(
+            f"stage {first} goes on from stage {missing[-1]}, which is not complete in {output}; "
+            f"train it first with --stage {missing[0]}{skip}"
+        )
+    if later := [stage for stage in STAGES[place + 1 :] if stage in done]:
+        raise UserError(
+            f"stage {first} comes before stage {later[0]}, which is complete in {output}; give another --output"
+        )
+
+
+def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catalogue) -> None:
+    """What the first stage goes on from is of this catalogue and of the same model."""
+    if first == "sbr":
+        return
+    bundle = latest_bundle(request.output / "export")
+    index = read_index(bundle)
+    if index.catalogue_hash != catalogue.hash:
+        raise UserError(
+            f"{bundle} was trained on another catalogue ({index.catalogue_hash[:12]} instead of "
+            f"{catalogue.hash[:12]}); give the data set it was trained on, or another --output"
+        )
+    before = load_config(bundle / "config.yaml")
+    names = _RECOMMENDER_SETTINGS if index.stage == "sbr" else _RECOMMENDER_SETTINGS + _LANGUAGE_SETTINGS
+    for name in names:
+        if (now := _setting(request.config, name)) != (then := _setting(before, name)):
+            raise UserError(
+                f"setting {name} is {now}, but stage {index.stage} in {request.output} was trained with {then}; "
+                "give the same setting, or another --output"
+            )
+    name = request.config.llm.name_or_path
+    if index.language_model and weights_hash(name) != index.language_model["weights_hash"]:
+        raise UserError(
+            f"setting llm.name_or_path is {name}, whose weights are not those of {index.language_model['name']} that "
+            f"stage {index.stage} in {request.output} was trained with; give the same model, or another --output"
+        )
+
+
+def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalogue) -> None:
+    """The checkpoint that a stage would be resumed from is its own."""
+    folder = request.output / "checkpoints" / stage / "steps"
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    CheckpointManager(folder, 1, alone, Identity.of(stage, catalogue.hash, request.config)).check()
+
+
+def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
+    if all(stage == "sbr" for stage in stages):
+        return
+    compile_prompts(config)
+    if not (reads_item_text(config) or "align" in stages or config.prompt.text_items):
+        return
+    if not dataset.manifest.has_text:
+        raise UserError(
+            f"{dataset.items_path} has no titles, and stages align and behave read item text; "
+            "prepare with an items file that has a column title, or train with --stage sbr"
+        )
+    catalogue.texts(list(config.prompt.text_fields))
+
+
+def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalogue) -> None:
+    """The models of the stages can be built, and their tables find room on the ranks."""
+    world = launched_world(config.runtime.device)
+    sizes = Sizes(catalogue.num_items, catalogue.num_embeddings)
+    asked = replace(
+        config,
+        align=config.align if "align" in stages else replace(config.align, epochs=0),
+        behave=config.behave if "behave" in stages else replace(config.behave, epochs=0),
+    )
+    for layout in lay_out(asked, sizes, Ranks(world.size, world.local_size, world.device.type)):
+        if layout.stage in stages and layout.problem:
+            raise UserError(f"stage {layout.stage}: {layout.problem}")
+
+
+def _setting(config: Config, name: str) -> Any:
+    value: Any = asdict(config)
+    for part in name.split("."):
+        value = value[part]
+    return value
