@@ -95,10 +95,16 @@ class StageLoop:
             self.best.load(self.model, None)
 
     def resume(self) -> Position:
-        """Loads the newest complete checkpoint into model and optimizer; a fresh position where there is none."""
-        if self.checkpoints.latest() is None:
-            return Position()
-        position = Position(**self.checkpoints.load(self.model, self.optimizer)["position"])
+        """Loads the newest complete checkpoint into model and optimizer; a fresh position where there is none.
+
+        Raises:
+            UserError: The checkpoint or the training files are not those of this run.
+        """
+        position = Position()
+        if self.checkpoints.latest() is not None:
+            state = self.checkpoints.load(self.model, self.optimizer)
+            self.reader.load_state_dict(state["reader"])
+            position = Position(**state["position"])
         self.journal.rewind(self.name, position.step)
         logger.info("%s resumes after step %d", self.name, position.step)
         return position
@@ -108,6 +114,7 @@ class StageLoop:
             self.reader.steps_per_epoch - position.epoch_step,
             self._total_steps - position.step,
         )
+        last_step = position.epoch_step + steps
         batches = _Timed(islice(self.reader.batches(position.epoch, position.epoch_step), steps))
         pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.world.device)
         self.model.train()
@@ -120,13 +127,17 @@ class StageLoop:
             position.epoch_step += 1
             window.add(outputs)
             self._bar.update()
-            if position.step % self.runtime.log_every == 0 or position.step == self._total_steps:
+            if not pipeline._pipelined_modules:
+                raise RuntimeError(
+                    f"stage {self.name}: no lookup was pipelined; does forward change the batch before it?"
+                )
+            epoch_ends, checkpoint_due = position.epoch_step == last_step, self._checkpoint_due(position)
+            # A resumed run starts with an empty window, so none may stretch over a checkpoint.
+            if position.step % self.runtime.log_every == 0 or checkpoint_due or epoch_ends:
                 self._log(position, window, factor)
+                if checkpoint_due and not epoch_ends:
+                    self._save(position)
                 window = _Window(batches)
-            if self._checkpoint_due(position):
-                self._save(position)
-        if not pipeline._pipelined_modules:
-            raise RuntimeError(f"stage {self.name}: no lookup was pipelined; does forward change the batch before it?")
         pipeline.detach()
         self._end_epoch(position)
 
@@ -164,17 +175,20 @@ class StageLoop:
 
     def _checkpoint_due(self, position: Position) -> bool:
         every = self.runtime.checkpoint_every
-        return bool(every) and position.step % every == 0 and position.epoch_step < self.reader.steps_per_epoch
+        return bool(every) and position.step % every == 0
 
     def _save(self, position: Position) -> None:
-        self.checkpoints.save(position.step, self.model, self.optimizer, {"position": asdict(position)})
+        # The reader itself is ahead of the steps: the pipeline has batches in flight.
+        reader = {**self.reader.state_dict(), "epoch": position.epoch, "step": position.epoch_step}
+        state = {"position": asdict(position), "reader": reader}
+        self.checkpoints.save(position.step, self.model, self.optimizer, state)
 
     def _log(self, position: Position, window: "_Window", factor: float) -> None:
         means = mean_over_ranks(window.means(), self.world)
         if not all(map(_is_finite, means.values())):
             raise UserError(
                 f"stage {self.name}: the loss is not finite at step {position.step}; "
-                f"lower --{self.name}.lr or --tables.lr and start again from the last checkpoint with --resume"
+                f"lower --{self.name}.lr or --tables.lr and start again with another --output"
             )
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
         self.journal.write(
