@@ -32,6 +32,11 @@ class GatedGraph(nn.Module):
         self.update = nn.GRUCell(2 * dim, dim)
         initialise_uniform(self, dim)
 
+    def reset_parameters(self) -> None:
+        """Draws the message matrices anew, as TorchRec and FSDP ask of modules that were built on the meta device."""
+        for parameter in (self.message, self.message_bias):
+            nn.init.uniform_(parameter, -(self.dim**-0.5), self.dim**-0.5)
+
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:
         """Runs the rounds.
 
