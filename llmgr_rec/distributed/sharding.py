@@ -99,7 +99,8 @@ def shard(
     Args:
         module: The model, its embedding collections on the meta device or any other; `requires_grad` tells which
             other parameters train.
-        tables: Sharding and optimizer of the tables.
+        tables: Sharding and optimizer of the tables. A table that its author has given an optimizer already
+            (`apply_optimizer_in_backward`) keeps it.
         world: Ranks.
         trained: Whether a table trains, by the qualified name of its parameter; all others stay bit-identical.
 
@@ -215,13 +216,15 @@ def _topology(tables: TablesConfig, world_size: int, local_size: int, device_typ
 def _attach_optimizers(
     module: nn.Module, tables: TablesConfig, device_type: str, trained: Callable[[str], bool]
 ) -> set[str]:
-    """Attaches fused optimizers to tables; returns the names of those that a dense Adam has to update instead."""
+    """Attaches fused optimizers to tables that have none; returns the names of those for a dense Adam instead."""
     kind, extra = _OPTIMIZERS[tables.optimizer]
     dense = set()
     for path, collection in module.named_modules():
         if not isinstance(collection, EmbeddingBagCollection):
             continue
         for name, parameter in collection.named_parameters():
+            if hasattr(parameter, "_optimizer_classes"):
+                continue
             # Sharding ignores requires_grad, and a table without optimizer would train with a default one:
             # a learning rate of 0 and no state is what keeps a table still.
             parameter.requires_grad_(True)
