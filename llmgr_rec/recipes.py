@@ -34,7 +34,10 @@ def parse_with_config(parser: "ArgumentParser", argv: Sequence[str]) -> tuple["N
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Reads settings from a YAML file or a shipped recipe.
+    """Reads settings.
+
+    Args:
+        path: A YAML file, or the name of a shipped recipe.
 
     Raises:
         UserError: The file is absent, or a key or value in it is not known; the nearest known key is named.

@@ -53,7 +53,14 @@ EncoderClass = TypeVar("EncoderClass", bound=type[SessionEncoder])
 
 
 def register_encoder(name: str) -> Callable[[EncoderClass], EncoderClass]:
-    """Makes an encoder class, built as `cls(config, dim)`, known to `build_encoder` under a name."""
+    """Makes an encoder class known to `build_encoder`.
+
+    Args:
+        name: Value of `EncoderConfig.name` that stands for it.
+
+    Returns:
+        A decorator for the class, which is built as `cls(config, dim)`.
+    """
 
     def register(cls: EncoderClass) -> EncoderClass:
         _builders[name] = cls
