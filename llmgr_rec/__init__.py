@@ -1,1 +1,99 @@
-"""Session recommendation with sharded item tables, a session graph network and a LoRA-tuned LLaMA."""
+"""Session recommendation with sharded item tables, a session graph network and a LoRA-tuned LLaMA.
+
+The names in `__all__` are the public API; everything else may change without notice. They are imported when they are
+first asked for, so `import llmgr_rec` costs nothing and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmgr_rec.config import Config as Config
+    from llmgr_rec.config import EncoderConfig as EncoderConfig
+    from llmgr_rec.config import TablesConfig as TablesConfig
+    from llmgr_rec.data.batch import RawSessions as RawSessions
+    from llmgr_rec.data.batch import SessionBatch as SessionBatch
+    from llmgr_rec.data.catalogue import Catalogue as Catalogue
+    from llmgr_rec.data.collate import Collator as Collator
+    from llmgr_rec.data.dataset import Dataset as Dataset
+    from llmgr_rec.data.graph import SessionGraph as SessionGraph
+    from llmgr_rec.data.graph import build_graphs as build_graphs
+    from llmgr_rec.data.jagged import Jagged as Jagged
+    from llmgr_rec.data.reader import SessionReader as SessionReader
+    from llmgr_rec.distributed.bundle import Bundle as Bundle
+    from llmgr_rec.distributed.bundle import load_bundle as load_bundle
+    from llmgr_rec.distributed.bundle import load_weights as load_weights
+    from llmgr_rec.distributed.bundle_export import export_bundle as export_bundle
+    from llmgr_rec.distributed.process_group import World as World
+    from llmgr_rec.distributed.process_group import init_distributed as init_distributed
+    from llmgr_rec.distributed.process_group import shutdown as shutdown
+    from llmgr_rec.distributed.ranking import CatalogueRanker as CatalogueRanker
+    from llmgr_rec.distributed.sharding import shard as shard
+    from llmgr_rec.distributed.shards import init_tables as init_tables
+    from llmgr_rec.errors import UserError as UserError
+    from llmgr_rec.modules.build import build_recommender as build_recommender
+    from llmgr_rec.modules.item_tables import ItemTables as ItemTables
+    from llmgr_rec.modules.llmgr import LLMGR as LLMGR
+    from llmgr_rec.modules.losses import ranking_loss as ranking_loss
+    from llmgr_rec.modules.recommender import Recommended as Recommended
+    from llmgr_rec.modules.recommender import SessionRecommender as SessionRecommender
+    from llmgr_rec.modules.session_encoder import EncodedSessions as EncodedSessions
+    from llmgr_rec.modules.session_encoder import SessionEncoder as SessionEncoder
+    from llmgr_rec.modules.session_encoder import build_encoder as build_encoder
+    from llmgr_rec.modules.session_encoder import register_encoder as register_encoder
+    from llmgr_rec.recipes import load_config as load_config
+
+__version__ = "0.1.0"
+
+# Where each public name lives; the imports above tell type checkers the same.
+_MODULES = {
+    "Bundle": "distributed.bundle",
+    "Catalogue": "data.catalogue",
+    "CatalogueRanker": "distributed.ranking",
+    "Collator": "data.collate",
+    "Config": "config",
+    "Dataset": "data.dataset",
+    "EncodedSessions": "modules.session_encoder",
+    "EncoderConfig": "config",
+    "ItemTables": "modules.item_tables",
+    "Jagged": "data.jagged",
+    "LLMGR": "modules.llmgr",
+    "RawSessions": "data.batch",
+    "Recommended": "modules.recommender",
+    "SessionBatch": "data.batch",
+    "SessionEncoder": "modules.session_encoder",
+    "SessionGraph": "data.graph",
+    "SessionReader": "data.reader",
+    "SessionRecommender": "modules.recommender",
+    "TablesConfig": "config",
+    "UserError": "errors",
+    "World": "distributed.process_group",
+    "build_encoder": "modules.session_encoder",
+    "build_graphs": "data.graph",
+    "build_recommender": "modules.build",
+    "export_bundle": "distributed.bundle_export",
+    "init_distributed": "distributed.process_group",
+    "init_tables": "distributed.shards",
+    "load_bundle": "distributed.bundle",
+    "load_config": "recipes",
+    "load_weights": "distributed.bundle",
+    "ranking_loss": "modules.losses",
+    "register_encoder": "modules.session_encoder",
+    "shard": "distributed.sharding",
+    "shutdown": "distributed.process_group",
+}
+__all__ = sorted(_MODULES)
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Imports a public name when it is first asked for."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
