@@ -56,6 +56,7 @@ def plan_steps(
         train_arguments: Further arguments of the trainer.
     """
     dataset, run, metrics = output / "dataset", output / "run", output / "run" / "metrics.json"
+    shown = ("--dataset", dataset, "--scores", output / "scores")
     steps = []
     if data is None:
         data = output / "raw"
@@ -78,7 +79,7 @@ def plan_steps(
         ),
         Step(
             "report",
-            _module("llmgr_rec.report", "--run", run, "--output", output / "report"),
+            _module("llmgr_rec.report", "--run", run, *shown, "--output", output / "report"),
             output / "report" / "index.html",
         ),
     ]
@@ -149,7 +150,7 @@ def child_environment(ranks: int) -> dict[str, str]:
     return environment
 
 
-def claim_output(output: Path, settings: dict[str, object]) -> None:
+def claim_output(output: Path, settings: dict[str, str]) -> None:
     """Makes the folder, or checks that what it holds was made with the same settings.
 
     Raises:
@@ -215,7 +216,11 @@ def main(argv: Sequence[str]) -> None:
     data = Path(arguments.data) if arguments.data else None
     output = Path(arguments.output)
     _check_input(data)
-    settings = {"data": str(data.resolve()) if data else "MovieLens-100K", "config": arguments.config, "train": further}
+    settings = {
+        "data": str(data.resolve()) if data else "MovieLens-100K",
+        "config": arguments.config,
+        "training arguments": shlex.join(further) or "none",
+    }
     claim_output(output, settings)
     signal.signal(signal.SIGTERM, _stop)
     environment = child_environment(arguments.ranks)
