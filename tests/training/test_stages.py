@@ -1,0 +1,269 @@
+"""What the three stages compute on one rank and on two, and what each of them leaves alone."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmgr_rec.config import Config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr
+from llmgr_rec.distributed.bundle_export import dense_tensors, language_tensors
+from llmgr_rec.distributed.bundle_index import TENSOR, read_index
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.shards import init_tables, local_shards
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.training import loop, stages
+from tests.ranks import run_on_ranks
+from tests.training.small_training import numbers, small_config, small_dataset, train
+
+pytestmark = pytest.mark.dist
+
+# Steps of the language stages: whole batches, so that each rank's part is whole contrastive groups.
+STEPS = 5
+CPU = torch.device("cpu")
+# Kept with the weights, and no weights.
+CONSTANTS = {"hybrid.embedding_norm"}
+
+
+def base_config(folder: Path) -> Config:
+    config = small_config(folder / "prompts.yaml")
+    config.align.max_steps = config.behave.max_steps = STEPS
+    return config
+
+
+def adagrad(folder: Path) -> Config:
+    return base_config(folder)
+
+
+def adam(folder: Path) -> Config:
+    config = base_config(folder)
+    config.tables = replace(config.tables, optimizer="adam", lr=0.01)
+    config.prompt.node_source = "encoder"
+    config.head.name = "linear"
+    return config
+
+
+def everything_trains(folder: Path) -> Config:
+    """No group is frozen in stage 2, and text stands in the prompt."""
+    config = base_config(folder)
+    config.encoder.name = "srgnn"
+    config.align.epochs = 0
+    config.behave.trainable = ["tables", "encoder", "adapter", "lora", "head"]
+    config.prompt.text_items = 2
+    config.prompt.templates = str(folder / "prompts-with-text.yaml")
+    return config
+
+
+CASES = {"adagrad": adagrad, "adam": adam, "everything_trains": everything_trains}
+SHARDINGS = ("table_wise", "column_wise")
+
+
+def train_cases(world: World, folder: str, shardings: tuple[str, ...]) -> "Watched":
+    """Trains each case under each sharding; returns what only a look into the processes can tell."""
+    watched = Watched()
+    watched.start()
+    for name, case in CASES.items():
+        for sharding in shardings:
+            config = case(Path(folder))
+            config.tables.sharding = sharding  # type: ignore[assignment]
+            watched.case = f"{name}-{sharding}"
+            run = Path(folder, f"{world.size}-{watched.case}")
+            if world.rank == 0:
+                run.mkdir()
+            train(world, config, run, small_dataset_of(folder))
+    return watched
+
+
+def small_dataset_of(folder: str) -> Path:
+    return Path(folder, "dataset")
+
+
+@dataclass
+class Watched:
+    """What a look into the processes tells, by "case-sharding stage".
+
+    Args:
+        case: The case at hand.
+        pipelined: Lookups that each epoch's pipeline moved ahead.
+        shards: Table, row and column of each part of a table on this rank.
+        base: Tensors of the base language model, and those among them that moved.
+    """
+
+    case: str = ""
+    pipelined: dict[str, list[int]] = field(default_factory=dict)
+    shards: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
+    base: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        watch, pipeline, export = self, loop.TrainPipelineSparseDist, stages.export_bundle
+
+        class WatchedPipeline(pipeline):  # type: ignore[misc, valid-type]
+            def detach(self) -> Any:
+                watch.pipelined.setdefault(watch.case, []).append(len(self._pipelined_modules))
+                return super().detach()
+
+        def watched_export(model: Any, stage: str, config: Config, *rest: Any) -> None:
+            self.shards[f"{self.case} {stage}"] = [
+                (shard.table, shard.row_offset, shard.col_offset) for shard in local_shards(model)
+            ]
+            if isinstance(model, LLMGR):
+                self.base[f"{self.case} {stage}"] = compare_base(model, config)
+            export(model, stage, config, *rest)
+
+        loop.TrainPipelineSparseDist = WatchedPipeline
+        stages.export_bundle = watched_export
+
+
+def compare_base(model: LLMGR, config: Config) -> tuple[int, list[str]]:
+    """Number of the base's tensors, and names of those that are not what is loaded afresh."""
+    fresh = assemble_decoder(config, CPU).state_dict()
+    trained = {
+        name.replace(".base_layer", ""): value
+        for name, value in model.language_model.base.state_dict().items()
+        if "lora_" not in name
+    }
+    assert trained.keys() == fresh.keys()
+    return len(fresh), [name for name, value in fresh.items() if not torch.equal(value, trained[name])]
+
+
+@dataclass
+class Trained:
+    folder: Path
+    one: Watched
+    two: list[Watched]
+
+    def run(self, size: int, case: str, sharding: str) -> Path:
+        # On one rank a table is whole under any sharding.
+        return self.folder / f"{size}-{case}-{'column_wise' if size == 1 else sharding}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("stages")
+    (folder / "dataset").symlink_to(small_dataset())
+    small_config(folder / "prompts.yaml")
+    with_text = (folder / "prompts.yaml").read_text().replace("{graph} =", "{graph} {text} =", 1)
+    (folder / "prompts-with-text.yaml").write_text(with_text)
+    (one,) = run_on_ranks(train_cases, 1, str(folder), ("column_wise",))
+    return Trained(folder, one, run_on_ranks(train_cases, 2, str(folder), SHARDINGS))
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_compute_what_one_does(trained: Trained, case: str, sharding: str) -> None:
+    one, two = (numbers(trained.run(size, case, sharding)) for size in (1, 2))
+    assert one.keys() == two.keys()
+    assert {name.split("/")[0] for name in one if name.endswith("/loss")} == stages_of(case)
+    assert any("valid" in name and "ndcg@20" in name for name in one)
+    worst = max(one, key=lambda name: abs(one[name] - two[name]))
+    assert two[worst] == pytest.approx(one[worst], abs=1e-5), worst
+
+
+def stages_of(case: str) -> set[str]:
+    return {"sbr", "behave"} if case == "everything_trains" else {"sbr", "align", "behave"}
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_both_ranks_hold_different_parts_of_the_tables(trained: Trained, sharding: str) -> None:
+    for stage in ("sbr", "align", "behave"):
+        first, second = (set(rank.shards[f"adagrad-{sharding} {stage}"]) for rank in trained.two)
+        assert first
+        assert second
+        assert not first & second
+        columns = {column for table, _, column in first | second if table == "item_id"}
+        assert columns == ({0, 8} if sharding == "column_wise" else {0})
+
+
+def test_every_epoch_has_its_lookups_pipelined(trained: Trained) -> None:
+    for watched in (trained.one, *trained.two):
+        assert {case.rsplit("-", 1)[0] for case in watched.pipelined} == set(CASES)
+        assert all(count >= 1 for counts in watched.pipelined.values() for count in counts)
+
+
+def test_the_base_language_model_never_moves(trained: Trained) -> None:
+    for watched in (trained.one, *trained.two):
+        assert {name.split()[1] for name in watched.base} == {"align", "behave"}
+        assert {moved for count, names in watched.base.values() for moved in names} == set()
+        assert all(count > 5 for count, _ in watched.base.values())
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("case", ["adagrad", "adam"])
+def test_stages_train_their_groups_and_nothing_else(trained: Trained, case: str, sharding: str, size: int) -> None:
+    run = trained.run(size, case, sharding)
+    config, start = CASES[case](trained.folder), fresh_tensors(CASES[case](trained.folder), trained.folder)
+    sbr, align, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "align", "behave"))
+    assert config.align.trainable == ["adapter", "head"]
+    assert config.behave.trainable == ["adapter", "lora", "head"]
+
+    assert moved(start.tables, sbr.tables) == set(start.tables) - {"item_text"}
+    assert moved(start.recommender, sbr.recommender) == set(start.recommender)
+    for earlier, later in ((sbr, align), (align, behave)):
+        assert moved(earlier.tables, later.tables) == set()
+        assert moved(earlier.recommender, later.recommender) == set()
+    assert moved(start.language, align.language) == set(start.language) - CONSTANTS
+    assert moved(align.language, behave.language) == set(start.language) - CONSTANTS
+    assert moved(start.lora, align.lora) == set()
+    assert moved(align.lora, behave.lora) == set(start.lora)
+
+
+def test_every_group_trains_when_asked_to(trained: Trained) -> None:
+    run = trained.run(2, "everything_trains", "column_wise")
+    sbr, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "behave"))
+    start = fresh_tensors(everything_trains(trained.folder), trained.folder)
+    assert moved(sbr.tables, behave.tables) == {"item_id", "category", "brand"}
+    assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
+    assert moved(start.language, behave.language) == set(start.language) - CONSTANTS
+    assert moved(start.lora, behave.lora) == set(start.lora)
+
+
+@dataclass
+class Exported:
+    """Everything in a bundle, by name."""
+
+    tables: dict[str, Tensor]
+    recommender: dict[str, Tensor]
+    language: dict[str, Tensor]
+    lora: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, bundle: Path) -> "Exported":
+        index = read_index(bundle)
+        tables = {name: torch.full(shape, float("nan")) for name, shape in index.tables.items()}
+        for name, pieces in index.pieces.items():
+            for piece in pieces:
+                rows, cols = slice(piece.row, piece.row + piece.rows), slice(piece.col, piece.col + piece.cols)
+                tables[name][rows, cols] = load_file(bundle / piece.file)[TENSOR]
+        assert not any(value.isnan().any() for value in tables.values())
+        language, lora = bundle / "llmgr.safetensors", bundle / "lora" / "adapter_model.safetensors"
+        return cls(
+            tables,
+            load_file(bundle / "recommender.safetensors"),
+            load_file(language) if language.exists() else {},
+            load_file(lora) if lora.exists() else {},
+        )
+
+
+def fresh_tensors(config: Config, folder: Path) -> Exported:
+    """What a run with these settings starts from."""
+    catalogue = Catalogue.load(folder / "dataset")
+    model = assemble_llmgr(config, catalogue, assemble_decoder(config, CPU))
+    init_tables(model, config.seed, config.tables.init_std)
+    return Exported(
+        {shard.table: shard.tensor.clone() for shard in local_shards(model)},
+        dense_tensors(model.recommender),
+        language_tensors(model),
+        dict(get_peft_model_state_dict(model.language_model.decoder)),
+    )
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """Names whose values are not bit-identical; a tensor that is on one side only does not count."""
+    return {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
