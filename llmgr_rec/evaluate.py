@@ -1,7 +1,7 @@
 """`python -m llmgr_rec.evaluate`: ranks the whole catalogue for every test session, beside popularity and item-kNN.
 
 python -m llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
-torchrun --nproc_per_node 2 -m llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
+torchrun --nproc_per_node 2 -m -- llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
 """
 
 import difflib
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         type=str,
         help=f"What to evaluate, of {','.join(MODELS)}; default the baselines and all that the run has trained.",
     )
-    parser.add_argument("--batch_size", type=int, help="Sessions at a time, over all ranks; default the run's setting.")
+    parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 

@@ -1,7 +1,7 @@
 """`python -m llmgr_rec.score`: Parquet files of sessions in, Parquet files of ranked items out, one row for each row.
 
     python -m llmgr_rec.score --run RUN --input SESSIONS --output FOLDER
-    torchrun --nproc_per_node 2 -m llmgr_rec.score --run RUN --input SESSIONS --output FOLDER
+    torchrun --nproc_per_node 2 -m -- llmgr_rec.score --run RUN --input SESSIONS --output FOLDER
 
 An interrupted job goes on with the same command: finished parts stay, and the result is the same to the byte. FOLDER is
 complete when it holds _SUCCESS.
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--max_length", type=int, default=50, help="Newest clicks that the model sees.")
     parser.add_argument("--part_rows", type=int, default=16384, help="Sessions of an output file.")
-    parser.add_argument("--batch_size", type=int, help="Sessions at a time, over all ranks; default the run's setting.")
+    parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 

@@ -70,7 +70,7 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Exam
     titles, world = _titles(loaded.catalogue), World(0, 1, 0, 1, torch.device("cpu"))
     collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
     ranker = CatalogueRanker(loaded.model, collate, world)
-    reader = split_reader(dataset, split, min(_LOOKED_AT, loaded.config.runtime.eval_batch_size), world, collate)
+    reader = split_reader(dataset, split, min(_LOOKED_AT, loaded.config.runtime.eval_batch_size), collate)
     rows = _rows(dataset, split)
     for _, batch in zip(range(-(-_LOOKED_AT // reader.order.batch_size)), reader.batches(0), strict=False):
         with torch.no_grad():

@@ -5,6 +5,7 @@ Shapes: B sessions of this rank, K places of a ranked list.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -57,11 +58,11 @@ def evaluate_model(
     """
     catalogue = catalogue or Catalogue.load(dataset.path)
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
-    reader = split_reader(dataset, split, config.runtime.eval_batch_size, world, collate, config.runtime.reader_workers)
+    reader = split_reader(dataset, split, config.runtime.eval_batch_size, collate)
     metrics = RankingMetrics(catalogue.train_count_V.to(world.device))
     with evaluation_mode(model):
         ranker = CatalogueRanker(model, collate, world)
-        for loaded in _with_progress(reader, f"evaluate {split}"):
+        for loaded in _batches(reader, world, f"evaluate {split}"):
             batch = loaded.to(world.device)
             ids_BK, _ = ranker.rank(session_queries(model, batch), metrics.depth)
             metrics.update(ids_BK, batch.targets_B, batch.weights_B)
@@ -81,8 +82,8 @@ def evaluate_baseline(
         world: Ranks; all call together, and all get the result.
     """
     metrics = RankingMetrics(catalogue.train_count_V)
-    reader = split_reader(dataset, split, _READ_ROWS, world, _as_it_is)
-    for raw in _with_progress(reader, f"evaluate {split}"):
+    reader = split_reader(dataset, split, _READ_ROWS, _as_it_is)
+    for raw in _batches(reader, world, f"evaluate {split}"):
         ids_BK, _ = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), metrics.depth)
         metrics.update(torch.from_numpy(ids_BK), raw.targets_B, raw.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
@@ -125,37 +126,38 @@ def split_reader(
     dataset: Dataset,
     split: str,
     batch_size: int,
-    world: World,
     collate: Callable[[RawSessions], T],
-    workers: int = 0,
 ) -> SessionReader[T]:
     """Reads a split in the order of its files, with the prefixes that belong to it.
 
     Args:
         dataset: Prepared sessions.
         split: train, valid or test.
-        batch_size: Sessions of a global batch.
-        world: Ranks.
+        batch_size: Sessions of a batch.
         collate: Makes a batch of the raw sessions.
-        workers: Reader processes of each rank.
     """
     return SessionReader(
         dataset.parts(split),
         num_items=dataset.manifest.num_items,
         batch_size=batch_size,
         collate=collate,
-        rank=world.rank,
-        world_size=world.size,
         augment_prefixes=split in dataset.manifest.prefix_augmentation,
-        workers=workers,
     )
 
 
-def _with_progress(reader: SessionReader[T], description: str) -> Iterator[T]:
-    bar = progress(reader.num_examples, description, "session")
-    for step, batch in enumerate(reader.batches(0)):
-        yield batch
-        bar.update(min(reader.order.batch_size, reader.num_examples - step * reader.order.batch_size))
+def _batches(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:
+    """This rank's batches: whole ones dealt out in turn, as many to each rank.
+
+    So a session shares its batch with the same others at any number of ranks: rounding depends on a batch's shape, and a
+    language model in bfloat16 makes it large enough to change the order of nearly equal items. A rank without a batch in
+    the last round goes along with one that counts nothing.
+    """
+    steps, bar = reader.steps_per_epoch, progress(reader.num_examples, description, "session")
+    for first in range(0, steps, world.size):
+        step = first + world.rank
+        batch: Any = reader.collated(0, min(step, steps - 1))
+        yield batch if step < steps else replace(batch, weights_B=torch.zeros_like(batch.weights_B))
+        bar.update(min(world.size * reader.order.batch_size, reader.num_examples - first * reader.order.batch_size))
     bar.close()
 
 

@@ -29,7 +29,7 @@ class EvaluationRequest:
         split: valid or test.
         output: Metrics file to write.
         models: What to evaluate; None takes the baselines and all that the run has trained.
-        batch_size: Sessions at a time, over all ranks; None takes the run's setting.
+        batch_size: Sessions of a batch; None takes the run's setting.
         device: Where the models run; None takes the run's setting.
     """
 

@@ -42,7 +42,7 @@ class ScoreRequest:
         stage: Export to score with; None takes the furthest.
         max_length: Newest clicks that the model sees.
         part_rows: Sessions of an output file.
-        batch_size: Sessions at a time, over all ranks; None takes the run's setting.
+        batch_size: Sessions of a batch; None takes the run's setting.
         device: Where the model runs; None takes the run's setting.
     """
 

@@ -41,7 +41,7 @@ class ScoreSettings:
         k: Items a session.
         exclude_seen: Whether items of a session are left out of its own list.
         max_length: Newest clicks that the model sees.
-        batch_size: Sessions of a batch, over all ranks.
+        batch_size: Sessions of a batch of one rank.
     """
 
     k: int
@@ -51,8 +51,15 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """This rank's part of a batch: the rows that it answers (none for a filler) and what the model takes."""
+class _Round:
+    """This rank's batch of a round: the rows that it answers (none for a filler) and what the model takes.
+
+    Args:
+        rows: Rows of the part, [B]; empty where the batch is there only to keep the ranks in step.
+        batch: What the model takes.
+        exclude: Items that the sessions must not get.
+        sessions: Sessions that all ranks answer in this round.
+    """
 
     rows: Tensor
     batch: SessionBatch
@@ -88,7 +95,7 @@ class Scorer:
         catalogue: Its items.
         collate: Makes batches for ranking.
         settings: What decides the output.
-        world: Ranks; all go through the same parts and batches, each with its slice, and rank 0 writes.
+        world: Ranks; all go through the same parts, each with its share of the batches, and rank 0 writes.
     """
 
     def __init__(
@@ -125,7 +132,7 @@ class Scorer:
             ranker = CatalogueRanker(self._model, self._collate, self._world)
             ranked: _Ranked | None = None
             for element in read_ahead(self._events(files, parts), _READ_AHEAD):
-                if isinstance(element, _Slice):
+                if isinstance(element, _Round):
                     assert ranked is not None
                     self._rank(ranker, element, ranked)
                     on_rows(element.sessions)
@@ -135,34 +142,38 @@ class Scorer:
                 ranked = element
                 on_rows(0 if ranked is None else int(ranked.is_empty_R.sum()))
 
-    def _events(self, files: SessionFiles, parts: list[Part]) -> Iterator[_Ranked | _Slice | None]:
+    def _events(self, files: SessionFiles, parts: list[Part]) -> Iterator[_Ranked | _Round | None]:
         """Each part, followed by its batches; a last None closes the last part."""
         for part in parts:
             ranked = _Ranked(part, files.read(part), k=self._settings.k)
             yield ranked
-            yield from self._slices(ranked.sessions)
+            yield from self._batches(ranked.sessions)
         yield None
 
-    def _slices(self, sessions: PartSessions) -> Iterator[_Slice]:
-        """This rank's slices of a part's batches; no batch holds rows of two parts, so a restart changes nothing."""
+    def _batches(self, sessions: PartSessions) -> Iterator[_Round]:
+        """This rank's batches of a part: whole ones dealt out in turn, as many to each rank.
+
+        No batch holds rows of two parts, so a restart changes nothing. Nor does the number of ranks change what a
+        session shares its batch with, which keeps rounding the same in all but the last product with the items.
+        """
+        size, world = self._settings.batch_size, self._world
         lengths_R = np.diff(sessions.offsets)
         # Sessions of like length share a batch, which saves padding. The sort is stable, so it is the same every time.
         order = np.argsort(lengths_R, kind="stable")[int((lengths_R == 0).sum()) :]
         clicks = Jagged(torch.from_numpy(sessions.items_L), torch.from_numpy(sessions.offsets))
-        rank, world_size = self._world.rank, self._world.size
-        for start in range(0, len(order), self._settings.batch_size):
-            rows = order[start : start + self._settings.batch_size]
-            mine = torch.from_numpy(rows[rank * len(rows) // world_size : (rank + 1) * len(rows) // world_size])
-            # A rank without rows goes along with one session whose answer is thrown away.
-            seen = clicks.select(mine if mine.numel() else torch.from_numpy(rows[:1]))
-            yield _Slice(
-                rows=mine,
-                batch=self._collate(self._raw(seen, len(rows))),
+        for first in range(0, len(order), size * world.size):
+            start = first + world.rank * size
+            rows = torch.from_numpy(order[start : start + size])
+            # A rank without a batch goes along with one session whose answer is thrown away.
+            seen = clicks.select(rows if rows.numel() else torch.from_numpy(order[:1]))
+            yield _Round(
+                rows=rows,
+                batch=self._collate(self._raw(seen)),
                 exclude=seen if self._settings.exclude_seen else None,
-                sessions=len(rows),
+                sessions=min(size * world.size, len(order) - first),
             )
 
-    def _raw(self, seen: Jagged, global_size: int) -> RawSessions:
+    def _raw(self, seen: Jagged) -> RawSessions:
         lengths = seen.lengths.clamp(max=self._settings.max_length)
         newest = seen.gather(seen.offsets[1:] - lengths, lengths)
         none_B = torch.full_like(lengths, -1)
@@ -172,10 +183,10 @@ class Scorer:
             targets_B=none_B,
             weights_B=torch.ones(len(lengths)),
             rows_B=none_B,
-            global_size=global_size,
+            global_size=len(lengths),
         )
 
-    def _rank(self, ranker: CatalogueRanker, piece: _Slice, ranked: _Ranked) -> None:
+    def _rank(self, ranker: CatalogueRanker, piece: _Round, ranked: _Ranked) -> None:
         device = self._world.device
         exclude = piece.exclude.to(device) if piece.exclude is not None else None
         queries_BQ = session_queries(self._model, piece.batch.to(device))

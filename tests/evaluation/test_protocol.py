@@ -28,7 +28,7 @@ def reference(stage: str, split: str) -> dict[str, float]:
     collate = make_collator(bundle.config, bundle.catalogue, "rank", language=isinstance(bundle.model, LLMGR))
     items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalogue.num_items)))
     places = []
-    for batch in split_reader(shared.dataset, split, 1, ONE_RANK, collate).batches(0):
+    for batch in split_reader(shared.dataset, split, 1, collate).batches(0):
         scores = (session_queries(bundle.model, batch) @ items.T)[0].detach().numpy()
         order = np.argsort(-scores, kind="stable").tolist()
         places.append(order.index(int(batch.targets_B[0])) + 1)
