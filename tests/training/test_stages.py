@@ -20,7 +20,7 @@ from llmgr_rec.distributed.shards import init_tables, local_shards
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.training import loop, stages
 from tests.ranks import run_on_ranks
-from tests.training.small_training import numbers, small_config, small_dataset, train
+from tests.training.small_training import numbers, small_config, train
 
 pytestmark = pytest.mark.dist
 
@@ -144,9 +144,9 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Trained:
     folder = tmp_path_factory.mktemp("stages")
-    (folder / "dataset").symlink_to(small_dataset())
+    (folder / "dataset").symlink_to(small_dataset)
     small_config(folder / "prompts.yaml")
     with_text = (folder / "prompts.yaml").read_text().replace("{graph} =", "{graph} {text} =", 1)
     (folder / "prompts-with-text.yaml").write_text(with_text)
