@@ -148,9 +148,9 @@ def split_reader(
 def _batches(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:
     """This rank's batches: whole ones dealt out in turn, as many to each rank.
 
-    So a session shares its batch with the same others at any number of ranks: rounding depends on a batch's shape, and a
-    language model in bfloat16 makes it large enough to change the order of nearly equal items. A rank without a batch in
-    the last round goes along with one that counts nothing.
+    So a session shares its batch with the same others at any number of ranks: rounding depends on a batch's shape, and
+    a language model in bfloat16 makes it large enough to change the order of nearly equal items. A rank without a batch
+    in the last round goes along with one that counts nothing.
     """
     steps, bar = reader.steps_per_epoch, progress(reader.num_examples, description, "session")
     for first in range(0, steps, world.size):
