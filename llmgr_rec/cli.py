@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 EXIT_USER_ERROR = 2
+# Ranks start within a few seconds of each other, more on a loaded machine.
+_FIRST_RANK_SPEAKS_S = 15.0
 
 
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
@@ -24,11 +27,23 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if is_first_rank():
-            sys.stderr.write(f"error: {error}\n")
+        _tell(error)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _tell(error: UserError) -> None:
+    """Says what is wrong, once for all ranks.
+
+    Ranks fail together as a rule. The first one speaks and exits, at which its launcher ends the others: they must not
+    exit before it, or it would be ended without having spoken. Who is still there after a while has an error of its own.
+    """
+    if is_first_rank():
+        sys.stderr.write(f"error: {error}\n")
+        return
+    time.sleep(_FIRST_RANK_SPEAKS_S)
+    sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")
 
 
 def _set_up_messages() -> None:

@@ -20,11 +20,16 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: items.parquet has no column title; add it\n"
 
 
-def test_only_the_first_rank_speaks(capsys, monkeypatch):
+def test_other_ranks_let_the_first_one_speak(capsys, monkeypatch):
+    """They speak only if nobody has ended them in the meantime: then the error is their own."""
+    heard = []
+    monkeypatch.setattr("time.sleep", lambda seconds: heard.append((seconds, capsys.readouterr().err)))
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         run_cli(_fail)
-    assert capsys.readouterr().err == ""
+    assert stop.value.code == 2
+    assert heard == [(15.0, "")]
+    assert capsys.readouterr().err == "error: rank 1: items.parquet has no column title; add it\n"
 
 
 def test_other_exceptions_keep_their_trace(monkeypatch):
