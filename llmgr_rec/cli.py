@@ -37,7 +37,7 @@ def _tell(error: UserError) -> None:
     """Says what is wrong, once for all ranks.
 
     Ranks fail together as a rule. The first one speaks and exits, at which its launcher ends the others: they must not
-    exit before it, or it would be ended without having spoken. Who is still there after a while has an error of its own.
+    exit before it, or it would be ended without having spoken. One that is still there later has an error of its own.
     """
     if is_first_rank():
         sys.stderr.write(f"error: {error}\n")
