@@ -1,0 +1,370 @@
+"""The train entry point: what it refuses, in one line, before it makes a folder or waits for a rank."""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from llmgr_rec.cli import run_cli
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.recipes import save_config
+from llmgr_rec.train import main
+from tests.ranks import run_on_ranks
+from tests.training.damage import (
+    PART,
+    edit_manifest,
+    no_sessions,
+    no_text,
+    of_another_catalogue,
+    rewrite,
+    set_first_click,
+    set_target,
+    truncate,
+    truncate_silently,
+    without_one_text,
+)
+from tests.training.small_training import small_config, small_dataset, train
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    """`run_cli` sets up messages for a whole process."""
+    logger = logging.getLogger("llmgr_rec")
+    before = (logger.level, logger.propagate, logger.handlers)
+    yield
+    logger.level, logger.propagate, logger.handlers = before
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("settings")
+    config = small_config(folder / "prompts.yaml")
+    config.sbr.max_steps = config.align.max_steps = config.behave.max_steps = 3
+    config.align.eval_every = config.behave.eval_every = 0
+    config.runtime.checkpoint_every = 2
+    save_config(config, folder / "small.yaml")
+    return folder / "small.yaml"
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, settings: Path) -> Path:
+    """A run of all stages. Not to be written to."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    run_on_ranks(finish, 1, str(settings), str(run), str(small_dataset()))
+    return run
+
+
+def finish(world: World, settings: str, run: str, dataset: str) -> None:
+    from llmgr_rec.recipes import load_config
+
+    Path(run).mkdir()
+    shutil.copy(settings, Path(run, "config.yaml"))
+    train(world, load_config(settings), Path(run), Path(dataset))
+
+
+class Refused:
+    """Runs the command and returns the one line that it gives as its reason."""
+
+    def __init__(self, settings: Path, folder: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch):
+        self.settings, self.folder, self._capsys, self._patch = settings, folder, capsys, patch
+        self.output = folder / "run"
+
+    def __call__(self, *words: str, **options: str | Path | None) -> str:
+        given = {"config": self.settings, "dataset": small_dataset(), "output": self.output, **options}
+        before = contents(self.folder)
+        argv = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+        self._patch.setattr(sys, "argv", ["train", *argv, *words])
+        with pytest.raises(SystemExit) as stop:
+            run_cli(main)
+        said = self._capsys.readouterr()
+        assert stop.value.code == 2, said.err
+        assert said.out == ""
+        assert said.err.count("\n") == 1, said.err
+        assert said.err.startswith("error: ")
+        assert contents(self.folder) == before, "something was written"
+        return said.err.removeprefix("error: ").rstrip("\n")
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(
+    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Refused:
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    return Refused(settings, tmp_path, capsys, monkeypatch)
+
+
+# Data
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: shutil.rmtree(d), r"dataset is no prepared data set: it has no manifest\.json; make"),
+        (lambda d: (d / "manifest.json").unlink(), r"dataset is no prepared data set: it has no manifest\.json; make"),
+        (lambda d: (d / "manifest.json").write_text("{"), r"manifest\.json is not valid JSON"),
+        (lambda d: edit_manifest(d, lambda m: m.update(format_version=9)), "format_version 9, this version reads 1"),
+        (lambda d: (d / PART).unlink(), r"part-00000\.parquet is missing though manifest\.json lists it"),
+        (truncate, r"part-00000\.parquet has [\d,]+ bytes but manifest\.json says [\d,]+; make"),
+        (truncate_silently, r"part-00000\.parquet is truncated or no Parquet file .*; make"),
+        (
+            lambda d: rewrite(d, PART, lambda table: set_first_click(table, 64)),
+            r"part-00000\.parquet, row group 0: column items holds item index 64, but the catalogue has items 0 to 63",
+        ),
+        (
+            lambda d: rewrite(d, PART, lambda table: set_target(table, -3)),
+            r"part-00000\.parquet, row group 0: column target holds item index -3",
+        ),
+        (
+            lambda d: rewrite(d, "valid/part-00000.parquet", lambda table: set_target(table, 64)),
+            r"valid/part-00000\.parquet, row group 0: column target holds item index 64",
+        ),
+        (lambda d: rewrite(d, PART, lambda t: t.drop_columns(["target"])), r"part-00000\.parquet has no column target"),
+        (no_sessions, "dataset has no training sessions; prepare"),
+        (of_another_catalogue, r"items\.parquet is not the catalogue that manifest\.json tells of; make"),
+        (no_text, r"items\.parquet has no titles, .*; prepare with .* or train with --stage sbr"),
+        (
+            lambda d: rewrite(d, "items.parquet", without_one_text),
+            r"items\.parquet: 1 items have no text in title, category, the first is item_id 'i0.*'; give",
+        ),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_is_refused(
+    refused: Refused, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(small_dataset(), dataset)
+    damage(dataset)
+    assert re.search(message, refused(dataset=dataset))
+
+
+def test_text_is_not_asked_for_where_none_is_read(refused: Refused, tmp_path: Path) -> None:
+    """What is refused then is only the last thing that is looked at: tables that find no room."""
+    dataset = tmp_path / "dataset"
+    shutil.copytree(small_dataset(), dataset)
+    no_text(dataset)
+    said = refused("--tables.memory_per_rank_gb", "1e-9", dataset=dataset, stage="sbr")
+    assert re.search(r"stage sbr: table item_id .* --tables\.memory_per_rank_gb", said)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sbr:\n  batchsize: 3\n", r"unknown setting sbr\.batchsize .*c\.yaml.*did you mean sbr\.batch_size\?"),
+        ("tabels:\n  dim: 8\n", r"unknown setting tabels\.dim .*c\.yaml.*did you mean tables\.dim\?"),
+        ("tables:\n  dim: wide\n", r"setting tables\.dim: .*wide.*c\.yaml"),
+        ("tables:\n  sharding: diagonal\n", r"tables\.sharding.*diagonal.*c\.yaml"),
+        ("sbr: [\n", r"c\.yaml"),
+    ],
+)
+def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert re.search(message, refused(config=tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sbr.epoch", "3"], r"unknown option --sbr\.epoch, did you mean sbr\.epochs\?"),
+        (["--outptu", "x"], r"unknown option --outptu, did you mean output\?"),
+        (["--sbr.epochs", "many"], r"setting sbr\.epochs: .*many"),
+        (["--stage", "sbrr"], r"stage.*sbrr"),
+        (["--llm.name_or_path", "/no/such/folder"], r"llm\.name_or_path: folder /no/such/folder does not exist; give"),
+        (["--prompt.templates", "nowhere.yaml"], r"prompt\.templates: nowhere\.yaml is neither a readable file nor"),
+        (["--sbr.batch_size", "-1"], r"setting sbr\.batch_size is -1; give 1 or more"),
+        (["--behave.batch_size", "0"], r"setting behave\.batch_size is 0; give 1 or more"),
+        (["--sbr.lr", "0"], r"setting sbr\.lr is 0\.0; give a number above 0"),
+        (["--align.lr=-0.1"], r"setting align\.lr is -0\.1; give a number above 0"),
+        (["--sbr.lr", ".nan"], r"setting sbr\.lr is nan; give a finite number"),
+        (["--tables.lr", ".inf"], r"setting tables\.lr is inf; give a finite number"),
+        (["--sbr.epochs", "-1"], r"setting sbr\.epochs is -1; give 0 or more"),
+        (["--sbr.max_steps", "-1"], r"setting sbr\.max_steps is -1; give 0 or more"),
+        (["--sbr.warmup", "1.5"], r"setting sbr\.warmup is 1\.5; give a share from 0 to 1"),
+        (["--encoder.dropout", "1"], r"setting encoder\.dropout is 1\.0; give a probability from 0 to below 1"),
+        (["--sbr.trainable", "[]"], r"setting sbr\.trainable is empty; name"),
+        (["--sbr.trainable", "[lora]"], r"setting sbr\.trainable names lora, of which stage sbr has nothing"),
+        (["--tables.dim", "18"], r"setting tables\.dim is 18; give a multiple of 4"),
+        (["--tables.dim", "0"], r"setting tables\.dim is 0; give 4 or more"),
+        (["--encoder.attention_heads", "3"], r"setting encoder\.attention_heads is 3; give a number that divides"),
+        (["--runtime.log_every", "0"], r"setting runtime\.log_every is 0; give 1 or more"),
+        (["--runtime.checkpoint_every", "-2"], r"setting runtime\.checkpoint_every is -2; give 0 or more"),
+        (["--runtime.eval_batch_size", "0"], r"setting runtime\.eval_batch_size is 0; give 1 or more"),
+        (["--runtime.device", "cuda"], r"runtime\.device is cuda and local rank 0 finds 0 GPUs; .*cpu"),
+        (["--llm.lora_rank", "0"], r"setting llm\.lora_rank is 0; give 1 or more"),
+        (["--prompt.text_fields", "[]"], r"setting prompt\.text_fields is empty; name"),
+        (["--seed", "-1"], r"setting seed is -1; give 0 or more"),
+        (["--tables.memory_per_rank_gb", "1e-9"], r"stage sbr: table .* --tables\.memory_per_rank_gb"),
+        (["--stage", "align", "--align.epochs", "0"], r"setting align\.epochs is 0, so --stage align has nothing"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(refused: Refused, words: list[str], message: str) -> None:
+    if "cuda" in words and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert re.search(message, refused(*words))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.yaml", r"settings file absent\.yaml does not exist; give"),
+        ("quickstrat", r"no recipe named quickstrat, did you mean quickstart\?"),
+    ],
+)
+def test_settings_that_are_not_there_are_named(refused: Refused, name: str, message: str) -> None:
+    assert re.search(message, refused(config=name))
+
+
+# The run folder
+
+
+def test_a_folder_that_is_no_run_is_left_alone(refused: Refused, tmp_path: Path) -> None:
+    refused.output.mkdir()
+    (refused.output / "notes.txt").write_text("mine")
+    assert re.search(r"output folder .*run is not empty and is no training run; give another --output", refused())
+    assert re.search(r"run/notes\.txt is a file; give", refused(output=refused.output / "notes.txt"))
+    assert re.search(r"run/notes\.txt is a file; give", refused(output=refused.output / "notes.txt" / "run"))
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked by name, because root may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != refused.folder)
+    assert re.search(rf"{refused.folder} is not writable; give another --output", refused())
+
+
+def test_a_run_is_not_begun_again(refused: Refused, finished: Path) -> None:
+    shutil.copytree(finished, refused.output)
+    assert re.search(r"stage sbr of .* is complete already; give another --output, or --resume", refused())
+    assert re.search(r"stage align of .* is complete already", refused(stage="align"))
+    shutil.rmtree(refused.output / "export")
+    assert re.search(r"run holds a run already; add --resume", refused())
+    assert re.search(r"run holds a run already; add --resume", refused(stage="sbr"))
+
+
+def test_stages_keep_their_order(refused: Refused, finished: Path) -> None:
+    nothing = r"stage align goes on from stage sbr, which is not complete in .*run; train it first with --stage sbr$"
+    assert re.search(nothing, refused(stage="align"))
+    assert re.search(r"stage behave goes on from stage align", refused(stage="behave"))
+    shutil.copytree(finished, refused.output)
+    for name in ("export", "checkpoints"):
+        shutil.rmtree(refused.output / name / "behave")
+        shutil.rmtree(refused.output / name / "align")
+    leave_out = r"from stage align, which is not complete in .*--stage align, or leave it out with --align\.epochs 0"
+    assert re.search(leave_out, refused(stage="behave"))
+    shutil.rmtree(refused.output / "export" / "sbr")
+    assert re.search(nothing, refused("--resume", stage="align"))
+    shutil.copytree(finished / "export" / "behave", refused.output / "export" / "behave")
+    assert re.search(r"stage sbr comes before stage behave, which is complete", refused("--resume"))
+
+
+def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str] = ()) -> None:
+    """A copy of a run in which some stages are complete and some have checkpoints only."""
+    run.mkdir()
+    shutil.copy(finished / "config.yaml", run)
+    for stage in done:
+        shutil.copytree(finished / "export" / stage, run / "export" / stage)
+    for stage in (*done, *started):
+        shutil.copytree(finished / "checkpoints" / stage, run / "checkpoints" / stage)
+
+
+@pytest.mark.parametrize(
+    ("done", "started", "words", "message"),
+    [
+        ([], ["sbr"], ["--sbr.lr", "0.5"], r"setting sbr\.lr is 0\.5, but checkpoint .*step-00000003 was made with"),
+        ([], ["sbr"], ["--tables.dim", "32"], r"setting tables\.dim is 32, but checkpoint"),
+        (["sbr"], ["align"], ["--align.lr", "0.5"], r"setting align\.lr is 0\.5, but checkpoint"),
+        (["sbr"], [], ["--tables.dim", "32"], r"setting tables\.dim is 32, but stage sbr in .* was trained with 16"),
+        (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
+        (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
+        (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings(
+    refused: Refused, finished: Path, done: list[str], started: list[str], words: list[str], message: str
+) -> None:
+    begun(refused.output, finished, done, started)
+    assert re.search(message, refused("--resume", *words))
+
+
+@pytest.fixture(scope="session")
+def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many items as the small data set has, of other names."""
+    dataset = tmp_path_factory.mktemp("other") / "dataset"
+    shutil.copytree(small_dataset(), dataset)
+    of_another_catalogue(dataset)
+    from llmgr_rec.data.catalogue import Catalogue
+
+    edit_manifest(dataset, lambda manifest: manifest.update(catalogue_hash=Catalogue.load(dataset).hash))
+    return dataset
+
+
+@pytest.mark.parametrize("done", [[], ["sbr"], ["sbr", "align"]])
+def test_a_run_of_another_catalogue_is_refused(
+    refused: Refused, finished: Path, other_dataset: Path, done: list[str]
+) -> None:
+    started = [] if done else ["sbr"]
+    begun(refused.output, finished, done, started)
+    where = r"checkpoint .*step-00000003 belongs to" if started else rf"export/{done[-1]} was trained on"
+    assert re.search(rf"{where} another catalogue .*; give the data set", refused("--resume", dataset=other_dataset))
+
+
+def test_a_damaged_checkpoint_is_refused(refused: Refused, finished: Path) -> None:
+    begun(refused.output, finished, [], ["sbr"])
+    newest = refused.output / "checkpoints/sbr/steps/step-00000003"
+    (newest / "__0_0.distcp").write_bytes(b"abc")
+    said = refused("--resume")
+    assert re.search(r"step-00000003 is not complete: __0_0\.distcp has 3 of \d+ bytes; remove the folder", said)
+
+
+def test_a_damaged_export_is_refused(refused: Refused, finished: Path) -> None:
+    begun(refused.output, finished, ["sbr"])
+    (refused.output / "export/sbr/recommender.safetensors").write_bytes(b"abc")
+    assert re.search(r"export/sbr is damaged: recommender\.safetensors has 3 of", refused("--resume"))
+
+
+# The command itself
+
+
+def command(settings: Path, output: Path, dataset: Path, *words: str) -> list[str]:
+    module = ["-m", "llmgr_rec.train", "--config", str(settings), "--dataset", str(dataset), "--output", str(output)]
+    return [sys.executable, *module, *words]
+
+
+@pytest.mark.dist
+def test_the_command_exits_2_with_one_line(settings: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(settings, tmp_path / "run", tmp_path / "nowhere"), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path / 'nowhere'} is no prepared data set: it has no manifest.json; "
+        "make the data set again with python -m llmgr_rec.prepare\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.dist
+def test_two_ranks_say_it_once_and_wait_for_nobody(settings: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = command(settings, tmp_path / "run", small_dataset(), "--tables.memory_per_rank_gb", "1e-9")
+    start = time.monotonic()
+    done = subprocess.run([words[0], *launcher, *words[1:]], capture_output=True, text=True, timeout=240)
+    assert done.returncode != 0
+    assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1, done.stderr
+    assert re.search(r"^error: stage sbr: table .* on 2 ranks", done.stderr, re.MULTILINE)
+    assert "exitcode  : 2" in done.stderr
+    assert time.monotonic() - start < 120, "a rank waited for another"
+    assert list(tmp_path.iterdir()) == []
