@@ -99,7 +99,8 @@ def own_sharding(model: RankingModel, world: World) -> nn.Module:
 
 def learn(world: World, kind: Kind) -> Trained:
     torch.manual_seed(0)
-    model = RankingModel(None if kind == "without sessions" else session_part())
+    with torch.device("meta"):
+        model = RankingModel(None if kind == "without sessions" else session_part())
     collator = own_collator()
     batches = (traffic(step, world.rank, world.size, collator, edges=kind != "without edges") for step in range(STEPS))
     return pipeline_steps(own_sharding(model, world), world, batches, STEPS)
