@@ -81,6 +81,17 @@ def make_parser(prog: str, description: str) -> "ArgumentParser":
     )
 
 
+def add_run_argument(parser: "ArgumentParser") -> None:
+    """Adds --run. torchrun takes that for an abbreviation of its own --run-path, so --run_folder means the same."""
+    parser.add_argument(
+        "--run",
+        "--run_folder",
+        type=str,
+        required=True,
+        help="Run folder made by llmgr_rec.train; under torchrun, say --run_folder.",
+    )
+
+
 def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
     """Parses arguments; an unknown or ill-typed one is a `UserError` that names the nearest known setting.
 

@@ -187,7 +187,7 @@ class RuntimeConfig:
         device: Where the model runs; auto takes CUDA where there is one.
         threads_per_rank: CPU threads of each rank; 0 divides the cores among the local ranks.
         reader_workers: Reader processes of each rank; 0 reads in the training process.
-        eval_batch_size: Sessions of one evaluation or scoring batch, over all ranks.
+        eval_batch_size: Sessions of one evaluation or scoring batch of one rank.
         checkpoint_every: Steps between checkpoints within a stage; 0 writes one at the end of every epoch.
         keep_checkpoints: Newest complete checkpoints kept in each stage.
         log_every: Steps between lines of metrics.jsonl.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.cli import is_first_rank, make_parser, parse_args, run_cli
+from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
 
 MODELS = ("popularity", "item_knn", "sbr", "llmgr")
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
             waits for another.
     """
     parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and the baselines over the full catalogue.")
-    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
+    add_run_argument(parser)
     parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Sessions to judge by.")
     parser.add_argument("--output", type=str, required=True, help="Metrics file (JSON) to write.")

@@ -6,7 +6,7 @@ python -m llmgr_rec.report --run RUN --output FOLDER
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmgr_rec.cli import make_parser, parse_args, run_cli
+from llmgr_rec.cli import add_run_argument, make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: The run, or something it is to be shown with, is not there or does not belong to it.
     """
     parser = make_parser("llmgr_rec.report", "Shows a run: quality, training curves, a few sessions with titles.")
-    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
+    add_run_argument(parser)
     parser.add_argument("--output", type=str, required=True, help="Folder for index.html, PNG files and results.csv.")
     parser.add_argument(
         "--metrics", type=str, help="Metrics file of llmgr_rec.evaluate; default RUN/metrics.json where there is one."

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.cli import is_first_rank, make_parser, parse_args, run_cli
+from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
 
 
 def main(argv: Sequence[str]) -> None:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
             rank waits for another, and before anything is written.
     """
     parser = make_parser("llmgr_rec.score", "Ranks the catalogue for every session of a folder of Parquet files.")
-    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
+    add_run_argument(parser)
     parser.add_argument(
         "--input",
         type=str,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from llmgr_rec.cli import make_parser, parse_args, run_cli
+from llmgr_rec.cli import add_run_argument, make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
 
 
@@ -59,3 +59,10 @@ def test_the_module_name_is_accepted_as_a_leading_word():
     assert parse_args(_parser(), ["llmgr_rec.score", "--k", "5"]).k == 5
     with pytest.raises(UserError):
         parse_args(_parser(), ["llmgr_rec.other", "--k", "5"])
+
+
+@pytest.mark.parametrize("option", ["--run", "--run_folder"])
+def test_the_run_has_a_name_that_torchrun_does_not_take_for_its_own(option):
+    parser = make_parser("llmgr_rec.score", "Scores.")
+    add_run_argument(parser)
+    assert parse_args(parser, [option, "runs/demo"]).run == "runs/demo"

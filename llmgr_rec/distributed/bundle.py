@@ -78,7 +78,8 @@ def load_bundle(path: Path | str, world: World | None = None) -> Bundle:
 
     Args:
         path: A bundle, or a run (folder), whose furthest bundle is taken.
-        world: Ranks to shard the tables over; None or a single rank makes a plain torch module, for which
+        world: Ranks to shard the tables over, a single one too: sharded pooling differs from plain torch's in the last
+            bit, and results must not depend on the number of ranks. None makes a plain torch module, for which
             torch.distributed need not be initialised. All ranks call together.
 
     Raises:
@@ -93,8 +94,7 @@ def load_bundle(path: Path | str, world: World | None = None) -> Bundle:
     if catalogue.hash != index.catalogue_hash:
         raise UserError(f"bundle {folder} is damaged: items.parquet is another catalogue's; copy or export it again")
     device = world.device if world else choose_device("cpu")
-    sharded = world is not None and world.size > 1
-    tables_device: torch.device | str = "meta" if sharded else device
+    tables_device: torch.device | str = "meta" if world else device
     model: SessionRecommender | LLMGR
     if index.language_model:
         _check_language_model(index, folder)
@@ -102,7 +102,7 @@ def load_bundle(path: Path | str, world: World | None = None) -> Bundle:
     else:
         model = assemble_recommender(config, catalogue, tables_device)
     model.requires_grad_(False)
-    if sharded and world is not None:
+    if world:
         shard(model, config.tables, world, lambda name: False)
     else:
         model.to(device)

@@ -90,7 +90,7 @@ def everything(world: World, shared: SmallRun) -> dict[str, dict]:
 @pytest.mark.dist
 def test_two_ranks_give_the_figures_of_one() -> None:
     shared = small_run()
-    one = everything(ONE_RANK, shared)
+    (one,) = run_on_ranks(everything, 1, shared)
     for results in run_on_ranks(everything, 2, shared):
         assert results == one
     assert one["item_knn"]["hr@20"] > one["popularity"]["hr@20"] + 0.2
