@@ -33,7 +33,7 @@ _LOOKUP_ITEMS = 8192
 class TextEncodings:
     """Text encodings of all items on disk, standardised as they are read.
 
-    Hidden states of a decoder share a large common direction, so raw encodings all look alike to a dot product. Here they
+    Hidden states of a decoder share a large common direction, so raw encodings all look alike to a dot product. They
     are centred on the catalogue's mean and scaled to a root mean square norm of 1. Items without tokens stay at zero.
 
     Args:
