@@ -18,6 +18,7 @@ from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.reduce import mean_over_ranks
 from llmgr_rec.errors import UserError
+from llmgr_rec.modules.tasks import LossAndParts
 from llmgr_rec.training.checkpoint import CheckpointManager
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.optimizers import CosineSchedule
@@ -116,12 +117,17 @@ class StageLoop:
         )
         last_step = position.epoch_step + steps
         batches = _Timed(islice(self.reader.batches(position.epoch, position.epoch_step), steps))
-        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.world.device)
+
+        def forward(batch: SessionBatch) -> LossAndParts:
+            # Not before the whole step: a pipeline that is filled first, as after a resume, draws random numbers too.
+            torch.manual_seed(step_seed(self.seed, self.name, position.step, self.world.rank))
+            return self.model(batch)
+
+        pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.world.device, custom_model_fwd=forward)
         self.model.train()
         window = _Window(batches)
         for _ in range(steps):
             factor = self._schedule.apply(position.step)
-            torch.manual_seed(step_seed(self.seed, self.name, position.step, self.world.rank))
             outputs = pipeline.progress(batches)
             position.step += 1
             position.epoch_step += 1
