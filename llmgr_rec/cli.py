@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 EXIT_USER_ERROR = 2
+_OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components")
 # Ranks start within a few seconds of each other, more on a loaded machine.
 _FIRST_RANK_SPEAKS_S = 15.0
 
@@ -28,6 +29,15 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         main(sys.argv[1:])
     except UserError as error:
         _tell(error)
+        sys.exit(EXIT_USER_ERROR)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package in _OWN_PACKAGES:
+            raise
+        sys.stderr.write(
+            f"error: package {package} is not installed in {sys.prefix}; activate the environment that `make venv` builds, "
+            "and see python -m llmgr_rec.doctor\n"
+        )
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -38,6 +38,18 @@ def test_other_exceptions_keep_their_trace(monkeypatch):
         run_cli(lambda argv: 1 / 0)  # type: ignore[arg-type]
 
 
+def test_a_missing_package_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_cli(lambda argv: __import__("no_such_package.part"))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: package no_such_package is not installed in ")
+
+
+def test_a_missing_module_of_ours_keeps_its_trace():
+    with pytest.raises(ModuleNotFoundError):
+        run_cli(lambda argv: __import__("llmgr_rec.no_such_module"))
+
+
 def _parser():
     parser = make_parser("llmgr_rec.score", "Scores.")
     parser.add_argument("--output", type=str)
