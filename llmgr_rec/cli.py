@@ -35,8 +35,8 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         if package in _OWN_PACKAGES:
             raise
         sys.stderr.write(
-            f"error: package {package} is not installed in {sys.prefix}; activate the environment that `make venv` builds, "
-            "and see python -m llmgr_rec.doctor\n"
+            f"error: package {package} is not installed in {sys.prefix}; "
+            "activate the environment that `make venv` builds, and see python -m llmgr_rec.doctor\n"
         )
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
