@@ -108,13 +108,13 @@ def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
     Args:
         parser: A parser from `make_parser`.
         argv: Arguments. The parser's own module name as a first word is skipped, because `dist.ddp llmgr_rec.train`
-            passes it on.
+            passes it on, and so is a `--` after it.
     """
     from argparse import ArgumentError
 
     words = list(argv)
-    if words and not words[0].startswith("-") and words[0] == parser.prog.split()[-1]:
-        words = words[1:]
+    if words and words[0] == parser.prog.split()[-1]:
+        words = words[2:] if words[1:2] == ["--"] else words[1:]
     try:
         return parser.parse_args(words)
     except ArgumentError as error:

@@ -45,7 +45,8 @@ def main(argv: Sequence[str]) -> None:
             dataset=Path(arguments.dataset) if arguments.dataset else _synthetic_dataset(),
             output=output,
             stage=arguments.stage,
-            resume=arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0,
+            resume=arguments.resume or _is_restarted(output),
+            launch=_launch(),
         )
     )
     if is_first_rank():
@@ -60,10 +61,22 @@ def _with_default_recipe(argv: Sequence[str]) -> list[str]:
     return [*words, "--config", DEFAULT_RECIPE]
 
 
-def _default_output() -> str:
-    # torchrun gives all ranks, and all restarts of them, the same run id.
+def _launch() -> str:
+    """Name of the launch: torchrun gives all ranks, and all restarts of them, the same run id."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return f"runs/train-{run_id if run_id != 'none' else time.strftime('%Y%m%d-%H%M%S')}"
+    return "" if run_id == "none" else run_id
+
+
+def _is_restarted(output: Path) -> bool:
+    """Whether the launcher has restarted this very run, which then goes on without being asked to."""
+    from llmgr_rec.training.run import LAUNCH
+
+    note = output / LAUNCH
+    return bool(_launch()) and note.is_file() and note.read_text() == _launch()
+
+
+def _default_output() -> str:
+    return f"runs/train-{_launch() or time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _synthetic_dataset() -> Path:

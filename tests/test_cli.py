@@ -69,6 +69,7 @@ def test_a_wrong_type_names_the_option():
 
 def test_the_module_name_is_accepted_as_a_leading_word():
     assert parse_args(_parser(), ["llmgr_rec.score", "--k", "5"]).k == 5
+    assert parse_args(_parser(), ["llmgr_rec.score", "--", "--k", "5"]).k == 5
     with pytest.raises(UserError):
         parse_args(_parser(), ["llmgr_rec.other", "--k", "5"])
 

@@ -57,6 +57,7 @@ class RunRequest:
         output: Run folder.
         stage: One stage, or all in order.
         resume: Continue what is in the run folder.
+        launch: Name of the launch, the same on all ranks and after every restart by the launcher; empty without one.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class RunRequest:
     output: Path
     stage: Literal["all", "sbr", "align", "behave"]
     resume: bool
+    launch: str = ""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from llmgr_rec.training.optimizers import CosineSchedule
 logger = logging.getLogger(__name__)
 
 SELECTION_METRIC = "ndcg@20"
+# Seconds between log lines where no terminal shows the progress bar.
+_LOG_LINE_SECONDS = 30.0
 
 
 @dataclass
@@ -89,6 +91,8 @@ class StageLoop:
     def run(self, position: Position) -> None:
         """Trains from a position to the end of the stage; the model then holds the best validated weights."""
         self._bar.update(position.step)
+        self._first_step, self._started = position.step, time.monotonic()
+        self._said = self._started
         while position.step < self._total_steps and not self._out_of_patience(position):
             self._run_epoch(position)
         self._bar.close()
@@ -197,6 +201,7 @@ class StageLoop:
                 f"lower --{self.name}.lr or --tables.lr and start again with another --output"
             )
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
+        self._say(position.step, means["loss"])
         self.journal.write(
             self.name,
             position.step,
@@ -206,6 +211,15 @@ class StageLoop:
             data_wait=window.waiting_share(),
             **means,
         )
+
+    def _say(self, step: int, loss: float) -> None:
+        """A line with an ETA now and then, for whoever reads a log instead of a progress bar."""
+        now = time.monotonic()
+        if not self._bar.disable or now - self._said < _LOG_LINE_SECONDS:
+            return
+        left = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
+        logger.info("%s step %d of %d, loss %.4f, about %d s left", self.name, step, self._total_steps, loss, left)
+        self._said = now
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int) -> int:

@@ -10,6 +10,9 @@ from llmgr_rec.training.checks import RunRequest, check_run
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.stages import RunContext, StageName, run_stage
 
+# Name of the launch that last worked on a run: a restart by the launcher is known by it.
+LAUNCH = "launch"
+
 
 def train_run(request: RunRequest) -> list[StageName]:
     """Trains the requested stages; see `RunRequest`.
@@ -28,6 +31,7 @@ def train_run(request: RunRequest) -> list[StageName]:
         if world.rank == 0:
             output.mkdir(parents=True, exist_ok=True)
             _save_config(config, output / "config.yaml")
+            (output / LAUNCH).write_text(request.launch)
         journal = Journal(output, enabled=world.rank == 0)
         context = RunContext(config, checked.dataset, checked.catalogue, output, world, journal, request.resume)
         for stage in checked.stages:

@@ -5,6 +5,7 @@ classes of such an index, and the index may describe nothing but tensors: other 
 """
 
 import pickle
+from enum import Enum
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
@@ -41,11 +42,20 @@ class MetadataUnpickler(pickle.Unpickler):
         """
         if module == "pathlib._local":
             module = "pathlib"
+        if (module, name) == ("builtins", "getattr"):
+            # Python 3.11.0 to 3.11.3 pickle an enum member as getattr(its class, its name).
+            return _enum_member
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _enum_member(kind: Any, name: str) -> Enum:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError("it reads an attribute")
+    return kind[name]
 
 
 class SafeReader(FileSystemReader):
