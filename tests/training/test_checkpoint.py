@@ -1,14 +1,16 @@
 """Checkpoints: exact resumption, any number of ranks, nothing incomplete or foreign or executable is read."""
 
+import io
 import json
 import pickle
 import shutil
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -238,6 +240,25 @@ def test_the_unpickler_refuses_what_is_no_index(value: object, tmp_path: Path) -
     file.write_bytes(pickle.dumps(value))
     with file.open("rb") as stream, pytest.raises(pickle.UnpicklingError, match="it names"):
         MetadataUnpickler(stream).load()
+
+
+class Attribute:
+    """Is unpickled as an attribute of something, which is how Python 3.11.0 to 3.11.3 pickle an enum member."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (self.owner, self.name))
+
+
+def test_the_unpickler_reads_attributes_of_enums_only(tmp_path: Path) -> None:
+    member = MetadataUnpickler(
+        io.BytesIO(pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))
+    ).load()
+    assert member is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    with pytest.raises(pickle.UnpicklingError, match="it reads an attribute"):
+        MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(PosixPath, "unlink")))).load()
 
 
 def test_identity_keeps_what_decides_the_result() -> None:
