@@ -1,6 +1,8 @@
 """The process group: which rank this process is, on which device, with how many threads."""
 
 import os
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,11 +10,16 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from llmgr_rec.config import Device
 from llmgr_rec.errors import UserError
 
 T = TypeVar("T")
+
+_STORE_PORT = "llmgr_rec/store_port"
+# Seconds that rank 0 has to answer a call, and between two calls.
+_ANSWER_S, _RETRY_S = 5.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,38 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
     # Gloo beside NCCL carries what lives on the CPU: checkpoints' plans and gathered objects.
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if _is_launched():
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = _join_store(world, timeout) if _is_launched() else dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     return world
+
+
+def _join_store(world: World, timeout: timedelta) -> dist.Store:
+    """The store through which the ranks of this attempt find each other.
+
+    torchrun's agent keeps one store over all restarts, and in it the addresses of ranks that are dead by now, which the
+    new ranks would call (torch 2.13). So rank 0 opens a new one and tells its port through the old. A port told before
+    a restart does not answer, because all ranks have ended before any is started anew.
+    """
+    shared: dist.Store
+    shared, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return shared
+    host = os.environ["MASTER_ADDR"]
+    if world.rank == 0:
+        own = dist.TCPStore(host, 0, world.size, is_master=True, timeout=timeout, wait_for_workers=False)
+        shared.set(_STORE_PORT, str(own.port))
+        return own
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        port = int(shared.get(_STORE_PORT))
+        try:
+            socket.create_connection((host, port), timeout=_ANSWER_S).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_RETRY_S)
+        else:
+            return dist.TCPStore(host, port, world.size, is_master=False, timeout=timeout)
 
 
 def launched_world(device: Device) -> World:
