@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.cli import is_first_rank, make_parser, run_cli
+from llmgr_rec.errors import UserError
 from llmgr_rec.recipes import add_config_arguments, parse_with_config
 
 DEFAULT_RECIPE = "quickstart"
@@ -29,11 +30,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
     )
-    parser.add_argument("--output", type=str, help="Run folder to create; default runs/train-ID.")
+    parser.add_argument("--output", type=str, help="Run folder to create; default runs/ID of the launch.")
     parser.add_argument("--stage", type=Literal["all", "sbr", "align", "behave"], default="all", help="Stage to run.")
     parser.add_argument("--resume", action="store_true", help="Continue an interrupted run exactly where it stopped.")
     add_config_arguments(parser)
     arguments, config = parse_with_config(parser, _with_default_recipe(argv))
+
+    if arguments.resume and not (arguments.output or _launch()):
+        raise UserError("--resume has nothing to continue; name the run folder with --output")
 
     from llmgr_rec.training.checks import RunRequest
     from llmgr_rec.training.run import train_run
@@ -76,7 +80,7 @@ def _is_restarted(output: Path) -> bool:
 
 
 def _default_output() -> str:
-    return f"runs/train-{_launch() or time.strftime('%Y%m%d-%H%M%S')}"
+    return f"runs/{_launch() or time.strftime('train-%Y%m%d-%H%M%S')}"
 
 
 def _synthetic_dataset() -> Path:

@@ -100,7 +100,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 def refused(
     settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Refused:
-    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return Refused(settings, tmp_path, capsys, monkeypatch)
 
@@ -243,6 +243,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused(refused: Refused, monkeyp
     """Asked by name, because root may write anywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != refused.folder)
     assert re.search(rf"{refused.folder} is not writable; give another --output", refused())
+
+
+def test_a_resumed_run_has_a_name(refused: Refused) -> None:
+    assert re.search(
+        "--resume has nothing to continue; name the run folder with --output", refused("--resume", output=None)
+    )
 
 
 def test_a_run_is_not_begun_again(refused: Refused, finished: Path) -> None:
