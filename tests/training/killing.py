@@ -21,14 +21,16 @@ class Trainer:
         words: Arguments.
         ranks: Processes that train; more than one are started through torchrun.
         log: File that takes stdout and stderr.
+        restarts: How often torchrun starts all ranks anew when one has ended.
         timeout_s: Longest time that it may take.
     """
 
-    def __init__(self, words: Sequence[str], ranks: int, log: Path, timeout_s: float = 150) -> None:
+    def __init__(self, words: Sequence[str], ranks: int, log: Path, restarts: int = 0, timeout_s: float = 150) -> None:
         self._mark = f"{_MARK}={uuid.uuid4()}".encode()
         self._log = log
         self._deadline = time.monotonic() + timeout_s
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        launcher = [*torchrun, f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"] if ranks > 1 else []
         name, _, value = self._mark.decode().partition("=")
         with log.open("w") as output:
             self._process = subprocess.Popen(
@@ -64,23 +66,35 @@ class Trainer:
 
     def kill(self) -> None:
         """Kills all processes at once, with no chance to tidy up, and waits until they are gone."""
-        while pids := self._pids():
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        while pids := self._pids(self._mark):
+            _kill(pids)
             time.sleep(_POLL_S)
         self._process.wait()
 
-    def _pids(self) -> list[int]:
+    def kill_rank(self, rank: int) -> None:
+        """Kills one rank only."""
+        pids = self._pids(self._mark, f"RANK={rank}".encode())
+        assert pids, f"no process is rank {rank}"
+        _kill(pids)
+
+    @staticmethod
+    def _pids(*marks: bytes) -> list[int]:
         found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 try:
                     # A process that has ended, but was not waited for, has an empty environment.
-                    if self._mark in (folder / "environ").read_bytes().split(b"\0"):
-                        found.append(int(folder.name))
+                    environment = (folder / "environ").read_bytes().split(b"\0")
                 except OSError:
                     continue
+                if all(mark in environment for mark in marks):
+                    found.append(int(folder.name))
         return found
+
+
+def _kill(pids: Sequence[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

@@ -14,6 +14,7 @@ from llmgr_rec.config import Config
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.run import LAUNCH
 from tests.ranks import run_on_ranks
 from tests.training.killing import Trainer
 from tests.training.small_training import numbers, records, small_config, train
@@ -184,7 +185,7 @@ def test_a_finished_run_has_nothing_to_resume(place: Place, killed: Killed) -> N
     assert "trained nothing new" in (place.folder / "nothing.log").read_text()
     after = {path: path.stat().st_mtime_ns for path in sorted(killed.end.rglob("*")) if "tensorboard" not in str(path)}
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert changed <= {"config.yaml", killed.end.name}
+    assert changed <= {"config.yaml", LAUNCH, killed.end.name}
 
 
 class Interrupted(Exception):
@@ -223,6 +224,16 @@ def test_random_numbers_go_on_where_they_stopped(place: Place, tmp_path: Path) -
     run_on_ranks(stop_and_go, 1, str(place.settings), str(tmp_path), str(place.dataset))
     assert_same(tmp_path / "stopped", tmp_path / "whole")
     assert len(records(tmp_path / "whole")) > 15
+
+
+@pytest.mark.slow
+def test_the_launcher_restarts_a_run_whose_rank_has_died(place: Place) -> None:
+    run = place.folder / "restarted"
+    with Trainer(place.command(run), 2, place.folder / "restarted.log", restarts=1) as trainer:
+        trainer.wait_until(lambda: last_step(run, "sbr") >= 10)
+        trainer.kill_rank(1)
+        trainer.wait()
+    assert_same(run, place.whole)
 
 
 @pytest.mark.slow
