@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmgr_rec.config import Config
 from llmgr_rec.distributed.process_group import World
@@ -16,6 +17,7 @@ from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.run import LAUNCH
 from tests.ranks import run_on_ranks
+from tests.training.exported import Exported
 from tests.training.killing import Trainer
 from tests.training.small_training import numbers, records, small_config, train
 
@@ -176,6 +178,10 @@ def test_an_incomplete_checkpoint_is_passed_over(place: Place, killed: Killed) -
         (complete[-1] / "COMPLETE").unlink()
     place.resume(run, 1)
     assert_close(run, place.whole)
+    one, two = (Exported.read(folder / "export" / "sbr").tables for folder in (run, place.whole))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
 
 
 def test_a_finished_run_has_nothing_to_resume(place: Place, killed: Killed) -> None:

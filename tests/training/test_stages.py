@@ -7,19 +7,18 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr
 from llmgr_rec.distributed.bundle_export import dense_tensors, language_tensors
-from llmgr_rec.distributed.bundle_index import TENSOR, read_index
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.shards import init_tables, local_shards
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.training import loop, stages
 from tests.ranks import run_on_ranks
+from tests.training.exported import Exported
 from tests.training.small_training import numbers, small_config, train
 
 pytestmark = pytest.mark.dist
@@ -222,33 +221,6 @@ def test_every_group_trains_when_asked_to(trained: Trained) -> None:
     assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
     assert moved(start.language, behave.language) == set(start.language) - CONSTANTS
     assert moved(start.lora, behave.lora) == set(start.lora)
-
-
-@dataclass
-class Exported:
-    """Everything in a bundle, by name."""
-
-    tables: dict[str, Tensor]
-    recommender: dict[str, Tensor]
-    language: dict[str, Tensor]
-    lora: dict[str, Tensor]
-
-    @classmethod
-    def read(cls, bundle: Path) -> "Exported":
-        index = read_index(bundle)
-        tables = {name: torch.full(shape, float("nan")) for name, shape in index.tables.items()}
-        for name, pieces in index.pieces.items():
-            for piece in pieces:
-                rows, cols = slice(piece.row, piece.row + piece.rows), slice(piece.col, piece.col + piece.cols)
-                tables[name][rows, cols] = load_file(bundle / piece.file)[TENSOR]
-        assert not any(value.isnan().any() for value in tables.values())
-        language, lora = bundle / "llmgr.safetensors", bundle / "lora" / "adapter_model.safetensors"
-        return cls(
-            tables,
-            load_file(bundle / "recommender.safetensors"),
-            load_file(language) if language.exists() else {},
-            load_file(lora) if lora.exists() else {},
-        )
 
 
 def fresh_tensors(config: Config, folder: Path) -> Exported:
