@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import os, signal, time
+import ctypes, os, signal, time
+# Nobody is left behind where the launcher itself is killed.
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 import torch
 import torch.distributed as dist
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
