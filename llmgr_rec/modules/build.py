@@ -36,9 +36,11 @@ def build_recommender(
         dim = config.tables.dim
         wanted: list[str] = [name for name in config.tables.side_features if name in num_embeddings]
         sizes = {name: num_embeddings[name] for name in wanted}
+        # First, because tables draw random numbers where they are not on meta.
+        encoder = build_encoder(config.encoder, dim)
         return SessionRecommender(
             ItemTables(num_items, sizes, dim, torch.device(tables_device)),
-            build_encoder(config.encoder, dim),
+            encoder,
             config.encoder.score,
             config.encoder.temperature,
         )
