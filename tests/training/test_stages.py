@@ -59,7 +59,16 @@ def everything_trains(folder: Path) -> Config:
     return config
 
 
-CASES = {"adagrad": adagrad, "adam": adam, "everything_trains": everything_trains}
+def parts_train(folder: Path) -> Config:
+    """Stages that train a part only of what gradients reach: they run through frozen tables and a frozen head."""
+    config = base_config(folder)
+    config.sbr.trainable = ["tables"]
+    config.align.epochs = 0
+    config.behave.trainable = ["encoder", "adapter"]
+    return config
+
+
+CASES = {"adagrad": adagrad, "adam": adam, "everything_trains": everything_trains, "parts_train": parts_train}
 SHARDINGS = ("table_wise", "column_wise")
 
 
@@ -165,7 +174,7 @@ def test_two_ranks_compute_what_one_does(trained: Trained, case: str, sharding: 
 
 
 def stages_of(case: str) -> set[str]:
-    return {"sbr", "behave"} if case == "everything_trains" else {"sbr", "align", "behave"}
+    return {"sbr", "behave"} if case in ("everything_trains", "parts_train") else {"sbr", "align", "behave"}
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -221,6 +230,21 @@ def test_every_group_trains_when_asked_to(trained: Trained) -> None:
     assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
     assert moved(start.language, behave.language) == set(start.language) - CONSTANTS
     assert moved(start.lora, behave.lora) == set(start.lora)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_what_gradients_reach_stays_frozen(trained: Trained, sharding: str, size: int) -> None:
+    run = trained.run(size, "parts_train", sharding)
+    start = fresh_tensors(parts_train(trained.folder), trained.folder)
+    sbr, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "behave"))
+    assert moved(start.tables, sbr.tables) == {"item_id", "category", "brand"}
+    assert moved(start.recommender, sbr.recommender) == set()
+    assert moved(sbr.tables, behave.tables) == set()
+    assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
+    adapter = {name for name in start.language if name.startswith("hybrid.")} - CONSTANTS
+    assert moved(start.language, behave.language) == adapter
+    assert moved(start.lora, behave.lora) == set()
 
 
 def fresh_tensors(config: Config, folder: Path) -> Exported:
