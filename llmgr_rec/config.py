@@ -158,7 +158,7 @@ class AlignConfig(StageConfig):
     Args:
         contrastive_weight: Weight of the structure-aware contrastive loss beside the node-context loss.
         contrastive_temperature: Divisor of the contrastive cosine similarities.
-        hard_negatives: Corrupted node lists (one node replaced) per session, beside the other sessions of the batch.
+        hard_negatives: Corrupted node lists (one node replaced) per session, beside those of 15 other sessions.
     """
 
     contrastive_weight: float = 0.1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmgr_rec.cli import make_parser, parse_args
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
+from llmgr_rec.limits import check_limits
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -28,9 +29,15 @@ def add_config_arguments(parser: "ArgumentParser") -> None:
 
 
 def parse_with_config(parser: "ArgumentParser", argv: Sequence[str]) -> tuple["Namespace", Config]:
-    """Parses arguments of a parser that has `add_config_arguments`; recipe names are resolved to their files."""
+    """Parses arguments of a parser that has `add_config_arguments`; recipe names are resolved to their files.
+
+    Raises:
+        UserError: An argument or setting is unknown, of the wrong type or out of its range.
+    """
     namespace = parse_args(parser, _resolve_recipes(argv))
-    return namespace, _build(Config, namespace)
+    config = _build(Config, namespace)
+    check_limits(config)
+    return namespace, config
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:

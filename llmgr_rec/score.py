@@ -1,7 +1,7 @@
 """`python -m llmgr_rec.score`: Parquet files of sessions in, Parquet files of ranked items out, one row for each row.
 
     python -m llmgr_rec.score --run RUN --input SESSIONS --output FOLDER
-    torchrun --nproc_per_node 2 -m -- llmgr_rec.score --run RUN --input SESSIONS --output FOLDER
+    torchrun --nproc_per_node 2 -m llmgr_rec.score --run_folder RUN --input SESSIONS --output FOLDER
 
 An interrupted job goes on with the same command: finished parts stay, and the result is the same to the byte. FOLDER is
 complete when it holds _SUCCESS.

@@ -106,7 +106,8 @@ def test_table_wise_tables_lie_on_one_rank_each() -> None:
         (["--num_items", "5", "--world_size", "6", "--local_world_size", "4"], "--local_world_size 4 does not divide"),
         (["--num_items", "5", "--dataset", "nowhere"], "either --dataset DATASET or --num_items N"),
         (["--dataset", "nowhere"], "nowhere"),
-        (["--num_items", "5", "--tables.dim", "30"], "table item_id has 30 columns"),
+        (["--num_items", "5", "--tables.dim", "30"], "setting tables.dim is 30; give a multiple of 4"),
+        (["--num_items", "5", "--tables.lr", "-1"], "setting tables.lr is -1"),
         (["--num_items", "5", "--tables.dimm", "32"], "tables.dim"),
     ],
 )

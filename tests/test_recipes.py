@@ -76,3 +76,8 @@ def test_every_setting_has_a_help_text():
         if is_dataclass(cls):
             documented = {p.arg_name for base in cls.__mro__ for p in parse_docstring(base.__doc__ or "").params}
             assert {item.name for item in fields(cls)} <= documented
+
+
+def test_a_value_out_of_its_range_is_refused_before_anything_is_made():
+    with pytest.raises(UserError, match=r"setting sbr\.batch_size is 0"):
+        _parse("--sbr.batch_size", "0")

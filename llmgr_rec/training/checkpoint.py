@@ -6,12 +6,10 @@ written as step-00000123.tmp and renamed by rank 0 when every rank is done.
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
 from llmgr_rec.config import Config
+from llmgr_rec.distributed.durable import installed_versions, sync, write_synced
 from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
 from llmgr_rec.errors import UserError
 from llmgr_rec.training.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
-_PACKAGES = ("llmgr-rec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers", "peft")
 # Settings that may change between a checkpoint and its resumption: they do not change what is computed.
 _FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix")
 _STAGES = ("sbr", "align", "behave")
@@ -121,7 +119,7 @@ class CheckpointManager:
             "world_size": self._world.size,
             "has_optimizer": optimizer is not None,
             "column_widths": column_widths(tensors),
-            "versions": _versions(),
+            "versions": installed_versions(),
             "extra": dict(extra or {}),
         }
         on_first_rank(self._world, lambda: self._complete_folder(partial, final, state))
@@ -177,10 +175,10 @@ class CheckpointManager:
 
     def _complete_folder(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        _write_synced(partial / _STATE, json.dumps({**state, "files": files}, indent=1))
-        _write_synced(partial / _COMPLETE, "")
+        write_synced(partial / _STATE, json.dumps({**state, "files": files}, indent=1))
+        write_synced(partial / _COMPLETE, "")
         partial.rename(final)
-        _sync_folder(self._folder)
+        sync(self._folder)
         done = self._complete()
         ahead = [path for path in done if path.name > final.name]
         old = [path for path in done if path.name <= final.name][self._keep :]
@@ -259,28 +257,3 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, A
     for name, value in settings.items():
         pairs += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
     return pairs
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

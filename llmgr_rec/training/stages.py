@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from llmgr_rec.config import Config, StageConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import weights_hash
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.assembly import (
@@ -21,6 +23,7 @@ from llmgr_rec.distributed.assembly import (
     caches_catalogue,
     item_tokens,
     make_collator,
+    text_place,
 )
 from llmgr_rec.distributed.bundle import export_bundle, latest_bundle, load_weights
 from llmgr_rec.distributed.process_group import World
@@ -67,6 +70,11 @@ class RunContext:
     journal: Journal
     resume: bool
 
+    @cached_property
+    def item_tokens(self) -> Jagged:
+        """Token ids of every item's text, made once for all stages."""
+        return item_tokens(self.config, self.catalogue)
+
 
 def stage_settings(config: Config, stage: StageName) -> StageConfig:
     """The settings of one stage."""
@@ -100,12 +108,16 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         journal=context.journal,
         checkpoints=_checkpoints(stage, context, "steps", config.runtime.keep_checkpoints),
         best=_checkpoints(stage, context, "best", 1),
-        validate=(lambda: evaluate_model(inner, context.dataset, "valid", config, world)) if has_validation else None,
+        validate=(lambda: _validation(inner, context)) if has_validation else None,
     )
     loop.run(loop.resume() if context.resume else Position())
     export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.run / "export" / stage)
+
+
+def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[str, float]:
+    return evaluate_model(model, context.dataset, "valid", context.config, context.world, context.catalogue)
 
 
 def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
@@ -121,9 +133,8 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     decoder = assemble_decoder(config, world.device)
     encodings: TextEncodings | None = None
     if reads_item_text(config):
-        tokens = item_tokens(config, context.catalogue)
         name_hash = weights_hash(config.llm.name_or_path)
-        encodings = encode_catalogue(decoder, tokens, world, context.run, name_hash)
+        encodings = encode_catalogue(decoder, context.item_tokens, world, context.run, name_hash)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta")
     task: nn.Module = BehaveTask(llmgr, world.size)
     if stage == "align":
@@ -135,7 +146,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     load_weights(llmgr, latest_bundle(context.run / "export"))
     if encodings is not None:
         fill_text_table(model, encodings)
-    if caches_catalogue(config, context.catalogue, stage):
+    if caches_catalogue(config, context.catalogue.num_items, stage):
         cache_catalogue(llmgr, make_collator(config, context.catalogue, "rank", language=False), world.device)
     return model, llmgr
 
@@ -149,7 +160,9 @@ def _shard(task: nn.Module, settings: StageConfig, context: RunContext) -> Distr
 
 def _reader(stage: StageName, context: RunContext) -> SessionReader:
     config, world, manifest = context.config, context.world, context.dataset.manifest
-    collate: Collator = make_collator(config, context.catalogue, stage, language=stage != "sbr")
+    language = stage != "sbr"
+    tokens = None if text_place(config, stage, language) == "none" else context.item_tokens
+    collate: Collator = make_collator(config, context.catalogue, stage, language, tokens)
     return SessionReader(
         context.dataset.parts("train"),
         num_items=manifest.num_items,
