@@ -1,0 +1,156 @@
+"""What all benchmarks share: taking turns, ratios with their spread, and the JSON file that a run leaves.
+
+A machine that others use too changes its speed from minute to minute. Both sides of a comparison therefore take turns
+in short slices, and each round gives one ratio: what slows a round down slows both sides of it.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmgr_rec.cli import make_parser, progress
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+PACKAGES = ("torch", "torchrec", "transformers", "peft", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Args:
+        name: What it is.
+        work: Does a slice of work and returns how many units it did.
+    """
+
+    name: str
+    work: Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and the quartiles around it.
+
+    Args:
+        median: Middle value over the rounds.
+        low: First quartile.
+        high: Third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Median and quartiles of some values."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:,.4g} [{self.low:,.4g} .. {self.high:,.4g}]"
+
+
+def take_turns(sides: Sequence[Side], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Lets each side work once in every round.
+
+    Args:
+        sides: The sides; their order is turned round every other round.
+        rounds: Rounds that count.
+        warm_up: Rounds before them that do not.
+
+    Returns:
+        Units a second of each side, one value a round.
+    """
+    rates: dict[str, list[float]] = {side.name: [] for side in sides}
+    bar = progress(warm_up + rounds, "benchmark", "round")
+    for number in range(warm_up + rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            started = time.perf_counter()
+            units = side.work()
+            elapsed = time.perf_counter() - started
+            if number >= warm_up:
+                rates[side.name].append(units / elapsed)
+        bar.update()
+    bar.close()
+    return rates
+
+
+def ratio(rates: Mapping[str, Sequence[float]], fast: str, slow: str) -> Spread:
+    """How many times as many units a second one side does as another, round by round."""
+    return Spread.of([mine / other for mine, other in zip(rates[fast], rates[slow], strict=True)])
+
+
+def rate_table(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Median and quartiles of each side's rate, for the JSON file."""
+    return {name: asdict(Spread.of(values)) for name, values in rates.items()}
+
+
+def peak_memory_mib() -> float:
+    """Largest resident size that this process has had so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def benchmark_parser(name: str, description: str) -> "ArgumentParser":
+    """A parser with the arguments that all benchmarks have.
+
+    Args:
+        name: Module name in this package.
+        description: What is compared, one sentence.
+    """
+    parser = make_parser(f"benchmarks.{name}", description)
+    parser.add_argument(
+        "--output", type=str, default=f"runs/benchmarks/{name}.json", help="JSON file for what was measured."
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="Turns of each side that count.")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores.")
+    return parser
+
+
+def set_threads(threads: int) -> int:
+    """Sets torch's threads; 0 takes all cores that this process may use. Returns their number."""
+    import torch
+
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+def write_report(path: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Writes what was measured, beside what it was measured on, and says where."""
+    report = {
+        "settings": dict(settings),
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+            **{name: version(name) for name in PACKAGES},
+        },
+        "results": dict(results),
+    }
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.rename(file)
+    print(f"written: {file}")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
