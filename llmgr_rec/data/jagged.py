@@ -3,6 +3,7 @@
 Shapes: R rows, S flat values.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,21 @@ class Jagged:
         """Cuts flat values [S] into rows of the given lengths [R]."""
         return cls(values, lengths_to_offsets(lengths))
 
+    @classmethod
+    def beside(cls, parts: Sequence["Jagged"]) -> "Jagged":
+        """Rows made of the same rows of several parts, in the order of the parts.
+
+        Args:
+            parts: At least one; all with R rows.
+        """
+        offsets = lengths_to_offsets(torch.stack([part.lengths for part in parts]).sum(0))
+        values = parts[0].values.new_empty(sum(part.values.numel() for part in parts))
+        start_R = offsets[:-1]
+        for part in parts:
+            values.index_copy_(0, ranges(start_R, part.offsets, part.values.numel()), part.values)
+            start_R = start_R + part.lengths
+        return cls(values, offsets)
+
     @property
     def num_rows(self) -> int:
         """Number of rows R."""
@@ -57,15 +73,16 @@ class Jagged:
         starts = self.offsets.index_select(0, rows)
         return self.gather(starts, self.offsets.index_select(0, rows + 1) - starts)
 
-    def gather(self, starts: Tensor, lengths: Tensor) -> "Jagged":
+    def gather(self, starts: Tensor, lengths: Tensor, total: int | None = None) -> "Jagged":
         """Runs of values that need not be whole rows.
 
         Args:
             starts: Position of the first value of each run in `values`, int64.
             lengths: Number of values of each run, int64.
+            total: Sum of the lengths; None asks the tensor, for which a GPU has to be waited for.
         """
         offsets = lengths_to_offsets(lengths)
-        return Jagged(self.values.index_select(0, ranges(starts, offsets)), offsets)
+        return Jagged(self.values.index_select(0, ranges(starts, offsets, total)), offsets)
 
     def narrow(self, start: int, stop: int) -> "Jagged":
         """Rows start .. stop - 1; the values are a view."""
@@ -95,13 +112,15 @@ def lengths_to_offsets(lengths: Tensor) -> Tensor:
     return offsets
 
 
-def ranges(starts: Tensor, offsets: Tensor) -> Tensor:
+def ranges(starts: Tensor, offsets: Tensor, total: int | None = None) -> Tensor:
     """Integer ranges end to end: run r counts up from `starts[r]` and fills positions offsets[r] .. offsets[r + 1] - 1.
 
     Args:
         starts: First integer of each run, int64 [R].
         offsets: Place of each run in the result, int64 [R + 1], beginning with 0.
+        total: Length of the result, the last offset; None asks the tensor, for which a GPU has to be waited for.
     """
-    total = int(offsets[-1])
+    if total is None:
+        total = int(offsets[-1])
     shifts = torch.repeat_interleave(starts - offsets[:-1], offsets[1:] - offsets[:-1], output_size=total)
     return shifts.add_(torch.arange(total, device=starts.device))

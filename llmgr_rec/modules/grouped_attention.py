@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from llmgr_rec.modules.packed_attention import View, packed_attention
+
 GROUPED = "llmgr_grouped"
 # What `grouped_attention` computes itself; with any other argument that changes the result, transformers' own runs.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "is_causal"}
@@ -29,6 +31,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    view: View | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in transformers' form.
@@ -42,11 +45,14 @@ def grouped_attention(
             keys up to its own place.
         dropout: Dropout on the attention weights.
         scaling: Factor of the scores; None for 1 / sqrt(E).
+        view: For packed prompts, who sees what; the mask is not read then.
         kwargs: Arguments of other kinds of attention.
 
     Returns:
         Results [B, T, G * R, E], and no attention weights.
     """
+    if view is not None:
+        return packed_attention(query, key, value, view, query.shape[3] ** -0.5 if scaling is None else scaling), None
     special = {name for name, given in kwargs.items() if given is not None and given is not False} - _HARMLESS
     simple = query.device.type == "cpu" and not dropout and not special and query.dtype == key.dtype
     if not simple or attention_mask is None or attention_mask.dtype != torch.bool or attention_mask.shape[1] != 1:
@@ -67,15 +73,19 @@ def grouped_attention(
     return result.view(batch, heads, queries, width).transpose(1, 2).contiguous(), None
 
 
-def use_grouped_attention(decoder: PreTrainedModel) -> None:
+def use_grouped_attention(decoder: PreTrainedModel) -> bool:
     """Lets a decoder that runs torch's attention use `grouped_attention`.
 
     Args:
         decoder: The decoder, changed in place; one that cannot exchange its attention stays as it is.
+
+    Returns:
+        Whether it does now.
     """
     text_config = decoder.config.get_text_config(decoder=True)
     if getattr(text_config, "_attn_implementation", None) != "sdpa" or not decoder._supports_attention_backend:
-        return
+        return False
     AttentionInterface.register(GROUPED, grouped_attention)
     AttentionMaskInterface.register(GROUPED, sdpa_mask)
     decoder.set_attn_implementation(GROUPED)
+    return True

@@ -1,6 +1,6 @@
 """Hybrid encoding: graph vectors become soft tokens that stand among the text tokens of a prompt.
 
-Shapes: B sessions, M soft node tokens, S = B + M soft tokens, T prompt tokens, D = d1 columns, H = d2 hidden width.
+Shapes: C readings, M soft node tokens, S = C + M soft tokens, X prompt tokens, D = d1 columns, H = d2 hidden width.
 """
 
 import torch
@@ -34,35 +34,33 @@ class HybridEncoding(nn.Module):
         for projection in (self.nodes, self.graph):
             nn.init.normal_(projection.weight, std=d1**-0.5)
 
-    def project(self, graph_BD: Tensor, nodes_MD: Tensor) -> Tensor:
+    def project(self, graph_CD: Tensor, nodes_MD: Tensor) -> Tensor:
         """Makes the soft tokens: graphs first, then nodes.
 
         Args:
-            graph_BD: One vector a session.
+            graph_CD: One vector a reading.
             nodes_MD: Vectors of the shown nodes.
 
         Returns:
             Soft tokens, [S, H].
         """
         lengths_2 = self.log_gain_2.exp() * self.embedding_norm
-        graph_BH = functional.normalize(self.graph(graph_BD), dim=1) * lengths_2[0]
+        graph_CH = functional.normalize(self.graph(graph_CD), dim=1) * lengths_2[0]
         nodes_MH = functional.normalize(self.nodes(nodes_MD), dim=1) * lengths_2[1]
-        return torch.cat([graph_BH, nodes_MH])
+        return torch.cat([graph_CH, nodes_MH])
 
-    def forward(self, tokens_BTH: Tensor, soft_rows_BT: Tensor, graph_BD: Tensor, nodes_MD: Tensor) -> Tensor:
+    def forward(self, tokens_XH: Tensor, soft_rows_X: Tensor, graph_CD: Tensor, nodes_MD: Tensor) -> Tensor:
         """Puts soft tokens at their places.
 
         Args:
-            tokens_BTH: Token embeddings of the prompts.
-            soft_rows_BT: Row of the soft tokens that stands at a place, -1 where the token embedding stays.
-            graph_BD: One vector a session.
+            tokens_XH: Token embeddings of the prompts.
+            soft_rows_X: Row of the soft tokens that stands at a place, -1 where the token embedding stays.
+            graph_CD: One vector a reading.
             nodes_MD: Vectors of the shown nodes.
 
         Returns:
-            Input embeddings in the type of the token embeddings, [B, T, H].
+            Input embeddings in the type of the token embeddings, [X, H].
         """
-        soft_SH = self.project(graph_BD, nodes_MD).to(tokens_BTH.dtype)
-        flat_rows = soft_rows_BT.flatten()
-        places = (flat_rows >= 0).nonzero().squeeze(1)
-        soft = soft_SH.index_select(0, flat_rows.index_select(0, places))
-        return tokens_BTH.flatten(0, 1).index_copy(0, places, soft).view_as(tokens_BTH)
+        soft_SH = self.project(graph_CD, nodes_MD).to(tokens_XH.dtype)
+        soft_XH = soft_SH.index_select(0, soft_rows_X.clamp(min=0))
+        return torch.where((soft_rows_X >= 0).unsqueeze(1), soft_XH, tokens_XH)

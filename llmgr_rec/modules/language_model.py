@@ -1,6 +1,7 @@
 """The LoRA-tuned decoder that reads prompts, and its frozen reading of item texts.
 
-Shapes: B prompts, P tokens of the shared prefix, T tokens of the longest prompt after it, V items, H = d2 hidden width.
+Shapes: P tokens of the shared prefix, X tokens of all prompts after it, Z = P + X, C readings, T tokens of the longest
+prompt, V items, H = d2 hidden width.
 """
 
 import warnings
@@ -10,12 +11,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.grouped_attention import use_grouped_attention
 from llmgr_rec.modules.lora_layers import fuse_lora
+from llmgr_rec.modules.packed_attention import View
+from llmgr_rec.modules.packing import PackedPrompts, PromptGrid
+from llmgr_rec.modules.read_out import can_read_out, read_out_last_layer
 
 
 class LoraLanguageModel(nn.Module):
@@ -29,8 +33,8 @@ class LoraLanguageModel(nn.Module):
         rank: Rank of the LoRA matrices.
         alpha: Numerator of the LoRA scale alpha / rank.
         dropout: Dropout on the LoRA input, 0 to 1.
-        share_prefix: Encode the prompts' common prefix once for the batch. Both ways agree, but for dropout: a shared
-            prefix draws its dropout once.
+        share_prefix: Read the prompts as one packed row with one copy of their common prefix, or each as a whole. Both
+            ways agree, but for dropout: what is shared draws its dropout once.
     """
 
     def __init__(
@@ -38,7 +42,10 @@ class LoraLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         decoder.requires_grad_(False)
-        use_grouped_attention(decoder)
+        self._packs = use_grouped_attention(decoder)
+        self._reads_out = self._packs and can_read_out(decoder)
+        if self._reads_out:
+            read_out_last_layer(decoder)
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
@@ -65,58 +72,56 @@ class LoraLanguageModel(nn.Module):
         """Hidden width H."""
         return self.base.config.get_text_config(decoder=True).hidden_size
 
-    def forward(self, embeddings_BTH: Tensor, lengths_B: Tensor, prefix_P: Tensor) -> Tensor:
-        """Reads prompts: the hidden state of each prompt's last token.
+    def forward(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
+        """Reads packed prompts.
 
         Args:
-            embeddings_BTH: Input embeddings after the prefix, padded on the right.
-            lengths_B: Tokens of each prompt after the prefix, at least 1.
-            prefix_P: Token ids that all prompts start with.
+            embeddings_XH: Input embeddings of the tokens after the prefix.
+            packed: Their places.
 
         Returns:
-            Hidden states after the final norm, float32 [B, H].
+            Hidden state after the final norm at each token that is read, float32 [C, H].
         """
         with self._precision():
-            if self.share_prefix and prefix_P.numel():
-                hidden_BTH = self._read_after_prefix(embeddings_BTH, prefix_P)
-                last_B = lengths_B - 1
-            else:
-                hidden_BTH = self._read_whole(embeddings_BTH, lengths_B, prefix_P)
-                last_B = prefix_P.numel() + lengths_B - 1
-        rows_B = torch.arange(last_B.numel(), device=last_B.device)
-        return hidden_BTH[rows_B, last_B].float()
+            if self.share_prefix and self._packs:
+                return self._read_packed(embeddings_XH, packed).float()
+            return self._read_each(embeddings_XH, packed).float()
 
-    def _read_whole(self, embeddings_BTH: Tensor, lengths_B: Tensor, prefix_P: Tensor) -> Tensor:
-        """The plain reference: every prompt with its own copy of the prefix and an explicit padding mask."""
-        prefix_BPH = self.token_embedding(prefix_P).unsqueeze(0).expand(embeddings_BTH.shape[0], -1, -1)
-        inputs = torch.cat([prefix_BPH, embeddings_BTH], dim=1)
-        positions = torch.arange(inputs.shape[1], device=inputs.device)
-        mask = positions < (lengths_B + prefix_P.numel()).unsqueeze(1)
-        return self.base(
-            inputs_embeds=inputs, attention_mask=mask.long(), position_ids=positions.unsqueeze(0), use_cache=False
+    def _read_each(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
+        """The plain reference: every reading has a prompt of its own, with the whole prefix and padding."""
+        prefix_PH = self.token_embedding(packed.prefix_P)
+        paths = [packed.path(reading) for reading in range(packed.read_C.numel())]
+        prompts = [torch.cat([prefix_PH, embeddings_XH[path]]) for path in paths]
+        inputs_CTH = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        last_C = torch.tensor([len(prompt) - 1 for prompt in prompts], device=inputs_CTH.device)
+        positions_T = torch.arange(inputs_CTH.shape[1], device=inputs_CTH.device)
+        hidden_CTH = self.base(
+            inputs_embeds=inputs_CTH,
+            attention_mask=(positions_T <= last_C.unsqueeze(1)).long(),
+            position_ids=positions_T.unsqueeze(0),
+            use_cache=False,
         ).last_hidden_state
+        return hidden_CTH[torch.arange(len(prompts), device=last_C.device), last_C]
 
-    def _read_after_prefix(self, embeddings_BTH: Tensor, prefix_P: Tensor) -> Tensor:
-        """Keys and values of the prefix are computed once and stand before each prompt's own.
-
-        Padding needs no mask: it is to the right of everything that is read, where causal attention does not look.
-        """
-        batch, width = embeddings_BTH.shape[:2]
-        cache = DynamicCache()
-        self.base(inputs_embeds=self.token_embedding(prefix_P).unsqueeze(0), past_key_values=cache, use_cache=True)
-        for layer in cache.layers:
-            layer.keys = layer.keys.expand(batch, -1, -1, -1)
-            layer.values = layer.values.expand(batch, -1, -1, -1)
-        past = prefix_P.numel()
-        positions = torch.arange(past, past + width, device=embeddings_BTH.device)
-        visible = torch.arange(past + width, device=embeddings_BTH.device) <= positions.unsqueeze(1)
-        return self.base(
-            inputs_embeds=embeddings_BTH,
-            attention_mask=visible[None, None],
-            position_ids=positions.unsqueeze(0),
-            past_key_values=cache,
-            use_cache=True,
+    def _read_packed(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
+        """One row: no padding and one prefix in the linear layers, and the last layer only where it is read."""
+        prefix = packed.prefix_P.numel()
+        tokens_X = torch.arange(packed.num_tokens, device=embeddings_XH.device)
+        keys = PromptGrid.of(packed, tokens_X)
+        views = {"view": View.of(packed, tokens_X, keys)}
+        if self._reads_out:
+            views["read_view"] = View.of(packed, packed.read_C, keys)
+        hidden_1ZH = self.base(
+            inputs_embeds=torch.cat([self.token_embedding(packed.prefix_P), embeddings_XH]).unsqueeze(0),
+            position_ids=torch.cat([torch.arange(prefix, device=tokens_X.device), prefix + packed.depth_X]).unsqueeze(
+                0
+            ),
+            # A mask of four dimensions is passed on as it is; what a token sees is in the views.
+            attention_mask=embeddings_XH.new_zeros(1, 1, 1, 1),
+            use_cache=False,
+            **views,
         ).last_hidden_state
+        return hidden_1ZH[0] if self._reads_out else hidden_1ZH[0].index_select(0, prefix + packed.read_C)
 
     def _precision(self) -> AbstractContextManager[object]:
         dtype = self.base.dtype

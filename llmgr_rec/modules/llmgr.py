@@ -172,15 +172,15 @@ class LLMGR(nn.Module):
         Returns:
             Readings, float32 [B, H].
         """
-        layout = self.prompts(task, nodes, text)
+        packed = self.prompts(task, nodes, text)
         vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
-        embeddings_BTH = self.hybrid(
-            self.language_model.token_embedding(layout.token_ids_BT),
-            layout.soft_rows_BT,
+        embeddings_XH = self.hybrid(
+            self.language_model.token_embedding(packed.token_ids_X),
+            packed.soft_rows_X,
             seen.sessions_BD,
             vectors_ND.index_select(0, nodes.values),
         )
-        return self.language_model(embeddings_BTH, layout.lengths_B, layout.prefix_P)
+        return self.language_model(embeddings_XH, packed)
 
     def queries(self, seen: Recommended, readings_BH: Tensor) -> Tensor:
         """Queries of sessions that were looked up and read, [B, Q]."""

@@ -1,11 +1,10 @@
-"""Prompts: a template becomes token ids once, and the layout of a batch is made by tensor operations.
+"""Prompts: a template becomes token ids once, and the prompts of a batch are packed by tensor operations.
 
-Shapes: B sessions, L clicks, N nodes, M soft node tokens of all prompts, P tokens of the shared prefix, T tokens of the
-longest prompt after the prefix, S flat text tokens.
+Shapes: B prompts, C readings, L clicks, N nodes, P tokens of the shared prefix, X tokens of all prompts after it, Y
+those of the branches.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,26 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import PromptTemplate, Task
+from llmgr_rec.modules.packing import PackedPrompts
 
 NodeOrder = Literal["clicks", "unique"]
-
-
-@dataclass
-class PromptLayout:
-    """Where everything stands in the prompts of a batch, after their shared prefix; padded on the right.
-
-    Args:
-        prefix_P: Token ids that every prompt starts with; may be empty.
-        token_ids_BT: Token ids; 0 at soft places and padding.
-        soft_rows_BT: Row of the soft matrix that stands here: b for the graph of session b, B + m for the m-th node
-            token of the batch; -1 at ordinary tokens and padding.
-        lengths_B: Tokens of each prompt after the prefix, at least 1.
-    """
-
-    prefix_P: Tensor
-    token_ids_BT: Tensor
-    soft_rows_BT: Tensor
-    lengths_B: Tensor
 
 
 class CompiledPrompt(nn.Module):
@@ -64,48 +46,92 @@ class CompiledPrompt(nn.Module):
         """Whether text has a place in this prompt."""
         return "text" in self.segments
 
-    def forward(self, nodes: Jagged, text: Jagged) -> PromptLayout:
-        """Lays out the prompts of a batch.
+    @property
+    def has_trunk(self) -> bool:
+        """Whether all that differs between the prefixes of a session follows its nodes."""
+        return self.segments[:1] == ["nodes"]
+
+    def forward(self, nodes: Jagged, text: Jagged, prompts_B1: Tensor | None = None) -> PackedPrompts:
+        """Packs the prompts of a batch.
 
         Args:
-            nodes: One row a session; only its row lengths matter here.
-            text: Token ids at {text}, one row a session; not read where the prompt has no such place.
+            nodes: One row a prompt; only the row lengths matter here.
+            text: Token ids at {text}, one row a reading; not read where the prompt has no such place.
+            prompts_B1: First reading of each prompt, int64 [B + 1]: readings of one prompt are growing prefixes of its
+                nodes, each one node longer than the one before, and the last is all of them. None gives each reading a
+                prompt of its own.
 
         Returns:
-            The layout.
+            The tokens. Rows of the soft matrix: c for the graph of reading c, then C + m for node m of `nodes`.
+
+        Raises:
+            ValueError: Readings shall share prompts, but something that differs between them stands before the nodes.
         """
-        starts, total_B = self._starts(nodes, text)
-        num_sessions, longest = total_B.numel(), int(total_B.max())
-        token_ids_BT = total_B.new_zeros(num_sessions, longest)
-        soft_rows_BT = torch.full_like(token_ids_BT, -1)
-        for segment, start_B in zip(self.segments, starts, strict=True):
-            if segment == "graph":
-                sessions = torch.arange(num_sessions, device=start_B.device)
-                soft_rows_BT[sessions, start_B] = sessions
-            elif segment == "nodes":
-                rows = torch.arange(nodes.values.numel(), device=start_B.device) + num_sessions
-                _place(soft_rows_BT, start_B, nodes, rows)
+        if prompts_B1 is None:
+            return self._pack_each(nodes, text)
+        if not self.has_trunk:
+            raise ValueError("readings can share a prompt only if {nodes} is the first place of its template")
+        return self._pack_together(nodes, text, prompts_B1)
+
+    def _pack_each(self, nodes: Jagged, text: Jagged) -> PackedPrompts:
+        count = nodes.num_rows
+        rows = self._lay_out(self.segments, count, count, nodes, text)
+        prompt_X = rows.row_of_value
+        depth_X = torch.arange(rows.values.numel(), device=prompt_X.device) - rows.offsets[prompt_X]
+        return PackedPrompts(
+            prefix_P=self.prefix_P,
+            token_ids_X=rows.values.clamp(min=0),
+            soft_rows_X=(-1 - rows.values).clamp(min=-1),
+            prompt_X=prompt_X,
+            branch_X=torch.full_like(prompt_X, -1),
+            depth_X=depth_X,
+            trunk_X=depth_X + 1,
+            read_C=rows.offsets[1:] - 1,
+            num_prompts=count,
+        )
+
+    def _pack_together(self, nodes: Jagged, text: Jagged, prompts_B1: Tensor) -> PackedPrompts:
+        """Trunks, which are the nodes, then the branches: the rest of the template for each reading."""
+        count = nodes.values.numel()
+        readings = Jagged(torch.arange(count, device=prompts_B1.device), prompts_B1)
+        prompt_C = readings.row_of_value
+        seen_C = readings.values - prompts_B1[prompt_C] + 1
+        trunk = self._lay_out(["nodes"], nodes.num_rows, count, nodes, text)
+        branches = self._lay_out(self.segments[1:], count, count, nodes, text)
+        reading_Y = branches.row_of_value
+        depth_Y = torch.arange(branches.values.numel(), device=prompt_C.device) - branches.offsets[reading_Y]
+        values = torch.cat([trunk.values, branches.values])
+        return PackedPrompts(
+            prefix_P=self.prefix_P,
+            token_ids_X=values.clamp(min=0),
+            soft_rows_X=(-1 - values).clamp(min=-1),
+            prompt_X=torch.cat([prompt_C, prompt_C[reading_Y]]),
+            branch_X=torch.cat([torch.full_like(prompt_C, -1), reading_Y]),
+            depth_X=torch.cat([seen_C - 1, seen_C[reading_Y] + depth_Y]),
+            trunk_X=torch.cat([seen_C, seen_C[reading_Y]]),
+            # Where nothing follows the nodes, a reading is taken at its last node.
+            read_C=torch.where(branches.lengths > 0, count + branches.offsets[1:] - 1, readings.values),
+            num_prompts=nodes.num_rows,
+        )
+
+    def _lay_out(self, segments: list[str], rows: int, readings: int, nodes: Jagged, text: Jagged) -> Jagged:
+        """Tokens of some segments, row by row: a token id, or -1 - s for row s of the soft matrix."""
+        device = nodes.offsets.device
+        parts = [Jagged(text.values[:0], torch.zeros(rows + 1, dtype=torch.int64, device=device))]
+        for segment in segments:
+            if segment == "nodes":
+                soft_rows = torch.arange(nodes.values.numel(), device=device) + readings
+                parts.append(Jagged(-1 - soft_rows, nodes.offsets))
             elif segment == "text":
-                _place(token_ids_BT, start_B, text, text.values)
+                parts.append(text)
+            elif segment == "graph":
+                graphs = torch.arange(rows + 1, device=device)
+                parts.append(Jagged(-1 - graphs[:-1], graphs))
             else:
                 constant = self.get_buffer(segment)
-                columns = start_B.unsqueeze(1) + torch.arange(constant.numel(), device=start_B.device)
-                token_ids_BT.scatter_(1, columns, constant.expand(num_sessions, -1))
-        return PromptLayout(self.prefix_P, token_ids_BT, soft_rows_BT, total_B)
-
-    def _starts(self, nodes: Jagged, text: Jagged) -> tuple[list[Tensor], Tensor]:
-        """Column at which each segment starts in each prompt, and the prompts' lengths."""
-        column_B = torch.zeros_like(nodes.lengths)
-        starts = []
-        for segment in self.segments:
-            starts.append(column_B)
-            if segment == "nodes":
-                column_B = column_B + nodes.lengths
-            elif segment == "text":
-                column_B = column_B + text.lengths
-            else:
-                column_B = column_B + (1 if segment == "graph" else self.get_buffer(segment).numel())
-        return starts, column_B
+                starts = torch.arange(rows + 1, device=device) * constant.numel()
+                parts.append(Jagged(constant.repeat(rows), starts))
+        return Jagged.beside(parts)
 
 
 class PromptSet(nn.ModuleDict):
@@ -114,10 +140,10 @@ class PromptSet(nn.ModuleDict):
     def __init__(self, prompts: Mapping[Task, CompiledPrompt]) -> None:
         super().__init__({str(task): prompt for task, prompt in prompts.items()})
 
-    def forward(self, task: Task, nodes: Jagged, text: Jagged) -> PromptLayout:
-        """Lays out the prompts of a batch, see `CompiledPrompt.forward`."""
-        layout: PromptLayout = self[task](nodes, text)
-        return layout
+    def forward(self, task: Task, nodes: Jagged, text: Jagged, prompts_B1: Tensor | None = None) -> PackedPrompts:
+        """Packs the prompts of a batch, see `CompiledPrompt.forward`."""
+        packed: PackedPrompts = self[task](nodes, text, prompts_B1)
+        return packed
 
 
 def compile_prompt(
@@ -168,13 +194,6 @@ def prompt_nodes(graph: SessionGraph, order: NodeOrder, max_nodes: int) -> Jagge
         shown_L = shown_L & (newer_L < max_nodes)
     lengths_B = torch.zeros_like(graph.click_offsets_B1[1:]).index_add_(0, session_L, shown_L.to(torch.int64))
     return Jagged.from_lengths(graph.alias_L[shown_L], lengths_B)
-
-
-def _place(target_BT: Tensor, start_B: Tensor, rows: Jagged, values_S: Tensor) -> None:
-    """Writes flat values into their prompts, row b from column start_B[b] on."""
-    row_S = rows.row_of_value
-    column_S = torch.arange(row_S.numel(), device=row_S.device) + (start_B - rows.offsets[:-1])[row_S]
-    target_BT[row_S, column_S] = values_S
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -53,3 +53,15 @@ def test_empty_has_rows_without_values() -> None:
 
 def test_ranges_count_up_from_their_starts() -> None:
     assert ranges(torch.tensor([7, 0, 2]), torch.tensor([0, 2, 2, 5])).tolist() == [7, 8, 2, 3, 4]
+
+
+@given(rows=ROWS, count=st.integers(1, 3), data=st.data())
+def test_beside_puts_the_same_rows_of_all_parts_together(
+    rows: list[list[int]], count: int, data: st.DataObject
+) -> None:
+    same_number = st.lists(st.lists(st.integers(-5, 5), max_size=4), min_size=len(rows), max_size=len(rows))
+    parts = [rows, *(data.draw(same_number) for _ in range(count))]
+
+    beside = Jagged.beside([jagged(part) for part in parts])
+
+    assert as_lists(beside) == [[value for part in parts for value in part[row]] for row in range(len(rows))]

@@ -10,14 +10,12 @@ def make():
 
 def test_soft_tokens_stand_at_their_places_and_others_stay():
     hybrid = make()
-    tokens_BTH, graph_BD, nodes_MD = torch.randn(2, 3, 6), torch.randn(2, 4), torch.randn(3, 4)
-    soft_rows = torch.tensor([[0, 2, -1], [4, 3, 1]])
-    result = hybrid(tokens_BTH, soft_rows, graph_BD, nodes_MD)
-    soft_SH = hybrid.project(graph_BD, nodes_MD)
-    for session, row in enumerate(soft_rows.tolist()):
-        for place, soft in enumerate(row):
-            expected = tokens_BTH[session, place] if soft < 0 else soft_SH[soft]
-            assert torch.equal(result[session, place], expected)
+    tokens_XH, graph_CD, nodes_MD = torch.randn(6, 6), torch.randn(2, 4), torch.randn(3, 4)
+    soft_rows = [0, 2, -1, 4, 3, 1]
+    result = hybrid(tokens_XH, torch.tensor(soft_rows), graph_CD, nodes_MD)
+    soft_SH = hybrid.project(graph_CD, nodes_MD)
+    for place, soft in enumerate(soft_rows):
+        assert torch.equal(result[place], tokens_XH[place] if soft < 0 else soft_SH[soft])
 
 
 def test_graph_and_nodes_have_their_own_projection():
@@ -44,15 +42,14 @@ def test_gain_scales_and_zero_vectors_stay_zero():
 
 def test_every_parameter_and_input_gets_gradient():
     hybrid = make()
-    graph_BD, nodes_MD = torch.randn(2, 4, requires_grad=True), torch.randn(1, 4, requires_grad=True)
-    result = hybrid(torch.zeros(2, 2, 6), torch.tensor([[0, 2], [1, -1]]), graph_BD, nodes_MD)
+    graph_CD, nodes_MD = torch.randn(2, 4, requires_grad=True), torch.randn(1, 4, requires_grad=True)
+    result = hybrid(torch.zeros(4, 6), torch.tensor([0, 2, 1, -1]), graph_CD, nodes_MD)
     (result * torch.randn_like(result)).sum().backward()
-    for tensor in (graph_BD, nodes_MD, *hybrid.parameters()):
+    for tensor in (graph_CD, nodes_MD, *hybrid.parameters()):
         assert tensor.grad.abs().sum() > 0
 
 
 def test_result_has_the_type_of_the_token_embeddings():
-    result = make()(
-        torch.zeros(1, 2, 6, dtype=torch.bfloat16), torch.tensor([[0, -1]]), torch.ones(1, 4), torch.ones(0, 4)
-    )
+    tokens_XH = torch.zeros(2, 6, dtype=torch.bfloat16)
+    result = make()(tokens_XH, torch.tensor([0, -1]), torch.ones(1, 4), torch.ones(0, 4))
     assert result.dtype == torch.bfloat16

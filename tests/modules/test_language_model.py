@@ -12,6 +12,7 @@ from llmgr_rec.modules.language_model import (
     mean_embedding_norm,
     standardise_encodings,
 )
+from llmgr_rec.modules.prompts import CompiledPrompt
 
 OTHER_DECODERS = [
     Qwen3Config(
@@ -37,15 +38,33 @@ def make(decoder=None, dtype="float32", dropout=0.0):
     return model
 
 
-def read_with_gradients(model, embeddings_BTH, lengths_B, prefix_P, share_prefix):
+def pack(lengths, prefix, together=False, branch=0):
+    """Prompts of some lengths; `together`, each is read at every node and has a branch there."""
+    segments = ["nodes", *([list(range(1, branch + 1))] if branch else [])]
+    nodes = Jagged.from_lengths(torch.arange(sum(lengths)), torch.tensor(lengths))
+    offsets = nodes.offsets if together else None
+    return CompiledPrompt(list(prefix), segments)(nodes, Jagged.empty(0), offsets)
+
+
+def read_with_gradients(model, embeddings_XH, packed, share_prefix):
     """Readings and gradients of a fixed function of them: of the inputs and of every LoRA matrix."""
     model.share_prefix = share_prefix
     model.zero_grad()
-    inputs = embeddings_BTH.clone().requires_grad_()
-    readings_BH = model(inputs, lengths_B, prefix_P)
-    (readings_BH * torch.linspace(-1, 1, readings_BH.numel()).view_as(readings_BH)).mean().backward()
+    inputs = embeddings_XH.clone().requires_grad_()
+    readings_CH = model(inputs, packed)
+    (readings_CH * torch.linspace(-1, 1, readings_CH.numel()).view_as(readings_CH)).mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return readings_BH.detach(), {"inputs": inputs.grad, **gradients}
+    return readings_CH.detach(), {"inputs": inputs.grad, **gradients}
+
+
+def assert_packed_equals_each(model, embeddings_XH, packed):
+    fast, fast_gradients = read_with_gradients(model, embeddings_XH, packed, share_prefix=True)
+    plain, plain_gradients = read_with_gradients(model, embeddings_XH, packed, share_prefix=False)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    assert fast_gradients.keys() == plain_gradients.keys()
+    for name, gradient in fast_gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], atol=1e-5, rtol=1e-5, msg=name)
+    return fast_gradients
 
 
 @pytest.fixture(scope="module")
@@ -54,32 +73,40 @@ def tiny():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 6), st.integers(0, 2**31))
-def test_shared_prefix_equals_whole_prompts(tiny, lengths, prefix, seed):
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    st.lists(st.integers(0, 258), max_size=6),
+    st.integers(0, 9),
+)
+def test_packed_row_equals_whole_prompts(tiny, lengths, prefix, seed):
+    packed = pack(lengths, prefix)
     torch.manual_seed(seed)
-    embeddings_BTH = torch.randn(len(lengths), max(lengths), 64)
-    arguments = (embeddings_BTH, torch.tensor(lengths), torch.randint(0, 259, (prefix,)))
-    fast, fast_gradients = read_with_gradients(tiny, *arguments, share_prefix=True)
-    plain, plain_gradients = read_with_gradients(tiny, *arguments, share_prefix=False)
-    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    gradients = assert_packed_equals_each(tiny, torch.randn(packed.num_tokens, 64), packed)
     # 7 linear layers in each of 2 decoder layers, two matrices each, and the inputs.
-    assert fast_gradients.keys() == plain_gradients.keys()
-    assert len(fast_gradients) == 29
-    for name, gradient in fast_gradients.items():
-        torch.testing.assert_close(gradient, plain_gradients[name], atol=1e-5, rtol=1e-5)
+    assert len(gradients) == 29
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.lists(st.integers(0, 258), max_size=4),
+    st.integers(0, 3),
+    st.integers(0, 9),
+)
+def test_readings_that_share_a_trunk_equal_whole_prompts(tiny, lengths, prefix, branch, seed):
+    packed = pack(lengths, prefix, together=True, branch=branch)
+    assert packed.num_tokens == sum(lengths) * (1 + branch)
+    torch.manual_seed(seed)
+    assert_packed_equals_each(tiny, torch.randn(packed.num_tokens, 64), packed)
 
 
 @pytest.mark.parametrize("config", OTHER_DECODERS, ids=lambda config: config.model_type)
-def test_any_causal_decoder_shares_its_prefix(config):
+@pytest.mark.parametrize("branch", [None, 2])
+def test_any_causal_decoder_packs(config, branch):
     torch.manual_seed(1)
     model = make(AutoModel.from_config(config, attn_implementation="sdpa"))
-    arguments = (torch.randn(3, 4, 16), torch.tensor([4, 1, 2]), torch.tensor([7, 8, 9]))
-    fast, fast_gradients = read_with_gradients(model, *arguments, share_prefix=True)
-    plain, plain_gradients = read_with_gradients(model, *arguments, share_prefix=False)
-    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
-    assert len(fast_gradients) > 9
-    for name, gradient in fast_gradients.items():
-        torch.testing.assert_close(gradient, plain_gradients[name], atol=1e-5, rtol=1e-5)
+    packed = pack([4, 1, 2], [7, 8, 9]) if branch is None else pack([4, 1, 2], [7, 8, 9], True, branch)
+    assert len(assert_packed_equals_each(model, torch.randn(packed.num_tokens, 16), packed)) > 9
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
@@ -87,20 +114,52 @@ def test_reading_is_that_of_the_prompt_alone(tiny, share_prefix):
     """Neither padding nor other prompts of the batch have a part in a reading."""
     torch.manual_seed(3)
     tiny.share_prefix = share_prefix
-    embeddings_BTH, lengths, prefix_P = torch.randn(3, 6, 64), [2, 6, 1], torch.tensor([5, 6])
-    readings_BH = tiny(embeddings_BTH, torch.tensor(lengths), prefix_P)
-    inputs = torch.cat([tiny.token_embedding(prefix_P).expand(3, -1, -1), embeddings_BTH], dim=1)
-    for row, length in enumerate(lengths):
-        alone = tiny.base(inputs_embeds=inputs[row : row + 1, : 2 + length]).last_hidden_state[0, -1]
-        torch.testing.assert_close(readings_BH[row], alone, atol=1e-5, rtol=1e-5)
+    lengths, prefix = [2, 6, 1], [5, 6]
+    packed = pack(lengths, prefix)
+    embeddings_XH = torch.randn(9, 64)
+    readings_CH = tiny(embeddings_XH, packed)
+    for reading, embeddings in zip(readings_CH, embeddings_XH.split(lengths), strict=True):
+        whole = torch.cat([tiny.token_embedding(torch.tensor(prefix)), embeddings])
+        alone = tiny.base(inputs_embeds=whole.unsqueeze(0)).last_hidden_state[0, -1]
+        torch.testing.assert_close(reading, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("branch", [0, 2])
+def test_nothing_leaks_from_later_nodes(tiny, share_prefix, branch):
+    """A reading neither changes with a later node of its trunk nor sends it a gradient, nor with another branch."""
+    torch.manual_seed(3)
+    tiny.share_prefix = share_prefix
+    packed = pack([5], [5, 6], together=True, branch=branch)
+    embeddings_XH = torch.randn(packed.num_tokens, 64, requires_grad=True)
+    tiny(embeddings_XH, packed)[2].sum().backward()
+    seen = embeddings_XH.grad.abs().sum(dim=1) > 0
+    own_branch = range(5 + 2 * branch, 5 + 3 * branch)
+    assert seen.nonzero().flatten().tolist() == [0, 1, 2, *own_branch]
+
+
+def test_the_last_layer_is_computed_only_where_it_is_read(tiny):
+    """And of the prefix, each layer sees one copy."""
+    seen = {}
+    layers = tiny.base.layers
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, inputs, __, n=number: seen.__setitem__(n, inputs[0].shape[1]))
+        for number, layer in enumerate(layers)
+    ]
+    tiny.share_prefix = True
+    packed = pack([3, 2, 4], [7, 8, 9, 10, 11])
+    tiny(torch.randn(9, 64), packed)
+    for hook in hooks:
+        hook.remove()
+    assert seen == {0: 5 + 9, 1: 3}
 
 
 def test_prefix_gradient_reaches_lora(tiny):
     """The prefix is not a constant: with LoRA after it switched off, its gradient is still there."""
     torch.manual_seed(0)
-    embeddings_BTH, lengths_B = torch.randn(2, 2, 64), torch.tensor([2, 1])
-    short = read_with_gradients(tiny, embeddings_BTH, lengths_B, torch.tensor([5]), True)[1]
-    other = read_with_gradients(tiny, embeddings_BTH, lengths_B, torch.tensor([6]), True)[1]
+    embeddings_XH = torch.randn(3, 64)
+    short = read_with_gradients(tiny, embeddings_XH, pack([2, 1], [5]), True)[1]
+    other = read_with_gradients(tiny, embeddings_XH, pack([2, 1], [6]), True)[1]
     name = next(name for name in short if "layers.0.self_attn.k_proj.lora_A" in name)
     assert not torch.allclose(short[name], other[name])
 
@@ -116,9 +175,9 @@ def test_bfloat16_base_keeps_lora_in_float32_and_reads_nearly_the_same():
     exact, rounded = make(), make(dtype="bfloat16")
     rounded.load_state_dict(exact.state_dict())
     torch.manual_seed(5)
-    embeddings_BTH, lengths_B, prefix_P = torch.randn(3, 5, 64), torch.tensor([5, 2, 3]), torch.tensor([7, 8])
-    expected, gradients = read_with_gradients(exact, embeddings_BTH, lengths_B, prefix_P, True)
-    found, found_gradients = read_with_gradients(rounded, embeddings_BTH.bfloat16(), lengths_B, prefix_P, True)
+    embeddings_XH, packed = torch.randn(10, 64), pack([5, 2, 3], [7, 8])
+    expected, gradients = read_with_gradients(exact, embeddings_XH, packed, True)
+    found, found_gradients = read_with_gradients(rounded, embeddings_XH.bfloat16(), packed, True)
     assert found.dtype == torch.float32
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     for name, parameter in rounded.named_parameters():
@@ -130,7 +189,7 @@ def test_bfloat16_base_keeps_lora_in_float32_and_reads_nearly_the_same():
 
 def test_dropout_is_off_in_eval_mode():
     model = make(dropout=0.5)
-    arguments = (torch.randn(2, 3, 64), torch.tensor([3, 2]), torch.tensor([4]))
+    arguments = (torch.randn(5, 64), pack([3, 2], [4]))
     model.eval()
     assert torch.equal(model(*arguments), model(*arguments))
     model.train()

@@ -55,25 +55,76 @@ def prompts_with_rows(draw):
     return segments, nodes, text
 
 
+def tokens_of(packed, tokens):
+    """Pairs of token id and soft row."""
+    return list(zip(packed.token_ids_X[tokens].tolist(), packed.soft_rows_X[tokens].tolist(), strict=True))
+
+
+def plain_prompt(segments, graph, nodes, text):
+    """One prompt after its prefix, as pairs of token id and soft row."""
+    pairs = []
+    for segment in segments:
+        if segment == "graph":
+            pairs.append((0, graph))
+        elif segment == "nodes":
+            pairs += [(0, node) for node in nodes]
+        else:
+            pairs += [(token, -1) for token in (text if segment == "text" else segment)]
+    return pairs
+
+
 @given(prompts_with_rows())
-def test_layout_equals_a_plain_loop(case):
+def test_packed_prompts_equal_a_plain_loop(case):
     segments, nodes, text = case
-    layout = CompiledPrompt([3, 4], segments)(jagged(nodes), jagged(text))
-    assert layout.prefix_P.tolist() == [3, 4]
+    if not any(len(row) + len(words) for row, words in zip(nodes, text, strict=True)) and "graph" not in segments:
+        return
+    packed = CompiledPrompt([3, 4], segments)(jagged(nodes), jagged(text))
+    assert packed.prefix_P.tolist() == [3, 4]
+    assert packed.num_prompts == len(nodes)
     next_soft = len(nodes)
     for row in range(len(nodes)):
-        expected = []
-        for segment in segments:
-            if segment == "graph":
-                expected.append((0, row))
-            elif segment == "nodes":
-                expected += [(0, next_soft + number) for number in range(len(nodes[row]))]
-                next_soft += len(nodes[row])
-            else:
-                expected += [(token, -1) for token in (text[row] if segment == "text" else segment)]
-        length = int(layout.lengths_B[row])
-        found = zip(layout.token_ids_BT[row].tolist(), layout.soft_rows_BT[row].tolist(), strict=True)
-        assert list(found) == expected + [(0, -1)] * (layout.token_ids_BT.shape[1] - length)
+        soft = range(next_soft, next_soft + len(nodes[row]))
+        next_soft = soft.stop
+        path = packed.path(row)
+        assert tokens_of(packed, path) == plain_prompt(segments, row, soft, text[row])
+        assert packed.depth_X[path].tolist() == list(range(len(path)))
+        assert (packed.prompt_X[path] == row).all()
+
+
+@st.composite
+def shared_prompts(draw):
+    constant = st.lists(st.integers(1, 9), min_size=1, max_size=3)
+    segments = ["nodes"]
+    for place in draw(st.permutations(["graph", "text"])):
+        segments += [draw(constant)] if draw(st.booleans()) else []
+        segments += [place] if draw(st.booleans()) else []
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    text = draw(st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=sum(lengths), max_size=sum(lengths)))
+    return segments, lengths, text
+
+
+@given(shared_prompts())
+def test_readings_that_share_a_prompt_equal_prompts_of_growing_prefixes(case):
+    segments, lengths, text = case
+    nodes = Jagged.from_lengths(torch.arange(sum(lengths)), torch.tensor(lengths))
+    packed = CompiledPrompt([3], segments)(nodes, jagged(text), nodes.offsets)
+    assert packed.num_prompts == len(lengths)
+    reading = 0
+    for start, length in zip(nodes.offsets.tolist(), lengths, strict=False):
+        for count in range(1, length + 1):
+            soft = range(sum(lengths) + start, sum(lengths) + start + count)
+            path = packed.path(reading)
+            assert tokens_of(packed, path) == plain_prompt(segments, reading, soft, text[reading])
+            assert packed.depth_X[path].tolist() == list(range(len(path)))
+            assert packed.read_C[reading] == path[-1]
+            reading += 1
+
+
+def test_what_differs_between_prefixes_must_follow_the_nodes():
+    prompt = CompiledPrompt([3], ["graph", "nodes"])
+    assert not prompt.has_trunk
+    with pytest.raises(ValueError, match="first place"):
+        prompt(jagged([[0]]), Jagged.empty(1), torch.tensor([0, 1]))
 
 
 def test_prefix_is_all_before_the_first_place():
@@ -110,13 +161,12 @@ def test_prompt_starts_with_the_special_tokens_of_the_tokenizer():
 def test_buffers_follow_the_module():
     prompt = CompiledPrompt([3, 4], ["graph", [5]])
     assert not prompt.state_dict()
-    layout = prompt.to("meta")
-    assert layout.prefix_P.device.type == "meta"
-    assert layout.get_buffer("constant1").device.type == "meta"
+    moved = prompt.to("meta")
+    assert moved.prefix_P.device.type == "meta"
+    assert moved.get_buffer("constant1").device.type == "meta"
 
 
 @pytest.mark.parametrize("prefix", [[], [3]])
 def test_single_session(prefix):
-    layout = CompiledPrompt(prefix, ["nodes", [8]])(jagged([[0]]), Jagged.empty(1))
-    assert layout.token_ids_BT.tolist() == [[0, 8]]
-    assert layout.soft_rows_BT.tolist() == [[1, -1]]
+    packed = CompiledPrompt(prefix, ["nodes", [8]])(jagged([[0]]), Jagged.empty(1))
+    assert tokens_of(packed, packed.path(0)) == [(0, 1), (8, -1)]
