@@ -129,7 +129,7 @@ class StageConfig:
     Args:
         epochs: Passes over the training examples; 0 skips the training of this stage.
         max_steps: Optimizer steps after which the stage ends; 0 means no limit.
-        batch_size: Training examples of one optimizer step, over all ranks.
+        batch_size: Training examples of one optimizer step, over all ranks; sessions where behave.one_pass is set.
         lr: Peak learning rate of the dense parameters, per step.
         weight_decay: AdamW weight decay of the dense parameters.
         warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
@@ -164,6 +164,19 @@ class AlignConfig(StageConfig):
     contrastive_weight: float = 0.1
     contrastive_temperature: float = 0.07
     hard_negatives: int = 0
+
+
+@dataclass
+class BehaveConfig(StageConfig):
+    """Stage 2, behaviour pattern modelling.
+
+    Args:
+        one_pass: Read each training session once and ask for the next item after every click, in place of a prompt for
+            each. The same targets for a fraction of the tokens; needs a template whose first place is {nodes}, such as
+            those of prompt.templates compact.
+    """
+
+    one_pass: bool = False
 
 
 @dataclass
@@ -235,8 +248,8 @@ class Config:
     align: AlignConfig = field(
         default_factory=lambda: AlignConfig(batch_size=64, lr=1e-3, trainable=["adapter", "head"], eval_every=0)
     )
-    behave: StageConfig = field(
-        default_factory=lambda: StageConfig(
+    behave: BehaveConfig = field(
+        default_factory=lambda: BehaveConfig(
             epochs=3, batch_size=64, lr=3e-4, trainable=["adapter", "lora", "head"], eval_every=1
         )
     )

@@ -79,6 +79,7 @@ def check_limits(config: Config) -> None:
             f"setting encoder.attention_heads is {config.encoder.attention_heads}; "
             f"give a number that divides tables.dim {config.tables.dim}"
         )
+    _check_one_pass(config)
     if not config.prompt.text_fields:
         raise UserError("setting prompt.text_fields is empty; name at least one text column, such as title")
     for stage in _STAGES:
@@ -89,6 +90,22 @@ def check_limits(config: Config) -> None:
         raise UserError(
             f"setting sbr.trainable names {', '.join(config.sbr.trainable)}, of which stage sbr has nothing; "
             "name tables, encoder or both"
+        )
+
+
+def _check_one_pass(config: Config) -> None:
+    """Readings of one pass share what stands at {nodes}, which therefore must not know later clicks."""
+    if not config.behave.one_pass:
+        return
+    if config.prompt.node_source == "encoder":
+        raise UserError(
+            "setting behave.one_pass is true, but prompt.node_source is encoder, whose node states know later clicks; "
+            "set prompt.node_source to table"
+        )
+    if config.prompt.node_order == "unique":
+        raise UserError(
+            "setting behave.one_pass is true, but prompt.node_order is unique, which depends on later clicks; "
+            "set prompt.node_order to clicks"
         )
 
 

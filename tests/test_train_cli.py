@@ -30,7 +30,7 @@ from tests.training.damage import (
     truncate_silently,
     without_one_text,
 )
-from tests.training.small_training import small_config, small_dataset, train
+from tests.training.small_training import PROMPTS, small_config, small_dataset, train
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +149,14 @@ def test_a_data_set_that_cannot_be_read_is_refused(
     assert re.search(message, refused(dataset=dataset))
 
 
+def test_prefixes_that_are_rows_already_are_not_read_in_one_pass(refused: Refused, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(small_dataset(), dataset)
+    edit_manifest(dataset, lambda manifest: manifest.update(prefix_augmentation=[]))
+    said = refused("--behave.one_pass", "true", dataset=dataset)
+    assert re.search(r"the training rows of .*dataset are prefixes already; set behave\.one_pass to false", said)
+
+
 def test_text_is_not_asked_for_where_none_is_read(refused: Refused, tmp_path: Path) -> None:
     """What is refused then is only the last thing that is looked at: tables that find no room."""
     dataset = tmp_path / "dataset"
@@ -200,6 +208,18 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--tables.dim", "18"], r"setting tables\.dim is 18; give a multiple of 4"),
         (["--tables.dim", "0"], r"setting tables\.dim is 0; give 4 or more"),
         (["--encoder.attention_heads", "3"], r"setting encoder\.attention_heads is 3; give a number that divides"),
+        (
+            ["--behave.one_pass", "true", "--prompt.node_source", "encoder"],
+            r"one_pass is true, but prompt\.node_source is encoder, .* later clicks; set prompt\.node_source to table",
+        ),
+        (
+            ["--behave.one_pass", "true", "--prompt.node_order", "unique"],
+            r"one_pass is true, but prompt\.node_order is unique, .* later clicks; set prompt\.node_order to clicks",
+        ),
+        (
+            ["--behave.one_pass", "true", "--prompt.templates", "nodes-last.yaml"],
+            r"one_pass is true, but the first place .* nodes-last\.yaml is not \{nodes\}, .* to compact",
+        ),
         (["--runtime.log_every", "0"], r"setting runtime\.log_every is 0; give 1 or more"),
         (["--runtime.checkpoint_every", "-2"], r"setting runtime\.checkpoint_every is -2; give 0 or more"),
         (["--runtime.eval_batch_size", "0"], r"setting runtime\.eval_batch_size is 0; give 1 or more"),
@@ -211,7 +231,11 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--stage", "align", "--align.epochs", "0"], r"setting align\.epochs is 0, so --stage align has nothing"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(refused: Refused, words: list[str], message: str) -> None:
+def test_a_setting_that_cannot_be_is_named(
+    refused: Refused, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(refused.folder)
+    Path("nodes-last.yaml").write_text(PROMPTS.replace("{nodes} {graph}", "{graph} {nodes}"))
     if "cuda" in words and __import__("torch").cuda.is_available():
         pytest.skip("there is a GPU")
     assert re.search(message, refused(*words))

@@ -1,9 +1,9 @@
 """Sessions as they come from the reader, and the batch that the model takes.
 
-Shapes: B sessions, L clicks, N nodes, C candidates, V items in the catalogue.
+Shapes: B sessions, G prompts that several of them share, L clicks, N nodes, C candidates, V items in the catalogue.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -13,6 +13,10 @@ from torchrec.streamable import Pipelineable
 
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import Jagged
+
+
+def _no_prompts() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
@@ -28,6 +32,8 @@ class RawSessions:
         global_size: Real rows of the global batch, over all ranks.
         step: Number of the global batch in its epoch.
         epoch: Number of the epoch.
+        prompts_G1: First session of each prompt that several sessions share, int64 [G + 1]: they are growing prefixes
+            of one, each one click longer than the one before. Empty where each session has a prompt of its own.
     """
 
     items_L: Tensor
@@ -38,6 +44,7 @@ class RawSessions:
     global_size: int
     step: int = 0
     epoch: int = 0
+    prompts_G1: Tensor = field(default_factory=_no_prompts)
 
 
 @dataclass
@@ -62,6 +69,7 @@ class SessionBatch(Pipelineable):
         step: Number of the global batch in its epoch.
         epoch: Number of the epoch.
         num_items: Size V of the catalogue.
+        prompts_G1: First session of each prompt that several share, see `RawSessions`.
     """
 
     features: KeyedJaggedTensor
@@ -78,6 +86,7 @@ class SessionBatch(Pipelineable):
     step: int
     epoch: int
     num_items: int
+    prompts_G1: Tensor = field(default_factory=_no_prompts)
 
     @property
     def num_sessions(self) -> int:
@@ -112,4 +121,5 @@ _DEVICE_FIELDS = (
     "log_q_C",
     "text_tokens",
     "text_items_B",
+    "prompts_G1",
 )

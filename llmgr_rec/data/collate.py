@@ -96,6 +96,7 @@ class Collator:
             step=raw.step,
             epoch=raw.epoch,
             num_items=self.num_items,
+            prompts_G1=raw.prompts_G1,
         )
 
     def _candidates(self, raw: RawSessions, targets_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Shapes: B sessions of this rank's slice, L clicks.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
+from llmgr_rec.data.prefixes import grow_prefixes, prefix_examples
 from llmgr_rec.data.row_groups import Recent, RowGroup, RowGroups
 from llmgr_rec.errors import UserError
 
@@ -38,6 +39,8 @@ class ReadOrder:
         shuffle: Whether each epoch has its own random order; otherwise it is the order of the files.
         seed: Seed of the order.
         augment_prefixes: Whether a row stands for an example of each of its prefixes, or for one example.
+        together: With prefix augmentation, the most prefixes of a row that stand together and share a prompt; 0 keeps
+            all examples apart. Then batches count rows, not examples.
     """
 
     batch_size: int
@@ -46,6 +49,12 @@ class ReadOrder:
     shuffle: bool
     seed: int
     augment_prefixes: bool
+    together: int = 0
+
+    @property
+    def by_click(self) -> bool:
+        """Whether each click is drawn for itself, or each row."""
+        return self.augment_prefixes and not self.together
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -71,6 +80,8 @@ class SessionReader(Generic[T]):
         seed: Seed of the order.
         augment_prefixes: Whether a row (v1 .. vn, target) stands for the n examples (v1 .. vj -> the click that
             followed), or for the last of them alone.
+        together: With prefix augmentation, the most prefixes of a row that stand together in a batch and share a
+            prompt; 0 keeps all examples apart. Then `batch_size` counts rows, and a longer row has several prompts.
         collate: Makes a batch of the raw sessions; runs in the worker processes.
         workers: Processes that read ahead; 0 reads in this process.
         pin_memory: Whether batches are copied to page-locked memory, for copies to a GPU that do not block.
@@ -91,11 +102,12 @@ class SessionReader(Generic[T]):
         shuffle: bool = False,
         seed: int = 0,
         augment_prefixes: bool = False,
+        together: int = 0,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.order = ReadOrder(batch_size, rank, world_size, shuffle, seed, augment_prefixes)
-        self.groups = RowGroups(parts, num_items=num_items, by_click=augment_prefixes)
+        self.order = ReadOrder(batch_size, rank, world_size, shuffle, seed, augment_prefixes, together)
+        self.groups = RowGroups(parts, num_items=num_items, by_click=self.order.by_click)
         if not self.groups.num_examples:
             folder = f" in {Path(parts[0]).parent}" if parts else ""
             raise UserError(f"the split has no sessions{folder}; prepare the data set from more interactions")
@@ -109,7 +121,7 @@ class SessionReader(Generic[T]):
 
     @property
     def num_examples(self) -> int:
-        """Examples of an epoch, over all ranks."""
+        """Examples of an epoch, or rows where prefixes stand together, over all ranks."""
         return self.groups.num_examples
 
     @property
@@ -170,6 +182,7 @@ class SessionReader(Generic[T]):
             "shuffle": order.shuffle,
             "seed": order.seed,
             "augment_prefixes": order.augment_prefixes,
+            "together": order.together,
         }
 
     def collated(self, epoch: int, step: int) -> T:
@@ -183,10 +196,17 @@ class SessionReader(Generic[T]):
         global_size = min(order.batch_size, self.num_examples - first)
         start = first + order.rank * global_size // order.world_size
         stop = first + (order.rank + 1) * global_size // order.world_size
+        raw = replace(self._read(epoch, start, stop), global_size=global_size, step=step, epoch=epoch)
+        if order.augment_prefixes and order.together:
+            return grow_prefixes(raw, order.together, self._clicks(epoch, first, first + global_size))
+        return raw
+
+    def _read(self, epoch: int, start: int, stop: int) -> RawSessions:
+        """Positions start .. stop - 1 of the epoch's order."""
         if start == stop:
-            return _filler(global_size, step, epoch)
+            return _filler()
         pieces = [
-            (*_cut(self.groups[group], examples, order.augment_prefixes), examples + self.groups.first_example[group])
+            (*_cut(self.groups[group], examples, self.order.by_click), examples + self.groups.first_example[group])
             for group, examples in self._examples(epoch, start, stop)
         ]
         items, targets, rows = zip(*pieces, strict=True)
@@ -196,10 +216,13 @@ class SessionReader(Generic[T]):
             targets_B=torch.cat(targets),
             weights_B=torch.ones(stop - start),
             rows_B=torch.cat(rows),
-            global_size=global_size,
-            step=step,
-            epoch=epoch,
+            global_size=stop - start,
         )
+
+    def _clicks(self, epoch: int, start: int, stop: int) -> int:
+        """Clicks of the rows at positions start .. stop - 1 of the epoch's order."""
+        pieces = self._examples(epoch, start, stop)
+        return sum(int(self.groups[group].items.lengths[rows].sum()) for group, rows in pieces)
 
     def _examples(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Row groups and example numbers within them at positions start .. stop - 1 of the epoch's order."""
@@ -245,22 +268,14 @@ def _as_it_is(batch: T) -> T:
     return batch
 
 
-def _cut(group: RowGroup, examples: Tensor, augment_prefixes: bool) -> tuple[Jagged, Tensor]:
-    """Clicks and targets of examples of a row group.
-
-    With prefix augmentation example e is the row that holds click e, up to and including that click.
-    """
-    clicks, offsets = group.items.values, group.items.offsets
-    if not augment_prefixes:
-        return group.items.select(examples), group.targets_R[examples]
-    rows = torch.searchsorted(offsets, examples, right=True) - 1
-    starts, following = offsets[rows], examples + 1
-    ends_row = following == offsets[rows + 1]
-    targets = torch.where(ends_row, group.targets_R[rows], clicks[following.clamp(max=clicks.numel() - 1)])
-    return group.items.gather(starts, following - starts), targets
+def _cut(group: RowGroup, examples: Tensor, by_click: bool) -> tuple[Jagged, Tensor]:
+    """Clicks and targets of examples of a row group."""
+    if by_click:
+        return prefix_examples(group.items, group.targets_R, examples)
+    return group.items.select(examples), group.targets_R[examples]
 
 
-def _filler(global_size: int, step: int, epoch: int) -> RawSessions:
+def _filler() -> RawSessions:
     """One row of weight 0, so that a rank without rows takes part in the step's collective calls."""
     return RawSessions(
         items_L=torch.zeros(1, dtype=torch.int64),
@@ -268,7 +283,5 @@ def _filler(global_size: int, step: int, epoch: int) -> RawSessions:
         targets_B=torch.zeros(1, dtype=torch.int64),
         weights_B=torch.zeros(1),
         rows_B=torch.full((1,), -1),
-        global_size=global_size,
-        step=step,
-        epoch=epoch,
+        global_size=0,
     )

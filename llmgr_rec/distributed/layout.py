@@ -148,7 +148,7 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
     if stage == "sbr":
         return SbrTask(build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta").to("meta"))
     # Only that the prompts are there matters for the layout, not what they say.
-    prompts = {task: CompiledPrompt([0], ["graph", "nodes"]) for task in get_args(Task)}
+    prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
     decoder = _meta_decoder(config)
     llmgr = build_llmgr(
         config, sizes.num_items, sizes.num_embeddings, decoder, prompts, settings.trainable, "meta", embedding_norm=1.0
@@ -158,7 +158,7 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
         text_VH = torch.empty(sizes.num_items, llmgr.language_model.hidden_size, device="meta")
         llmgr.cache_catalogue(rows_VD, rows_VD, text_VH if reads_item_text(config) else None)
     if stage == "behave":
-        return BehaveTask(llmgr)
+        return BehaveTask(llmgr, one_pass=config.behave.one_pass)
     align = config.align
     return AlignTask(llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives)
 

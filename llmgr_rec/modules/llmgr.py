@@ -3,7 +3,8 @@
 The forward pass down to the table lookups is traced symbolically by TorchRec's pipelines: it takes attributes of the
 batch and calls modules, and never branches on a tensor.
 
-Shapes: B sessions, N nodes, C candidates, V items, D = d1 columns, H = d2 hidden width, Q columns of queries and items.
+Shapes: B sessions, G prompts that several of them share, N nodes, C candidates, V items, D = d1 columns, H = d2 hidden
+width, Q columns of queries and items.
 """
 
 from collections.abc import Collection, Mapping
@@ -24,12 +25,13 @@ from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.language_model import LoraLanguageModel
-from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes
+from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes, trunk_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender
 
 ITEM_TEXT = "item_text"
 
 torch.fx.wrap("prompt_nodes")
+torch.fx.wrap("trunk_nodes")
 
 
 @dataclass
@@ -160,19 +162,44 @@ class LLMGR(nn.Module):
             seen, prompt_nodes(batch.graph, self.node_order, self.max_nodes), batch.text_tokens, task
         )
 
-    def read_nodes(self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task) -> Tensor:
+    def read_prefixes(self, seen: Recommended, batch: SessionBatch, task: Task) -> Tensor:
+        """The same readings from prompts that growing prefixes of a session share, [B, H].
+
+        They are the same as long as no session is longer than a prompt shows: of a longer one, the prefixes that share
+        a prompt see its nodes from the first one on. What they share must know nothing of later clicks, which is so for
+        rows of the item tables, and not for states of the session encoder; the graph token is each prefix's own.
+
+        Args:
+            seen: From `look_up`.
+            batch: The same batch, which says what shares a prompt.
+            task: Whose prompt is read.
+
+        Raises:
+            ValueError: Nodes are encoder states or distinct items, both of which depend on later clicks.
+        """
+        if self.node_source != "table" or self.node_order != "clicks":
+            raise ValueError(
+                "prefixes share a prompt only where nodes are rows of the item tables in order of the clicks"
+            )
+        nodes = trunk_nodes(batch.graph, batch.prompts_G1)
+        return self.read_nodes(seen, nodes, batch.text_tokens, task, batch.prompts_G1)
+
+    def read_nodes(
+        self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task, prompts_G1: Tensor | None = None
+    ) -> Tensor:
         """Reads prompts with given nodes.
 
         Args:
             seen: From `look_up`.
-            nodes: Global node index of each shown node, one row a session.
+            nodes: Global node index of each shown node, one row a prompt.
             text: Token ids of the text place, one row a session.
             task: Whose prompt is read.
+            prompts_G1: First session of each prompt where sessions share them; None where each has its own.
 
         Returns:
             Readings, float32 [B, H].
         """
-        packed = self.prompts(task, nodes, text)
+        packed = self.prompts(task, nodes, text, prompts_G1)
         vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
         embeddings_XH = self.hybrid(
             self.language_model.token_embedding(packed.token_ids_X),

@@ -196,6 +196,22 @@ def prompt_nodes(graph: SessionGraph, order: NodeOrder, max_nodes: int) -> Jagge
     return Jagged.from_lengths(graph.alias_L[shown_L], lengths_B)
 
 
+def trunk_nodes(graph: SessionGraph, prompts_G1: Tensor) -> Jagged:
+    """Nodes of prompts that growing prefixes share: as many of the longest one's last clicks as there are prefixes.
+
+    Args:
+        graph: Graphs of the prefixes.
+        prompts_G1: First prefix of each prompt; each prefix is one click longer than the one before.
+
+    Returns:
+        Global node index, in the longest prefix's graph, of each shown click, one row a prompt.
+    """
+    lengths_G = prompts_G1[1:] - prompts_G1[:-1]
+    ends_G = graph.click_offsets_B1[prompts_G1[1:]]
+    clicks = Jagged(graph.alias_L, graph.click_offsets_B1)
+    return clicks.gather(ends_G - lengths_G, lengths_G, total=graph.num_sessions)
+
+
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 

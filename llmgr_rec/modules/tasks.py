@@ -48,16 +48,23 @@ class BehaveTask(nn.Module):
     Args:
         llmgr: The model.
         world_size: Number of ranks, over which gradients are averaged.
+        one_pass: Read prefixes of a session in one prompt; its batches then say which share one.
     """
 
-    def __init__(self, llmgr: LLMGR, world_size: int = 1) -> None:
+    def __init__(self, llmgr: LLMGR, world_size: int = 1, one_pass: bool = False) -> None:
         super().__init__()
         self.llmgr = llmgr
         self.world_size = world_size
+        self.one_pass = one_pass
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and its parts without gradient."""
-        loss = _ranking(self.llmgr.score(batch, "behave"), batch, self.world_size)
+        seen = self.llmgr.look_up(batch)
+        readings_BH = (
+            self.llmgr.read_prefixes(seen, batch, "behave") if self.one_pass else self.llmgr.read(seen, batch, "behave")
+        )
+        scored = Scored(self.llmgr.queries(seen, readings_BH), self.llmgr.items(seen, batch))
+        loss = _ranking(scored, batch, self.world_size)
         return loss, {"loss": loss.detach()}
 
 

@@ -20,6 +20,7 @@ from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import reads_item_text
+from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.stages import STAGES, StageName, stage_settings
@@ -210,7 +211,9 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
     if all(stage == "sbr" for stage in stages):
         return
-    compile_prompts(config)
+    prompts = compile_prompts(config)
+    if "behave" in stages and config.behave.one_pass:
+        _check_one_pass(config, prompts["behave"], dataset)
     if not (reads_item_text(config) or "align" in stages or config.prompt.text_items):
         return
     if not dataset.manifest.has_text:
@@ -219,6 +222,19 @@ def _check_language(config: Config, stages: Sequence[StageName], dataset: Datase
             "prepare with an items file that has a column title, or train with --stage sbr"
         )
     catalogue.texts(list(config.prompt.text_fields))
+
+
+def _check_one_pass(config: Config, prompt: CompiledPrompt, dataset: Dataset) -> None:
+    if not prompt.has_trunk:
+        raise UserError(
+            f"setting behave.one_pass is true, but the first place of template behave in {config.prompt.templates} is "
+            "not {nodes}, so prefixes of a session cannot share a prompt; set prompt.templates to compact, for one"
+        )
+    if "train" not in dataset.manifest.prefix_augmentation:
+        raise UserError(
+            f"setting behave.one_pass is true, but the training rows of {dataset.path} are prefixes already; "
+            "set behave.one_pass to false"
+        )
 
 
 def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalogue) -> None:

@@ -125,6 +125,7 @@ class StageLoop:
         def forward(batch: SessionBatch) -> LossAndParts:
             # Not before the whole step: a pipeline that is filled first, as after a resume, draws random numbers too.
             torch.manual_seed(step_seed(self.seed, self.name, position.step, self.world.rank))
+            batches.used += batch.global_size
             return self.model(batch)
 
         pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.world.device, custom_model_fwd=forward)
@@ -207,7 +208,7 @@ class StageLoop:
             position.step,
             epoch=position.epoch,
             lr=self.settings.lr * factor,
-            examples_per_s=window.steps * self.settings.batch_size / window.seconds(),
+            examples_per_s=window.examples() / window.seconds(),
             data_wait=window.waiting_share(),
             **means,
         )
@@ -231,11 +232,12 @@ def step_seed(seed: int, stage: str, step: int, rank: int) -> int:
 
 
 class _Timed(Iterator[SessionBatch]):
-    """Passes batches on and adds up the seconds spent waiting for them."""
+    """Passes batches on and adds up the seconds spent waiting for them, and the examples of those that were used."""
 
     def __init__(self, batches: Iterator[SessionBatch]) -> None:
         self._batches = batches
         self.waited = 0.0
+        self.used = 0
 
     def __next__(self) -> SessionBatch:
         start = time.perf_counter()
@@ -251,6 +253,7 @@ class _Window:
     def __init__(self, batches: _Timed) -> None:
         self._batches = batches
         self._waited = batches.waited
+        self._used = batches.used
         self._start = time.perf_counter()
         self._sums: dict[str, torch.Tensor] = {}
         self.steps = 0
@@ -265,6 +268,9 @@ class _Window:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start
+
+    def examples(self) -> int:
+        return self._batches.used - self._used
 
     def waiting_share(self) -> float:
         return (self._batches.waited - self._waited) / self.seconds()

@@ -1,6 +1,7 @@
 """The three stages: what each one builds, starts from, trains on and leaves behind."""
 
 import logging
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,7 +137,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
         name_hash = weights_hash(config.llm.name_or_path)
         encodings = encode_catalogue(decoder, context.item_tokens, world, context.run, name_hash)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta")
-    task: nn.Module = BehaveTask(llmgr, world.size)
+    task: nn.Module = BehaveTask(llmgr, world.size, config.behave.one_pass)
     if stage == "align":
         align = config.align
         task = AlignTask(
@@ -173,9 +174,17 @@ def _reader(stage: StageName, context: RunContext) -> SessionReader:
         shuffle=True,
         seed=config.seed,
         augment_prefixes="train" in manifest.prefix_augmentation,
+        together=_prefixes_together(config) if stage == "behave" else 0,
         workers=config.runtime.reader_workers,
         pin_memory=world.device.type == "cuda",
     )
+
+
+def _prefixes_together(config: Config) -> int:
+    """Most prefixes of a session that share a prompt: as many as a prompt shows nodes."""
+    if not config.behave.one_pass:
+        return 0
+    return config.prompt.max_nodes or sys.maxsize
 
 
 def _checkpoints(stage: StageName, context: RunContext, kind: str, keep: int) -> CheckpointManager:

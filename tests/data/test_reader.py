@@ -98,6 +98,27 @@ def test_every_example_is_read_once_over_all_ranks(
     assert batches == global_batches(make, 1, epoch=3, **settings)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("together", [2, 100])
+def test_prefixes_together_are_the_same_examples(
+    make: Make, sessions: list[Session], world_size: int, together: int
+) -> None:
+    settings = {"shuffle": True, "augment_prefixes": True, "together": together}
+    ranks = [make(rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
+    assert ranks[0].num_examples == len(sessions)
+
+    batches = list(zip(*(reader.batches(2) for reader in ranks), strict=True))
+
+    seen = [(items, target) for raws in batches for raw in raws for _, items, target in rows_of(raw)]
+    assert sorted(seen) == sorted(prefix_examples(sessions))
+    for raws in batches:
+        assert {raw.global_size for raw in raws} == {sum(len(rows_of(raw)) for raw in raws)}
+        for raw in raws:
+            assert raw.prompts_G1[-1] == len(raw.targets_B)
+            assert raw.prompts_G1.diff().min() >= 1
+            assert raw.prompts_G1.diff().max() <= together
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     count=st.integers(1, 40),
@@ -209,6 +230,7 @@ def test_workers_do_not_change_the_batches(make: Make) -> None:
         ({"seed": 1}, "seed was 0, is 1"),
         ({"shuffle": True}, "shuffle was False, is True"),
         ({"augment_prefixes": True}, "augment_prefixes was False, is True"),
+        ({"together": 4}, "together was 0, is 4"),
     ],
 )
 def test_resume_with_another_order_is_refused(make: Make, change: dict[str, object], message: str) -> None:

@@ -13,6 +13,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.item_text import tokenize_texts
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
+from llmgr_rec.data.prefixes import grow_prefixes
 from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
 from llmgr_rec.data.prompt_files import Task, parse_template
 from llmgr_rec.modules.heads import LinearHead, TiedHead
@@ -50,6 +51,14 @@ def item_tokens() -> Jagged:
     return tokenize_texts([f"thing {number}" for number in range(NUM_ITEMS)], load_tokenizer("random-tiny"), 8)
 
 
+def prefixes_together(
+    sessions: Sequence[Sequence[int]] = ((1, 2, 3, 2, 4), (7,), (5, 5, 6)), most: int = 20, **settings: Any
+) -> SessionBatch:
+    """A collated batch of all prefixes of sessions whose last click is their target; they share prompts."""
+    raw = raw_sessions([session[:-1] for session in sessions], [session[-1] for session in sessions])
+    return collator(**settings)(grow_prefixes(raw, most, int(raw.offsets_B1[-1])))
+
+
 def raw_sessions(sessions: Sequence[Sequence[int]], targets: Sequence[int], weights: Any = None) -> RawSessions:
     """Sessions as the reader hands them out."""
     size = len(sessions)
@@ -71,12 +80,16 @@ def make_batch(
     **settings: Any,
 ) -> SessionBatch:
     """A collated batch, with the whole catalogue as candidates unless told otherwise."""
-    collator = Collator(
+    return collator(**settings)(raw_sessions(sessions, targets, weights))
+
+
+def collator(**settings: Any) -> Collator:
+    """Collates batches with the whole catalogue as candidates unless told otherwise."""
+    return Collator(
         catalogue(),
         NUM_ITEMS,
         **{"side_features": ["category"], "candidates": "full", "text_tokens": item_tokens(), **settings},
     )
-    return collator(raw_sessions(sessions, targets, weights))
 
 
 def make_llmgr(
@@ -85,6 +98,7 @@ def make_llmgr(
     trainable: Collection[Any] = ("adapter", "lora", "head"),
     with_text: bool = False,
     encoder: EncoderConfig | None = None,
+    behave: str = TEMPLATES["behave"],
     **settings: Any,
 ) -> LLMGR:
     """A seeded model on the random-tiny decoder whose LoRA matrices already matter."""
@@ -110,7 +124,7 @@ def make_llmgr(
         head=TiedHead(D1, width, True, residual) if head == "tied" else LinearHead(width, NUM_ITEMS, residual),
         prompts={
             task: compile_prompt(parse_template(task, template, "test"), tokenizer, with_text or task == "align")
-            for task, template in TEMPLATES.items()
+            for task, template in {**TEMPLATES, "behave": behave}.items()
         },
         text=text,
         trainable=trainable,

@@ -60,11 +60,16 @@ def everything_trains(folder: Path) -> Config:
 
 
 def parts_train(folder: Path) -> Config:
-    """Stages that train a part only of what gradients reach: they run through frozen tables and a frozen head."""
+    """Stages that train a part only of what gradients reach: they run through frozen tables and a frozen head.
+
+    Stage 2 reads all prefixes of a session in one pass.
+    """
     config = base_config(folder)
     config.sbr.trainable = ["tables"]
     config.align.epochs = 0
     config.behave.trainable = ["encoder", "adapter"]
+    # And several prompts for sessions of more than two clicks.
+    config.behave.one_pass, config.prompt.max_nodes = True, 2
     return config
 
 

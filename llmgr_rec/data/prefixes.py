@@ -1,0 +1,59 @@
+"""Prefix augmentation: a row (v1 .. vn, target) stands for n examples, each a prefix and the click that followed it.
+
+Shapes: R rows, L clicks of all rows, B examples, G prompts.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.jagged import Jagged
+
+
+def prefix_examples(rows: Jagged, targets_R: Tensor, clicks_B: Tensor) -> tuple[Jagged, Tensor]:
+    """The examples that end with given clicks.
+
+    Args:
+        rows: Item index of each click, oldest first, one row a session.
+        targets_R: Item that followed each row.
+        clicks_B: Clicks, 0 .. L - 1; an example is its row up to and including that click.
+
+    Returns:
+        Clicks of each example, and the item that followed it, [B].
+    """
+    clicks_L, offsets = rows.values, rows.offsets
+    row_B = torch.searchsorted(offsets, clicks_B, right=True) - 1
+    starts_B, following_B = offsets[row_B], clicks_B + 1
+    ends_row_B = following_B == offsets[row_B + 1]
+    targets_B = torch.where(ends_row_B, targets_R[row_B], clicks_L[following_B.clamp(max=clicks_L.numel() - 1)])
+    return rows.gather(starts_B, following_B - starts_B), targets_B
+
+
+def grow_prefixes(raw: RawSessions, most: int, global_size: int) -> RawSessions:
+    """All prefixes of each session, those of a session one after the other and sharing prompts.
+
+    Args:
+        raw: Whole sessions, each with at least one click.
+        most: Prefixes that share a prompt; a longer session has several prompts.
+        global_size: Examples of the global batch, over all ranks.
+
+    Returns:
+        An example for each click, with the row number and the weight of its session.
+    """
+    rows = Jagged(raw.items_L, raw.offsets_B1)
+    clicks_B = torch.arange(raw.items_L.numel())
+    examples, targets_B = prefix_examples(rows, raw.targets_B, clicks_B)
+    row_B = rows.row_of_value
+    starts_prompt_B = (clicks_B - rows.offsets[row_B]) % most == 0
+    return replace(
+        raw,
+        items_L=examples.values,
+        offsets_B1=examples.offsets,
+        targets_B=targets_B,
+        weights_B=raw.weights_B[row_B],
+        rows_B=raw.rows_B[row_B],
+        global_size=global_size,
+        prompts_G1=torch.cat([clicks_B[starts_prompt_B], torch.tensor([clicks_B.numel()])]),
+    )

@@ -1,0 +1,112 @@
+"""Readings of all prefixes of a session from one prompt: the same as from a prompt each, and blind to later clicks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.modules.groups import select_trainable
+from llmgr_rec.modules.prompts import prompt_nodes, trunk_nodes
+from llmgr_rec.modules.tasks import BehaveTask
+from tests.modules.small_llmgr import make_llmgr, prefixes_together
+
+BEHAVE = {
+    "nodes alone": "Next?\nItems:{nodes}",
+    "graph at the end": "Next?\nItems:{nodes}{graph}",
+    "words between": "Next?\nItems:{nodes}; graph {graph} ->",
+    "texts": "Next?\nItems:{nodes}[[; titles {text}]], {graph}",
+}
+SESSIONS = [[1, 2, 3, 2, 4, 8], [7, 9], [5, 5, 6]]
+
+
+def model_for(name, **given):
+    return make_llmgr(behave=BEHAVE[name], with_text=name == "texts", **given).eval()
+
+
+def batch_for(name, sessions=SESSIONS, **given):
+    return prefixes_together(sessions, **({"text": "last_items", "text_items": 2} if name == "texts" else {}), **given)
+
+
+def read_both(model, batch):
+    seen = model.look_up(batch)
+    return model.read_prefixes(seen, batch, "behave"), model.read(seen, batch, "behave")
+
+
+@pytest.mark.parametrize("name", BEHAVE)
+def test_readings_are_those_of_a_prompt_each(name):
+    one_pass, each = read_both(model_for(name), batch_for(name))
+    assert one_pass.shape[0] == 5 + 1 + 2
+    torch.testing.assert_close(one_pass, each, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 11), min_size=2, max_size=7), min_size=1, max_size=4))
+def test_trunk_nodes_are_the_clicks_of_the_longest_prefix(sessions):
+    batch = prefixes_together(sessions)
+    trunk = trunk_nodes(batch.graph, batch.prompts_G1)
+    shown = [batch.graph.node_items_N[nodes].tolist() for nodes in trunk.values.split(trunk.lengths.tolist())]
+    assert shown == [session[:-1] for session in sessions]
+
+
+def test_long_sessions_are_read_in_parts():
+    """Prefixes that share a prompt see its nodes from the first on; their graph is still the whole prefix's."""
+    model, batch = model_for("graph at the end"), batch_for("graph at the end", most=3)
+    assert batch.prompts_G1.tolist() == [0, 3, 5, 6, 8]
+    seen = model.look_up(batch)
+    one_pass = model.read_prefixes(seen, batch, "behave")
+    nodes = prompt_nodes(batch.graph, "clicks", 20)
+    shown = torch.tensor([1, 2, 3, 1, 2, 1, 1, 2])
+    newest = nodes.gather(nodes.offsets[1:] - shown, shown)
+    each = model.read_nodes(seen, newest, Jagged.empty(8), "behave")
+    torch.testing.assert_close(one_pass, each, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BEHAVE)
+def test_loss_and_gradients_are_those_of_a_prompt_each(name):
+    model = model_for(name, trainable=["adapter", "lora", "head", "encoder"])
+    select_trainable(model, ["adapter", "lora", "head", "encoder"])
+    batch = batch_for(name)
+    found = []
+    for one_pass in (True, False):
+        model.zero_grad()
+        loss, _ = BehaveTask(model, one_pass=one_pass)(batch)
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (fast, fast_gradients), (plain, plain_gradients) = found
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    assert fast_gradients.keys() == plain_gradients.keys()
+    assert any("recommender.encoder" in n for n in fast_gradients)
+    for n, gradient in fast_gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[n], atol=1e-5, rtol=1e-4, msg=n)
+
+
+@pytest.mark.parametrize("name", BEHAVE)
+def test_a_later_click_changes_no_earlier_reading(name):
+    model = model_for(name)
+    first, _ = read_both(model, batch_for(name))
+    changed, _ = read_both(model, batch_for(name, [[1, 2, 3, 11, 10, 8], *SESSIONS[1:]]))
+    torch.testing.assert_close(first[:3], changed[:3], atol=1e-6, rtol=1e-6)
+    assert (first[3:5] - changed[3:5]).abs().amax(dim=1).min() > 1e-3
+    torch.testing.assert_close(first[5:], changed[5:], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("given", [{"node_source": "encoder"}, {"node_order": "unique"}])
+def test_nodes_that_know_later_clicks_are_refused(given):
+    model = model_for("nodes alone", **given)
+    batch = batch_for("nodes alone")
+    with pytest.raises(ValueError, match="rows of the item tables in order of the clicks"):
+        model.read_prefixes(model.look_up(batch), batch, "behave")
+
+
+def test_a_planted_leak_through_encoder_states_is_seen():
+    """What the refusal guards against: with the whole session's node states on the trunk, early readings change."""
+    model = model_for("nodes alone", node_source="encoder")
+
+    def leaky(sessions):
+        batch = batch_for("nodes alone", sessions)
+        nodes = trunk_nodes(batch.graph, batch.prompts_G1)
+        return model.read_nodes(model.look_up(batch), nodes, batch.text_tokens, "behave", batch.prompts_G1)
+
+    change = leaky(SESSIONS)[:3] - leaky([[1, 2, 3, 11, 10, 8], *SESSIONS[1:]])[:3]
+    assert change.abs().max() > 1e-4
