@@ -15,12 +15,14 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
 
 _QUERY_BLOCK = 512
-_ITEM_BLOCK = 16384
-# The first block of items only sets the bar, by a full selection; the bar then spares the others one.
-_FIRST_BLOCK = 2048
+# A processor's core has the scores of a block in its cache until their maxima are taken; a GPU wants more work at once.
+_ITEM_BLOCK = 2048
+_GPU_ITEM_BLOCK = 65536
 _STRIP = 64
 # Above this many candidates a place, a block is cut down to its own top K before it is sorted.
 _CROWDED = 64
+# Candidates a place that are put by before they are sorted in: the bar is late by so much, and sorting is rare.
+_PUT_BY = 0.5
 
 
 @torch.no_grad()
@@ -77,93 +79,107 @@ class _Best:
 
     def __init__(self, num_queries: int, k: int, device: torch.device) -> None:
         self._num_queries, self._k = num_queries, k
-        self._queries = torch.empty(0, dtype=torch.int64, device=device)
-        self._ids = torch.empty(0, dtype=torch.int64, device=device)
-        self._scores = torch.empty(0, device=device)
+        self._queries = [torch.empty(0, dtype=torch.int64, device=device)]
+        self._ids = [torch.empty(0, dtype=torch.int64, device=device)]
+        self._scores = [torch.empty(0, device=device)]
+        self._put_by = 0
         self.bar_B = torch.full((num_queries,), float("-inf"), device=device)
 
     def add(self, queries_C: Tensor, ids_C: Tensor, scores_C: Tensor) -> None:
-        """Takes candidates in, ascending by query and then by id, with ids above all those that were added before."""
-        queries = torch.cat([self._queries, queries_C])
-        ids = torch.cat([self._ids, ids_C])
+        """Takes candidates in, for each query ascending by id, with ids above all those that were added before."""
+        self._queries.append(queries_C)
+        self._ids.append(ids_C)
+        self._scores.append(scores_C)
+        self._put_by += queries_C.numel()
+        if self._put_by > _PUT_BY * self._k * self._num_queries:
+            self._sort_in()
+
+    def _sort_in(self) -> None:
+        queries, ids = torch.cat(self._queries), torch.cat(self._ids)
         # Adding zero makes -0 into 0, which differ in their bits but not as scores.
-        scores = torch.cat([self._scores, scores_C]) + 0.0
+        scores = torch.cat(self._scores) + 0.0
         bits = scores.view(torch.int32).long()
         rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         # One stable sort: by query, then falling score; equal scores stay in order of arrival, which is that of ids.
         order = torch.argsort((queries << 32) + (0x7FFFFFFF - rising), stable=True)
         queries = queries[order]
-        counts_B = torch.bincount(queries, minlength=self._num_queries)
-        place = torch.arange(queries.numel(), device=queries.device) - (counts_B.cumsum(0) - counts_B)[queries]
+        place = _places_within(queries, self._num_queries)
         kept = place < self._k
-        self._queries, self._ids, self._scores = queries[kept], ids[order[kept]], scores[order[kept]]
+        best_queries, best_scores = queries[kept], scores[order[kept]]
+        self._queries, self._ids, self._scores = [best_queries], [ids[order[kept]]], [best_scores]
+        self._put_by = 0
         last = place[kept] == self._k - 1
-        self.bar_B[self._queries[last]] = self._scores[last]
+        self.bar_B[best_queries[last]] = best_scores[last]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Lists padded to K with -1 and -inf."""
-        counts_B = torch.bincount(self._queries, minlength=self._num_queries)
-        place = (
-            torch.arange(self._queries.numel(), device=counts_B.device) - (counts_B.cumsum(0) - counts_B)[self._queries]
-        )
-        ids_BK = torch.full((self._num_queries, self._k), -1, dtype=torch.int64, device=counts_B.device)
-        scores_BK = torch.full((self._num_queries, self._k), float("-inf"), device=counts_B.device)
-        ids_BK[self._queries, place] = self._ids
-        scores_BK[self._queries, place] = self._scores
+        self._sort_in()
+        queries, ids, scores = self._queries[0], self._ids[0], self._scores[0]
+        place = _places_within(queries, self._num_queries)
+        ids_BK = torch.full((self._num_queries, self._k), -1, dtype=torch.int64, device=ids.device)
+        scores_BK = torch.full((self._num_queries, self._k), float("-inf"), device=ids.device)
+        ids_BK[queries, place] = ids
+        scores_BK[queries, place] = scores
         return ids_BK, scores_BK
+
+
+def _places_within(queries: Tensor, num_queries: int) -> Tensor:
+    """Place of each entry among those of its query, entries in order of queries."""
+    counts_B = torch.bincount(queries, minlength=num_queries)
+    return torch.arange(queries.numel(), device=queries.device) - (counts_B.cumsum(0) - counts_B)[queries]
 
 
 def _top_k_of_block(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
     best = _Best(queries_BQ.shape[0], k, queries_BQ.device)
-    buffer = queries_BQ.new_empty(queries_BQ.shape[0] * min(_ITEM_BLOCK, items_RQ.shape[0]))
-    for start, stop in _blocks(items_RQ.shape[0]):
+    width = min(_ITEM_BLOCK if queries_BQ.device.type == "cpu" else _GPU_ITEM_BLOCK, items_RQ.shape[0])
+    buffer = queries_BQ.new_empty(queries_BQ.shape[0] * width)
+    for start, stop in _blocks(items_RQ.shape[0], width):
         scores_BN = buffer[: queries_BQ.shape[0] * (stop - start)].view(-1, stop - start)
         torch.mm(queries_BQ, items_RQ[start:stop].T, out=scores_BN)
         if exclude is not None:
             inside = (exclude.values >= start) & (exclude.values < stop)
             scores_BN[exclude.row_of_value[inside], exclude.values[inside] - start] = float("-inf")
-        queries_C, columns_C = _candidates(scores_BN, best.bar_B, k)
-        best.add(queries_C, columns_C + start, scores_BN[queries_C, columns_C])
+        queries_C, columns_C, scores_C = _candidates(scores_BN, best.bar_B, k)
+        best.add(queries_C, columns_C + start, scores_C)
     return best.result()
 
 
-def _blocks(num_items: int) -> Iterator[tuple[int, int]]:
+def _blocks(num_items: int, most: int) -> Iterator[tuple[int, int]]:
+    """First item of each block and the one after its last; blocks are of whole strips, but for a short last one."""
     start = 0
     while start < num_items:
-        stop = min(start + (_ITEM_BLOCK if start else _FIRST_BLOCK), num_items)
-        yield start, stop
-        start = stop
+        width = min(most, num_items - start)
+        width -= width % _STRIP if width > _STRIP else 0
+        yield start, start + width
+        start += width
 
 
-def _candidates(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Query and column of all scores above the bar, or of the block's own top K where those are too many."""
-    width = scores_BN.shape[1]
-    whole = width // _STRIP * _STRIP
-    strips_BM = scores_BN[:, :whole].unflatten(1, (-1, _STRIP)).amax(dim=2)
-    if whole < width:
-        strips_BM = torch.cat([strips_BM, scores_BN[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+def _candidates(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, column and score of all above the bar, or of the block's own top K where those are too many."""
+    strip = min(_STRIP, scores_BN.shape[1])
+    strips_BM = scores_BN.unflatten(1, (-1, strip)).amax(dim=2)
     if strips_BM.isnan().any():
         raise UserError(
             "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
             "train it again with a lower learning rate"
         )
-    queries_S, strips_S = (strips_BM > bar_B.unsqueeze(1)).nonzero(as_tuple=True)
-    if queries_S.numel() > _CROWDED * bar_B.numel():
+    found_S = (strips_BM > bar_B.unsqueeze(1)).flatten().nonzero().squeeze(1)
+    if found_S.numel() > _CROWDED * bar_B.numel():
         return _block_top_k(scores_BN, bar_B, k)
-    offsets = torch.arange(_STRIP, device=scores_BN.device)
-    columns_SX = strips_S.unsqueeze(1) * _STRIP + offsets
-    values_SX = scores_BN[queries_S.unsqueeze(1), columns_SX.clamp(max=width - 1)]
-    above_SX = (values_SX > bar_B[queries_S].unsqueeze(1)) & (columns_SX < width)
-    queries_C = queries_S.unsqueeze(1).expand_as(columns_SX)[above_SX]
-    if queries_C.numel() > _CROWDED * k * bar_B.numel():
+    values_SX = scores_BN.view(-1, strip).index_select(0, found_S)
+    queries_S = found_S // strips_BM.shape[1]
+    above_C = (values_SX > bar_B[queries_S].unsqueeze(1)).flatten().nonzero().squeeze(1)
+    if above_C.numel() > _CROWDED * k * bar_B.numel():
         return _block_top_k(scores_BN, bar_B, k)
-    return queries_C, columns_SX[above_SX]
+    queries_C = queries_S[above_C // strip]
+    flat_C = found_S[above_C // strip] * strip + above_C % strip
+    return queries_C, flat_C - queries_C * scores_BN.shape[1], values_SX.flatten()[above_C]
 
 
-def _block_top_k(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Query and column of each query's K best of a block, the leftmost where scores are equal at the K-th place."""
+def _block_top_k(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, column and score of each query's K best of a block; of equal scores at the K-th place, the leftmost."""
     if scores_BN.shape[1] <= k:
-        return _places(scores_BN > bar_B.unsqueeze(1))
+        return _chosen(scores_BN, scores_BN > bar_B.unsqueeze(1))
     last_B1 = torch.topk(scores_BN, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     chosen_BN = scores_BN >= last_B1
     crowded = (chosen_BN.sum(dim=1) > k).nonzero().squeeze(1)
@@ -172,9 +188,9 @@ def _block_top_k(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tens
         above, equal = rows > last_B1[crowded], rows == last_B1[crowded]
         room = k - above.sum(dim=1, keepdim=True)
         chosen_BN[crowded] = above | (equal & (equal.cumsum(dim=1) <= room))
-    return _places(chosen_BN & (scores_BN > bar_B.unsqueeze(1)))
+    return _chosen(scores_BN, chosen_BN & (scores_BN > bar_B.unsqueeze(1)))
 
 
-def _places(chosen_BN: Tensor) -> tuple[Tensor, Tensor]:
+def _chosen(scores_BN: Tensor, chosen_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     queries_C, columns_C = chosen_BN.nonzero().unbind(dim=1)
-    return queries_C, columns_C
+    return queries_C, columns_C, scores_BN[queries_C, columns_C]

@@ -59,7 +59,7 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
     sizes: dict[str, Any] = {
         "_QUERY_BLOCK": data.draw(st.integers(1, 4)),
         "_ITEM_BLOCK": data.draw(st.integers(8, 40)),
-        "_FIRST_BLOCK": data.draw(st.integers(1, 8)),
+        "_PUT_BY": data.draw(st.sampled_from([0.0, 0.5, 10.0])),
         "_STRIP": data.draw(st.integers(1, 5)),
         "_CROWDED": data.draw(st.sampled_from([0, 1, 64])),
     }
