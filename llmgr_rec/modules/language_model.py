@@ -18,7 +18,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.grouped_attention import use_grouped_attention
 from llmgr_rec.modules.lora_layers import fuse_lora
 from llmgr_rec.modules.packed_attention import View
-from llmgr_rec.modules.packing import PackedPrompts, PromptGrid
+from llmgr_rec.modules.packing import PackedPrompts
 from llmgr_rec.modules.read_out import can_read_out, read_out_last_layer
 
 
@@ -107,10 +107,9 @@ class LoraLanguageModel(nn.Module):
         """One row: no padding and one prefix in the linear layers, and the last layer only where it is read."""
         prefix = packed.prefix_P.numel()
         tokens_X = torch.arange(packed.num_tokens, device=embeddings_XH.device)
-        keys = PromptGrid.of(packed, tokens_X)
-        views = {"view": View.of(packed, tokens_X, keys)}
+        views = {"view": View.of(packed, tokens_X)}
         if self._reads_out:
-            views["read_view"] = View.of(packed, packed.read_C, keys)
+            views["read_view"] = View.of(packed, packed.read_C)
         hidden_1ZH = self.base(
             inputs_embeds=torch.cat([self.token_embedding(packed.prefix_P), embeddings_XH]).unsqueeze(0),
             position_ids=torch.cat([torch.arange(prefix, device=tokens_X.device), prefix + packed.depth_X]).unsqueeze(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmgr_rec.data.jagged import Jagged
+
 
 @dataclass
 class PackedPrompts:
@@ -68,59 +70,37 @@ class PackedPrompts:
 
 @dataclass
 class PromptGrid:
-    """Some tokens of a row set out by prompts, padded to the longest: then attention is a batched product.
+    """Rows of a matrix set out by prompts, padded to the longest: then attention is a batched product.
 
     Args:
-        tokens_Y: The tokens.
-        row_BW: Which of them (0 .. Y - 1) stands at each place, 0 at padding.
+        row_BW: Row that stands at each place, some other one at padding.
         filled_BW: Whether one stands there.
-        place_Y: Place b * W + w of each token.
     """
 
-    tokens_Y: Tensor
     row_BW: Tensor
     filled_BW: Tensor
-    place_Y: Tensor
 
     @classmethod
-    def of(cls, packed: PackedPrompts, tokens_Y: Tensor) -> "PromptGrid":
-        """Sets out tokens, in their order within each prompt.
+    def of(cls, prompts: Jagged) -> "PromptGrid":
+        """Sets out prompts, the numbers of each one's rows; not all of them empty."""
+        lengths_B1 = prompts.lengths.unsqueeze(1)
+        columns_W = torch.arange(int(lengths_B1.max()), device=lengths_B1.device)
+        filled_BW = columns_W < lengths_B1
+        places_BW = torch.where(filled_BW, prompts.offsets[:-1].unsqueeze(1) + columns_W, 0)
+        return cls(prompts.values[places_BW], filled_BW)
 
-        Args:
-            packed: The row.
-            tokens_Y: Token numbers after the prefix, each once.
-        """
-        prompt_Y = packed.prompt_X[tokens_Y]
-        order_Y = torch.argsort(prompt_Y, stable=True)
-        counts_B = torch.bincount(prompt_Y, minlength=packed.num_prompts)
-        starts_B = counts_B.cumsum(0) - counts_B
-        width = int(counts_B.max())
-        rank_Y = torch.arange(tokens_Y.numel(), device=tokens_Y.device)
-        place_Y = torch.empty_like(order_Y)
-        place_Y[order_Y] = prompt_Y[order_Y] * width + rank_Y - starts_B[prompt_Y[order_Y]]
-        row_BW = tokens_Y.new_zeros(packed.num_prompts * width)
-        filled_BW = torch.zeros_like(row_BW, dtype=torch.bool)
-        row_BW[place_Y] = rank_Y
-        filled_BW[place_Y] = True
-        shape = (packed.num_prompts, width)
-        return cls(tokens_Y, row_BW.view(shape), filled_BW.view(shape), place_Y)
-
-    def set_out(self, vectors_YF: Tensor) -> Tensor:
-        """Vectors of the tokens at their places, [B, W, F]; at padding, those of the first token."""
-        return vectors_YF.index_select(0, self.row_BW.flatten()).unflatten(0, self.row_BW.shape)
-
-    def gather(self, vectors_BWF: Tensor) -> Tensor:
-        """The reverse: vectors of the tokens in their order, [Y, F]."""
-        return vectors_BWF.flatten(0, 1).index_select(0, self.place_Y)
+    def set_out(self, vectors_XF: Tensor) -> Tensor:
+        """Rows at their places, [B, W, F]."""
+        return vectors_XF.index_select(0, self.row_BW.flatten()).unflatten(0, self.row_BW.shape)
 
 
-def visible_places(packed: PackedPrompts, queries: PromptGrid, keys: PromptGrid) -> Tensor:
-    """What each query's place sees among the keys' places of its prompt, booleans [B, Q, K].
+def rows_by_prompt(packed: PackedPrompts, tokens_Y: Tensor) -> Jagged:
+    """Which of some tokens (0 .. Y - 1) belong to each prompt, in their order.
 
-    Padding among the keys is not seen. Padding among the queries sees the whole prompt: nobody reads its result, but a
-    softmax over nothing would be no number, and its gradient none either.
+    Args:
+        packed: All tokens.
+        tokens_Y: Token numbers after the prefix.
     """
-    query_BQ1 = queries.tokens_Y[queries.row_BW].unsqueeze(2)
-    key_B1K = keys.tokens_Y[keys.row_BW].unsqueeze(1)
-    seen_BQK = packed.sees(query_BQ1, key_B1K) | ~queries.filled_BW.unsqueeze(2)
-    return seen_BQK & keys.filled_BW.unsqueeze(1)
+    prompt_Y = packed.prompt_X[tokens_Y]
+    counts_B = torch.bincount(prompt_Y, minlength=packed.num_prompts)
+    return Jagged.from_lengths(torch.argsort(prompt_Y, stable=True), counts_B)

@@ -45,7 +45,7 @@ def _forward(layer: Any, whole: Any, hidden_states: Tensor, read_view: View | No
 def _read(layer: Any, hidden_1ZH: Tensor, rotation: tuple[Tensor, Tensor], view: View) -> Tensor:
     """The layer's result at the view's tokens, [1, C, H]."""
     attention = layer.self_attn
-    read_C = view.queries.tokens_Y + view.prefix
+    read_C = view.tokens_Y + view.prefix
     normed_1ZH = layer.input_layernorm(hidden_1ZH)
     query = _heads(attention.q_proj(normed_1ZH.index_select(1, read_C)), attention.head_dim)
     key, value = (

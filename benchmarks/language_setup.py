@@ -1,0 +1,136 @@
+"""What the benchmarks of the language model work on: sessions, a model with weights that matter, and its plain copy."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from benchmarks.straightforward import StraightforwardLLMGR
+from datagen.synthetic import generate
+from llmgr_rec.config import Config, TrainableGroup
+from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.preparation.pipeline import prepare_dataset
+from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, item_tokens, make_collator
+from llmgr_rec.distributed.shards import init_tables
+from llmgr_rec.modules.groups import select_trainable
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.training.language import cache_catalogue
+from llmgr_rec.training.stages import StageName
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+TRAINABLE: tuple[TrainableGroup, ...] = ("adapter", "lora", "head")
+CPU = torch.device("cpu")
+
+
+def add_language_arguments(parser: "ArgumentParser") -> None:
+    """Adds what decides data and model."""
+    parser.add_argument("--dataset", type=str, default="", help="Folder made by llmgr_rec.prepare; empty makes one.")
+    parser.add_argument("--llm", type=str, default="smollm2", help="Language model, as llm.name_or_path.")
+    parser.add_argument("--num_layers", type=int, default=4, help="First decoder layers kept; 0 keeps all.")
+    parser.add_argument("--templates", type=str, default="compact", help="Prompts of both sides.")
+    parser.add_argument("--dtype", type=str, default="float32", help="float32 or bfloat16, of both sides.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Sessions of a batch.")
+
+
+def open_dataset(folder: str, made: str) -> Dataset:
+    """The prepared data set, or one of the size of Amazon Beauty made in a temporary folder.
+
+    Args:
+        folder: Folder made by llmgr_rec.prepare; empty makes one.
+        made: Where it is made.
+    """
+    if folder:
+        return Dataset(Path(folder))
+    root = Path(made)
+    generate(root / "raw", sessions=4000, items=12000, mean_length=9)
+    prepare_dataset(
+        PrepareSettings(
+            interactions=str(root / "raw" / "interactions.parquet"),
+            items=str(root / "raw" / "items.parquet"),
+            output=str(root / "dataset"),
+            min_interactions=0,
+            threads=1,
+        )
+    )
+    return Dataset(root / "dataset")
+
+
+def make_config(llm: str, num_layers: int, templates: str, dtype: str, batch_size: int) -> Config:
+    """Settings of both sides: no dropout, so that losses can be compared step by step."""
+    config = Config()
+    config.llm.name_or_path, config.llm.num_layers = llm, num_layers
+    config.llm.dtype = dtype  # type: ignore[assignment]
+    config.llm.lora_dropout = config.encoder.dropout = 0.0
+    config.prompt.templates = templates
+    config.align.batch_size = config.behave.batch_size = batch_size
+    config.align.trainable = config.behave.trainable = list(TRAINABLE)
+    return config
+
+
+@dataclass
+class Setup:
+    """Data and the two models, whose weights are the same.
+
+    Args:
+        config: Settings.
+        dataset: Prepared sessions.
+        catalogue: Their items.
+        fast: The product's model.
+        plain: The straightforward one.
+    """
+
+    config: Config
+    dataset: Dataset
+    catalogue: Catalogue
+    fast: LLMGR
+    plain: StraightforwardLLMGR
+
+    @classmethod
+    def make(cls, config: Config, dataset: Dataset) -> "Setup":
+        """Fresh models; LoRA and head have weights that matter, so that every gradient does."""
+        torch.manual_seed(config.seed)
+        catalogue = Catalogue.load(dataset.path)
+        fast = assemble_llmgr(config, catalogue, assemble_decoder(config, CPU), TRAINABLE)
+        init_tables(fast, config.seed, config.tables.init_std)
+        for name, parameter in fast.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.01)
+        if fast.text_tables is not None:
+            nn.init.normal_(fast.text_tables.embedding_bags["item_text"].weight)
+        cache_catalogue(fast, make_collator(config, catalogue, "rank", language=False), CPU)
+        plain = StraightforwardLLMGR.like(fast, assemble_decoder(config, CPU))
+        for model in (fast, plain):
+            select_trainable(model, TRAINABLE)
+            model.train()
+        return cls(config, dataset, catalogue, fast, plain)
+
+    def batches(self, stage: StageName, count: int, together: bool = False, skip: int = 0) -> list[SessionBatch]:
+        """Training batches.
+
+        Args:
+            stage: Whose batches.
+            count: How many.
+            together: Whole sessions with a target at every click, in place of one example a session.
+            skip: Batches left out at the start.
+        """
+        tokens = item_tokens(self.config, self.catalogue) if stage == "align" else None
+        reader: SessionReader[SessionBatch] = SessionReader(
+            self.dataset.parts("train"),
+            num_items=self.catalogue.num_items,
+            batch_size=self.config.behave.batch_size,
+            collate=make_collator(self.config, self.catalogue, stage, language=True, tokens=tokens),
+            shuffle=True,
+            augment_prefixes=True,
+            together=(self.fast.max_nodes or sys.maxsize) if together else 0,
+        )
+        stream = reader.batches(0, skip)
+        return [next(stream) for _ in range(count)]
