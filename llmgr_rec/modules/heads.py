@@ -23,7 +23,7 @@ class _Head(nn.Module):
         self.d2 = d2
         self.residual = residual
 
-    def _standardise(self, hidden_XH: Tensor) -> Tensor:
+    def standardise(self, hidden_XH: Tensor) -> Tensor:
         """Brings hidden states to unit variance: their size differs a hundredfold between language models."""
         return functional.layer_norm(hidden_XH.float(), (self.d2,))
 
@@ -64,7 +64,7 @@ class TiedHead(_Head):
         Returns:
             Queries, [B, Q].
         """
-        return self._join(self.query(self._standardise(hidden_BH)) * self.log_scale.exp(), recommender_queries_BD)
+        return self._join(self.query(self.standardise(hidden_BH)) * self.log_scale.exp(), recommender_queries_BD)
 
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
         """Makes the items' side.
@@ -72,7 +72,7 @@ class TiedHead(_Head):
         Args:
             item_rows_CD: The session recommender's item vectors; read when residual.
             rows_CD: Bare rows of the id table.
-            text_CH: Text encodings of the items; read when the head was built with text.
+            text_CH: Text encodings of the items, from `standardise`; read when the head was built with text.
             ids_C: Unused: this head has no weights of its own for an item.
 
         Returns:
@@ -85,7 +85,7 @@ class TiedHead(_Head):
         if self.text is not None:
             if text_CH is None:
                 raise ValueError("the tied head was built with text, but no text encodings were given")
-            own_CD = own_CD + self.text(self._standardise(text_CH))
+            own_CD = own_CD + self.text(text_CH)
         return self._join(own_CD, item_rows_CD)
 
 
@@ -108,7 +108,7 @@ class LinearHead(_Head):
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
         """Makes the queries; see `TiedHead.queries`. The last own column is the bias's factor."""
-        own_BH = self._standardise(hidden_BH)
+        own_BH = self.standardise(hidden_BH)
         own = torch.cat([own_BH, own_BH.new_ones(own_BH.shape[0], 1)], dim=1)
         return self._join(own, recommender_queries_BD)
 

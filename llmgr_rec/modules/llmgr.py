@@ -250,7 +250,7 @@ class LLMGR(nn.Module):
             raise ValueError("the catalogue cannot be cached while the recommender trains")
         self.item_rows_VD = self.recommender.as_items(vectors_VD.detach())
         self.rows_VD = ids_VD.detach()
-        self.text_VH = None if text_VH is None else text_VH.detach()
+        self.text_VH = None if text_VH is None else self.head.standardise(text_VH).detach()
 
     @property
     def _reads_text(self) -> bool:
@@ -260,4 +260,4 @@ class LLMGR(nn.Module):
         if self.text_tables is None:
             raise ValueError("the head reads item text, but the model was built without text encodings")
         with torch.no_grad():
-            return self.text_tables(features).values()
+            return self.head.standardise(self.text_tables(features).values())

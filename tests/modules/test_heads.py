@@ -30,7 +30,7 @@ def inputs(seed: int = 0) -> dict[str, Tensor]:
 def scores(head: TiedHead | LinearHead, x: dict[str, Tensor]) -> Tensor:
     return (
         head.queries(x["hidden"], x["recommender_queries"])
-        @ head.items(x["item_rows"], x["rows"], x["text"], x["ids"]).T
+        @ head.items(x["item_rows"], x["rows"], head.standardise(x["text"]), x["ids"]).T
     )
 
 
