@@ -71,6 +71,7 @@ class LLMConfig:
         lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
         lora_dropout: Dropout on the LoRA input, 0 to 1.
         share_prefix: Encode the constant start of the prompt once a step instead of once a session.
+        recompute: Compute each layer again in the backward pass instead of keeping its activations; saves memory.
     """
 
     name_or_path: str = "smollm2"
@@ -80,6 +81,7 @@ class LLMConfig:
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
     share_prefix: bool = True
+    recompute: bool = False
 
 
 @dataclass

@@ -19,7 +19,7 @@ from llmgr_rec.modules.grouped_attention import use_grouped_attention
 from llmgr_rec.modules.lora_layers import fuse_lora
 from llmgr_rec.modules.packed_attention import View
 from llmgr_rec.modules.packing import PackedPrompts
-from llmgr_rec.modules.read_out import can_read_out, read_out_last_layer
+from llmgr_rec.modules.read_out import read_out_last_layer
 
 
 class LoraLanguageModel(nn.Module):
@@ -35,17 +35,23 @@ class LoraLanguageModel(nn.Module):
         dropout: Dropout on the LoRA input, 0 to 1.
         share_prefix: Read the prompts as one packed row with one copy of their common prefix, or each as a whole. Both
             ways agree, but for dropout: what is shared draws its dropout once.
+        recompute: Keep only the hidden states between layers for the backward pass, and compute each layer again there:
+            memory of one layer's activations in place of all, for a third more work.
     """
 
     def __init__(
-        self, decoder: PreTrainedModel, rank: int, alpha: float, dropout: float, share_prefix: bool = True
+        self,
+        decoder: PreTrainedModel,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        share_prefix: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         decoder.requires_grad_(False)
         self._packs = use_grouped_attention(decoder)
-        self._reads_out = self._packs and can_read_out(decoder)
-        if self._reads_out:
-            read_out_last_layer(decoder)
+        self._reads_out = self._packs and read_out_last_layer(decoder)
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
@@ -55,6 +61,8 @@ class LoraLanguageModel(nn.Module):
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             self.decoder: PeftModel = get_peft_model(decoder, settings)
         self.share_prefix = share_prefix
+        if recompute:
+            decoder.activation_checkpointing_enable()
         fuse_lora(self.decoder)
 
     @property

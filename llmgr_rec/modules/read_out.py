@@ -6,7 +6,6 @@ all others only keys and values. In a decoder of four layers that saves most of 
 Shapes: Z tokens of the packed row, prefix included, C readings, H = hidden width, E columns of a head.
 """
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,30 +15,44 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
 from llmgr_rec.modules.packed_attention import View, packed_attention
 
-# Layers whose computation is known to be the one below.
-_KNOWN = (LlamaDecoderLayer, MistralDecoderLayer)
+
+class _ReadOut:
+    """A decoder layer that answers with the readings alone where it is given `read_view`."""
+
+    def forward(self, hidden_states: Tensor, read_view: View | None = None, **kwargs: Any) -> Tensor:
+        if read_view is None:
+            return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
+        return _read(self, hidden_states, kwargs["position_embeddings"], read_view)
 
 
-def can_read_out(decoder: PreTrainedModel) -> bool:
-    """Whether the decoder's last layer can be computed in part."""
-    layers = getattr(decoder, "layers", None)
-    return isinstance(layers, nn.ModuleList) and type(layers[-1]) in _KNOWN
+class ReadOutLlamaLayer(_ReadOut, LlamaDecoderLayer):
+    """The last layer of a LLaMA."""
 
 
-def read_out_last_layer(decoder: PreTrainedModel) -> None:
-    """Makes the last layer of a decoder answer with the readings alone where it is given `read_view`.
+class ReadOutMistralLayer(_ReadOut, MistralDecoderLayer):
+    """The last layer of a Mistral, which computes as LLaMA's does."""
+
+
+_KNOWN: dict[type[nn.Module], type[nn.Module]] = {
+    LlamaDecoderLayer: ReadOutLlamaLayer,
+    MistralDecoderLayer: ReadOutMistralLayer,
+}
+
+
+def read_out_last_layer(decoder: PreTrainedModel) -> bool:
+    """Lets the last layer of a decoder be computed only where it is read; names and weights stay as they are.
 
     Args:
-        decoder: One for which `can_read_out` holds; changed in place, names and weights stay as they are.
+        decoder: The decoder, changed in place; one whose layers are not known stays as it is.
+
+    Returns:
+        Whether it can now.
     """
-    layer = decoder.layers[-1]
-    layer.forward = partial(_forward, layer, layer.forward)
-
-
-def _forward(layer: Any, whole: Any, hidden_states: Tensor, read_view: View | None = None, **kwargs: Any) -> Tensor:
-    if read_view is None:
-        return whole(hidden_states, **kwargs)
-    return _read(layer, hidden_states, kwargs["position_embeddings"], read_view)
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or type(layers[-1]) not in _KNOWN:
+        return False
+    layers[-1].__class__ = _KNOWN[type(layers[-1])]
+    return True
 
 
 def _read(layer: Any, hidden_1ZH: Tensor, rotation: tuple[Tensor, Tensor], view: View) -> Tensor:

@@ -164,6 +164,25 @@ def test_prefix_gradient_reaches_lora(tiny):
     assert not torch.allclose(short[name], other[name])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(dropout):
+    kept = []
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = LoraLanguageModel(load_decoder("random-tiny", dtype="float32"), 4, 4.0, dropout, recompute=recompute)
+        embeddings_XH, packed = torch.randn(9, 64, requires_grad=True), pack([3, 2, 4], [7, 8, 9])
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            torch.manual_seed(1)
+            readings_CH = model.train()(embeddings_XH, packed)
+        readings_CH.square().sum().backward()
+        kept.append(sum(sizes))
+        gradients.append(embeddings_XH.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
+    assert kept[1] < kept[0] / 4
+
+
 def test_only_lora_trains():
     model = make()
     for name, parameter in model.named_parameters():
