@@ -1,9 +1,7 @@
 """The reader and the batches of graphs against a plain loop over sessions, and how long training waits for data.
 
 ```sh
-```sh
 python -m benchmarks.reader
-```
 ```
 
 Single-threaded, and timed by the seconds that the process has a core for: the figures are for one core. Both sides of

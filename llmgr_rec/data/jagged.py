@@ -6,6 +6,7 @@ Shapes: R rows, S flat values.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,5 +123,10 @@ def ranges(starts: Tensor, offsets: Tensor, total: int | None = None) -> Tensor:
     """
     if total is None:
         total = int(offsets[-1])
-    shifts = torch.repeat_interleave(starts - offsets[:-1], offsets[1:] - offsets[:-1], output_size=total)
-    return shifts.add_(torch.arange(total, device=starts.device))
+    shifts, lengths = starts - offsets[:-1], offsets[1:] - offsets[:-1]
+    if starts.device.type == "cpu":
+        # Torch's own starts threads for any size, which disturb those of the training beside it.
+        places = np.repeat(shifts.numpy(), lengths.numpy())
+        places += np.arange(total)
+        return torch.from_numpy(places)
+    return torch.repeat_interleave(shifts, lengths, output_size=total).add_(torch.arange(total, device=starts.device))

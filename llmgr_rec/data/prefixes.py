@@ -5,6 +5,7 @@ Shapes: R rows, L clicks of all rows, B examples, G prompts.
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,8 @@ def prefix_examples(rows: Jagged, targets_R: Tensor, clicks_B: Tensor) -> tuple[
         Clicks of each example, and the item that followed it, [B].
     """
     clicks_L, offsets = rows.values, rows.offsets
-    row_B = torch.searchsorted(offsets, clicks_B, right=True) - 1
+    # Torch's own search starts threads for any size, which disturb those of the training beside it.
+    row_B = torch.from_numpy(np.searchsorted(offsets.numpy(), clicks_B.numpy(), side="right")) - 1
     starts_B, following_B = offsets[row_B], clicks_B + 1
     ends_row_B = following_B == offsets[row_B + 1]
     targets_B = torch.where(ends_row_B, targets_R[row_B], clicks_L[following_B.clamp(max=clicks_L.numel() - 1)])

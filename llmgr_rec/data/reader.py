@@ -7,7 +7,9 @@ takes a contiguous slice of it. So (epoch, step) says everything about the posit
 Shapes: B sessions of this rank's slice, L clicks.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -82,8 +84,8 @@ class SessionReader(Generic[T]):
             followed), or for the last of them alone.
         together: With prefix augmentation, the most prefixes of a row that stand together in a batch and share a
             prompt; 0 keeps all examples apart. Then `batch_size` counts rows, and a longer row has several prompts.
-        collate: Makes a batch of the raw sessions; runs in the worker processes.
-        workers: Processes that read ahead; 0 reads in this process.
+        collate: Makes a batch of the raw sessions; runs in the worker processes, or in the thread.
+        workers: Processes that read ahead; 0 reads ahead in a thread of this process.
         pin_memory: Whether batches are copied to page-locked memory, for copies to a GPU that do not block.
 
     Raises:
@@ -118,6 +120,8 @@ class SessionReader(Generic[T]):
         self._pin_memory = pin_memory
         self._epoch_orders = Recent(self._make_epoch_order, keep=1)
         self._group_orders = Recent(self._make_group_order, keep=2)
+        # One thread for all epochs: what it shares with nobody needs no lock.
+        self._thread = ThreadPoolExecutor(1, "reader")
 
     @property
     def num_examples(self) -> int:
@@ -132,27 +136,49 @@ class SessionReader(Generic[T]):
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[T]:
         """Reads the rest of an epoch.
 
-        The reader's position follows the batches as they are handed out, however far the workers have read ahead.
+        The reader's position follows the batches as they are handed out, however far has been read ahead.
 
         Args:
             epoch: Number of the epoch, from 0.
             start_step: First global batch.
         """
+        steps = range(start_step, self.steps_per_epoch)
+        self.epoch, self.step = epoch, start_step
+        for batch in self._from_workers(epoch, steps) if self._workers else self._from_thread(epoch, steps):
+            self.step += 1
+            yield batch
+
+    def _from_workers(self, epoch: int, steps: range) -> Iterator[T]:
         loader: DataLoader[Any] = DataLoader(
             _Steps(self, epoch),
             batch_size=None,
-            sampler=range(start_step, self.steps_per_epoch),
+            sampler=steps,
             num_workers=self._workers,
-            prefetch_factor=_PREFETCHED_BATCHES if self._workers else None,
+            prefetch_factor=_PREFETCHED_BATCHES,
             collate_fn=_as_it_is,
             pin_memory=self._pin_memory,
         )
-        self.epoch, self.step = epoch, start_step
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
-            self.step += 1
             yield batch
+
+    def _from_thread(self, epoch: int, steps: range) -> Iterator[T]:
+        ahead: deque[Future[T]] = deque()
+        try:
+            for step in steps:
+                ahead.append(self._thread.submit(self._pinned, epoch, step))
+                if len(ahead) > _PREFETCHED_BATCHES:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def _pinned(self, epoch: int, step: int) -> T:
+        batch: Any = self.collated(epoch, step)
+        return batch.pin_memory() if self._pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as plain values: epoch, step, and what must be the same when it is taken up again."""

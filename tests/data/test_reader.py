@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from threading import Semaphore, current_thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -203,8 +204,9 @@ def test_resume_continues_to_the_row_at_any_world_size(make: Make) -> None:
         assert rest == global_batches(make, 1, 2, **settings)[11:]
 
 
-def test_position_counts_the_batches_handed_out(make: Make) -> None:
-    reader = make(workers=1)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_position_counts_the_batches_handed_out(make: Make, workers: int) -> None:
+    reader = make(workers=workers)
     assert (reader.state_dict()["epoch"], reader.state_dict()["step"]) == (0, 0)
 
     stream = reader.batches(1, start_step=2)
@@ -213,6 +215,22 @@ def test_position_counts_the_batches_handed_out(make: Make) -> None:
 
     assert (reader.state_dict()["epoch"], reader.state_dict()["step"]) == (1, 4)
     stream.close()  # type: ignore[attr-defined]
+
+
+def test_batches_are_made_ahead_in_another_thread(make: Make) -> None:
+    threads: list[str] = []
+    made = Semaphore(0)
+
+    def collate(raw: RawSessions) -> RawSessions:
+        threads.append(current_thread().name)
+        made.release()
+        return raw
+
+    batches = make(collate=collate).batches(0)
+    next(batches)
+    for _ in range(3):
+        assert made.acquire(timeout=10), "further batches are made while the first one is used"
+    assert all(name.startswith("reader") for name in threads)
 
 
 def test_workers_do_not_change_the_batches(make: Make) -> None:
