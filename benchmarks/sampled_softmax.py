@@ -71,9 +71,10 @@ def compare_sizes(folder: Path, args: dict[str, Any], threads: int) -> dict[str,
 
     world = init_distributed("cpu", timeout_s=600, threads=threads)
     try:
-        sides = [
-            Side(f"{size:,} items", _training_steps(folder / str(size), size, args, world)) for size in args["sizes"]
-        ]
+        sides, candidates = [], {}
+        for size in args["sizes"]:
+            work, candidates[f"{size:,} items"] = _training_steps(folder / str(size), size, args, world)
+            sides.append(Side(f"{size:,} items", work))
         rates = take_turns(sides, args["rounds"], warm_up=2)
     finally:
         shutdown()
@@ -82,13 +83,14 @@ def compare_sizes(folder: Path, args: dict[str, Any], threads: int) -> dict[str,
     return {
         "steps_per_s": rate_table(rates),
         "step_ms": milliseconds,
+        "candidates": candidates,
         "largest_takes_times_smallest": asdict(ratio(rates, smallest, largest)),
         "peak_gib": peak_memory_mib() * _GIB_OF_MIB,
     }
 
 
-def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -> Callable[[], float]:
-    """What trains a fresh session recommender some steps further whenever it is called."""
+def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -> tuple[Callable[[], float], int]:
+    """What trains a fresh session recommender some steps further whenever it is called, and its candidates a step."""
     from itertools import count
 
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -127,7 +129,7 @@ def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -
             pipeline.progress(batches)
         return _STEPS_A_TURN
 
-    return work
+    return work, reader.collated(0, 0).candidates_C.numel()
 
 
 def compare_quality(folder: Path, args: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -157,8 +159,9 @@ def table(results: dict[str, Any]) -> str:
     """What was measured, to read."""
     lines = []
     if steps := results.get("steps"):
-        lines += ["", f"{'':20}{'ms a training step':>30}"]
-        lines += [f"{name:20}{Spread(**values)!s:>30}" for name, values in steps["step_ms"].items()]
+        lines += ["", f"{'':20}{'ms a training step':>30}{'distinct candidates':>22}"]
+        for name, values in steps["step_ms"].items():
+            lines.append(f"{name:20}{Spread(**values)!s:>30}{steps['candidates'][name]:>22,}")
         times = Spread(**steps["largest_takes_times_smallest"])
         lines.append(f"the largest takes {times} times as long as the smallest; peak {steps['peak_gib']:.1f} GiB")
     if quality := results.get("quality"):

@@ -1,0 +1,111 @@
+"""What one size of the data costs in every stage of the product, each stage a command in a process of its own."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.commands import prepare_arguments, run_module, training_lines
+from benchmarks.planted_split import write_split
+
+STAGES = ("prepare", "sbr", "align", "behave", "evaluate", "score")
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of the data and of the launch.
+
+    Args:
+        sessions: Sessions.
+        items: Items of the catalogue.
+        ranks: Processes.
+    """
+
+    sessions: int
+    items: int
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took at a size.
+
+    Args:
+        seconds: Of the whole command, start of the process included.
+        work_s: Of the training steps alone; of the whole command where it trains nothing.
+        step_ms: A training step; 0 where the command trains nothing.
+        tree_mib: Largest sum of the resident sizes of all its processes; what they share counts once for each.
+        process_mib: Largest resident size of one of them.
+    """
+
+    seconds: float
+    work_s: float
+    step_ms: float
+    tree_mib: float
+    process_mib: float
+
+
+def run_stages(folder: Path, size: Size, steps: int, told: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Runs all stages at one size.
+
+    Args:
+        folder: Empty folder for data and runs.
+        size: The size.
+        steps: Steps of each tuning stage; stage sbr runs a whole epoch.
+        told: Called with the name of each stage before it starts.
+
+    Returns:
+        Cost of each stage, as plain values.
+    """
+    words = ["--output", str(folder / "raw"), "--sessions", str(size.sessions), "--items", str(size.items)]
+    run_module("datagen.synthetic", words)
+    dataset, run = str(folder / "dataset"), folder / "run"
+    train = ["--config", "quickstart", "--dataset", dataset, "--output", str(run), "--llm.name_or_path", "random-tiny"]
+    train += ["--sbr.epochs", "1", "--sbr.eval_every", "0", "--behave.eval_every", "0", "--runtime.log_every", "5"]
+    train += ["--align.max_steps", str(steps), "--behave.max_steps", str(steps)]
+    commands = {
+        "prepare": ("llmgr_rec.prepare", prepare_arguments(folder)),
+        **{stage: ("llmgr_rec.train", [*train, "--stage", stage]) for stage in ("sbr", "align", "behave")},
+        "evaluate": ("llmgr_rec.evaluate", ["--dataset", dataset, "--output", str(folder / "metrics.json")]),
+        "score": ("llmgr_rec.score", ["--input", f"{dataset}/test", "--output", str(folder / "scores"), "--k", "20"]),
+    }
+    costs = {}
+    for stage, (module, arguments) in commands.items():
+        told(stage)
+        if stage in ("evaluate", "score"):
+            arguments = ["--run_folder", str(run), *arguments]
+        ran = run_module(module, arguments, 1 if stage == "prepare" else size.ranks)
+        trained, work_s = _training_time(run, stage) if module == "llmgr_rec.train" else (0, ran.seconds)
+        step_ms = 1000 * work_s / trained if trained else 0.0
+        costs[stage] = asdict(Cost(ran.seconds, work_s, step_ms, ran.tree_mib, ran.process_mib))
+    return costs
+
+
+def _training_time(run: Path, stage: str) -> tuple[int, float]:
+    """Steps of a stage and the seconds they took, the windows of its log together; the first window left out.
+
+    The first steps trace the model and fill the pipeline, whatever the size of the data.
+    """
+    first, last, seconds = 0, 0, 0.0
+    batch_size = _batch_size(run, stage)
+    for line in training_lines(run):
+        if line["stage"] != stage:
+            continue
+        if first:
+            seconds += (line["step"] - last) * batch_size / line["examples_per_s"]
+        first, last = first or line["step"], line["step"]
+    return last - first, seconds
+
+
+def _batch_size(run: Path, stage: str) -> int:
+    import yaml
+
+    return int(yaml.safe_load((run / "config.yaml").read_text())[stage]["batch_size"])
+
+
+def reader_memory(folder: Path, sessions: int, items: int) -> float:
+    """MiB that reading a split of so many sessions from end to end adds to a process."""
+    write_split(folder / "train", sessions, items, mean_length=9, seed=0)
+    command = [sys.executable, "-m", "benchmarks.reader_memory", str(folder / "train"), str(items)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

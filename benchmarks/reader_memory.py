@@ -1,0 +1,35 @@
+"""Reads a split from end to end and prints the MiB that this added to the process: `benchmarks.growth` runs it.
+
+```sh
+python -m benchmarks.reader_memory FOLDER ITEMS
+```
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.harness import peak_memory_mib
+from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.reader import SessionReader
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads an epoch in random order, every prefix of every row."""
+    folder, items = argv
+    before = peak_memory_mib()
+    reader: SessionReader[RawSessions] = SessionReader(
+        sorted(Path(folder).glob("part-*.parquet")),
+        num_items=int(items),
+        batch_size=4096,
+        collate=lambda raw: raw,
+        shuffle=True,
+        augment_prefixes=True,
+    )
+    for _ in reader.batches(0):
+        pass
+    print(peak_memory_mib() - before)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""How long the commands take to begin: their help, and the first training step of the quickstart.
+
+```sh
+python -m benchmarks.start_up
+```
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.commands import language_model, prepare_arguments, run_module
+from benchmarks.harness import Spread, benchmark_parser, write_report
+from llmgr_rec.cli import parse_args, run_cli
+from llmgr_rec.errors import UserError
+
+COMMANDS = ("score", "prepare", "train", "evaluate", "report", "plan")
+MOST_HELP_S, MOST_FIRST_STEP_S = 1.0, 20.0
+_POLL_S = 0.01
+_PATIENCE_S = 600.0
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses the arguments and measures."""
+    parser = benchmark_parser("start_up", "Measures how long the commands take to begin.")
+    parser.add_argument("--dataset", type=str, help="Prepared data set to train on; MovieLens-100K where not given.")
+    args = parse_args(parser, argv).as_dict()
+    if args["rounds"] < 1:
+        raise UserError(f"--rounds is {args['rounds']}; set it to 1 or more")
+    # In turns, so that what slows the machine for a while falls on all commands.
+    seconds: dict[str, list[float]] = {command: [] for command in COMMANDS}
+    for _ in range(args["rounds"]):
+        for command, values in seconds.items():
+            values.append(help_seconds(command))
+    results: dict[str, Any] = {"help_s": {name: asdict(Spread.of(values)) for name, values in seconds.items()}}
+    results["language_model"] = language_model()
+    with tempfile.TemporaryDirectory(prefix="llmgr-start-") as folder:
+        dataset = Path(args["dataset"]) if args["dataset"] else movielens(Path(folder))
+        first = [first_step_seconds(dataset, Path(folder) / f"run{number}") for number in range(args["rounds"])]
+    results["first_step_s"] = asdict(Spread.of(first))
+    print(table(results))
+    write_report(args["output"], args, results)
+
+
+def help_seconds(command: str) -> float:
+    """Seconds that the help of an entry point takes."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", f"llmgr_rec.{command}", "--help"], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def movielens(folder: Path) -> Path:
+    """Prepares MovieLens-100K as the quickstart does."""
+    run_module("datagen.movielens", ["--output", str(folder / "raw")])
+    run_module("llmgr_rec.prepare", prepare_arguments(folder))
+    return folder / "dataset"
+
+
+def first_step_seconds(dataset: Path, run: Path) -> float:
+    """Seconds from the start of a quickstart training process to the log line of its first step.
+
+    Raises:
+        UserError: The training ended, or took minutes, without a step.
+    """
+    words = ["--config", "quickstart", "--dataset", str(dataset), "--output", str(run)]
+    words += ["--llm.name_or_path", language_model(), "--runtime.log_every", "1", "--sbr.max_steps", "2"]
+    log = run / "metrics.jsonl"
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", "llmgr_rec.train", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while not (log.is_file() and log.stat().st_size):
+                if process.poll() is not None:
+                    said = process.stderr.read().strip() if process.stderr else ""
+                    raise UserError(
+                        f"training ended before its first step: {said.splitlines()[-1:] or process.returncode}"
+                    )
+                if time.perf_counter() - started > _PATIENCE_S:
+                    raise UserError(f"no training step within {_PATIENCE_S:.0f} s")
+                time.sleep(_POLL_S)
+            return time.perf_counter() - started
+        finally:
+            process.kill()
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was measured, to read."""
+    lines = ["", f"{'':46}{'seconds':>28}   target"]
+    for command, values in results["help_s"].items():
+        lines.append(f"{f'python -m llmgr_rec.{command} --help':46}{Spread(**values)!s:>28}   {MOST_HELP_S:g}")
+    first = Spread(**results["first_step_s"])
+    lines.append(f"{'start of quickstart training to first step':46}{first!s:>28}   {MOST_FIRST_STEP_S:g}")
+    worst = max(values["median"] for values in results["help_s"].values())
+    lines.append(f"slowest help {worst:.2f} s; language model: {results['language_model']}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_cli(main)
