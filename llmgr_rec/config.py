@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16"]
 TrainableGroup = Literal["tables", "encoder", "adapter", "lora", "head"]
 
 
@@ -76,7 +77,7 @@ class LLMConfig:
 
     name_or_path: str = "smollm2"
     num_layers: int = 4
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: DType = "auto"
     lora_rank: int = 16
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05

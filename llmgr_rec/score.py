@@ -48,6 +48,23 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_length", type=int, default=50, help="Newest clicks that the model sees.")
     parser.add_argument("--part_rows", type=int, default=16384, help="Sessions of an output file.")
     parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
+    parser.add_argument(
+        "--llm_dtype",
+        type=Literal["auto", "float32", "bfloat16", "int8"],
+        help="Number format of the language model; default the run's setting. int8 is for CPUs.",
+    )
+    parser.add_argument("--llm_layers", type=int, default=0, help="First layers of the language model used; 0 all.")
+    parser.add_argument(
+        "--llm_budget",
+        type=float,
+        default=1.0,
+        help="Share of sessions that the language model reads, those of which the session recommender is least sure.",
+    )
+    parser.add_argument(
+        "--llm_threshold",
+        type=float,
+        help="In place of a budget: uncertainty, in nats, above which the language model reads a session.",
+    )
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 
@@ -67,13 +84,18 @@ def main(argv: Sequence[str]) -> None:
             part_rows=arguments.part_rows,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            llm_dtype=arguments.llm_dtype,
+            llm_layers=arguments.llm_layers,
+            llm_budget=arguments.llm_budget,
+            llm_threshold=arguments.llm_threshold,
         )
     )
     if is_first_rank():
         print(
             f"scored {totals.rows_out:,} sessions into {totals.parts} parts in {arguments.output}; "
             f"{totals.unknown_items:,} clicks on unknown items left out, "
-            f"{totals.fallback_rows:,} sessions without a known click got the most popular items"
+            f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
+            f"{totals.llm_rows:,} were read by the language model"
         )
 
 

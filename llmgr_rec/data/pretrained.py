@@ -193,6 +193,13 @@ def decoder_config(name: str, num_layers: int = 0) -> Any:
     return config
 
 
+def num_decoder_layers(name: str, num_layers: int = 0) -> int:
+    """Layers of the decoder that `load_decoder` gives for the same arguments; no weights are read."""
+    if name == RANDOM_TINY:
+        return num_layers or _TINY_LAYERS
+    return int(decoder_config(name, num_layers).get_text_config(decoder=True).num_hidden_layers)
+
+
 def _hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, DType
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.pretrained import weights_hash
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender
@@ -73,7 +73,7 @@ class Bundle:
     catalogue: Catalogue
 
 
-def load_bundle(path: Path | str, world: World | None = None) -> Bundle:
+def load_bundle(path: Path | str, world: World | None = None, dtype: DType | None = None) -> Bundle:
     """Builds the model of a bundle.
 
     Args:
@@ -81,6 +81,7 @@ def load_bundle(path: Path | str, world: World | None = None) -> Bundle:
         world: Ranks to shard the tables over, a single one too: sharded pooling differs from plain torch's in the last
             bit, and results must not depend on the number of ranks. None makes a plain torch module, for which
             torch.distributed need not be initialised. All ranks call together.
+        dtype: Number format of the base language model; None takes the run's.
 
     Raises:
         UserError: No complete bundle is there, it is damaged, or its base language model is not the one it was trained
@@ -90,6 +91,8 @@ def load_bundle(path: Path | str, world: World | None = None) -> Bundle:
     index = read_index(folder)
     config = load_config(folder / CONFIG)
     config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
+    if dtype is not None:
+        config = replace(config, llm=replace(config.llm, dtype=dtype))
     catalogue = Catalogue.load(folder)
     if catalogue.hash != index.catalogue_hash:
         raise UserError(f"bundle {folder} is damaged: items.parquet is another catalogue's; copy or export it again")

@@ -18,14 +18,26 @@ _RESIDUAL_START = 0.1
 
 
 class _Head(nn.Module):
-    def __init__(self, d2: int, residual: bool) -> None:
+    def __init__(self, d2: int, residual: bool, own_columns: int) -> None:
         super().__init__()
         self.d2 = d2
         self.residual = residual
+        self.own_columns = own_columns
 
     def standardise(self, hidden_XH: Tensor) -> Tensor:
         """Brings hidden states to unit variance: their size differs a hundredfold between language models."""
         return functional.layer_norm(hidden_XH.float(), (self.d2,))
+
+    def without_reading(self, recommender_queries_BD: Tensor) -> Tensor:
+        """Queries that give the recommender's score alone on the same items, [B, Q].
+
+        Raises:
+            ValueError: The head does not add that score.
+        """
+        if not self.residual:
+            raise ValueError("a head that is not residual knows nothing of the recommender's score")
+        own = recommender_queries_BD.new_zeros(recommender_queries_BD.shape[0], self.own_columns)
+        return self._join(own, recommender_queries_BD)
 
     def _join(self, own: Tensor, recommender: Tensor) -> Tensor:
         return torch.cat([own, recommender.to(own.dtype)], dim=1) if self.residual else own
@@ -44,7 +56,7 @@ class TiedHead(_Head):
     """
 
     def __init__(self, d1: int, d2: int, text: bool, residual: bool) -> None:
-        super().__init__(d2, residual)
+        super().__init__(d2, residual, own_columns=d1)
         self.log_scale = nn.Parameter(torch.tensor(math.log(_RESIDUAL_START if residual else 1.0)))
         self.query = nn.Linear(d2, d1)
         self.text = nn.Linear(d2, d1, bias=False) if text else None
@@ -99,7 +111,7 @@ class LinearHead(_Head):
     """
 
     def __init__(self, d2: int, num_items: int, residual: bool) -> None:
-        super().__init__(d2, residual)
+        super().__init__(d2, residual, own_columns=d2 + 1)
         self.weight_VH = nn.Parameter(torch.empty(num_items, d2))
         self.bias_V = nn.Parameter(torch.zeros(num_items))
         # Small weights and not a small factor: AdamW moves every weight by about the learning rate, whatever its

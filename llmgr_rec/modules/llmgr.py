@@ -213,6 +213,14 @@ class LLMGR(nn.Module):
         """Queries of sessions that were looked up and read, [B, Q]."""
         return self.head.queries(readings_BH, seen.queries_BQ)
 
+    def recommender_queries(self, batch: SessionBatch) -> Tensor:
+        """Queries that rank by the session recommender alone, without reading, on the same item vectors, [B, Q].
+
+        Raises:
+            ValueError: The head is not residual.
+        """
+        return self.head.without_reading(self.look_up(batch).queries_BQ)
+
     def items(self, seen: Recommended, batch: SessionBatch) -> Tensor:
         """Items' side of the score: the cached catalogue, or the batch's candidates, [C, Q]."""
         if self.item_rows_VD is not None and self.rows_VD is not None:

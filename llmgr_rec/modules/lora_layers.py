@@ -57,12 +57,12 @@ class FusedLora(LoraVariant):
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """A new weight with the LoRA term in it."""
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """Adds the LoRA term to a weight in place."""
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        orig_weight.data.copy_(orig_weight + module.get_delta_weight(active_adapter))
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:

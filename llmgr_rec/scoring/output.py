@@ -23,6 +23,7 @@ FORMAT = "llmgr_rec.scores"
 # What a part tells about itself, in its Parquet schema metadata.
 _UNKNOWN_KEY = b"llmgr_rec.unknown_items"
 _FALLBACK_KEY = b"llmgr_rec.fallback_rows"
+_LLM_KEY = b"llmgr_rec.llm_rows"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Totals:
         rows_out: Rows of all parts.
         unknown_items: Clicks on unknown items, which were left out.
         fallback_rows: Sessions without a known click, which got the most popular items.
+        llm_rows: Sessions that the language model has read.
         parts: Output files.
     """
 
@@ -41,6 +43,7 @@ class Totals:
     rows_out: int
     unknown_items: int
     fallback_rows: int
+    llm_rows: int
     parts: int
 
 
@@ -92,7 +95,7 @@ class ScoreFolder:
         """Whether all parts are there and were counted."""
         return (self.path / SUCCESS_NAME).is_file()
 
-    def write(self, part: Part, table: pa.Table, unknown_items: int, fallback_rows: int) -> None:
+    def write(self, part: Part, table: pa.Table, unknown_items: int, fallback_rows: int, llm_rows: int) -> None:
         """Writes a part; it appears under its name when it is whole.
 
         Args:
@@ -100,8 +103,10 @@ class ScoreFolder:
             table: Its rows.
             unknown_items: Clicks on unknown items in its sessions.
             fallback_rows: Sessions that got the fallback.
+            llm_rows: Sessions that the language model has read.
         """
-        told = {_UNKNOWN_KEY: str(unknown_items).encode(), _FALLBACK_KEY: str(fallback_rows).encode()}
+        counts = {_UNKNOWN_KEY: unknown_items, _FALLBACK_KEY: fallback_rows, _LLM_KEY: llm_rows}
+        told = {key: str(count).encode() for key, count in counts.items()}
         partial = self.path / f".{part.name}.tmp"
         with partial.open("wb") as file:
             pq.write_table(table.replace_schema_metadata(told), file, compression="zstd")
@@ -121,6 +126,7 @@ class ScoreFolder:
             rows_out=sum(entry.num_rows for entry in metadata),
             unknown_items=sum(int(entry.metadata[_UNKNOWN_KEY]) for entry in metadata),
             fallback_rows=sum(int(entry.metadata[_FALLBACK_KEY]) for entry in metadata),
+            llm_rows=sum(int(entry.metadata[_LLM_KEY]) for entry in metadata),
             parts=len(metadata),
         )
         present = {path.name for path in self.path.glob("*.parquet")}

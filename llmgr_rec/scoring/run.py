@@ -2,20 +2,25 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from llmgr_rec.cli import progress
-from llmgr_rec.config import Device
+from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
 from llmgr_rec.distributed.bundle_index import INDEX
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, on_first_rank, shutdown
 from llmgr_rec.errors import UserError
+from llmgr_rec.modules.lighten import lighten
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.recipes import load_config
+from llmgr_rec.scoring.governor import Governor
 from llmgr_rec.scoring.input import SESSION_ID, Part, SessionFiles, UnknownItems
 from llmgr_rec.scoring.output import ScoreFolder, Totals
 from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
@@ -23,6 +28,8 @@ from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
 logger = logging.getLogger(__name__)
 
 STAGES = ("behave", "align", "sbr")
+
+LlmDType = Literal["auto", "float32", "bfloat16", "int8"]
 
 _HASH_BYTES = 1 << 22
 
@@ -44,6 +51,12 @@ class ScoreRequest:
         part_rows: Sessions of an output file.
         batch_size: Sessions of a batch; None takes the run's setting.
         device: Where the model runs; None takes the run's setting.
+        llm_dtype: Number format of the language model; None takes the run's setting, `int8` computes its linear layers
+            in 8-bit integers on a CPU.
+        llm_layers: First layers of the language model that are used; 0 uses all it was trained with.
+        llm_budget: Share of each part's sessions that the language model reads, those of which the session recommender
+            is least sure; that one answers the others.
+        llm_threshold: Uncertainty in nats above which the language model reads a session, in place of the budget.
     """
 
     run: Path
@@ -58,6 +71,10 @@ class ScoreRequest:
     part_rows: int = 16384
     batch_size: int | None = None
     device: Device | None = None
+    llm_dtype: LlmDType | None = None
+    llm_layers: int = 0
+    llm_budget: float = 1.0
+    llm_threshold: float | None = None
 
 
 def score_run(request: ScoreRequest) -> Totals:
@@ -81,13 +98,17 @@ def score_run(request: ScoreRequest) -> Totals:
         exclude_seen=request.exclude_seen,
         max_length=request.max_length,
         batch_size=request.batch_size or config.runtime.eval_batch_size,
+        governor=Governor(request.llm_budget, request.llm_threshold),
     )
+    _check_language(request, bundle, config)
     _check_rows(files)
     parts = files.parts(request.part_rows)
     job = {
         "input": {file.name: {"rows": file.rows, "sha256": file.sha256()} for file in files.files},
         "settings": {
-            **vars(settings),
+            **asdict(settings),
+            "llm_dtype": request.llm_dtype or config.llm.dtype,
+            "llm_layers": request.llm_layers,
             "columns": columns,
             "unknown_items": request.unknown_items,
             "part_rows": request.part_rows,
@@ -98,16 +119,25 @@ def score_run(request: ScoreRequest) -> Totals:
     runtime = config.runtime
     world = init_distributed(request.device or runtime.device, runtime.timeout_s, runtime.threads_per_rank)
     try:
-        totals = _score(bundle, files, folder, settings, world)
+        totals = _score(request, bundle, files, folder, settings, world)
     finally:
         shutdown()
     return totals
 
 
-def _score(bundle: Path, files: SessionFiles, folder: ScoreFolder, settings: ScoreSettings, world: World) -> Totals:
+def _score(
+    request: ScoreRequest,
+    bundle: Path,
+    files: SessionFiles,
+    folder: ScoreFolder,
+    settings: ScoreSettings,
+    world: World,
+) -> Totals:
     missing: list[Part] = on_first_rank(world, lambda: _open(folder))
     if missing:
-        loaded = load_bundle(bundle, world)
+        loaded = load_bundle(bundle, world, "auto" if request.llm_dtype == "int8" else request.llm_dtype)
+        if isinstance(loaded.model, LLMGR):
+            lighten(loaded.model.language_model, request.llm_layers, request.llm_dtype == "int8")
         collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
         scorer = Scorer(loaded.model, loaded.catalogue, collate, settings, world)
         bar = progress(files.rows, "score", "session", initial=files.rows - sum(part.rows for part in missing))
@@ -141,6 +171,30 @@ def _check_numbers(request: ScoreRequest) -> None:
     for name in ("k", "max_length", "part_rows", "batch_size"):
         if values[name] is not None and values[name] < 1:
             raise UserError(f"--{name} is {values[name]}; give at least 1")
+
+
+def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None:
+    """What is asked of the language model can be had."""
+    if not 0 <= request.llm_budget <= 1:
+        raise UserError(f"--llm_budget is {request.llm_budget}; give a share from 0 to 1")
+    if request.llm_budget < 1 and request.llm_threshold is not None:
+        raise UserError("--llm_budget and --llm_threshold both say what the language model reads; give one of them")
+    device = request.device or config.runtime.device
+    if request.llm_dtype == "int8" and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
+        raise UserError("--llm_dtype int8 computes on a CPU; add --device cpu, or give bfloat16")
+    governed = request.llm_budget < 1 or request.llm_threshold is not None
+    if bundle.name == "sbr":
+        if governed or request.llm_layers or request.llm_dtype:
+            raise UserError(f"{bundle} holds no language model; leave the --llm_ options out, or give another --stage")
+        return
+    if governed and not config.head.residual:
+        raise UserError(
+            "--llm_budget and --llm_threshold need a model whose head adds the session recommender's score, "
+            f"and {bundle} was trained with head.residual false; leave them out"
+        )
+    layers = num_decoder_layers(config.llm.name_or_path, config.llm.num_layers)
+    if not 0 <= request.llm_layers <= layers:
+        raise UserError(f"--llm_layers is {request.llm_layers}, and the language model of {bundle} has {layers} layers")
 
 
 def _check_rows(files: SessionFiles) -> None:

@@ -3,12 +3,14 @@
 Shapes: R rows of a part, B sessions of this rank's slice of a batch, L clicks, K places of a ranked list.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmgr_rec.data.batch import RawSessions, SessionBatch
@@ -23,6 +25,7 @@ from llmgr_rec.evaluation.protocol import evaluation_mode, session_queries
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
+from llmgr_rec.scoring.governor import READ_ALL, Governor, uncertainty
 from llmgr_rec.scoring.input import Part, PartSessions, SessionFiles
 from llmgr_rec.scoring.output import ScoreFolder
 
@@ -42,12 +45,14 @@ class ScoreSettings:
         exclude_seen: Whether items of a session are left out of its own list.
         max_length: Newest clicks that the model sees.
         batch_size: Sessions of a batch of one rank.
+        governor: Which sessions a language model reads; the session recommender answers the others.
     """
 
     k: int
     exclude_seen: bool
     max_length: int
     batch_size: int
+    governor: Governor = READ_ALL
 
 
 @dataclass(frozen=True)
@@ -59,23 +64,33 @@ class _Round:
         batch: What the model takes.
         exclude: Items that the sessions must not get.
         sessions: Sessions that all ranks answer in this round.
+        reads: Whether the model as a whole answers, or its session recommender alone.
     """
 
     rows: Tensor
     batch: SessionBatch
     exclude: Jagged | None
     sessions: int
+    reads: bool
 
 
 @dataclass
 class _Ranked:
-    """A part with its lists, zero where another rank answers or nothing was clicked."""
+    """A part with its lists, zero where another rank answers or nothing was clicked.
+
+    Args:
+        part: The part.
+        sessions: Its sessions.
+        k: Places of a list.
+        read: Sessions that the language model has read, over all ranks.
+    """
 
     part: Part
     sessions: PartSessions
     ids_RK: Tensor = field(init=False)
     scores_RK: Tensor = field(init=False)
     k: int
+    read: int = 0
 
     def __post_init__(self) -> None:
         self.ids_RK = torch.zeros(self.part.rows, self.k, dtype=torch.int64)
@@ -112,6 +127,7 @@ class Scorer:
         self._settings = settings
         self._world = world
         self._fallback = Popularity(catalogue.train_count_V.numpy())
+        self._governed = isinstance(model, LLMGR) and not settings.governor.reads_all
 
     @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
     def run(
@@ -138,7 +154,11 @@ class Scorer:
                     on_rows(element.sessions)
                     continue
                 if ranked is not None:
-                    self._hand_over(ranked, out)
+                    self._share(ranked)
+                    if self._governed:
+                        self._read_uncertain(ranker, ranked)
+                    if self._world.rank == 0:
+                        out.put(ranked)
                 ranked = element
                 on_rows(0 if ranked is None else int(ranked.is_empty_R.sum()))
 
@@ -147,19 +167,19 @@ class Scorer:
         for part in parts:
             ranked = _Ranked(part, files.read(part), k=self._settings.k)
             yield ranked
-            yield from self._batches(ranked.sessions)
+            known = np.flatnonzero(np.diff(ranked.sessions.offsets))
+            yield from self._batches(ranked.sessions, known, reads=not self._governed)
         yield None
 
-    def _batches(self, sessions: PartSessions) -> Iterator[_Round]:
-        """This rank's batches of a part: whole ones dealt out in turn, as many to each rank.
+    def _batches(self, sessions: PartSessions, rows_S: NDArray[np.int64], reads: bool) -> Iterator[_Round]:
+        """This rank's batches of some rows of a part: whole ones dealt out in turn, as many to each rank.
 
         No batch holds rows of two parts, so a restart changes nothing. Nor does the number of ranks change what a
         session shares its batch with, which keeps rounding the same in all but the last product with the items.
         """
         size, world = self._settings.batch_size, self._world
-        lengths_R = np.diff(sessions.offsets)
         # Sessions of like length share a batch, which saves padding. The sort is stable, so it is the same every time.
-        order = np.argsort(lengths_R, kind="stable")[int((lengths_R == 0).sum()) :]
+        order = rows_S[np.argsort(np.diff(sessions.offsets)[rows_S], kind="stable")]
         clicks = Jagged(torch.from_numpy(sessions.items_L), torch.from_numpy(sessions.offsets))
         for first in range(0, len(order), size * world.size):
             start = first + world.rank * size
@@ -171,6 +191,7 @@ class Scorer:
                 batch=self._collate(self._raw(seen)),
                 exclude=seen if self._settings.exclude_seen else None,
                 sessions=min(size * world.size, len(order) - first),
+                reads=reads,
             )
 
     def _raw(self, seen: Jagged) -> RawSessions:
@@ -189,21 +210,38 @@ class Scorer:
     def _rank(self, ranker: CatalogueRanker, piece: _Round, ranked: _Ranked) -> None:
         device = self._world.device
         exclude = piece.exclude.to(device) if piece.exclude is not None else None
-        queries_BQ = session_queries(self._model, piece.batch.to(device))
+        batch = piece.batch.to(device)
+        if piece.reads:
+            queries_BQ = session_queries(self._model, batch)
+        else:
+            assert isinstance(self._model, LLMGR)
+            queries_BQ = self._model.recommender_queries(batch)
         ids_BK, scores_BK = ranker.rank(queries_BQ, self._settings.k, exclude)
         ranked.ids_RK[piece.rows] = ids_BK[: piece.rows.numel()].cpu()
         ranked.scores_RK[piece.rows] = scores_BK[: piece.rows.numel()].float().cpu()
 
-    def _hand_over(self, ranked: _Ranked, out: WriteBehind[_Ranked]) -> None:
+    def _share(self, ranked: _Ranked) -> None:
+        """Gives every rank the answers of all."""
         # Each row is zero on all ranks but one, so the sum is that rank's answer to the bit.
         sum_over_ranks(ranked.ids_RK, self._world)
         sum_over_ranks(ranked.scores_RK, self._world)
-        if self._world.rank == 0:
-            out.put(ranked)
+
+    def _read_uncertain(self, ranker: CatalogueRanker, ranked: _Ranked) -> None:
+        """Has the language model answer in place of the session recommender where that was least sure."""
+        uncertainty_R = uncertainty(ranked.scores_RK).masked_fill(torch.from_numpy(ranked.is_empty_R), -math.inf)
+        rows_S = self._settings.governor.choose(uncertainty_R)
+        ranked.read = rows_S.numel()
+        answers = _Ranked(ranked.part, ranked.sessions, k=self._settings.k)
+        for piece in read_ahead(self._batches(ranked.sessions, rows_S.numpy(), reads=True), _READ_AHEAD):
+            self._rank(ranker, piece, answers)
+        self._share(answers)
+        ranked.ids_RK[rows_S], ranked.scores_RK[rows_S] = answers.ids_RK[rows_S], answers.scores_RK[rows_S]
 
     def _write(self, ranked: _Ranked, folder: ScoreFolder) -> None:
         table = self._table(ranked)
-        folder.write(ranked.part, table, ranked.sessions.unknown_items, int(ranked.is_empty_R.sum()))
+        empty = int(ranked.is_empty_R.sum())
+        read = ranked.read if self._governed else ranked.part.rows - empty if isinstance(self._model, LLMGR) else 0
+        folder.write(ranked.part, table, ranked.sessions.unknown_items, empty, read)
 
     def _table(self, ranked: _Ranked) -> pa.Table:
         ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()
