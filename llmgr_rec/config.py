@@ -5,11 +5,14 @@ model.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
-TrainableGroup = Literal["tables", "encoder", "adapter", "lora", "head"]
+TrainableGroup = Literal["tables", "encoder", "adapter", "lora", "head", "student"]
+StageName = Literal["sbr", "align", "behave", "distill"]
+# In the order in which they are trained.
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @dataclass
@@ -183,6 +186,19 @@ class BehaveConfig(StageConfig):
 
 
 @dataclass
+class DistillConfig(StageConfig):
+    """Distillation: a small reader learns the language model's ranking, for scoring without it.
+
+    Args:
+        width: Units of the small reader's hidden layer.
+        target_weight: Share of the item that really came next in what it learns, 0 to 1; the rest is the ranking.
+    """
+
+    width: int = 512
+    target_weight: float = 0.2
+
+
+@dataclass
 class LossConfig:
     """Ranking loss.
 
@@ -235,6 +251,7 @@ class Config:
         sbr: Session-recommender pre-training.
         align: Stage 1, auxiliary instruction tuning.
         behave: Stage 2, behaviour pattern modelling.
+        distill: Distillation into a reader that needs no language model; off unless it is given epochs.
         runtime: Use of the machine.
     """
 
@@ -255,5 +272,8 @@ class Config:
         default_factory=lambda: BehaveConfig(
             epochs=3, batch_size=64, lr=3e-4, trainable=["adapter", "lora", "head"], eval_every=1
         )
+    )
+    distill: DistillConfig = field(
+        default_factory=lambda: DistillConfig(epochs=0, batch_size=256, lr=1e-3, trainable=["student"])
     )
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

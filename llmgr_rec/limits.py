@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import STAGES, Config
 from llmgr_rec.errors import UserError
 
-_STAGES = ("sbr", "align", "behave")
 # Seeds go to torch and numpy, which take different ranges; this one both take.
 _LARGEST_SEED = 2**63 - 1
 
@@ -25,6 +24,7 @@ _AT_LEAST: dict[str, float] = {
     "prompt.max_text_tokens": 1,
     "align.contrastive_weight": 0,
     "align.hard_negatives": 0,
+    "distill.width": 1,
     "loss.full_softmax_max_items": 0,
     "loss.sampled_items": 1,
     "runtime.threads_per_rank": 0,
@@ -52,12 +52,12 @@ _ABOVE_0 = {
     "align.contrastive_temperature",
 }
 _ABOVE_0_IN_STAGES = ("lr", "clip_norm")
-_SHARES = {"encoder.last_item_weight"}
+_SHARES = {"encoder.last_item_weight", "distill.target_weight"}
 _SHARES_IN_STAGES = ("warmup",)
 # A share of 1 would leave nothing.
 _DROPOUTS = {"encoder.dropout", "llm.lora_dropout"}
 
-for _stage in _STAGES:
+for _stage in STAGES:
     _AT_LEAST |= {f"{_stage}.{name}": bound for name, bound in _AT_LEAST_IN_STAGES.items()}
     _ABOVE_0 |= {f"{_stage}.{name}" for name in _ABOVE_0_IN_STAGES}
     _SHARES |= {f"{_stage}.{name}" for name in _SHARES_IN_STAGES}
@@ -82,7 +82,7 @@ def check_limits(config: Config) -> None:
     _check_one_pass(config)
     if not config.prompt.text_fields:
         raise UserError("setting prompt.text_fields is empty; name at least one text column, such as title")
-    for stage in _STAGES:
+    for stage in STAGES:
         settings = getattr(config, stage)
         if settings.epochs and not settings.trainable:
             raise UserError(f"setting {stage}.trainable is empty; name the parameter groups that the stage trains")

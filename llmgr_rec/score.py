@@ -9,9 +9,13 @@ complete when it holds _SUCCESS.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
+from llmgr_rec.config import StageName
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def main(argv: Sequence[str]) -> None:
@@ -42,29 +46,11 @@ def main(argv: Sequence[str]) -> None:
         help="Clicks on items that the model does not know: leave out and count, or stop before anything is written.",
     )
     parser.add_argument("--exclude_seen", type=bool, default=False, help="Keep items of a session out of its own list.")
-    parser.add_argument(
-        "--stage", type=Literal["sbr", "align", "behave"], help="Model to score with; default the furthest trained."
-    )
+    parser.add_argument("--stage", type=StageName, help="Model to score with; default the furthest but distill.")
     parser.add_argument("--max_length", type=int, default=50, help="Newest clicks that the model sees.")
     parser.add_argument("--part_rows", type=int, default=16384, help="Sessions of an output file.")
     parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
-    parser.add_argument(
-        "--llm_dtype",
-        type=Literal["auto", "float32", "bfloat16", "int8"],
-        help="Number format of the language model; default the run's setting. int8 is for CPUs.",
-    )
-    parser.add_argument("--llm_layers", type=int, default=0, help="First layers of the language model used; 0 all.")
-    parser.add_argument(
-        "--llm_budget",
-        type=float,
-        default=1.0,
-        help="Share of sessions that the language model reads, those of which the session recommender is least sure.",
-    )
-    parser.add_argument(
-        "--llm_threshold",
-        type=float,
-        help="In place of a budget: uncertainty, in nats, above which the language model reads a session.",
-    )
+    _add_language_arguments(parser)
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 
@@ -97,6 +83,27 @@ def main(argv: Sequence[str]) -> None:
             f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
             f"{totals.llm_rows:,} were read by the language model"
         )
+
+
+def _add_language_arguments(parser: "ArgumentParser") -> None:
+    """Adds what trades quality for speed."""
+    parser.add_argument(
+        "--llm_dtype",
+        type=Literal["auto", "float32", "bfloat16", "int8"],
+        help="Number format of the language model; default the run's setting. int8 is for CPUs.",
+    )
+    parser.add_argument("--llm_layers", type=int, default=0, help="First layers of the language model used; 0 all.")
+    parser.add_argument(
+        "--llm_budget",
+        type=float,
+        help="Share of sessions that the language model reads, those least sure without it; default 1, with stage "
+        "distill 0.",
+    )
+    parser.add_argument(
+        "--llm_threshold",
+        type=float,
+        help="In place of a budget: uncertainty, in nats, above which the language model reads a session.",
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.cli import is_first_rank, make_parser, run_cli
+from llmgr_rec.config import StageName
 from llmgr_rec.errors import UserError
 from llmgr_rec.recipes import add_config_arguments, parse_with_config
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
     )
     parser.add_argument("--output", type=str, help="Run folder to create; default runs/ID of the launch.")
-    parser.add_argument("--stage", type=Literal["all", "sbr", "align", "behave"], default="all", help="Stage to run.")
+    parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to run.")
     parser.add_argument("--resume", action="store_true", help="Continue an interrupted run exactly where it stopped.")
     add_config_arguments(parser)
     arguments, config = parse_with_config(parser, _with_default_recipe(argv))

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from llmgr_rec.config import Config, TrainableGroup
+from llmgr_rec.config import Config, StageName, TrainableGroup
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Candidates, Collator, TextPlace
 from llmgr_rec.data.item_text import tokenize_items
@@ -18,7 +18,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
 
-Purpose = Literal["sbr", "align", "behave", "rank"]
+Purpose = Literal[StageName, "rank"]
 
 # Stands between two item texts in a prompt.
 _TEXT_SEPARATOR = "; "
@@ -46,6 +46,7 @@ def assemble_llmgr(
     decoder: PreTrainedModel,
     trainable: Collection[TrainableGroup] = (),
     tables_device: torch.device | str = "cpu",
+    student: bool = False,
 ) -> LLMGR:
     """The whole model for a catalogue; see `build_llmgr`.
 
@@ -55,6 +56,7 @@ def assemble_llmgr(
         decoder: From `assemble_decoder`; LoRA layers are put into it.
         trainable: Parameter groups that train.
         tables_device: Where tables are made; `meta` leaves the memory to the sharder.
+        student: Whether it has a reader that stands in for the language model.
     """
     return build_llmgr(
         config,
@@ -64,6 +66,7 @@ def assemble_llmgr(
         compile_prompts(config),
         trainable,
         tables_device,
+        student=student,
     )
 
 
@@ -139,7 +142,7 @@ def caches_catalogue(config: Config, num_items: int, stage: Purpose) -> bool:
     """Whether a stage keeps all item vectors' inputs at hand: a small catalogue whose tables are frozen."""
     trained = set(getattr(config, stage).trainable)
     return (
-        stage in ("align", "behave")
+        stage in ("align", "behave", "distill")
         and not trained & {"tables", "encoder"}
         and num_items <= config.loss.full_softmax_max_items
     )

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import STAGES, Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.pretrained import weights_hash
 from llmgr_rec.data.prompt_files import load_templates
@@ -23,7 +23,6 @@ from llmgr_rec.distributed.bundle_index import (
     LORA,
     PROMPTS,
     RECOMMENDER,
-    STAGES,
     TENSOR,
     BundleIndex,
     Piece,
@@ -88,10 +87,12 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def language_tensors(model: LLMGR) -> dict[str, Tensor]:
-    """Adapter and head, by name in the model."""
+    """Adapter, head and student where there is one, by name in the model."""
+    parts: dict[str, nn.Module | None] = {"hybrid": model.hybrid, "head": model.head, "student": model.student}
     return {
         f"{part}.{name}": value
-        for part, module in (("hybrid", model.hybrid), ("head", model.head))
+        for part, module in parts.items()
+        if module is not None
         for name, value in dense_tensors(module).items()
     }
 

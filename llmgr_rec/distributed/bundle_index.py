@@ -1,7 +1,8 @@
 """The index of an exported model: what a bundle holds, whether it is complete, which one is the furthest.
 
 RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
-catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT) and
+catalogue), recommender.safetensors, llmgr.safetensors (adapter, head and, after
+distillation, the student), lora/ (PEFT) and
 tables/<table>-r<row>-c<column>.safetensors.
 """
 
@@ -10,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmgr_rec.config import STAGES
 from llmgr_rec.errors import UserError
 
 FORMAT_VERSION = 1
-STAGES = ("sbr", "align", "behave")
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
 TENSOR = "weight"

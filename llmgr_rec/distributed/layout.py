@@ -5,7 +5,7 @@ Sizes are bytes unless named otherwise.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import fx, nn
@@ -14,7 +14,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableSh
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from transformers import AutoModel, PreTrainedModel
 
-from llmgr_rec.config import Config, StageConfig
+from llmgr_rec.config import STAGES, Config, StageConfig, StageName
 from llmgr_rec.data.pretrained import RANDOM_TINY, decoder_config, load_decoder, resolve_dtype
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.distributed.assembly import caches_catalogue
@@ -23,9 +23,8 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.modules.build import build_llmgr, build_recommender, reads_item_text
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.prompts import CompiledPrompt
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask
 
-StageName = Literal["sbr", "align", "behave"]
 FROZEN = "frozen"
 _FLOAT_BYTES = 4
 _CACHES = ("item_rows_VD", "rows_VD", "text_VH")
@@ -115,12 +114,12 @@ def lay_out(config: Config, sizes: Sizes, ranks: Ranks) -> list[StageLayout]:
         UserError: Settings that do not go together, or a language model that is not to be had. Tables that do not fit
             are reported in the layout instead.
     """
-    stages: list[tuple[StageName, StageConfig]] = [("sbr", config.sbr)]
-    if config.align.epochs:
-        stages.append(("align", config.align))
-    if config.behave.epochs:
-        stages.append(("behave", config.behave))
-    return [_lay_out_stage(stage, settings, config, sizes, ranks) for stage, settings in stages]
+    settings: dict[StageName, StageConfig] = {stage: getattr(config, stage) for stage in STAGES}
+    return [
+        _lay_out_stage(stage, settings[stage], config, sizes, ranks)
+        for stage in STAGES
+        if stage == "sbr" or settings[stage].epochs
+    ]
 
 
 def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes, ranks: Ranks) -> StageLayout:
@@ -151,7 +150,15 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
     decoder = _meta_decoder(config)
     llmgr = build_llmgr(
-        config, sizes.num_items, sizes.num_embeddings, decoder, prompts, settings.trainable, "meta", embedding_norm=1.0
+        config,
+        sizes.num_items,
+        sizes.num_embeddings,
+        decoder,
+        prompts,
+        settings.trainable,
+        "meta",
+        embedding_norm=1.0,
+        student=stage == "distill",
     )
     if caches_catalogue(config, sizes.num_items, stage):
         rows_VD = torch.empty(sizes.num_items, config.tables.dim, device="meta")
@@ -159,6 +166,8 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
         llmgr.cache_catalogue(rows_VD, rows_VD, text_VH if reads_item_text(config) else None)
     if stage == "behave":
         return BehaveTask(llmgr, one_pass=config.behave.one_pass)
+    if stage == "distill":
+        return DistillTask(llmgr, config.distill.target_weight, one_pass=config.behave.one_pass)
     align = config.align
     return AlignTask(llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives)
 

@@ -107,8 +107,10 @@ def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue) -> Baselin
 
 
 def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:
-    """Query of each session, [B, Q], as the model answers it outside of training."""
-    return model(batch, "behave") if isinstance(model, LLMGR) else model.queries(batch)
+    """Query of each session, [B, Q], as the model answers it outside of training: by its student where it has one."""
+    if isinstance(model, SessionRecommender):
+        return model.queries(batch)
+    return model(batch) if model.student is None else model.quick_queries(batch)
 
 
 @contextmanager

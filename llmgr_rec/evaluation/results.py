@@ -10,7 +10,13 @@ from llmgr_rec.errors import UserError
 
 FORMAT = "llmgr_rec.metrics"
 # In the order of the tables; other names follow them.
-MODEL_NAMES = {"popularity": "Popularity", "item_knn": "Item-kNN", "sbr": "GNN", "llmgr": "LLMGR"}
+MODEL_NAMES = {
+    "popularity": "Popularity",
+    "item_knn": "Item-kNN",
+    "sbr": "GNN",
+    "student": "GNN, distilled",
+    "llmgr": "LLMGR",
+}
 CUTOFFS = (5, 10, 20)
 COLUMNS = tuple(f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in CUTOFFS)
 

@@ -16,6 +16,7 @@ from llmgr_rec.modules.llmgr import LLMGR, text_tables
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
+from llmgr_rec.modules.student import StudentReader
 
 
 def build_recommender(
@@ -55,6 +56,7 @@ def build_llmgr(
     trainable: Collection[TrainableGroup] = (),
     tables_device: torch.device | str = "cpu",
     embedding_norm: float | None = None,
+    student: bool = False,
 ) -> LLMGR:
     """The whole model with fresh weights of its own beside the pre-trained decoder.
 
@@ -67,6 +69,7 @@ def build_llmgr(
         trainable: Parameter groups that train.
         tables_device: Where item tables and text encodings are made; `meta` leaves the memory to the sharder.
         embedding_norm: Mean norm of the decoder's token embeddings; None computes it.
+        student: Whether it has a reader that stands in for the language model.
 
     Raises:
         UserError: Settings that do not go together.
@@ -95,6 +98,7 @@ def build_llmgr(
             config.prompt.node_order,
             config.prompt.max_nodes,
             trainable,
+            StudentReader(d1, d2, config.distill.width) if student else None,
         )
 
 

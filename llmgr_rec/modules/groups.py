@@ -11,6 +11,7 @@ _GROUP_OF_PART: dict[str, TrainableGroup] = {
     "encoder": "encoder",
     "hybrid": "adapter",
     "head": "head",
+    "student": "student",
 }
 
 

@@ -1,4 +1,4 @@
-"""Losses: ranking by softmax over the catalogue or a sample of it, and the structure-aware contrast.
+"""Losses: ranking by softmax over the catalogue or a sample of it, its distillation, and the structure-aware contrast.
 
 Shapes: B sessions, C candidate columns, Q columns of queries and items, H = d2 hidden width, R hard negatives a row.
 
@@ -38,9 +38,11 @@ class _SoftmaxLoss(torch.autograd.Function):
         columns_B: Tensor,
         scales_B: Tensor,
         bias_C: Tensor | None,
-        rows_at_once: int,
+        teacher_BQ: Tensor | None,
+        target_weight: float,
         with_gradient: bool,
     ) -> Tensor:
+        rows_at_once = max(_LEAST_ROWS, _SCORES_AT_ONCE // max(1, items_CQ.shape[0]))
         total = queries_BQ.new_zeros(())
         grad_queries_BQ = torch.empty_like(queries_BQ) if with_gradient else None
         grad_items_CQ = torch.zeros_like(items_CQ) if with_gradient else None
@@ -50,11 +52,20 @@ class _SoftmaxLoss(torch.autograd.Function):
             scores_bC = _scores(queries_BQ[block], items_CQ, bias_C)
             log_probs_bC = torch.log_softmax(scores_bC, dim=1)
             del scores_bC
-            total -= (log_probs_bC.gather(1, columns_b1) * scales_b1).sum()
+            wanted_bC: Tensor | None = None
+            if teacher_BQ is None:
+                total -= (log_probs_bC.gather(1, columns_b1) * scales_b1).sum()
+            else:
+                wanted_bC = torch.softmax(_scores(teacher_BQ[block], items_CQ, bias_C), dim=1).mul_(1 - target_weight)
+                wanted_bC.scatter_add_(1, columns_b1, torch.full_like(scales_b1, target_weight))
+                total -= ((log_probs_bC * wanted_bC).sum(dim=1, keepdim=True) * scales_b1).sum()
             if grad_queries_BQ is None or grad_items_CQ is None:
                 continue
             errors_bC = log_probs_bC.exp_()
-            errors_bC.scatter_add_(1, columns_b1, -torch.ones_like(scales_b1))
+            if wanted_bC is None:
+                errors_bC.scatter_add_(1, columns_b1, -torch.ones_like(scales_b1))
+            else:
+                errors_bC -= wanted_bC
             grad_queries_BQ[block] = (errors_bC @ items_CQ) * scales_b1
             grad_items_CQ.addmm_(errors_bC.T, queries_BQ[block] * scales_b1)
         if with_gradient:
@@ -65,7 +76,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_queries_BQ, grad_items_CQ = ctx.saved_tensors
-        return grad_queries_BQ * grad_total, grad_items_CQ * grad_total, None, None, None, None, None
+        return grad_queries_BQ * grad_total, grad_items_CQ * grad_total, None, None, None, None, None, None
 
 
 def ranking_loss(
@@ -95,13 +106,59 @@ def ranking_loss(
     Returns:
         Scalar loss of this rank's rows.
     """
+    scale = world_scale / global_size
+    return _softmax_loss(queries_BQ, items_CQ, target_columns_B, weights_B, scale, log_q_C, None, 1.0)
+
+
+def distillation_loss(
+    queries_BQ: Tensor,
+    teacher_BQ: Tensor,
+    items_CQ: Tensor,
+    target_columns_B: Tensor,
+    weights_B: Tensor,
+    target_weight: float,
+    global_size: int,
+    world_scale: int,
+    log_q_C: Tensor | None = None,
+) -> Tensor:
+    """Softmax cross-entropy that wants a teacher's probabilities of the same columns, mixed with the target.
+
+    Args:
+        queries_BQ: Session queries that learn.
+        teacher_BQ: The teacher's queries on the same items, without gradient.
+        items_CQ: Candidate items; every item at most once.
+        target_columns_B: Column of each row's target; anything for rows of weight 0.
+        weights_B: Weight of each row; 0 marks filler.
+        target_weight: Share of the target, 0 to 1; the teacher has the rest.
+        global_size: Real rows of the global batch, over all ranks.
+        world_scale: Number of ranks, see `ranking_loss`.
+        log_q_C: Log of the expected count of each candidate in the sample; None or empty for the full catalogue.
+
+    Returns:
+        Scalar loss of this rank's rows.
+    """
+    scale = world_scale / global_size
+    return _softmax_loss(queries_BQ, items_CQ, target_columns_B, weights_B, scale, log_q_C, teacher_BQ, target_weight)
+
+
+def _softmax_loss(
+    queries_BQ: Tensor,
+    items_CQ: Tensor,
+    target_columns_B: Tensor,
+    weights_B: Tensor,
+    scale: float,
+    log_q_C: Tensor | None,
+    teacher_BQ: Tensor | None,
+    target_weight: float,
+) -> Tensor:
     real_B = weights_B > 0
     columns_B = torch.where(real_B, target_columns_B, 0)
-    scales_B = torch.where(real_B, weights_B, 0).to(queries_BQ.dtype) * (world_scale / global_size)
+    scales_B = torch.where(real_B, weights_B, 0).to(queries_BQ.dtype) * scale
     bias_C = None if log_q_C is None or log_q_C.numel() == 0 else -log_q_C.to(queries_BQ.dtype)
-    rows_at_once = max(_LEAST_ROWS, _SCORES_AT_ONCE // max(1, items_CQ.shape[0]))
     with_gradient = torch.is_grad_enabled() and (queries_BQ.requires_grad or items_CQ.requires_grad)
-    return _SoftmaxLoss.apply(queries_BQ, items_CQ, columns_B, scales_B, bias_C, rows_at_once, with_gradient)
+    return _SoftmaxLoss.apply(
+        queries_BQ, items_CQ, columns_B, scales_B, bias_C, teacher_BQ, target_weight, with_gradient
+    )
 
 
 def structure_loss(

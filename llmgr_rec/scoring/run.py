@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from llmgr_rec.cli import progress
-from llmgr_rec.config import Config, Device
+from llmgr_rec.config import Config, Device, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.distributed.assembly import make_collator
@@ -27,7 +27,8 @@ from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("behave", "align", "sbr")
+# The furthest first; a distilled one only where it is asked for.
+_FURTHEST: tuple[StageName, ...] = ("behave", "align", "sbr")
 
 LlmDType = Literal["auto", "float32", "bfloat16", "int8"]
 
@@ -46,7 +47,7 @@ class ScoreRequest:
         columns: Input columns that go into the output.
         unknown_items: Whether a click on an unknown item is left out or an error.
         exclude_seen: Whether items of a session are left out of its own list.
-        stage: Export to score with; None takes the furthest.
+        stage: Export to score with; None takes the furthest but distill.
         max_length: Newest clicks that the model sees.
         part_rows: Sessions of an output file.
         batch_size: Sessions of a batch; None takes the run's setting.
@@ -54,8 +55,9 @@ class ScoreRequest:
         llm_dtype: Number format of the language model; None takes the run's setting, `int8` computes its linear layers
             in 8-bit integers on a CPU.
         llm_layers: First layers of the language model that are used; 0 uses all it was trained with.
-        llm_budget: Share of each part's sessions that the language model reads, those of which the session recommender
-            is least sure; that one answers the others.
+        llm_budget: Share of each part's sessions that the language model reads, those least sure without it; the
+            student of stage distill, or else the session recommender, answers the others. None reads all, or none with
+            stage distill.
         llm_threshold: Uncertainty in nats above which the language model reads a session, in place of the budget.
     """
 
@@ -66,14 +68,14 @@ class ScoreRequest:
     columns: list[str] | None = None
     unknown_items: UnknownItems = "skip"
     exclude_seen: bool = False
-    stage: Literal["sbr", "align", "behave"] | None = None
+    stage: StageName | None = None
     max_length: int = 50
     part_rows: int = 16384
     batch_size: int | None = None
     device: Device | None = None
     llm_dtype: LlmDType | None = None
     llm_layers: int = 0
-    llm_budget: float = 1.0
+    llm_budget: float | None = None
     llm_threshold: float | None = None
 
 
@@ -98,7 +100,7 @@ def score_run(request: ScoreRequest) -> Totals:
         exclude_seen=request.exclude_seen,
         max_length=request.max_length,
         batch_size=request.batch_size or config.runtime.eval_batch_size,
-        governor=Governor(request.llm_budget, request.llm_threshold),
+        governor=Governor(_budget(request, bundle), request.llm_threshold),
     )
     _check_language(request, bundle, config)
     _check_rows(files)
@@ -173,24 +175,30 @@ def _check_numbers(request: ScoreRequest) -> None:
             raise UserError(f"--{name} is {values[name]}; give at least 1")
 
 
+def _budget(request: ScoreRequest, bundle: Path) -> float:
+    if request.llm_budget is None:
+        return 0.0 if bundle.name == "distill" else 1.0
+    return request.llm_budget
+
+
 def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None:
     """What is asked of the language model can be had."""
-    if not 0 <= request.llm_budget <= 1:
+    if request.llm_budget is not None and not 0 <= request.llm_budget <= 1:
         raise UserError(f"--llm_budget is {request.llm_budget}; give a share from 0 to 1")
-    if request.llm_budget < 1 and request.llm_threshold is not None:
+    if request.llm_budget is not None and request.llm_threshold is not None:
         raise UserError("--llm_budget and --llm_threshold both say what the language model reads; give one of them")
     device = request.device or config.runtime.device
     if request.llm_dtype == "int8" and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
         raise UserError("--llm_dtype int8 computes on a CPU; add --device cpu, or give bfloat16")
-    governed = request.llm_budget < 1 or request.llm_threshold is not None
+    governed = _budget(request, bundle) < 1 or request.llm_threshold is not None
     if bundle.name == "sbr":
         if governed or request.llm_layers or request.llm_dtype:
             raise UserError(f"{bundle} holds no language model; leave the --llm_ options out, or give another --stage")
         return
-    if governed and not config.head.residual:
+    if governed and bundle.name != "distill" and not config.head.residual:
         raise UserError(
             "--llm_budget and --llm_threshold need a model whose head adds the session recommender's score, "
-            f"and {bundle} was trained with head.residual false; leave them out"
+            f"and {bundle} was trained with head.residual false; leave them out, or train stage distill and score it"
         )
     layers = num_decoder_layers(config.llm.name_or_path, config.llm.num_layers)
     if not 0 <= request.llm_layers <= layers:
@@ -206,7 +214,7 @@ def _check_rows(files: SessionFiles) -> None:
 def _find_bundle(request: ScoreRequest) -> Path:
     if not request.run.is_dir():
         raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
-    for stage in (request.stage,) if request.stage else STAGES:
+    for stage in (request.stage,) if request.stage else _FURTHEST:
         if is_complete(request.run / "export" / stage):
             return request.run / "export" / stage
     what = f"stage {request.stage}" if request.stage else "any stage"

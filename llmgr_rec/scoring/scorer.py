@@ -21,7 +21,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.evaluation.baselines import Popularity
-from llmgr_rec.evaluation.protocol import evaluation_mode, session_queries
+from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
@@ -45,7 +45,7 @@ class ScoreSettings:
         exclude_seen: Whether items of a session are left out of its own list.
         max_length: Newest clicks that the model sees.
         batch_size: Sessions of a batch of one rank.
-        governor: Which sessions a language model reads; the session recommender answers the others.
+        governor: Which sessions a language model reads; a student or the session recommender answers the others.
     """
 
     k: int
@@ -64,7 +64,7 @@ class _Round:
         batch: What the model takes.
         exclude: Items that the sessions must not get.
         sessions: Sessions that all ranks answer in this round.
-        reads: Whether the model as a whole answers, or its session recommender alone.
+        reads: Whether the language model reads, where the model has one.
     """
 
     rows: Tensor
@@ -212,10 +212,10 @@ class Scorer:
         exclude = piece.exclude.to(device) if piece.exclude is not None else None
         batch = piece.batch.to(device)
         if piece.reads:
-            queries_BQ = session_queries(self._model, batch)
+            queries_BQ = self._model(batch) if isinstance(self._model, LLMGR) else self._model.queries(batch)
         else:
             assert isinstance(self._model, LLMGR)
-            queries_BQ = self._model.recommender_queries(batch)
+            queries_BQ = self._model.quick_queries(batch)
         ids_BK, scores_BK = ranker.rank(queries_BQ, self._settings.k, exclude)
         ranked.ids_RK[piece.rows] = ids_BK[: piece.rows.numel()].cpu()
         ranked.scores_RK[piece.rows] = scores_BK[: piece.rows.numel()].float().cpu()

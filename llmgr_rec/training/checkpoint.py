@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import STAGES, Config
 from llmgr_rec.distributed.durable import installed_versions, sync, write_synced
 from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
 from llmgr_rec.errors import UserError
@@ -32,7 +32,6 @@ _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
 # Settings that may change between a checkpoint and its resumption: they do not change what is computed.
 _FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix", "llm.recompute")
-_STAGES = ("sbr", "align", "behave")
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Identity:
     @classmethod
     def of(cls, stage: str, catalogue: str, config: Config) -> "Identity":
         """Identity of a stage under some settings; other stages' settings and the use of the machine are left out."""
-        foreign = tuple(f"{other}." for other in _STAGES if other != stage)
+        foreign = tuple(f"{other}." for other in STAGES if other != stage)
         settings = {
             name: value
             for name, value in _flatten(asdict(config))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import weights_hash
@@ -23,7 +23,7 @@ from llmgr_rec.modules.build import reads_item_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
-from llmgr_rec.training.stages import STAGES, StageName, stage_settings
+from llmgr_rec.training.stages import stage_settings
 
 # Settings that decide the shape or the meaning of the weights which a stage takes over from the one before.
 _RECOMMENDER_SETTINGS = (
@@ -64,7 +64,7 @@ class RunRequest:
     config: Config
     dataset: Path
     output: Path
-    stage: Literal["all", "sbr", "align", "behave"]
+    stage: Literal["all", StageName]
     resume: bool
     launch: str = ""
 
@@ -212,7 +212,7 @@ def _check_language(config: Config, stages: Sequence[StageName], dataset: Datase
     if all(stage == "sbr" for stage in stages):
         return
     prompts = compile_prompts(config)
-    if "behave" in stages and config.behave.one_pass:
+    if {"behave", "distill"} & set(stages) and config.behave.one_pass:
         _check_one_pass(config, prompts["behave"], dataset)
     if not (reads_item_text(config) or "align" in stages or config.prompt.text_items):
         return
@@ -245,6 +245,7 @@ def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalo
         config,
         align=config.align if "align" in stages else replace(config.align, epochs=0),
         behave=config.behave if "behave" in stages else replace(config.behave, epochs=0),
+        distill=config.distill if "distill" in stages else replace(config.distill, epochs=0),
     )
     for layout in lay_out(asked, sizes, Ranks(world.size, world.local_size, world.device.type)):
         if layout.stage in stages and layout.problem:

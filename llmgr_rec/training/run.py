@@ -3,12 +3,12 @@
 import os
 from pathlib import Path
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
 from llmgr_rec.recipes import save_config
 from llmgr_rec.training.checks import RunRequest, check_run
 from llmgr_rec.training.journal import Journal
-from llmgr_rec.training.stages import RunContext, StageName, run_stage
+from llmgr_rec.training.stages import RunContext, run_stage
 
 # Name of the launch that last worked on a run: a restart by the launcher is known by it.
 LAUNCH = "launch"

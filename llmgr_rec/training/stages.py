@@ -1,16 +1,15 @@
-"""The three stages: what each one builds, starts from, trains on and leaves behind."""
+"""The stages: what each one builds, starts from, trains on and leaves behind."""
 
 import logging
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from llmgr_rec.config import Config, StageConfig
+from llmgr_rec.config import Config, StageConfig, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
@@ -36,7 +35,7 @@ from llmgr_rec.modules.build import reads_item_text
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.language import TextEncodings, cache_catalogue, encode_catalogue, fill_text_table
@@ -44,9 +43,6 @@ from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.optimizers import build_optimizer
 
 logger = logging.getLogger(__name__)
-
-StageName = Literal["sbr", "align", "behave"]
-STAGES: tuple[StageName, ...] = ("sbr", "align", "behave")
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,8 @@ class RunContext:
 
 def stage_settings(config: Config, stage: StageName) -> StageConfig:
     """The settings of one stage."""
-    return {"sbr": config.sbr, "align": config.align, "behave": config.behave}[stage]
+    settings: StageConfig = getattr(config, stage)
+    return settings
 
 
 def run_stage(stage: StageName, context: RunContext) -> None:
@@ -136,20 +133,25 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     if reads_item_text(config):
         name_hash = weights_hash(config.llm.name_or_path)
         encodings = encode_catalogue(decoder, context.item_tokens, world, context.run, name_hash)
-    llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta")
-    task: nn.Module = BehaveTask(llmgr, world.size, config.behave.one_pass)
-    if stage == "align":
-        align = config.align
-        task = AlignTask(
-            llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size
-        )
-    model = _shard(task, settings, context)
+    llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
+    model = _shard(_language_task(stage, llmgr, config, world), settings, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))
     if encodings is not None:
         fill_text_table(model, encodings)
     if caches_catalogue(config, context.catalogue.num_items, stage):
         cache_catalogue(llmgr, make_collator(config, context.catalogue, "rank", language=False), world.device)
     return model, llmgr
+
+
+def _language_task(stage: StageName, llmgr: LLMGR, config: Config, world: World) -> nn.Module:
+    if stage == "align":
+        align = config.align
+        return AlignTask(
+            llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size
+        )
+    if stage == "distill":
+        return DistillTask(llmgr, config.distill.target_weight, world.size, config.behave.one_pass)
+    return BehaveTask(llmgr, world.size, config.behave.one_pass)
 
 
 def _shard(task: nn.Module, settings: StageConfig, context: RunContext) -> DistributedModelParallel:
@@ -174,7 +176,7 @@ def _reader(stage: StageName, context: RunContext) -> SessionReader:
         shuffle=True,
         seed=config.seed,
         augment_prefixes="train" in manifest.prefix_augmentation,
-        together=_prefixes_together(config) if stage == "behave" else 0,
+        together=_prefixes_together(config) if stage in ("behave", "distill") else 0,
         workers=config.runtime.reader_workers,
         pin_memory=world.device.type == "cuda",
     )

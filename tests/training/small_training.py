@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from datagen.synthetic import generate
-from llmgr_rec.config import Config
+from llmgr_rec.config import STAGES, Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
@@ -15,7 +15,7 @@ from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.bundle import is_complete
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.training.journal import Journal
-from llmgr_rec.training.stages import STAGES, RunContext, run_stage, stage_settings
+from llmgr_rec.training.stages import RunContext, run_stage, stage_settings
 
 PROMPTS = """\
 behave: "Next? {nodes} {graph} ="
@@ -76,6 +76,7 @@ def small_config(prompts: Path) -> Config:
     for stage in STAGES:
         stage_settings(config, stage).epochs = 1
         stage_settings(config, stage).batch_size = BATCH
+    config.distill.epochs = 0
     config.runtime.device = "cpu"
     config.runtime.threads_per_rank = 1
     config.runtime.log_every = 1

@@ -1,4 +1,4 @@
-"""What the three stages compute on one rank and on two, and what each of them leaves alone."""
+"""What the stages compute on one rank and on two, and what each of them leaves alone."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.training import loop, stages
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
-from tests.training.small_training import numbers, small_config, train
+from tests.training.small_training import numbers, records, small_config, train
 
 pytestmark = pytest.mark.dist
 
@@ -37,7 +37,10 @@ def base_config(folder: Path) -> Config:
 
 
 def adagrad(folder: Path) -> Config:
-    return base_config(folder)
+    """All four stages."""
+    config = base_config(folder)
+    config.distill = replace(config.distill, epochs=1, max_steps=STEPS, width=8)
+    return config
 
 
 def adam(folder: Path) -> Config:
@@ -62,7 +65,7 @@ def everything_trains(folder: Path) -> Config:
 def parts_train(folder: Path) -> Config:
     """Stages that train a part only of what gradients reach: they run through frozen tables and a frozen head.
 
-    Stage 2 reads all prefixes of a session in one pass.
+    Stage 2 reads all prefixes of a session in one pass, and so does the teacher of the student.
     """
     config = base_config(folder)
     config.sbr.trainable = ["tables"]
@@ -70,6 +73,7 @@ def parts_train(folder: Path) -> Config:
     config.behave.trainable = ["encoder", "adapter"]
     # And several prompts for sessions of more than two clicks.
     config.behave.one_pass, config.prompt.max_nodes = True, 2
+    config.distill = replace(config.distill, epochs=1, max_steps=STEPS, width=8)
     return config
 
 
@@ -179,7 +183,12 @@ def test_two_ranks_compute_what_one_does(trained: Trained, case: str, sharding: 
 
 
 def stages_of(case: str) -> set[str]:
-    return {"sbr", "behave"} if case in ("everything_trains", "parts_train") else {"sbr", "align", "behave"}
+    return {
+        "adagrad": {"sbr", "align", "behave", "distill"},
+        "adam": {"sbr", "align", "behave"},
+        "everything_trains": {"sbr", "behave"},
+        "parts_train": {"sbr", "behave", "distill"},
+    }[case]
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -201,7 +210,7 @@ def test_every_epoch_has_its_lookups_pipelined(trained: Trained) -> None:
 
 def test_the_base_language_model_never_moves(trained: Trained) -> None:
     for watched in (trained.one, *trained.two):
-        assert {name.split()[1] for name in watched.base} == {"align", "behave"}
+        assert {name.split()[1] for name in watched.base} == {"align", "behave", "distill"}
         assert {moved for count, names in watched.base.values() for moved in names} == set()
         assert all(count > 5 for count, _ in watched.base.values())
 
@@ -225,6 +234,23 @@ def test_stages_train_their_groups_and_nothing_else(trained: Trained, case: str,
     assert moved(align.language, behave.language) == set(start.language) - CONSTANTS
     assert moved(start.lora, align.lora) == set()
     assert moved(align.lora, behave.lora) == set(start.lora)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_distillation_trains_the_student_alone(trained: Trained, size: int) -> None:
+    run = trained.run(size, "adagrad", "column_wise")
+    behave, distill = (Exported.read(run / "export" / stage) for stage in ("behave", "distill"))
+    assert moved(behave.tables, distill.tables) == set()
+    assert moved(behave.recommender, distill.recommender) == set()
+    assert moved(behave.lora, distill.lora) == set()
+    new = distill.language.keys() - behave.language.keys()
+    assert {name.split(".")[0] for name in new} == {"student"}
+    assert all(torch.equal(distill.language[name], values) for name, values in behave.language.items())
+    assert min(losses(run, "distill")[1:]) < losses(run, "distill")[0]
+
+
+def losses(run: Path, stage: str) -> list[float]:
+    return [values["loss"] for (at, _, split), values in records(run).items() if at == stage and not split]
 
 
 def test_every_group_trains_when_asked_to(trained: Trained) -> None:
