@@ -1,0 +1,43 @@
+"""The quality/cost benchmark: its measures against plain ones, and one small run of it."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.quality_cost import main, ndcg, paired_interval
+from tests.scoring.test_cheaper import distilled_run
+from tests.small_run import small_run
+
+
+def test_ndcg_counts_the_place_of_the_target():
+    catalogue = small_run().catalogue
+    ids = catalogue.item_ids.to_pylist()
+    output = pa.table({"target": [2, 0, 5], "item_ids": [[ids[2], ids[1]], [ids[1], ids[0]], [ids[1], ids[2]]]})
+    np.testing.assert_allclose(ndcg(output, catalogue), [1, 1 / math.log2(3), 0])
+
+
+def test_an_interval_holds_the_mean_and_shrinks_with_the_sessions():
+    rng = np.random.default_rng(0)
+    few, many = rng.normal(1, 1, 100), rng.normal(1, 1, 10_000)
+    for values in (few, many):
+        low, high = paired_interval(values)
+        assert low < values.mean() < high
+    assert np.subtract(*paired_interval(few)) < 5 * np.subtract(*paired_interval(many))
+
+
+def test_every_way_is_measured(tmp_path, capsys):
+    run, _ = distilled_run()
+    words = ["--run", str(run), "--dataset", str(small_run().dataset.path), "--output", str(tmp_path / "qc.json")]
+    main([*words, "--rounds", "1", "--threads", "1", "--sessions", "30"])
+    results = json.loads((tmp_path / "qc.json").read_text())["results"]
+    names = list(results["modes"])
+    assert names[:3] == ["float32", "bfloat16", "int8"]
+    assert {"LLM reads 25%, else GNN", "LLM reads 0%, else student"} <= set(names)
+    assert results["modes"]["float32"]["ndcg@20 lost"] == {"mean": 0, "low": 0, "high": 0}
+    assert all(mode["sessions_per_s"]["median"] > 0 for mode in results["modes"].values())
+    values = results["thresholds"]["governed, else GNN"]
+    assert values["0.1"] >= values["0.25"] >= values["0.5"]
+    assert (tmp_path / "qc.svg").read_text().startswith("<?xml")
+    assert "30 validation sessions" in capsys.readouterr().out
