@@ -1,0 +1,113 @@
+"""The same examples for both sides: rows of a prepared data set as a data set of their own, and as RecBole's files."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.preparation.parts import PartWriter, describe_file
+from llmgr_rec.data.schema import MANIFEST_NAME
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import split_reader
+
+NAME = "sessions"
+SPLITS = ("train", "valid")
+_HEADER = "session_id:token\titem_id_list:token_seq\titem_id:token\n"
+_READ_ROWS = 8192
+
+
+def write_part(dataset: Dataset, folder: Path, max_examples: int, seed: int) -> Dataset:
+    """Writes some training rows of a data set, and all of its other rows, as a data set.
+
+    The catalogue stays whole, so the task is as large as it was.
+
+    Args:
+        dataset: The data set.
+        folder: Folder to make.
+        max_examples: Most training examples, the prefixes of rows that stand for them; 0 for all.
+        seed: Seed of the choice of rows.
+
+    Raises:
+        UserError: No row is as small as that, or the data set has no validation rows.
+    """
+    manifest = dataset.manifest
+    if not manifest.num_sessions["valid"]:
+        raise UserError(f"{dataset.path} has no validation rows; prepare it with some")
+    folder.mkdir(parents=True)
+    for name in manifest.files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        if max_examples == 0 or not name.startswith("train/"):
+            shutil.copyfile(dataset.path / name, folder / name)
+    examples = manifest.num_examples["train"]
+    if max_examples:
+        (folder / "train").rmdir()
+        examples = _write_rows(dataset, folder / "train", max_examples, seed)
+    files = {str(path.relative_to(folder)): describe_file(path) for path in sorted(folder.rglob("*.parquet"))}
+    rows = sum(entry.rows for name, entry in files.items() if name.startswith("train/"))
+    part = replace(
+        manifest,
+        num_sessions={**manifest.num_sessions, "train": rows},
+        num_examples={**manifest.num_examples, "train": examples},
+        files=files,
+    )
+    (folder / MANIFEST_NAME).write_text(part.to_json())
+    return Dataset(folder)
+
+
+def _write_rows(dataset: Dataset, folder: Path, max_examples: int, seed: int) -> int:
+    """Writes rows drawn at random, in their order, and returns their examples."""
+    table = pa.concat_tables([pq.read_table(part) for part in dataset.parts("train")]).combine_chunks()
+    prefixes = "train" in dataset.manifest.prefix_augmentation
+    sizes = np.array([len(row) if prefixes else 1 for row in table["items"]], dtype=np.int64)
+    drawn = np.random.default_rng(seed).permutation(len(sizes))
+    chosen = np.sort(drawn[np.cumsum(sizes[drawn]) <= max_examples])
+    if not len(chosen):
+        raise UserError(f"--max_examples is {max_examples}, fewer than the first row drawn has; raise it")
+    writer = PartWriter(folder, pq.read_schema(dataset.parts("train")[0]))
+    for batch in table.take(pa.array(chosen)).to_batches():
+        writer.write(batch.columns)
+    writer.close()
+    return int(sizes[chosen].sum())
+
+
+def write_atomic_files(dataset: Dataset, folder: Path) -> dict[str, int]:
+    """Writes training and validation examples as RecBole's atomic files, and the whole catalogue beside them.
+
+    They are the examples that the product's own reader hands out. Items are named by their index.
+
+    Args:
+        dataset: The data set.
+        folder: Folder to make, `FOLDER/sessions` holds the files.
+
+    Returns:
+        Examples of each split.
+    """
+    place = folder / NAME
+    place.mkdir(parents=True)
+    # Without this file RecBole would know, and rank, only those items that an example names.
+    names = "".join(f"{item}\n" for item in range(dataset.manifest.num_items))
+    (place / f"{NAME}.item").write_text("item_id:token\n" + names)
+    counts = {}
+    for split in SPLITS:
+        with (place / f"{NAME}.{split}.inter").open("w") as file:
+            file.write(_HEADER)
+            reader = split_reader(dataset, split, _READ_ROWS, _writes(file))
+            counts[split] = sum(reader.batches(0))
+    return counts
+
+
+def _writes(file: TextIO) -> Callable[[RawSessions], int]:
+    def write(raw: RawSessions) -> int:
+        items, ends = list(map(str, raw.items_L.tolist())), raw.offsets_B1.tolist()
+        rows = zip(raw.rows_B.tolist(), ends[:-1], ends[1:], raw.targets_B.tolist(), strict=True)
+        file.writelines(f"{row}\t{' '.join(items[start:end])}\t{target}\n" for row, start, end, target in rows)
+        return raw.targets_B.numel()
+
+    return write

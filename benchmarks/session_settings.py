@@ -1,0 +1,168 @@
+"""What both sides of the session-recommender benchmark are told: one set of settings, in the words of each."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.recbole_files import NAME, SPLITS
+from llmgr_rec.errors import UserError
+
+Encoder = Literal["gcsan", "srgnn"]
+
+_MODELS: dict[Encoder, str] = {"gcsan": "GCSAN", "srgnn": "SRGNN"}
+# So many times the epochs that are trained: the product's cosine then stays at its peak rate, as RecBole's does.
+_FAR_AWAY = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both sides share.
+
+    Args:
+        encoder: Model.
+        dim: Width of item and session vectors, in columns.
+        batch_size: Examples of a step.
+        steps: Rounds of message passing.
+        attention_layers: Self-attention blocks (GC-SAN).
+        attention_heads: Heads in each (GC-SAN).
+        dropout: Probability of dropping an activation (GC-SAN; RecBole's SRGNN has none).
+        lr: Learning rate of Adam, for all parameters.
+        epochs: Epochs that are trained.
+        seed: Seed of both sides.
+        threads: CPU threads of each side.
+    """
+
+    encoder: Encoder
+    dim: int
+    batch_size: int
+    steps: int
+    attention_layers: int
+    attention_heads: int
+    dropout: float
+    lr: float
+    epochs: int
+    seed: int
+    threads: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name not in ("encoder", "seed", "dropout", "lr") and value < 1:
+                raise UserError(f"--{name} is {value}; set it to 1 or more")
+
+    @property
+    def initial_std(self) -> float:
+        """Standard deviation of RecBole's fresh item vectors: normal in GCSAN, uniform in SRGNN."""
+        return 0.02 if self.encoder == "gcsan" else (3 * self.dim) ** -0.5
+
+    def as_by_default(self) -> list[str]:
+        """Arguments of the product for its own defaults at the same width, batch and layers."""
+        return _words(self._shared())
+
+    def as_recbole(self) -> list[str]:
+        """Arguments of the product that mean what RecBole's settings mean."""
+        own = {
+            "encoder.dropout": self.dropout if self.encoder == "gcsan" else 0.0,
+            # Of items RecBole's models know the id alone.
+            "tables.side_features": "[]",
+            "tables.optimizer": "adam",
+            "tables.lr": self.lr,
+            "tables.init_std": self.initial_std,
+            "sbr.lr": self.lr,
+            # Adam: AdamW without decay, unclipped, at a constant rate.
+            "sbr.weight_decay": 0.0,
+            "sbr.clip_norm": 1e9,
+            "sbr.warmup": 0.0,
+            "sbr.epochs": _FAR_AWAY * self.epochs,
+        }
+        return _words({**self._shared(), **own})
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "tables.dim": self.dim,
+            "encoder.name": self.encoder,
+            "encoder.steps": self.steps,
+            "encoder.attention_layers": self.attention_layers,
+            "encoder.attention_heads": self.attention_heads,
+            "sbr.batch_size": self.batch_size,
+            "sbr.epochs": self.epochs,
+            "sbr.patience": 0,
+            "runtime.device": "cpu",
+            "runtime.threads_per_rank": self.threads,
+        }
+
+    def recbole(self, folder: Path, max_length: int) -> dict[str, Any]:
+        """Settings file of RecBole's side.
+
+        Args:
+            folder: Where its files are.
+            max_length: Longest list of items.
+        """
+        config = {
+            **self._recbole_model(),
+            **_recbole_data(folder, max_length),
+            "learner": "adam",
+            "learning_rate": self.lr,
+            "weight_decay": 0.0,
+            "train_batch_size": self.batch_size,
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "reproducibility": True,
+            "use_gpu": False,
+        }
+        return {"model": _MODELS[self.encoder], "dataset": NAME, "threads": self.threads, "config": config}
+
+    def _recbole_model(self) -> dict[str, Any]:
+        # Without negatives, as the softmax is over the whole catalogue.
+        both = {"step": self.steps, "loss_type": "CE", "train_neg_sample_args": None, "embedding_size": self.dim}
+        if self.encoder == "srgnn":
+            return both
+        return {
+            **both,
+            "hidden_size": self.dim,
+            "inner_size": 4 * self.dim,
+            "n_layers": self.attention_layers,
+            "n_heads": self.attention_heads,
+            "hidden_dropout_prob": self.dropout,
+            "attn_dropout_prob": self.dropout,
+            # The loss is the cross-entropy alone; its own default is 5e-5.
+            "reg_weight": 0.0,
+        }
+
+
+def make_settings(args: Mapping[str, Any]) -> Settings:
+    """Settings from parsed arguments; the rounds are the epochs.
+
+    Raises:
+        UserError: A number is out of its range.
+    """
+    threads = args["threads"] or len(os.sched_getaffinity(0))
+    named = {field.name: args[field.name] for field in fields(Settings) if field.name not in ("epochs", "threads")}
+    return Settings(**named, epochs=args["rounds"], threads=threads)
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def _recbole_data(folder: Path, max_length: int) -> dict[str, Any]:
+    return {
+        "data_path": str(folder),
+        "checkpoint_dir": str(folder / "saved"),
+        # It wants three files; nothing asks for the test examples.
+        "benchmark_filename": [*SPLITS, SPLITS[-1]],
+        "alias_of_item_id": ["item_id_list"],
+        "USER_ID_FIELD": "session_id",
+        "ITEM_ID_FIELD": "item_id",
+        "load_col": {"inter": ["session_id", "item_id_list", "item_id"], "item": ["item_id"]},
+        "MAX_ITEM_LIST_LENGTH": max_length,
+        "eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "group_by": "user", "order": "TO", "mode": "full"},
+        "eval_batch_size": 1024,
+        "metrics": ["NDCG"],
+        "topk": [20],
+        "valid_metric": "NDCG@20",
+        "metric_decimal_place": 8,
+        "show_progress": False,
+    }

@@ -1,0 +1,99 @@
+"""Our side of the comparison: stage sbr of the product as `llmgr_rec.train` runs it, halted between epochs.
+
+Runs as `python -m benchmarks.session_trainer`, with arguments that `llmgr_rec.train --stage sbr` takes as well.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.turns_protocol import Epoch, Replies
+from llmgr_rec.cli import make_parser, run_cli
+from llmgr_rec.distributed.process_group import init_distributed, shutdown
+from llmgr_rec.recipes import add_config_arguments, parse_with_config
+from llmgr_rec.training.checks import RunRequest, check_run
+from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.stages import RunContext, run_stage
+
+STAGE: Final = "sbr"
+
+
+class EnoughEpochs(Exception):
+    """The other end wants no more."""
+
+
+class HaltingJournal(Journal):
+    """A run's journal, which the loop writes after the steps of an epoch and after its validation: there it halts.
+
+    Args:
+        run: Run folder.
+        replies: Told of each epoch, and asked when to go on.
+        examples: Training examples of an epoch.
+    """
+
+    def __init__(self, run: Path, replies: Replies, examples: int) -> None:
+        super().__init__(run, enabled=True)
+        self._replies = replies
+        self._examples = examples
+        self._loss_sum = 0.0
+        self._step = self._first_step = 0
+        self._started = self._ended = 0.0
+
+    def rewind(self, stage: str, step: int) -> None:
+        """The last that happens before the loop starts."""
+        super().rewind(stage, step)
+        self._replies.ready()
+        self._halt()
+
+    def _halt(self) -> None:
+        if not self._replies.wait():
+            raise EnoughEpochs
+        self._loss_sum, self._first_step = 0.0, self._step
+        self._started = time.perf_counter()
+
+    def write(self, stage: str, step: int, **values: Any) -> None:
+        """Adds a record; the one of a validation ends the epoch."""
+        super().write(stage, step, **values)
+        if values.get("split") != "valid":
+            self._loss_sum += (step - self._step) * float(values["loss"])
+            self._step, self._ended = step, time.perf_counter()
+            return
+        # What the loop does after its validation, such as writing a checkpoint, counts to the next epoch.
+        self._replies.done(
+            Epoch(
+                examples=self._examples,
+                seconds=self._ended - self._started,
+                loss=self._loss_sum / (self._step - self._first_step),
+                ndcg=values["ndcg@20"],
+                validated=values["count"],
+            )
+        )
+        self._halt()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Checks and builds as the training command does, then trains an epoch whenever it is asked to."""
+    replies = Replies()
+    parser = make_parser("benchmarks.session_trainer", "Trains stage sbr, halting between epochs.")
+    parser.add_argument("--dataset", type=str, required=True, help="Prepared data set.")
+    parser.add_argument("--output", type=str, required=True, help="Run folder.")
+    add_config_arguments(parser)
+    arguments, config = parse_with_config(parser, argv)
+    request = RunRequest(config, Path(arguments.dataset), Path(arguments.output), STAGE, resume=False)
+    checked = check_run(request)
+    world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
+    try:
+        request.output.mkdir(parents=True)
+        journal = HaltingJournal(request.output, replies, checked.dataset.manifest.num_examples["train"])
+        # There is nothing to resume, but a loop that looks for it calls the journal right before its first step.
+        context = RunContext(config, checked.dataset, checked.catalogue, request.output, world, journal, resume=True)
+        run_stage(STAGE, context)
+    except EnoughEpochs:
+        journal.close()
+    finally:
+        shutdown()
+
+
+if __name__ == "__main__":
+    run_cli(main)
