@@ -45,19 +45,21 @@ class EncoderConfig:
     Args:
         name: Registered encoder.
         steps: Message-passing steps of the gated graph network.
-        attention_layers: Self-attention blocks after the graph network (GC-SAN).
-        attention_heads: Heads in each self-attention block (GC-SAN).
+        attention_layers: Self-attention blocks, after the graph network in GC-SAN (GC-SAN, SASRec).
+        attention_heads: Heads in each self-attention block (GC-SAN, SASRec).
         last_item_weight: Share of the attention read-out in the session vector, beside the last item's (GC-SAN).
+        max_clicks: Newest clicks that are read (SASRec, GRU4Rec).
         dropout: Probability of dropping an activation, 0 to 1.
         score: Session-item score: plain dot product or cosine divided by temperature.
         temperature: Divisor of the cosine score; ignored for dot.
     """
 
-    name: Literal["gcsan", "srgnn"] = "gcsan"
+    name: Literal["gcsan", "srgnn", "sasrec", "gru4rec", "stamp"] = "gcsan"
     steps: int = 1
     attention_layers: int = 1
     attention_heads: int = 1
     last_item_weight: float = 0.6
+    max_clicks: int = 50
     dropout: float = 0.2
     score: Literal["dot", "cosine"] = "cosine"
     temperature: float = 0.07

@@ -17,6 +17,7 @@ _AT_LEAST: dict[str, float] = {
     "encoder.steps": 1,
     "encoder.attention_layers": 0,
     "encoder.attention_heads": 1,
+    "encoder.max_clicks": 1,
     "llm.num_layers": 0,
     "llm.lora_rank": 1,
     "prompt.max_nodes": 0,
@@ -74,7 +75,7 @@ def check_limits(config: Config) -> None:
             raise UserError(f"setting {name} is {value}; {remedy}")
     if config.tables.dim % 4:
         raise UserError(f"setting tables.dim is {config.tables.dim}; give a multiple of 4, as tables need")
-    if config.encoder.name == "gcsan" and config.tables.dim % config.encoder.attention_heads:
+    if config.encoder.name in ("gcsan", "sasrec") and config.tables.dim % config.encoder.attention_heads:
         raise UserError(
             f"setting encoder.attention_heads is {config.encoder.attention_heads}; "
             f"give a number that divides tables.dim {config.tables.dim}"

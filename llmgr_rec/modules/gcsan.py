@@ -11,11 +11,11 @@ from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.errors import UserError
 from llmgr_rec.modules.gated_graph import GatedGraph
 from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
     SessionEncoder,
+    check_heads,
     click_counts,
     initialise_uniform,
     last_states,
@@ -109,15 +109,7 @@ class GCSAN(SessionEncoder):
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__()
-        if config.attention_layers < 1:
-            raise UserError(
-                f"encoder.attention_layers is {config.attention_layers}: gcsan needs at least 1; set it to 1"
-            )
-        if config.attention_heads < 1 or dim % config.attention_heads:
-            raise UserError(
-                f"encoder.attention_heads is {config.attention_heads}, which does not divide tables.dim {dim}; "
-                "choose a divisor of tables.dim"
-            )
+        check_heads(config, dim)
         self.last_item_weight = config.last_item_weight
         self.dropout = nn.Dropout(config.dropout)
         self.graph_network = GatedGraph(dim, config.steps)

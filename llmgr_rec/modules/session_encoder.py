@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.errors import UserError
 
 
 @dataclass
@@ -82,12 +83,29 @@ def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
     Raises:
         KeyError: No encoder is registered under `config.name`.
     """
-    # Imported here because both modules import this one for the interface; importing them registers them.
-    from llmgr_rec.modules import gcsan, srgnn  # noqa: F401
+    # Imported here because these modules import this one for the interface; importing them registers them.
+    from llmgr_rec.modules import gcsan, gru4rec, sasrec, srgnn, stamp  # noqa: F401
 
     if config.name not in _builders:
         raise KeyError(f"no session encoder is registered as {config.name!r}; known: {sorted(_builders)}")
     return _builders[config.name](config, dim)
+
+
+def check_heads(config: EncoderConfig, dim: int) -> None:
+    """Refuses attention that cannot be built.
+
+    Raises:
+        UserError: There is no attention block, or the number of heads does not divide the width.
+    """
+    if config.attention_layers < 1:
+        raise UserError(
+            f"encoder.attention_layers is {config.attention_layers}: {config.name} needs at least 1; set it to 1"
+        )
+    if config.attention_heads < 1 or dim % config.attention_heads:
+        raise UserError(
+            f"encoder.attention_heads is {config.attention_heads}, which does not divide tables.dim {dim}; "
+            "choose a divisor of tables.dim"
+        )
 
 
 def initialise_uniform(module: nn.Module, dim: int) -> None:

@@ -34,6 +34,7 @@ _RECOMMENDER_SETTINGS = (
     "encoder.attention_layers",
     "encoder.attention_heads",
     "encoder.last_item_weight",
+    "encoder.max_clicks",
     "encoder.score",
     "encoder.temperature",
 )

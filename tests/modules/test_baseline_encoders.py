@@ -1,0 +1,135 @@
+"""SASRec, GRU4Rec and STAMP against plain versions, session by session and click by click."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from llmgr_rec.config import EncoderConfig
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.clicks import click_rows
+from llmgr_rec.modules.gru4rec import GRU4Rec
+from llmgr_rec.modules.sasrec import SASRec
+from llmgr_rec.modules.session_encoder import SessionEncoder, build_encoder
+from llmgr_rec.modules.stamp import STAMP
+from tests.modules.graphs import graphs_of, sessions_strategy
+from tests.modules.test_encoders import DIM, SESSIONS, double_encoder, node_vectors
+
+VARIANTS = [
+    EncoderConfig(name="sasrec", dropout=0.0, attention_heads=2),
+    EncoderConfig(name="sasrec", dropout=0.0, attention_layers=2, max_clicks=3),
+    EncoderConfig(name="gru4rec", dropout=0.0),
+    EncoderConfig(name="gru4rec", dropout=0.0, max_clicks=2),
+    EncoderConfig(name="stamp", dropout=0.0),
+]
+
+
+def plain_sasrec(encoder: SASRec, clicks_LD: Tensor) -> Tensor:
+    hidden = clicks_LD + encoder.position_TD[: len(clicks_LD)].flip(0)
+    for block in encoder.blocks:
+        normed, mixed = block.norm1(hidden), []
+        weights, biases = block.self_attn.in_proj_weight.chunk(3), block.self_attn.in_proj_bias.chunk(3)
+        query, key, value = (normed @ weight.T + bias for weight, bias in zip(weights, biases, strict=True))
+        for q, k, v in zip(*(part.chunk(block.self_attn.num_heads, 1) for part in (query, key, value)), strict=True):
+            rows = []
+            for place in range(len(hidden)):
+                scores = k[: place + 1] @ q[place] / q.shape[1] ** 0.5
+                rows.append(scores.softmax(0) @ v[: place + 1])
+            mixed.append(torch.stack(rows))
+        hidden = hidden + block.self_attn.out_proj(torch.cat(mixed, 1))
+        hidden = hidden + block.linear2(torch.nn.functional.gelu(block.linear1(block.norm2(hidden))))
+    return encoder.norm(hidden)
+
+
+def plain_gru4rec(encoder: GRU4Rec, clicks_LD: Tensor) -> Tensor:
+    network, state, states = encoder.network, clicks_LD.new_zeros(DIM), []
+    for click in clicks_LD:
+        taken = (click @ network.weight_ih_l0.T + network.bias_ih_l0).chunk(3)
+        kept = (state @ network.weight_hh_l0.T + network.bias_hh_l0).chunk(3)
+        reset, update = (torch.sigmoid(taken[gate] + kept[gate]) for gate in (0, 1))
+        state = (1 - update) * torch.tanh(taken[2] + reset * kept[2]) + update * state
+        states.append(encoder.read_out(state))
+    return torch.stack(states)
+
+
+def plain_stamp(encoder: STAMP, clicks_LD: Tensor) -> Tensor:
+    last, mean = clicks_LD[-1], clicks_LD.mean(0)
+    attended = torch.zeros_like(last)
+    for click in clicks_LD:
+        hidden = encoder.attend_node(click) + encoder.attend_last(last) + encoder.attend_mean(mean)
+        attended = attended + encoder.attend_score(hidden.sigmoid()) * click
+    return torch.tanh(encoder.memory(attended)) * torch.tanh(encoder.last(last))
+
+
+def encode_one_by_one(encoder: SessionEncoder, nodes_ND: Tensor, sessions: list[list[int]]) -> tuple[Tensor, Tensor]:
+    states, vectors = [], []
+    first = 0
+    for session in sessions:
+        items = list(dict.fromkeys(session))
+        own_ND = nodes_ND[first : first + len(items)]
+        first += len(items)
+        if not session:
+            vectors.append(nodes_ND.new_zeros(DIM))
+            continue
+        if isinstance(encoder, STAMP):
+            states.append(own_ND)
+            vectors.append(plain_stamp(encoder, own_ND[[items.index(item) for item in session]]))
+            continue
+        newest = session[-encoder.max_clicks :]
+        read = plain_sasrec if isinstance(encoder, SASRec) else plain_gru4rec
+        read_LD = read(encoder, own_ND[[items.index(item) for item in newest]])
+        vectors.append(read_LD[-1])
+        last_click = {item: place for place, item in enumerate(newest)}
+        states += [
+            read_LD[last_click[item]].unsqueeze(0) if item in last_click else own_ND[[number]]
+            for number, item in enumerate(items)
+        ]
+    return torch.cat([nodes_ND[:0], *states]), torch.stack(vectors)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+@given(sessions=sessions_strategy)
+@settings(deadline=None, max_examples=25)
+def test_agrees_with_the_plain_version(config: EncoderConfig, sessions: list[list[int]]) -> None:
+    encoder, graph = double_encoder(config), graphs_of(sessions)
+    nodes_ND = node_vectors(graph)
+    encoded = encoder(nodes_ND, graph)
+    states_ND, sessions_BD = encode_one_by_one(encoder, nodes_ND, sessions)
+    torch.testing.assert_close(encoded.states_ND, states_ND, rtol=0, atol=1e-10)
+    torch.testing.assert_close(encoded.sessions_BD, sessions_BD, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_gradients_agree_with_the_plain_version(config: EncoderConfig) -> None:
+    encoder, graph = double_encoder(config), graphs_of(SESSIONS)
+    gradients = []
+    for fast in (True, False):
+        nodes_ND = node_vectors(graph).requires_grad_()
+        vectors_BD = encoder(nodes_ND, graph).sessions_BD if fast else encode_one_by_one(encoder, nodes_ND, SESSIONS)[1]
+        encoder.zero_grad()
+        (vectors_BD * torch.arange(1.0, DIM + 1, dtype=torch.float64)).sin().sum().backward()
+        gradients.append([nodes_ND.grad, *(p.grad for p in encoder.parameters())])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_every_parameter_has_a_gradient_even_without_clicks(config: EncoderConfig) -> None:
+    encoder, graph = double_encoder(config), graphs_of([[], []])
+    encoded = encoder(node_vectors(graph), graph)
+    assert torch.equal(encoded.sessions_BD, torch.zeros(2, DIM, dtype=torch.float64))
+    (encoded.sessions_BD.sum() + encoded.states_ND.sum()).backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_rows_hold_the_newest_clicks() -> None:
+    rows = click_rows(graphs_of([[5, 6, 5, 7], [], [8]]), most=3)
+    assert rows.node_BT.tolist() == [[1, 0, 2], [4, 4, 4], [3, 4, 4]]
+    assert rows.place_BT.tolist() == [[2, 1, 0], [-1, -2, -3], [0, -1, -2]]
+    assert rows.last_B.tolist() == [2, 0, 0]
+    assert rows.source_N.tolist() == [1, 0, 2, 6]
+
+
+@pytest.mark.parametrize(("setting", "value"), [("attention_layers", 0), ("attention_heads", 3)])
+def test_attention_that_cannot_be_built_is_told_of(setting: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"encoder.{setting} is {value}"):
+        build_encoder(EncoderConfig(name="sasrec", **{setting: value}), DIM)
