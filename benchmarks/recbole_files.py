@@ -1,7 +1,7 @@
 """The same examples for both sides: rows of a prepared data set as a data set of their own, and as RecBole's files."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
-from llmgr_rec.data.schema import MANIFEST_NAME
+from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import split_reader
 
@@ -23,15 +23,15 @@ _HEADER = "session_id:token\titem_id_list:token_seq\titem_id:token\n"
 _READ_ROWS = 8192
 
 
-def write_part(dataset: Dataset, folder: Path, max_examples: int, seed: int) -> Dataset:
-    """Writes some training rows of a data set, and all of its other rows, as a data set.
+def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: int) -> Dataset:
+    """Writes some rows of a data set as a data set.
 
     The catalogue stays whole, so the task is as large as it was.
 
     Args:
         dataset: The data set.
         folder: Folder to make.
-        max_examples: Most training examples, the prefixes of rows that stand for them; 0 for all.
+        most: Most examples of a split, the prefixes of its rows where they stand for them; 0 takes all.
         seed: Seed of the choice of rows.
 
     Raises:
@@ -41,40 +41,34 @@ def write_part(dataset: Dataset, folder: Path, max_examples: int, seed: int) -> 
     if not manifest.num_sessions["valid"]:
         raise UserError(f"{dataset.path} has no validation rows; prepare it with some")
     folder.mkdir(parents=True)
-    for name in manifest.files:
-        (folder / name).parent.mkdir(exist_ok=True)
-        if max_examples == 0 or not name.startswith("train/"):
-            shutil.copyfile(dataset.path / name, folder / name)
-    examples = manifest.num_examples["train"]
-    if max_examples:
-        (folder / "train").rmdir()
-        examples = _write_rows(dataset, folder / "train", max_examples, seed)
+    shutil.copyfile(dataset.items_path, folder / ITEMS_NAME)
+    written = {split: _write_rows(dataset, split, folder, most.get(split, 0), seed) for split in manifest.num_sessions}
     files = {str(path.relative_to(folder)): describe_file(path) for path in sorted(folder.rglob("*.parquet"))}
-    rows = sum(entry.rows for name, entry in files.items() if name.startswith("train/"))
     part = replace(
         manifest,
-        num_sessions={**manifest.num_sessions, "train": rows},
-        num_examples={**manifest.num_examples, "train": examples},
+        num_sessions={split: rows for split, (rows, _) in written.items()},
+        num_examples={split: examples for split, (_, examples) in written.items()},
         files=files,
     )
     (folder / MANIFEST_NAME).write_text(part.to_json())
     return Dataset(folder)
 
 
-def _write_rows(dataset: Dataset, folder: Path, max_examples: int, seed: int) -> int:
-    """Writes rows drawn at random, in their order, and returns their examples."""
-    table = pa.concat_tables([pq.read_table(part) for part in dataset.parts("train")]).combine_chunks()
-    prefixes = "train" in dataset.manifest.prefix_augmentation
+def _write_rows(dataset: Dataset, split: str, folder: Path, most: int, seed: int) -> tuple[int, int]:
+    """Writes rows drawn at random, in their order; returns their number and that of their examples."""
+    parts = dataset.parts(split)
+    table = pa.concat_tables([pq.read_table(part) for part in parts]).combine_chunks()
+    prefixes = split in dataset.manifest.prefix_augmentation
     sizes = np.array([len(row) if prefixes else 1 for row in table["items"]], dtype=np.int64)
     drawn = np.random.default_rng(seed).permutation(len(sizes))
-    chosen = np.sort(drawn[np.cumsum(sizes[drawn]) <= max_examples])
-    if not len(chosen):
-        raise UserError(f"--max_examples is {max_examples}, fewer than the first row drawn has; raise it")
-    writer = PartWriter(folder, pq.read_schema(dataset.parts("train")[0]))
+    chosen = np.sort(drawn[np.cumsum(sizes[drawn]) <= most] if most else drawn)
+    if most and not len(chosen):
+        raise UserError(f"{most} {split} examples are fewer than the first row drawn has; allow for more")
+    writer = PartWriter(folder / split, pq.read_schema(parts[0]))
     for batch in table.take(pa.array(chosen)).to_batches():
         writer.write(batch.columns)
     writer.close()
-    return int(sizes[chosen].sum())
+    return len(chosen), int(sizes[chosen].sum())
 
 
 def write_atomic_files(dataset: Dataset, folder: Path) -> dict[str, int]:

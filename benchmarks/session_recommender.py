@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument("--encoder", type=Literal["gcsan", "srgnn"], default="gcsan", help="Model.")
     parser.add_argument("--max_examples", type=int, default=0, help="Most training examples; 0 takes all.")
+    parser.add_argument("--max_validation", type=int, default=0, help="Most validation examples; 0 takes all.")
     parser.add_argument("--dim", type=int, default=64, help="Width of item and session vectors.")
     parser.add_argument("--batch_size", type=int, default=512, help="Examples of a step.")
     parser.add_argument("--steps", type=int, default=1, help="Rounds of message passing.")
@@ -51,8 +52,9 @@ def main(argv: Sequence[str]) -> None:
     # An epoch is a turn, and the first one counts.
     parser.set_defaults(rounds=3)
     args = parse_args(parser, argv).as_dict()
-    if args["max_examples"] < 0:
-        raise UserError(f"--max_examples is {args['max_examples']}; set it to 0 or more")
+    for name in ("max_examples", "max_validation"):
+        if args[name] < 0:
+            raise UserError(f"--{name} is {args[name]}; set it to 0 or more")
 
     from benchmarks.session_settings import make_settings
 
@@ -80,12 +82,13 @@ def compare(folder: Path, settings: "Settings", args: Mapping[str, Any]) -> dict
 
     whole = Dataset(Path(args["dataset"]))
     python = make_environment(Path(args["environment"]))
-    dataset = write_part(whole, folder / "dataset", args["max_examples"], settings.seed)
+    most = {"train": args["max_examples"], "valid": args["max_validation"]}
+    dataset = write_part(whole, folder / "dataset", most, settings.seed)
     counts = write_atomic_files(dataset, folder / "recbole")
     try:
         with ExitStack() as stack:
             trainers = [stack.enter_context(trainer) for trainer in _start(folder, settings, dataset, python)]
-            rates = train_in_turns(trainers, settings.epochs)
+            rates = train_in_turns(trainers, settings.rounds)
     except TrainerFailed as error:
         raise UserError(str(error)) from None
     check_counts(trainers, counts)
@@ -107,15 +110,20 @@ def compare(folder: Path, settings: "Settings", args: Mapping[str, Any]) -> dict
 def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path) -> Iterator[Trainer]:
     """Starts the sides one after the other; the last one is RecBole."""
     root = Path(__file__).parents[1]
-    environment = {"OMP_NUM_THREADS": str(settings.threads), "MKL_NUM_THREADS": str(settings.threads)}
+    environment = {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": str(settings.threads),
+        # Where others use the cores too, a thread that spins keeps the one it waits for from running.
+        "OMP_WAIT_POLICY": "passive",
+    }
     for number, (name, words) in enumerate({SAME: settings.as_recbole(), DEFAULT: settings.as_by_default()}.items()):
         files = ["--dataset", str(dataset.path), "--output", str(folder / f"run{number}")]
         command = [sys.executable, "-m", "benchmarks.session_trainer", *files, *words]
-        yield Trainer(name, command, folder, {**environment, "PYTHONPATH": str(root)})
+        yield Trainer(name, command, folder, environment)
     told = folder / "recbole.json"
     told.write_text(json.dumps(settings.recbole(folder / "recbole", dataset.manifest.max_length)))
     command = [str(python), "-m", "benchmarks.recbole_worker", str(told)]
-    yield Trainer(PEER, command, folder, {**environment, "PYTHONPATH": str(root)})
+    yield Trainer(PEER, command, folder, environment)
 
 
 def train_in_turns(trainers: Sequence[Trainer], epochs: int) -> dict[str, list[float]]:

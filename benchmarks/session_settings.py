@@ -29,7 +29,7 @@ class Settings:
         attention_heads: Heads in each (GC-SAN).
         dropout: Probability of dropping an activation (GC-SAN; RecBole's SRGNN has none).
         lr: Learning rate of Adam, for all parameters.
-        epochs: Epochs that are trained.
+        rounds: Epochs that are trained, one a turn.
         seed: Seed of both sides.
         threads: CPU threads of each side.
     """
@@ -42,7 +42,7 @@ class Settings:
     attention_heads: int
     dropout: float
     lr: float
-    epochs: int
+    rounds: int
     seed: int
     threads: int
 
@@ -74,7 +74,7 @@ class Settings:
             "sbr.weight_decay": 0.0,
             "sbr.clip_norm": 1e9,
             "sbr.warmup": 0.0,
-            "sbr.epochs": _FAR_AWAY * self.epochs,
+            "sbr.epochs": _FAR_AWAY * self.rounds,
         }
         return _words({**self._shared(), **own})
 
@@ -87,7 +87,7 @@ class Settings:
             "encoder.attention_layers": self.attention_layers,
             "encoder.attention_heads": self.attention_heads,
             "sbr.batch_size": self.batch_size,
-            "sbr.epochs": self.epochs,
+            "sbr.epochs": self.rounds,
             "sbr.patience": 0,
             "runtime.device": "cpu",
             "runtime.threads_per_rank": self.threads,
@@ -107,7 +107,7 @@ class Settings:
             "learning_rate": self.lr,
             "weight_decay": 0.0,
             "train_batch_size": self.batch_size,
-            "epochs": self.epochs,
+            "epochs": self.rounds,
             "seed": self.seed,
             "reproducibility": True,
             "use_gpu": False,
@@ -133,14 +133,13 @@ class Settings:
 
 
 def make_settings(args: Mapping[str, Any]) -> Settings:
-    """Settings from parsed arguments; the rounds are the epochs.
+    """Settings from parsed arguments.
 
     Raises:
         UserError: A number is out of its range.
     """
     threads = args["threads"] or len(os.sched_getaffinity(0))
-    named = {field.name: args[field.name] for field in fields(Settings) if field.name not in ("epochs", "threads")}
-    return Settings(**named, epochs=args["rounds"], threads=threads)
+    return Settings(**{field.name: args[field.name] for field in fields(Settings)} | {"threads": threads})
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
