@@ -13,14 +13,53 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Scores held at one time, in elements: large enough for efficient matrix products, small beside the model.
+# Scores held at one time, in elements. On a CPU they stay in the cache, through which they are passed five times; a GPU
+# wants large products.
+_SCORES_ON_CPU = 1 << 19
 _SCORES_AT_ONCE = 1 << 22
 # Fewer rows in a block would read and write the items' gradient more often than the products are worth.
 _LEAST_ROWS = 64
 
 
-def _scores(queries_bQ: Tensor, items_CQ: Tensor, bias_C: Tensor | None) -> Tensor:
-    return queries_bQ @ items_CQ.T if bias_C is None else torch.addmm(bias_C, queries_bQ, items_CQ.T)
+def _scores(queries_bQ: Tensor, items_CQ: Tensor, bias_C: Tensor | None, out_bC: Tensor | None = None) -> Tensor:
+    if bias_C is None:
+        return torch.mm(queries_bQ, items_CQ.T, out=out_bC)
+    return torch.addmm(bias_C, queries_bQ, items_CQ.T, out=out_bC)
+
+
+def _softmax_of_targets(scores_bC: Tensor, columns_b1: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of rows that want one column each.
+
+    Probabilities are never divided out: a factor for each row does for their products with items and queries, and
+    leaves one pass over the scores out. What the targets add to the gradients is two rows of vectors, and left out too.
+
+    Args:
+        scores_bC: Scores; on return, probabilities but for the factor.
+        columns_b1: Column of each row's target.
+
+    Returns:
+        Losses and factors, [b, 1] each.
+    """
+    target_b1 = scores_bC.gather(1, columns_b1)
+    highest_b1 = scores_bC.amax(dim=1, keepdim=True)
+    sums_b1 = scores_bC.sub_(highest_b1).exp_().sum(dim=1, keepdim=True)
+    return sums_b1.log() + highest_b1 - target_b1, sums_b1.reciprocal()
+
+
+def _softmax_of_teacher(scores_bC: Tensor, wanted_bC: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of rows that want given probabilities.
+
+    Args:
+        scores_bC: Scores; on return, probabilities less those that are wanted.
+        wanted_bC: Probabilities that are wanted.
+
+    Returns:
+        Losses and factors, which are ones here, [b, 1] each.
+    """
+    log_probs_bC = torch.log_softmax(scores_bC, dim=1)
+    losses_b1 = -(log_probs_bC * wanted_bC).sum(dim=1, keepdim=True)
+    torch.sub(log_probs_bC.exp_(), wanted_bC, out=scores_bC)
+    return losses_b1, torch.ones_like(losses_b1)
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -42,34 +81,34 @@ class _SoftmaxLoss(torch.autograd.Function):
         target_weight: float,
         with_gradient: bool,
     ) -> Tensor:
-        rows_at_once = max(_LEAST_ROWS, _SCORES_AT_ONCE // max(1, items_CQ.shape[0]))
+        scores_at_once = _SCORES_ON_CPU if items_CQ.device.type == "cpu" else _SCORES_AT_ONCE
+        rows_at_once = max(_LEAST_ROWS, scores_at_once // max(1, items_CQ.shape[0]))
         total = queries_BQ.new_zeros(())
-        grad_queries_BQ = torch.empty_like(queries_BQ) if with_gradient else None
-        grad_items_CQ = torch.zeros_like(items_CQ) if with_gradient else None
+        gradients = (torch.empty_like(queries_BQ), torch.zeros_like(items_CQ)) if with_gradient else None
+        # One buffer for all blocks: fresh memory of this size is mapped anew every time.
+        scores = queries_BQ.new_empty(min(rows_at_once, queries_BQ.shape[0]), items_CQ.shape[0])
         for start in range(0, queries_BQ.shape[0], rows_at_once):
             block = slice(start, start + rows_at_once)
             columns_b1, scales_b1 = columns_B[block].unsqueeze(1), scales_B[block].unsqueeze(1)
-            scores_bC = _scores(queries_BQ[block], items_CQ, bias_C)
-            log_probs_bC = torch.log_softmax(scores_bC, dim=1)
-            del scores_bC
-            wanted_bC: Tensor | None = None
+            scores_bC = _scores(queries_BQ[block], items_CQ, bias_C, scores[: scales_b1.shape[0]])
             if teacher_BQ is None:
-                total -= (log_probs_bC.gather(1, columns_b1) * scales_b1).sum()
+                losses_b1, factors_b1 = _softmax_of_targets(scores_bC, columns_b1)
             else:
                 wanted_bC = torch.softmax(_scores(teacher_BQ[block], items_CQ, bias_C), dim=1).mul_(1 - target_weight)
                 wanted_bC.scatter_add_(1, columns_b1, torch.full_like(scales_b1, target_weight))
-                total -= ((log_probs_bC * wanted_bC).sum(dim=1, keepdim=True) * scales_b1).sum()
-            if grad_queries_BQ is None or grad_items_CQ is None:
+                losses_b1, factors_b1 = _softmax_of_teacher(scores_bC, wanted_bC)
+            total += (losses_b1 * scales_b1).sum()
+            if gradients is None:
                 continue
-            errors_bC = log_probs_bC.exp_()
-            if wanted_bC is None:
-                errors_bC.scatter_add_(1, columns_b1, -torch.ones_like(scales_b1))
-            else:
-                errors_bC -= wanted_bC
-            grad_queries_BQ[block] = (errors_bC @ items_CQ) * scales_b1
-            grad_items_CQ.addmm_(errors_bC.T, queries_BQ[block] * scales_b1)
-        if with_gradient:
-            ctx.save_for_backward(grad_queries_BQ, grad_items_CQ)
+            factors_b1 = factors_b1 * scales_b1
+            gradients[0][block] = (scores_bC @ items_CQ) * factors_b1
+            gradients[1].addmm_(scores_bC.T, queries_BQ[block] * factors_b1)
+        if gradients is not None and teacher_BQ is None:
+            scales_B1 = scales_B.unsqueeze(1)
+            gradients[0].sub_(items_CQ.index_select(0, columns_B) * scales_B1)
+            gradients[1].index_add_(0, columns_B, queries_BQ * scales_B1, alpha=-1)
+        if gradients is not None:
+            ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod

@@ -15,7 +15,7 @@ from llmgr_rec.modules.losses import distillation_loss, ranking_loss, structure_
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes even small batches span several blocks of rows."""
-    monkeypatch.setattr(losses, "_SCORES_AT_ONCE", 1)
+    monkeypatch.setattr(losses, "_SCORES_ON_CPU", 1)
     monkeypatch.setattr(losses, "_LEAST_ROWS", 2)
 
 
@@ -102,7 +102,7 @@ def test_ranking_loss_of_any_shape(batch: int, candidates: int, rows_at_once: in
         torch.randn(candidates, generator=generator),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "_SCORES_AT_ONCE", 1)
+        patch.setattr(losses, "_SCORES_ON_CPU", 1)
         patch.setattr(losses, "_LEAST_ROWS", rows_at_once)
         actual = value_and_gradients(ranking_loss, queries, items, *arguments)
     expected = value_and_gradients(reference_ranking_loss, queries, items, *arguments)
