@@ -12,7 +12,7 @@ from typing import Literal
 from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
 
-MODELS = ("popularity", "item_knn", "sbr", "student", "llmgr")
+MODELS = ("popularity", "item_knn", "session_knn", "sbr", "student", "llmgr")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--models",
         type=str,
-        help=f"What to evaluate, of {','.join(MODELS)}; default the baselines and all that the run has trained.",
+        help=f"What to evaluate, of {','.join(MODELS)}; default popularity, item_knn and all that the run has trained.",
     )
     parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")

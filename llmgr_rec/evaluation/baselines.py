@@ -1,6 +1,6 @@
-"""Recommenders without training: popularity and item-kNN.
+"""Recommenders without training: popularity, item-kNN and session-kNN.
 
-Item-kNN is often stronger on sparse shop data than plain neural models, so both stand beside every table.
+Neighbours are often stronger on sparse shop data than plain neural models, so they stand beside every table.
 
 Shapes: B sessions, L clicks (sum of session lengths), V items, K places, S training sessions, U items of one block.
 """
@@ -50,6 +50,14 @@ class Popularity:
         return np.tile(ids_K, (sessions, 1)), np.tile(scores_K, (sessions, 1))
 
 
+class Neighbours(Baseline, Protocol):
+    """A baseline that scores items."""
+
+    def scores(self, items_L: Ints, offsets_B1: Ints) -> sparse.csr_array:
+        """Scores of each session's items, [B, V]; absent ones are 0."""
+        ...
+
+
 class ItemKNN:
     """Cosine of co-occurrence in training sessions, recent clicks counting more.
 
@@ -68,20 +76,59 @@ class ItemKNN:
         self.decay = decay
         self.similarity_VV = cosine_similarity(sessions_SV, neighbours)
 
+    def scores(self, items_L: Ints, offsets_B1: Ints) -> sparse.csr_array:
+        """Recency-weighted similarity of every item to the session's clicks, [B, V]; unrelated items are absent."""
+        weights_BV = _recency_weights(items_L, offsets_B1, self.decay, self.similarity_VV.shape[0])
+        return (weights_BV @ self.similarity_VV).tocsr()
+
     def rank(self, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
-        """Ranks by recency-weighted similarity to the session's clicks; unrelated items score 0."""
-        num_items = self.similarity_VV.shape[0]
+        """Ranks by `scores`; unrelated items score 0."""
         lengths_B = np.diff(offsets_B1)
-        after_L = np.repeat(offsets_B1[1:], lengths_B) - 1 - np.arange(len(items_L))
-        weights_BV = sparse.csr_array((self.decay**after_L, items_L, offsets_B1), shape=(len(lengths_B), num_items))
         neighbours_B = np.add.reduceat(np.append(np.diff(self.similarity_VV.indptr)[items_L], 0), offsets_B1[:-1]) * (
             lengths_B > 0
         )
-        found = [
-            _top_k_sparse((weights_BV[start:stop] @ self.similarity_VV).tocsr(), k)
-            for start, stop in _blocks(neighbours_B, _BLOCK_SCORES)
-        ]
-        return np.concatenate([ids for ids, _ in found]), np.concatenate([scores for _, scores in found])
+        return _rank_in_blocks(self, items_L, offsets_B1, _blocks(neighbours_B, _BLOCK_SCORES), k)
+
+
+class SessionKNN:
+    """Items of the training sessions most like this one (V-SkNN, Ludewig and Jannach, arXiv 1803.09587).
+
+    The likeness of a training session is the sum of decay^(clicks after i) over the clicks i that it shares, over the
+    square root of its length. An item scores the sum of the likenesses of the sessions with it, times its inverse
+    document frequency log(training sessions / sessions with it).
+    """
+
+    def __init__(self, sessions_SV: sparse.csr_array, neighbours: int = 500, decay: float = DECAY) -> None:
+        """Indexes the training sessions.
+
+        Args:
+            sessions_SV: 1 where a training session holds an item, from `session_matrix`.
+            neighbours: Most similar training sessions that count (ties: the later session).
+            decay: Weight of a click relative to the click after it.
+        """
+        self.neighbours = neighbours
+        self.decay = decay
+        self._sessions_SV = sessions_SV
+        lengths_S = np.maximum(np.diff(sessions_SV.indptr), 1)
+        count_V = np.maximum(np.bincount(sessions_SV.indices, minlength=sessions_SV.shape[1]), 1)
+        self._like_VS = (sparse.diags_array(lengths_S**-0.5) @ sessions_SV).T.tocsr()
+        self._weighted_SV = (sessions_SV @ sparse.diags_array(np.log(sessions_SV.shape[0] / count_V))).tocsr()
+
+    def scores(self, items_L: Ints, offsets_B1: Ints) -> sparse.csr_array:
+        """Score of every item, [B, V]; items of no neighbour are absent."""
+        weights_BV = _recency_weights(items_L, offsets_B1, self.decay, self._sessions_SV.shape[1])
+        like_BS = sparse.coo_array(weights_BV @ self._like_VS)
+        rows, columns = like_BS.coords
+        order, place = _order_in_rows(rows, -columns, np.round(like_BS.data, 12))
+        kept = order[place < self.neighbours]
+        nearest_BS = sparse.csr_array((like_BS.data[kept], (rows[kept], columns[kept])), shape=like_BS.shape)
+        return (nearest_BS @ self._weighted_SV).tocsr()
+
+    def rank(self, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
+        """Ranks by `scores`; other items score 0."""
+        sharing_L = np.diff(self._like_VS.indptr)[items_L]
+        sharing_B = np.add.reduceat(np.append(sharing_L, 0), offsets_B1[:-1]) * (np.diff(offsets_B1) > 0)
+        return _rank_in_blocks(self, items_L, offsets_B1, _blocks(sharing_B, _BLOCK_SCORES), k)
 
 
 def session_matrix(sessions: Iterable[tuple[Ints, Ints]], num_items: int) -> sparse.csr_array:
@@ -133,6 +180,23 @@ def cosine_similarity(sessions_SV: sparse.csr_array, neighbours: int = 0) -> spa
             rows_U, columns_U, cosine_U = rows_U[kept], columns_U[kept], cosine_U[kept]
         blocks.append(sparse.csr_array((cosine_U, (rows_U, columns_U)), shape=(stop - start, len(count_V))))
     return sparse.vstack(blocks, format="csr")
+
+
+def _recency_weights(items_L: Ints, offsets_B1: Ints, decay: float, num_items: int) -> sparse.csr_array:
+    """decay^(clicks after it) for each click, [B, V]."""
+    after_L = np.repeat(offsets_B1[1:], np.diff(offsets_B1)) - 1 - np.arange(len(items_L))
+    return sparse.csr_array((decay**after_L, items_L, offsets_B1), shape=(len(offsets_B1) - 1, num_items))
+
+
+def _rank_in_blocks(
+    baseline: Neighbours, items_L: Ints, offsets_B1: Ints, blocks: list[tuple[int, int]], k: int
+) -> tuple[Ints, Floats]:
+    found = []
+    for start, stop in blocks:
+        clicks = slice(offsets_B1[start], offsets_B1[stop])
+        scores_BV = baseline.scores(items_L[clicks], offsets_B1[start : stop + 1] - offsets_B1[start])
+        found.append(_top_k_sparse(scores_BV, k))
+    return np.concatenate([ids for ids, _ in found]), np.concatenate([scores for _, scores in found])
 
 
 def _blocks(sizes: Ints, limit: int) -> list[tuple[int, int]]:

@@ -19,7 +19,14 @@ STAGE_TITLES = {
     "behave": "Stage 2: behaviour",
     "distill": "Distillation",
 }
-_COLORS = {"popularity": "#b8c0c9", "item_knn": "#7f8c9a", "sbr": "#2b6cb0", "student": "#8e5ea2", "llmgr": "#d2552d"}
+_COLORS = {
+    "popularity": "#b8c0c9",
+    "item_knn": "#7f8c9a",
+    "session_knn": "#5f6b78",
+    "sbr": "#2b6cb0",
+    "student": "#8e5ea2",
+    "llmgr": "#d2552d",
+}
 _STAGE_COLORS = {"sbr": "#2b6cb0", "align": "#6b9e3f", "behave": "#d2552d", "distill": "#8e5ea2"}
 _STYLE = {
     "font.family": "DejaVu Sans",

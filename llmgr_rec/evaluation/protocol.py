@@ -21,14 +21,16 @@ from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.evaluation.baselines import Baseline, ItemKNN, Popularity, session_matrix
+from llmgr_rec.evaluation.baselines import Baseline, ItemKNN, Popularity, SessionKNN, session_matrix
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
 T = TypeVar("T")
 
-BASELINES = ("popularity", "item_knn")
+BASELINES = ("popularity", "item_knn", "session_knn")
+# What stands beside every model unless something else is asked for: session-kNN takes its time on long logs.
+USUAL_BASELINES = BASELINES[:2]
 
 # Rows read at a time where no model has to hold them.
 _READ_ROWS = 8192
@@ -103,7 +105,8 @@ def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue) -> Baselin
     rows = SessionReader(
         dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=_as_it_is
     )
-    return ItemKNN(session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items))
+    sessions_SV = session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items)
+    return ItemKNN(sessions_SV) if name == "item_knn" else SessionKNN(sessions_SV)
 
 
 def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:

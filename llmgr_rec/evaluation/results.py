@@ -13,6 +13,7 @@ FORMAT = "llmgr_rec.metrics"
 MODEL_NAMES = {
     "popularity": "Popularity",
     "item_knn": "Item-kNN",
+    "session_knn": "Session-kNN",
     "sbr": "GNN",
     "student": "GNN, distilled",
     "llmgr": "LLMGR",

@@ -4,11 +4,12 @@ import math
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.evaluation import baselines
-from llmgr_rec.evaluation.baselines import ItemKNN, Popularity, cosine_similarity, session_matrix
+from llmgr_rec.evaluation.baselines import ItemKNN, Popularity, SessionKNN, cosine_similarity, session_matrix
 
 sessions_of = st.lists(st.lists(st.integers(0, 14), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -46,6 +47,43 @@ def test_item_knn_equals_the_reference(train, queries, k):
         for left in range(k - 1):
             assert scores_K[left] > scores_K[left + 1] or ids_K[left] < ids_K[left + 1]
         assert len(set(ids_K.tolist())) == k
+
+
+def session_knn_reference(train, session, num_items, decay, neighbours):
+    """Scores of all items, straight from the definition."""
+    count = Counter(item for other in train for item in set(other))
+    likeness = []
+    for number, other in enumerate(train):
+        shared = sum(decay ** (len(session) - 1 - place) for place, item in enumerate(session) if item in other)
+        if shared:
+            likeness.append((-round(shared / math.sqrt(len(set(other))), 12), -number))
+    scores = np.zeros(num_items)
+    for negative, number in sorted(likeness)[:neighbours]:
+        for item in set(train[-number]):
+            scores[item] -= negative * math.log(len(train) / count[item])
+    return scores
+
+
+@given(sessions_of, sessions_of, st.integers(1, 15), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_session_knn_equals_the_reference(train, queries, k, neighbours):
+    knn = SessionKNN(session_matrix([flat(train)], 15), neighbours, decay=0.7)
+    _, scores = knn.rank(*flat(queries), k)
+    for session, scores_K in zip(queries, scores, strict=True):
+        expected = session_knn_reference(train, session, 15, 0.7, neighbours)
+        np.testing.assert_allclose(scores_K, np.sort(expected)[::-1][:k], atol=1e-9)
+
+
+@given(sessions_of, sessions_of, st.integers(1, 30))
+@settings(max_examples=20, deadline=None)
+def test_blocks_of_sessions_do_not_change_a_ranking(train, queries, block):
+    whole = [knn(session_matrix([flat(train)], 15)).rank(*flat(queries), 5) for knn in (ItemKNN, SessionKNN)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "_BLOCK_SCORES", block)
+        cut = [knn(session_matrix([flat(train)], 15)).rank(*flat(queries), 5) for knn in (ItemKNN, SessionKNN)]
+    for one, other in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
 
 
 @given(sessions_of, st.integers(1, 40))
