@@ -67,7 +67,7 @@ def documented_commands() -> Iterator[Command]:
         lines = [line for block in FENCE.findall(page.read_text() if page.exists() else "") for line in _lines(block)]
         for number, line in enumerate(lines, start=1):
             yield Command(f"{page.relative_to(ROOT)}-{number}", line)
-    for recipe in sorted((ROOT / "llmgr_rec" / "configs").glob("*.yaml")):
+    for recipe in sorted((ROOT / "llmgr_rec" / "configs").rglob("*.yaml")):
         for number, line in enumerate(RECIPE_COMMAND.findall(recipe.read_text()), start=1):
             yield Command(f"{recipe.relative_to(ROOT)}-{number}", line)
 

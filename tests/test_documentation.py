@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = list(documented_commands())
 ENTRY_POINTS = [
     f"llmgr_rec.{name}"
-    for name in ("prepare", "train", "evaluate", "score", "plan", "doctor", "report")
+    for name in ("prepare", "train", "evaluate", "score", "plan", "doctor", "report", "experiments")
     if importlib.util.find_spec(f"llmgr_rec.{name}")
 ]
 HEAVY = {"torch", "torchrec", "transformers", "pyarrow", "duckdb", "scipy", "matplotlib", "numpy"}

@@ -84,7 +84,7 @@ def evaluate_baseline(
         world: Ranks; all call together, and all get the result.
     """
     metrics = RankingMetrics(catalogue.train_count_V)
-    reader = split_reader(dataset, split, _READ_ROWS, _as_it_is)
+    reader = split_reader(dataset, split, _READ_ROWS, as_it_is)
     for raw in _batches(reader, world, f"evaluate {split}"):
         ids_BK, _ = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), metrics.depth)
         metrics.update(torch.from_numpy(ids_BK), raw.targets_B, raw.weights_B)
@@ -102,9 +102,7 @@ def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue) -> Baselin
     if name == "popularity":
         return Popularity(catalogue.train_count_V.numpy())
     # Every rank reads all training rows, each of them once: prefixes of a session are no further evidence.
-    rows = SessionReader(
-        dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=_as_it_is
-    )
+    rows = SessionReader(dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=as_it_is)
     sessions_SV = session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items)
     return ItemKNN(sessions_SV) if name == "item_knn" else SessionKNN(sessions_SV)
 
@@ -178,5 +176,6 @@ def _with_target(raw: RawSessions) -> tuple[Any, Any]:
     return items.numpy(), offsets_B1.numpy()
 
 
-def _as_it_is(raw: RawSessions) -> RawSessions:
+def as_it_is(raw: RawSessions) -> RawSessions:
+    """Collates nothing: for readers of sessions that need no graphs."""
     return raw

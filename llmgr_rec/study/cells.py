@@ -1,0 +1,158 @@
+"""One cell of the matrix: a variant with a seed, trained and judged once, whoever asks for it and however often.
+
+A run folder is named by a hash of what its training depends on, so variants share what they have in common: all that
+stand on the same session recommender take over its stage, and a blend takes over the model that it blends.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmgr_rec.config import Config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.bundle import is_complete, load_bundle
+from llmgr_rec.evaluation.baselines import Baseline, Neighbours
+from llmgr_rec.evaluation.protocol import build_baseline
+from llmgr_rec.evaluation.run import STAGES_OF_MODEL
+from llmgr_rec.recipes import save_config
+from llmgr_rec.study.compare import ndcg
+from llmgr_rec.study.judge import Places, judge_baseline, judge_model
+from llmgr_rec.study.recipe import Study, Variant
+from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.training.run import train_run
+
+logger = logging.getLogger(__name__)
+
+# Factors that a blend may give to the baseline's score, beside the model's logits.
+BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# Parts of the settings that the session recommender's training does not depend on.
+_LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of a variant with a seed.
+
+    Args:
+        places_S: Place of each target of the judged split, from 0.
+        valid_ndcg: NDCG@20 on the validation sessions.
+        weight: Factor of the blended baseline; 0 without one.
+        seconds: Seconds of training, shared stages included.
+    """
+
+    places_S: Places
+    valid_ndcg: float
+    weight: float
+    seconds: float
+
+
+class Bench:
+    """Trains and judges cells in a folder, or takes them from there.
+
+    Args:
+        folder: Where runs and cells are kept.
+        dataset: Prepared sessions.
+        split: Split that is judged; validation is used for choices only.
+    """
+
+    def __init__(self, folder: Path, dataset: Dataset, split: str) -> None:
+        self._folder = folder
+        self._dataset = dataset
+        self._split = split
+        self._baselines: dict[str, Baseline] = {}
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The data set's items."""
+        return Catalogue.load(self._dataset.path)
+
+    def cell(self, study: Study, variant: Variant, seed: int) -> Cell:
+        """The cell, from disk where it has been there before.
+
+        Raises:
+            UserError: The data set or a setting is not usable.
+        """
+        config = study.settings_of(variant, seed)
+        key = self._key(variant.model, variant.blend, self._split, asdict(config) if variant.trains else {})
+        file = self._folder / "cells" / f"{key}.npz"
+        if not file.is_file():
+            logger.info("%s, seed %d", variant.name, seed)
+            cell = self._model_cell(variant, config) if variant.trains else self._baseline_cell(variant)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".tmp.npz")
+            np.savez_compressed(partial, **asdict(cell))
+            os.replace(partial, file)
+        with np.load(file) as stored:
+            return Cell(stored["places_S"], *(float(stored[name]) for name in ("valid_ndcg", "weight", "seconds")))
+
+    def _baseline_cell(self, variant: Variant) -> Cell:
+        baseline = self._baseline(variant.model)
+        valid = judge_baseline(baseline, self._dataset, "valid")[0]
+        judged = judge_baseline(baseline, self._dataset, self._split)[0]
+        return Cell(judged, float(ndcg(valid).mean()), 0.0, 0.0)
+
+    def _model_cell(self, variant: Variant, config: Config) -> Cell:
+        run, seconds = self._trained(variant.model, config)
+        stage = next(stage for stage in STAGES_OF_MODEL[variant.model] if is_complete(run / "export" / stage))
+        if threads := config.runtime.threads_per_rank:
+            torch.set_num_threads(threads)
+        bundle = load_bundle(run / "export" / stage)
+        near: Any = self._baseline(variant.blend) if variant.blend else None
+        neighbours: Neighbours | None = near
+        weights = BLEND_WEIGHTS if near is not None else (0.0,)
+        judge = (bundle.config, self.catalogue, neighbours)
+        valid_WS = judge_model(bundle.model, self._dataset, "valid", *judge, weights)
+        quality_W = [float(ndcg(places_S).mean()) for places_S in valid_WS]
+        best = int(np.argmax(quality_W))
+        judged = judge_model(bundle.model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
+        return Cell(judged, quality_W[best], weights[best], seconds)
+
+    def _baseline(self, name: str) -> Baseline:
+        if name not in self._baselines:
+            self._baselines[name] = build_baseline(name, self._dataset, self.catalogue)
+        return self._baselines[name]
+
+    def _trained(self, model: str, config: Config) -> tuple[Path, float]:
+        """A finished run and the seconds of its training."""
+        parts = asdict(config)
+        first = {name: values for name, values in parts.items() if name not in _LATER_PARTS}
+        sbr_run = self._folder / "runs" / f"sbr-{self._key(first)}"
+        only_sbr = replace(
+            config,
+            align=replace(config.align, epochs=0),
+            behave=replace(config.behave, epochs=0),
+            distill=replace(config.distill, epochs=0),
+        )
+        seconds = self._train(only_sbr, sbr_run)
+        if model == "sbr":
+            return sbr_run, seconds
+        run = self._folder / "runs" / f"full-{self._key(parts)}"
+        if not (run / "config.yaml").is_file():
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(sbr_run / "export" / "sbr", run / "export" / "sbr", copy_function=os.link)
+            save_config(config, run / "config.yaml")
+        return run, seconds + self._train(config, run)
+
+    def _train(self, config: Config, run: Path) -> float:
+        done = run / "seconds"
+        if not done.is_file():
+            started = time.monotonic()
+            resume = (run / "config.yaml").is_file()
+            train_run(RunRequest(config, self._dataset.path, run, "all", resume))
+            done.write_text(f"{time.monotonic() - started:.1f}\n")
+        return float(done.read_text())
+
+    def _key(self, *parts: Any) -> str:
+        known = [self._dataset.manifest.catalogue_hash, self._dataset.manifest.num_examples, *parts]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

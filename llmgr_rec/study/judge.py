@@ -1,0 +1,108 @@
+"""Where the target of each session stands, for models, baselines and blends of both.
+
+Shapes: S sessions of a split, B sessions of a batch, V items, Q columns of queries and items, W weights.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmgr_rec.cli import progress
+from llmgr_rec.config import Config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.evaluation.baselines import Baseline, Neighbours
+from llmgr_rec.evaluation.protocol import as_it_is, session_queries, split_reader
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+
+Places = NDArray[np.int32]
+# Items whose vectors are made at a time.
+_CHUNK = 8192
+_READ_ROWS = 2048
+# Deepest place that a baseline's list is asked for.
+DEPTH = 100
+
+
+@torch.no_grad()
+def judge_model(
+    model: SessionRecommender | LLMGR,
+    dataset: Dataset,
+    split: str,
+    config: Config,
+    catalogue: Catalogue,
+    neighbours: Neighbours | None = None,
+    weights: Sequence[float] = (0.0,),
+) -> Places:
+    """Places of the targets over the whole catalogue, from 0: how many items stand before each.
+
+    Args:
+        model: In eval mode, on one rank.
+        dataset: Prepared sessions.
+        split: train, valid or test.
+        config: All settings.
+        catalogue: The data set's items.
+        neighbours: Baseline whose score is added to the model's.
+        weights: Factors of that score; each gives places of its own.
+
+    Returns:
+        Places, [W, S], sessions in the order of the split.
+    """
+    collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
+    items_VQ = torch.cat(
+        [
+            model.item_vectors(collate.item_features(items)).float()
+            for items in torch.arange(catalogue.num_items).split(_CHUNK)
+        ]
+    )
+    reader = split_reader(dataset, split, config.runtime.eval_batch_size, lambda raw: (raw, collate(raw)))
+    bar = progress(reader.num_examples, f"judge {split}", "session")
+    found = []
+    for raw, batch in reader.batches(0):
+        scores_BV = session_queries(model, batch).float() @ items_VQ.T
+        near_BV = None
+        if neighbours is not None:
+            sparse_BV = neighbours.scores(raw.items_L.numpy(), raw.offsets_B1.numpy())
+            near_BV = torch.from_numpy(sparse_BV.toarray()).float()
+        places_WB = [
+            places(scores_BV if near_BV is None or not weight else scores_BV + weight * near_BV, raw.targets_B)
+            for weight in weights
+        ]
+        found.append(torch.stack(places_WB)[:, raw.weights_B > 0])
+        bar.update(len(raw.targets_B))
+    bar.close()
+    return torch.cat(found, dim=1).int().numpy()
+
+
+def judge_baseline(baseline: Baseline, dataset: Dataset, split: str) -> Places:
+    """The same for a baseline without training, [1, S]; a target that is not among the first `DEPTH` stands there."""
+    reader = split_reader(dataset, split, _READ_ROWS, as_it_is)
+    found = []
+    for raw in reader.batches(0):
+        ids_BK, _ = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), DEPTH)
+        hits_BK = ids_BK == raw.targets_B.numpy()[:, None]
+        places_B = np.where(hits_BK.any(1), hits_BK.argmax(1), DEPTH)
+        found.append(places_B[raw.weights_B.numpy() > 0])
+    return np.concatenate(found)[None].astype(np.int32)
+
+
+def targets_of(dataset: Dataset, split: str) -> NDArray[np.int64]:
+    """Target of each session of a split, in the order of places, [S]."""
+    batches = split_reader(dataset, split, _READ_ROWS, as_it_is).batches(0)
+    return np.concatenate([raw.targets_B.numpy()[raw.weights_B.numpy() > 0] for raw in batches])
+
+
+def places(scores_BV: Tensor, targets_B: Tensor) -> Tensor:
+    """How many items stand before each target: those of a higher score, and those of the same and a lower index, [B].
+
+    Args:
+        scores_BV: Scores of all items.
+        targets_B: The item that was clicked next.
+    """
+    own_B1 = scores_BV.gather(1, targets_B.clamp(min=0).unsqueeze(1))
+    earlier_BV = torch.arange(scores_BV.shape[1]) < targets_B.unsqueeze(1)
+    return ((scores_BV > own_B1) | ((scores_BV == own_B1) & earlier_BV)).sum(dim=1)

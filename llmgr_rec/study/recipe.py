@@ -1,0 +1,149 @@
+"""What an experiment compares: a YAML file with named variants, read and checked before anything is trained."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmgr_rec.cli import make_parser
+from llmgr_rec.config import Config
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import BASELINES
+from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
+
+FOLDER = RECIPES / "experiments"
+MODELS = ("sbr", "llmgr", "student")
+_STUDY_KEYS = ("title", "reference", "config", "settings", "variants")
+_VARIANT_KEYS = ("model", "settings", "blend")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table.
+
+    Args:
+        name: As it is shown.
+        model: What answers: a stage's model or a baseline without training.
+        settings: Dotted settings over those of the study.
+        blend: Neighbour baseline whose score is added, by a weight that is chosen on validation; empty for none.
+    """
+
+    name: str
+    model: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    blend: str = ""
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has anything to train."""
+        return self.model in MODELS
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Args:
+        title: Heading of the table.
+        reference: Name of the variant that the others are compared with.
+        config: Training recipe or settings file that all variants start from.
+        settings: Dotted settings of all variants.
+        variants: The lines of the table, in order.
+    """
+
+    title: str
+    reference: str
+    config: str
+    settings: Mapping[str, Any]
+    variants: tuple[Variant, ...]
+
+    def settings_of(self, variant: Variant, seed: int) -> Config:
+        """All settings of a variant; a stage after the one that answers is left out.
+
+        Raises:
+            UserError: A setting is not known, of the wrong type or out of its range.
+        """
+        parser = make_parser("llmgr_rec.experiments", self.title)
+        add_config_arguments(parser)
+        chosen = {**self.settings, **variant.settings, "seed": seed}
+        words = [word for name, value in chosen.items() for word in (f"--{name}", _word(value))]
+        try:
+            config = parse_with_config(parser, ["--config", self.config, *words])[1]
+        except UserError as error:
+            raise UserError(f"variant {variant.name}: {error}") from None
+        if variant.model == "sbr":
+            config.align.epochs = config.behave.epochs = 0
+        if variant.model != "student":
+            config.distill.epochs = 0
+        return config
+
+
+def study_names() -> list[str]:
+    """Names of the experiments shipped with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_study(name: str) -> Study:
+    """Reads an experiment.
+
+    Args:
+        name: Shipped experiment or path to a YAML file.
+
+    Raises:
+        UserError: There is none of that name, or something in it is not known or missing; names the nearest known key.
+    """
+    file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not file.is_file():
+        near = difflib.get_close_matches(name, study_names(), n=1)
+        hint = f", did you mean {near[0]}?" if near else ";"
+        raise UserError(f"no experiment named {name}{hint} give a YAML file or one of {', '.join(study_names())}")
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("variants"), dict) or not content["variants"]:
+        raise UserError(f"{file} names no variants; give each one a line under variants:")
+    _check_keys(content, _STUDY_KEYS, str(file))
+    variants = tuple(_variant(str(title), values or {}, file) for title, values in content["variants"].items())
+    reference = content.get("reference", variants[0].name)
+    if reference not in {variant.name for variant in variants}:
+        raise UserError(f"{file}: reference {reference} is none of its variants")
+    study = Study(
+        title=str(content.get("title", file.stem)),
+        reference=reference,
+        config=str(content.get("config", "quickstart")),
+        settings=content.get("settings", {}),
+        variants=variants,
+    )
+    for variant in variants:
+        study.settings_of(variant, seed=0)
+    return study
+
+
+def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
+    where = f"{file}: variant {name}"
+    _check_keys(values, _VARIANT_KEYS, where)
+    variant = Variant(name, str(values.get("model", "llmgr")), values.get("settings", {}), str(values.get("blend", "")))
+    for value, known in ((variant.model, (*MODELS, *BASELINES)), (variant.blend, ("", *BASELINES[1:]))):
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"{where}: {value} is not known{hint} Known: {', '.join(filter(None, known))}")
+    if variant.blend and not variant.trains:
+        raise UserError(f"{where}: blend is for models that are trained; leave it out")
+    return variant
+
+
+def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"{where}: unknown key {key}{hint} Known: {', '.join(known)}")
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

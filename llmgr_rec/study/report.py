@@ -1,0 +1,91 @@
+"""The table and the plots of an experiment."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from llmgr_rec.evaluation.metrics import BUCKET_NAMES
+from llmgr_rec.study.recipe import Study
+
+_METRICS = ("hr@20", "ndcg@20", "mrr@20")
+_COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
+# A fixed salt: the same results give the same bytes.
+_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "study"}
+_COLD = BUCKET_NAMES[:3]
+
+
+def table(study: Study, results: Mapping[str, Any]) -> str:
+    """The figures as Markdown: mean and standard deviation over seeds, gains with paired 95 % intervals."""
+    reference = results["reference"]
+    lines = [
+        f"### {study.title}",
+        "",
+        f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
+        f"{results['items']:,} items, full ranking. Mean ± standard deviation over seeds; gains relative to "
+        f"{reference}, with 95 % intervals of a paired bootstrap over sessions.",
+        "",
+        "| variant | HR@20 | NDCG@20 | MRR@20 | gain in HR | gain in NDCG | gain in MRR "
+        f"| HR@20, targets of {_COLD[0]} to {_COLD[-1].split('-')[1]} training interactions | training, minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, variant in results["variants"].items():
+        values = " | ".join(f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in _METRICS)
+        gains = " | ".join("" if name == reference else _gain(variant[metric]["gain"]) for metric in _METRICS)
+        lines.append(f"| {name} | {values} | {gains} | {_cold(variant)} | {variant['training_minutes']:.1f} |")
+    return "\n".join([*lines, ""])
+
+
+def _gain(gain: Mapping[str, float]) -> str:
+    return f"{gain['mean']:+.1%} [{gain['low']:+.1%} .. {gain['high']:+.1%}]"
+
+
+def _cold(variant: Mapping[str, Any]) -> str:
+    cells = [cell for name, cell in variant["hr@20_by_train_count"].items() if name in _COLD]
+    count = sum(cell["count"] for cell in cells)
+    return f"{sum(cell['hr'] * cell['count'] for cell in cells) / count:.4f}" if count else "none"
+
+
+def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
+    """Relative gains over the reference with their intervals, as an SVG file."""
+    names = [name for name in results["variants"] if name != results["reference"]]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 1.2 + 0.42 * max(len(names), 1)))
+        panel = figure.subplots()
+        for shift, (metric, color) in enumerate(zip(_METRICS, _COLORS, strict=True)):
+            gains = [results["variants"][name][metric]["gain"] for name in names]
+            rows = [len(names) - 1 - row + 0.22 * (1 - shift) for row in range(len(names))]
+            means = [gain["mean"] for gain in gains]
+            errors: Sequence[Sequence[float]] = [
+                [max(gain["mean"] - gain["low"], 0.0) for gain in gains],
+                [max(gain["high"] - gain["mean"], 0.0) for gain in gains],
+            ]
+            panel.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, color=color, label=metric.upper())
+        panel.axvline(0, color="#7f8c9a", linewidth=1)
+        panel.set_yticks(range(len(names)), names[::-1])
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
+        panel.set_xlabel(f"gain over {results['reference']}, with its 95 % interval")
+        panel.set_title(study.title, loc="left", fontsize=10)
+        panel.legend(frameon=False, loc="best")
+        figure.tight_layout()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def plot_cold(results: Mapping[str, Any], file: Path) -> None:
+    """HR@20 by training interactions of the target, a line for each variant, as an SVG file."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 4))
+        panel = figure.subplots()
+        for name, variant in results["variants"].items():
+            cells = variant["hr@20_by_train_count"]
+            known = [bucket for bucket in BUCKET_NAMES if bucket in cells]
+            rates = [cells[bucket]["hr"] for bucket in known]
+            panel.plot([BUCKET_NAMES.index(bucket) for bucket in known], rates, marker="o", markersize=4, label=name)
+        panel.set_xticks(range(len(BUCKET_NAMES)), BUCKET_NAMES)
+        panel.set_xlabel("training interactions of the item to be found")
+        panel.set_ylabel("HR@20")
+        panel.legend(frameon=False, fontsize=7)
+        figure.tight_layout()
+        figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,0 +1,119 @@
+"""A whole experiment: every variant with every seed, then one table and its plots."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.errors import UserError
+from llmgr_rec.study.cells import Bench, Cell
+from llmgr_rec.study.compare import METRICS, hit_rate_by_frequency, relative_gain
+from llmgr_rec.study.judge import targets_of
+from llmgr_rec.study.recipe import Study, load_study
+from llmgr_rec.study.report import plot_cold, plot_gains, table
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """What the user asks for.
+
+    Args:
+        recipe: Shipped experiment or YAML file.
+        dataset: Folder made by prepare.
+        output: Folder for runs, cells, table and plots.
+        seeds: Seeds of every variant that is trained.
+        split: Split that is judged.
+    """
+
+    recipe: str
+    dataset: Path
+    output: Path
+    seeds: Sequence[int]
+    split: str = "test"
+
+
+def run_study(request: StudyRequest) -> str:
+    """Trains and judges what is missing, and writes OUTPUT/RECIPE.json, .md and two plots.
+
+    Returns:
+        The table, Markdown.
+
+    Raises:
+        UserError: Anything a user can mend.
+    """
+    if not request.seeds or min(request.seeds) < 0 or len(set(request.seeds)) < len(request.seeds):
+        raise UserError("--seeds takes different numbers from 0, such as 0,1,2")
+    study, dataset = load_study(request.recipe), Dataset(request.dataset)
+    for split in ("valid", request.split):
+        if not dataset.manifest.num_sessions[split]:
+            raise UserError(f"{dataset.path} has no {split} sessions to judge by; prepare it with another --split")
+    catalogue = Catalogue.load(dataset.path)
+    bench = Bench(request.output, dataset, request.split)
+    cells: dict[str, list[Cell]] = {}
+    for variant in study.variants:
+        seeds = request.seeds if variant.trains else [0]
+        cells[variant.name] = [bench.cell(study, variant, seed) for seed in seeds]
+    results = compare(study, cells, dataset, catalogue, request.split)
+    text = table(study, results)
+    name = Path(request.recipe).stem
+    _write(request.output / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    _write(request.output / f"{name}.md", text)
+    plot_gains(study, results, request.output / f"{name}-gains.svg")
+    plot_cold(results, request.output / f"{name}-cold.svg")
+    return text
+
+
+def compare(
+    study: Study, cells: Mapping[str, Sequence[Cell]], dataset: Dataset, catalogue: Catalogue, split: str
+) -> dict[str, Any]:
+    """All figures of an experiment.
+
+    Args:
+        study: What is compared.
+        cells: Cells of each variant, one a seed.
+        dataset: The sessions.
+        catalogue: Their items.
+        split: Split that was judged.
+    """
+    train_count_S = catalogue.train_count_V.numpy()[targets_of(dataset, split)]
+    variants = {}
+    for name, own in cells.items():
+        metrics = {}
+        for metric, measure in METRICS.items():
+            values = [measure(cell.places_S) for cell in own]
+            means = [float(value_S.mean()) for value_S in values]
+            gain = relative_gain(values, [measure(cell.places_S) for cell in cells[study.reference]])
+            metrics[metric] = {"mean": float(np.mean(means)), "sd": _sd(means), "seeds": means, "gain": asdict(gain)}
+        variants[name] = {
+            **metrics,
+            "hr@20_by_train_count": hit_rate_by_frequency([cell.places_S for cell in own], train_count_S),
+            "valid_ndcg@20": float(np.mean([cell.valid_ndcg for cell in own])),
+            "blend_weight": [cell.weight for cell in own],
+            "training_minutes": float(np.mean([cell.seconds for cell in own])) / 60,
+        }
+    return {
+        "title": study.title,
+        "reference": study.reference,
+        "split": split,
+        "sessions": len(train_count_S),
+        "items": catalogue.num_items,
+        "protocol": dataset.manifest.split,
+        "variants": variants,
+    }
+
+
+def _sd(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)

@@ -1,0 +1,53 @@
+"""Experiments as files, and what is said of mistakes in them."""
+
+import pytest
+
+from llmgr_rec.errors import UserError
+from llmgr_rec.study.recipe import load_study, study_names
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_shipped_experiment_loads(name):
+    study = load_study(name)
+    assert study.reference in {variant.name for variant in study.variants}
+
+
+def test_settings_of_a_variant_lie_over_those_of_the_study(tmp_path):
+    file = tmp_path / "e.yaml"
+    file.write_text(
+        "settings: {sbr.epochs: 3, tables.dim: 32, behave.one_pass: true, prompt.templates: compact}\n"
+        "variants:\n  a: {model: sbr}\n  b: {settings: {sbr.epochs: 4}}\n"
+    )
+    study = load_study(str(file))
+    first, second = (study.settings_of(variant, seed=7) for variant in study.variants)
+    assert (first.sbr.epochs, second.sbr.epochs, second.tables.dim, second.seed) == (3, 4, 32, 7)
+    assert (first.align.epochs, first.behave.epochs) == (0, 0)
+    assert (second.align.epochs, second.behave.epochs, second.distill.epochs) == (1, 1, 0)
+    assert second.behave.one_pass
+    assert study.reference == "a"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: x\n", "names no variants"),
+        ("variants: {a: {modle: sbr}}\n", "variant a: unknown key modle, did you mean model?"),
+        ("variants: {a: {model: sbb}}\n", "variant a: sbb is not known, did you mean sbr?"),
+        ("variants: {a: {model: sbr, blend: item_knm}}\n", "item_knm is not known, did you mean item_knn?"),
+        ("variants: {a: {model: popularity, blend: item_knn}}\n", "blend is for models that are trained"),
+        ("variants: {a: {settings: {sbr.epoch: 3}}}\n", "variant a: .*sbr.epoch"),
+        ("variants: {a: {settings: {sbr.epochs: -3}}}\n", "variant a: setting sbr.epochs is -3"),
+        ("reference: b\nvariants: {a: {}}\n", "reference b is none of its variants"),
+        ("variants: [\n", "is no YAML"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path, text, message):
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_study(str(file))
+
+
+def test_an_unknown_name_is_told_with_the_nearest():
+    with pytest.raises(UserError, match=r"no experiment named backbone, did you mean backbones\?"):
+        load_study("backbone")

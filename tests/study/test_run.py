@@ -1,0 +1,140 @@
+"""A small experiment: right, gone on with, and nothing trained twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.evaluation.protocol import build_baseline, evaluate_baseline, evaluate_model
+from llmgr_rec.experiments import main
+from llmgr_rec.study import cells
+from llmgr_rec.study.compare import hit_rate, ndcg
+from llmgr_rec.study.judge import judge_baseline, judge_model, places, targets_of
+from tests.small_run import ONE_RANK, small_run
+
+RECIPE = """\
+title: Small
+reference: GNN
+settings:
+  tables.dim: 8
+  llm.name_or_path: random-tiny
+  llm.num_layers: 1
+  llm.lora_rank: 2
+  prompt.templates: compact
+  behave.one_pass: true
+  sbr.epochs: 2
+  align.max_steps: 2
+  behave.max_steps: 3
+  runtime.device: cpu
+  runtime.threads_per_rank: 1
+variants:
+  Item-kNN: {model: item_knn}
+  GNN: {model: sbr}
+  GNN + item-kNN: {model: sbr, blend: item_knn}
+  LLMGR: {}
+"""
+
+
+def words(folder: Path, output: Path, seeds: str = "0,1") -> list[str]:
+    (folder / "small.yaml").write_text(RECIPE)
+    data = ["--dataset", str(small_run().dataset.path), "--output", str(output)]
+    return ["--recipe", str(folder / "small.yaml"), *data, "--seeds", seeds]
+
+
+def test_an_experiment_trains_each_thing_once_and_goes_on(tmp_path, monkeypatch, capsys):
+    trained = []
+    train = cells.train_run
+    monkeypatch.setattr(cells, "train_run", lambda request: trained.append(request) or train(request))
+    output = tmp_path / "out"
+    main(words(tmp_path, output, "0"))
+    # The GNN, once for itself, its blend and LLMGR; LLMGR's own stages.
+    assert [request.config.behave.epochs for request in trained] == [0, 1]
+    main(words(tmp_path, output))
+    assert [request.config.seed for request in trained] == [0, 0, 1, 1]
+    main(words(tmp_path, output))
+    assert len(trained) == 4
+    results = json.loads((output / "small.json").read_text())
+    assert list(results["variants"]) == ["Item-kNN", "GNN", "GNN + item-kNN", "LLMGR"]
+    assert results["variants"]["GNN"]["ndcg@20"]["gain"] == {"mean": 0, "low": 0, "high": 0}
+    assert len(results["variants"]["LLMGR"]["hr@20"]["seeds"]) == 2
+    assert results["variants"]["LLMGR"]["training_minutes"] > results["variants"]["GNN"]["training_minutes"] > 0
+    text = (output / "small.md").read_text()
+    assert text in capsys.readouterr().out
+    assert all(f"| {name} |" in text for name in results["variants"])
+    for plot in ("small-gains.svg", "small-cold.svg"):
+        assert "<svg" in (output / plot).read_text()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stage", ["sbr", "behave"])
+def test_places_give_the_metrics_of_evaluate(stage):
+    shared = small_run()
+    bundle = load_bundle(shared.run / "export" / stage)
+    places_S = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue)[0]
+    metrics = evaluate_model(bundle.model, shared.dataset, "test", bundle.config, ONE_RANK)
+    assert hit_rate(places_S).mean() == pytest.approx(metrics["hr@20"])
+    assert ndcg(places_S).mean() == pytest.approx(metrics["ndcg@20"])
+
+
+@pytest.mark.parametrize("name", ["popularity", "item_knn", "session_knn"])
+def test_places_of_a_baseline_give_the_metrics_of_evaluate(name):
+    shared = small_run()
+    catalogue = Catalogue.load(shared.dataset.path)
+    baseline = build_baseline(name, shared.dataset, catalogue)
+    places_S = judge_baseline(baseline, shared.dataset, "test")[0]
+    metrics = evaluate_baseline(baseline, shared.dataset, "test", catalogue, ONE_RANK)
+    assert ndcg(places_S).mean() == pytest.approx(metrics["ndcg@20"])
+
+
+@torch.no_grad()
+def test_a_blend_of_great_weight_ranks_as_its_baseline():
+    shared = small_run()
+    bundle = load_bundle(shared.run / "export" / "sbr")
+    knn = build_baseline("item_knn", shared.dataset, shared.catalogue)
+    judged = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue, knn, (0.0, 1e6))
+    alone = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue)
+    by_knn = judge_baseline(knn, shared.dataset, "test")[0]
+    np.testing.assert_array_equal(judged[0], alone[0])
+    sessions = np.concatenate([_related(knn, shared.dataset, "test")])
+    np.testing.assert_array_equal(judged[1][sessions], by_knn[sessions])
+
+
+def _related(knn, dataset, split):
+    """Sessions whose target the baseline relates to a click: others are ranked by the model's score."""
+    from llmgr_rec.evaluation.protocol import as_it_is, split_reader
+
+    found = []
+    for raw in split_reader(dataset, split, 64, as_it_is).batches(0):
+        scores_BV = knn.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).toarray()
+        own_B = scores_BV[np.arange(len(scores_BV)), raw.targets_B.numpy()]
+        is_tie_B = (np.abs(scores_BV - own_B[:, None]) < 1e-9).sum(1) > 1
+        found.append(((own_B > 0) & ~is_tie_B)[raw.weights_B.numpy() > 0])
+    return np.concatenate(found)
+
+
+def test_places_are_those_of_the_list():
+    torch.manual_seed(0)
+    scores = torch.randint(0, 5, (40, 12)).float()
+    targets = torch.randint(0, 12, (40,))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    assert torch.equal(places(scores, targets), (order == targets.unsqueeze(1)).float().argmax(1))
+    metrics = RankingMetrics(torch.zeros(12, dtype=torch.int64), cutoffs=(5,))
+    metrics.update(order[:, :5], targets, torch.ones(40))
+    assert metrics.compute()["hr@5"] == pytest.approx((places(scores, targets) < 5).float().mean().item())
+
+
+def test_targets_stand_in_the_order_of_the_split():
+    assert len(targets_of(small_run().dataset, "test")) == small_run().dataset.manifest.num_examples["test"]
+
+
+@pytest.mark.parametrize("seeds", ["x", "0,0", "-1"])
+def test_seeds_are_different_numbers(tmp_path, seeds):
+    with pytest.raises(UserError, match="--seeds"):
+        main(words(tmp_path, tmp_path / "out", seeds))
+    assert not (tmp_path / "out").exists()
