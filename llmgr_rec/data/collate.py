@@ -103,7 +103,7 @@ class Collator:
         if self.candidates == "none":
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         if self.sampler is None:
-            return torch.arange(self.num_items), torch.zeros(self.num_items)
+            return torch.arange(self.num_items), torch.empty(0)
         return self.sampler.sample(targets_B, raw.epoch, raw.step)
 
     def _columns(self, targets_B: Tensor, candidates_C: Tensor) -> Tensor:

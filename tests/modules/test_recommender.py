@@ -11,7 +11,7 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.losses import ranking_loss
-from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.recommender import SessionRecommender, normalise
 from llmgr_rec.modules.session_encoder import build_encoder
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
 
@@ -134,3 +134,15 @@ def test_forward_is_traceable_with_the_batch_untouched_before_the_lookup(name: L
     assert (argument.op, argument.args[1], argument.args[0].op) == ("call_function", "features", "placeholder")
     batch = small_batch()
     torch.testing.assert_close(torch.fx.GraphModule(parent, graph)(batch), parent(batch))
+
+
+def test_normalise_is_torchs_own_in_value_and_gradient() -> None:
+    torch.manual_seed(0)
+    vectors = torch.randn(6, 5, dtype=torch.float64)
+    vectors[2], vectors[3] = 0, 1e-13
+    vectors.requires_grad_()
+    coming = torch.randn_like(vectors)
+    ours, theirs = normalise(vectors), torch.nn.functional.normalize(vectors, dim=1)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(value, vectors, coming)[0] for value in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
