@@ -54,7 +54,17 @@ def make_environment(folder: Path) -> Path:
         venv.create(folder, clear=True, with_pip=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"no virtual environment can be made in {folder} ({error}); is python3-venv there?") from None
-    _run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-deps", *PINS], folder)
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--only-binary",
+        ":all:",
+        "--no-deps",
+    ]
+    _run([*install, *PINS], folder)
     # Torch and tensorboard are this project's: both sides train with the same torch. Its own packages come first.
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "torch_of_this_project.pth").write_text(_our_packages() + "\n")

@@ -44,6 +44,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--attention_layers", type=int, default=1, help="Self-attention blocks (gcsan).")
     parser.add_argument("--attention_heads", type=int, default=1, help="Heads in each (gcsan).")
     parser.add_argument("--dropout", type=float, default=0.2, help="Dropout (gcsan).")
+    parser.add_argument(
+        "--score", type=Literal["cosine", "dot"], default="cosine", help="Score of our side with RecBole's settings."
+    )
     parser.add_argument("--lr", type=float, default=1e-3, help="Learning rate of Adam.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of both sides, and of the choice of examples.")
     parser.add_argument(

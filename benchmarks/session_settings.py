@@ -28,6 +28,8 @@ class Settings:
         attention_layers: Self-attention blocks (GC-SAN).
         attention_heads: Heads in each (GC-SAN).
         dropout: Probability of dropping an activation (GC-SAN; RecBole's SRGNN has none).
+        score: Score of our side with RecBole's settings. RecBole's own is dot, to which GCSAN's layer norm gives a scale
+            that the paper's model, and ours, does not have.
         lr: Learning rate of Adam, for all parameters.
         rounds: Epochs that are trained, one a turn.
         seed: Seed of both sides.
@@ -41,6 +43,7 @@ class Settings:
     attention_layers: int
     attention_heads: int
     dropout: float
+    score: str
     lr: float
     rounds: int
     seed: int
@@ -48,7 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("encoder", "seed", "dropout", "lr") and value < 1:
+            if name not in ("encoder", "score", "seed", "dropout", "lr") and value < 1:
                 raise UserError(f"--{name} is {value}; set it to 1 or more")
 
     @property
@@ -64,6 +67,7 @@ class Settings:
         """Arguments of the product that mean what RecBole's settings mean."""
         own = {
             "encoder.dropout": self.dropout if self.encoder == "gcsan" else 0.0,
+            "encoder.score": self.score,
             # Of items RecBole's models know the id alone.
             "tables.side_features": "[]",
             "tables.optimizer": "adam",

@@ -26,6 +26,7 @@ SETTINGS = Settings(
     attention_layers=3,
     attention_heads=4,
     dropout=0.3,
+    score="dot",
     lr=1e-3,
     rounds=5,
     seed=7,
@@ -108,6 +109,7 @@ def test_both_sides_are_told_the_same():
     assert ours.encoder.steps == theirs["step"] == 2
     assert ours.encoder.attention_layers == theirs["n_layers"] == 3
     assert ours.encoder.attention_heads == theirs["n_heads"] == 4
+    assert ours.encoder.score == "dot"
     assert ours.encoder.dropout == theirs["hidden_dropout_prob"] == 0.3
     assert ours.sbr.batch_size == theirs["train_batch_size"] == 512
     assert ours.tables.optimizer == theirs["learner"] == "adam"
