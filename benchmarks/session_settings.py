@@ -28,8 +28,8 @@ class Settings:
         attention_layers: Self-attention blocks (GC-SAN).
         attention_heads: Heads in each (GC-SAN).
         dropout: Probability of dropping an activation (GC-SAN; RecBole's SRGNN has none).
-        score: Score of our side with RecBole's settings. RecBole's own is dot, to which GCSAN's layer norm gives a scale
-            that the paper's model, and ours, does not have.
+        score: Score of our side with RecBole's settings. RecBole's own is dot, to which GCSAN's layer norm gives a
+            scale that the paper's model, and ours, does not have.
         lr: Learning rate of Adam, for all parameters.
         rounds: Epochs that are trained, one a turn.
         seed: Seed of both sides.
