@@ -5,8 +5,8 @@ python -m benchmarks.session_recommender --dataset PREPARED --encoder gcsan
 ```
 
 Every side is a process of its own, and they take turns epoch by epoch. RecBole gets an environment of its own, which
-this makes with pip on its first run. Our side trains twice: with RecBole's settings, wherever both have one, and as the
-product does by default.
+this makes with pip on its first run. Our side trains three times: with RecBole's settings, wherever both have one; the
+same with the loss's products in bfloat16; and as the product does by default.
 """
 
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.session_settings import Settings
     from llmgr_rec.data.dataset import Dataset
 
-SAME, DEFAULT, PEER = "llmgr_rec, same settings", "llmgr_rec, as by default", "RecBole"
+SAME, ROUNDED, DEFAULT, PEER = "same settings", "the same, loss in bfloat16", "as by default", "RecBole"
 LEAST_TIMES = {"gcsan": 15.0, "srgnn": 10.0}
 
 
@@ -99,10 +99,11 @@ def compare(folder: Path, settings: "Settings", args: Mapping[str, Any]) -> dict
         "examples": counts,
         "items": dataset.manifest.num_items,
         "examples_per_s": rate_table(rates),
-        "ratio": {name: asdict(ratio(rates, name, PEER)) for name in (SAME, DEFAULT)},
+        "ratio": {name: asdict(ratio(rates, name, PEER)) for name in (SAME, ROUNDED, DEFAULT)},
         "epochs": {trainer.name: [asdict(epoch) for epoch in trainer.epochs] for trainer in trainers},
         "told": {
             SAME: settings.as_recbole(),
+            ROUNDED: settings.as_recbole(loss_dtype="bfloat16"),
             DEFAULT: settings.as_by_default(),
             PEER: settings.recbole(Path(), dataset.manifest.max_length),
         },
@@ -116,10 +117,13 @@ def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path)
     environment = {
         "PYTHONPATH": str(root),
         "OMP_NUM_THREADS": str(settings.threads),
-        # Where others use the cores too, a thread that spins keeps the one it waits for from running.
-        "OMP_WAIT_POLICY": "passive",
     }
-    for number, (name, words) in enumerate({SAME: settings.as_recbole(), DEFAULT: settings.as_by_default()}.items()):
+    ours = {
+        SAME: settings.as_recbole(),
+        ROUNDED: settings.as_recbole(loss_dtype="bfloat16"),
+        DEFAULT: settings.as_by_default(),
+    }
+    for number, (name, words) in enumerate(ours.items()):
         files = ["--dataset", str(dataset.path), "--output", str(folder / f"run{number}")]
         command = [sys.executable, "-m", "benchmarks.session_trainer", *files, *words]
         yield Trainer(name, command, folder, environment)

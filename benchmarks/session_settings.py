@@ -63,11 +63,16 @@ class Settings:
         """Arguments of the product for its own defaults at the same width, batch and layers."""
         return _words(self._shared())
 
-    def as_recbole(self) -> list[str]:
-        """Arguments of the product that mean what RecBole's settings mean."""
+    def as_recbole(self, loss_dtype: str = "float32") -> list[str]:
+        """Arguments of the product that mean what RecBole's settings mean.
+
+        Args:
+            loss_dtype: Number format of the products with the items in the loss; RecBole's is float32.
+        """
         own = {
             "encoder.dropout": self.dropout if self.encoder == "gcsan" else 0.0,
             "encoder.score": self.score,
+            "loss.dtype": loss_dtype,
             # Of items RecBole's models know the id alone.
             "tables.side_features": "[]",
             "tables.optimizer": "adam",
@@ -95,6 +100,8 @@ class Settings:
             "sbr.patience": 0,
             "runtime.device": "cpu",
             "runtime.threads_per_rank": self.threads,
+            # RecBole keeps none within the time that counts.
+            "runtime.checkpoint_every": _FAR_AWAY * _FAR_AWAY,
         }
 
     def recbole(self, folder: Path, max_length: int) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-# Scores held at one time, in elements. On a CPU they stay in the cache, through which they are passed five times; a GPU
+# Scores held at one time, in bytes. On a CPU they stay in the cache, through which they are passed five times; a GPU
 # wants large products.
-_SCORES_ON_CPU = 1 << 19
-_SCORES_AT_ONCE = 1 << 22
+_SCORES_ON_CPU = 1 << 21
+_SCORES_AT_ONCE = 1 << 24
 # Fewer rows in a block would read and write the items' gradient more often than the products are worth.
 _LEAST_ROWS = 64
+# Sums of rounded products are widened once a block, another pass over that gradient.
+_LEAST_ROUNDED_ROWS = 256
 
 
 def _scores(queries_bQ: Tensor, items_CQ: Tensor, bias_C: Tensor | None, out_bC: Tensor | None = None) -> Tensor:
@@ -27,7 +29,7 @@ def _scores(queries_bQ: Tensor, items_CQ: Tensor, bias_C: Tensor | None, out_bC:
     return torch.addmm(bias_C, queries_bQ, items_CQ.T, out=out_bC)
 
 
-def _softmax_of_targets(scores_bC: Tensor, columns_b1: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_of_targets(scores_bC: Tensor, target_b1: Tensor) -> tuple[Tensor, Tensor]:
     """Losses of rows that want one column each.
 
     Probabilities are never divided out: a factor for each row does for their products with items and queries, and
@@ -35,14 +37,13 @@ def _softmax_of_targets(scores_bC: Tensor, columns_b1: Tensor) -> tuple[Tensor, 
 
     Args:
         scores_bC: Scores; on return, probabilities but for the factor.
-        columns_b1: Column of each row's target.
+        target_b1: Score of each row's target, float32.
 
     Returns:
-        Losses and factors, [b, 1] each.
+        Losses and factors, float32 [b, 1] each.
     """
-    target_b1 = scores_bC.gather(1, columns_b1)
     highest_b1 = scores_bC.amax(dim=1, keepdim=True)
-    sums_b1 = scores_bC.sub_(highest_b1).exp_().sum(dim=1, keepdim=True)
+    sums_b1 = scores_bC.sub_(highest_b1).exp_().sum(dim=1, keepdim=True).to(target_b1.dtype)
     return sums_b1.log() + highest_b1 - target_b1, sums_b1.reciprocal()
 
 
@@ -79,20 +80,29 @@ class _SoftmaxLoss(torch.autograd.Function):
         bias_C: Tensor | None,
         teacher_BQ: Tensor | None,
         target_weight: float,
+        dtype: torch.dtype,
         with_gradient: bool,
     ) -> Tensor:
         scores_at_once = _SCORES_ON_CPU if items_CQ.device.type == "cpu" else _SCORES_AT_ONCE
-        rows_at_once = max(_LEAST_ROWS, scores_at_once // max(1, items_CQ.shape[0]))
+        least_rows = _LEAST_ROWS if dtype == queries_BQ.dtype else _LEAST_ROUNDED_ROWS
+        rows_at_once = max(least_rows, scores_at_once // (dtype.itemsize * max(1, items_CQ.shape[0])))
+        targets_BQ = items_CQ.index_select(0, columns_B)
+        rounded_CQ = items_CQ.to(dtype)
+        bias_C = None if bias_C is None else bias_C.to(dtype)
         total = queries_BQ.new_zeros(())
         gradients = (torch.empty_like(queries_BQ), torch.zeros_like(items_CQ)) if with_gradient else None
         # One buffer for all blocks: fresh memory of this size is mapped anew every time.
-        scores = queries_BQ.new_empty(min(rows_at_once, queries_BQ.shape[0]), items_CQ.shape[0])
+        scores = rounded_CQ.new_empty(min(rows_at_once, queries_BQ.shape[0]), items_CQ.shape[0])
         for start in range(0, queries_BQ.shape[0], rows_at_once):
             block = slice(start, start + rows_at_once)
             columns_b1, scales_b1 = columns_B[block].unsqueeze(1), scales_B[block].unsqueeze(1)
-            scores_bC = _scores(queries_BQ[block], items_CQ, bias_C, scores[: scales_b1.shape[0]])
+            scores_bC = _scores(queries_BQ[block].to(dtype), rounded_CQ, bias_C, scores[: scales_b1.shape[0]])
             if teacher_BQ is None:
-                losses_b1, factors_b1 = _softmax_of_targets(scores_bC, columns_b1)
+                # Not taken from the rounded scores: it costs little, and it is half of the loss.
+                target_b1 = (queries_BQ[block] * targets_BQ[block]).sum(dim=1, keepdim=True)
+                if bias_C is not None:
+                    target_b1 = target_b1 + bias_C[columns_b1]
+                losses_b1, factors_b1 = _softmax_of_targets(scores_bC, target_b1)
             else:
                 wanted_bC = torch.softmax(_scores(teacher_BQ[block], items_CQ, bias_C), dim=1).mul_(1 - target_weight)
                 wanted_bC.scatter_add_(1, columns_b1, torch.full_like(scales_b1, target_weight))
@@ -101,11 +111,15 @@ class _SoftmaxLoss(torch.autograd.Function):
             if gradients is None:
                 continue
             factors_b1 = factors_b1 * scales_b1
-            gradients[0][block] = (scores_bC @ items_CQ) * factors_b1
-            gradients[1].addmm_(scores_bC.T, queries_BQ[block] * factors_b1)
+            gradients[0][block] = (scores_bC @ rounded_CQ) * factors_b1
+            weighted_bQ = (queries_BQ[block] * factors_b1).to(dtype)
+            if dtype == gradients[1].dtype:
+                gradients[1].addmm_(scores_bC.T, weighted_bQ)
+            else:
+                gradients[1].add_(scores_bC.T @ weighted_bQ)
         if gradients is not None and teacher_BQ is None:
             scales_B1 = scales_B.unsqueeze(1)
-            gradients[0].sub_(items_CQ.index_select(0, columns_B) * scales_B1)
+            gradients[0].sub_(targets_BQ * scales_B1)
             gradients[1].index_add_(0, columns_B, queries_BQ * scales_B1, alpha=-1)
         if gradients is not None:
             ctx.save_for_backward(*gradients)
@@ -115,7 +129,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_queries_BQ, grad_items_CQ = ctx.saved_tensors
-        return grad_queries_BQ * grad_total, grad_items_CQ * grad_total, None, None, None, None, None, None
+        return grad_queries_BQ * grad_total, grad_items_CQ * grad_total, None, None, None, None, None, None, None
 
 
 def ranking_loss(
@@ -126,6 +140,7 @@ def ranking_loss(
     global_size: int,
     world_scale: int,
     log_q_C: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Softmax cross-entropy over all candidate columns, or over a sample with the logQ correction.
 
@@ -141,12 +156,14 @@ def ranking_loss(
         world_scale: Number of ranks. Gradients are averaged over ranks, so a sum over this rank's rows times
             world_scale / global_size makes that average the mean over the global batch.
         log_q_C: Log of the expected count of each candidate in the sample; None or empty for the full catalogue.
+        dtype: Number format of scores, probabilities and their products; None takes the queries'. bfloat16 rounds a
+            score by up to 1 in 256, sums stay in the queries' format.
 
     Returns:
         Scalar loss of this rank's rows.
     """
     scale = world_scale / global_size
-    return _softmax_loss(queries_BQ, items_CQ, target_columns_B, weights_B, scale, log_q_C, None, 1.0)
+    return _softmax_loss(queries_BQ, items_CQ, target_columns_B, weights_B, scale, log_q_C, None, 1.0, dtype)
 
 
 def distillation_loss(
@@ -189,6 +206,7 @@ def _softmax_loss(
     log_q_C: Tensor | None,
     teacher_BQ: Tensor | None,
     target_weight: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     real_B = weights_B > 0
     columns_B = torch.where(real_B, target_columns_B, 0)
@@ -196,7 +214,15 @@ def _softmax_loss(
     bias_C = None if log_q_C is None or log_q_C.numel() == 0 else -log_q_C.to(queries_BQ.dtype)
     with_gradient = torch.is_grad_enabled() and (queries_BQ.requires_grad or items_CQ.requires_grad)
     return _SoftmaxLoss.apply(
-        queries_BQ, items_CQ, columns_B, scales_B, bias_C, teacher_BQ, target_weight, with_gradient
+        queries_BQ,
+        items_CQ,
+        columns_B,
+        scales_B,
+        bias_C,
+        teacher_BQ,
+        target_weight,
+        dtype or queries_BQ.dtype,
+        with_gradient,
     )
 
 

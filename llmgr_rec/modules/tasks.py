@@ -29,17 +29,21 @@ class SbrTask(nn.Module):
     Args:
         recommender: The session recommender.
         world_size: Number of ranks, over which gradients are averaged.
+        loss_dtype: Number format of the products with the items in the loss, see `ranking_loss`.
     """
 
-    def __init__(self, recommender: SessionRecommender, world_size: int = 1) -> None:
+    def __init__(
+        self, recommender: SessionRecommender, world_size: int = 1, loss_dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.recommender = recommender
         self.world_size = world_size
+        self.loss_dtype = loss_dtype
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch with candidates, and its parts without gradient."""
         seen = self.recommender(batch)
-        loss = _ranking(Scored(seen.queries_BQ, seen.candidates_CQ), batch, self.world_size)
+        loss = _ranking(Scored(seen.queries_BQ, seen.candidates_CQ), batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 
@@ -184,7 +188,7 @@ def _read(llmgr: LLMGR, seen: Recommended, batch: SessionBatch, one_pass: bool) 
     return llmgr.read_prefixes(seen, batch, "behave") if one_pass else llmgr.read(seen, batch, "behave")
 
 
-def _ranking(scored: Scored, batch: SessionBatch, world_size: int) -> Tensor:
+def _ranking(scored: Scored, batch: SessionBatch, world_size: int, dtype: torch.dtype | None = None) -> Tensor:
     return ranking_loss(
         scored.queries_BQ,
         scored.items_CQ,
@@ -193,6 +197,7 @@ def _ranking(scored: Scored, batch: SessionBatch, world_size: int) -> Tensor:
         batch.global_size,
         world_size,
         batch.log_q_C,
+        dtype,
     )
 
 

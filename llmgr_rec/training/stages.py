@@ -14,7 +14,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.pretrained import weights_hash
+from llmgr_rec.data.pretrained import resolve_dtype, weights_hash
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.assembly import (
     assemble_decoder,
@@ -121,7 +121,11 @@ def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[
 def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config = context.config
     recommender = assemble_recommender(config, context.catalogue, "meta")
-    model = _shard(SbrTask(recommender, context.world.size), config.sbr, context)
+    model = _shard(
+        SbrTask(recommender, context.world.size, resolve_dtype(config.loss.dtype, context.world.device)),
+        config.sbr,
+        context,
+    )
     init_tables(model, config.seed, config.tables.init_std)
     return model, recommender
 

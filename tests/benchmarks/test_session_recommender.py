@@ -9,7 +9,7 @@ from benchmarks import recbole_environment, session_recommender
 from benchmarks.commands import prepare_synthetic
 from benchmarks.recbole_environment import make_environment
 from benchmarks.recbole_files import NAME, write_atomic_files, write_part
-from benchmarks.session_recommender import DEFAULT, PEER, SAME, check_counts, table, train_in_turns
+from benchmarks.session_recommender import DEFAULT, PEER, ROUNDED, SAME, check_counts, table, train_in_turns
 from benchmarks.session_settings import Settings
 from benchmarks.turns_protocol import Epoch, Trainer, TrainerFailed
 from llmgr_rec.cli import make_parser, run_cli
@@ -208,7 +208,7 @@ def test_sides_with_unlike_examples_are_refused(tmp_path):
 
 def test_table_has_a_row_for_each_side_and_each_epoch():
     spread = {"median": 20.0, "low": 19.0, "high": 21.0}
-    names = (SAME, DEFAULT, PEER)
+    names = (SAME, ROUNDED, DEFAULT, PEER)
     text = table(
         "gcsan",
         {

@@ -17,6 +17,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes even small batches span several blocks of rows."""
     monkeypatch.setattr(losses, "_SCORES_ON_CPU", 1)
     monkeypatch.setattr(losses, "_LEAST_ROWS", 2)
+    monkeypatch.setattr(losses, "_LEAST_ROUNDED_ROWS", 2)
 
 
 def reference_ranking_loss(
@@ -54,6 +55,23 @@ def test_ranking_loss_agrees_with_the_reference(dtype: torch.dtype, tolerance: f
     actual = value_and_gradients(ranking_loss, queries, items, *arguments)
     expected = value_and_gradients(reference_ranking_loss, queries, items, *arguments)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("sampled", [False, True], ids=["full", "sampled"])
+def test_ranking_loss_in_bfloat16_is_close(sampled: bool) -> None:
+    torch.manual_seed(0)
+    queries, items = torch.randn(40, 16), torch.randn(300, 16)
+    weights = torch.ones(40)
+    weights[3] = 0
+    log_q = torch.randn(300) if sampled else None
+    arguments = (torch.randint(0, 300, (40,)), weights, 40, 1, log_q)
+    exact = value_and_gradients(ranking_loss, queries, items, *arguments)
+    rounded = value_and_gradients(ranking_loss, queries, items, *arguments, torch.bfloat16)
+    assert abs(rounded[0] - exact[0]) < 0.01
+    for ours, theirs in zip(rounded[1:], exact[1:], strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 @pytest.mark.usefixtures("small_blocks")

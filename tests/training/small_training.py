@@ -67,7 +67,7 @@ def small_config(prompts: Path) -> Config:
     config.encoder.dropout = 0.0
     config.llm.name_or_path = "random-tiny"
     config.llm.num_layers = 1
-    config.llm.dtype = "float32"
+    config.llm.dtype = config.loss.dtype = "float32"
     config.llm.lora_rank = 2
     config.llm.lora_dropout = 0.0
     config.prompt.templates = str(prompts)
