@@ -37,6 +37,8 @@ def test_settings_of_a_variant_lie_over_those_of_the_study(tmp_path):
         ("variants: {a: {model: popularity, blend: item_knn}}\n", "blend is for models that are trained"),
         ("variants: {a: {settings: {sbr.epoch: 3}}}\n", "variant a: .*sbr.epoch"),
         ("variants: {a: {settings: {sbr.epochs: -3}}}\n", "variant a: setting sbr.epochs is -3"),
+        ("variants: {a: {model: student}}\n", "variant a: a student is trained by stage distill"),
+        ("settings: {align.epochs: 0, behave.epochs: 0}\nvariants: {a: {}}\n", "variant a: align.epochs and behave"),
         ("reference: b\nvariants: {a: {}}\n", "reference b is none of its variants"),
         ("variants: [\n", "is no YAML"),
     ],
