@@ -115,7 +115,10 @@ class Bench:
         valid_WS = judge_model(bundle.model, self._dataset, "valid", *judge, weights)
         quality_W = [float(ndcg(places_S).mean()) for places_S in valid_WS]
         best = int(np.argmax(quality_W))
-        judged = judge_model(bundle.model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
+        if self._split == "valid":
+            judged = valid_WS[best]
+        else:
+            judged = judge_model(bundle.model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
         return Cell(judged, quality_W[best], weights[best], seconds)
 
     def _baseline(self, name: str) -> Baseline:

@@ -71,6 +71,27 @@ def test_an_experiment_trains_each_thing_once_and_goes_on(tmp_path, monkeypatch,
         assert "<svg" in (output / plot).read_text()
 
 
+def test_a_grid_is_chosen_from_on_validation_and_never_on_what_is_judged(tmp_path, monkeypatch):
+    judged = []
+    judge = cells.judge_model
+    monkeypatch.setattr(cells, "judge_model", lambda *words: judged.append(words[2]) or judge(*words))
+    file = tmp_path / "grid.yaml"
+    variants = "variants:\n  GNN: {model: sbr, grid: {sbr.epochs: [1, 4], sbr.lr: [0.001]}}\n"
+    file.write_text(RECIPE.replace("LLMGR", "X").split("variants:")[0] + variants)
+    output = tmp_path / "out"
+    data = ["--dataset", str(small_run().dataset.path), "--output", str(output)]
+    main(["--recipe", str(file), *data, "--seeds", "0"])
+    results = json.loads((output / "grid.json").read_text())["variants"]["GNN"]
+    qualities = [point["valid_ndcg@20"] for point in results["grid"]]
+    assert qualities == sorted(qualities, reverse=True)
+    assert len({point["settings"]["sbr.epochs"] for point in results["grid"]}) == 2
+    # What is reported is the chosen point's, and only that point was judged on test.
+    assert results["valid_ndcg@20"] == qualities[0]
+    assert judged.count("test") == 1
+    chosen = results["grid"][0]["settings"]["sbr.epochs"]
+    assert f"- GNN: sbr.epochs {chosen}, sbr.lr 0.001, best of 2" in (output / "grid.md").read_text()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("stage", ["sbr", "behave"])
 def test_places_give_the_metrics_of_evaluate(stage):
