@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # Factors that a blend may give to the baseline's score, beside the model's logits.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parts of the settings that the session recommender's training does not depend on.
-_LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill")
+_LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill", "controls")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Identity:
             name: value
             for name, value in _flatten(asdict(config))
             if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
+            # A control that is off goes without saying, as in checkpoints from before there were any.
+            if value or not name.startswith("controls.")
         }
         return cls(stage, catalogue, settings)
 
@@ -236,8 +238,8 @@ class CheckpointManager:
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(
-                    f"setting {name} is {now.get(name)}, but checkpoint {path} was made with {before.get(name)}; "
-                    "give the same settings to resume, or another --output"
+                    f"setting {name} is {now.get(name, 'its default')}, but checkpoint {path} was made with "
+                    f"{before.get(name, 'its default')}; give the same settings to resume, or another --output"
                 )
 
     def _check_widths(self, path: Path, state: Mapping[str, Any], widths: Mapping[str, list[int]]) -> None:

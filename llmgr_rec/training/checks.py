@@ -11,9 +11,8 @@ import torch
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.pretrained import weights_hash
 from llmgr_rec.data.row_groups import RowGroups
-from llmgr_rec.distributed.assembly import compile_prompts
+from llmgr_rec.distributed.assembly import compile_prompts, decoder_hash
 from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
 from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
@@ -46,6 +45,10 @@ _LANGUAGE_SETTINGS = (
     "head.name",
     "head.residual",
     "head.item_text",
+    "controls.random_llm",
+    "controls.shuffled_text",
+    "controls.no_graph",
+    "controls.no_nodes",
 )
 
 
@@ -187,7 +190,12 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
             f"{catalogue.hash[:12]}); give the data set it was trained on, or another --output"
         )
     before = load_config(bundle / "config.yaml")
-    names = _RECOMMENDER_SETTINGS if index.stage == "sbr" else _RECOMMENDER_SETTINGS + _LANGUAGE_SETTINGS
+    names: list[str] = [*_RECOMMENDER_SETTINGS]
+    if index.stage != "sbr":
+        names += _LANGUAGE_SETTINGS
+        controls = request.config.controls
+        # Their weights and their order of texts are drawn.
+        names += ["seed"] if controls.random_llm or controls.shuffled_text else []
     for name in names:
         if (now := _setting(request.config, name)) != (then := _setting(before, name)):
             raise UserError(
@@ -195,7 +203,7 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
                 "give the same setting, or another --output"
             )
     name = request.config.llm.name_or_path
-    if index.language_model and weights_hash(name) != index.language_model["weights_hash"]:
+    if index.language_model and decoder_hash(request.config) != index.language_model["weights_hash"]:
         raise UserError(
             f"setting llm.name_or_path is {name}, whose weights are not those of {index.language_model['name']} that "
             f"stage {index.stage} in {request.output} was trained with; give the same model, or another --output"

@@ -14,13 +14,14 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.pretrained import resolve_dtype, weights_hash
+from llmgr_rec.data.pretrained import resolve_dtype
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.assembly import (
     assemble_decoder,
     assemble_llmgr,
     assemble_recommender,
     caches_catalogue,
+    decoder_hash,
     item_tokens,
     make_collator,
     text_place,
@@ -135,8 +136,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     decoder = assemble_decoder(config, world.device)
     encodings: TextEncodings | None = None
     if reads_item_text(config):
-        name_hash = weights_hash(config.llm.name_or_path)
-        encodings = encode_catalogue(decoder, context.item_tokens, world, context.run, name_hash)
+        encodings = encode_catalogue(decoder, context.item_tokens, world, context.run, decoder_hash(config))
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
     model = _shard(_language_task(stage, llmgr, config, world), settings, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))
@@ -149,10 +149,10 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
 
 def _language_task(stage: StageName, llmgr: LLMGR, config: Config, world: World) -> nn.Module:
     if stage == "align":
-        align = config.align
-        return AlignTask(
-            llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size
-        )
+        align, controls = config.align, config.controls
+        # A token that says nothing has nothing to be contrasted with.
+        weight = 0.0 if controls.no_graph or controls.no_nodes else align.contrastive_weight
+        return AlignTask(llmgr, weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size)
     if stage == "distill":
         return DistillTask(llmgr, config.distill.target_weight, world.size, config.behave.one_pass)
     return BehaveTask(llmgr, world.size, config.behave.one_pass)
