@@ -26,9 +26,7 @@ class HybridEncoding(nn.Module):
 
     embedding_norm: Tensor
 
-    def __init__(
-        self, d1: int, d2: int, embedding_norm: float, no_graph: bool = False, no_nodes: bool = False
-    ) -> None:
+    def __init__(self, d1: int, d2: int, embedding_norm: float, no_graph: bool = False, no_nodes: bool = False) -> None:
         super().__init__()
         self.no_graph = no_graph
         self.no_nodes = no_nodes
