@@ -122,5 +122,7 @@ def test_a_bundle_whose_weights_cannot_be_drawn_again_is_refused(tmp_path: Path)
     changed = re.sub(r"^seed: 0$", "seed: 5", text, flags=re.M)
     assert changed != text
     (folder / "config.yaml").write_text(changed)
-    with pytest.raises(UserError, match=r"weights drawn for random-tiny that cannot be drawn again here; .*bundle\.json"):
+    with pytest.raises(
+        UserError, match=r"weights drawn for random-tiny that cannot be drawn again here; .*bundle\.json"
+    ):
         load_bundle(folder)

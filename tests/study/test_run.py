@@ -38,6 +38,7 @@ variants:
   GNN: {model: sbr}
   GNN + item-kNN: {model: sbr, blend: item_knn}
   LLMGR: {}
+  LLMGR, no graph: {settings: {controls.no_graph: true}}
 """
 
 
@@ -53,14 +54,14 @@ def test_an_experiment_trains_each_thing_once_and_goes_on(tmp_path, monkeypatch,
     monkeypatch.setattr(cells, "train_run", lambda request: trained.append(request) or train(request))
     output = tmp_path / "out"
     main(words(tmp_path, output, "0"))
-    # The GNN, once for itself, its blend and LLMGR; LLMGR's own stages.
-    assert [request.config.behave.epochs for request in trained] == [0, 1]
+    # The GNN, once for itself, its blend and both LLMGRs; the own stages of each of these.
+    assert [request.config.behave.epochs for request in trained] == [0, 1, 1]
     main(words(tmp_path, output))
-    assert [request.config.seed for request in trained] == [0, 0, 1, 1]
+    assert [request.config.seed for request in trained] == [0, 0, 0, 1, 1, 1]
     main(words(tmp_path, output))
-    assert len(trained) == 4
+    assert len(trained) == 6
     results = json.loads((output / "small.json").read_text())
-    assert list(results["variants"]) == ["Item-kNN", "GNN", "GNN + item-kNN", "LLMGR"]
+    assert list(results["variants"]) == ["Item-kNN", "GNN", "GNN + item-kNN", "LLMGR", "LLMGR, no graph"]
     assert results["variants"]["GNN"]["ndcg@20"]["gain"] == {"mean": 0, "low": 0, "high": 0}
     assert len(results["variants"]["LLMGR"]["hr@20"]["seeds"]) == 2
     assert results["variants"]["LLMGR"]["training_minutes"] > results["variants"]["GNN"]["training_minutes"] > 0
