@@ -37,7 +37,13 @@ def main(argv: Sequence[str]) -> None:
     examples = ", ".join(f"{split} {manifest.num_examples[split]:,}" for split in manifest.prefix_augmentation)
     note = f" (with their prefixes: {examples} examples)" if examples else ""
     clicks = f"{manifest.num_clicks['kept']:,} of {manifest.num_clicks['read']:,} clicks kept"
-    print(f"{settings.output}: {clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}")
+    out = manifest.held_out
+    held_out = (
+        f", {out['items']:,} items held out of training ({out['clicks']:,} clicks, {out['sessions']:,} sessions lost)"
+        if out
+        else ""
+    )
+    print(f"{settings.output}: {clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}{held_out}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ class Manifest:
         cuts: Last timestamp of the training and of the validation window, in the input's unit (nanoseconds for Arrow
             timestamps); empty but for the temporal split.
         num_clicks: Clicks read and kept after the filters.
+        held_out: Items that training never sees: `share` and `seed` of their choice, number of `items`, `clicks` taken
+            out of the training sessions, and training `sessions` lost because fewer than two clicks were left; empty
+            where none are held out.
         format_version: Version of this layout.
     """
 
@@ -61,6 +64,7 @@ class Manifest:
     files: dict[str, FileEntry]
     cuts: dict[str, int] = field(default_factory=dict)
     num_clicks: dict[str, int] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:

@@ -157,5 +157,7 @@ class Bench:
         return float(done.read_text())
 
     def _key(self, *parts: Any) -> str:
-        known = [self._dataset.manifest.catalogue_hash, self._dataset.manifest.num_examples, *parts]
+        manifest = self._dataset.manifest
+        held_out = [manifest.held_out] if manifest.held_out else []
+        known = [manifest.catalogue_hash, manifest.num_examples, *held_out, *parts]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,7 @@ from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.preparation import filters, load, phases
 from llmgr_rec.data.preparation.database import Database, explained
+from llmgr_rec.data.preparation.hold_out import TrainingCut, choose_held_out
 from llmgr_rec.data.preparation.items import catalogue_hash, write_items
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
 from llmgr_rec.data.preparation.rows import AS_GIVEN, SHUFFLED, RowBuilder, stream_blocks
@@ -117,7 +118,8 @@ def _write_files(
 ) -> Manifest:
     digest = catalogue_hash(database)
     writers = {split: PartWriter(draft / split, sessions_schema(digest)) for split in SPLITS}
-    builder = RowBuilder(settings, num_items)
+    held_out_V = choose_held_out(database, num_items, settings.hold_out_items, settings.hold_out_seed)
+    builder = RowBuilder(settings, held_out_V)
     for order, splits in ((SHUFFLED, ("train",)), (AS_GIVEN, ("valid", "test"))):
         bar.set_description(f"prepare: write {' and '.join(splits)}")
         for block in stream_blocks(database, order):
@@ -144,8 +146,21 @@ def _write_files(
         features=features,
         has_text=has_text,
         catalogue_hash=digest,
+        held_out=_held_out(settings, builder.cut),
         files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},
     )
+
+
+def _held_out(settings: PrepareSettings, cut: TrainingCut) -> dict[str, float]:
+    if not settings.hold_out_items:
+        return {}
+    return {
+        "share": settings.hold_out_items,
+        "seed": settings.hold_out_seed,
+        "items": int(cut.held_out_V.sum()),
+        "clicks": cut.clicks,
+        "sessions": cut.sessions,
+    }
 
 
 def _refuse_empty(writers: dict[str, PartWriter], settings: PrepareSettings) -> None:
@@ -155,7 +170,8 @@ def _refuse_empty(writers: dict[str, PartWriter], settings: PrepareSettings) -> 
     ]
     for split in needed:
         if writers[split].num_rows == 0:
+            held_out = "lower --hold_out_items, or " if settings.hold_out_items and split == "train" else ""
             raise UserError(
                 f"the {settings.split} split leaves no {split} row: no session has a {split} click with a history that "
-                "may serve it; lower --min_interactions, or use another --split or other shares"
+                f"may serve it; {held_out}lower --min_interactions, or use another --split or other shares"
             )

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.hold_out import Bools, TrainingCut
 from llmgr_rec.data.preparation.parts import PartWriter
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.preparation.windows import Ints, Windows, gather_ranges, make_windows, phase_ends
@@ -94,12 +95,13 @@ class RowBuilder:
 
     Args:
         settings: Settings of this run.
-        num_items: Items in the catalogue.
+        held_out_V: Whether each item of the catalogue is held out of training.
     """
 
-    def __init__(self, settings: PrepareSettings, num_items: int) -> None:
+    def __init__(self, settings: PrepareSettings, held_out_V: Bools) -> None:
         self._settings = settings
-        self.train_count_V = np.zeros(num_items, np.int64)
+        self.cut = TrainingCut(held_out_V)
+        self.train_count_V = np.zeros(len(held_out_V), np.int64)
 
     def write(self, block: Block, writers: dict[str, PartWriter]) -> None:
         """Writes a block's rows.
@@ -116,19 +118,31 @@ class RowBuilder:
             _refuse_disorder(block)
         ends_3U = phase_ends(block.offsets_U1, None if positional else block.phases_L)
         for split, writer in writers.items():
-            augmented = split in self._settings.augmented_splits
-            if augmented and split != "train":
-                _refuse_seen_prefixes(block, ends_3U, SPLITS.index(split))
-            windows = make_windows(
-                block.offsets_U1,
-                ends_3U,
-                SPLITS.index(split),
-                self._settings.max_length,
-                augmented and self._settings.long_sessions == "split",
-            )
-            writer.write(_table(block, windows))
-            if split == "train":
-                self._count(block, windows)
+            if split == "train" and self._settings.hold_out_items:
+                self._write_split(*self._without_held_out(block, ends_3U), split, writer)
+            else:
+                self._write_split(block, ends_3U, split, writer)
+
+    def _without_held_out(self, block: Block, ends_3U: Ints) -> tuple[Block, Ints]:
+        """The training clicks that stay, as a block of its own, and where each user's end in it."""
+        offsets_U1, items_L = self.cut(block.offsets_U1, block.items_L, ends_3U[0])
+        left = Block(block.names_U, offsets_U1, items_L, np.zeros_like(items_L))
+        return left, np.stack([offsets_U1[1:]] * len(SPLITS))
+
+    def _write_split(self, block: Block, ends_3U: Ints, split: str, writer: PartWriter) -> None:
+        augmented = split in self._settings.augmented_splits
+        if augmented and split != "train":
+            _refuse_seen_prefixes(block, ends_3U, SPLITS.index(split))
+        windows = make_windows(
+            block.offsets_U1,
+            ends_3U,
+            SPLITS.index(split),
+            self._settings.max_length,
+            augmented and self._settings.long_sessions == "split",
+        )
+        writer.write(_table(block, windows))
+        if split == "train":
+            self._count(block, windows)
 
     def _count(self, block: Block, windows: Windows) -> None:
         """Counts each training click that a row holds once."""

@@ -35,6 +35,9 @@ class PrepareSettings:
         missing_items: What to do with interactions whose item is not in the catalogue: stop, drop the interactions, or
             keep the item without text.
         keep_unseen_items: Keep catalogue items that no kept interaction names.
+        hold_out_items: Share of the items that training never sees, 0 to below 1. Their clicks leave the training
+            sessions; validation and test sessions keep them, as history and as targets.
+        hold_out_seed: Seed of their choice, which depends on it and on the item ids alone.
         memory_gb: Memory that DuckDB may use, in GiB; more spills to disk. The process needs about 0.5 GiB more.
         threads: DuckDB threads; 0 for one a core.
         temp_folder: Folder for spilled data; default: beside the output.
@@ -56,6 +59,8 @@ class PrepareSettings:
     prefix_augmentation: Literal["train", "all", "none"] = "train"
     missing_items: Literal["error", "drop", "keep"] = "error"
     keep_unseen_items: bool = False
+    hold_out_items: float = 0.0
+    hold_out_seed: int = 0
     memory_gb: float = 1.0
     threads: int = 0
     temp_folder: str | None = None
@@ -83,6 +88,10 @@ def check_settings(settings: PrepareSettings) -> None:
         raise UserError(f"--min_interactions is {settings.min_interactions}; give 0 (no filter) or more")
     if settings.min_session_length is not None and settings.min_session_length < 0:
         raise UserError(f"--min_session_length is {settings.min_session_length}; give 0 (no filter) or more")
+    if not 0 <= settings.hold_out_items < 1:
+        raise UserError(
+            f"--hold_out_items is {settings.hold_out_items}; give a share of the items, 0 or more and below 1"
+        )
     if settings.memory_gb <= 0 or settings.threads < 0:
         raise UserError("--memory_gb must be above 0 and --threads 0 (one a core) or more")
     _check_split(settings)
