@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmgr_rec.evaluation import baselines
-from llmgr_rec.evaluation.baselines import ItemKNN, Popularity, SessionKNN, cosine_similarity, session_matrix
+from llmgr_rec.evaluation import baselines, sparse_scores
+from llmgr_rec.evaluation.baselines import ItemKNN, Popularity, SessionKNN, session_matrix
+from llmgr_rec.evaluation.sparse_scores import cosine_similarity
 
 sessions_of = st.lists(st.lists(st.integers(0, 14), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -91,12 +92,12 @@ def test_blocks_of_sessions_do_not_change_a_ranking(train, queries, block):
 def test_blocks_do_not_change_the_similarities(train, block):
     matrix = session_matrix([flat(train)], 15)
     whole = cosine_similarity(matrix)
-    before = baselines._BLOCK_PAIRS
-    baselines._BLOCK_PAIRS = block
+    before = sparse_scores._BLOCK_PAIRS
+    sparse_scores._BLOCK_PAIRS = block
     try:
         np.testing.assert_array_equal(cosine_similarity(matrix).toarray(), whole.toarray())
     finally:
-        baselines._BLOCK_PAIRS = before
+        sparse_scores._BLOCK_PAIRS = before
 
 
 def test_neighbours_keep_the_most_similar():
