@@ -91,14 +91,15 @@ class Catalogue:
         """Title of each item; None where it has none."""
         return _read(self.file, ["title"])["title"].to_pylist()
 
-    def texts(self, fields: list[str]) -> list[str]:
+    def texts(self, fields: list[str], required: bool = True) -> list[str]:
         """Text of each item: its given columns that hold something, joined by commas.
 
         Args:
             fields: Text columns in the order in which they are joined.
+            required: Refuse items that hold nothing in any of them, instead of giving them an empty text.
 
         Raises:
-            UserError: An item has none of them.
+            UserError: An item has none of them, though each must.
         """
         if not fields:
             raise UserError(f"prompt.text_fields is empty; name one or more of {', '.join(TEXT_COLUMNS)}")
@@ -113,7 +114,7 @@ class Catalogue:
         ]
         texts = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*led, ""), start=len(_TEXT_SEPARATOR))
         missing = pc.equal(texts, "")
-        if count := pc.sum(missing).as_py():
+        if required and (count := pc.sum(missing).as_py()):
             first = self.item_ids[pc.index(missing, True).as_py()].as_py()
             raise UserError(
                 f"{self.file}: {count} items have no text in {', '.join(fields)}, the first is item_id {first!r}; "

@@ -23,6 +23,7 @@ _COLORS = {
     "popularity": "#b8c0c9",
     "item_knn": "#7f8c9a",
     "session_knn": "#5f6b78",
+    "text_knn": "#3f9c95",
     "sbr": "#2b6cb0",
     "student": "#8e5ea2",
     "llmgr": "#d2552d",

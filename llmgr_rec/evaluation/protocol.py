@@ -3,7 +3,7 @@
 Shapes: B sessions of this rank, K places of a ranked list.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -23,13 +23,15 @@ from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.evaluation.baselines import Baseline, ItemKNN, Popularity, SessionKNN, session_matrix
 from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.evaluation.text_neighbours import TextKNN, texts_to_compare
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
 T = TypeVar("T")
 
-BASELINES = ("popularity", "item_knn", "session_knn")
-# What stands beside every model unless something else is asked for: session-kNN takes its time on long logs.
+BASELINES = ("popularity", "item_knn", "session_knn", "text_knn")
+# What stands beside every model unless something else is asked for: session-kNN takes its time on long logs, and not
+# every data set has text.
 USUAL_BASELINES = BASELINES[:2]
 
 # Rows read at a time where no model has to hold them.
@@ -92,19 +94,38 @@ def evaluate_baseline(
 
 
 def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue) -> Baseline:
-    """Makes a baseline from the training split alone.
+    """Makes a baseline from the training split, or from the items' text, alone.
 
     Args:
         name: One of `BASELINES`.
         dataset: Prepared sessions.
         catalogue: Their items.
+
+    Raises:
+        UserError: It needs text, and no item has any.
     """
     if name == "popularity":
         return Popularity(catalogue.train_count_V.numpy())
+    if name == "text_knn":
+        return TextKNN(texts_to_compare(catalogue))
     # Every rank reads all training rows, each of them once: prefixes of a session are no further evidence.
     rows = SessionReader(dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=as_it_is)
     sessions_SV = session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items)
     return ItemKNN(sessions_SV) if name == "item_knn" else SessionKNN(sessions_SV)
+
+
+def check_baselines(names: Iterable[str], catalogue: Catalogue) -> None:
+    """Refuses baselines that the data set has nothing for, before anything is trained or judged.
+
+    Args:
+        names: What is asked for; other names are none of its business.
+        catalogue: The items.
+
+    Raises:
+        UserError: One needs text, and no item has any.
+    """
+    if "text_knn" in names:
+        texts_to_compare(catalogue)
 
 
 def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:

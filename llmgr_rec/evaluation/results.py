@@ -14,6 +14,7 @@ MODEL_NAMES = {
     "popularity": "Popularity",
     "item_knn": "Item-kNN",
     "session_knn": "Session-kNN",
+    "text_knn": "Text-kNN",
     "sbr": "GNN",
     "student": "GNN, distilled",
     "llmgr": "LLMGR",

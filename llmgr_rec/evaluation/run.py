@@ -11,7 +11,14 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.protocol import BASELINES, USUAL_BASELINES, build_baseline, evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import (
+    BASELINES,
+    USUAL_BASELINES,
+    build_baseline,
+    check_baselines,
+    evaluate_baseline,
+    evaluate_model,
+)
 from llmgr_rec.evaluation.results import MODEL_NAMES, refuse_foreign_output, write_metrics
 from llmgr_rec.recipes import load_config
 
@@ -54,6 +61,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     dataset = Dataset(request.dataset)
     catalogue = Catalogue.load(request.dataset)
     bundles = _bundles(request, dataset)
+    check_baselines(request.models or (), catalogue)
     config = _config(request)
     refuse_foreign_output(request.output)
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)

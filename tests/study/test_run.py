@@ -11,7 +11,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.protocol import build_baseline, evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import BASELINES, build_baseline, evaluate_baseline, evaluate_model
 from llmgr_rec.experiments import main
 from llmgr_rec.study import cells
 from llmgr_rec.study.compare import hit_rate, ndcg
@@ -104,7 +104,7 @@ def test_places_give_the_metrics_of_evaluate(stage):
     assert ndcg(places_S).mean() == pytest.approx(metrics["ndcg@20"])
 
 
-@pytest.mark.parametrize("name", ["popularity", "item_knn", "session_knn"])
+@pytest.mark.parametrize("name", BASELINES)
 def test_places_of_a_baseline_give_the_metrics_of_evaluate(name):
     shared = small_run()
     catalogue = Catalogue.load(shared.dataset.path)
