@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from llmgr_rec.evaluation.metrics import BUCKET_NAMES
+from llmgr_rec.evaluation.metrics import BUCKET_NAMES, BY_FREQUENCY
 from llmgr_rec.study.recipe import Study
 
 _METRICS = ("hr@20", "ndcg@20", "mrr@20")
@@ -15,26 +15,38 @@ _COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
 # A fixed salt: the same results give the same bytes.
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "study"}
 _COLD = BUCKET_NAMES[:3]
+_UNSEEN = BUCKET_NAMES[:1]
 
 
 def table(study: Study, results: Mapping[str, Any]) -> str:
     """The figures as Markdown: mean and standard deviation over seeds, gains with paired 95 % intervals."""
     reference = results["reference"]
+    # The columns of rare targets, each the sum of some buckets.
+    rare: dict[str, tuple[str, ...]] = {f"{_COLD[0]} to {_COLD[-1].split('-')[1]}": _COLD}
+    chance = ""
+    if unseen := _count(results["variants"][reference], _UNSEEN):
+        rare = {"0": _UNSEEN} | rare
+        chance = (
+            f" {unseen:,} targets have no training interaction; a list of 20 random items holds a target in "
+            f"{results['chance_hr@20']:.4f} of sessions."
+        )
+    titles = ["variant", "HR@20", "NDCG@20", "MRR@20", "gain in HR", "gain in NDCG", "gain in MRR"]
+    titles += [*(f"HR@20, targets of {bounds} training interactions" for bounds in rare), "training, minutes"]
     lines = [
         f"### {study.title}",
         "",
         f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
         f"{results['items']:,} items, full ranking. Mean ± standard deviation over seeds; gains relative to "
-        f"{reference}, with 95 % intervals of a paired bootstrap over sessions.",
+        f"{reference}, with 95 % intervals of a paired bootstrap over sessions.{chance}",
         "",
-        "| variant | HR@20 | NDCG@20 | MRR@20 | gain in HR | gain in NDCG | gain in MRR "
-        f"| HR@20, targets of {_COLD[0]} to {_COLD[-1].split('-')[1]} training interactions | training, minutes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(titles)} |",
+        "|---" * len(titles) + "|",
     ]
     for name, variant in results["variants"].items():
-        values = " | ".join(f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in _METRICS)
-        gains = " | ".join("" if name == reference else _gain(variant[metric]["gain"]) for metric in _METRICS)
-        lines.append(f"| {name} | {values} | {gains} | {_cold(variant)} | {variant['training_minutes']:.1f} |")
+        cells = [f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in _METRICS]
+        cells += ["" if name == reference else _gain(variant[metric]["gain"]) for metric in _METRICS]
+        cells += [_hit_rate(variant, buckets) for buckets in rare.values()]
+        lines.append(f"| {' | '.join([name, *cells])} | {variant['training_minutes']:.1f} |")
     return "\n".join([*lines, "", *_chosen(results)])
 
 
@@ -55,10 +67,16 @@ def _gain(gain: Mapping[str, float]) -> str:
     return f"{gain['mean']:+.1%} [{gain['low']:+.1%} .. {gain['high']:+.1%}]"
 
 
-def _cold(variant: Mapping[str, Any]) -> str:
-    cells = [cell for name, cell in variant["hr@20_by_train_count"].items() if name in _COLD]
-    count = sum(cell["count"] for cell in cells)
+def _hit_rate(variant: Mapping[str, Any], buckets: Sequence[str]) -> str:
+    """HR@20 of the targets in some buckets together."""
+    count = _count(variant, buckets)
+    cells = [cell for name, cell in variant[BY_FREQUENCY].items() if name in buckets]
     return f"{sum(cell['hr'] * cell['count'] for cell in cells) / count:.4f}" if count else "none"
+
+
+def _count(variant: Mapping[str, Any], buckets: Sequence[str]) -> int:
+    """Targets in some buckets."""
+    return int(sum(cell["count"] for name, cell in variant[BY_FREQUENCY].items() if name in buckets))
 
 
 def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
@@ -92,7 +110,7 @@ def plot_cold(results: Mapping[str, Any], file: Path) -> None:
         figure = Figure(figsize=(8.4, 4))
         panel = figure.subplots()
         for name, variant in results["variants"].items():
-            cells = variant["hr@20_by_train_count"]
+            cells = variant[BY_FREQUENCY]
             known = [bucket for bucket in BUCKET_NAMES if bucket in cells]
             rates = [cells[bucket]["hr"] for bucket in known]
             panel.plot([BUCKET_NAMES.index(bucket) for bucket in known], rates, marker="o", markersize=4, label=name)

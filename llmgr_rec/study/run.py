@@ -12,8 +12,9 @@ import numpy as np
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import check_baselines
 from llmgr_rec.study.cells import Bench, Cell
-from llmgr_rec.study.compare import METRICS, hit_rate_by_frequency, relative_gain
+from llmgr_rec.study.compare import METRICS, K, hit_rate_by_frequency, relative_gain
 from llmgr_rec.study.judge import targets_of
 from llmgr_rec.study.recipe import Study, Variant, load_study
 from llmgr_rec.study.report import plot_cold, plot_gains, table
@@ -54,6 +55,7 @@ def run_study(request: StudyRequest) -> str:
         if not dataset.manifest.num_sessions[split]:
             raise UserError(f"{dataset.path} has no {split} sessions to judge by; prepare it with another --split")
     catalogue = Catalogue.load(dataset.path)
+    check_baselines({name for variant in study.variants for name in (variant.model, variant.blend)}, catalogue)
     bench = Bench(request.output, dataset, request.split)
     chooser = Bench(request.output, dataset, "valid")
     cells: dict[str, list[Cell]] = {}
@@ -132,6 +134,7 @@ def compare(
         "split": split,
         "sessions": len(train_count_S),
         "items": catalogue.num_items,
+        "chance_hr@20": min(K / catalogue.num_items, 1.0),
         "protocol": dataset.manifest.split,
         "variants": variants,
     }

@@ -1,0 +1,95 @@
+"""The table of an experiment, and its column for items that training never saw."""
+
+import json
+
+import pytest
+
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluate import MODELS
+from llmgr_rec.evaluation.protocol import BASELINES
+from llmgr_rec.evaluation.results import MODEL_NAMES
+from llmgr_rec.experiments import main
+from llmgr_rec.study import cells
+from llmgr_rec.study.recipe import Study
+from llmgr_rec.study.report import table
+from tests.data.prepare_inputs import prepare, write_items
+
+STUDY = Study("Unseen", "a", "quickstart", {}, ())
+
+
+def results_of(buckets):
+    metric = {"mean": 0.25, "sd": 0.01, "gain": {"mean": 0.1, "low": 0.05, "high": 0.2}}
+    by_count = {name: {"hr": hr, "count": count} for name, (hr, count) in buckets.items()}
+    variant = dict.fromkeys(("hr@20", "ndcg@20", "mrr@20"), metric)
+    variant |= {"hr@20_by_train_count": by_count, "training_minutes": 1.5, "grid": []}
+    split = {"split": "test", "protocol": "leave_one_out", "sessions": 1200, "items": 4000, "chance_hr@20": 0.005}
+    return {"reference": "a", **split, "variants": {"a": variant, "b": variant}}
+
+
+def rows(text):
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+
+
+def test_targets_without_training_interactions_have_a_column_and_their_chance():
+    text = table(STUDY, results_of({"0": (0.5, 1100.0), "1-4": (0.1, 100.0), "21+": (0.9, 10.0)}))
+    header, _, first, second = rows(text)
+    assert len(header) == len(first) == len(second)
+    assert dict(zip(header, second, strict=True)) == {
+        "variant": "b",
+        "HR@20": "0.2500 ± 0.0100",
+        "NDCG@20": "0.2500 ± 0.0100",
+        "MRR@20": "0.2500 ± 0.0100",
+        "gain in HR": "+10.0% [+5.0% .. +20.0%]",
+        "gain in NDCG": "+10.0% [+5.0% .. +20.0%]",
+        "gain in MRR": "+10.0% [+5.0% .. +20.0%]",
+        "HR@20, targets of 0 training interactions": "0.5000",
+        "HR@20, targets of 0 to 8 training interactions": "0.4667",
+        "training, minutes": "1.5",
+    }
+    assert "1,100 targets have no training interaction; a list of 20 random items holds a target in 0.0050" in text
+
+
+def test_no_such_column_without_such_targets():
+    text = table(STUDY, results_of({"1-4": (0.1, 100.0), "21+": (0.9, 10.0)}))
+    header, _, _, second = rows(text)
+    assert "HR@20, targets of 0 training interactions" not in header
+    assert dict(zip(header, second, strict=True))["HR@20, targets of 0 to 8 training interactions"] == "0.1000"
+    assert "random" not in text
+    assert rows(table(STUDY, results_of({"21+": (0.9, 10.0)})))[2][-2] == "none"
+
+
+RECIPE = "variants:\n  GNN: {model: sbr}\n  Item-kNN: {model: item_knn}\n  Text-kNN: {model: text_knn}\n"
+
+
+def log(folder, **settings):
+    clicks = [(f"u{user}", f"i{(user + place) % 30}", place) for user in range(40) for place in range(6)]
+    return prepare(folder, clicks, **settings).dataset
+
+
+def test_an_experiment_on_held_out_items(tmp_path):
+    (tmp_path / "e.yaml").write_text(RECIPE.replace("  GNN: {model: sbr}\n", ""))
+    for name, options in (("plain", {}), ("held-out", {"hold_out_items": 0.2})):
+        log(tmp_path, output=str(tmp_path / name), **options)
+        words = ["--recipe", str(tmp_path / "e.yaml"), "--dataset", str(tmp_path / name)]
+        main([*words, "--output", str(tmp_path / "out"), "--seeds", "0"])
+        results = json.loads((tmp_path / "out" / "e.json").read_text())
+        assert ("0" in results["variants"]["Text-kNN"]["hr@20_by_train_count"]) == bool(options)
+        assert ("targets of 0 training" in (tmp_path / "out" / "e.md").read_text()) == bool(options)
+        assert results["chance_hr@20"] == pytest.approx(20 / 30)
+    # The catalogue is the same, the data set is not: nothing of the one was taken for the other.
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 4
+
+
+def test_what_needs_text_is_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "train_run", lambda request: pytest.fail("trained"))
+    (tmp_path / "e.yaml").write_text(RECIPE)
+    ids = [f"i{number}" for number in range(30)]
+    dataset = log(tmp_path, items=str(write_items(tmp_path / "items.parquet", ids, title=["-"] * 30)))
+    words = ["--recipe", str(tmp_path / "e.yaml"), "--dataset", str(dataset.path)]
+    with pytest.raises(UserError, match="no item has a word in title, category, brand, by which text_knn ranks"):
+        main([*words, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_model_is_known_by_name_everywhere():
+    assert set(MODELS) == set(MODEL_NAMES) > set(BASELINES)
