@@ -61,8 +61,8 @@ class SessionBatch(Pipelineable):
         weights_B: Weight in the loss, float32; 0 marks a filler row.
         rows_B: Row number in the split, int64; -1 for a filler row.
         candidates_C: Item index of each candidate, int64; empty where item vectors are cached elsewhere.
-        log_q_C: Log of the expected count of each candidate in the sample, float32, for the logQ correction; empty
-            where candidates are not sampled.
+        log_q_C: Log of the expected count of each candidate in the sample, float32, for the logQ correction; large
+            enough for no softmax where an item is held out of training. Empty where there is nothing to correct.
         text_tokens: Token ids for the text place of the prompt, one row a session.
         text_items_B: Item whose text is shown, int64; -1 where none or several.
         global_size: Real rows of the global batch, over all ranks.

@@ -20,7 +20,9 @@ from llmgr_rec.data.jagged import Jagged
 
 ITEM_ID = "item_id"
 
-Candidates = Literal["none", "full", "sampled"]
+Candidates = Literal["none", "cached", "full", "sampled"]
+# Taken from the score of a held-out item in a loss: its softmax is then 0 in any number format.
+_OUT_OF_SOFTMAX = 1e4
 TextPlace = Literal["none", "random_node", "last_items"]
 
 
@@ -32,8 +34,10 @@ class Collator:
         num_items: Size V of the catalogue.
         side_features: Side features that get a bag beside the item id; the bags of a feature that the catalogue lacks
             are empty.
-        candidates: Items whose vectors are looked up together with the nodes': none, the whole catalogue, or a sample
-            (this rank's targets and log-uniform draws over items by falling popularity, the same draws on every rank).
+        candidates: Items whose vectors are looked up together with the nodes': none, none because the model has
+            all cached, the whole catalogue, or a sample (this rank's targets and log-uniform draws over items by
+            falling popularity, the same draws on every rank). Held-out items have no part in a softmax over them: as
+            candidates that are never right they would be learned as such.
         sampled_items: Draws of the sample; repeated ones count once.
         text: What stands at the text place: nothing, the text of one node of the session, which then is the target
             (node-context alignment), or the texts of the last clicks, oldest first.
@@ -67,6 +71,8 @@ class Collator:
         self.sampler = (
             LogUniformSampler(catalogue.train_count_V, sampled_items, seed) if candidates == "sampled" else None
         )
+        held_out_V = catalogue.held_out_V
+        self.held_out_log_q_V = torch.empty(0) if held_out_V is None else held_out_V.float() * _OUT_OF_SOFTMAX
         self.text = text
         self.text_items = text_items
         self.text_tokens = text_tokens or Jagged.empty(num_items)
@@ -102,9 +108,14 @@ class Collator:
     def _candidates(self, raw: RawSessions, targets_B: Tensor) -> tuple[Tensor, Tensor]:
         if self.candidates == "none":
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        if self.candidates == "cached":
+            return torch.empty(0, dtype=torch.int64), self.held_out_log_q_V
         if self.sampler is None:
-            return torch.arange(self.num_items), torch.empty(0)
-        return self.sampler.sample(targets_B, raw.epoch, raw.step)
+            return torch.arange(self.num_items), self.held_out_log_q_V
+        candidates_C, log_q_C = self.sampler.sample(targets_B, raw.epoch, raw.step)
+        if self.held_out_log_q_V.numel():
+            log_q_C = log_q_C + self.held_out_log_q_V[candidates_C]
+        return candidates_C, log_q_C
 
     def _columns(self, targets_B: Tensor, candidates_C: Tensor) -> Tensor:
         if self.sampler is None:

@@ -18,6 +18,8 @@ PART_ROWS = 128 * ROW_GROUP_ROWS
 
 TEXT_COLUMNS = ("title", "category", "brand", "description")
 FEATURES = ("category", "brand")
+# Column of items.parquet, there if any item is held out of training.
+HELD_OUT = "held_out"
 
 # Parquet schema metadata of the parts: a scorer tells indices from raw ids by it.
 ITEMS_KIND_KEY = b"llmgr_rec.items"
@@ -41,11 +43,12 @@ def sessions_schema(catalogue_hash: str) -> pa.Schema:
     )
 
 
-def items_schema(item_id_type: pa.DataType) -> pa.Schema:
+def items_schema(item_id_type: pa.DataType, with_held_out: bool = False) -> pa.Schema:
     """Schema of items.parquet; row i is the item of index i.
 
     Args:
         item_id_type: string or int64, as the user gave the ids.
+        with_held_out: Whether it says which items are held out of training.
     """
     return pa.schema(
         [
@@ -54,6 +57,7 @@ def items_schema(item_id_type: pa.DataType) -> pa.Schema:
             *(pa.field(name, pa.string()) for name in TEXT_COLUMNS),
             pa.field("train_count", pa.int64(), nullable=False),
             *(pa.field(f"{name}_ids", pa.list_(pa.int64()), nullable=False) for name in FEATURES),
+            *([pa.field(HELD_OUT, pa.bool_(), nullable=False)] if with_held_out else []),
         ]
     )
 

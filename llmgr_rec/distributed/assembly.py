@@ -165,6 +165,8 @@ def caches_catalogue(config: Config, num_items: int, stage: Purpose) -> bool:
 
 
 def _candidates(config: Config, catalogue: Catalogue, purpose: Purpose) -> Candidates:
-    if purpose == "rank" or caches_catalogue(config, catalogue.num_items, purpose):
+    if purpose == "rank":
         return "none"
+    if caches_catalogue(config, catalogue.num_items, purpose):
+        return "cached"
     return "full" if catalogue.num_items <= config.loss.full_softmax_max_items else "sampled"

@@ -81,6 +81,8 @@ def test_no_held_out_item_is_in_training_and_all_rows_are_accounted_for(
     assert (cut.ids, cut.rows["valid"], cut.rows["test"]) == (plain.ids, plain.rows["valid"], plain.rows["test"])
     counts = clicks_of(cut.rows["train"])
     assert [item["train_count"] for item in cut.items] == [counts[item_id] for item_id in cut.ids]
+    assert [item["held_out"] for item in cut.items] == [item_id in unseen for item_id in cut.ids]
+    assert "held_out" not in plain.items[0]
     before = clicks_of(plain.rows["train"])
     assert cut.dataset.manifest.held_out == {
         "share": share,

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmgr_rec.data.preparation.database import Database
-from llmgr_rec.data.schema import FEATURES, ROW_GROUP_ROWS, TEXT_COLUMNS, hash_item_ids, items_schema
+from llmgr_rec.data.schema import FEATURES, HELD_OUT, ROW_GROUP_ROWS, TEXT_COLUMNS, hash_item_ids, items_schema
 
 
 @dataclass
@@ -74,7 +74,11 @@ def catalogue_hash(database: Database) -> str:
 
 
 def write_items(
-    database: Database, path: Path, item_id_type: pa.DataType, train_count_V: npt.NDArray[np.int64]
+    database: Database,
+    path: Path,
+    item_id_type: pa.DataType,
+    train_count_V: npt.NDArray[np.int64],
+    held_out_V: npt.NDArray[np.bool_],
 ) -> tuple[dict[str, dict[str, int]], bool]:
     """Writes items.parquet.
 
@@ -83,12 +87,13 @@ def write_items(
         path: File to write.
         item_id_type: string or int64.
         train_count_V: Training clicks of each item.
+        held_out_V: Whether each item is held out of training; left out of the file if none is.
 
     Returns:
         The side features present with the sizes of their vocabularies, and whether any item has a title or description.
     """
     vocabularies = {name: Vocabulary() for name in FEATURES}
-    schema = items_schema(item_id_type)
+    schema = items_schema(item_id_type, bool(held_out_V.any()))
     has_text = False
     texts = ", ".join(f"i.{name}" for name in TEXT_COLUMNS)
     batches = database.stream(
@@ -104,6 +109,7 @@ def write_items(
             first = batch.column("index")[0].as_py()
             columns = {name: batch.column(name) for name in ("index", "item_id", *TEXT_COLUMNS)}
             columns["train_count"] = pa.array(train_count_V[first : first + batch.num_rows])
+            columns[HELD_OUT] = pa.array(held_out_V[first : first + batch.num_rows])
             columns |= {f"{name}_ids": pa.array(ids, pa.list_(pa.int64())) for name, ids in feature_ids.items()}
             table = pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)

@@ -130,7 +130,7 @@ def _write_files(
     _refuse_empty(writers, settings)
     bar.set_description("prepare: write items")
     item_id_type = pa.string() if items.types["item_id"] == "string" else pa.int64()
-    features, has_text = write_items(database, draft / ITEMS_NAME, item_id_type, builder.train_count_V)
+    features, has_text = write_items(database, draft / ITEMS_NAME, item_id_type, builder.train_count_V, held_out_V)
     bar.update()
     return Manifest(
         num_items=num_items,
