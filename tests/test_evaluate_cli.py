@@ -38,9 +38,9 @@ def test_writes_all_models_and_prints_the_table(tmp_path, capsys):
 def test_replaces_a_metrics_file_with_another_split(tmp_path):
     output = tmp_path / "metrics.json"
     main(arguments(output, models="popularity"))
-    main(arguments(output, models="item_knn,popularity", split="valid"))
+    main(arguments(output, models="text_knn,item_knn,popularity", split="valid"))
     content = json.loads(output.read_text())
-    assert list(content["valid"]) == ["popularity", "item_knn"]
+    assert list(content["valid"]) == ["popularity", "item_knn", "text_knn"]
     assert "test" not in content
 
 
