@@ -27,6 +27,9 @@ class TablesConfig:
         lr: Learning rate of the tables, per step.
         init_std: Standard deviation of the initial rows.
         memory_per_rank_gb: Memory that the planner may use for tables on each rank, in GiB.
+        item_text: Add the projected encoding of the item's text, by the language model, to its vector.
+        id_dropout: Share of the item ids whose row is left out of the item vector in a training step, so that text has
+            to carry items without clicks, 0 to 1; 1 makes vectors without ids. Needs tables.item_text; stage sbr only.
     """
 
     dim: int = 64
@@ -36,6 +39,8 @@ class TablesConfig:
     lr: float = 0.05
     init_std: float = 0.1
     memory_per_rank_gb: float = 8.0
+    item_text: bool = False
+    id_dropout: float = 0.0
 
 
 @dataclass

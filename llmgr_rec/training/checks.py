@@ -211,16 +211,24 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
     if all(stage == "sbr" for stage in stages):
+        if config.tables.item_text:
+            _check_text(config, dataset, catalogue)
         return
     prompts = compile_prompts(config)
     if {"behave", "distill"} & set(stages) and config.behave.one_pass:
         _check_one_pass(config, prompts["behave"], dataset)
-    if not (reads_item_text(config) or "align" in stages or config.prompt.text_items):
-        return
+    if config.tables.item_text or reads_item_text(config) or "align" in stages or config.prompt.text_items:
+        _check_text(config, dataset, catalogue)
+
+
+def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
     if not dataset.manifest.has_text:
+        readers, otherwise = "stages align and behave read item text", "train with --stage sbr"
+        if config.tables.item_text:
+            readers, otherwise = "setting tables.item_text is true", "set tables.item_text to false"
         raise UserError(
-            f"{dataset.items_path} has no titles, and stages align and behave read item text; "
-            "prepare with an items file that has a column title, or train with --stage sbr"
+            f"{dataset.items_path} has no titles, and {readers}; "
+            f"prepare with an items file that has a column title, or {otherwise}"
         )
     catalogue.texts(list(config.prompt.text_fields))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from transformers import PreTrainedModel
 
 from llmgr_rec.config import Config, StageConfig, StageName
 from llmgr_rec.data.catalogue import Catalogue
@@ -22,17 +23,19 @@ from llmgr_rec.distributed.assembly import (
     assemble_recommender,
     caches_catalogue,
     item_tokens,
+    left_out_ids,
     make_collator,
     text_place,
 )
 from llmgr_rec.distributed.bundle import export_bundle, latest_bundle, load_weights
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import init_tables
+from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import reads_item_text
+from llmgr_rec.modules.build import head_reads_own_text
 from llmgr_rec.modules.groups import group_of, select_trainable
+from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask
@@ -120,23 +123,34 @@ def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[
 
 def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config = context.config
-    recommender = assemble_recommender(config, context.catalogue, "meta")
+    encodings: TextEncodings | None = None
+    if config.tables.item_text:
+        encodings = _text_encodings(assemble_decoder(config, context.world.device), context)
+    recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
     model = _shard(
         SbrTask(recommender, context.world.size, resolve_dtype(config.loss.dtype, context.world.device)),
         config.sbr,
         context,
     )
     init_tables(model, config.seed, config.tables.init_std)
+    if encodings is not None:
+        fill_text_table(model, encodings)
+    if (left_out := left_out_ids(config, context.catalogue, "sbr")) is not None:
+        zero_rows(model, ITEM_ID, left_out.untrained_V)
     return model, recommender
+
+
+def _text_encodings(decoder: PreTrainedModel, context: RunContext) -> TextEncodings:
+    name_hash = weights_hash(context.config.llm.name_or_path)
+    return encode_catalogue(decoder, context.item_tokens, context.world, context.run, name_hash)
 
 
 def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, LLMGR]:
     config, world, settings = context.config, context.world, stage_settings(context.config, stage)
     decoder = assemble_decoder(config, world.device)
     encodings: TextEncodings | None = None
-    if reads_item_text(config):
-        name_hash = weights_hash(config.llm.name_or_path)
-        encodings = encode_catalogue(decoder, context.item_tokens, world, context.run, name_hash)
+    if head_reads_own_text(config):
+        encodings = _text_encodings(decoder, context)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
     model = _shard(_language_task(stage, llmgr, config, world), settings, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))
