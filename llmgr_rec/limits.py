@@ -19,6 +19,7 @@ _AT_LEAST: dict[str, float] = {
     "encoder.attention_heads": 1,
     "encoder.max_clicks": 1,
     "llm.num_layers": 0,
+    "llm.text_layer": 0,
     "llm.lora_rank": 1,
     "prompt.max_nodes": 0,
     "prompt.text_items": 0,

@@ -41,6 +41,16 @@ def assemble_decoder(config: Config, device: torch.device) -> PreTrainedModel:
     return load_decoder(config.llm.name_or_path, config.llm.num_layers, config.llm.dtype, device)
 
 
+def assemble_text_decoder(config: Config, device: torch.device) -> PreTrainedModel:
+    """The decoder that encodes item texts: cut after the layer that the settings name for that.
+
+    Raises:
+        UserError: It is not to be had.
+    """
+    llm = config.llm
+    return load_decoder(llm.name_or_path, llm.text_layer or llm.num_layers, llm.dtype, device)
+
+
 def assemble_llmgr(
     config: Config,
     catalogue: Catalogue,

@@ -11,7 +11,7 @@ import torch
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.pretrained import weights_hash
+from llmgr_rec.data.pretrained import num_decoder_layers, weights_hash
 from llmgr_rec.data.row_groups import RowGroups
 from llmgr_rec.distributed.assembly import compile_prompts
 from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
@@ -26,9 +26,10 @@ from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.stages import stage_settings
 
 # Settings that decide the shape or the meaning of the weights which a stage takes over from the one before.
-_RECOMMENDER_SETTINGS = (
+_RECOMMENDER_SETTINGS: tuple[str, ...] = (
     "tables.dim",
     "tables.side_features",
+    "tables.item_text",
     "encoder.name",
     "encoder.steps",
     "encoder.attention_layers",
@@ -40,6 +41,7 @@ _RECOMMENDER_SETTINGS = (
 )
 _LANGUAGE_SETTINGS = (
     "llm.num_layers",
+    "llm.text_layer",
     "llm.lora_rank",
     "llm.lora_alpha",
     "prompt.node_source",
@@ -188,8 +190,10 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
         )
     before = load_config(bundle / "config.yaml")
     names = _RECOMMENDER_SETTINGS if index.stage == "sbr" else _RECOMMENDER_SETTINGS + _LANGUAGE_SETTINGS
+    if request.config.tables.item_text:
+        names += text_settings(request.config)
     for name in names:
-        if (now := _setting(request.config, name)) != (then := _setting(before, name)):
+        if (now := setting(request.config, name)) != (then := setting(before, name)):
             raise UserError(
                 f"setting {name} is {now}, but stage {index.stage} in {request.output} was trained with {then}; "
                 "give the same setting, or another --output"
@@ -231,6 +235,12 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
             f"prepare with an items file that has a column title, or {otherwise}"
         )
     catalogue.texts(list(config.prompt.text_fields))
+    layers = num_decoder_layers(config.llm.name_or_path)
+    if config.llm.text_layer > layers:
+        raise UserError(
+            f"setting llm.text_layer is {config.llm.text_layer}, and {config.llm.name_or_path} has {layers} layers; "
+            f"give {layers} at most, or 0 for the last that is kept"
+        )
 
 
 def _check_one_pass(config: Config, prompt: CompiledPrompt, dataset: Dataset) -> None:
@@ -261,7 +271,14 @@ def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalo
             raise UserError(f"stage {layout.stage}: {layout.problem}")
 
 
-def _setting(config: Config, name: str) -> Any:
+def text_settings(config: Config) -> tuple[str, ...]:
+    """Names of the settings that decide what item texts are encoded to, and by which layers."""
+    cut = ("llm.text_layer",) if config.llm.text_layer else ("llm.text_layer", "llm.num_layers")
+    return ("llm.name_or_path", *cut, "prompt.text_fields", "prompt.max_text_tokens")
+
+
+def setting(config: Config, name: str) -> Any:
+    """The value of a setting by its dotted name."""
     value: Any = asdict(config)
     for part in name.split("."):
         value = value[part]

@@ -21,6 +21,7 @@ from llmgr_rec.distributed.assembly import (
     assemble_decoder,
     assemble_llmgr,
     assemble_recommender,
+    assemble_text_decoder,
     caches_catalogue,
     item_tokens,
     left_out_ids,
@@ -125,7 +126,7 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
     config = context.config
     encodings: TextEncodings | None = None
     if config.tables.item_text:
-        encodings = _text_encodings(assemble_decoder(config, context.world.device), context)
+        encodings = _text_encodings(context)
     recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
     model = _shard(
         SbrTask(recommender, context.world.size, resolve_dtype(config.loss.dtype, context.world.device)),
@@ -140,9 +141,18 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
     return model, recommender
 
 
-def _text_encodings(decoder: PreTrainedModel, context: RunContext) -> TextEncodings:
-    name_hash = weights_hash(context.config.llm.name_or_path)
-    return encode_catalogue(decoder, context.item_tokens, context.world, context.run, name_hash)
+def _text_encodings(context: RunContext, decoder: PreTrainedModel | None = None) -> TextEncodings:
+    """Text encodings of the catalogue.
+
+    Args:
+        context: The run.
+        decoder: The stage's own decoder, where it has one: it serves if it is cut at the right layer.
+    """
+    config, world = context.config, context.world
+    if decoder is None or config.llm.text_layer:
+        decoder = assemble_text_decoder(config, world.device)
+    name_hash = weights_hash(config.llm.name_or_path)
+    return encode_catalogue(decoder, context.item_tokens, world, context.run, name_hash)
 
 
 def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, LLMGR]:
@@ -150,7 +160,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     decoder = assemble_decoder(config, world.device)
     encodings: TextEncodings | None = None
     if head_reads_own_text(config):
-        encodings = _text_encodings(decoder, context)
+        encodings = _text_encodings(context, decoder)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
     model = _shard(_language_task(stage, llmgr, config, world), settings, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))
