@@ -225,6 +225,26 @@ class LossConfig:
 
 
 @dataclass
+class ControlsConfig:
+    """What is taken away or broken on purpose, to see what it was worth; all off in real use.
+
+    Args:
+        random_llm: The language model keeps architecture and tokenizer, but its weights are drawn afresh by its own
+            initialisation; text encodings of items come from it too.
+        shuffled_text: Each item gets the text of another one wherever text is read.
+        no_graph: The soft token at {graph} is the same learned vector for all sessions, and stage align leaves its
+            contrast out. The head's residual and the student still know the session vector.
+        no_nodes: The soft tokens at {nodes} are the same learned vector for all items, so that a prompt tells how many
+            clicks there were and not which; stage align leaves its contrast out.
+    """
+
+    random_llm: bool = False
+    shuffled_text: bool = False
+    no_graph: bool = False
+    no_nodes: bool = False
+
+
+@dataclass
 class RuntimeConfig:
     """How a run uses the machine.
 
@@ -265,6 +285,7 @@ class Config:
         align: Stage 1, auxiliary instruction tuning.
         behave: Stage 2, behaviour pattern modelling.
         distill: Distillation into a reader that needs no language model; off unless it is given epochs.
+        controls: What is taken away or broken on purpose, to see what it was worth.
         runtime: Use of the machine.
     """
 
@@ -289,4 +310,5 @@ class Config:
     distill: DistillConfig = field(
         default_factory=lambda: DistillConfig(epochs=0, batch_size=256, lr=1e-3, trainable=["student"])
     )
+    controls: ControlsConfig = field(default_factory=ControlsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -332,6 +332,18 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
         (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
         (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
         (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),
+        (
+            ["sbr"],
+            ["align"],
+            ["--controls.no_nodes=true"],
+            r"no_nodes is True, but checkpoint .* made with its default",
+        ),
+        (
+            ["sbr", "align"],
+            [],
+            ["--controls.no_graph=true"],
+            r"no_graph is True, but stage align .* trained with False",
+        ),
     ],
 )
 def test_a_run_goes_on_with_its_own_settings(

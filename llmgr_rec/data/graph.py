@@ -112,7 +112,7 @@ def build_graphs(items_L: Tensor, offsets_B1: Tensor, num_items: int) -> Session
     session_key = np.repeat(np.arange(num_sessions) * num_items, np.diff(click_offsets))
     keys = np.sort(((session_key + items) << click_bits) | np.arange(num_clicks))
     clicks, pairs = keys & ((1 << click_bits) - 1), keys >> click_bits
-    starts = np.flatnonzero(np.diff(pairs, prepend=-1))
+    starts = _run_starts(pairs)
     first_clicks = clicks[starts]
     is_first = np.zeros(num_clicks, dtype=bool)
     is_first[first_clicks] = True
@@ -129,10 +129,19 @@ def _edges(alias: IntArray, click_offsets: IntArray, num_nodes: int) -> tuple[In
     follows = np.ones(len(alias) + 1, dtype=bool)
     follows[click_offsets] = False  # the first click of a session, and the end of the batch
     targets = np.flatnonzero(follows[:-1])
-    keys = np.sort(alias[targets - 1] * num_nodes + alias[targets])
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    src, dst = np.divmod(keys[starts], max(num_nodes, 1))
-    return src, dst, np.diff(starts, append=len(keys))
+    # Shifts, because dividing by the number of nodes would take as long as the sort.
+    node_bits = num_nodes.bit_length()
+    keys = np.sort((alias[targets - 1] << node_bits) | alias[targets])
+    starts = _run_starts(keys)
+    edges = keys[starts]
+    return edges >> node_bits, edges & ((1 << node_bits) - 1), np.diff(starts, append=len(keys))
+
+
+def _run_starts(sorted_values: IntArray) -> IntArray:
+    """Position of the first of each run of equal values."""
+    differs = np.ones(len(sorted_values), dtype=bool)
+    np.not_equal(sorted_values[1:], sorted_values[:-1], out=differs[1:])
+    return np.flatnonzero(differs)
 
 
 def build_graphs_reference(items_L: Tensor, offsets_B1: Tensor) -> SessionGraph:

@@ -168,12 +168,14 @@ def decoder_config(name: str, num_layers: int = 0) -> Any:
     """The transformers configuration of a decoder cut to its first layers; no weights are read.
 
     Args:
-        name: Local folder, hub id or `smollm2`.
-        num_layers: First layers kept; 0 keeps all.
+        name: Local folder, hub id, `smollm2` or `random-tiny`.
+        num_layers: First layers kept; 0 keeps all (`random-tiny` then has two, else as many as asked for).
 
     Raises:
         UserError: The folder or wheel is absent, or has fewer layers than asked for.
     """
+    if name == RANDOM_TINY:
+        return _tiny_config(num_layers)
     folder = pretrained_folder(name)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -195,8 +197,6 @@ def decoder_config(name: str, num_layers: int = 0) -> Any:
 
 def num_decoder_layers(name: str, num_layers: int = 0) -> int:
     """Layers of the decoder that `load_decoder` gives for the same arguments; no weights are read."""
-    if name == RANDOM_TINY:
-        return num_layers or _TINY_LAYERS
     return int(decoder_config(name, num_layers).get_text_config(decoder=True).num_hidden_layers)
 
 
@@ -268,8 +268,15 @@ def _convert_smollm2(source: Path, target: Path) -> None:
 
 
 def _random_tiny(num_layers: int) -> LlamaModel:
+    config = _tiny_config(num_layers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaModel(config)
+
+
+def _tiny_config(num_layers: int) -> LlamaConfig:
     tokenizer = _byte_tokenizer()
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=_TINY_HIDDEN,
         intermediate_size=2 * _TINY_HIDDEN,
@@ -283,9 +290,6 @@ def _random_tiny(num_layers: int) -> LlamaModel:
         initializer_range=0.1,
         attn_implementation="sdpa",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaModel(config)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """From settings and files to models and collators: the one place where both come together."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,11 +10,12 @@ from transformers import PreTrainedModel
 from llmgr_rec.config import Config, StageName, TrainableGroup
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Candidates, Collator, TextPlace
-from llmgr_rec.data.item_text import tokenize_items
+from llmgr_rec.data.item_text import shuffle_texts, tokenize_items
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.left_out import LeftOutIds
-from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
+from llmgr_rec.data.pretrained import load_decoder, load_tokenizer, weights_hash
 from llmgr_rec.data.prompt_files import Task, load_templates
+from llmgr_rec.data.random_weights import draw_decoder, drawn_weights_hash
 from llmgr_rec.modules.build import build_llmgr, build_recommender
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
@@ -33,12 +35,26 @@ def assemble_recommender(
 
 
 def assemble_decoder(config: Config, device: torch.device) -> PreTrainedModel:
-    """The bare pre-trained decoder of the settings, on a device.
+    """The bare decoder of the settings, on a device: pre-trained, or drawn afresh where that control is on.
 
     Raises:
         UserError: It is not to be had.
     """
-    return load_decoder(config.llm.name_or_path, config.llm.num_layers, config.llm.dtype, device)
+    llm = config.llm
+    if config.controls.random_llm:
+        return draw_decoder(llm.name_or_path, llm.num_layers, llm.dtype, device, config.seed)
+    return load_decoder(llm.name_or_path, llm.num_layers, llm.dtype, device)
+
+
+def decoder_hash(config: Config) -> str:
+    """Hash that tells the weights of `assemble_decoder` from others, whatever layers are kept of them.
+
+    Raises:
+        UserError: They are not to be had.
+    """
+    if config.controls.random_llm:
+        return drawn_weights_hash(config.llm.name_or_path, config.seed)
+    return weights_hash(config.llm.name_or_path)
 
 
 def assemble_text_decoder(config: Config, device: torch.device) -> PreTrainedModel:
@@ -47,8 +63,8 @@ def assemble_text_decoder(config: Config, device: torch.device) -> PreTrainedMod
     Raises:
         UserError: It is not to be had.
     """
-    llm = config.llm
-    return load_decoder(llm.name_or_path, llm.text_layer or llm.num_layers, llm.dtype, device)
+    layers = config.llm.text_layer or config.llm.num_layers
+    return assemble_decoder(replace(config, llm=replace(config.llm, num_layers=layers)), device)
 
 
 def assemble_llmgr(
@@ -95,13 +111,14 @@ def compile_prompts(config: Config) -> dict[Task, CompiledPrompt]:
 
 
 def item_tokens(config: Config, catalogue: Catalogue) -> Jagged:
-    """Token ids of every item's text, [V] rows.
+    """Token ids of every item's text, or of another one's where that control is on, [V] rows.
 
     Raises:
         UserError: An item has no text.
     """
     tokenizer = load_tokenizer(config.llm.name_or_path)
-    return tokenize_items(catalogue, tokenizer, list(config.prompt.text_fields), config.prompt.max_text_tokens)
+    tokens = tokenize_items(catalogue, tokenizer, list(config.prompt.text_fields), config.prompt.max_text_tokens)
+    return shuffle_texts(tokens, config.seed) if config.controls.shuffled_text else tokens
 
 
 def make_collator(

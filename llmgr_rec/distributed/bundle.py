@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import Config, DType
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.pretrained import weights_hash
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, decoder_hash
 from llmgr_rec.distributed.bundle_export import dense_tensors, export_bundle, language_tensors, model_of
 from llmgr_rec.distributed.bundle_index import (
     CONFIG,
+    INDEX,
     LANGUAGE,
     LORA,
     PROMPTS,
@@ -101,7 +101,7 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
     tables_device: torch.device | str = "meta" if world else device
     model: SessionRecommender | LLMGR
     if index.language_model:
-        _check_language_model(index, folder)
+        _check_language_model(index, config, folder)
         model = assemble_llmgr(
             config, catalogue, assemble_decoder(config, device), (), tables_device, index.stage == "distill"
         )
@@ -214,9 +214,14 @@ def _load_lora(model: LLMGR, folder: Path) -> list[str]:
     return [name for name in outcome.missing_keys if "lora_" in name]
 
 
-def _check_language_model(index: BundleIndex, folder: Path) -> None:
+def _check_language_model(index: BundleIndex, config: Config, folder: Path) -> None:
     name = index.language_model["name"]
-    if weights_hash(name) != index.language_model["weights_hash"]:
+    if decoder_hash(config) != index.language_model["weights_hash"]:
+        if config.controls.random_llm:
+            raise UserError(
+                f"bundle {folder} was trained with weights drawn for {name} that cannot be drawn again here; "
+                f"use the versions of torch and transformers that {INDEX} in it names, and the former {name}"
+            )
         raise UserError(
             f"bundle {folder} was trained with other weights of the language model {name} than the ones found now; "
             "put the former ones back"

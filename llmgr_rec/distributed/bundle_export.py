@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import STAGES, Config
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.pretrained import weights_hash
 from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.data.schema import ITEMS_NAME
+from llmgr_rec.distributed.assembly import decoder_hash
 from llmgr_rec.distributed.bundle_index import (
     CONFIG,
     INDEX,
@@ -194,7 +194,7 @@ def _finish(
     dims, language_model = {"d1": config.tables.dim}, {}
     if isinstance(model, LLMGR):
         dims["d2"] = model.language_model.hidden_size
-        language_model = {"name": config.llm.name_or_path, "weights_hash": weights_hash(config.llm.name_or_path)}
+        language_model = {"name": config.llm.name_or_path, "weights_hash": decoder_hash(config)}
         _save(language_tensors(model), partial / LANGUAGE)
         _save_lora(model, partial / LORA, config.llm.name_or_path)
     files = {

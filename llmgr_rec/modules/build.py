@@ -101,7 +101,7 @@ def build_llmgr(
             head = LinearHead(d2, num_items, config.head.residual)
         return LLMGR(
             recommender,
-            HybridEncoding(d1, d2, norm),
+            HybridEncoding(d1, d2, norm, config.controls.no_graph, config.controls.no_nodes),
             language_model,
             head,
             prompts,

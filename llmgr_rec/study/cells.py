@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # Factors that a blend may give to the baseline's score, beside the model's logits.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
-_LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill")
+_LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill", "controls")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ class Bench:
         valid_WS = judge_model(bundle.model, self._dataset, "valid", *judge, weights)
         quality_W = [float(ndcg(places_S).mean()) for places_S in valid_WS]
         best = int(np.argmax(quality_W))
-        judged = judge_model(bundle.model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
+        if self._split == "valid":
+            judged = valid_WS[best]
+        else:
+            judged = judge_model(bundle.model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
         return Cell(judged, quality_W[best], weights[best], seconds)
 
     def _baseline(self, name: str) -> Baseline:

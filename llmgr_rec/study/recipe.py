@@ -1,8 +1,9 @@
 """What an experiment compares: a YAML file with named variants, read and checked before anything is trained."""
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
 FOLDER = RECIPES / "experiments"
 MODELS = ("sbr", "llmgr", "student")
 _STUDY_KEYS = ("title", "reference", "config", "settings", "variants")
-_VARIANT_KEYS = ("model", "settings", "blend")
+_VARIANT_KEYS = ("model", "settings", "blend", "grid")
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,26 @@ class Variant:
         model: What answers: a stage's model or a baseline without training.
         settings: Dotted settings over those of the study.
         blend: Neighbour baseline whose score is added, by a weight that is chosen on validation; empty for none.
+        grid: Values to choose from on validation, by dotted setting; all combinations are tried.
     """
 
     name: str
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     blend: str = ""
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def trains(self) -> bool:
         """Whether it has anything to train."""
         return self.model in MODELS
+
+    def points(self) -> "list[Variant]":
+        """The variants to choose from, none of which has a grid: one for each combination of the grid's values."""
+        return [
+            replace(self, settings={**self.settings, **dict(zip(self.grid, values, strict=True))}, grid={})
+            for values in product(*self.grid.values())
+        ]
 
 
 @dataclass(frozen=True)
@@ -123,14 +133,21 @@ def load_study(name: str) -> Study:
         variants=variants,
     )
     for variant in variants:
-        study.settings_of(variant, seed=0)
+        for point in variant.points():
+            study.settings_of(point, seed=0)
     return study
 
 
 def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
     where = f"{file}: variant {name}"
     _check_keys(values, _VARIANT_KEYS, where)
-    variant = Variant(name, str(values.get("model", "llmgr")), values.get("settings", {}), str(values.get("blend", "")))
+    variant = Variant(
+        name,
+        str(values.get("model", "llmgr")),
+        values.get("settings", {}),
+        str(values.get("blend", "")),
+        values.get("grid", {}),
+    )
     for value, known in ((variant.model, (*MODELS, *BASELINES)), (variant.blend, ("", *BASELINES[1:]))):
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1)
@@ -138,6 +155,11 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
             raise UserError(f"{where}: {value} is not known{hint} Known: {', '.join(filter(None, known))}")
     if variant.blend and not variant.trains:
         raise UserError(f"{where}: blend is for models that are trained; leave it out")
+    for setting, choices in variant.grid.items():
+        if not isinstance(choices, list) or not choices:
+            raise UserError(f"{where}: grid needs a list of values for {setting}, such as [64, 128]")
+    if variant.grid and not variant.trains:
+        raise UserError(f"{where}: grid is for models that are trained; leave it out")
     return variant
 
 

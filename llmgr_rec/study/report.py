@@ -35,7 +35,20 @@ def table(study: Study, results: Mapping[str, Any]) -> str:
         values = " | ".join(f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in _METRICS)
         gains = " | ".join("" if name == reference else _gain(variant[metric]["gain"]) for metric in _METRICS)
         lines.append(f"| {name} | {values} | {gains} | {_cold(variant)} | {variant['training_minutes']:.1f} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *_chosen(results)])
+
+
+def _chosen(results: Mapping[str, Any]) -> list[str]:
+    """What was chosen from each grid."""
+    lines = []
+    for name, variant in results["variants"].items():
+        if tried := variant["grid"]:
+            values = ", ".join(f"{setting} {value}" for setting, value in tried[0]["settings"].items())
+            lines.append(
+                f"- {name}: {values}, best of {len(tried)} by NDCG@20 on validation with one seed "
+                f"({tried[0]['valid_ndcg@20']:.4f}, worst {tried[-1]['valid_ndcg@20']:.4f})"
+            )
+    return [*lines, ""] if lines else []
 
 
 def _gain(gain: Mapping[str, float]) -> str:

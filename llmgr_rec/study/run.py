@@ -15,7 +15,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.study.cells import Bench, Cell
 from llmgr_rec.study.compare import METRICS, hit_rate_by_frequency, relative_gain
 from llmgr_rec.study.judge import targets_of
-from llmgr_rec.study.recipe import Study, load_study
+from llmgr_rec.study.recipe import Study, Variant, load_study
 from llmgr_rec.study.report import plot_cold, plot_gains, table
 
 
@@ -55,11 +55,16 @@ def run_study(request: StudyRequest) -> str:
             raise UserError(f"{dataset.path} has no {split} sessions to judge by; prepare it with another --split")
     catalogue = Catalogue.load(dataset.path)
     bench = Bench(request.output, dataset, request.split)
+    chooser = Bench(request.output, dataset, "valid")
     cells: dict[str, list[Cell]] = {}
+    choices: dict[str, list[dict[str, Any]]] = {}
     for variant in study.variants:
         seeds = request.seeds if variant.trains else [0]
-        cells[variant.name] = [bench.cell(study, variant, seed) for seed in seeds]
+        point, choices[variant.name] = choose(chooser, study, variant, seeds[0])
+        cells[variant.name] = [bench.cell(study, point, seed) for seed in seeds]
     results = compare(study, cells, dataset, catalogue, request.split)
+    for name, tried in choices.items():
+        results["variants"][name]["grid"] = tried
     text = table(study, results)
     name = Path(request.recipe).stem
     _write(request.output / f"{name}.json", json.dumps(results, indent=2) + "\n")
@@ -67,6 +72,30 @@ def run_study(request: StudyRequest) -> str:
     plot_gains(study, results, request.output / f"{name}-gains.svg")
     plot_cold(results, request.output / f"{name}-cold.svg")
     return text
+
+
+def choose(bench: Bench, study: Study, variant: Variant, seed: int) -> tuple[Variant, list[dict[str, Any]]]:
+    """The point of a variant's grid with the best NDCG@20 on the validation sessions.
+
+    Args:
+        bench: Judges validation sessions, so that nothing of the test sessions has a part in the choice.
+        study: What is compared.
+        variant: With or without a grid; one without is its only point, and nothing is trained to choose it.
+        seed: Seed that the grid is tried with.
+
+    Returns:
+        The point, without a grid, and every point's settings and NDCG@20, the best first; none without a grid.
+    """
+    points = variant.points()
+    if len(points) == 1:
+        return points[0], []
+    quality = [bench.cell(study, point, seed).valid_ndcg for point in points]
+    order = sorted(range(len(points)), key=lambda number: -quality[number])
+    tried = [
+        {"settings": {name: points[number].settings[name] for name in variant.grid}, "valid_ndcg@20": quality[number]}
+        for number in order
+    ]
+    return points[order[0]], tried
 
 
 def compare(

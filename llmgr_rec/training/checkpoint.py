@@ -33,6 +33,9 @@ _FOLDER = re.compile(r"step-(\d{8})")
 # Settings that may change between a checkpoint and its resumption: they do not change what is computed.
 _FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix", "llm.recompute")
 
+# Settings that came later than checkpoints did: where they are off they go without saying.
+_SILENT_WHEN_OFF = ("controls.", "tables.item_text", "tables.id_dropout", "llm.text_layer")
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -56,6 +59,7 @@ class Identity:
             name: value
             for name, value in _flatten(asdict(config))
             if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
+            if value or not name.startswith(_SILENT_WHEN_OFF)
         }
         return cls(stage, catalogue, settings)
 
@@ -236,8 +240,8 @@ class CheckpointManager:
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(
-                    f"setting {name} is {now.get(name)}, but checkpoint {path} was made with {before.get(name)}; "
-                    "give the same settings to resume, or another --output"
+                    f"setting {name} is {now.get(name, 'its default')}, but checkpoint {path} was made with "
+                    f"{before.get(name, 'its default')}; give the same settings to resume, or another --output"
                 )
 
     def _check_widths(self, path: Path, state: Mapping[str, Any], widths: Mapping[str, list[int]]) -> None:

@@ -11,9 +11,9 @@ import torch
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.pretrained import num_decoder_layers, weights_hash
+from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.data.row_groups import RowGroups
-from llmgr_rec.distributed.assembly import compile_prompts
+from llmgr_rec.distributed.assembly import compile_prompts, decoder_hash
 from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
 from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
@@ -26,7 +26,7 @@ from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.stages import stage_settings
 
 # Settings that decide the shape or the meaning of the weights which a stage takes over from the one before.
-_RECOMMENDER_SETTINGS: tuple[str, ...] = (
+_RECOMMENDER_SETTINGS = (
     "tables.dim",
     "tables.side_features",
     "tables.item_text",
@@ -48,6 +48,10 @@ _LANGUAGE_SETTINGS = (
     "head.name",
     "head.residual",
     "head.item_text",
+    "controls.random_llm",
+    "controls.shuffled_text",
+    "controls.no_graph",
+    "controls.no_nodes",
 )
 
 
@@ -189,7 +193,9 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
             f"{catalogue.hash[:12]}); give the data set it was trained on, or another --output"
         )
     before = load_config(bundle / "config.yaml")
-    names = _RECOMMENDER_SETTINGS if index.stage == "sbr" else _RECOMMENDER_SETTINGS + _LANGUAGE_SETTINGS
+    names = [*_RECOMMENDER_SETTINGS]
+    if index.stage != "sbr":
+        names += [*_LANGUAGE_SETTINGS, *_drawn_by_seed(request.config)]
     if request.config.tables.item_text:
         names += text_settings(request.config)
     for name in names:
@@ -199,7 +205,7 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
                 "give the same setting, or another --output"
             )
     name = request.config.llm.name_or_path
-    if index.language_model and weights_hash(name) != index.language_model["weights_hash"]:
+    if index.language_model and decoder_hash(request.config) != index.language_model["weights_hash"]:
         raise UserError(
             f"setting llm.name_or_path is {name}, whose weights are not those of {index.language_model['name']} that "
             f"stage {index.stage} in {request.output} was trained with; give the same model, or another --output"
@@ -274,7 +280,13 @@ def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalo
 def text_settings(config: Config) -> tuple[str, ...]:
     """Names of the settings that decide what item texts are encoded to, and by which layers."""
     cut = ("llm.text_layer",) if config.llm.text_layer else ("llm.text_layer", "llm.num_layers")
-    return ("llm.name_or_path", *cut, "prompt.text_fields", "prompt.max_text_tokens")
+    controls = ("controls.random_llm", "controls.shuffled_text", *_drawn_by_seed(config))
+    return ("llm.name_or_path", *cut, "prompt.text_fields", "prompt.max_text_tokens", *controls)
+
+
+def _drawn_by_seed(config: Config) -> tuple[str, ...]:
+    """The seed, where weights of the language model or the order of texts are drawn."""
+    return ("seed",) if config.controls.random_llm or config.controls.shuffled_text else ()
 
 
 def setting(config: Config, name: str) -> Any:

@@ -15,7 +15,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.pretrained import resolve_dtype, weights_hash
+from llmgr_rec.data.pretrained import resolve_dtype
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.assembly import (
     assemble_decoder,
@@ -23,6 +23,7 @@ from llmgr_rec.distributed.assembly import (
     assemble_recommender,
     assemble_text_decoder,
     caches_catalogue,
+    decoder_hash,
     item_tokens,
     left_out_ids,
     make_collator,
@@ -151,8 +152,7 @@ def _text_encodings(context: RunContext, decoder: PreTrainedModel | None = None)
     config, world = context.config, context.world
     if decoder is None or config.llm.text_layer:
         decoder = assemble_text_decoder(config, world.device)
-    name_hash = weights_hash(config.llm.name_or_path)
-    return encode_catalogue(decoder, context.item_tokens, world, context.run, name_hash)
+    return encode_catalogue(decoder, context.item_tokens, world, context.run, decoder_hash(config))
 
 
 def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, LLMGR]:
@@ -173,10 +173,10 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
 
 def _language_task(stage: StageName, llmgr: LLMGR, config: Config, world: World) -> nn.Module:
     if stage == "align":
-        align = config.align
-        return AlignTask(
-            llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size
-        )
+        align, controls = config.align, config.controls
+        # A token that says nothing has nothing to be contrasted with.
+        weight = 0.0 if controls.no_graph or controls.no_nodes else align.contrastive_weight
+        return AlignTask(llmgr, weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size)
     if stage == "distill":
         return DistillTask(llmgr, config.distill.target_weight, world.size, config.behave.one_pass)
     return BehaveTask(llmgr, world.size, config.behave.one_pass)

@@ -100,6 +100,8 @@ def make_llmgr(
     with_text: bool = False,
     encoder: EncoderConfig | None = None,
     behave: str = TEMPLATES["behave"],
+    no_graph: bool = False,
+    no_nodes: bool = False,
     **settings: Any,
 ) -> LLMGR:
     """A seeded model on the random-tiny decoder whose LoRA matrices already matter."""
@@ -120,7 +122,7 @@ def make_llmgr(
         torch.nn.init.normal_(text.embedding_bags["item_text"].weight)
     return LLMGR(
         recommender=recommender,
-        hybrid=HybridEncoding(D1, width, embedding_norm),
+        hybrid=HybridEncoding(D1, width, embedding_norm, no_graph, no_nodes),
         language_model=language_model,
         head=TiedHead(D1, width, True, residual) if head == "tied" else LinearHead(width, NUM_ITEMS, residual),
         prompts={

@@ -1,11 +1,12 @@
+import pytest
 import torch
 
 from llmgr_rec.modules.hybrid import HybridEncoding
 
 
-def make():
+def make(**settings):
     torch.manual_seed(0)
-    return HybridEncoding(d1=4, d2=6, embedding_norm=2.5)
+    return HybridEncoding(d1=4, d2=6, embedding_norm=2.5, **settings)
 
 
 def test_soft_tokens_stand_at_their_places_and_others_stay():
@@ -53,3 +54,19 @@ def test_result_has_the_type_of_the_token_embeddings():
     tokens_XH = torch.zeros(2, 6, dtype=torch.bfloat16)
     result = make()(tokens_XH, torch.tensor([0, -1]), torch.ones(1, 4), torch.ones(0, 4))
     assert result.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("off", ["no_graph", "no_nodes"])
+def test_tokens_that_say_nothing_are_alike_and_learned(off):
+    plain, hybrid = make(), make(**{off: True})
+    graph_CD, nodes_MD = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    plain_SH, soft_SH = plain.project(graph_CD, nodes_MD), hybrid.project(graph_CD, nodes_MD)
+    silent, speaking = (slice(0, 2), slice(2, 5)) if off == "no_graph" else (slice(2, 5), slice(0, 2))
+    assert torch.equal(soft_SH[speaking], plain_SH[speaking])
+    assert (soft_SH[silent] == soft_SH[silent][0]).all()
+    torch.testing.assert_close(soft_SH[silent].norm(dim=1), plain_SH[silent].norm(dim=1))
+    (soft_SH[silent] * torch.randn(6)).sum().backward()
+    vectors, projection = (graph_CD, hybrid.graph) if off == "no_graph" else (nodes_MD, hybrid.nodes)
+    assert projection.weight.grad.abs().sum() > 0
+    assert vectors.grad is None
+    assert plain.state_dict().keys() == hybrid.state_dict().keys()

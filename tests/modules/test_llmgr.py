@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,6 +76,22 @@ def test_what_the_prompt_shows_matters(node_source):
     assert not torch.allclose(base, query([1, 2, 3]))  # without its text
     # An item older than max_nodes is seen by the graph token alone, and only through the encoder.
     assert not torch.allclose(base, query([4, 2, 3], **shown))
+
+
+@pytest.mark.parametrize("off", ["", "no_graph", "no_nodes"])
+@pytest.mark.parametrize("task", ["behave", "structure_graph", "structure_nodes"])
+def test_a_reading_depends_on_what_its_tokens_may_tell(off, task):
+    model = make_llmgr(**({off: True} if off else {})).eval()
+    batch = make_batch()
+    seen = model.look_up(batch)
+    reading_BH = model.read(seen, batch, task)
+    sessions_BD, rows_ND = torch.randn_like(seen.sessions_BD), torch.randn_like(seen.rows_ND)
+    other_graphs_BH = model.read(replace(seen, sessions_BD=sessions_BD), batch, task)
+    other_nodes_BH = model.read(replace(seen, rows_ND=rows_ND), batch, task)
+    sees_graph = off != "no_graph" and task != "structure_nodes"
+    sees_nodes = off != "no_nodes" and task != "structure_graph"
+    assert torch.equal(other_graphs_BH, reading_BH) != sees_graph
+    assert torch.equal(other_nodes_BH, reading_BH) != sees_nodes
 
 
 def test_frozen_recommender_has_neither_gradient_nor_dropout():

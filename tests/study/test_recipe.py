@@ -3,7 +3,7 @@
 import pytest
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.study.recipe import load_study, study_names
+from llmgr_rec.study.recipe import Variant, load_study, study_names
 
 
 @pytest.mark.parametrize("name", study_names())
@@ -27,6 +27,18 @@ def test_settings_of_a_variant_lie_over_those_of_the_study(tmp_path):
     assert study.reference == "a"
 
 
+def test_a_grid_has_a_point_for_each_combination():
+    variant = Variant(
+        "a", "sbr", {"sbr.epochs": 2, "tables.dim": 4}, grid={"tables.dim": [8, 16], "sbr.lr": [0.1, 0.2]}
+    )
+    points = variant.points()
+    assert [point.settings for point in points] == [
+        {"sbr.epochs": 2, "tables.dim": dim, "sbr.lr": lr} for dim in (8, 16) for lr in (0.1, 0.2)
+    ]
+    assert not any(point.grid for point in points)
+    assert Variant("b", "sbr", {"sbr.epochs": 2}).points() == [Variant("b", "sbr", {"sbr.epochs": 2})]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -39,6 +51,15 @@ def test_settings_of_a_variant_lie_over_those_of_the_study(tmp_path):
         ("variants: {a: {settings: {sbr.epochs: -3}}}\n", "variant a: setting sbr.epochs is -3"),
         ("variants: {a: {model: student}}\n", "variant a: a student is trained by stage distill"),
         ("settings: {align.epochs: 0, behave.epochs: 0}\nvariants: {a: {}}\n", "variant a: align.epochs and behave"),
+        (
+            "variants: {a: {model: sbr, grid: {tables.dim: 8}}}\n",
+            "variant a: grid needs a list of values for tables.dim",
+        ),
+        ("variants: {a: {model: sbr, grid: {tables.dim: [8, -8]}}}\n", "variant a: setting tables.dim is -8"),
+        (
+            "variants: {a: {model: item_knn, grid: {tables.dim: [8]}}}\n",
+            "variant a: grid is for models that are trained",
+        ),
         ("reference: b\nvariants: {a: {}}\n", "reference b is none of its variants"),
         ("variants: [\n", "is no YAML"),
     ],

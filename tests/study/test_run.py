@@ -40,6 +40,7 @@ variants:
   GNN: {model: sbr}
   GNN + item-kNN: {model: sbr, blend: item_knn}
   LLMGR: {}
+  LLMGR, no graph: {settings: {controls.no_graph: true}}
 """
 
 
@@ -55,14 +56,14 @@ def test_an_experiment_trains_each_thing_once_and_goes_on(tmp_path, monkeypatch,
     monkeypatch.setattr(cells, "train_run", lambda request: trained.append(request) or train(request))
     output = tmp_path / "out"
     main(words(tmp_path, output, "0"))
-    # The GNN, once for itself, its blend and LLMGR; LLMGR's own stages.
-    assert [request.config.behave.epochs for request in trained] == [0, 1]
+    # The GNN, once for itself, its blend and both LLMGRs; the own stages of each of these.
+    assert [request.config.behave.epochs for request in trained] == [0, 1, 1]
     main(words(tmp_path, output))
-    assert [request.config.seed for request in trained] == [0, 0, 1, 1]
+    assert [request.config.seed for request in trained] == [0, 0, 0, 1, 1, 1]
     main(words(tmp_path, output))
-    assert len(trained) == 4
+    assert len(trained) == 6
     results = json.loads((output / "small.json").read_text())
-    assert list(results["variants"]) == ["Item-kNN", "GNN", "GNN + item-kNN", "LLMGR"]
+    assert list(results["variants"]) == ["Item-kNN", "GNN", "GNN + item-kNN", "LLMGR", "LLMGR, no graph"]
     assert results["variants"]["GNN"]["ndcg@20"]["gain"] == {"mean": 0, "low": 0, "high": 0}
     assert len(results["variants"]["LLMGR"]["hr@20"]["seeds"]) == 2
     assert results["variants"]["LLMGR"]["training_minutes"] > results["variants"]["GNN"]["training_minutes"] > 0
@@ -71,6 +72,27 @@ def test_an_experiment_trains_each_thing_once_and_goes_on(tmp_path, monkeypatch,
     assert all(f"| {name} |" in text for name in results["variants"])
     for plot in ("small-gains.svg", "small-cold.svg"):
         assert "<svg" in (output / plot).read_text()
+
+
+def test_a_grid_is_chosen_from_on_validation_and_never_on_what_is_judged(tmp_path, monkeypatch):
+    judged = []
+    judge = cells.judge_model
+    monkeypatch.setattr(cells, "judge_model", lambda *words: judged.append(words[2]) or judge(*words))
+    file = tmp_path / "grid.yaml"
+    variants = "variants:\n  GNN: {model: sbr, grid: {sbr.epochs: [1, 4], sbr.lr: [0.001]}}\n"
+    file.write_text(RECIPE.replace("LLMGR", "X").split("variants:")[0] + variants)
+    output = tmp_path / "out"
+    data = ["--dataset", str(small_run().dataset.path), "--output", str(output)]
+    main(["--recipe", str(file), *data, "--seeds", "0"])
+    results = json.loads((output / "grid.json").read_text())["variants"]["GNN"]
+    qualities = [point["valid_ndcg@20"] for point in results["grid"]]
+    assert qualities == sorted(qualities, reverse=True)
+    assert len({point["settings"]["sbr.epochs"] for point in results["grid"]}) == 2
+    # What is reported is the chosen point's, and only that point was judged on test.
+    assert results["valid_ndcg@20"] == qualities[0]
+    assert judged.count("test") == 1
+    chosen = results["grid"][0]["settings"]["sbr.epochs"]
+    assert f"- GNN: sbr.epochs {chosen}, sbr.lr 0.001, best of 2" in (output / "grid.md").read_text()
 
 
 def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch):
@@ -86,10 +108,11 @@ def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch)
 
     text_makers = ({"llm__num_layers": 2}, {"llm__text_layer": 2}, {"llm__name_or_path": "random-tiny"})
     text_makers += ({"prompt__max_text_tokens": 8}, {"prompt__text_fields": ["title"]})
+    text_makers += ({"controls__random_llm": True}, {"controls__shuffled_text": True})
     for change in text_makers:
         assert run_of(item_text=True, **change) != run_of(item_text=True)
         assert run_of(item_text=False, **change) == run_of(item_text=False)
-    for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}, {"head__item_text": False}):
+    for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}, {"controls__no_graph": True}):
         assert run_of(item_text=True, **change) == run_of(item_text=True)
 
 

@@ -272,6 +272,16 @@ def test_identity_keeps_what_decides_the_result() -> None:
     assert Identity.of("sbr", "c", base) != Identity.of("sbr", "c", other)
 
 
+def test_identity_is_what_it_was_before_there_were_controls() -> None:
+    config = Config()
+    assert not any(name.startswith("controls.") for name in Identity.of("align", "c", config).settings)
+    config.controls.no_graph = True
+    settings = Identity.of("align", "c", config).settings
+    assert {name: value for name, value in settings.items() if name.startswith("controls.")} == {
+        "controls.no_graph": True
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "stored"),
     [

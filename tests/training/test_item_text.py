@@ -201,7 +201,7 @@ def test_a_resumed_stage_computes_what_an_uninterrupted_one_does(trained: Traine
 
 
 def test_the_bundle_of_sbr_needs_no_language_model(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("assemble_decoder", "weights_hash"):
+    for name in ("assemble_decoder", "decoder_hash"):
         monkeypatch.setattr(bundles, name, lambda *_: pytest.fail("asked for the language model"))
     monkeypatch.setattr("llmgr_rec.distributed.assembly.load_decoder", lambda *_: pytest.fail("loaded it"))
     bundle = load_bundle(trained.run() / "export/sbr")
