@@ -16,9 +16,13 @@ from llmgr_rec.distributed.assembly import assemble_recommender, item_tokens, ma
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.bundle_export import dense_tensors
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.protocol import evaluate_model
+from llmgr_rec.distributed.sharding import shard
+from llmgr_rec.distributed.shards import init_tables, local_shards
+from llmgr_rec.evaluation.protocol import evaluate_model, split_reader
 from llmgr_rec.modules.language_model import encode_item_texts, standardise_encodings
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.tasks import SbrTask
+from llmgr_rec.scoring.run import ScoreRequest, score_run
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
 from tests.training.small_training import numbers, prepare, records, small_config, train
@@ -200,7 +204,9 @@ def test_a_resumed_stage_computes_what_an_uninterrupted_one_does(trained: Traine
     assert moved(again.tables, first.tables) == moved(again.recommender, first.recommender) == set()
 
 
-def test_the_bundle_of_sbr_needs_no_language_model(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundle_of_sbr_needs_no_language_model(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in ("assemble_decoder", "decoder_hash"):
         monkeypatch.setattr(bundles, name, lambda *_: pytest.fail("asked for the language model"))
     monkeypatch.setattr("llmgr_rec.distributed.assembly.load_decoder", lambda *_: pytest.fail("loaded it"))
@@ -210,6 +216,26 @@ def test_the_bundle_of_sbr_needs_no_language_model(trained: Trained, monkeypatch
     metrics = evaluate_model(bundle.model, trained.dataset, "valid", bundle.config, one)
     ((_, validated),) = [(key, value) for key, value in records(trained.run()).items() if key[::2] == ("sbr", "valid")]
     assert metrics["ndcg@20"] == pytest.approx(validated["ndcg@20"], abs=1e-6)
+    totals = score_run(ScoreRequest(trained.run(), trained.dataset.path / "test", tmp_path / "scores", stage="sbr"))
+    assert totals.rows_out == trained.dataset.manifest.num_sessions["test"]
+
+
+def train_all_tables(world: World, folder: str) -> bool:
+    """Trains a recommender as a part of another's model, who lets every table train; whether its texts moved."""
+    config, catalogue = whole(Path(folder)), Catalogue.load(Path(folder, "dataset"))
+    task = SbrTask(assemble_recommender(config, catalogue, "meta", text_width=64), world.size)
+    model = shard(task, config.tables, world, lambda table: True)
+    init_tables(model, 0, 0.1)
+    before = {piece.table: piece.tensor.clone() for piece in local_shards(model)}
+    reader = split_reader(Dataset(Path(folder, "dataset")), "train", 32, make_collator(config, catalogue, "sbr", False))
+    loss, _ = model(reader.collated(0, 0))
+    loss.backward()
+    after = {piece.table: piece.tensor for piece in local_shards(model)}
+    return moved(before, after) == {"item_id", "category", "brand"}
+
+
+def test_texts_stay_as_they_are_though_every_table_may_train(trained: Trained) -> None:
+    assert run_on_ranks(train_all_tables, 1, str(trained.folder)) == [True]
 
 
 @torch.no_grad()
