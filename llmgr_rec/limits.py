@@ -19,6 +19,7 @@ _AT_LEAST: dict[str, float] = {
     "encoder.attention_heads": 1,
     "encoder.max_clicks": 1,
     "llm.num_layers": 0,
+    "llm.text_layer": 0,
     "llm.lora_rank": 1,
     "prompt.max_nodes": 0,
     "prompt.text_items": 0,
@@ -53,7 +54,7 @@ _ABOVE_0 = {
     "align.contrastive_temperature",
 }
 _ABOVE_0_IN_STAGES = ("lr", "clip_norm")
-_SHARES = {"encoder.last_item_weight", "distill.target_weight"}
+_SHARES = {"tables.id_dropout", "encoder.last_item_weight", "distill.target_weight"}
 _SHARES_IN_STAGES = ("warmup",)
 # A share of 1 would leave nothing.
 _DROPOUTS = {"encoder.dropout", "llm.lora_dropout"}
@@ -79,6 +80,11 @@ def check_limits(config: Config) -> None:
         raise UserError(
             f"setting encoder.attention_heads is {config.encoder.attention_heads}; "
             f"give a number that divides tables.dim {config.tables.dim}"
+        )
+    if config.tables.id_dropout and not config.tables.item_text:
+        raise UserError(
+            f"setting tables.id_dropout is {config.tables.id_dropout}, but without its id row nothing tells an item "
+            "from others; set tables.item_text to true, or tables.id_dropout to 0"
         )
     _check_one_pass(config)
     if not config.prompt.text_fields:

@@ -88,6 +88,23 @@ def test_a_large_catalogue_looks_its_text_up() -> None:
     assert behave.cached_bytes == 0
 
 
+def test_text_in_item_vectors_is_counted_once_in_every_stage() -> None:
+    config = settings()
+    config.tables.item_text = True
+    found = layouts(config, Sizes(1000, {"category": 30}))
+    for stage in ("sbr", "behave"):
+        tables = {table.footprint.table: table for table in found[stage].tables}
+        assert tables.keys() == {"item_id", "category", "item_text"}
+        assert len(found[stage].tables) == 3
+        assert tables["item_text"].footprint.state_bytes == 0
+        assert tables["item_text"].bytes_per_rank == dict.fromkeys(range(2), 4 * 64 * 1000 / 2)
+    plain = layouts(settings(), Sizes(1000, {"category": 30}))
+    assert found["sbr"].parameters["encoder"] - plain["sbr"].parameters["encoder"] == 64 * 64
+    assert found["sbr"].pipelined == ["recommender.item_tables.ebc", "recommender.item_text.text_tables"]
+    assert found["behave"].pipelined == [f"llmgr.{name}" for name in found["sbr"].pipelined]
+    assert not any(layout.problem or layout.blocking for layout in found.values())
+
+
 def test_table_wise_tables_lie_on_one_rank_each() -> None:
     config = settings()
     config.tables.sharding = "table_wise"

@@ -157,6 +157,14 @@ def test_prefixes_that_are_rows_already_are_not_read_in_one_pass(refused: Refuse
     assert re.search(r"the training rows of .*dataset are prefixes already; set behave\.one_pass to false", said)
 
 
+def test_text_in_item_vectors_is_asked_for_in_every_stage(refused: Refused, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(small_dataset(), dataset)
+    no_text(dataset)
+    said = refused("--tables.item_text", "true", dataset=dataset, stage="sbr")
+    assert re.search(r"has no titles, and setting tables\.item_text is true; .* set tables\.item_text to false", said)
+
+
 def test_text_is_not_asked_for_where_none_is_read(refused: Refused, tmp_path: Path) -> None:
     """What is refused then is only the last thing that is looked at: tables that find no room."""
     dataset = tmp_path / "dataset"
@@ -195,6 +203,9 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--prompt.templates", "nowhere.yaml"], r"prompt\.templates: nowhere\.yaml is neither a readable file nor"),
         (["--sbr.batch_size", "-1"], r"setting sbr\.batch_size is -1; give 1 or more"),
         (["--behave.batch_size", "0"], r"setting behave\.batch_size is 0; give 1 or more"),
+        (["--tables.id_dropout", "1.5"], r"setting tables\.id_dropout is 1\.5; give a share from 0 to 1"),
+        (["--tables.id_dropout", "0.5"], r"setting tables\.id_dropout is 0\.5, but .*; set tables\.item_text to true"),
+        (["--llm.text_layer", "3"], r"setting llm\.text_layer is 3, and random-tiny has 2 layers; give 2 at most"),
         (["--sbr.lr", "0"], r"setting sbr\.lr is 0\.0; give a number above 0"),
         (["--align.lr=-0.1"], r"setting align\.lr is -0\.1; give a number above 0"),
         (["--sbr.lr", ".nan"], r"setting sbr\.lr is nan; give a finite number"),
@@ -317,6 +328,7 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
         ([], ["sbr"], ["--tables.dim", "32"], r"setting tables\.dim is 32, but checkpoint"),
         (["sbr"], ["align"], ["--align.lr", "0.5"], r"setting align\.lr is 0\.5, but checkpoint"),
         (["sbr"], [], ["--tables.dim", "32"], r"setting tables\.dim is 32, but stage sbr in .* was trained with 16"),
+        (["sbr"], [], ["--tables.item_text", "true"], r"item_text is True, but stage sbr in .* trained with False"),
         (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
         (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
         (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),

@@ -16,9 +16,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.graph import build_graphs
+from llmgr_rec.data.hashing import hash_ints
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.left_out import LeftOutIds
 
 ITEM_ID = "item_id"
+# Bags that hold the item always, where those of its id may be empty.
+ITEM_TEXT = "item_text"
 
 Candidates = Literal["none", "cached", "full", "sampled"]
 # Taken from the score of a held-out item in a loss: its softmax is then 0 in any number format.
@@ -47,6 +51,8 @@ class Collator:
         max_nodes: With `random_node`, the node is drawn from this many last clicks, so that a prompt with so many nodes
             shows it; 0 draws from all.
         seed: Seed of the draws.
+        item_text: Whether items get a bag under `item_text` too, for tables of their texts.
+        left_out: Says whose bag under `item_id` is empty in a step of training; None fills all.
     """
 
     def __init__(
@@ -62,6 +68,8 @@ class Collator:
         text_separator: Sequence[int] = (),
         max_nodes: int = 0,
         seed: int = 0,
+        item_text: bool = False,
+        left_out: LeftOutIds | None = None,
     ) -> None:
         if text != "none" and text_tokens is None:
             raise ValueError(f"text is {text} but there are no text tokens")
@@ -80,6 +88,8 @@ class Collator:
         self.separator_length = len(text_separator)
         self.max_nodes = max_nodes
         self.seed = seed
+        self.item_text = item_text
+        self.left_out = left_out
 
     def __call__(self, raw: RawSessions) -> SessionBatch:
         """Makes the batch of this rank's sessions."""
@@ -87,8 +97,10 @@ class Collator:
         text_items_B = self._text_items(raw)
         targets_B = text_items_B if self.text == "random_node" else raw.targets_B
         candidates_C, log_q_C = self._candidates(raw, targets_B)
+        items_X = torch.cat([graph.node_items_N, candidates_C])
+        left_out_X = None if self.left_out is None else self.left_out.mask(items_X, raw.epoch, raw.step)
         return SessionBatch(
-            features=self.item_features(torch.cat([graph.node_items_N, candidates_C])),
+            features=self.item_features(items_X, left_out_X),
             graph=graph,
             targets_B=targets_B,
             target_columns_B=self._columns(targets_B, candidates_C),
@@ -123,13 +135,26 @@ class Collator:
         columns_B = torch.from_numpy(np.searchsorted(candidates_C.numpy(), targets_B.numpy()))
         return torch.where(targets_B >= 0, columns_B, -1)
 
-    def item_features(self, items_X: Tensor) -> KeyedJaggedTensor:
-        """The bags of a list of items, [X] of them, under `item_id` and each side feature."""
-        bags = {name: feature.select(items_X) for name, feature in self.side_features.items()}
+    def item_features(self, items_X: Tensor, left_out_X: Tensor | None = None) -> KeyedJaggedTensor:
+        """The bags of a list of items, [X] of them, under `item_id`, each side feature and, with it, `item_text`.
+
+        Args:
+            items_X: Item indices, int64.
+            left_out_X: Where the bag under `item_id` stays empty, bool; None fills all.
+        """
+        ones_X = torch.ones_like(items_X)
+        values, lengths = {ITEM_ID: items_X}, {ITEM_ID: ones_X}
+        if left_out_X is not None:
+            values[ITEM_ID], lengths[ITEM_ID] = items_X[~left_out_X], (~left_out_X).long()
+        for name, feature in self.side_features.items():
+            bags = feature.select(items_X)
+            values[name], lengths[name] = bags.values, bags.lengths
+        if self.item_text:
+            values[ITEM_TEXT], lengths[ITEM_TEXT] = items_X, ones_X
         return KeyedJaggedTensor(
-            keys=[ITEM_ID, *bags],
-            values=_joined([items_X, *(bag.values for bag in bags.values())]),
-            lengths=_joined([torch.ones_like(items_X), *(bag.lengths for bag in bags.values())]),
+            keys=list(values),
+            values=_joined(list(values.values())),
+            lengths=_joined(list(lengths.values())),
             stride=items_X.numel(),
         )
 
@@ -141,7 +166,7 @@ class Collator:
         counts_B = ends_B - raw.offsets_B1[:-1]
         if self.max_nodes:
             counts_B = counts_B.clamp(max=self.max_nodes)
-        noise_B = _hash(raw.rows_B.numpy(), self.seed, raw.epoch)
+        noise_B = hash_ints(raw.rows_B.numpy(), self.seed, raw.epoch)
         back_B = torch.from_numpy((noise_B % np.maximum(counts_B.numpy(), 1).astype(np.uint64)).astype(np.int64))
         padded = torch.cat([raw.items_L, torch.full((1,), -1)])
         return padded[torch.where(counts_B > 0, ends_B - 1 - back_B, raw.items_L.numel())]
@@ -242,14 +267,3 @@ def _prepend(tokens: Jagged, separator: Sequence[int]) -> Jagged:
     values[~is_head] = tokens.values
     values[heads] = torch.tensor(separator, dtype=values.dtype)
     return Jagged(values, offsets)
-
-
-def _hash(numbers: NDArray[np.int64], *salts: int) -> NDArray[np.uint64]:
-    """Mixes integers into 64 bits that look random (splitmix64; Steele et al., OOPSLA 2014)."""
-    mixed = numbers.astype(np.uint64)
-    for salt in (0, *salts):
-        mixed = mixed + np.uint64((0x9E3779B97F4A7C15 * (salt + 1)) % (1 << 64))
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed = mixed ^ (mixed >> np.uint64(31))
-    return mixed

@@ -1,6 +1,7 @@
 """From settings and files to models and collators: the one place where both come together."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Candidates, Collator, TextPlace
 from llmgr_rec.data.item_text import shuffle_texts, tokenize_items
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.left_out import LeftOutIds
 from llmgr_rec.data.pretrained import load_decoder, load_tokenizer, weights_hash
 from llmgr_rec.data.prompt_files import Task, load_templates
 from llmgr_rec.data.random_weights import draw_decoder, drawn_weights_hash
@@ -26,10 +28,10 @@ _TEXT_SEPARATOR = "; "
 
 
 def assemble_recommender(
-    config: Config, catalogue: Catalogue, tables_device: torch.device | str = "cpu"
+    config: Config, catalogue: Catalogue, tables_device: torch.device | str = "cpu", text_width: int = 0
 ) -> SessionRecommender:
     """The session recommender for a catalogue; see `build_recommender`."""
-    return build_recommender(config, catalogue.num_items, catalogue.num_embeddings, tables_device)
+    return build_recommender(config, catalogue.num_items, catalogue.num_embeddings, tables_device, text_width)
 
 
 def assemble_decoder(config: Config, device: torch.device) -> PreTrainedModel:
@@ -53,6 +55,16 @@ def decoder_hash(config: Config) -> str:
     if config.controls.random_llm:
         return drawn_weights_hash(config.llm.name_or_path, config.seed)
     return weights_hash(config.llm.name_or_path)
+
+
+def assemble_text_decoder(config: Config, device: torch.device) -> PreTrainedModel:
+    """The decoder that encodes item texts: cut after the layer that the settings name for that.
+
+    Raises:
+        UserError: It is not to be had.
+    """
+    layers = config.llm.text_layer or config.llm.num_layers
+    return assemble_decoder(replace(config, llm=replace(config.llm, num_layers=layers)), device)
 
 
 def assemble_llmgr(
@@ -138,7 +150,22 @@ def make_collator(
         text_separator=separator,
         max_nodes=config.prompt.max_nodes,
         seed=config.seed,
+        item_text=config.tables.item_text,
+        left_out=left_out_ids(config, catalogue, purpose),
     )
+
+
+def left_out_ids(config: Config, catalogue: Catalogue, purpose: Purpose) -> LeftOutIds | None:
+    """Whose id row is left out of item vectors for a purpose; None where none is.
+
+    Args:
+        config: All settings.
+        catalogue: Items.
+        purpose: A training stage, or ranking: rows that never train stay at zero, so that they say nothing there.
+    """
+    if purpose == "rank" or not config.tables.item_text:
+        return None
+    return LeftOutIds(catalogue.train_count_V, config.tables.id_dropout if purpose == "sbr" else 0.0, config.seed)
 
 
 def text_place(config: Config, purpose: Purpose, language: bool) -> TextPlace:

@@ -35,6 +35,7 @@ from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import fill_table, table_parameters
 from llmgr_rec.errors import UserError
+from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.recipes import load_config
@@ -105,7 +106,9 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
             config, catalogue, assemble_decoder(config, device), (), tables_device, index.stage == "distill"
         )
     else:
-        model = assemble_recommender(config, catalogue, tables_device)
+        # From the table itself: the language model that made its encodings is not needed.
+        text_width = index.tables.get(ITEM_TEXT, (0, 0))[1]
+        model = assemble_recommender(config, catalogue, tables_device, text_width)
     model.requires_grad_(False)
     if world:
         shard(model, config.tables, world, lambda name: False)

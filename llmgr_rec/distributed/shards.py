@@ -1,7 +1,7 @@
 """What this rank holds of every embedding table, whether the module is sharded or not.
 
 One mechanism serves initialisation, filling, export and loading: all go through `local_shards`.
-Shapes: R rows of a piece, C columns of a piece.
+Shapes: R rows of a piece, C columns of a piece, V rows of a table.
 """
 
 import hashlib
@@ -119,6 +119,20 @@ def fill_table(module: nn.Module, parameter: str, read: Callable[[range, range],
     for shard in local_shards(module):
         if shard.parameter == parameter:
             _fill(shard, read)
+
+
+def zero_rows(module: nn.Module, table: str, rows_V: Tensor) -> None:
+    """Sets rows of a table to zero, in what this rank holds of it.
+
+    Args:
+        module: Any module with embedding collections.
+        table: Name of the table in its collection.
+        rows_V: Which rows, bool, one a row of the table.
+    """
+    for shard in local_shards(module):
+        if shard.table == table:
+            own_R = rows_V[shard.row_offset : shard.row_offset + shard.tensor.shape[0]]
+            shard.tensor[own_R.to(shard.tensor.device)] = 0
 
 
 def table_parameters(module: nn.Module) -> dict[str, tuple[int, int]]:

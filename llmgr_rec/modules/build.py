@@ -10,9 +10,10 @@ from llmgr_rec.config import Config, TrainableGroup
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
-from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.item_tables import ITEM_ID, ItemTables
+from llmgr_rec.modules.item_text import ItemText, text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
-from llmgr_rec.modules.llmgr import LLMGR, text_tables
+from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
@@ -20,7 +21,11 @@ from llmgr_rec.modules.student import StudentReader
 
 
 def build_recommender(
-    config: Config, num_items: int, num_embeddings: Mapping[str, int], tables_device: torch.device | str = "cpu"
+    config: Config,
+    num_items: int,
+    num_embeddings: Mapping[str, int],
+    tables_device: torch.device | str = "cpu",
+    text_width: int = 0,
 ) -> SessionRecommender:
     """The session recommender with fresh weights that depend on the settings and their seed only.
 
@@ -29,21 +34,27 @@ def build_recommender(
         num_items: Items of the catalogue.
         num_embeddings: Size of the vocabulary of each side feature that the catalogue has.
         tables_device: Where the item tables are made; `meta` leaves the memory to the sharder.
+        text_width: Columns of a text encoding; read with `tables.item_text`.
 
     Raises:
         UserError: Settings that do not go together.
+        ValueError: `tables.item_text` is set and there is no width.
     """
+    if config.tables.item_text and not text_width:
+        raise ValueError("tables.item_text is set: give the width of the text encodings")
     with _seeded(config.seed):
-        dim = config.tables.dim
+        dim, device = config.tables.dim, torch.device(tables_device)
         wanted: list[str] = [name for name in config.tables.side_features if name in num_embeddings]
         sizes = {name: num_embeddings[name] for name in wanted}
         # First, because tables draw random numbers where they are not on meta.
         encoder = build_encoder(config.encoder, dim)
+        text = ItemText(num_items, text_width, dim, config.tables.init_std, device) if config.tables.item_text else None
         return SessionRecommender(
-            ItemTables(num_items, sizes, dim, torch.device(tables_device)),
+            ItemTables(num_items, sizes, dim, device),
             encoder,
             config.encoder.score,
             config.encoder.temperature,
+            text,
         )
 
 
@@ -74,7 +85,8 @@ def build_llmgr(
     Raises:
         UserError: Settings that do not go together.
     """
-    recommender = build_recommender(config, num_items, num_embeddings, tables_device)
+    text_width = decoder.get_input_embeddings().weight.shape[1]
+    recommender = build_recommender(config, num_items, num_embeddings, tables_device, text_width)
     norm = mean_embedding_norm(decoder) if embedding_norm is None else embedding_norm
     with _seeded(config.seed):
         llm = config.llm
@@ -93,7 +105,7 @@ def build_llmgr(
             language_model,
             head,
             prompts,
-            text_tables(num_items, d2, torch.device(tables_device)) if reads_item_text(config) else None,
+            text_tables(num_items, d2, torch.device(tables_device), ITEM_ID) if head_reads_own_text(config) else None,
             config.prompt.node_source,
             config.prompt.node_order,
             config.prompt.max_nodes,
@@ -105,6 +117,11 @@ def build_llmgr(
 def reads_item_text(config: Config) -> bool:
     """Whether the head compares with text encodings of the items."""
     return config.head.name == "tied" and config.head.item_text
+
+
+def head_reads_own_text(config: Config) -> bool:
+    """Whether the head has a table of text encodings to itself: the recommender reads none that it could share."""
+    return reads_item_text(config) and not config.tables.item_text
 
 
 @contextmanager

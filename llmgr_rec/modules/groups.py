@@ -9,6 +9,7 @@ from llmgr_rec.config import TrainableGroup
 _GROUP_OF_PART: dict[str, TrainableGroup] = {
     "item_tables": "tables",
     "encoder": "encoder",
+    "text_projection": "encoder",
     "hybrid": "adapter",
     "head": "head",
     "student": "student",

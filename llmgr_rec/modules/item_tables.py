@@ -19,12 +19,15 @@ class ItemRows:
     """Vectors of a list of item occurrences.
 
     Args:
-        vectors_XD: Item vectors: the id row plus the pooled rows of every side feature.
+        vectors_XD: Item vectors: the id row plus the pooled rows of every side feature, plus the projected text where
+            it is a part of them.
         ids_XD: The rows of the id table alone.
+        texts_XH: Text encodings, where item vectors have them.
     """
 
     vectors_XD: Tensor
     ids_XD: Tensor
+    texts_XH: Tensor | None = None
 
 
 class ItemTables(nn.Module):

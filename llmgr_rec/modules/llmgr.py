@@ -8,12 +8,11 @@ width, Q columns of queries and items.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -23,13 +22,11 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
-from llmgr_rec.modules.item_tables import ITEM_ID
+from llmgr_rec.modules.item_tables import ITEM_ID, ItemRows
 from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes, trunk_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender
 from llmgr_rec.modules.student import StudentReader
-
-ITEM_TEXT = "item_text"
 
 torch.fx.wrap("prompt_nodes")
 torch.fx.wrap("trunk_nodes")
@@ -48,28 +45,6 @@ class Scored:
     items_CQ: Tensor
 
 
-def text_tables(num_items: int, width: int, device: torch.device | None = None) -> EmbeddingBagCollection:
-    """The frozen table of text encodings: a row an item, looked up by the same key as the item's id.
-
-    Args:
-        num_items: Size V of the catalogue.
-        width: Columns H of an encoding.
-        device: Where the table is made; `meta` leaves the memory to the sharder.
-    """
-    return EmbeddingBagCollection(
-        device=device,
-        tables=[
-            EmbeddingBagConfig(
-                name=ITEM_TEXT,
-                feature_names=[ITEM_ID],
-                num_embeddings=num_items,
-                embedding_dim=width,
-                pooling=PoolingType.SUM,
-            )
-        ],
-    )
-
-
 class LLMGR(nn.Module):
     """The whole model.
 
@@ -79,7 +54,8 @@ class LLMGR(nn.Module):
         language_model: Reads the prompts.
         head: Turns readings into queries, and items into vectors to compare with.
         prompts: A compiled prompt for each task that is used.
-        text: Text encodings of the items, see `text_tables`; needed by a head with item text.
+        text: Text encodings of the items, see `text_tables`, looked up by `item_id`; needed by a head with item text
+            where the recommender reads none.
         node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
         node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
         max_nodes: Newest nodes kept in a prompt; 0 keeps all.
@@ -234,7 +210,10 @@ class LLMGR(nn.Module):
             return self.head.items(self.item_rows_VD, self.rows_VD, self.text_VH, None)
         text_CH = None
         if self._reads_text:
-            text_CH = self._texts(batch.features)[seen.rows_ND.shape[0] :]
+            texts_CH = seen.candidate_texts_CH
+            if texts_CH is None:
+                texts_CH = self._texts(batch.features)[seen.rows_ND.shape[0] :]
+            text_CH = self.head.standardise(texts_CH)
         return self.head.items(seen.candidates_CQ, seen.candidate_ids_CD, text_CH, batch.candidates_C)
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
@@ -243,10 +222,21 @@ class LLMGR(nn.Module):
         Args:
             features: A bag for each item.
         """
-        rows = self.recommender.item_tables.rows(features)
-        text_CH = self._texts(features) if self._reads_text else None
+        rows = self.rows(features)
+        text_CH = None if rows.texts_XH is None else self.head.standardise(rows.texts_XH)
         ids_C = features[ITEM_ID].values()
         return self.head.items(self.recommender.as_items(rows.vectors_XD), rows.ids_XD, text_CH, ids_C)
+
+    def rows(self, features: KeyedJaggedTensor) -> ItemRows:
+        """Looks up all that items' vectors are made of, text encodings too where the head reads them.
+
+        Args:
+            features: A bag for each item.
+        """
+        rows = self.recommender.rows(features)
+        if not self._reads_text:
+            return replace(rows, texts_XH=None)
+        return rows if rows.texts_XH is not None else replace(rows, texts_XH=self._texts(features))
 
     def cache_catalogue(self, vectors_VD: Tensor, ids_VD: Tensor, text_VH: Tensor | None) -> None:
         """Keeps the inputs of all items' vectors, for training with the catalogue's tables frozen.
@@ -275,4 +265,4 @@ class LLMGR(nn.Module):
         if self.text_tables is None:
             raise ValueError("the head reads item text, but the model was built without text encodings")
         with torch.no_grad():
-            return self.head.standardise(self.text_tables(features).values())
+            return self.text_tables(features).values()

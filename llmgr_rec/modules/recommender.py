@@ -1,6 +1,7 @@
 """The session recommender: item tables, a session encoder and a score; the backbone that LLMGR builds on.
 
-Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, Q columns of queries and items (here D).
+Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, Q columns of queries and items (here D), H
+columns of a text encoding.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.item_tables import ItemRows, ItemTables
+from llmgr_rec.modules.item_text import ItemText
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 
 torch.fx.wrap("normalise")
@@ -61,6 +63,7 @@ class Recommended:
         rows_ND: Item vectors of the nodes as looked up.
         sessions_BD: Session vectors before they became queries.
         candidate_ids_CD: Bare id rows of the candidates.
+        candidate_texts_CH: Text encodings of the candidates, where item vectors have them.
     """
 
     queries_BQ: Tensor
@@ -69,6 +72,7 @@ class Recommended:
     rows_ND: Tensor
     sessions_BD: Tensor
     candidate_ids_CD: Tensor
+    candidate_texts_CH: Tensor | None = None
 
 
 class SessionRecommender(nn.Module):
@@ -79,16 +83,23 @@ class SessionRecommender(nn.Module):
         encoder: The session encoder.
         score: `dot`, or `cosine` divided by the temperature.
         temperature: Divisor of the cosine; ignored for dot.
+        item_text: Texts as a part of item vectors; None where they have none.
     """
 
     def __init__(
-        self, item_tables: ItemTables, encoder: SessionEncoder, score: Literal["dot", "cosine"], temperature: float
+        self,
+        item_tables: ItemTables,
+        encoder: SessionEncoder,
+        score: Literal["dot", "cosine"],
+        temperature: float,
+        item_text: ItemText | None = None,
     ) -> None:
         super().__init__()
         self.item_tables = item_tables
         self.encoder = encoder
         self.score = score
         self.temperature = temperature
+        self.item_text = item_text
 
     def forward(self, batch: SessionBatch) -> Recommended:
         """Encodes the sessions and prepares the candidates from one lookup.
@@ -99,7 +110,7 @@ class SessionRecommender(nn.Module):
         Returns:
             Queries, candidates and what they were made of.
         """
-        rows = self.item_tables.rows(batch.features)
+        rows = self.rows(batch.features)
         num_nodes = batch.graph.node_items_N.shape[0]
         # Two slices would each give a gradient of the whole; a split gives one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, rows.vectors_XD.shape[0] - num_nodes])
@@ -111,7 +122,20 @@ class SessionRecommender(nn.Module):
             rows_ND=rows_ND,
             sessions_BD=encoded.sessions_BD,
             candidate_ids_CD=rows.ids_XD[num_nodes:],
+            candidate_texts_CH=None if rows.texts_XH is None else rows.texts_XH[num_nodes:],
         )
+
+    def rows(self, features: KeyedJaggedTensor) -> ItemRows:
+        """Looks up items: their vectors and what these are made of.
+
+        Args:
+            features: A bag for each of the X occurrences, under the keys of the item tables and of the item text.
+        """
+        rows = self.item_tables.rows(features)
+        if self.item_text is None:
+            return rows
+        texts_XH = self.item_text(features)
+        return ItemRows(rows.vectors_XD + self.item_text.project(texts_XH), rows.ids_XD, texts_XH)
 
     def encode(self, features: KeyedJaggedTensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes sessions.
@@ -123,7 +147,7 @@ class SessionRecommender(nn.Module):
         Returns:
             Node states and session vectors.
         """
-        return self.encoder(self.item_tables(features)[: graph.node_items_N.shape[0]], graph)
+        return self.encoder(self.rows(features).vectors_XD[: graph.node_items_N.shape[0]], graph)
 
     def queries(self, batch: SessionBatch) -> Tensor:
         """Makes the queries of a batch, [B, Q]."""
@@ -131,7 +155,7 @@ class SessionRecommender(nn.Module):
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """Makes the items' side of the score for one bag an item, [C, Q]: scores are queries @ items.T."""
-        return self.as_items(self.item_tables(features))
+        return self.as_items(self.rows(features).vectors_XD)
 
     def as_queries(self, sessions_BD: Tensor) -> Tensor:
         """Turns session vectors into queries, [B, Q]."""

@@ -29,14 +29,14 @@ from llmgr_rec.recipes import save_config
 from llmgr_rec.study.compare import ndcg
 from llmgr_rec.study.judge import Places, judge_baseline, judge_model
 from llmgr_rec.study.recipe import Study, Variant
-from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.training.checks import RunRequest, setting, text_settings
 from llmgr_rec.training.run import train_run
 
 logger = logging.getLogger(__name__)
 
 # Factors that a blend may give to the baseline's score, beside the model's logits.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-# Parts of the settings that the session recommender's training does not depend on.
+# Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
 _LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill", "controls")
 
 
@@ -130,6 +130,8 @@ class Bench:
         """A finished run and the seconds of its training."""
         parts = asdict(config)
         first = {name: values for name, values in parts.items() if name not in _LATER_PARTS}
+        if config.tables.item_text:
+            first["text"] = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
         sbr_run = self._folder / "runs" / f"sbr-{self._key(first)}"
         only_sbr = replace(
             config,

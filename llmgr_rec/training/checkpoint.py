@@ -33,6 +33,9 @@ _FOLDER = re.compile(r"step-(\d{8})")
 # Settings that may change between a checkpoint and its resumption: they do not change what is computed.
 _FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix", "llm.recompute")
 
+# Settings that came later than checkpoints did: where they are off they go without saying.
+_SILENT_WHEN_OFF = ("controls.", "tables.item_text", "tables.id_dropout", "llm.text_layer")
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -56,8 +59,7 @@ class Identity:
             name: value
             for name, value in _flatten(asdict(config))
             if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
-            # A control that is off goes without saying, as in checkpoints from before there were any.
-            if value or not name.startswith("controls.")
+            if value or not name.startswith(_SILENT_WHEN_OFF)
         }
         return cls(stage, catalogue, settings)
 

@@ -11,6 +11,7 @@ import torch
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.data.row_groups import RowGroups
 from llmgr_rec.distributed.assembly import compile_prompts, decoder_hash
 from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
@@ -28,6 +29,7 @@ from llmgr_rec.training.stages import stage_settings
 _RECOMMENDER_SETTINGS = (
     "tables.dim",
     "tables.side_features",
+    "tables.item_text",
     "encoder.name",
     "encoder.steps",
     "encoder.attention_layers",
@@ -39,6 +41,7 @@ _RECOMMENDER_SETTINGS = (
 )
 _LANGUAGE_SETTINGS = (
     "llm.num_layers",
+    "llm.text_layer",
     "llm.lora_rank",
     "llm.lora_alpha",
     "prompt.node_source",
@@ -190,14 +193,13 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
             f"{catalogue.hash[:12]}); give the data set it was trained on, or another --output"
         )
     before = load_config(bundle / "config.yaml")
-    names: list[str] = [*_RECOMMENDER_SETTINGS]
+    names = [*_RECOMMENDER_SETTINGS]
     if index.stage != "sbr":
-        names += _LANGUAGE_SETTINGS
-        controls = request.config.controls
-        # Their weights and their order of texts are drawn.
-        names += ["seed"] if controls.random_llm or controls.shuffled_text else []
+        names += [*_LANGUAGE_SETTINGS, *_drawn_by_seed(request.config)]
+    if request.config.tables.item_text:
+        names += text_settings(request.config)
     for name in names:
-        if (now := _setting(request.config, name)) != (then := _setting(before, name)):
+        if (now := setting(request.config, name)) != (then := setting(before, name)):
             raise UserError(
                 f"setting {name} is {now}, but stage {index.stage} in {request.output} was trained with {then}; "
                 "give the same setting, or another --output"
@@ -219,18 +221,32 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
     if all(stage == "sbr" for stage in stages):
+        if config.tables.item_text:
+            _check_text(config, dataset, catalogue)
         return
     prompts = compile_prompts(config)
     if {"behave", "distill"} & set(stages) and config.behave.one_pass:
         _check_one_pass(config, prompts["behave"], dataset)
-    if not (reads_item_text(config) or "align" in stages or config.prompt.text_items):
-        return
+    if config.tables.item_text or reads_item_text(config) or "align" in stages or config.prompt.text_items:
+        _check_text(config, dataset, catalogue)
+
+
+def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
     if not dataset.manifest.has_text:
+        readers, otherwise = "stages align and behave read item text", "train with --stage sbr"
+        if config.tables.item_text:
+            readers, otherwise = "setting tables.item_text is true", "set tables.item_text to false"
         raise UserError(
-            f"{dataset.items_path} has no titles, and stages align and behave read item text; "
-            "prepare with an items file that has a column title, or train with --stage sbr"
+            f"{dataset.items_path} has no titles, and {readers}; "
+            f"prepare with an items file that has a column title, or {otherwise}"
         )
     catalogue.texts(list(config.prompt.text_fields))
+    layers = num_decoder_layers(config.llm.name_or_path)
+    if config.llm.text_layer > layers:
+        raise UserError(
+            f"setting llm.text_layer is {config.llm.text_layer}, and {config.llm.name_or_path} has {layers} layers; "
+            f"give {layers} at most, or 0 for the last that is kept"
+        )
 
 
 def _check_one_pass(config: Config, prompt: CompiledPrompt, dataset: Dataset) -> None:
@@ -261,7 +277,20 @@ def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalo
             raise UserError(f"stage {layout.stage}: {layout.problem}")
 
 
-def _setting(config: Config, name: str) -> Any:
+def text_settings(config: Config) -> tuple[str, ...]:
+    """Names of the settings that decide what item texts are encoded to, and by which layers."""
+    cut = ("llm.text_layer",) if config.llm.text_layer else ("llm.text_layer", "llm.num_layers")
+    controls = ("controls.random_llm", "controls.shuffled_text", *_drawn_by_seed(config))
+    return ("llm.name_or_path", *cut, "prompt.text_fields", "prompt.max_text_tokens", *controls)
+
+
+def _drawn_by_seed(config: Config) -> tuple[str, ...]:
+    """The seed, where weights of the language model or the order of texts are drawn."""
+    return ("seed",) if config.controls.random_llm or config.controls.shuffled_text else ()
+
+
+def setting(config: Config, name: str) -> Any:
+    """The value of a setting by its dotted name."""
     value: Any = asdict(config)
     for part in name.split("."):
         value = value[part]

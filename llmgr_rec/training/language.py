@@ -19,8 +19,9 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World, barrier
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.distributed.shards import fill_table, table_parameters
+from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
-from llmgr_rec.modules.llmgr import ITEM_TEXT, LLMGR
+from llmgr_rec.modules.llmgr import LLMGR
 
 # A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
 # not repeat, and what is dealt out to ranks.
@@ -45,6 +46,7 @@ class TextEncodings:
     def __init__(self, folder: Path, num_items: int, width: int) -> None:
         self._folder = folder
         self._num_items = num_items
+        self.width = width
         self._rows = max(_MIN_ROWS, -(-num_items // _MAX_FILES))
         self._mean_H = torch.zeros(width)
         self._scale = 1.0
@@ -149,9 +151,9 @@ def cache_catalogue(llmgr: LLMGR, collator: Collator, device: torch.device) -> N
     vectors, ids, texts = [], [], []
     for items in torch.arange(collator.num_items).split(_LOOKUP_ITEMS):
         features = collator.item_features(items).to(device)
-        rows = llmgr.recommender.item_tables.rows(features)
+        rows = llmgr.rows(features)
         vectors.append(rows.vectors_XD)
         ids.append(rows.ids_XD)
-        if llmgr.text_tables is not None:
-            texts.append(llmgr.text_tables(features).values())
+        if rows.texts_XH is not None:
+            texts.append(rows.texts_XH)
     llmgr.cache_catalogue(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from transformers import PreTrainedModel
 
 from llmgr_rec.config import Config, StageConfig, StageName
 from llmgr_rec.data.catalogue import Catalogue
@@ -20,20 +21,23 @@ from llmgr_rec.distributed.assembly import (
     assemble_decoder,
     assemble_llmgr,
     assemble_recommender,
+    assemble_text_decoder,
     caches_catalogue,
     decoder_hash,
     item_tokens,
+    left_out_ids,
     make_collator,
     text_place,
 )
 from llmgr_rec.distributed.bundle import export_bundle, latest_bundle, load_weights
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import init_tables
+from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import reads_item_text
+from llmgr_rec.modules.build import head_reads_own_text
 from llmgr_rec.modules.groups import group_of, select_trainable
+from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask
@@ -121,22 +125,42 @@ def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[
 
 def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config = context.config
-    recommender = assemble_recommender(config, context.catalogue, "meta")
+    encodings: TextEncodings | None = None
+    if config.tables.item_text:
+        encodings = _text_encodings(context)
+    recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
     model = _shard(
         SbrTask(recommender, context.world.size, resolve_dtype(config.loss.dtype, context.world.device)),
         config.sbr,
         context,
     )
     init_tables(model, config.seed, config.tables.init_std)
+    if encodings is not None:
+        fill_text_table(model, encodings)
+    if (left_out := left_out_ids(config, context.catalogue, "sbr")) is not None:
+        zero_rows(model, ITEM_ID, left_out.untrained_V)
     return model, recommender
+
+
+def _text_encodings(context: RunContext, decoder: PreTrainedModel | None = None) -> TextEncodings:
+    """Text encodings of the catalogue.
+
+    Args:
+        context: The run.
+        decoder: The stage's own decoder, where it has one: it serves if it is cut at the right layer.
+    """
+    config, world = context.config, context.world
+    if decoder is None or config.llm.text_layer:
+        decoder = assemble_text_decoder(config, world.device)
+    return encode_catalogue(decoder, context.item_tokens, world, context.run, decoder_hash(config))
 
 
 def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, LLMGR]:
     config, world, settings = context.config, context.world, stage_settings(context.config, stage)
     decoder = assemble_decoder(config, world.device)
     encodings: TextEncodings | None = None
-    if reads_item_text(config):
-        encodings = encode_catalogue(decoder, context.item_tokens, world, context.run, decoder_hash(config))
+    if head_reads_own_text(config):
+        encodings = _text_encodings(context, decoder)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
     model = _shard(_language_task(stage, llmgr, config, world), settings, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))

@@ -18,9 +18,10 @@ from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
 from llmgr_rec.data.prompt_files import Task, parse_template
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
-from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.item_tables import ITEM_ID, ItemTables
+from llmgr_rec.modules.item_text import text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
-from llmgr_rec.modules.llmgr import LLMGR, text_tables
+from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
@@ -117,7 +118,7 @@ def make_llmgr(
     tokenizer = load_tokenizer("random-tiny")
     text = None
     if head == "tied":
-        text = text_tables(NUM_ITEMS, width)
+        text = text_tables(NUM_ITEMS, width, key=ITEM_ID)
         torch.nn.init.normal_(text.embedding_bags["item_text"].weight)
     return LLMGR(
         recommender=recommender,

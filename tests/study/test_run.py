@@ -1,12 +1,14 @@
 """A small experiment: right, gone on with, and nothing trained twice."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.errors import UserError
@@ -91,6 +93,27 @@ def test_a_grid_is_chosen_from_on_validation_and_never_on_what_is_judged(tmp_pat
     assert judged.count("test") == 1
     chosen = results["grid"][0]["settings"]["sbr.epochs"]
     assert f"- GNN: sbr.epochs {chosen}, sbr.lr 0.001, best of 2" in (output / "grid.md").read_text()
+
+
+def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells.Bench, "_train", lambda *_: 0.0)
+    bench = cells.Bench(tmp_path, small_run().dataset, "test")
+
+    def run_of(**settings):
+        config = replace(Config(), tables=TablesConfig(item_text=settings.pop("item_text")))
+        for name, value in settings.items():
+            part, _, setting = name.partition("__")
+            setattr(getattr(config, part), setting, value)
+        return bench._trained("sbr", config)[0]
+
+    text_makers = ({"llm__num_layers": 2}, {"llm__text_layer": 2}, {"llm__name_or_path": "random-tiny"})
+    text_makers += ({"prompt__max_text_tokens": 8}, {"prompt__text_fields": ["title"]})
+    text_makers += ({"controls__random_llm": True}, {"controls__shuffled_text": True})
+    for change in text_makers:
+        assert run_of(item_text=True, **change) != run_of(item_text=True)
+        assert run_of(item_text=False, **change) == run_of(item_text=False)
+    for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}, {"controls__no_graph": True}):
+        assert run_of(item_text=True, **change) == run_of(item_text=True)
 
 
 @torch.no_grad()

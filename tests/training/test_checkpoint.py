@@ -272,9 +272,12 @@ def test_identity_keeps_what_decides_the_result() -> None:
     assert Identity.of("sbr", "c", base) != Identity.of("sbr", "c", other)
 
 
-def test_identity_is_what_it_was_before_there_were_controls() -> None:
+def test_identity_is_what_it_was_before_there_were_controls_and_text_in_item_vectors() -> None:
     config = Config()
-    assert not any(name.startswith("controls.") for name in Identity.of("align", "c", config).settings)
+    later = ("controls.", "tables.item_text", "tables.id_dropout", "llm.text_layer")
+    assert not any(name.startswith(later) for name in Identity.of("align", "c", config).settings)
+    config.tables.item_text = True
+    assert Identity.of("align", "c", config).settings["tables.item_text"] is True
     config.controls.no_graph = True
     settings = Identity.of("align", "c", config).settings
     assert {name: value for name, value in settings.items() if name.startswith("controls.")} == {
