@@ -5,6 +5,7 @@ Shapes: R rows, S flat values.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,9 +71,17 @@ class Jagged:
         Args:
             rows: Row numbers 0 .. R - 1, int64 of any length.
         """
+        if self._has_one_value_a_row:
+            return Jagged(self.values.index_select(0, rows), torch.arange(rows.numel() + 1))
         # index_select gathers some three times as fast as indexing with brackets.
         starts = self.offsets.index_select(0, rows)
         return self.gather(starts, self.offsets.index_select(0, rows + 1) - starts)
+
+    @cached_property
+    def _has_one_value_a_row(self) -> bool:
+        # As an item has one brand: selecting is then a single gather. A GPU would have to be waited for.
+        on_cpu = self.offsets.device.type == "cpu"
+        return on_cpu and self.values.numel() == self.num_rows and bool((self.lengths == 1).all())
 
     def gather(self, starts: Tensor, lengths: Tensor, total: int | None = None) -> "Jagged":
         """Runs of values that need not be whole rows.

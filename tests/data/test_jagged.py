@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from llmgr_rec.data.jagged import Jagged, ranges
 
+SINGLES = st.lists(st.lists(st.integers(-5, 5), min_size=1, max_size=1), min_size=1, max_size=6)
 ROWS = st.lists(st.lists(st.integers(-5, 5), max_size=4), min_size=1, max_size=6)
 
 
@@ -16,7 +17,7 @@ def as_lists(rows: Jagged) -> list[list[int]]:
     return [part.tolist() for part in torch.split(rows.values, rows.lengths.tolist())]
 
 
-@given(rows=ROWS, data=st.data())
+@given(rows=ROWS | SINGLES, data=st.data())
 def test_select_takes_rows_in_the_given_order(rows: list[list[int]], data: st.DataObject) -> None:
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=8))
 
