@@ -336,7 +336,7 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
             ["sbr"],
             ["align"],
             ["--controls.no_nodes=true"],
-            r"no_nodes is True, but checkpoint .* made with its default",
+            r"no_nodes is True, but checkpoint .* made with off",
         ),
         (
             ["sbr", "align"],

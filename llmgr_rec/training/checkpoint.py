@@ -34,7 +34,7 @@ _FOLDER = re.compile(r"step-(\d{8})")
 _FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix", "llm.recompute")
 
 # Settings that came later than checkpoints did: where they are off they go without saying.
-_SILENT_WHEN_OFF = ("controls.", "tables.item_text", "tables.id_dropout", "llm.text_layer")
+_SILENT_WHEN_OFF = ("controls.", "tables.item_text", "tables.id_dropout", "llm.text_layer", "llm.text_whitening")
 
 
 @dataclass(frozen=True)
@@ -240,8 +240,8 @@ class CheckpointManager:
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(
-                    f"setting {name} is {now.get(name, 'its default')}, but checkpoint {path} was made with "
-                    f"{before.get(name, 'its default')}; give the same settings to resume, or another --output"
+                    f"setting {name} is {now.get(name, 'off')}, but checkpoint {path} was made with "
+                    f"{before.get(name, 'off')}; give the same settings to resume, or another --output"
                 )
 
     def _check_widths(self, path: Path, state: Mapping[str, Any], widths: Mapping[str, list[int]]) -> None:

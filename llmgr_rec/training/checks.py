@@ -42,6 +42,7 @@ _RECOMMENDER_SETTINGS = (
 _LANGUAGE_SETTINGS = (
     "llm.num_layers",
     "llm.text_layer",
+    "llm.text_whitening",
     "llm.lora_rank",
     "llm.lora_alpha",
     "prompt.node_source",
@@ -281,7 +282,7 @@ def text_settings(config: Config) -> tuple[str, ...]:
     """Names of the settings that decide what item texts are encoded to, and by which layers."""
     cut = ("llm.text_layer",) if config.llm.text_layer else ("llm.text_layer", "llm.num_layers")
     controls = ("controls.random_llm", "controls.shuffled_text", *_drawn_by_seed(config))
-    return ("llm.name_or_path", *cut, "prompt.text_fields", "prompt.max_text_tokens", *controls)
+    return ("llm.name_or_path", *cut, "llm.text_whitening", "prompt.text_fields", "prompt.max_text_tokens", *controls)
 
 
 def _drawn_by_seed(config: Config) -> tuple[str, ...]:

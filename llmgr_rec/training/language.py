@@ -22,6 +22,7 @@ from llmgr_rec.distributed.shards import fill_table, table_parameters
 from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.whitening import whitening_map
 
 # A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
 # not repeat, and what is dealt out to ranks.
@@ -35,24 +36,27 @@ class TextEncodings:
     """Text encodings of all items on disk, standardised as they are read.
 
     Hidden states of a decoder share a large common direction, so raw encodings all look alike to a dot product. They
-    are centred on the catalogue's mean and scaled to a root mean square norm of 1. Items without tokens stay at zero.
+    are centred on the catalogue's mean, whitened if that is asked for, and scaled to a root mean square norm of 1.
+    Items without tokens stay at zero.
 
     Args:
         folder: Where the encodings lie, in files of consecutive items; ranks share it.
         num_items: Size V of the catalogue.
         width: Hidden width H.
+        whiten: Whiten them, see `whitening_map`.
     """
 
-    def __init__(self, folder: Path, num_items: int, width: int) -> None:
+    def __init__(self, folder: Path, num_items: int, width: int, whiten: bool) -> None:
         self._folder = folder
         self._num_items = num_items
         self.width = width
+        self._whiten = whiten
         self._rows = max(_MIN_ROWS, -(-num_items // _MAX_FILES))
         self._mean_H = torch.zeros(width)
-        self._scale = 1.0
+        self._map_HH = torch.eye(width)
 
     def encode(self, decoder: PreTrainedModel, tokens: Jagged, world: World) -> None:
-        """Encodes what is not on disk yet, files dealt out over the ranks, and finds mean and scale.
+        """Encodes what is not on disk yet, files dealt out over the ranks, and finds what standardises them.
 
         Args:
             decoder: The bare pre-trained decoder.
@@ -62,16 +66,34 @@ class TextEncodings:
         self._folder.mkdir(parents=True, exist_ok=True)
         mine = [start for index, start in enumerate(self._starts()) if index % world.size == world.rank]
         bar = progress(len(mine) * self._rows, "item text", "item")
-        moments = torch.zeros(self._mean_H.numel() + 2, dtype=torch.float64)
+        products_HH = torch.zeros(self.width, self.width, dtype=torch.float64)
+        sums = torch.zeros(self.width + 1, dtype=torch.float64)
         for start in mine:
-            moments += self._moments(self._encode_file(start, decoder, tokens))
+            exact = _with_text(self._encode_file(start, decoder, tokens))
+            products_HH.addmm_(exact.T, exact)
+            sums += torch.cat([exact.sum(0), torch.tensor([float(len(exact))])])
             bar.update(self._rows)
         bar.close()
-        sums_H, squares, count = sum_over_ranks(moments, world).split([self._mean_H.numel(), 1, 1])
-        mean_H = sums_H / count.clamp(min=1)
-        variance = (squares / count.clamp(min=1) - mean_H.square().sum()).clamp(min=1e-12)
-        self._mean_H, self._scale = mean_H.float(), float(variance.sqrt())
+        sums_H, count = sum_over_ranks(sums, world).split([self.width, 1])
+        count = count.clamp(min=1)
+        mean_H = sums_H / count
+        covariance_HH = sum_over_ranks(products_HH, world) / count - torch.outer(mean_H, mean_H)
+        self._mean_H = mean_H.float()
+        if self._whiten:
+            map_HH = whitening_map(covariance_HH, self._fourth_moment(mine, mean_H, count, world), int(count))
+            self._map_HH = map_HH.float()
+        else:
+            self._map_HH = torch.eye(self.width) / float(covariance_HH.trace().clamp(min=1e-12).sqrt())
         barrier(world)
+
+    def _fourth_moment(self, mine: list[int], mean_H: Tensor, count: Tensor, world: World) -> float:
+        """Mean fourth power of the centred encodings' norms, from a second pass over this rank's files."""
+        total = torch.zeros(1, dtype=torch.float64)
+        for start in mine:
+            with safe_open(self._path(start), framework="pt") as file:
+                centred = _with_text(file.get_tensor("encodings")) - mean_H
+            total += centred.square().sum(dim=1).square().sum()
+        return float(sum_over_ranks(total, world) / count)
 
     def read(self, rows: range, cols: range) -> Tensor:
         """Standardised encodings of a rectangle, float32 [rows, cols]."""
@@ -80,9 +102,10 @@ class TextEncodings:
             low, high = max(rows.start, start), min(rows.stop, start + self._rows, self._num_items)
             if low < high:
                 with safe_open(self._path(start), framework="pt") as file:
-                    raw = file.get_slice("encodings")[low - start : high - start, cols.start : cols.stop]
+                    raw = file.get_slice("encodings")[low - start : high - start]
                     has_text = file.get_slice("has_text")[low - start : high - start]
-                pieces.append((raw - self._mean_H[cols.start : cols.stop]) / self._scale * has_text.unsqueeze(1))
+                mapped = (raw - self._mean_H) @ self._map_HH[:, cols.start : cols.stop]
+                pieces.append(mapped * has_text.unsqueeze(1))
         return torch.cat(pieces)
 
     def _starts(self) -> range:
@@ -104,14 +127,14 @@ class TextEncodings:
         partial.rename(path)
         return encodings
 
-    @staticmethod
-    def _moments(encodings: Tensor) -> Tensor:
-        exact = encodings[encodings.any(dim=1)].double()
-        return torch.cat([exact.sum(0), exact.square().sum().view(1), torch.tensor([float(len(exact))])])
+
+def _with_text(encodings: Tensor) -> Tensor:
+    """Encodings of the items that have any, float64."""
+    return encodings[encodings.any(dim=1)].double()
 
 
 def encode_catalogue(
-    decoder: PreTrainedModel, tokens: Jagged, world: World, run: Path, language_model_hash: str
+    decoder: PreTrainedModel, tokens: Jagged, world: World, run: Path, language_model_hash: str, whiten: bool
 ) -> TextEncodings:
     """Text encodings of the catalogue, kept in RUN/item_text under a name that tells what they were made of.
 
@@ -121,13 +144,14 @@ def encode_catalogue(
         world: Ranks; all call together.
         run: Run folder.
         language_model_hash: Hash of the decoder's weights.
+        whiten: Whether they are read whitened; what is kept does not depend on it.
     """
     recipe = json.dumps([language_model_hash, decoder.config.num_hidden_layers, str(decoder.dtype)])
     digest = hashlib.sha256(recipe.encode())
     digest.update(tokens.values.numpy().tobytes())
     digest.update(tokens.offsets.numpy().tobytes())
     width = decoder.get_input_embeddings().weight.shape[1]
-    encodings = TextEncodings(run / "item_text" / digest.hexdigest()[:16], tokens.num_rows, width)
+    encodings = TextEncodings(run / "item_text" / digest.hexdigest()[:16], tokens.num_rows, width, whiten)
     encodings.encode(decoder, tokens, world)
     return encodings
 

@@ -152,7 +152,9 @@ def _text_encodings(context: RunContext, decoder: PreTrainedModel | None = None)
     config, world = context.config, context.world
     if decoder is None or config.llm.text_layer:
         decoder = assemble_text_decoder(config, world.device)
-    return encode_catalogue(decoder, context.item_tokens, world, context.run, decoder_hash(config))
+    return encode_catalogue(
+        decoder, context.item_tokens, world, context.run, decoder_hash(config), config.llm.text_whitening
+    )
 
 
 def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, LLMGR]:

@@ -19,9 +19,10 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, local_shards
 from llmgr_rec.evaluation.protocol import evaluate_model, split_reader
-from llmgr_rec.modules.language_model import encode_item_texts, standardise_encodings
+from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import SbrTask
+from llmgr_rec.modules.whitening import whiten_encodings
 from llmgr_rec.scoring.run import ScoreRequest, score_run
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
@@ -152,7 +153,7 @@ def test_the_text_table_holds_the_encodings_and_never_moves(
 ) -> None:
     config, catalogue = CASES[case](trained.folder), Catalogue.load(trained.dataset.path)
     decoder = load_decoder("random-tiny", config.llm.text_layer, "float32")
-    expected = standardise_encodings(encode_item_texts(decoder, item_tokens(config, catalogue), 8))
+    expected = whiten_encodings(encode_item_texts(decoder, item_tokens(config, catalogue), 8))
     sbr, align, behave = (trained.exported(stage, case=case, size=size, sharding=sharding) for stage in STAGES)
     torch.testing.assert_close(sbr.tables["item_text"], expected, atol=1e-5, rtol=1e-5)
     for later in (align, behave):

@@ -9,6 +9,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import load_decoder
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.modules.language_model import encode_item_texts, standardise_encodings
+from llmgr_rec.modules.whitening import whiten_encodings
 from llmgr_rec.training import language
 from llmgr_rec.training.language import TextEncodings, encode_catalogue
 from tests.ranks import run_on_ranks
@@ -23,21 +24,24 @@ def texts() -> Jagged:
     return Jagged.from_lengths(torch.randint(4, 200, (int(lengths.sum()),), generator=generator), lengths)
 
 
-def encodings_of(world: World, run: str) -> torch.Tensor:
+def encodings_of(world: World, run: str, whiten: bool) -> torch.Tensor:
     language._MIN_ROWS = 4
     decoder = load_decoder("random-tiny", 1, "float32")
-    found = encode_catalogue(decoder, texts(), world, Path(run), "hash")
+    found = encode_catalogue(decoder, texts(), world, Path(run), "hash", whiten)
     left, right = found.read(range(9), range(64)), found.read(range(9, ITEMS), range(64))
-    assert torch.equal(found.read(range(3, 15), range(8, 20)), torch.cat([left, right])[3:15, 8:20])
+    # Products of other shapes round otherwise.
+    torch.testing.assert_close(found.read(range(3, 15), range(8, 20)), torch.cat([left, right])[3:15, 8:20])
     return torch.cat([left, right])
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_encodings_on_disk_are_those_of_the_reference(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize("whiten", [False, True])
+def test_encodings_on_disk_are_those_of_the_reference(tmp_path: Path, ranks: int, whiten: bool) -> None:
     decoder = load_decoder("random-tiny", 1, "float32")
-    expected = standardise_encodings(encode_item_texts(decoder, texts(), ITEMS))
-    for found in run_on_ranks(encodings_of, ranks, str(tmp_path)):
+    reference = whiten_encodings if whiten else standardise_encodings
+    expected = reference(encode_item_texts(decoder, texts(), ITEMS))
+    for found in run_on_ranks(encodings_of, ranks, str(tmp_path), whiten):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(list(tmp_path.rglob("items-*.safetensors"))) == 6
 
@@ -46,7 +50,7 @@ def test_finished_files_are_not_encoded_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(language, "_MIN_ROWS", 4)
     decoder = load_decoder("random-tiny", 1, "float32")
     one = World(0, 1, 0, 1, torch.device("cpu"))
-    first = encode_catalogue(decoder, texts(), one, tmp_path, "hash").read(range(ITEMS), range(64))
+    first = encode_catalogue(decoder, texts(), one, tmp_path, "hash", True).read(range(ITEMS), range(64))
     monkeypatch.setattr(language, "encode_item_texts", lambda *_: pytest.fail("encoded again"))
-    again: TextEncodings = encode_catalogue(decoder, texts(), one, tmp_path, "hash")
+    again: TextEncodings = encode_catalogue(decoder, texts(), one, tmp_path, "hash", True)
     assert torch.equal(again.read(range(ITEMS), range(64)), first)
