@@ -12,17 +12,19 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle
-from llmgr_rec.evaluation.baselines import Baseline, Neighbours
+from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.protocol import build_baseline
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.recipes import save_config
@@ -34,7 +36,7 @@ from llmgr_rec.training.run import train_run
 
 logger = logging.getLogger(__name__)
 
-# Factors that a blend may give to the baseline's score, beside the model's logits.
+# Factors that a blend may give to a baseline's score, beside the model's logits; of several, each with each are tried.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
 _LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill", "controls")
@@ -47,13 +49,13 @@ class Cell:
     Args:
         places_S: Place of each target of the judged split, from 0.
         valid_ndcg: NDCG@20 on the validation sessions.
-        weight: Factor of the blended baseline; 0 without one.
+        weights_N: Factor of each blended baseline, in the variant's order.
         seconds: Seconds of training, shared stages included.
     """
 
     places_S: Places
     valid_ndcg: float
-    weight: float
+    weights_N: NDArray[np.float64]
     seconds: float
 
 
@@ -94,13 +96,14 @@ class Bench:
             np.savez_compressed(partial, **asdict(cell))
             os.replace(partial, file)
         with np.load(file) as stored:
-            return Cell(stored["places_S"], *(float(stored[name]) for name in ("valid_ndcg", "weight", "seconds")))
+            numbers = {name: float(stored[name]) for name in ("valid_ndcg", "seconds")}
+            return Cell(places_S=stored["places_S"], weights_N=stored["weights_N"], **numbers)
 
     def _baseline_cell(self, variant: Variant) -> Cell:
         baseline = self._baseline(variant.model)
         valid = judge_baseline(baseline, self._dataset, "valid")[0]
         judged = judge_baseline(baseline, self._dataset, self._split)[0]
-        return Cell(judged, float(ndcg(valid).mean()), 0.0, 0.0)
+        return Cell(judged, float(ndcg(valid).mean()), np.empty(0), 0.0)
 
     def _model_cell(self, variant: Variant, config: Config) -> Cell:
         run, seconds = self._trained(variant.model, config)
@@ -108,9 +111,8 @@ class Bench:
         if threads := config.runtime.threads_per_rank:
             torch.set_num_threads(threads)
         bundle = load_bundle(run / "export" / stage)
-        near: Any = self._baseline(variant.blend) if variant.blend else None
-        neighbours: Neighbours | None = near
-        weights = BLEND_WEIGHTS if near is not None else (0.0,)
+        neighbours: list[Any] = [self._baseline(name) for name in variant.blend]
+        weights = list(product(BLEND_WEIGHTS, repeat=len(neighbours)))
         judge = (bundle.config, self.catalogue, neighbours)
         valid_WS = judge_model(bundle.model, self._dataset, "valid", *judge, weights)
         quality_W = [float(ndcg(places_S).mean()) for places_S in valid_WS]
@@ -119,7 +121,7 @@ class Bench:
             judged = valid_WS[best]
         else:
             judged = judge_model(bundle.model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
-        return Cell(judged, quality_W[best], weights[best], seconds)
+        return Cell(judged, quality_W[best], np.array(weights[best]), seconds)
 
     def _baseline(self, name: str) -> Baseline:
         if name not in self._baselines:

@@ -1,6 +1,7 @@
 """Where the target of each session stands, for models, baselines and blends of both.
 
-Shapes: S sessions of a split, B sessions of a batch, V items, Q columns of queries and items, W weights.
+Shapes: S sessions of a split, B sessions of a batch, V items, Q columns of queries and items, N blended
+baselines, W sets of their weights.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,8 @@ def judge_model(
     split: str,
     config: Config,
     catalogue: Catalogue,
-    neighbours: Neighbours | None = None,
-    weights: Sequence[float] = (0.0,),
+    neighbours: Sequence[Neighbours] = (),
+    weights: Sequence[Sequence[float]] = ((),),
 ) -> Places:
     """Places of the targets over the whole catalogue, from 0: how many items stand before each.
 
@@ -46,8 +47,8 @@ def judge_model(
         split: train, valid or test.
         config: All settings.
         catalogue: The data set's items.
-        neighbours: Baseline whose score is added to the model's.
-        weights: Factors of that score; each gives places of its own.
+        neighbours: Baselines whose scores are added to the model's.
+        weights: Factors of those scores, one for each baseline; each such set gives places of its own.
 
     Returns:
         Places, [W, S], sessions in the order of the split.
@@ -64,18 +65,23 @@ def judge_model(
     found = []
     for raw, batch in reader.batches(0):
         scores_BV = session_queries(model, batch).float() @ items_VQ.T
-        near_BV = None
-        if neighbours is not None:
-            sparse_BV = neighbours.scores(raw.items_L.numpy(), raw.offsets_B1.numpy())
-            near_BV = torch.from_numpy(sparse_BV.toarray()).float()
-        places_WB = [
-            places(scores_BV if near_BV is None or not weight else scores_BV + weight * near_BV, raw.targets_B)
-            for weight in weights
+        near_NBV = [
+            torch.from_numpy(near.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).toarray()).float()
+            for near in neighbours
         ]
+        places_WB = [places(_blend(scores_BV, near_NBV, weights_N), raw.targets_B) for weights_N in weights]
         found.append(torch.stack(places_WB)[:, raw.weights_B > 0])
         bar.update(len(raw.targets_B))
     bar.close()
     return torch.cat(found, dim=1).int().numpy()
+
+
+def _blend(scores_BV: Tensor, near_NBV: Sequence[Tensor], weights_N: Sequence[float]) -> Tensor:
+    """The model's scores plus weighted ones of baselines."""
+    for near_BV, weight in zip(near_NBV, weights_N, strict=True):
+        if weight:
+            scores_BV = torch.add(scores_BV, near_BV, alpha=weight)
+    return scores_BV
 
 
 def judge_baseline(baseline: Baseline, dataset: Dataset, split: str) -> Places:

@@ -29,14 +29,14 @@ class Variant:
         name: As it is shown.
         model: What answers: a stage's model or a baseline without training.
         settings: Dotted settings over those of the study.
-        blend: Neighbour baseline whose score is added, by a weight that is chosen on validation; empty for none.
+        blend: Neighbour baselines whose scores are added, by weights that are chosen on validation.
         grid: Values to choose from on validation, by dotted setting; all combinations are tried.
     """
 
     name: str
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    blend: str = ""
+    blend: tuple[str, ...] = ()
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
@@ -145,14 +145,15 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
         name,
         str(values.get("model", "llmgr")),
         values.get("settings", {}),
-        str(values.get("blend", "")),
+        _names(values.get("blend", ())),
         values.get("grid", {}),
     )
-    for value, known in ((variant.model, (*MODELS, *BASELINES)), (variant.blend, ("", *BASELINES[1:]))):
+    asked = [(variant.model, (*MODELS, *BASELINES)), *((name, BASELINES[1:]) for name in variant.blend)]
+    for value, known in asked:
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"{where}: {value} is not known{hint} Known: {', '.join(filter(None, known))}")
+            raise UserError(f"{where}: {value} is not known{hint} Known: {', '.join(known)}")
     if variant.blend and not variant.trains:
         raise UserError(f"{where}: blend is for models that are trained; leave it out")
     for setting, choices in variant.grid.items():
@@ -161,6 +162,11 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
     if variant.grid and not variant.trains:
         raise UserError(f"{where}: grid is for models that are trained; leave it out")
     return variant
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """One name, or a list of them."""
+    return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)
 
 
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

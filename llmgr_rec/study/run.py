@@ -55,7 +55,7 @@ def run_study(request: StudyRequest) -> str:
         if not dataset.manifest.num_sessions[split]:
             raise UserError(f"{dataset.path} has no {split} sessions to judge by; prepare it with another --split")
     catalogue = Catalogue.load(dataset.path)
-    check_baselines({name for variant in study.variants for name in (variant.model, variant.blend)}, catalogue)
+    check_baselines({name for variant in study.variants for name in (variant.model, *variant.blend)}, catalogue)
     bench = Bench(request.output, dataset, request.split)
     chooser = Bench(request.output, dataset, "valid")
     cells: dict[str, list[Cell]] = {}
@@ -125,7 +125,7 @@ def compare(
             **metrics,
             "hr@20_by_train_count": hit_rate_by_frequency([cell.places_S for cell in own], train_count_S),
             "valid_ndcg@20": float(np.mean([cell.valid_ndcg for cell in own])),
-            "blend_weight": [cell.weight for cell in own],
+            "blend_weights": [cell.weights_N.tolist() for cell in own],
             "training_minutes": float(np.mean([cell.seconds for cell in own])) / 60,
         }
     return {

@@ -46,6 +46,7 @@ def test_a_grid_has_a_point_for_each_combination():
         ("variants: {a: {modle: sbr}}\n", "variant a: unknown key modle, did you mean model?"),
         ("variants: {a: {model: sbb}}\n", "variant a: sbb is not known, did you mean sbr?"),
         ("variants: {a: {model: sbr, blend: item_knm}}\n", "item_knm is not known, did you mean item_knn?"),
+        ("variants: {a: {model: sbr, blend: [item_knn, text_knm]}}\n", "text_knm is not known, did you mean text_knn?"),
         ("variants: {a: {model: popularity, blend: item_knn}}\n", "blend is for models that are trained"),
         ("variants: {a: {settings: {sbr.epoch: 3}}}\n", "variant a: .*sbr.epoch"),
         ("variants: {a: {settings: {sbr.epochs: -3}}}\n", "variant a: setting sbr.epochs is -3"),

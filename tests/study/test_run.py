@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,12 +143,25 @@ def test_a_blend_of_great_weight_ranks_as_its_baseline():
     shared = small_run()
     bundle = load_bundle(shared.run / "export" / "sbr")
     knn = build_baseline("item_knn", shared.dataset, shared.catalogue)
-    judged = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue, knn, (0.0, 1e6))
+    judged = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue, [knn], [(0.0,), (1e6,)])
     alone = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue)
     by_knn = judge_baseline(knn, shared.dataset, "test")[0]
     np.testing.assert_array_equal(judged[0], alone[0])
     sessions = np.concatenate([_related(knn, shared.dataset, "test")])
     np.testing.assert_array_equal(judged[1][sessions], by_knn[sessions])
+
+
+@torch.no_grad()
+def test_a_blend_of_several_adds_all_their_scores():
+    shared = small_run()
+    bundle = load_bundle(shared.run / "export" / "sbr")
+    words = (bundle.model, shared.dataset, "test", bundle.config, shared.catalogue)
+    near = [build_baseline(name, shared.dataset, shared.catalogue) for name in ("item_knn", "session_knn")]
+    both = judge_model(*words, near, [(1.0, 0.0), (0.0, 2.0), (1.0, 2.0)])
+    np.testing.assert_array_equal(both[0], judge_model(*words, near[:1], [(1.0,)])[0])
+    np.testing.assert_array_equal(both[1], judge_model(*words, near[1:], [(2.0,)])[0])
+    together = SimpleNamespace(scores=lambda *clicks: near[0].scores(*clicks) + 2 * near[1].scores(*clicks))
+    np.testing.assert_allclose(both[2], judge_model(*words, [together], [(1.0,)])[0], atol=1)
 
 
 def _related(knn, dataset, split):
