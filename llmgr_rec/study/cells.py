@@ -1,7 +1,8 @@
 """One cell of the matrix: a variant with a seed, trained and judged once, whoever asks for it and however often.
 
 A run folder is named by a hash of what its training depends on, so variants share what they have in common: all that
-stand on the same session recommender take over its stage, and a blend takes over the model that it blends.
+stand on the same session recommender take over its stage, a blend takes over the model that it blends, and item texts
+are encoded once.
 """
 
 import hashlib
@@ -156,7 +157,8 @@ class Bench:
         if not done.is_file():
             started = time.monotonic()
             resume = (run / "config.yaml").is_file()
-            train_run(RunRequest(config, self._dataset.path, run, "all", resume))
+            texts = self._folder / "item_text"
+            train_run(RunRequest(config, self._dataset.path, run, "all", resume, item_text=texts))
             done.write_text(f"{time.monotonic() - started:.1f}\n")
         return float(done.read_text())
 

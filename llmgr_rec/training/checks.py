@@ -67,6 +67,7 @@ class RunRequest:
         stage: One stage, or all in order.
         resume: Continue what is in the run folder.
         launch: Name of the launch, the same on all ranks and after every restart by the launcher; empty without one.
+        item_text: Folder of item text encodings, which runs may share; None keeps them in the run folder.
     """
 
     config: Config
@@ -75,6 +76,7 @@ class RunRequest:
     stage: Literal["all", StageName]
     resume: bool
     launch: str = ""
+    item_text: Path | None = None
 
 
 @dataclass(frozen=True)

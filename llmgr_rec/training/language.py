@@ -5,6 +5,7 @@ Shapes: V items of the catalogue, D = d1 columns, H = d2 hidden width of the lan
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -122,7 +123,8 @@ class TextEncodings:
         items = torch.arange(start, min(start + self._rows, self._num_items))
         rows = tokens.select(items)
         encodings = encode_item_texts(decoder, rows, _ENCODE_BATCH)
-        partial = path.with_suffix(".tmp")
+        # Another run may be encoding the same.
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
         save_file({"encodings": encodings, "has_text": (rows.lengths > 0).float()}, partial)
         partial.rename(path)
         return encodings
@@ -134,15 +136,15 @@ def _with_text(encodings: Tensor) -> Tensor:
 
 
 def encode_catalogue(
-    decoder: PreTrainedModel, tokens: Jagged, world: World, run: Path, language_model_hash: str, whiten: bool
+    decoder: PreTrainedModel, tokens: Jagged, world: World, folder: Path, language_model_hash: str, whiten: bool
 ) -> TextEncodings:
-    """Text encodings of the catalogue, kept in RUN/item_text under a name that tells what they were made of.
+    """Text encodings of the catalogue, kept under a name that tells what they were made of.
 
     Args:
         decoder: The bare pre-trained decoder.
         tokens: Token ids of each item's text.
         world: Ranks; all call together.
-        run: Run folder.
+        folder: Where encodings are kept; runs may share it.
         language_model_hash: Hash of the decoder's weights.
         whiten: Whether they are read whitened; what is kept does not depend on it.
     """
@@ -151,7 +153,7 @@ def encode_catalogue(
     digest.update(tokens.values.numpy().tobytes())
     digest.update(tokens.offsets.numpy().tobytes())
     width = decoder.get_input_embeddings().weight.shape[1]
-    encodings = TextEncodings(run / "item_text" / digest.hexdigest()[:16], tokens.num_rows, width, whiten)
+    encodings = TextEncodings(folder / digest.hexdigest()[:16], tokens.num_rows, width, whiten)
     encodings.encode(decoder, tokens, world)
     return encodings
 

@@ -33,7 +33,9 @@ def train_run(request: RunRequest) -> list[StageName]:
             _save_config(config, output / "config.yaml")
             (output / LAUNCH).write_text(request.launch)
         journal = Journal(output, enabled=world.rank == 0)
-        context = RunContext(config, checked.dataset, checked.catalogue, output, world, journal, request.resume)
+        context = RunContext(
+            config, checked.dataset, checked.catalogue, output, world, journal, request.resume, request.item_text
+        )
         for stage in checked.stages:
             run_stage(stage, context)
         journal.close()

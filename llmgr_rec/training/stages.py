@@ -62,6 +62,7 @@ class RunContext:
         world: Ranks.
         journal: Receives metrics.
         resume: Continue from the newest checkpoint where there is one.
+        item_text: Folder of item text encodings; None keeps them in the run folder.
     """
 
     config: Config
@@ -71,6 +72,7 @@ class RunContext:
     world: World
     journal: Journal
     resume: bool
+    item_text: Path | None = None
 
     @cached_property
     def item_tokens(self) -> Jagged:
@@ -152,8 +154,9 @@ def _text_encodings(context: RunContext, decoder: PreTrainedModel | None = None)
     config, world = context.config, context.world
     if decoder is None or config.llm.text_layer:
         decoder = assemble_text_decoder(config, world.device)
+    folder = context.item_text or context.run / "item_text"
     return encode_catalogue(
-        decoder, context.item_tokens, world, context.run, decoder_hash(config), config.llm.text_whitening
+        decoder, context.item_tokens, world, folder, decoder_hash(config), config.llm.text_whitening
     )
 
 
