@@ -5,8 +5,8 @@ python -m benchmarks.session_recommender --dataset PREPARED --encoder gcsan
 ```
 
 Every side is a process of its own, and they take turns epoch by epoch. RecBole gets an environment of its own, which
-this makes with pip on its first run. Our side trains three times: with RecBole's settings, wherever both have one; the
-same with the loss's products in bfloat16; and as the product does by default.
+this makes with pip on its first run. Our side trains two or three times: with RecBole's settings, where both have one;
+the same with the loss's products in bfloat16, where the processor has them; and as the product does by default.
 """
 
 import json
@@ -99,12 +99,10 @@ def compare(folder: Path, settings: "Settings", args: Mapping[str, Any]) -> dict
         "examples": counts,
         "items": dataset.manifest.num_items,
         "examples_per_s": rate_table(rates),
-        "ratio": {name: asdict(ratio(rates, name, PEER)) for name in (SAME, ROUNDED, DEFAULT)},
+        "ratio": {name: asdict(ratio(rates, name, PEER)) for name in rates if name != PEER},
         "epochs": {trainer.name: [asdict(epoch) for epoch in trainer.epochs] for trainer in trainers},
         "told": {
-            SAME: settings.as_recbole(),
-            ROUNDED: settings.as_recbole(loss_dtype="bfloat16"),
-            DEFAULT: settings.as_by_default(),
+            **_ours(settings),
             PEER: settings.recbole(Path(), dataset.manifest.max_length),
         },
         "peer": trainers[-1].facts,
@@ -118,12 +116,7 @@ def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path)
         "PYTHONPATH": str(root),
         "OMP_NUM_THREADS": str(settings.threads),
     }
-    ours = {
-        SAME: settings.as_recbole(),
-        ROUNDED: settings.as_recbole(loss_dtype="bfloat16"),
-        DEFAULT: settings.as_by_default(),
-    }
-    for number, (name, words) in enumerate(ours.items()):
+    for number, (name, words) in enumerate(_ours(settings).items()):
         files = ["--dataset", str(dataset.path), "--output", str(folder / f"run{number}")]
         command = [sys.executable, "-m", "benchmarks.session_trainer", *files, *words]
         yield Trainer(name, command, folder, environment)
@@ -131,6 +124,16 @@ def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path)
     told.write_text(json.dumps(settings.recbole(folder / "recbole", dataset.manifest.max_length)))
     command = [str(python), "-m", "benchmarks.recbole_worker", str(told)]
     yield Trainer(PEER, command, folder, environment)
+
+
+def _ours(settings: "Settings") -> dict[str, list[str]]:
+    """Arguments of our sides."""
+    from llmgr_rec.data.pretrained import resolve_dtype
+
+    sides = {SAME: settings.as_recbole()}
+    if resolve_dtype("auto").itemsize == 2:
+        sides[ROUNDED] = settings.as_recbole(loss_dtype="bfloat16")
+    return {**sides, DEFAULT: settings.as_by_default()}
 
 
 def train_in_turns(trainers: Sequence[Trainer], epochs: int) -> dict[str, list[float]]:
