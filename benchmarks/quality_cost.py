@@ -25,7 +25,7 @@ from benchmarks.harness import Side, Spread, benchmark_parser, rate_table, ratio
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.pretrained import num_decoder_layers
+from llmgr_rec.data.pretrained import num_decoder_layers, resolve_dtype
 from llmgr_rec.distributed.bundle import is_complete
 from llmgr_rec.recipes import load_config
 from llmgr_rec.scoring.governor import uncertainty
@@ -80,17 +80,20 @@ def modes(run: Path) -> Iterator[Mode]:
     config = load_config(run / "export" / "behave" / "config.yaml")
     layers = num_decoder_layers(config.llm.name_or_path, config.llm.num_layers)
     yield Mode(FULL, "number format", {"llm_dtype": "float32"})
-    yield Mode("bfloat16", "number format", {"llm_dtype": "bfloat16"})
+    # What the processor is good at: bfloat16 where it has products for it.
+    fast = str(resolve_dtype("auto")).removeprefix("torch.")
+    if fast != FULL:
+        yield Mode(fast, "number format", {"llm_dtype": fast})
     yield Mode("int8", "number format", {"llm_dtype": "int8"})
     for kept in range(layers - 1, 0, -1):
-        yield Mode(f"{kept} of {layers} layers", "first layers", {"llm_dtype": "bfloat16", "llm_layers": kept})
+        yield Mode(f"{kept} of {layers} layers", "first layers", {"llm_dtype": fast, "llm_layers": kept})
     if config.head.residual:
         for budget in reversed(BUDGETS):
-            options = {"llm_dtype": "bfloat16", "llm_budget": budget}
+            options = {"llm_dtype": fast, "llm_budget": budget}
             yield Mode(f"LLM reads {budget:.0%}, else GNN", "governed, else GNN", options)
     if is_complete(run / "export" / "distill"):
         for budget in reversed(BUDGETS):
-            options = {"llm_dtype": "bfloat16", "llm_budget": budget, "stage": "distill"}
+            options = {"llm_dtype": fast, "llm_budget": budget, "stage": "distill"}
             yield Mode(f"LLM reads {budget:.0%}, else student", "governed, else student", options)
 
 
