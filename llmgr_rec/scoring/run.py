@@ -137,6 +137,8 @@ def _score(
 ) -> Totals:
     missing: list[Part] = on_first_rank(world, lambda: _open(folder))
     if missing:
+        if request.llm_dtype == "int8" and world.rank == 0 and not torch.cpu._is_vnni_supported():
+            logger.warning("this processor has no int8 products (VNNI); --llm_dtype float32 is faster here")
         loaded = load_bundle(bundle, world, "auto" if request.llm_dtype == "int8" else request.llm_dtype)
         if isinstance(loaded.model, LLMGR):
             lighten(loaded.model.language_model, request.llm_layers, request.llm_dtype == "int8")

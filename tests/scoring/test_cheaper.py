@@ -90,6 +90,13 @@ def test_fewer_bits_give_nearly_the_same_lists(source, dtype):
     assert rows != exact
 
 
+@pytest.mark.parametrize("has_vnni", [True, False])
+def test_int8_without_instructions_for_it_is_told(source, monkeypatch, caplog, has_vnni):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    scored(source, "told", llm_dtype="int8")
+    assert ("float32 is faster here" in caplog.text) is not has_vnni
+
+
 def test_fewer_layers_are_another_job(source):
     scored(source, "out")
     with pytest.raises(UserError, match=r"settings \(llm_layers was 0, is 1\)"):
