@@ -80,7 +80,8 @@ class LLMConfig:
         text_layer: Decoder layer whose output, after the final norm, encodes item texts; it may lie above num_layers. 0
             takes the last kept layer.
         text_whitening: Whiten the encodings of item texts over the catalogue, so that every direction of meaning counts
-            alike; off, they are centred and scaled only.
+            alike; off, they are centred and scaled only, which a trained projection of them does as well with
+            (docs/experiments.md).
         dtype: Number format of the frozen base weights; auto takes bfloat16 where the processor multiplies it natively.
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
@@ -92,7 +93,7 @@ class LLMConfig:
     name_or_path: str = "smollm2"
     num_layers: int = 4
     text_layer: int = 0
-    text_whitening: bool = True
+    text_whitening: bool = False
     dtype: DType = "auto"
     lora_rank: int = 16
     lora_alpha: float = 16.0

@@ -274,7 +274,6 @@ def test_identity_keeps_what_decides_the_result() -> None:
 
 def test_identity_is_what_it_was_before_there_were_controls_and_text_in_item_vectors() -> None:
     config = Config()
-    config.llm.text_whitening = False
     later = ("controls.", "tables.item_text", "tables.id_dropout", "llm.text_layer", "llm.text_whitening")
     assert not any(name.startswith(later) for name in Identity.of("align", "c", config).settings)
     config.tables.item_text = True

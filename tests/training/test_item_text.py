@@ -41,6 +41,7 @@ def whole(folder: Path) -> Config:
     config = small_config(folder / "prompts.yaml")
     config.tables = replace(config.tables, item_text=True, id_dropout=0.3)
     config.llm.text_layer = 2
+    config.llm.text_whitening = True
     # As many as tell all items apart.
     config.prompt.max_text_tokens = 24
     # Whole batches, so that each rank's part is whole contrastive groups.
