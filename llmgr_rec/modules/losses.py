@@ -33,7 +33,7 @@ def _score_buffer(items_CQ: Tensor, rows: int) -> Tensor:
     """Memory for the scores of some rows, [rows, C].
 
     In float32 on a CPU the items lie in its rows and not in its columns: products of tall matrices, of which each
-    thread takes some rows, take two thirds of the time that those of wide ones do.
+    thread takes some rows, are faster than those of wide ones, and the loss takes a tenth to a quarter less time.
     """
     if items_CQ.device.type == "cpu" and items_CQ.dtype == torch.float32:
         return items_CQ.new_empty(items_CQ.shape[0], rows).T

@@ -10,7 +10,7 @@ Shapes: V items, H columns of an encoding.
 import torch
 from torch import Tensor
 
-# Directions without variance stay as they are, at this share of the mean variance.
+# Directions of less variance are taken to have this share of the mean variance.
 _LEAST = 1e-6
 
 
@@ -19,7 +19,7 @@ def whitening_map(covariance_HH: Tensor, fourth_moment: float, count: int) -> Te
 
     It is the inverse square root of the covariance shrunk towards a multiple of the identity by the share of Ledoit and
     Wolf (A well-conditioned estimator for large-dimensional covariance matrices, 2004), then scaled so that whitened
-    encodings have a root mean square norm of 1. With hardly more items than columns little is left but the scaling.
+    encodings have a root mean square norm of 1. With fewer items than columns little is left but the scaling.
 
     Args:
         covariance_HH: Covariance of the encodings, float64.

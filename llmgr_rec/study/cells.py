@@ -37,7 +37,7 @@ from llmgr_rec.training.run import train_run
 
 logger = logging.getLogger(__name__)
 
-# Factors that a blend may give to a baseline's score, beside the model's logits; of several, each with each are tried.
+# Factors that a blend may give to a baseline's score beside the model's logits. Of several, all combinations are tried.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
 _LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill", "controls")

@@ -54,7 +54,8 @@ class TextEncodings:
         self._whiten = whiten
         self._rows = max(_MIN_ROWS, -(-num_items // _MAX_FILES))
         self._mean_H = torch.zeros(width)
-        self._map_HH = torch.eye(width)
+        self._scale = 1.0
+        self._map_HH: Tensor | None = None
 
     def encode(self, decoder: PreTrainedModel, tokens: Jagged, world: World) -> None:
         """Encodes what is not on disk yet, files dealt out over the ranks, and finds what standardises them.
@@ -67,34 +68,31 @@ class TextEncodings:
         self._folder.mkdir(parents=True, exist_ok=True)
         mine = [start for index, start in enumerate(self._starts()) if index % world.size == world.rank]
         bar = progress(len(mine) * self._rows, "item text", "item")
-        products_HH = torch.zeros(self.width, self.width, dtype=torch.float64)
-        sums = torch.zeros(self.width + 1, dtype=torch.float64)
+        moments = torch.zeros(self.width + 2, dtype=torch.float64)
         for start in mine:
-            exact = _with_text(self._encode_file(start, decoder, tokens))
-            products_HH.addmm_(exact.T, exact)
-            sums += torch.cat([exact.sum(0), torch.tensor([float(len(exact))])])
+            moments += self._moments(self._encode_file(start, decoder, tokens))
             bar.update(self._rows)
         bar.close()
-        sums_H, count = sum_over_ranks(sums, world).split([self.width, 1])
-        count = count.clamp(min=1)
-        mean_H = sums_H / count
-        covariance_HH = sum_over_ranks(products_HH, world) / count - torch.outer(mean_H, mean_H)
-        self._mean_H = mean_H.float()
+        sums_H, squares, count = sum_over_ranks(moments, world).split([self.width, 1, 1])
+        mean_H = sums_H / count.clamp(min=1)
+        variance = (squares / count.clamp(min=1) - mean_H.square().sum()).clamp(min=1e-12)
+        self._mean_H, self._scale = mean_H.float(), float(variance.sqrt())
         if self._whiten:
-            map_HH = whitening_map(covariance_HH, self._fourth_moment(mine, mean_H, count, world), int(count))
-            self._map_HH = map_HH.float()
-        else:
-            self._map_HH = torch.eye(self.width) / float(covariance_HH.trace().clamp(min=1e-12).sqrt())
+            self._map_HH = self._find_map(mine, mean_H, int(count), world)
         barrier(world)
 
-    def _fourth_moment(self, mine: list[int], mean_H: Tensor, count: Tensor, world: World) -> float:
-        """Mean fourth power of the centred encodings' norms, from a second pass over this rank's files."""
-        total = torch.zeros(1, dtype=torch.float64)
+    def _find_map(self, mine: list[int], mean_H: Tensor, count: int, world: World) -> Tensor:
+        """What whitens centred encodings, from a second pass over this rank's files, float32 [H, H]."""
+        products_HH = torch.zeros(self.width, self.width, dtype=torch.float64)
+        fourth_powers = torch.zeros(1, dtype=torch.float64)
         for start in mine:
             with safe_open(self._path(start), framework="pt") as file:
                 centred = _with_text(file.get_tensor("encodings")) - mean_H
-            total += centred.square().sum(dim=1).square().sum()
-        return float(sum_over_ranks(total, world) / count)
+            products_HH.addmm_(centred.T, centred)
+            fourth_powers += centred.square().sum(dim=1).square().sum()
+        covariance_HH = sum_over_ranks(products_HH, world) / max(count, 1)
+        fourth_moment = float(sum_over_ranks(fourth_powers, world)) / max(count, 1)
+        return whitening_map(covariance_HH, fourth_moment, count).float()
 
     def read(self, rows: range, cols: range) -> Tensor:
         """Standardised encodings of a rectangle, float32 [rows, cols]."""
@@ -103,10 +101,14 @@ class TextEncodings:
             low, high = max(rows.start, start), min(rows.stop, start + self._rows, self._num_items)
             if low < high:
                 with safe_open(self._path(start), framework="pt") as file:
-                    raw = file.get_slice("encodings")[low - start : high - start]
+                    # A whitened column is made of all columns, a centred one of its own.
+                    needed = slice(cols.start, cols.stop) if self._map_HH is None else slice(None)
+                    centred = file.get_slice("encodings")[low - start : high - start, needed] - self._mean_H[needed]
                     has_text = file.get_slice("has_text")[low - start : high - start]
-                mapped = (raw - self._mean_H) @ self._map_HH[:, cols.start : cols.stop]
-                pieces.append(mapped * has_text.unsqueeze(1))
+                ready = (
+                    centred / self._scale if self._map_HH is None else centred @ self._map_HH[:, cols.start : cols.stop]
+                )
+                pieces.append(ready * has_text.unsqueeze(1))
         return torch.cat(pieces)
 
     def _starts(self) -> range:
@@ -128,6 +130,11 @@ class TextEncodings:
         save_file({"encodings": encodings, "has_text": (rows.lengths > 0).float()}, partial)
         partial.rename(path)
         return encodings
+
+    @staticmethod
+    def _moments(encodings: Tensor) -> Tensor:
+        exact = _with_text(encodings)
+        return torch.cat([exact.sum(0), exact.square().sum().view(1), torch.tensor([float(len(exact))])])
 
 
 def _with_text(encodings: Tensor) -> Tensor:
