@@ -71,6 +71,20 @@ class EncoderConfig:
 
 
 @dataclass
+class TextTowerConfig:
+    """Text tower: a second reader of sessions beside the encoder, which knows items by their texts alone.
+
+    Args:
+        dim: Columns of its vectors; 0 leaves the tower out.
+        two_sided: Project the texts of clicked and of ranked items by a matrix each, so that what goes with an item may
+            differ from what is like it; off, by the same one.
+    """
+
+    dim: int = 0
+    two_sided: bool = False
+
+
+@dataclass
 class LLMConfig:
     """Language model and its LoRA.
 
@@ -281,6 +295,7 @@ class Config:
         seed: Seed of every random choice.
         tables: Item tables.
         encoder: Session encoder.
+        text_tower: Reader of item texts beside the session encoder.
         llm: Language model and LoRA.
         prompt: Prompt contents.
         head: Ranking head.
@@ -296,6 +311,7 @@ class Config:
     seed: int = 0
     tables: TablesConfig = field(default_factory=TablesConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)

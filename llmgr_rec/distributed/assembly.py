@@ -16,7 +16,7 @@ from llmgr_rec.data.left_out import LeftOutIds
 from llmgr_rec.data.pretrained import load_decoder, load_tokenizer, weights_hash
 from llmgr_rec.data.prompt_files import Task, load_templates
 from llmgr_rec.data.random_weights import draw_decoder, drawn_weights_hash
-from llmgr_rec.modules.build import build_llmgr, build_recommender
+from llmgr_rec.modules.build import build_llmgr, build_recommender, recommender_reads_text
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -150,7 +150,7 @@ def make_collator(
         text_separator=separator,
         max_nodes=config.prompt.max_nodes,
         seed=config.seed,
-        item_text=config.tables.item_text,
+        item_text=recommender_reads_text(config),
         left_out=left_out_ids(config, catalogue, purpose),
     )
 
@@ -163,7 +163,7 @@ def left_out_ids(config: Config, catalogue: Catalogue, purpose: Purpose) -> Left
         catalogue: Items.
         purpose: A training stage, or ranking: rows that never train stay at zero, so that they say nothing there.
     """
-    if purpose == "rank" or not config.tables.item_text:
+    if purpose == "rank" or not recommender_reads_text(config):
         return None
     return LeftOutIds(catalogue.train_count_V, config.tables.id_dropout if purpose == "sbr" else 0.0, config.seed)
 

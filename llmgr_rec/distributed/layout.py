@@ -20,8 +20,9 @@ from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.distributed.assembly import caches_catalogue
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.build import build_llmgr, build_recommender, reads_item_text
+from llmgr_rec.modules.build import build_llmgr, build_recommender, reads_item_text, recommender_reads_text
 from llmgr_rec.modules.groups import group_of, select_trainable
+from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask
 
@@ -145,7 +146,7 @@ def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, size
 
 def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes) -> nn.Module:
     if stage == "sbr":
-        width = _meta_decoder(config).get_input_embeddings().weight.shape[1] if config.tables.item_text else 0
+        width = _meta_decoder(config).get_input_embeddings().weight.shape[1] if recommender_reads_text(config) else 0
         return SbrTask(build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta"))
     # Only that the prompts are there matters for the layout, not what they say.
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
@@ -163,8 +164,9 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
     )
     if caches_catalogue(config, sizes.num_items, stage):
         rows_VD = torch.empty(sizes.num_items, config.tables.dim, device="meta")
-        text_VH = torch.empty(sizes.num_items, llmgr.language_model.hidden_size, device="meta")
-        llmgr.cache_catalogue(rows_VD, rows_VD, text_VH if reads_item_text(config) else None)
+        reads_text = reads_item_text(config) or recommender_reads_text(config)
+        text_VH = torch.empty(sizes.num_items, llmgr.language_model.hidden_size, device="meta") if reads_text else None
+        llmgr.cache_catalogue(ItemRows(rows_VD, rows_VD, text_VH))
     if stage == "behave":
         return BehaveTask(llmgr, one_pass=config.behave.one_pass)
     if stage == "distill":

@@ -18,6 +18,7 @@ from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
 from llmgr_rec.modules.student import StudentReader
+from llmgr_rec.modules.text_tower import TextTower
 
 
 def build_recommender(
@@ -34,27 +35,30 @@ def build_recommender(
         num_items: Items of the catalogue.
         num_embeddings: Size of the vocabulary of each side feature that the catalogue has.
         tables_device: Where the item tables are made; `meta` leaves the memory to the sharder.
-        text_width: Columns of a text encoding; read with `tables.item_text`.
+        text_width: Columns of a text encoding; read where the recommender reads item text.
 
     Raises:
         UserError: Settings that do not go together.
-        ValueError: `tables.item_text` is set and there is no width.
+        ValueError: It reads item text and there is no width.
     """
-    if config.tables.item_text and not text_width:
-        raise ValueError("tables.item_text is set: give the width of the text encodings")
+    reads_text = recommender_reads_text(config)
+    if reads_text and not text_width:
+        raise ValueError("the recommender reads item text: give the width of the text encodings")
     with _seeded(config.seed):
         dim, device = config.tables.dim, torch.device(tables_device)
         wanted: list[str] = [name for name in config.tables.side_features if name in num_embeddings]
         sizes = {name: num_embeddings[name] for name in wanted}
         # First, because tables draw random numbers where they are not on meta.
         encoder = build_encoder(config.encoder, dim)
-        text = ItemText(num_items, text_width, dim, config.tables.init_std, device) if config.tables.item_text else None
+        added, tower = dim if config.tables.item_text else 0, config.text_tower
+        text = ItemText(num_items, text_width, added, config.tables.init_std, device) if reads_text else None
         return SessionRecommender(
             ItemTables(num_items, sizes, dim, device),
             encoder,
             config.encoder.score,
             config.encoder.temperature,
             text,
+            TextTower(text_width, tower.dim, tower.two_sided) if tower.dim else None,
         )
 
 
@@ -119,9 +123,14 @@ def reads_item_text(config: Config) -> bool:
     return config.head.name == "tied" and config.head.item_text
 
 
+def recommender_reads_text(config: Config) -> bool:
+    """Whether the session recommender reads text encodings of the items."""
+    return config.tables.item_text or config.text_tower.dim > 0
+
+
 def head_reads_own_text(config: Config) -> bool:
     """Whether the head has a table of text encodings to itself: the recommender reads none that it could share."""
-    return reads_item_text(config) and not config.tables.item_text
+    return reads_item_text(config) and not recommender_reads_text(config)
 
 
 @contextmanager

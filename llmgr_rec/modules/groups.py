@@ -10,6 +10,7 @@ _GROUP_OF_PART: dict[str, TrainableGroup] = {
     "item_tables": "tables",
     "encoder": "encoder",
     "text_projection": "encoder",
+    "text_tower": "encoder",
     "hybrid": "adapter",
     "head": "head",
     "student": "student",

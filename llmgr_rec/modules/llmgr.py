@@ -223,43 +223,44 @@ class LLMGR(nn.Module):
             features: A bag for each item.
         """
         rows = self.rows(features)
-        text_CH = None if rows.texts_XH is None else self.head.standardise(rows.texts_XH)
         ids_C = features[ITEM_ID].values()
-        return self.head.items(self.recommender.as_items(rows.vectors_XD), rows.ids_XD, text_CH, ids_C)
+        return self.head.items(self.recommender.as_items(rows), rows.ids_XD, self._head_texts(rows), ids_C)
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
-        """Looks up all that items' vectors are made of, text encodings too where the head reads them.
+        """Looks up all that items' vectors are made of, text encodings too where head or recommender read them.
 
         Args:
             features: A bag for each item.
         """
         rows = self.recommender.rows(features)
-        if not self._reads_text:
-            return replace(rows, texts_XH=None)
-        return rows if rows.texts_XH is not None else replace(rows, texts_XH=self._texts(features))
+        if rows.texts_XH is None and self._reads_text:
+            return replace(rows, texts_XH=self._texts(features))
+        return rows
 
-    def cache_catalogue(self, vectors_VD: Tensor, ids_VD: Tensor, text_VH: Tensor | None) -> None:
+    def cache_catalogue(self, rows: ItemRows) -> None:
         """Keeps the inputs of all items' vectors, for training with the catalogue's tables frozen.
 
         Then batches need no candidates: each step scores the whole catalogue without looking it up again.
 
         Args:
-            vectors_VD: Item vectors as looked up, in item order.
-            ids_VD: Bare rows of the id table, in item order.
-            text_VH: Text encodings, in item order; None where the head reads none.
+            rows: All items as `rows` looks them up, in item order.
 
         Raises:
             ValueError: The recommender trains, so that the cache would go stale.
         """
         if self.trains_recommender:
             raise ValueError("the catalogue cannot be cached while the recommender trains")
-        self.item_rows_VD = self.recommender.as_items(vectors_VD.detach())
-        self.rows_VD = ids_VD.detach()
-        self.text_VH = None if text_VH is None else self.head.standardise(text_VH).detach()
+        with torch.no_grad():
+            self.item_rows_VD = self.recommender.as_items(rows)
+            self.text_VH = self._head_texts(rows)
+        self.rows_VD = rows.ids_XD.detach()
 
     @property
     def _reads_text(self) -> bool:
         return getattr(self.head, "text", None) is not None
+
+    def _head_texts(self, rows: ItemRows) -> Tensor | None:
+        return self.head.standardise(rows.texts_XH) if self._reads_text and rows.texts_XH is not None else None
 
     def _texts(self, features: KeyedJaggedTensor) -> Tensor:
         if self.text_tables is None:

@@ -1,55 +1,25 @@
 """The session recommender: item tables, a session encoder and a score; the backbone that LLMGR builds on.
 
-Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, Q columns of queries and items (here D), H
-columns of a text encoding.
+Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, K columns of the text tower, Q columns of
+queries and items (D, or D + K), H columns of a text encoding.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.modules.item_tables import ItemRows, ItemTables
 from llmgr_rec.modules.item_text import ItemText
+from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
+from llmgr_rec.modules.text_tower import TextTower
 
 torch.fx.wrap("normalise")
-
-# As in torch.nn.functional.normalize: shorter vectors are divided by this.
-_LEAST_NORM = 1e-12
-
-
-class _Normalise(torch.autograd.Function):
-    """Rows divided by their lengths; torch's own takes twice as many passes over a catalogue in its backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, vectors_XD: Tensor) -> Tensor:
-        norms_X1 = torch.linalg.vector_norm(vectors_XD, dim=1, keepdim=True)
-        inverse_X1 = norms_X1.clamp(min=_LEAST_NORM).reciprocal()
-        units_XD = vectors_XD * inverse_X1
-        ctx.save_for_backward(units_XD, inverse_X1, norms_X1 > _LEAST_NORM)
-        return units_XD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_XD: Tensor) -> Tensor:
-        units_XD, inverse_X1, is_unit_X1 = ctx.saved_tensors
-        along_X1 = torch.linalg.vecdot(grad_XD, units_XD).unsqueeze(1) * is_unit_X1
-        return torch.addcmul(grad_XD, units_XD, along_X1, value=-1).mul_(inverse_X1)
-
-
-def normalise(vectors_XD: Tensor) -> Tensor:
-    """Divides rows by their lengths.
-
-    Args:
-        vectors_XD: Vectors; those of length 0 stay.
-    """
-    return _Normalise.apply(vectors_XD)
 
 
 @dataclass
@@ -63,7 +33,7 @@ class Recommended:
         rows_ND: Item vectors of the nodes as looked up.
         sessions_BD: Session vectors before they became queries.
         candidate_ids_CD: Bare id rows of the candidates.
-        candidate_texts_CH: Text encodings of the candidates, where item vectors have them.
+        candidate_texts_CH: Text encodings of the candidates, where the recommender reads any.
     """
 
     queries_BQ: Tensor
@@ -83,7 +53,8 @@ class SessionRecommender(nn.Module):
         encoder: The session encoder.
         score: `dot`, or `cosine` divided by the temperature.
         temperature: Divisor of the cosine; ignored for dot.
-        item_text: Texts as a part of item vectors; None where they have none.
+        item_text: Text encodings of the items, and what they add to item vectors; None where text is not read.
+        text_tower: Second reader of sessions, whose score is added; it needs item_text.
     """
 
     def __init__(
@@ -93,6 +64,7 @@ class SessionRecommender(nn.Module):
         score: Literal["dot", "cosine"],
         temperature: float,
         item_text: ItemText | None = None,
+        text_tower: TextTower | None = None,
     ) -> None:
         super().__init__()
         self.item_tables = item_tables
@@ -100,6 +72,13 @@ class SessionRecommender(nn.Module):
         self.score = score
         self.temperature = temperature
         self.item_text = item_text
+        self.text_tower = text_tower
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of queries and items that each of its readers gives, each of which learns by a loss of its own."""
+        own = self.item_tables.dim
+        return [own] if self.text_tower is None else [own, self.text_tower.dim]
 
     def forward(self, batch: SessionBatch) -> Recommended:
         """Encodes the sessions and prepares the candidates from one lookup.
@@ -115,9 +94,13 @@ class SessionRecommender(nn.Module):
         # Two slices would each give a gradient of the whole; a split gives one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, rows.vectors_XD.shape[0] - num_nodes])
         encoded = self.encoder(rows_ND, batch.graph)
+        queries_BQ, candidates_CQ = self._as_query(encoded.sessions_BD), self._as_item(candidates_CD)
+        if self.text_tower is not None:
+            read = self.text_tower(rows.texts_XH, batch.graph)
+            queries_BQ, candidates_CQ = torch.cat([queries_BQ, read[0]], 1), torch.cat([candidates_CQ, read[1]], 1)
         return Recommended(
-            queries_BQ=self.as_queries(encoded.sessions_BD),
-            candidates_CQ=self.as_items(candidates_CD),
+            queries_BQ=queries_BQ,
+            candidates_CQ=candidates_CQ,
             states_ND=encoded.states_ND,
             rows_ND=rows_ND,
             sessions_BD=encoded.sessions_BD,
@@ -135,7 +118,7 @@ class SessionRecommender(nn.Module):
         if self.item_text is None:
             return rows
         texts_XH = self.item_text(features)
-        return ItemRows(rows.vectors_XD + self.item_text.project(texts_XH), rows.ids_XD, texts_XH)
+        return ItemRows(self.item_text.add_to(rows.vectors_XD, texts_XH), rows.ids_XD, texts_XH)
 
     def encode(self, features: KeyedJaggedTensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes sessions.
@@ -151,16 +134,22 @@ class SessionRecommender(nn.Module):
 
     def queries(self, batch: SessionBatch) -> Tensor:
         """Makes the queries of a batch, [B, Q]."""
-        return self.as_queries(self.encode(batch.features, batch.graph).sessions_BD)
+        queries_BQ: Tensor = self(batch).queries_BQ
+        return queries_BQ
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """Makes the items' side of the score for one bag an item, [C, Q]: scores are queries @ items.T."""
-        return self.as_items(self.rows(features).vectors_XD)
+        return self.as_items(self.rows(features))
 
-    def as_queries(self, sessions_BD: Tensor) -> Tensor:
-        """Turns session vectors into queries, [B, Q]."""
+    def as_items(self, rows: ItemRows) -> Tensor:
+        """Turns items that were looked up into the items' side of the score, [C, Q]."""
+        items_CD = self._as_item(rows.vectors_XD)
+        if self.text_tower is None or rows.texts_XH is None:
+            return items_CD
+        return torch.cat([items_CD, self.text_tower.items(rows.texts_XH)], 1)
+
+    def _as_query(self, sessions_BD: Tensor) -> Tensor:
         return normalise(sessions_BD) / self.temperature if self.score == "cosine" else sessions_BD
 
-    def as_items(self, vectors_CD: Tensor) -> Tensor:
-        """Turns looked-up item vectors into the items' side of the score, [C, Q]."""
+    def _as_item(self, vectors_CD: Tensor) -> Tensor:
         return normalise(vectors_CD) if self.score == "cosine" else vectors_CD

@@ -26,6 +26,9 @@ LossAndParts = tuple[Tensor, dict[str, Tensor]]
 class SbrTask(nn.Module):
     """Session-recommender pre-training: next-item ranking by the recommender's own score.
 
+    Where a text tower stands beside the session encoder, each is trained by a loss of its own: trained by that of the
+    sum, the ids learn the clicks by heart and leave the texts nothing to explain.
+
     Args:
         recommender: The session recommender.
         world_size: Number of ranks, over which gradients are averaged.
@@ -43,7 +46,13 @@ class SbrTask(nn.Module):
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch with candidates, and its parts without gradient."""
         seen = self.recommender(batch)
-        loss = _ranking(Scored(seen.queries_BQ, seen.candidates_CQ), batch, self.world_size, self.loss_dtype)
+        losses, start = [], 0
+        for columns in self.recommender.columns:
+            part = slice(start, start + columns)
+            scored = Scored(seen.queries_BQ[:, part], seen.candidates_CQ[:, part])
+            losses.append(_ranking(scored, batch, self.world_size, self.loss_dtype))
+            start += columns
+        loss = sum(losses[1:], start=losses[0])
         return loss, {"loss": loss.detach()}
 
 

@@ -28,6 +28,7 @@ from llmgr_rec.distributed.bundle import is_complete, load_bundle
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.protocol import build_baseline
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
+from llmgr_rec.modules.build import recommender_reads_text
 from llmgr_rec.recipes import save_config
 from llmgr_rec.study.compare import ndcg
 from llmgr_rec.study.judge import Places, judge_baseline, judge_model
@@ -133,7 +134,7 @@ class Bench:
         """A finished run and the seconds of its training."""
         parts = asdict(config)
         first = {name: values for name, values in parts.items() if name not in _LATER_PARTS}
-        if config.tables.item_text:
+        if recommender_reads_text(config):
             first["text"] = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
         sbr_run = self._folder / "runs" / f"sbr-{self._key(first)}"
         only_sbr = replace(

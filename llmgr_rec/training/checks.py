@@ -19,7 +19,7 @@ from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.limits import check_limits
-from llmgr_rec.modules.build import reads_item_text
+from llmgr_rec.modules.build import reads_item_text, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
@@ -30,6 +30,8 @@ _RECOMMENDER_SETTINGS = (
     "tables.dim",
     "tables.side_features",
     "tables.item_text",
+    "text_tower.dim",
+    "text_tower.two_sided",
     "encoder.name",
     "encoder.steps",
     "encoder.attention_layers",
@@ -199,7 +201,7 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
     names = [*_RECOMMENDER_SETTINGS]
     if index.stage != "sbr":
         names += [*_LANGUAGE_SETTINGS, *_drawn_by_seed(request.config)]
-    if request.config.tables.item_text:
+    if recommender_reads_text(request.config):
         names += text_settings(request.config)
     for name in names:
         if (now := setting(request.config, name)) != (then := setting(before, name)):
@@ -224,13 +226,14 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
     if all(stage == "sbr" for stage in stages):
-        if config.tables.item_text:
+        if recommender_reads_text(config):
             _check_text(config, dataset, catalogue)
         return
     prompts = compile_prompts(config)
     if {"behave", "distill"} & set(stages) and config.behave.one_pass:
         _check_one_pass(config, prompts["behave"], dataset)
-    if config.tables.item_text or reads_item_text(config) or "align" in stages or config.prompt.text_items:
+    reads_text = recommender_reads_text(config) or reads_item_text(config)
+    if reads_text or "align" in stages or config.prompt.text_items:
         _check_text(config, dataset, catalogue)
 
 
@@ -239,6 +242,8 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
         readers, otherwise = "stages align and behave read item text", "train with --stage sbr"
         if config.tables.item_text:
             readers, otherwise = "setting tables.item_text is true", "set tables.item_text to false"
+        elif config.text_tower.dim:
+            readers, otherwise = f"setting text_tower.dim is {config.text_tower.dim}", "set text_tower.dim to 0"
         raise UserError(
             f"{dataset.items_path} has no titles, and {readers}; "
             f"prepare with an items file that has a column title, or {otherwise}"

@@ -20,6 +20,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World, barrier
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.distributed.shards import fill_table, table_parameters
+from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
@@ -189,4 +190,4 @@ def cache_catalogue(llmgr: LLMGR, collator: Collator, device: torch.device) -> N
         ids.append(rows.ids_XD)
         if rows.texts_XH is not None:
             texts.append(rows.texts_XH)
-    llmgr.cache_catalogue(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None)
+    llmgr.cache_catalogue(ItemRows(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None))

@@ -35,7 +35,7 @@ from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import head_reads_own_text
+from llmgr_rec.modules.build import head_reads_own_text, recommender_reads_text
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
@@ -128,7 +128,7 @@ def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[
 def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config = context.config
     encodings: TextEncodings | None = None
-    if config.tables.item_text:
+    if recommender_reads_text(config):
         encodings = _text_encodings(context)
     recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
     model = _shard(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmgr_rec.data.collate import Collator
+from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.losses import distillation_loss, ranking_loss
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask
 from tests.modules.small_llmgr import NUM_ITEMS, catalogue, item_tokens, make_llmgr, raw_sessions
@@ -60,8 +61,8 @@ def test_a_stage_does_not_see_the_text_of_held_out_items(stage, candidates):
         if candidates == "cached":
             full = batch("full")
             rows = model.recommender.item_tables.rows(full.features)
-            vectors = [rows.vectors_XD[-NUM_ITEMS:], rows.ids_XD[-NUM_ITEMS:]]
-            model.cache_catalogue(*vectors, model.text_tables.embedding_bags["item_text"].weight)
+            texts_VH = model.text_tables.embedding_bags["item_text"].weight
+            model.cache_catalogue(ItemRows(rows.vectors_XD[-NUM_ITEMS:], rows.ids_XD[-NUM_ITEMS:], texts_VH))
         return task(batch(candidates, held_out, text))[0].item()
 
     before, before_plain = loss(IS_HELD_OUT), loss(None)

@@ -94,7 +94,7 @@ def test_the_text_starts_at_the_length_of_an_id_row() -> None:
     model = build_recommender(settings, 400, {}, text_width=576)
     assert model.item_text is not None
     encodings = functional.normalize(torch.randn(400, 576), dim=1)
-    root_mean_square = model.item_text.project(encodings).square().mean().sqrt().item()
+    root_mean_square = model.item_text.add_to(torch.zeros(400, 64), encodings).square().mean().sqrt().item()
     assert root_mean_square == pytest.approx(settings.tables.init_std, rel=0.05)
 
 
@@ -163,7 +163,7 @@ def test_recommender_and_head_share_one_table(head: str) -> None:
     scored = model.score(batch)
     torch.testing.assert_close(scored.items_CQ, model.item_vectors(all_items()))
     rows = model.rows(all_items())
-    model.cache_catalogue(rows.vectors_XD, rows.ids_XD, rows.texts_XH)
+    model.cache_catalogue(rows)
     torch.testing.assert_close(model.score(batch).items_CQ, scored.items_CQ)
 
 

@@ -15,8 +15,7 @@ def whole_catalogue():
 
 
 def cache(model):
-    rows = model.recommender.item_tables.rows(whole_catalogue())
-    model.cache_catalogue(rows.vectors_XD, rows.ids_XD, model.text_tables(whole_catalogue()).values())
+    model.cache_catalogue(model.rows(whole_catalogue()))
 
 
 @pytest.mark.parametrize("head", ["tied", "linear"])

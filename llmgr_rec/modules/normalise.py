@@ -1,0 +1,41 @@
+"""Vectors divided by their lengths, in fewer passes over a catalogue than torch takes.
+
+Shapes: X vectors, D columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# As in torch.nn.functional.normalize: shorter vectors are divided by this.
+_LEAST_NORM = 1e-12
+
+
+class _Normalise(torch.autograd.Function):
+    """Rows divided by their lengths; torch's own takes twice as many passes over a catalogue in its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors_XD: Tensor) -> Tensor:
+        norms_X1 = torch.linalg.vector_norm(vectors_XD, dim=1, keepdim=True)
+        inverse_X1 = norms_X1.clamp(min=_LEAST_NORM).reciprocal()
+        units_XD = vectors_XD * inverse_X1
+        ctx.save_for_backward(units_XD, inverse_X1, norms_X1 > _LEAST_NORM)
+        return units_XD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_XD: Tensor) -> Tensor:
+        units_XD, inverse_X1, is_unit_X1 = ctx.saved_tensors
+        along_X1 = torch.linalg.vecdot(grad_XD, units_XD).unsqueeze(1) * is_unit_X1
+        return torch.addcmul(grad_XD, units_XD, along_X1, value=-1).mul_(inverse_X1)
+
+
+def normalise(vectors_XD: Tensor) -> Tensor:
+    """Divides rows by their lengths.
+
+    Args:
+        vectors_XD: Vectors; those of length 0 stay.
+    """
+    return _Normalise.apply(vectors_XD)
