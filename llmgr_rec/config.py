@@ -149,11 +149,17 @@ class HeadConfig:
         name: linear is the paper's d2 x items matrix; tied projects to d1 and takes dot products with item vectors.
         residual: Add the session recommender's own score to the head's.
         item_text: Add the projected text encoding of an item to its vector (tied head).
+        text_only: An item's vector is its text alone, without its id row (tied head with item_text).
+        apart: Train the head by the loss of its own score, and add the session recommender's only to rank (needs
+            head.residual). Off, the sum is trained, and the head learns what the recommender's score lacks on sessions
+            that the recommender knows by heart.
     """
 
     name: Literal["tied", "linear"] = "tied"
     residual: bool = True
     item_text: bool = True
+    text_only: bool = False
+    apart: bool = False
 
 
 @dataclass

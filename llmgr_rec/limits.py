@@ -87,6 +87,7 @@ def check_limits(config: Config) -> None:
             f"setting tables.id_dropout is {config.tables.id_dropout}, but without its id row nothing tells an item "
             "from others; set tables.item_text to true, or tables.id_dropout to 0"
         )
+    _check_head(config)
     _check_one_pass(config)
     if not config.prompt.text_fields:
         raise UserError("setting prompt.text_fields is empty; name at least one text column, such as title")
@@ -98,6 +99,20 @@ def check_limits(config: Config) -> None:
         raise UserError(
             f"setting sbr.trainable names {', '.join(config.sbr.trainable)}, of which stage sbr has nothing; "
             "name tables, encoder or both"
+        )
+
+
+def _check_head(config: Config) -> None:
+    head = config.head
+    if head.text_only and not (head.name == "tied" and head.item_text):
+        raise UserError(
+            "setting head.text_only is true, but the head reads no item text; "
+            "set head.name to tied and head.item_text to true, or head.text_only to false"
+        )
+    if head.apart and not head.residual:
+        raise UserError(
+            "setting head.apart is true, but without the session recommender's score there is nothing to train the "
+            "head apart from; set head.residual to true, or head.apart to false"
         )
 
 

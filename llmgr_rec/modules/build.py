@@ -100,9 +100,10 @@ def build_llmgr(
         d1, d2 = config.tables.dim, language_model.hidden_size
         head: TiedHead | LinearHead
         if config.head.name == "tied":
-            head = TiedHead(d1, d2, config.head.item_text, config.head.residual)
+            settings = config.head
+            head = TiedHead(d1, d2, settings.item_text, settings.residual, settings.text_only, settings.apart)
         else:
-            head = LinearHead(d2, num_items, config.head.residual)
+            head = LinearHead(d2, num_items, config.head.residual, config.head.apart)
         return LLMGR(
             recommender,
             HybridEncoding(d1, d2, norm, config.controls.no_graph, config.controls.no_nodes),

@@ -17,12 +17,17 @@ from torch.nn import functional
 _RESIDUAL_START = 0.1
 
 
+def _start(residual: bool, apart: bool) -> float:
+    return _RESIDUAL_START if residual and not apart else 1.0
+
+
 class _Head(nn.Module):
-    def __init__(self, d2: int, residual: bool, own_columns: int) -> None:
+    def __init__(self, d2: int, residual: bool, own_columns: int, apart: bool) -> None:
         super().__init__()
         self.d2 = d2
         self.residual = residual
         self.own_columns = own_columns
+        self.trained_columns = own_columns if apart else None
 
     def standardise(self, hidden_XH: Tensor) -> Tensor:
         """Brings hidden states to unit variance: their size differs a hundredfold between language models."""
@@ -53,11 +58,21 @@ class TiedHead(_Head):
         d2: Width of the language model's hidden states and of the text encodings.
         text: Add the projected text encoding to an item's vector.
         residual: Add the session recommender's score.
+        text_only: An item's vector is its text alone, without its id row.
+        apart: Only the head's own score is trained.
+
+    Raises:
+        ValueError: Text alone shall tell items, and there is none.
     """
 
-    def __init__(self, d1: int, d2: int, text: bool, residual: bool) -> None:
-        super().__init__(d2, residual, own_columns=d1)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_RESIDUAL_START if residual else 1.0)))
+    def __init__(
+        self, d1: int, d2: int, text: bool, residual: bool, text_only: bool = False, apart: bool = False
+    ) -> None:
+        super().__init__(d2, residual, d1, apart)
+        if text_only and not text:
+            raise ValueError("a head without text cannot tell items by text only")
+        self.text_only = text_only
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_start(residual, apart))))
         self.query = nn.Linear(d2, d1)
         self.text = nn.Linear(d2, d1, bias=False) if text else None
         # Query components start at unit variance, both parts of an item at unit norm: scores start at unit variance.
@@ -93,12 +108,12 @@ class TiedHead(_Head):
         Raises:
             ValueError: The head was built with text and there is none.
         """
-        own_CD = functional.normalize(rows_CD.float(), dim=1)
+        parts_CD = [] if self.text_only else [functional.normalize(rows_CD.float(), dim=1)]
         if self.text is not None:
             if text_CH is None:
                 raise ValueError("the tied head was built with text, but no text encodings were given")
-            own_CD = own_CD + self.text(text_CH)
-        return self._join(own_CD, item_rows_CD)
+            parts_CD.append(self.text(text_CH))
+        return self._join(sum(parts_CD[1:], start=parts_CD[0]), item_rows_CD)
 
 
 class LinearHead(_Head):
@@ -108,15 +123,16 @@ class LinearHead(_Head):
         d2: Width of the language model's hidden states.
         num_items: Items of the catalogue.
         residual: Add the session recommender's score.
+        apart: Only the head's own score is trained.
     """
 
-    def __init__(self, d2: int, num_items: int, residual: bool) -> None:
-        super().__init__(d2, residual, own_columns=d2 + 1)
+    def __init__(self, d2: int, num_items: int, residual: bool, apart: bool = False) -> None:
+        super().__init__(d2, residual, d2 + 1, apart)
         self.weight_VH = nn.Parameter(torch.empty(num_items, d2))
         self.bias_V = nn.Parameter(torch.zeros(num_items))
         # Small weights and not a small factor: AdamW moves every weight by about the learning rate, whatever its
         # gradient's size, and a factor would shrink what that does to a score.
-        nn.init.normal_(self.weight_VH, std=(_RESIDUAL_START if residual else 1.0) * d2**-0.5)
+        nn.init.normal_(self.weight_VH, std=_start(residual, apart) * d2**-0.5)
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
         """Makes the queries; see `TiedHead.queries`. The last own column is the bias's factor."""

@@ -75,8 +75,7 @@ class BehaveTask(nn.Module):
         """Loss of a batch, and its parts without gradient."""
         seen = self.llmgr.look_up(batch)
         readings_BH = _read(self.llmgr, seen, batch, self.one_pass)
-        scored = Scored(self.llmgr.queries(seen, readings_BH), self.llmgr.items(seen, batch))
-        loss = _ranking(scored, batch, self.world_size)
+        loss = _ranking(_trained(self.llmgr, seen, readings_BH, batch), batch, self.world_size)
         return loss, {"loss": loss.detach()}
 
 
@@ -165,8 +164,8 @@ class AlignTask(nn.Module):
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and its parts without gradient."""
         seen = self.llmgr.look_up(batch)
-        queries_BQ = self.llmgr.queries(seen, self.llmgr.read(seen, batch, "align"))
-        context = _ranking(Scored(queries_BQ, self.llmgr.items(seen, batch)), batch, self.world_size)
+        readings_BH = self.llmgr.read(seen, batch, "align")
+        context = _ranking(_trained(self.llmgr, seen, readings_BH, batch), batch, self.world_size)
         if self.contrastive_weight == 0:
             return context, {"loss": context.detach()}
         structure = self._structure(seen, batch)
@@ -195,6 +194,12 @@ class AlignTask(nn.Module):
 
 def _read(llmgr: LLMGR, seen: Recommended, batch: SessionBatch, one_pass: bool) -> Tensor:
     return llmgr.read_prefixes(seen, batch, "behave") if one_pass else llmgr.read(seen, batch, "behave")
+
+
+def _trained(llmgr: LLMGR, seen: Recommended, readings_BH: Tensor, batch: SessionBatch) -> Scored:
+    """Both sides of the score that is trained: the head's own, or with the recommender's."""
+    own = slice(llmgr.head.trained_columns)
+    return Scored(llmgr.queries(seen, readings_BH)[:, own], llmgr.items(seen, batch)[:, own])
 
 
 def _ranking(scored: Scored, batch: SessionBatch, world_size: int, dtype: torch.dtype | None = None) -> Tensor:

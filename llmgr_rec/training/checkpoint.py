@@ -39,6 +39,8 @@ _SILENT_WHEN_OFF = (
     "tables.item_text",
     "tables.id_dropout",
     "text_tower.",
+    "head.text_only",
+    "head.apart",
     "llm.text_layer",
     "llm.text_whitening",
 )

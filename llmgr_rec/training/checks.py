@@ -51,6 +51,8 @@ _LANGUAGE_SETTINGS = (
     "head.name",
     "head.residual",
     "head.item_text",
+    "head.text_only",
+    "head.apart",
     "controls.random_llm",
     "controls.shuffled_text",
     "controls.no_graph",
