@@ -1,6 +1,6 @@
 """GRU4Rec (Hidasi et al., arXiv 1511.06939): a gated recurrent network over the clicks.
 
-Shapes: B sessions, N nodes, T clicks of the longest session, D = d1 columns.
+Shapes: L clicks that are read, N nodes, R rows of T places, D = d1 columns.
 """
 
 from torch import Tensor, nn
@@ -31,6 +31,6 @@ class GRU4Rec(SessionEncoder):
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""
         rows = click_rows(graph, self.max_clicks)
-        states_BTD = self.read_out(self.network(self.dropout(rows.set_out(nodes_ND)))[0])
-        filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
-        return EncodedSessions(rows.by_node(states_BTD, nodes_ND), rows.newest(states_BTD) * filled_B1)
+        clicks_LD = self.dropout(nodes_ND.index_select(0, rows.node_L))
+        states_LD = rows.in_rows(lambda clicks_RTD: self.network(clicks_RTD)[0], clicks_LD)
+        return rows.encoded(self.read_out(states_LD), nodes_ND)
