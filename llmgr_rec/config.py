@@ -149,7 +149,8 @@ class StageConfig:
     Args:
         epochs: Passes over the training examples; 0 skips the training of this stage.
         max_steps: Optimizer steps after which the stage ends; 0 means no limit.
-        batch_size: Training examples of one optimizer step, over all ranks; sessions where behave.one_pass is set.
+        batch_size: Training examples of one optimizer step, over all ranks; sessions where the stage reads
+            them in one pass (sbr.one_pass; behave.one_pass, also for distill).
         lr: Peak learning rate of the dense parameters, per step.
         weight_decay: AdamW weight decay of the dense parameters.
         warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
@@ -169,6 +170,19 @@ class StageConfig:
     trainable: list[TrainableGroup] = field(default_factory=list)
     eval_every: int = 1
     patience: int = 0
+
+
+@dataclass
+class SbrConfig(StageConfig):
+    """Session-recommender pre-training.
+
+    Args:
+        one_pass: Read each training session once and ask for the next item after every click, in place of reading each
+            of its prefixes for itself. The same targets for a fraction of the work; needs an encoder whose states know
+            no later clicks (sasrec, gru4rec). Sessions longer than encoder.max_clicks are asked in parts of so many.
+    """
+
+    one_pass: bool = False
 
 
 @dataclass
@@ -300,9 +314,7 @@ class Config:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    sbr: StageConfig = field(
-        default_factory=lambda: StageConfig(epochs=10, patience=3, trainable=["tables", "encoder"])
-    )
+    sbr: SbrConfig = field(default_factory=lambda: SbrConfig(epochs=10, patience=3, trainable=["tables", "encoder"]))
     align: AlignConfig = field(
         default_factory=lambda: AlignConfig(batch_size=64, lr=1e-3, trainable=["adapter", "head"], eval_every=0)
     )

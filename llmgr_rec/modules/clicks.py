@@ -1,8 +1,10 @@
 """Clicks of sessions for encoders that read a session as a sequence: end to end without padding, or set out in rows.
 
-Shapes: B sessions, L clicks that are read of all sessions, N nodes, R rows of T places, D and F columns.
+Shapes: B sessions, C clicks, N nodes, G groups of sessions that are read in one pass, L clicks that are read, R rows of
+T places, D and F columns.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import lengths_to_offsets, ranges
-from llmgr_rec.modules.session_encoder import EncodedSessions
+from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 
 
 @dataclass
@@ -44,14 +46,14 @@ class ClickRows:
 
     Args:
         node_L: Node of each click.
-        back_L: Places from the session's newest click back, 0 for that one.
+        place_L: Places from the first click on that is read of the session, 0 for that one.
         newest_B: Each session's newest click, -1 without clicks.
         source_N: Each node's newest click, -1 where none is read.
         bands: Sessions with clicks, by length; one at least.
     """
 
     node_L: Tensor
-    back_L: Tensor
+    place_L: Tensor
     newest_B: Tensor
     source_N: Tensor
     bands: list[Band]
@@ -80,36 +82,84 @@ class ClickRows:
         return EncodedSessions(states_ND, padded.index_select(0, self.newest_B + 1))
 
 
-def click_rows(graph: SessionGraph, most: int) -> ClickRows:
+class ClickEncoder(SessionEncoder):
+    """An encoder that reads the newest clicks in order; no state knows later clicks.
+
+    Args:
+        max_clicks: Newest clicks that are read of a session.
+    """
+
+    reads_prefixes = True
+
+    def __init__(self, max_clicks: int) -> None:
+        super().__init__()
+        self.max_clicks = max_clicks
+
+    @abstractmethod
+    def states(self, nodes_ND: Tensor, rows: ClickRows) -> Tensor:
+        """A state for each click that is read, [L, D]."""
+
+    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+        """Encodes a batch; see `SessionEncoder.forward`."""
+        rows = click_rows(graph, self.max_clicks)
+        return rows.encoded(self.states(nodes_ND, rows), nodes_ND)
+
+    def encode_prefixes(self, nodes_ND: Tensor, graph: SessionGraph, groups_G1: Tensor) -> EncodedSessions:
+        """Encodes growing prefixes from the longest of each group alone; see `SessionEncoder.encode_prefixes`.
+
+        It gives what `forward` does as long as no session has more than `max_clicks` clicks. Of a longer one, all
+        prefixes of a group are read from the first click on that the longest one reads.
+
+        Raises:
+            ValueError: A group has more than `max_clicks` prefixes, so that the longest does not read all their clicks.
+        """
+        if int(groups_G1.diff().max()) > self.max_clicks:
+            raise ValueError(f"a group has more than {self.max_clicks} prefixes, as many as clicks are read")
+        rows = click_rows(graph, self.max_clicks, groups_G1)
+        return rows.encoded(self.states(nodes_ND, rows), nodes_ND)
+
+
+def click_rows(graph: SessionGraph, most: int, groups_G1: Tensor | None = None) -> ClickRows:
     """The clicks that are read.
 
     Args:
         graph: The sessions' graphs.
         most: Newest clicks kept of each session.
+        groups_G1: First session of each group of growing prefixes, of which only the longest is read; None reads each
+            session for itself.
     """
-    lengths_B = graph.click_offsets_B1.diff().clamp(max=most)
-    order_B = torch.argsort(lengths_B, stable=True)
-    sorted_B = lengths_B[order_B]
-    offsets_B1 = lengths_to_offsets(sorted_B)
-    click_L = ranges((graph.click_offsets_B1[1:] - lengths_B)[order_B], offsets_B1)
-    node_L = graph.alias_L.index_select(0, click_L)
-    number_L = torch.arange(node_L.numel(), device=node_L.device)
-    newest_B = torch.empty_like(lengths_B)
-    newest_B[order_B] = torch.where(sorted_B > 0, offsets_B1[1:] - 1, -1)
+    offsets_B1 = graph.click_offsets_B1
+    device = offsets_B1.device
+    if groups_G1 is None:
+        groups_G1 = torch.arange(graph.num_sessions + 1, device=device)
+    longest_G = groups_G1[1:] - 1
+    lengths_G = offsets_B1.diff()[longest_G].clamp(max=most)
+    sorted_G, order_G = torch.sort(lengths_G, stable=True)
+    starts_G1 = lengths_to_offsets(sorted_G)
+    start_G = torch.empty_like(lengths_G).index_copy_(0, order_G, starts_G1[:-1])
+    skipped_G = offsets_B1[groups_G1[1:]] - lengths_G
+    click_L = ranges(skipped_G[order_G], starts_G1)
+    group_B = torch.repeat_interleave(groups_G1.diff(), output_size=graph.num_sessions)
+    # From a click of the batch to the same one of the longest prefix, and from there to the clicks that are read.
+    shift_B = offsets_B1[longest_G][group_B] - offsets_B1[:-1] + (start_G - skipped_G)[group_B]
+    session_C = graph.click_session_L
+    number_C = torch.arange(session_C.numel(), device=device) + shift_B[session_C]
+    number_C = torch.where(number_C >= start_G[group_B][session_C], number_C, -1)
     # Clicks of a session stand in order of time, so a node's largest one is its newest.
-    source_N = torch.full_like(graph.node_items_N, -1).scatter_reduce(0, node_L, number_L, "amax")
+    source_N = torch.full_like(graph.node_items_N, -1).scatter_reduce(0, graph.alias_L, number_C, "amax")
+    padded_C1 = torch.cat([number_C, number_C.new_full((1,), -1)])
     return ClickRows(
-        node_L=node_L,
-        back_L=torch.repeat_interleave(offsets_B1[1:], sorted_B, output_size=node_L.numel()) - 1 - number_L,
-        newest_B=newest_B,
+        node_L=graph.alias_L.index_select(0, click_L),
+        place_L=ranges(torch.zeros_like(sorted_G), starts_G1),
+        newest_B=padded_C1[torch.where(offsets_B1.diff() > 0, offsets_B1[1:] - 1, session_C.numel())],
         source_N=source_N,
-        bands=_bands(sorted_B),
+        bands=_bands(sorted_G),
     )
 
 
-def _bands(sorted_B: Tensor) -> list[Band]:
+def _bands(sorted_G: Tensor) -> list[Band]:
     """Bands of sessions whose lengths ascend; a band's longest is less than twice its shortest."""
-    filled = sorted_B[sorted_B > 0]
+    filled = sorted_G[sorted_G > 0]
     if not filled.numel():
         # A row of padding, so that gradients reach what reads rows.
         return [Band(torch.empty_like(filled), 1, 1)]

@@ -18,6 +18,7 @@ from llmgr_rec.modules.item_tables import ItemRows, ItemTables
 from llmgr_rec.modules.item_text import ItemText
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 
+torch.fx.wrap("encode_prefixes")
 torch.fx.wrap("normalise")
 
 # As in torch.nn.functional.normalize: shorter vectors are divided by this.
@@ -50,6 +51,13 @@ def normalise(vectors_XD: Tensor) -> Tensor:
         vectors_XD: Vectors; those of length 0 stay.
     """
     return _Normalise.apply(vectors_XD)
+
+
+def encode_prefixes(
+    encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, groups_G1: Tensor
+) -> EncodedSessions:
+    """`SessionEncoder.encode_prefixes` as a function, which symbolic tracing does not enter."""
+    return encoder.encode_prefixes(nodes_ND, graph, groups_G1)
 
 
 @dataclass
@@ -101,11 +109,12 @@ class SessionRecommender(nn.Module):
         self.temperature = temperature
         self.item_text = item_text
 
-    def forward(self, batch: SessionBatch) -> Recommended:
+    def forward(self, batch: SessionBatch, one_pass: bool = False) -> Recommended:
         """Encodes the sessions and prepares the candidates from one lookup.
 
         Args:
             batch: Its features hold a bag for each node, then one for each candidate.
+            one_pass: Encode growing prefixes, of which the batch says where they begin, from the longest of them alone.
 
         Returns:
             Queries, candidates and what they were made of.
@@ -114,7 +123,10 @@ class SessionRecommender(nn.Module):
         num_nodes = batch.graph.node_items_N.shape[0]
         # Two slices would each give a gradient of the whole; a split gives one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, rows.vectors_XD.shape[0] - num_nodes])
-        encoded = self.encoder(rows_ND, batch.graph)
+        if one_pass:
+            encoded = encode_prefixes(self.encoder, rows_ND, batch.graph, batch.prompts_G1)
+        else:
+            encoded = self.encoder(rows_ND, batch.graph)
         return Recommended(
             queries_BQ=self.as_queries(encoded.sessions_BD),
             candidates_CQ=self.as_items(candidates_CD),

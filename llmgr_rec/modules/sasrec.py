@@ -7,17 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
-from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.modules.causal_block import CausalBlock
-from llmgr_rec.modules.clicks import click_rows
-from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder, check_heads, register_encoder
+from llmgr_rec.modules.clicks import ClickEncoder, ClickRows
+from llmgr_rec.modules.session_encoder import check_heads, register_encoder
 
 _INIT_STD = 0.02
 
 
 @register_encoder("sasrec")
-class SASRec(SessionEncoder):
-    """Session vector: the state at the last click, with learned positions counted back from it.
+class SASRec(ClickEncoder):
+    """Session vector: the state at the last click, with learned positions counted from the first click that is read.
+
+    So no state depends on later clicks, and all prefixes of a session are read in one pass.
 
     Blocks are normalised before each part: deeper ones train without warm-up.
 
@@ -30,9 +31,8 @@ class SASRec(SessionEncoder):
     """
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
-        super().__init__()
         check_heads(config, dim)
-        self.max_clicks = config.max_clicks
+        super().__init__(config.max_clicks)
         self.position_TD = nn.Parameter(torch.empty(config.max_clicks, dim).normal_(std=_INIT_STD))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
@@ -40,11 +40,10 @@ class SASRec(SessionEncoder):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
-        """Encodes a batch; see `SessionEncoder.forward`."""
-        rows = click_rows(graph, self.max_clicks)
-        states_LD = nodes_ND.index_select(0, rows.node_L) + self.position_TD.index_select(0, rows.back_L)
+    def states(self, nodes_ND: Tensor, rows: ClickRows) -> Tensor:
+        """A state for each click that is read, [L, D]."""
+        states_LD = nodes_ND.index_select(0, rows.node_L) + self.position_TD.index_select(0, rows.place_L)
         states_LD = self.dropout(states_LD)
         for block in self.blocks:
             states_LD = block(states_LD, rows)
-        return rows.encoded(self.norm(states_LD), nodes_ND)
+        return self.norm(states_LD)

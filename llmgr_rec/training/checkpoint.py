@@ -34,7 +34,14 @@ _FOLDER = re.compile(r"step-(\d{8})")
 _FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix", "llm.recompute")
 
 # Settings that came later than checkpoints did: where they are off they go without saying.
-_SILENT_WHEN_OFF = ("controls.", "tables.item_text", "tables.id_dropout", "llm.text_layer", "llm.text_whitening")
+_SILENT_WHEN_OFF = (
+    "controls.",
+    "tables.item_text",
+    "tables.id_dropout",
+    "llm.text_layer",
+    "llm.text_whitening",
+    "sbr.one_pass",
+)
 
 
 @dataclass(frozen=True)

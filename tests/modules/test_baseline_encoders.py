@@ -26,7 +26,7 @@ VARIANTS = [
 
 
 def plain_sasrec(encoder: SASRec, clicks_LD: Tensor) -> Tensor:
-    hidden = clicks_LD + encoder.position_TD[: len(clicks_LD)].flip(0)
+    hidden = clicks_LD + encoder.position_TD[: len(clicks_LD)]
     for block in encoder.blocks:
         mixed = []
         query, key, value = block.query_key_value(block.attention_norm(hidden)).chunk(3, 1)
@@ -124,7 +124,7 @@ def test_every_parameter_has_a_gradient_even_without_clicks(config: EncoderConfi
 def test_rows_hold_the_newest_clicks() -> None:
     rows = click_rows(graphs_of([[5, 6, 5, 7], [], [8], [1, 2]]), most=3)
     assert rows.node_L.tolist() == [3, 4, 5, 1, 0, 2]
-    assert rows.back_L.tolist() == [0, 1, 0, 2, 1, 0]
+    assert rows.place_L.tolist() == [0, 0, 1, 0, 1, 2]
     assert rows.newest_B.tolist() == [5, -1, 0, 2]
     assert rows.source_N.tolist() == [4, 3, 5, 0, 1, 2]
     shown, click_L1 = [], torch.arange(6.0).unsqueeze(1)
