@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
-TrainableGroup = Literal["tables", "encoder", "adapter", "lora", "head", "student"]
-StageName = Literal["sbr", "align", "behave", "distill"]
+TrainableGroup = Literal["tables", "encoder", "tower", "adapter", "lora", "head", "student"]
+StageName = Literal["sbr", "text", "align", "behave", "distill"]
 # In the order in which they are trained.
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
@@ -68,20 +68,6 @@ class EncoderConfig:
     dropout: float = 0.2
     score: Literal["dot", "cosine"] = "cosine"
     temperature: float = 0.07
-
-
-@dataclass
-class TextTowerConfig:
-    """Text tower: a second reader of sessions beside the encoder, which knows items by their texts alone.
-
-    Args:
-        dim: Columns of its vectors; 0 leaves the tower out.
-        two_sided: Project the texts of clicked and of ranked items by a matrix each, so that what goes with an item may
-            differ from what is like it; off, by the same one.
-    """
-
-    dim: int = 0
-    two_sided: bool = False
 
 
 @dataclass
@@ -169,7 +155,8 @@ class StageConfig:
     Args:
         epochs: Passes over the training examples; 0 skips the training of this stage.
         max_steps: Optimizer steps after which the stage ends; 0 means no limit.
-        batch_size: Training examples of one optimizer step, over all ranks; sessions where behave.one_pass is set.
+        batch_size: Training examples of one optimizer step, over all ranks; sessions where the stage reads
+            them in one pass (sbr.one_pass; behave.one_pass, also for distill).
         lr: Peak learning rate of the dense parameters, per step.
         weight_decay: AdamW weight decay of the dense parameters.
         warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
@@ -189,6 +176,33 @@ class StageConfig:
     trainable: list[TrainableGroup] = field(default_factory=list)
     eval_every: int = 1
     patience: int = 0
+
+
+@dataclass
+class SbrConfig(StageConfig):
+    """Session-recommender pre-training.
+
+    Args:
+        one_pass: Read each training session once and ask for the next item after every click, in place of reading each
+            of its prefixes for itself. The same targets for a fraction of the work; needs an encoder whose states know
+            no later clicks (sasrec, gru4rec). Sessions longer than encoder.max_clicks are asked in parts of so many.
+    """
+
+    one_pass: bool = False
+
+
+@dataclass
+class TextConfig(StageConfig):
+    """Text tower: a second reader of sessions beside the encoder, which knows items by their texts alone.
+
+    Args:
+        dim: Columns of its vectors.
+        two_sided: Project the texts of clicked and of ranked items by a matrix each, so that what goes with an item may
+            differ from what is like it; off, by the same one.
+    """
+
+    dim: int = 128
+    two_sided: bool = False
 
 
 @dataclass
@@ -301,12 +315,12 @@ class Config:
         seed: Seed of every random choice.
         tables: Item tables.
         encoder: Session encoder.
-        text_tower: Reader of item texts beside the session encoder.
         llm: Language model and LoRA.
         prompt: Prompt contents.
         head: Ranking head.
         loss: Ranking loss.
         sbr: Session-recommender pre-training.
+        text: Text tower beside the session recommender; off unless it is given epochs.
         align: Stage 1, auxiliary instruction tuning.
         behave: Stage 2, behaviour pattern modelling.
         distill: Distillation into a reader that needs no language model; off unless it is given epochs.
@@ -317,14 +331,12 @@ class Config:
     seed: int = 0
     tables: TablesConfig = field(default_factory=TablesConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    text_tower: TextTowerConfig = field(default_factory=TextTowerConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    sbr: StageConfig = field(
-        default_factory=lambda: StageConfig(epochs=10, patience=3, trainable=["tables", "encoder"])
-    )
+    sbr: SbrConfig = field(default_factory=lambda: SbrConfig(epochs=10, patience=3, trainable=["tables", "encoder"]))
+    text: TextConfig = field(default_factory=lambda: TextConfig(epochs=0, trainable=["tower"]))
     align: AlignConfig = field(
         default_factory=lambda: AlignConfig(batch_size=64, lr=1e-3, trainable=["adapter", "head"], eval_every=0)
     )

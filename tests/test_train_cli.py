@@ -153,8 +153,9 @@ def test_prefixes_that_are_rows_already_are_not_read_in_one_pass(refused: Refuse
     dataset = tmp_path / "dataset"
     shutil.copytree(small_dataset(), dataset)
     edit_manifest(dataset, lambda manifest: manifest.update(prefix_augmentation=[]))
-    said = refused("--behave.one_pass", "true", dataset=dataset)
-    assert re.search(r"the training rows of .*dataset are prefixes already; set behave\.one_pass to false", said)
+    for stage in ("sbr", "behave"):
+        said = refused(f"--{stage}.one_pass", "true", "--encoder.name", "sasrec", dataset=dataset)
+        assert re.search(rf"the training rows of .*dataset are prefixes already; set {stage}\.one_pass to false", said)
 
 
 def test_text_in_item_vectors_is_asked_for_in_every_stage(refused: Refused, tmp_path: Path) -> None:
@@ -219,6 +220,10 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--tables.dim", "18"], r"setting tables\.dim is 18; give a multiple of 4"),
         (["--tables.dim", "0"], r"setting tables\.dim is 0; give 4 or more"),
         (["--encoder.attention_heads", "3"], r"setting encoder\.attention_heads is 3; give a number that divides"),
+        (
+            ["--sbr.one_pass", "true", "--encoder.name", "stamp"],
+            r"sbr\.one_pass is true, but encoder\.name is stamp, .*; set encoder\.name to gru4rec or sasrec, or",
+        ),
         (
             ["--behave.one_pass", "true", "--prompt.node_source", "encoder"],
             r"one_pass is true, but prompt\.node_source is encoder, .* later clicks; set prompt\.node_source to table",

@@ -131,7 +131,8 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
         Names of parameters that the bundle has nothing for: those that an earlier stage does not have yet.
 
     Raises:
-        UserError: The bundle is damaged or of another shape.
+        UserError: The bundle is damaged or of another shape, or lacks a part of the session recommender, which every
+            stage has.
     """
     folder = Path(path)
     index = read_index(folder)
@@ -139,7 +140,11 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
     try:
         left = _load_tables(model, folder, index)
         recommender = model.recommender if isinstance(model, LLMGR) else model
-        left += _load_dense(dense_tensors(recommender), folder, RECOMMENDER)
+        if missing := _load_dense(dense_tensors(recommender), folder, RECOMMENDER):
+            raise UserError(
+                f"bundle {folder} is damaged or of another version of this program: it has nothing for {missing[0]} of "
+                "the session recommender; copy or train it again"
+            )
         if isinstance(model, LLMGR):
             left += _load_dense(language_tensors(model), folder, LANGUAGE)
             left += _load_lora(model, folder)

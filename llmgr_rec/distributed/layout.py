@@ -146,8 +146,9 @@ def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, size
 
 def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes) -> nn.Module:
     if stage == "sbr":
-        width = _meta_decoder(config).get_input_embeddings().weight.shape[1] if recommender_reads_text(config) else 0
-        return SbrTask(build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta"))
+        width = _meta_decoder(config).get_input_embeddings().weight.shape[1] if config.tables.item_text else 0
+        recommender = build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta")
+        return SbrTask(recommender, one_pass=config.sbr.one_pass)
     # Only that the prompts are there matters for the layout, not what they say.
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
     decoder = _meta_decoder(config)

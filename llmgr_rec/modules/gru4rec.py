@@ -1,18 +1,17 @@
 """GRU4Rec (Hidasi et al., arXiv 1511.06939): a gated recurrent network over the clicks.
 
-Shapes: B sessions, N nodes, T clicks of the longest session, D = d1 columns.
+Shapes: L clicks that are read, N nodes, R rows of T places, D = d1 columns.
 """
 
 from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
-from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.modules.clicks import click_rows
-from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder, initialise_uniform, register_encoder
+from llmgr_rec.modules.clicks import ClickEncoder, ClickRows
+from llmgr_rec.modules.session_encoder import initialise_uniform, register_encoder
 
 
 @register_encoder("gru4rec")
-class GRU4Rec(SessionEncoder):
+class GRU4Rec(ClickEncoder):
     """Session vector: the network's state after the last click, projected.
 
     Args:
@@ -21,16 +20,13 @@ class GRU4Rec(SessionEncoder):
     """
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
-        super().__init__()
-        self.max_clicks = config.max_clicks
+        super().__init__(config.max_clicks)
         self.dropout = nn.Dropout(config.dropout)
         self.network = nn.GRU(dim, dim, batch_first=True)
         self.read_out = nn.Linear(dim, dim)
         initialise_uniform(self, dim)
 
-    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
-        """Encodes a batch; see `SessionEncoder.forward`."""
-        rows = click_rows(graph, self.max_clicks)
-        states_BTD = self.read_out(self.network(self.dropout(rows.set_out(nodes_ND)))[0])
-        filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
-        return EncodedSessions(rows.by_node(states_BTD, nodes_ND), rows.newest(states_BTD) * filled_B1)
+    def states(self, nodes_ND: Tensor, rows: ClickRows) -> Tensor:
+        """A state for each click that is read, [L, D]."""
+        clicks_LD = self.dropout(nodes_ND.index_select(0, rows.node_L))
+        return self.read_out(rows.in_rows(lambda clicks_RTD: self.network(clicks_RTD)[0], clicks_LD))

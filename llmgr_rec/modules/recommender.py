@@ -19,7 +19,15 @@ from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 from llmgr_rec.modules.text_tower import TextTower
 
+torch.fx.wrap("encode_prefixes")
 torch.fx.wrap("normalise")
+
+
+def encode_prefixes(
+    encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, groups_G1: Tensor
+) -> EncodedSessions:
+    """`SessionEncoder.encode_prefixes` as a function, which symbolic tracing does not enter."""
+    return encoder.encode_prefixes(nodes_ND, graph, groups_G1)
 
 
 @dataclass
@@ -80,11 +88,12 @@ class SessionRecommender(nn.Module):
         own = self.item_tables.dim
         return [own] if self.text_tower is None else [own, self.text_tower.dim]
 
-    def forward(self, batch: SessionBatch) -> Recommended:
+    def forward(self, batch: SessionBatch, one_pass: bool = False) -> Recommended:
         """Encodes the sessions and prepares the candidates from one lookup.
 
         Args:
             batch: Its features hold a bag for each node, then one for each candidate.
+            one_pass: Encode growing prefixes, of which the batch says where they begin, from the longest of them alone.
 
         Returns:
             Queries, candidates and what they were made of.
@@ -93,7 +102,10 @@ class SessionRecommender(nn.Module):
         num_nodes = batch.graph.node_items_N.shape[0]
         # Two slices would each give a gradient of the whole; a split gives one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, rows.vectors_XD.shape[0] - num_nodes])
-        encoded = self.encoder(rows_ND, batch.graph)
+        if one_pass:
+            encoded = encode_prefixes(self.encoder, rows_ND, batch.graph, batch.prompts_G1)
+        else:
+            encoded = self.encoder(rows_ND, batch.graph)
         queries_BQ, candidates_CQ = self._as_query(encoded.sessions_BD), self._as_item(candidates_CD)
         if self.text_tower is not None:
             read = self.text_tower(rows.texts_XH, batch.graph)

@@ -6,7 +6,7 @@ Shapes: B sessions, N nodes (distinct items of a session, sessions one after ano
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,12 @@ class SessionEncoder(nn.Module, ABC):
     """Reads session graphs: node vectors in, node states and session vectors out.
 
     A session's result depends on that session alone, whatever else stands in the batch.
+
+    Attributes:
+        reads_prefixes: Whether `encode_prefixes` is there, as for encoders of which no state knows later clicks.
     """
+
+    reads_prefixes: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
@@ -47,9 +52,25 @@ class SessionEncoder(nn.Module, ABC):
             Node states and session vectors.
         """
 
+    def encode_prefixes(self, nodes_ND: Tensor, graph: SessionGraph, groups_G1: Tensor) -> EncodedSessions:
+        """Encodes growing prefixes of sessions from the longest of each group alone.
 
-Builder = Callable[[EncoderConfig, int], SessionEncoder]
-_builders: dict[str, Builder] = {}
+        Args:
+            nodes_ND: Item vectors of the nodes; those of an item are the same in all prefixes.
+            graph: Graphs of the prefixes.
+            groups_G1: First prefix of each group, and last their number, int64; each prefix of a group is one click
+                longer than the one before.
+
+        Returns:
+            What `forward` gives for the same prefixes.
+
+        Raises:
+            ValueError: This encoder reads sessions only as a whole.
+        """
+        raise ValueError(f"{type(self).__name__} reads sessions only as a whole, not their prefixes in one pass")
+
+
+_classes: dict[str, type[SessionEncoder]] = {}
 EncoderClass = TypeVar("EncoderClass", bound=type[SessionEncoder])
 
 
@@ -64,7 +85,7 @@ def register_encoder(name: str) -> Callable[[EncoderClass], EncoderClass]:
     """
 
     def register(cls: EncoderClass) -> EncoderClass:
-        _builders[name] = cls
+        _classes[name] = cls
         return cls
 
     return register
@@ -83,12 +104,22 @@ def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
     Raises:
         KeyError: No encoder is registered under `config.name`.
     """
+    classes = _registered()
+    if config.name not in classes:
+        raise KeyError(f"no session encoder is registered as {config.name!r}; known: {sorted(classes)}")
+    return classes[config.name](config, dim)
+
+
+def prefix_encoders() -> list[str]:
+    """Names of the encoders that read all prefixes of a session in one pass."""
+    return sorted(name for name, encoder in _registered().items() if encoder.reads_prefixes)
+
+
+def _registered() -> dict[str, type[SessionEncoder]]:
     # Imported here because these modules import this one for the interface; importing them registers them.
     from llmgr_rec.modules import gcsan, gru4rec, sasrec, srgnn, stamp  # noqa: F401
 
-    if config.name not in _builders:
-        raise KeyError(f"no session encoder is registered as {config.name!r}; known: {sorted(_builders)}")
-    return _builders[config.name](config, dim)
+    return _classes
 
 
 def check_heads(config: EncoderConfig, dim: int) -> None:

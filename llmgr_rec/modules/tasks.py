@@ -33,26 +33,26 @@ class SbrTask(nn.Module):
         recommender: The session recommender.
         world_size: Number of ranks, over which gradients are averaged.
         loss_dtype: Number format of the products with the items in the loss, see `ranking_loss`.
+        one_pass: Read prefixes of a session in one pass; its batches then say which belong together.
     """
 
     def __init__(
-        self, recommender: SessionRecommender, world_size: int = 1, loss_dtype: torch.dtype = torch.float32
+        self,
+        recommender: SessionRecommender,
+        world_size: int = 1,
+        loss_dtype: torch.dtype = torch.float32,
+        one_pass: bool = False,
     ) -> None:
         super().__init__()
         self.recommender = recommender
         self.world_size = world_size
         self.loss_dtype = loss_dtype
+        self.one_pass = one_pass
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch with candidates, and its parts without gradient."""
-        seen = self.recommender(batch)
-        losses, start = [], 0
-        for columns in self.recommender.columns:
-            part = slice(start, start + columns)
-            scored = Scored(seen.queries_BQ[:, part], seen.candidates_CQ[:, part])
-            losses.append(_ranking(scored, batch, self.world_size, self.loss_dtype))
-            start += columns
-        loss = sum(losses[1:], start=losses[0])
+        seen = self.recommender(batch, self.one_pass)
+        loss = _ranking(Scored(seen.queries_BQ, seen.candidates_CQ), batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 

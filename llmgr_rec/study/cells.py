@@ -88,7 +88,7 @@ class Bench:
             UserError: The data set or a setting is not usable.
         """
         config = study.settings_of(variant, seed)
-        key = self._key(variant.model, variant.blend, self._split, asdict(config) if variant.trains else {})
+        key = self._key(variant.model, variant.blend, self._split, _said(config) if variant.trains else {})
         file = self._folder / "cells" / f"{key}.npz"
         if not file.is_file():
             logger.info("%s, seed %d", variant.name, seed)
@@ -132,7 +132,7 @@ class Bench:
 
     def _trained(self, model: str, config: Config) -> tuple[Path, float]:
         """A finished run and the seconds of its training."""
-        parts = asdict(config)
+        parts = _said(config)
         first = {name: values for name, values in parts.items() if name not in _LATER_PARTS}
         if recommender_reads_text(config):
             first["text"] = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
@@ -168,3 +168,11 @@ class Bench:
         held_out = [manifest.held_out] if manifest.held_out else []
         known = [manifest.catalogue_hash, manifest.num_examples, *held_out, *parts]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _said(config: Config) -> dict[str, Any]:
+    """All settings, without one that came later than cells did where it is off: those keep their names."""
+    parts = asdict(config)
+    if not config.sbr.one_pass:
+        del parts["sbr"]["one_pass"]
+    return parts

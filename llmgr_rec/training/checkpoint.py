@@ -38,7 +38,7 @@ _SILENT_WHEN_OFF = (
     "controls.",
     "tables.item_text",
     "tables.id_dropout",
-    "text_tower.",
+    "sbr.one_pass",
     "head.text_only",
     "head.apart",
     "llm.text_layer",

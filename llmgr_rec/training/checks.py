@@ -21,6 +21,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import reads_item_text, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
+from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.stages import stage_settings
@@ -118,6 +119,8 @@ def check_run(request: RunRequest) -> CheckedRun:
         _check_earlier_stage(request, stages[0], catalogue)
         for stage in stages:
             _check_checkpoints(request, stage, catalogue)
+        if "sbr" in stages and request.config.sbr.one_pass:
+            _check_sbr_one_pass(request.config, dataset)
         _check_language(request.config, stages, dataset, catalogue)
         _check_layout(request.config, stages, catalogue)
     return CheckedRun(dataset, catalogue, stages)
@@ -259,16 +262,29 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
         )
 
 
+def _check_sbr_one_pass(config: Config, dataset: Dataset) -> None:
+    if config.encoder.name not in (able := prefix_encoders()):
+        raise UserError(
+            f"setting sbr.one_pass is true, but encoder.name is {config.encoder.name}, which reads each prefix of a "
+            f"session for itself; set encoder.name to {' or '.join(able)}, or sbr.one_pass to false"
+        )
+    _check_prefixes_grow("sbr", dataset)
+
+
 def _check_one_pass(config: Config, prompt: CompiledPrompt, dataset: Dataset) -> None:
     if not prompt.has_trunk:
         raise UserError(
             f"setting behave.one_pass is true, but the first place of template behave in {config.prompt.templates} is "
             "not {nodes}, so prefixes of a session cannot share a prompt; set prompt.templates to compact, for one"
         )
+    _check_prefixes_grow("behave", dataset)
+
+
+def _check_prefixes_grow(stage: StageName, dataset: Dataset) -> None:
     if "train" not in dataset.manifest.prefix_augmentation:
         raise UserError(
-            f"setting behave.one_pass is true, but the training rows of {dataset.path} are prefixes already; "
-            "set behave.one_pass to false"
+            f"setting {stage}.one_pass is true, but the training rows of {dataset.path} are prefixes already; "
+            f"set {stage}.one_pass to false"
         )
 
 

@@ -132,7 +132,12 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
         encodings = _text_encodings(context)
     recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
     model = _shard(
-        SbrTask(recommender, context.world.size, resolve_dtype(config.loss.dtype, context.world.device)),
+        SbrTask(
+            recommender,
+            context.world.size,
+            resolve_dtype(config.loss.dtype, context.world.device),
+            config.sbr.one_pass,
+        ),
         config.sbr,
         context,
     )
@@ -209,17 +214,19 @@ def _reader(stage: StageName, context: RunContext) -> SessionReader:
         shuffle=True,
         seed=config.seed,
         augment_prefixes="train" in manifest.prefix_augmentation,
-        together=_prefixes_together(config) if stage in ("behave", "distill") else 0,
+        together=_prefixes_together(stage, config),
         workers=config.runtime.reader_workers,
         pin_memory=world.device.type == "cuda",
     )
 
 
-def _prefixes_together(config: Config) -> int:
-    """Most prefixes of a session that share a prompt: as many as a prompt shows nodes."""
-    if not config.behave.one_pass:
-        return 0
-    return config.prompt.max_nodes or sys.maxsize
+def _prefixes_together(stage: StageName, config: Config) -> int:
+    """Most prefixes of a session that are read in one pass: as many as clicks are read, or as a prompt shows nodes."""
+    if stage == "sbr" and config.sbr.one_pass:
+        return config.encoder.max_clicks
+    if stage in ("behave", "distill") and config.behave.one_pass:
+        return config.prompt.max_nodes or sys.maxsize
+    return 0
 
 
 def _checkpoints(stage: StageName, context: RunContext, kind: str, keep: int) -> CheckpointManager:

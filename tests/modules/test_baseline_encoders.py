@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.errors import UserError
@@ -25,19 +26,18 @@ VARIANTS = [
 
 
 def plain_sasrec(encoder: SASRec, clicks_LD: Tensor) -> Tensor:
-    hidden = clicks_LD + encoder.position_TD[: len(clicks_LD)].flip(0)
+    hidden = clicks_LD + encoder.position_TD[: len(clicks_LD)]
     for block in encoder.blocks:
-        normed, mixed = block.norm1(hidden), []
-        weights, biases = block.self_attn.in_proj_weight.chunk(3), block.self_attn.in_proj_bias.chunk(3)
-        query, key, value = (normed @ weight.T + bias for weight, bias in zip(weights, biases, strict=True))
-        for q, k, v in zip(*(part.chunk(block.self_attn.num_heads, 1) for part in (query, key, value)), strict=True):
+        mixed = []
+        query, key, value = block.query_key_value(block.attention_norm(hidden)).chunk(3, 1)
+        for q, k, v in zip(*(part.chunk(block.heads, 1) for part in (query, key, value)), strict=True):
             rows = []
             for place in range(len(hidden)):
                 scores = k[: place + 1] @ q[place] / q.shape[1] ** 0.5
                 rows.append(scores.softmax(0) @ v[: place + 1])
             mixed.append(torch.stack(rows))
-        hidden = hidden + block.self_attn.out_proj(torch.cat(mixed, 1))
-        hidden = hidden + block.linear2(torch.nn.functional.gelu(block.linear1(block.norm2(hidden))))
+        hidden = hidden + block.project(torch.cat(mixed, 1))
+        hidden = hidden + block.contract(functional.gelu(block.expand(block.feed_forward_norm(hidden))))
     return encoder.norm(hidden)
 
 
@@ -122,11 +122,15 @@ def test_every_parameter_has_a_gradient_even_without_clicks(config: EncoderConfi
 
 
 def test_rows_hold_the_newest_clicks() -> None:
-    rows = click_rows(graphs_of([[5, 6, 5, 7], [], [8]]), most=3)
-    assert rows.node_BT.tolist() == [[1, 0, 2], [4, 4, 4], [3, 4, 4]]
-    assert rows.place_BT.tolist() == [[2, 1, 0], [-1, -2, -3], [0, -1, -2]]
-    assert rows.last_B.tolist() == [2, 0, 0]
-    assert rows.source_N.tolist() == [1, 0, 2, 6]
+    rows = click_rows(graphs_of([[5, 6, 5, 7], [], [8], [1, 2]]), most=3)
+    assert rows.node_L.tolist() == [3, 4, 5, 1, 0, 2]
+    assert rows.place_L.tolist() == [0, 0, 1, 0, 1, 2]
+    assert rows.newest_B.tolist() == [5, -1, 0, 2]
+    assert rows.source_N.tolist() == [4, 3, 5, 0, 1, 2]
+    shown, click_L1 = [], torch.arange(6.0).unsqueeze(1)
+    packed = rows.in_rows(lambda set_out: shown.append(set_out.squeeze(2).tolist()) or set_out, click_L1)
+    assert shown == [[[0]], [[1, 2, 0], [3, 4, 5]]]
+    assert packed.squeeze(1).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("attention_layers", 0), ("attention_heads", 3)])

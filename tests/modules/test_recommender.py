@@ -14,14 +14,16 @@ from llmgr_rec.modules.losses import ranking_loss
 from llmgr_rec.modules.recommender import SessionRecommender, normalise
 from llmgr_rec.modules.session_encoder import build_encoder
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
+from tests.modules.small_llmgr import prefixes_together
 
 torch.fx.wrap("ranking_loss")
 
 DIM = 8
 Score = Literal["dot", "cosine"]
+Encoder = Literal["gcsan", "srgnn", "sasrec"]
 
 
-def recommender_of(score: Score = "cosine", name: Literal["gcsan", "srgnn"] = "gcsan") -> SessionRecommender:
+def recommender_of(score: Score = "cosine", name: Encoder = "gcsan") -> SessionRecommender:
     torch.manual_seed(0)
     tables = ItemTables(NUM_ITEMS, {"category": NUM_CATEGORIES}, DIM)
     return SessionRecommender(tables, build_encoder(EncoderConfig(name=name, dropout=0.0), DIM), score, 0.1)
@@ -68,7 +70,7 @@ def loss_of(recommender: SessionRecommender, batch: SessionBatch) -> Tensor:
 
 @pytest.mark.parametrize("name", ["gcsan", "srgnn"])
 @pytest.mark.parametrize("score", ["dot", "cosine"])
-def test_every_parameter_learns(name: Literal["gcsan", "srgnn"], score: Score) -> None:
+def test_every_parameter_learns(name: Encoder, score: Score) -> None:
     recommender = recommender_of(score, name)
     loss_of(recommender, small_batch()).backward()
     for parameter_name, parameter in recommender.named_parameters():
@@ -89,7 +91,7 @@ def test_filler_rows_have_no_part_in_loss_or_gradient() -> None:
 
 
 @pytest.mark.parametrize("name", ["gcsan", "srgnn"])
-def test_learns_which_item_follows(name: Literal["gcsan", "srgnn"]) -> None:
+def test_learns_which_item_follows(name: Encoder) -> None:
     recommender = recommender_of("cosine", name)
     sessions = [[(start + step) % NUM_ITEMS for step in range(length)] for start in range(12) for length in (1, 2, 3)]
     targets = [(session[-1] + 1) % NUM_ITEMS for session in sessions]
@@ -107,21 +109,24 @@ def test_learns_which_item_follows(name: Literal["gcsan", "srgnn"]) -> None:
 class Parent(nn.Module):
     """A task as a training pipeline sees it."""
 
-    def __init__(self, recommender: SessionRecommender) -> None:
+    def __init__(self, recommender: SessionRecommender, one_pass: bool = False) -> None:
         super().__init__()
         self.recommender = recommender
+        self.one_pass = one_pass
 
     def forward(self, batch: SessionBatch) -> Tensor:
-        seen = self.recommender(batch)
+        seen = self.recommender(batch, self.one_pass)
         return ranking_loss(
             seen.queries_BQ, seen.candidates_CQ, batch.target_columns_B, batch.weights_B, batch.global_size, 1
         )
 
 
-@pytest.mark.parametrize("name", ["gcsan", "srgnn"])
-def test_forward_is_traceable_with_the_batch_untouched_before_the_lookup(name: Literal["gcsan", "srgnn"]) -> None:
+@pytest.mark.parametrize(
+    ("name", "one_pass"), [("gcsan", False), ("srgnn", False), ("sasrec", False), ("sasrec", True)]
+)
+def test_forward_is_traceable_with_the_batch_untouched_before_the_lookup(name: Encoder, one_pass: bool) -> None:
     """What TrainPipelineSparseDist needs: fx traces the parent, and the lookup takes an attribute of the batch."""
-    parent = Parent(recommender_of("cosine", name))
+    parent = Parent(recommender_of("cosine", name), one_pass)
     leaves = {"recommender.item_tables.ebc", "recommender.encoder"}
 
     class Tracer(torch.fx.Tracer):
@@ -132,7 +137,7 @@ def test_forward_is_traceable_with_the_batch_untouched_before_the_lookup(name: L
     (lookup,) = [node for node in graph.nodes if node.target == "recommender.item_tables.ebc"]
     (argument,) = lookup.args
     assert (argument.op, argument.args[1], argument.args[0].op) == ("call_function", "features", "placeholder")
-    batch = small_batch()
+    batch = prefixes_together() if one_pass else small_batch()
     torch.testing.assert_close(torch.fx.GraphModule(parent, graph)(batch), parent(batch))
 
 

@@ -1,7 +1,7 @@
 """A small experiment: right, gone on with, and nothing trained twice."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +115,14 @@ def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch)
         assert run_of(item_text=False, **change) == run_of(item_text=False)
     for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}, {"controls__no_graph": True}):
         assert run_of(item_text=True, **change) == run_of(item_text=True)
+    assert run_of(item_text=False, sbr__one_pass=True) != run_of(item_text=False)
+
+
+def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
+    config = Config()
+    assert "one_pass" not in cells._said(config)["sbr"]
+    config.sbr.one_pass = True
+    assert cells._said(config) == asdict(config)
 
 
 @torch.no_grad()

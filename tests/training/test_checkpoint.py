@@ -283,6 +283,9 @@ def test_identity_is_what_it_was_before_there_were_controls_and_text_in_item_vec
     assert {name: value for name, value in settings.items() if name.startswith("controls.")} == {
         "controls.no_graph": True
     }
+    assert "sbr.one_pass" not in Identity.of("sbr", "c", config).settings
+    config.sbr.one_pass = True
+    assert Identity.of("sbr", "c", config).settings["sbr.one_pass"] is True
 
 
 @pytest.mark.parametrize(

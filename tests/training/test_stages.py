@@ -65,14 +65,16 @@ def everything_trains(folder: Path) -> Config:
 def parts_train(folder: Path) -> Config:
     """Stages that train a part only of what gradients reach: they run through frozen tables and a frozen head.
 
-    Stage 2 reads all prefixes of a session in one pass, and so does the teacher of the student.
+    Stages sbr and 2 read all prefixes of a session in one pass, and so does the teacher of the student.
     """
     config = base_config(folder)
     config.sbr.trainable = ["tables"]
+    config.encoder.name = "sasrec"
     config.align.epochs = 0
     config.behave.trainable = ["encoder", "adapter"]
-    # And several prompts for sessions of more than two clicks.
+    # And in several parts sessions of more than two or three clicks.
     config.behave.one_pass, config.prompt.max_nodes = True, 2
+    config.sbr.one_pass, config.encoder.max_clicks = True, 3
     config.distill = replace(config.distill, epochs=1, max_steps=STEPS, width=8)
     return config
 
