@@ -16,6 +16,8 @@ _COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "study"}
 # Gains up to here are drawn on a linear axis; over a backbone that knows nothing they are hundreds of times as large.
 _LINEAR = 2.0
+# Room of that part beside one for each power of ten.
+_LINEAR_ROOM = 3.0
 _COLD = BUCKET_NAMES[:3]
 _UNSEEN = BUCKET_NAMES[:1]
 
@@ -110,7 +112,7 @@ def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
             panel.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, color=color, label=metric.upper())
         drawn = [results["variants"][name][metric]["gain"]["mean"] for name in names for metric in _METRICS]
         if max(drawn, default=0.0) > _LINEAR:
-            panel.set_xscale("symlog", linthresh=_LINEAR)
+            panel.set_xscale("symlog", linthresh=_LINEAR, linscale=_LINEAR_ROOM)
         panel.axvline(0, color="#7f8c9a", linewidth=1)
         panel.set_yticks(range(len(names)), labels[::-1])
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
