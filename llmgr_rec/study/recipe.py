@@ -18,7 +18,7 @@ from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
 FOLDER = RECIPES / "experiments"
 MODELS = ("sbr", "llmgr", "student")
 _STUDY_KEYS = ("title", "reference", "config", "settings", "variants")
-_VARIANT_KEYS = ("model", "settings", "blend", "grid")
+_VARIANT_KEYS = ("model", "settings", "blend", "grid", "against")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Variant:
         settings: Dotted settings over those of the study.
         blend: Neighbour baselines whose scores are added, by weights that are chosen on validation.
         grid: Values to choose from on validation, by dotted setting; all combinations are tried.
+        against: Name of the variant that its gain is computed against; empty takes the study's reference.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     blend: tuple[str, ...] = ()
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    against: str = ""
 
     @property
     def trains(self) -> bool:
@@ -58,7 +60,7 @@ class Study:
 
     Args:
         title: Heading of the table.
-        reference: Name of the variant that the others are compared with.
+        reference: Name of the variant that the others are compared with where they name none of their own.
         config: Training recipe or settings file that all variants start from.
         settings: Dotted settings of all variants.
         variants: The lines of the table, in order.
@@ -69,6 +71,11 @@ class Study:
     config: str
     settings: Mapping[str, Any]
     variants: tuple[Variant, ...]
+
+    def against(self, name: str) -> str:
+        """Name of the variant that a variant's gain is computed against: the reference's own is against itself."""
+        own = next(variant.against for variant in self.variants if variant.name == name)
+        return own or self.reference
 
     def settings_of(self, variant: Variant, seed: int) -> Config:
         """All settings of a variant; a stage after the one that answers is left out.
@@ -123,8 +130,11 @@ def load_study(name: str) -> Study:
     _check_keys(content, _STUDY_KEYS, str(file))
     variants = tuple(_variant(str(title), values or {}, file) for title, values in content["variants"].items())
     reference = content.get("reference", variants[0].name)
-    if reference not in {variant.name for variant in variants}:
+    names = [variant.name for variant in variants]
+    if reference not in names:
         raise UserError(f"{file}: reference {reference} is none of its variants")
+    for variant in variants:
+        _check_against(variant, names, file)
     study = Study(
         title=str(content.get("title", file.stem)),
         reference=reference,
@@ -147,6 +157,7 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
         values.get("settings", {}),
         _names(values.get("blend", ())),
         values.get("grid", {}),
+        str(values.get("against", "")),
     )
     asked = [(variant.model, (*MODELS, *BASELINES)), *((name, BASELINES[1:]) for name in variant.blend)]
     for value, known in asked:
@@ -162,6 +173,16 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
     if variant.grid and not variant.trains:
         raise UserError(f"{where}: grid is for models that are trained; leave it out")
     return variant
+
+
+def _check_against(variant: Variant, names: Sequence[str], file: Path) -> None:
+    """What a variant is compared with is another one of the study."""
+    if variant.against and variant.against not in names:
+        near = difflib.get_close_matches(variant.against, names, n=1)
+        hint = f", did you mean {near[0]}?" if near else f"; they are {', '.join(names)}"
+        raise UserError(f"{file}: variant {variant.name}: against {variant.against} is none of its variants{hint}")
+    if variant.against == variant.name:
+        raise UserError(f"{file}: variant {variant.name}: it has no gain against itself; name another variant")
 
 
 def _names(value: Any) -> tuple[str, ...]:

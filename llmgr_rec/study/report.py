@@ -14,6 +14,10 @@ _METRICS = ("hr@20", "ndcg@20", "mrr@20")
 _COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
 # A fixed salt: the same results give the same bytes.
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "study"}
+# Gains up to here are drawn on a linear axis; over a backbone that knows nothing they are hundreds of times as large.
+_LINEAR = 2.0
+# Room of that part beside one for each power of ten.
+_LINEAR_ROOM = 3.0
 _COLD = BUCKET_NAMES[:3]
 _UNSEEN = BUCKET_NAMES[:1]
 
@@ -21,6 +25,7 @@ _UNSEEN = BUCKET_NAMES[:1]
 def table(study: Study, results: Mapping[str, Any]) -> str:
     """The figures as Markdown: mean and standard deviation over seeds, gains with paired 95 % intervals."""
     reference = results["reference"]
+    is_own = _has_own(results)
     # The columns of rare targets, each the sum of some buckets.
     rare: dict[str, tuple[str, ...]] = {f"{_COLD[0]} to {_COLD[-1].split('-')[1]}": _COLD}
     chance = ""
@@ -30,24 +35,34 @@ def table(study: Study, results: Mapping[str, Any]) -> str:
             f" {unseen:,} targets have no training interaction; a list of 20 random items holds a target in "
             f"{results['chance_hr@20']:.4f} of sessions."
         )
-    titles = ["variant", "HR@20", "NDCG@20", "MRR@20", "gain in HR", "gain in NDCG", "gain in MRR"]
+    titles = ["variant", "HR@20", "NDCG@20", "MRR@20", *(["against"] if is_own else [])]
+    titles += ["gain in HR", "gain in NDCG", "gain in MRR"]
     titles += [*(f"HR@20, targets of {bounds} training interactions" for bounds in rare), "training, minutes"]
     lines = [
         f"### {study.title}",
         "",
         f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
         f"{results['items']:,} items, full ranking. Mean ± standard deviation over seeds; gains relative to "
-        f"{reference}, with 95 % intervals of a paired bootstrap over sessions.{chance}",
+        f"{'the variant that each names' if is_own else reference}, with 95 % intervals of a paired bootstrap over "
+        f"sessions.{chance}",
         "",
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",
     ]
     for name, variant in results["variants"].items():
         cells = [f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in _METRICS]
-        cells += ["" if name == reference else _gain(variant[metric]["gain"]) for metric in _METRICS]
+        is_reference = variant["against"] == name
+        if is_own:
+            cells.append("" if is_reference else variant["against"])
+        cells += ["" if is_reference else _gain(variant[metric]["gain"]) for metric in _METRICS]
         cells += [_hit_rate(variant, buckets) for buckets in rare.values()]
         lines.append(f"| {' | '.join([name, *cells])} | {variant['training_minutes']:.1f} |")
     return "\n".join([*lines, "", *_chosen(results)])
+
+
+def _has_own(results: Mapping[str, Any]) -> bool:
+    """Whether a variant's gain is computed against another one than the reference."""
+    return any(variant["against"] != results["reference"] for variant in results["variants"].values())
 
 
 def _chosen(results: Mapping[str, Any]) -> list[str]:
@@ -80,8 +95,9 @@ def _count(variant: Mapping[str, Any], buckets: Sequence[str]) -> int:
 
 
 def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
-    """Relative gains over the reference with their intervals, as an SVG file."""
-    names = [name for name in results["variants"] if name != results["reference"]]
+    """Relative gains, each over what the variant is compared with, with their intervals, as an SVG file."""
+    names = [name for name, variant in results["variants"].items() if name != variant["against"]]
+    labels = [_label(name, results) for name in names]
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 1.2 + 0.42 * max(len(names), 1)))
         panel = figure.subplots()
@@ -94,14 +110,23 @@ def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
                 [max(gain["high"] - gain["mean"], 0.0) for gain in gains],
             ]
             panel.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, color=color, label=metric.upper())
+        drawn = [results["variants"][name][metric]["gain"]["mean"] for name in names for metric in _METRICS]
+        if max(drawn, default=0.0) > _LINEAR:
+            panel.set_xscale("symlog", linthresh=_LINEAR, linscale=_LINEAR_ROOM)
         panel.axvline(0, color="#7f8c9a", linewidth=1)
-        panel.set_yticks(range(len(names)), names[::-1])
+        panel.set_yticks(range(len(names)), labels[::-1])
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
-        panel.set_xlabel(f"gain over {results['reference']}, with its 95 % interval")
+        over = "the variant named below each" if _has_own(results) else results["reference"]
+        panel.set_xlabel(f"gain over {over}, with its 95 % interval")
         panel.set_title(study.title, loc="left", fontsize=10)
         panel.legend(frameon=False, loc="best")
         figure.tight_layout()
         figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _label(name: str, results: Mapping[str, Any]) -> str:
+    """A variant's name, with what it is compared with where that differs between variants."""
+    return f"{name}\nover {results['variants'][name]['against']}" if _has_own(results) else name
 
 
 def plot_cold(results: Mapping[str, Any], file: Path) -> None:

@@ -115,14 +115,16 @@ def compare(
     train_count_S = catalogue.train_count_V.numpy()[targets_of(dataset, split)]
     variants = {}
     for name, own in cells.items():
-        metrics = {}
+        metrics: dict[str, Any] = {}
+        against = study.against(name)
         for metric, measure in METRICS.items():
             values = [measure(cell.places_S) for cell in own]
             means = [float(value_S.mean()) for value_S in values]
-            gain = relative_gain(values, [measure(cell.places_S) for cell in cells[study.reference]])
+            gain = relative_gain(values, [measure(cell.places_S) for cell in cells[against]])
             metrics[metric] = {"mean": float(np.mean(means)), "sd": _sd(means), "seeds": means, "gain": asdict(gain)}
         variants[name] = {
             **metrics,
+            "against": against,
             "hr@20_by_train_count": hit_rate_by_frequency([cell.places_S for cell in own], train_count_S),
             "valid_ndcg@20": float(np.mean([cell.valid_ndcg for cell in own])),
             "blend_weights": [cell.weights_N.tolist() for cell in own],

@@ -27,6 +27,29 @@ def test_settings_of_a_variant_lie_over_those_of_the_study(tmp_path):
     assert study.reference == "a"
 
 
+def test_a_variant_is_compared_with_the_one_it_names_or_with_the_reference(tmp_path):
+    file = tmp_path / "e.yaml"
+    file.write_text("reference: b\nvariants: {a: {model: sbr}, b: {model: sbr}, c: {against: a}}\n")
+    study = load_study(str(file))
+    assert [study.against(name) for name in ("a", "b", "c")] == ["b", "b", "a"]
+
+
+def test_each_backbone_of_the_experiment_on_their_quality_stands_alone_and_below_an_llmgr_compared_with_it():
+    study = load_study("backbone_quality")
+    by_name = {variant.name: variant for variant in study.variants}
+    pairs = [(variant, by_name[variant.against]) for variant in study.variants if variant.model == "llmgr"]
+    assert 2 * len(pairs) == len(by_name)
+    kinds, epochs = set(), set()
+    for llmgr, alone in pairs:
+        assert alone.model == "sbr"
+        with_llm, without = (study.settings_of(variant, seed=0) for variant in (llmgr, alone))
+        assert (with_llm.encoder, with_llm.sbr) == (without.encoder, without.sbr)
+        kinds.add(without.encoder.name)
+        epochs.add(without.sbr.epochs)
+    assert kinds == {"gcsan", "srgnn", "gru4rec", "stamp", "sasrec"}
+    assert {0, 1} < epochs
+
+
 def test_a_grid_has_a_point_for_each_combination():
     variant = Variant(
         "a", "sbr", {"sbr.epochs": 2, "tables.dim": 4}, grid={"tables.dim": [8, 16], "sbr.lr": [0.1, 0.2]}
@@ -62,6 +85,12 @@ def test_a_grid_has_a_point_for_each_combination():
             "variant a: grid is for models that are trained",
         ),
         ("reference: b\nvariants: {a: {}}\n", "reference b is none of its variants"),
+        (
+            "variants: {aaa: {}, b: {against: aab}}\n",
+            "variant b: against aab is none of its variants, did you mean aaa?",
+        ),
+        ("variants: {aa: {}, b: {against: zz}}\n", "against zz is none of its variants; they are aa, b"),
+        ("variants: {a: {}, b: {against: b}}\n", "variant b: it has no gain against itself"),
         ("variants: [\n", "is no YAML"),
     ],
 )

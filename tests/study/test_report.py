@@ -11,7 +11,7 @@ from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.experiments import main
 from llmgr_rec.study import cells
 from llmgr_rec.study.recipe import Study
-from llmgr_rec.study.report import table
+from llmgr_rec.study.report import plot_gains, table
 from tests.data.prepare_inputs import prepare, write_items
 
 STUDY = Study("Unseen", "a", "quickstart", {}, ())
@@ -21,7 +21,7 @@ def results_of(buckets):
     metric = {"mean": 0.25, "sd": 0.01, "gain": {"mean": 0.1, "low": 0.05, "high": 0.2}}
     by_count = {name: {"hr": hr, "count": count} for name, (hr, count) in buckets.items()}
     variant = dict.fromkeys(("hr@20", "ndcg@20", "mrr@20"), metric)
-    variant |= {"hr@20_by_train_count": by_count, "training_minutes": 1.5, "grid": []}
+    variant |= {"hr@20_by_train_count": by_count, "training_minutes": 1.5, "grid": [], "against": "a"}
     split = {"split": "test", "protocol": "leave_one_out", "sessions": 1200, "items": 4000, "chance_hr@20": 0.005}
     return {"reference": "a", **split, "variants": {"a": variant, "b": variant}}
 
@@ -56,6 +56,39 @@ def test_no_such_column_without_such_targets():
     assert dict(zip(header, second, strict=True))["HR@20, targets of 0 to 8 training interactions"] == "0.1000"
     assert "random" not in text
     assert rows(table(STUDY, results_of({"21+": (0.9, 10.0)})))[2][-2] == "none"
+
+
+def test_a_gain_over_another_variant_than_the_reference_says_over_which(tmp_path):
+    results = results_of({"21+": (0.9, 10.0)})
+    results["variants"]["c"] = results["variants"]["b"] | {"against": "b"}
+    text = table(STUDY, results)
+    header, _, *lines = rows(text)
+    assert [dict(zip(header, line, strict=True))["against"] for line in lines] == ["", "a", "b"]
+    assert [dict(zip(header, line, strict=True))["gain in HR"] == "" for line in lines] == [True, False, False]
+    assert "gains relative to the variant that each names" in text
+    plot_gains(STUDY, results, tmp_path / "gains.svg")
+    drawn = (tmp_path / "gains.svg").read_text()
+    assert "<!-- over b -->" in drawn
+    assert "<!-- gain over the variant named below each, with its 95 % interval -->" in drawn
+
+
+def test_gains_over_what_knows_nothing_leave_the_others_room(tmp_path):
+    scales = []
+    for gain in (1.0, 80.0):
+        results = results_of({"21+": (0.9, 10.0)})
+        results["variants"]["b"] |= {"ndcg@20": {"gain": {"mean": gain, "low": gain / 2, "high": 2 * gain}}}
+        plot_gains(STUDY, results, tmp_path / "gains.svg")
+        scales.append("<!-- +1000% -->" in (tmp_path / "gains.svg").read_text())
+    assert scales == [False, True]
+
+
+def test_without_such_a_variant_the_table_and_the_plot_name_the_reference_alone(tmp_path):
+    results = results_of({"21+": (0.9, 10.0)})
+    text = table(STUDY, results)
+    assert "against" not in rows(text)[0]
+    assert "gains relative to a," in text
+    plot_gains(STUDY, results, tmp_path / "gains.svg")
+    assert "<!-- gain over a, with its 95 % interval -->" in (tmp_path / "gains.svg").read_text()
 
 
 RECIPE = "variants:\n  GNN: {model: sbr}\n  Item-kNN: {model: item_knn}\n  Text-kNN: {model: text_knn}\n"

@@ -96,6 +96,25 @@ def test_a_grid_is_chosen_from_on_validation_and_never_on_what_is_judged(tmp_pat
     assert f"- GNN: sbr.epochs {chosen}, sbr.lr 0.001, best of 2" in (output / "grid.md").read_text()
 
 
+def test_a_gain_over_an_untrained_backbone_of_its_own(tmp_path):
+    file = tmp_path / "own.yaml"
+    untrained = "settings: {sbr.epochs: 0}"
+    variants = f"variants:\n  GNN: {{model: sbr}}\n  blank: {{model: sbr, {untrained}}}\n"
+    file.write_text(RECIPE.split("variants:")[0] + variants + f"  LLMGR: {{{untrained}, against: blank}}\n")
+    data = ["--dataset", str(small_run().dataset.path), "--output", str(tmp_path / "out")]
+    main(["--recipe", str(file), *data, "--seeds", "0"])
+    found = json.loads((tmp_path / "out" / "own.json").read_text())["variants"]
+    means = {name: variant["ndcg@20"]["mean"] for name, variant in found.items()}
+    assert {name: variant["against"] for name, variant in found.items()} == {
+        "GNN": "GNN",
+        "blank": "GNN",
+        "LLMGR": "blank",
+    }
+    assert found["blank"]["ndcg@20"]["gain"]["mean"] == pytest.approx(means["blank"] / means["GNN"] - 1)
+    assert found["LLMGR"]["ndcg@20"]["gain"]["mean"] == pytest.approx(means["LLMGR"] / means["blank"] - 1)
+    assert len(set(means.values())) == 3
+
+
 def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch):
     monkeypatch.setattr(cells.Bench, "_train", lambda *_: 0.0)
     bench = cells.Bench(tmp_path, small_run().dataset, "test")

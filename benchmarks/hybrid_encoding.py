@@ -1,0 +1,283 @@
+"""Does hybrid encoding keep what the graph vectors know: nodes before and after projection, and after the layers.
+
+```sh
+python -m benchmarks.hybrid_encoding --run RUN
+```
+
+Each item stands alone in a prompt. Its node vector is compared with its soft token, and with the language model's
+hidden state at that place: linear CKA, and the share of nearest neighbours that both have. Beside them stand the same
+for a projection that was never trained, and for rows in random order, which is what chance gives.
+
+Shapes: N items, B sessions of one click each, D = d1 columns, H = d2 hidden width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.harness import benchmark_parser, set_threads, write_report
+from benchmarks.similarity import MIN_ITEMS, half_samples, interval, linear_cka, shared_neighbours
+from llmgr_rec.cli import parse_args, run_cli
+from llmgr_rec.config import StageName
+from llmgr_rec.data.batch import RawSessions, SessionBatch
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.bundle import Bundle, is_complete, load_bundle
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.hybrid import HybridEncoding
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.prompts import CompiledPrompt, prompt_nodes
+from llmgr_rec.modules.recommender import Recommended
+
+STAGES: tuple[StageName, ...] = ("align", "behave")
+PROJECTED, RANDOM = "after projection", "after random projection"
+READ, READ_RANDOM = "after language model", "after language model, random projection"
+SHUFFLED = "shuffled rows (chance)"
+WAYS = (PROJECTED, RANDOM, READ, READ_RANDOM, SHUFFLED)
+_RESAMPLES = 500
+_BATCH = 256
+_COLORS = ("#2b6cb0", "#d2552d")
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """One measure of how alike two sets of vectors are, with its 95 % interval over items.
+
+    Args:
+        mean: Over all items.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:z.3f} [{self.low:z.3f} .. {self.high:z.3f}]"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses the arguments and measures."""
+    parser = benchmark_parser("hybrid_encoding", "Compares node vectors before and after hybrid encoding.")
+    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
+    parser.add_argument("--items", type=int, default=2000, help="Most items compared, drawn from those in training.")
+    parser.add_argument("--neighbours", type=str, default="10,50", help="Nearest neighbours that are compared.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the draws and of the random projection.")
+    args = parse_args(parser, argv).as_dict()
+    set_threads(args["threads"])
+    counts = _numbers(args["neighbours"])
+    stages = [stage for stage in STAGES if is_complete(Path(args["run"]) / "export" / stage)]
+    if not stages:
+        raise UserError(f"{args['run']} has no finished stage {' or '.join(STAGES)}; train one with llmgr_rec.train")
+    results: dict[str, Any] = {}
+    for stage in stages:
+        bundle = load_bundle(Path(args["run"]) / "export" / stage, dtype="float32")
+        items_N = choose_items(bundle.catalogue, args["items"], max(counts), args["seed"])
+        vectors = encode(bundle, items_N, args["seed"])
+        results[stage] = {"items": len(items_N), "ways": compare(vectors, counts, args["seed"])}
+    print(table(results))
+    write_report(args["output"], args, results)
+    file = Path(args["output"]).with_suffix(".svg")
+    plot(results, file)
+    print(f"written: {file}")
+
+
+def choose_items(catalogue: Catalogue, most: int, neighbours: int, seed: int) -> Tensor:
+    """Items to compare, [N], in rising order: vectors of those without a training interaction are as they were drawn.
+
+    Args:
+        catalogue: The items.
+        most: Largest number of them.
+        neighbours: Most nearest neighbours that are asked for.
+        seed: Of the draw.
+
+    Raises:
+        UserError: There are too few.
+    """
+    seen = torch.nonzero(catalogue.train_count_V > 0).flatten()
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(seen)))
+    items_N = seen[order[:most]].sort().values
+    fewest = max(MIN_ITEMS, neighbours + 2)
+    if len(items_N) < fewest:
+        raise UserError(
+            f"{len(items_N)} items to compare, of {len(seen)} with training interactions, are too few for {neighbours} "
+            f"neighbours, which need {fewest}; raise --items or lower --neighbours"
+        )
+    return items_N
+
+
+@torch.no_grad()
+def encode(bundle: Bundle, items_N: Tensor, seed: int) -> dict[str, Tensor]:
+    """Vectors of the items before hybrid encoding, under `before`, and after it in each of the ways, rows as items.
+
+    Args:
+        bundle: Of a stage with a language model.
+        items_N: Items.
+        seed: Of the random projection and of the shuffled rows.
+
+    Raises:
+        UserError: Its prompts tell nothing of single nodes.
+    """
+    model, config = bundle.model, bundle.config
+    if not isinstance(model, LLMGR):
+        raise UserError(f"{bundle.path} holds no language model; give a run with stage {' or '.join(STAGES)}")
+    if config.controls.no_nodes:
+        raise UserError(
+            f"{bundle.path} was trained with controls.no_nodes: its node tokens are all alike; give another"
+        )
+    prompt = model.prompts["behave"]
+    if not isinstance(prompt, CompiledPrompt) or "nodes" not in prompt.segments:
+        raise UserError(f"template behave of {bundle.path} has no {{nodes}}; give a run whose prompts show nodes")
+    hybrids = {PROJECTED: model.hybrid, RANDOM: fresh_hybrid(model.hybrid, seed)}
+    states = {PROJECTED: READ, RANDOM: READ_RANDOM}
+    collate = make_collator(config, bundle.catalogue, "rank", language=True)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("before", *WAYS[:-1])}
+    for items_B in items_N.split(_BATCH):
+        batch = collate(single_clicks(items_B))
+        seen = model.look_up(batch)
+        parts["before"].append(node_vectors(model, seen, batch))
+        for way, hybrid in hybrids.items():
+            parts[way].append(hybrid.project(seen.sessions_BD, parts["before"][-1])[len(items_B) :])
+            parts[states[way]].append(node_states(model, hybrid, seen, batch))
+    vectors = {name: torch.cat(found) for name, found in parts.items()}
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(items_N)))
+    return vectors | {SHUFFLED: vectors["before"][order]}
+
+
+def fresh_hybrid(trained: HybridEncoding, seed: int) -> HybridEncoding:
+    """The same module as it is before training."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HybridEncoding(trained.nodes.in_features, trained.nodes.out_features, float(trained.embedding_norm))
+
+
+def single_clicks(items_B: Tensor) -> RawSessions:
+    """A session of one click for each item."""
+    count = len(items_B)
+    return RawSessions(
+        items_L=items_B,
+        offsets_B1=torch.arange(count + 1),
+        targets_B=torch.full((count,), -1),
+        weights_B=torch.ones(count),
+        rows_B=torch.arange(count),
+        global_size=count,
+    )
+
+
+def node_vectors(model: LLMGR, seen: Recommended, batch: SessionBatch) -> Tensor:
+    """What is projected at the node place of each session of one click, [B, D]."""
+    nodes = prompt_nodes(batch.graph, model.node_order, model.max_nodes)
+    vectors_ND = seen.rows_ND if model.node_source == "table" else seen.states_ND
+    return vectors_ND.index_select(0, nodes.values)
+
+
+def node_states(model: LLMGR, hybrid: HybridEncoding, seen: Recommended, batch: SessionBatch) -> Tensor:
+    """The language model's hidden state at the node place of each session of one click, [B, H].
+
+    Args:
+        model: Its language model and its prompt for ranking are used.
+        hybrid: Makes the soft tokens.
+        seen: From the model's `look_up`.
+        batch: The same sessions.
+    """
+    nodes = prompt_nodes(batch.graph, model.node_order, model.max_nodes)
+    packed = model.prompts("behave", nodes, batch.text_tokens)
+    embeddings_XH = hybrid(
+        model.language_model.token_embedding(packed.token_ids_X),
+        packed.soft_rows_X,
+        seen.sessions_BD,
+        node_vectors(model, seen, batch),
+    )
+    # Soft rows of graphs come first, one a session.
+    places_B = torch.nonzero(packed.soft_rows_X >= batch.num_sessions).flatten()
+    states_BH: Tensor = model.language_model(embeddings_XH, replace(packed, read_C=places_B))
+    return states_BH
+
+
+def compare(vectors: Mapping[str, Tensor], counts: Sequence[int], seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """How alike the vectors before and after are, by way and measure, with 95 % intervals over items.
+
+    Args:
+        vectors: From `encode`.
+        counts: Numbers of nearest neighbours.
+        seed: Of the half-samples.
+    """
+    before_ND = vectors["before"]
+    halves_RN = half_samples(len(before_ND), _RESAMPLES, seed)
+    found = {}
+    for way in WAYS:
+        after_NH = vectors[way]
+        spread = interval(linear_cka(before_ND, after_NH, halves_RN).numpy())
+        measures = {"cka": Likeness(float(linear_cka(before_ND, after_NH)), *spread)}
+        for k in counts:
+            share_N = shared_neighbours(before_ND, after_NH, k)
+            means_R = halves_RN @ share_N / halves_RN.sum(1)
+            measures[f"overlap@{k}"] = Likeness(float(share_N.mean()), *interval(means_R.numpy()))
+        found[way] = {name: asdict(likeness) for name, likeness in measures.items()}
+    return found
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """What was measured, to read."""
+    measures = _measures(results)
+    lines = [f"{'node vectors before, and':48}{''.join(f'{name:>26}' for name in measures)}"]
+    for stage, found in results.items():
+        lines.append(f"stage {stage}, {found['items']:,} items")
+        for way, values in found["ways"].items():
+            cells = "".join(f"{Likeness(**values[name])!s:>26}" for name in measures)
+            lines.append(f"  {way:46}{cells}")
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Any], file: Path) -> None:
+    """Draws a panel for each measure, the ways one below the other and the stages in colours, as an SVG file."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    measures = _measures(results)
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "hybrid-encoding"}
+    with rc_context(style):
+        figure = Figure(figsize=(3 + 2.6 * len(measures), 3))
+        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for panel, measure in zip(panels, measures, strict=True):
+            for number, (stage, found) in enumerate(results.items()):
+                values = [Likeness(**found["ways"][way][measure]) for way in WAYS]
+                means = [value.mean for value in values]
+                below = [max(value.mean - value.low, 0.0) for value in values]
+                above = [max(value.high - value.mean, 0.0) for value in values]
+                rows = [len(WAYS) - 1 - row + 0.2 * (0.5 - number) for row in range(len(WAYS))]
+                color = _COLORS[number % len(_COLORS)]
+                panel.errorbar(means, rows, xerr=[below, above], fmt="o", markersize=4, color=color, label=stage)
+            panel.set_xlim(-0.05, 1.05)
+            panel.set_title(measure, loc="left", fontsize=10)
+            panel.grid(color="#e6e9ed", axis="x")
+        panels[0].set_yticks(range(len(WAYS)), WAYS[::-1])
+        panels[0].legend(frameon=False, title="after stage")
+        figure.supxlabel("likeness to the node vectors before projection, with its 95 % interval", fontsize=9)
+        figure.tight_layout()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _measures(results: Mapping[str, Any]) -> list[str]:
+    return list(next(iter(results.values()))["ways"][PROJECTED])
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1:
+        raise UserError(f"--neighbours is {text}; give numbers from 1 with commas between them, such as 10,50")
+    return numbers
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,148 @@
+"""Node vectors before and after hybrid encoding, of a small run that was never trained."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import hybrid_encoding
+from benchmarks.hybrid_encoding import PROJECTED, RANDOM, READ, SHUFFLED, WAYS
+from benchmarks.similarity import shared_neighbours
+from llmgr_rec.cli import run_cli
+from llmgr_rec.config import Config
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, make_collator
+from llmgr_rec.distributed.bundle import Bundle, load_bundle
+from llmgr_rec.distributed.shards import init_tables
+from llmgr_rec.errors import UserError
+from tests.small_run import config, run_with, small_run
+from tests.training.small_training import PROMPTS
+
+
+def bundle_of(settings: Config) -> Bundle:
+    catalogue = small_run().catalogue
+    model = assemble_llmgr(settings, catalogue, assemble_decoder(settings, torch.device("cpu")))
+    init_tables(model, 1, 0.5)
+    return Bundle(small_run().run, "behave", model.eval(), settings, catalogue)
+
+
+def items_of(bundle: Bundle) -> torch.Tensor:
+    return torch.nonzero(bundle.catalogue.train_count_V > 0).flatten()
+
+
+def test_each_exported_stage_has_its_table_report_and_plot(tmp_path, capsys):
+    run = run_with(tmp_path / "run", "sbr", "behave")
+    output = tmp_path / "out.json"
+    words = ["--run", str(run), "--items", "40", "--neighbours", "5,10", "--threads", "1", "--output", str(output)]
+    hybrid_encoding.main(words)
+    results = json.loads(output.read_text())["results"]
+    assert list(results) == ["behave"]
+    assert results["behave"]["items"] == 40
+    ways = results["behave"]["ways"]
+    assert list(ways) == list(WAYS)
+    for values in ways.values():
+        assert list(values) == ["cka", "overlap@5", "overlap@10"]
+        assert all(-1 <= cell["low"] <= cell["high"] <= 1 for cell in values.values())
+    # Nothing was trained: the projection keeps what a random one keeps, and far more than chance.
+    assert ways[PROJECTED]["overlap@5"]["mean"] == pytest.approx(ways[RANDOM]["overlap@5"]["mean"], abs=0.15)
+    assert ways[PROJECTED]["overlap@5"]["low"] > 2 * ways[SHUFFLED]["overlap@5"]["high"]
+    assert ways[PROJECTED]["cka"]["low"] > ways[SHUFFLED]["cka"]["high"]
+    said = capsys.readouterr().out
+    assert all(way in said for way in ("stage behave, 40 items", *WAYS))
+    assert "<svg" in output.with_suffix(".svg").read_text()
+
+
+@pytest.mark.parametrize("source", ["table", "encoder"])
+def test_what_stands_before_and_after_is_of_the_same_items_in_their_order(source):
+    settings = config()
+    settings.prompt.node_source = source
+    bundle = bundle_of(settings)
+    items_N = items_of(bundle)
+    vectors = hybrid_encoding.encode(bundle, items_N, seed=0)
+    collate = make_collator(settings, bundle.catalogue, "rank", language=True)
+    for row in (0, 7, len(items_N) - 1):
+        seen = bundle.model.look_up(collate(hybrid_encoding.single_clicks(items_N[row : row + 1])))
+        expected_D = (seen.rows_ND if source == "table" else seen.states_ND)[0]
+        torch.testing.assert_close(vectors["before"][row], expected_D)
+        projected_H = bundle.model.hybrid.nodes(expected_D)
+        cosine = torch.nn.functional.cosine_similarity(projected_H, vectors[PROJECTED][row], dim=0)
+        assert cosine.item() == pytest.approx(1, abs=1e-5)
+    assert torch.equal(vectors[SHUFFLED].sort(0).values, vectors["before"].sort(0).values)
+    assert vectors[RANDOM].shape == vectors[PROJECTED].shape == vectors[READ].shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_a_state_at_a_node_is_the_reading_of_a_prompt_that_ends_there(tmp_path, share_prefix):
+    states = {}
+    for name, behave in (("ends", "Next? {nodes}"), ("goes on", "Next? {nodes} {graph} =")):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(PROMPTS.replace("Next? {nodes} {graph} =", behave))
+        settings = config()
+        settings.prompt.templates = str(file)
+        settings.llm.share_prefix = share_prefix
+        settings.llm.dtype = "float32"
+        bundle = bundle_of(settings)
+        items_N = items_of(bundle)
+        states[name] = hybrid_encoding.encode(bundle, items_N, seed=0)[READ]
+        collate = make_collator(settings, bundle.catalogue, "rank", language=True)
+        batch = collate(hybrid_encoding.single_clicks(items_N))
+        reading_NH = bundle.model.read(bundle.model.look_up(batch), batch, "behave")
+        assert torch.allclose(states[name], reading_NH, atol=1e-5) == (name == "ends")
+    # What follows a node has no part in its state.
+    torch.testing.assert_close(states["ends"], states["goes on"], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_projection_that_keeps_or_loses_the_neighbours_is_told():
+    bundle = bundle_of(config())
+    weight_HD = bundle.model.hybrid.nodes.weight
+    items_N = items_of(bundle)
+    kept_HD = torch.linalg.qr(torch.randn(weight_HD.shape, generator=torch.Generator().manual_seed(0))).Q
+    shares = []
+    for weights_HD in (kept_HD, kept_HD * (torch.arange(weight_HD.shape[1]) < 1)):
+        weight_HD.copy_(weights_HD)
+        vectors = hybrid_encoding.encode(bundle, items_N, seed=0)
+        shares.append(shared_neighbours(vectors["before"], vectors[PROJECTED], 5).mean().item())
+    assert shares[0] == pytest.approx(1, abs=1e-3)
+    assert shares[1] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--neighbours", "0"], "--neighbours is 0; give numbers from 1"),
+        (["--neighbours", "x"], "--neighbours is x; give numbers from 1"),
+        (
+            ["--neighbours", "500"],
+            "are too few for 500 neighbours, which need 502; raise --items or lower --neighbours",
+        ),
+        (["--items", "20"], "20 items to compare"),
+    ],
+)
+def test_a_bad_argument_is_one_line(monkeypatch, capsys, tmp_path, words, message):
+    arguments = ["--run", str(small_run().run), "--output", str(tmp_path / "out.json"), *words]
+    monkeypatch.setattr(sys, "argv", ["hybrid_encoding", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run_cli(hybrid_encoding.main)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_run_that_shows_no_nodes_or_has_no_such_stage_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no finished stage align or behave; train one with"):
+        hybrid_encoding.main(["--run", str(run_with(tmp_path / "run", "sbr")), "--threads", "1"])
+    recommender = load_bundle(small_run().run / "export" / "sbr")
+    with pytest.raises(UserError, match="holds no language model"):
+        hybrid_encoding.encode(recommender, items_of(recommender), seed=0)
+    settings = config()
+    broken = replace(settings, controls=replace(settings.controls, no_nodes=True))
+    with pytest.raises(UserError, match="node tokens are all alike"):
+        hybrid_encoding.encode(bundle_of(broken), torch.arange(9), seed=0)
+    (tmp_path / "p.yaml").write_text(PROMPTS.replace("{nodes} {graph}", "{graph}"))
+    settings.prompt.templates = str(tmp_path / "p.yaml")
+    with pytest.raises(UserError, match=r"has no \{nodes\}"):
+        hybrid_encoding.encode(bundle_of(settings), torch.arange(9), seed=0)
