@@ -12,7 +12,7 @@ from typing import Literal
 from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
 
-MODELS = ("popularity", "item_knn", "session_knn", "text_knn", "sbr", "student", "llmgr")
+MODELS = ("popularity", "item_knn", "session_knn", "text_knn", "sbr", "text", "student", "llmgr")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "tables.dim": 4,
     "encoder.steps": 1,
-    "text_tower.dim": 0,
+    "text.dim": 1,
     "encoder.attention_layers": 0,
     "encoder.attention_heads": 1,
     "encoder.max_clicks": 1,

@@ -108,7 +108,9 @@ def _lines(layout: "StageLayout", config: Config, sizes: "Sizes", world_size: in
         lines.append(f"  lookups that wait: {', '.join(layout.blocking)}")
     if layout.cached_bytes:
         lines.append(f"  the catalogue's item vectors are cached: {layout.cached_bytes / GIB:.3f} GiB a rank")
-    columns = config.tables.dim * (2 if layout.stage != "sbr" and config.head.residual else 1)
+    columns = config.tables.dim + (config.text.dim if layout.stage != "sbr" and config.text.epochs else 0)
+    if layout.stage not in ("sbr", "text"):
+        columns = config.tables.dim + (columns if config.head.residual else 0)
     ranking = 4 * columns * -(-sizes.num_items // world_size) / GIB
     lines.append(f"  ranking holds item vectors of {ranking:.3f} GiB a rank")
     return lines

@@ -28,10 +28,14 @@ _TEXT_SEPARATOR = "; "
 
 
 def assemble_recommender(
-    config: Config, catalogue: Catalogue, tables_device: torch.device | str = "cpu", text_width: int = 0
+    config: Config,
+    catalogue: Catalogue,
+    tables_device: torch.device | str = "cpu",
+    text_width: int = 0,
+    tower: bool = False,
 ) -> SessionRecommender:
     """The session recommender for a catalogue; see `build_recommender`."""
-    return build_recommender(config, catalogue.num_items, catalogue.num_embeddings, tables_device, text_width)
+    return build_recommender(config, catalogue.num_items, catalogue.num_embeddings, tables_device, text_width, tower)
 
 
 def assemble_decoder(config: Config, device: torch.device) -> PreTrainedModel:
@@ -150,7 +154,7 @@ def make_collator(
         text_separator=separator,
         max_nodes=config.prompt.max_nodes,
         seed=config.seed,
-        item_text=recommender_reads_text(config),
+        item_text=config.tables.item_text if purpose == "sbr" else recommender_reads_text(config),
         left_out=left_out_ids(config, catalogue, purpose),
     )
 
@@ -163,7 +167,7 @@ def left_out_ids(config: Config, catalogue: Catalogue, purpose: Purpose) -> Left
         catalogue: Items.
         purpose: A training stage, or ranking: rows that never train stay at zero, so that they say nothing there.
     """
-    if purpose == "rank" or not recommender_reads_text(config):
+    if purpose == "rank" or not config.tables.item_text:
         return None
     return LeftOutIds(catalogue.train_count_V, config.tables.id_dropout if purpose == "sbr" else 0.0, config.seed)
 

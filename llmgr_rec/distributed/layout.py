@@ -24,7 +24,7 @@ from llmgr_rec.modules.build import build_llmgr, build_recommender, reads_item_t
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.prompts import CompiledPrompt
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
 
 FROZEN = "frozen"
 _FLOAT_BYTES = 4
@@ -149,6 +149,11 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
         width = _meta_decoder(config).get_input_embeddings().weight.shape[1] if config.tables.item_text else 0
         recommender = build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta")
         return SbrTask(recommender, one_pass=config.sbr.one_pass)
+    if stage == "text":
+        width = _meta_decoder(config).get_input_embeddings().weight.shape[1]
+        return TextTask(
+            build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width, tower=True).to("meta")
+        )
     # Only that the prompts are there matters for the layout, not what they say.
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
     decoder = _meta_decoder(config)

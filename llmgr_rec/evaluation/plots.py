@@ -15,6 +15,7 @@ from llmgr_rec.evaluation.results import MODEL_NAMES, in_table_order
 
 STAGE_TITLES = {
     "sbr": "Session recommender",
+    "text": "Text tower",
     "align": "Stage 1: alignment",
     "behave": "Stage 2: behaviour",
     "distill": "Distillation",
@@ -25,10 +26,11 @@ _COLORS = {
     "session_knn": "#5f6b78",
     "text_knn": "#3f9c95",
     "sbr": "#2b6cb0",
+    "text": "#c2902b",
     "student": "#8e5ea2",
     "llmgr": "#d2552d",
 }
-_STAGE_COLORS = {"sbr": "#2b6cb0", "align": "#6b9e3f", "behave": "#d2552d", "distill": "#8e5ea2"}
+_STAGE_COLORS = {"sbr": "#2b6cb0", "text": "#c2902b", "align": "#6b9e3f", "behave": "#d2552d", "distill": "#8e5ea2"}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -23,7 +23,7 @@ from llmgr_rec.evaluation.results import MODEL_NAMES, refuse_foreign_output, wri
 from llmgr_rec.recipes import load_config
 
 # Stages that hold each model, the furthest first.
-STAGES_OF_MODEL = {"sbr": ("sbr",), "student": ("distill",), "llmgr": ("behave", "align")}
+STAGES_OF_MODEL = {"sbr": ("sbr",), "text": ("text",), "student": ("distill",), "llmgr": ("behave", "align")}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def build_recommender(
     num_embeddings: Mapping[str, int],
     tables_device: torch.device | str = "cpu",
     text_width: int = 0,
+    tower: bool = False,
 ) -> SessionRecommender:
     """The session recommender with fresh weights that depend on the settings and their seed only.
 
@@ -36,12 +37,13 @@ def build_recommender(
         num_embeddings: Size of the vocabulary of each side feature that the catalogue has.
         tables_device: Where the item tables are made; `meta` leaves the memory to the sharder.
         text_width: Columns of a text encoding; read where the recommender reads item text.
+        tower: Whether it has a text tower.
 
     Raises:
         UserError: Settings that do not go together.
         ValueError: It reads item text and there is no width.
     """
-    reads_text = recommender_reads_text(config)
+    reads_text = config.tables.item_text or tower
     if reads_text and not text_width:
         raise ValueError("the recommender reads item text: give the width of the text encodings")
     with _seeded(config.seed):
@@ -50,7 +52,7 @@ def build_recommender(
         sizes = {name: num_embeddings[name] for name in wanted}
         # First, because tables draw random numbers where they are not on meta.
         encoder = build_encoder(config.encoder, dim)
-        added, tower = dim if config.tables.item_text else 0, config.text_tower
+        added = dim if config.tables.item_text else 0
         text = ItemText(num_items, text_width, added, config.tables.init_std, device) if reads_text else None
         return SessionRecommender(
             ItemTables(num_items, sizes, dim, device),
@@ -58,7 +60,7 @@ def build_recommender(
             config.encoder.score,
             config.encoder.temperature,
             text,
-            TextTower(text_width, tower.dim, tower.two_sided) if tower.dim else None,
+            TextTower(text_width, config.text.dim, config.text.two_sided) if tower else None,
         )
 
 
@@ -90,7 +92,7 @@ def build_llmgr(
         UserError: Settings that do not go together.
     """
     text_width = decoder.get_input_embeddings().weight.shape[1]
-    recommender = build_recommender(config, num_items, num_embeddings, tables_device, text_width)
+    recommender = build_recommender(config, num_items, num_embeddings, tables_device, text_width, has_tower(config))
     norm = mean_embedding_norm(decoder) if embedding_norm is None else embedding_norm
     with _seeded(config.seed):
         llm = config.llm
@@ -124,9 +126,14 @@ def reads_item_text(config: Config) -> bool:
     return config.head.name == "tied" and config.head.item_text
 
 
+def has_tower(config: Config) -> bool:
+    """Whether a text tower stands beside the session encoder, in stages after sbr."""
+    return config.text.epochs > 0
+
+
 def recommender_reads_text(config: Config) -> bool:
-    """Whether the session recommender reads text encodings of the items."""
-    return config.tables.item_text or config.text_tower.dim > 0
+    """Whether the session recommender, as the language stages see it, reads text encodings of the items."""
+    return config.tables.item_text or has_tower(config)
 
 
 def head_reads_own_text(config: Config) -> bool:

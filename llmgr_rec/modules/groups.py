@@ -10,7 +10,7 @@ _GROUP_OF_PART: dict[str, TrainableGroup] = {
     "item_tables": "tables",
     "encoder": "encoder",
     "text_projection": "encoder",
-    "text_tower": "encoder",
+    "text_tower": "tower",
     "hybrid": "adapter",
     "head": "head",
     "student": "student",

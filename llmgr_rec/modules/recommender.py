@@ -82,12 +82,6 @@ class SessionRecommender(nn.Module):
         self.item_text = item_text
         self.text_tower = text_tower
 
-    @property
-    def columns(self) -> list[int]:
-        """Columns of queries and items that each of its readers gives, each of which learns by a loss of its own."""
-        own = self.item_tables.dim
-        return [own] if self.text_tower is None else [own, self.text_tower.dim]
-
     def forward(self, batch: SessionBatch, one_pass: bool = False) -> Recommended:
         """Encodes the sessions and prepares the candidates from one lookup.
 
@@ -119,6 +113,17 @@ class SessionRecommender(nn.Module):
             candidate_ids_CD=rows.ids_XD[num_nodes:],
             candidate_texts_CH=None if rows.texts_XH is None else rows.texts_XH[num_nodes:],
         )
+
+    def read_texts(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:
+        """What the text tower alone makes of a batch: queries [B, K] and candidates [C, K].
+
+        Raises:
+            ValueError: There is no text tower.
+        """
+        if self.item_text is None or self.text_tower is None:
+            raise ValueError("the recommender was built without a text tower")
+        read = self.text_tower(self.item_text(batch.features), batch.graph)
+        return read[0], read[1]
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
         """Looks up items: their vectors and what these are made of.

@@ -26,9 +26,6 @@ LossAndParts = tuple[Tensor, dict[str, Tensor]]
 class SbrTask(nn.Module):
     """Session-recommender pre-training: next-item ranking by the recommender's own score.
 
-    Where a text tower stands beside the session encoder, each is trained by a loss of its own: trained by that of the
-    sum, the ids learn the clicks by heart and leave the texts nothing to explain.
-
     Args:
         recommender: The session recommender.
         world_size: Number of ranks, over which gradients are averaged.
@@ -53,6 +50,35 @@ class SbrTask(nn.Module):
         """Loss of a batch with candidates, and its parts without gradient."""
         seen = self.recommender(batch, self.one_pass)
         loss = _ranking(Scored(seen.queries_BQ, seen.candidates_CQ), batch, self.world_size, self.loss_dtype)
+        return loss, {"loss": loss.detach()}
+
+
+class TextTask(nn.Module):
+    """Training of the text tower: next-item ranking by its score alone, whatever the session encoder would say.
+
+    Args:
+        recommender: A session recommender with a text tower.
+        world_size: Number of ranks, over which gradients are averaged.
+        loss_dtype: Number format of the products with the items in the loss, see `ranking_loss`.
+
+    Raises:
+        ValueError: It has no text tower.
+    """
+
+    def __init__(
+        self, recommender: SessionRecommender, world_size: int = 1, loss_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        if recommender.text_tower is None:
+            raise ValueError("the recommender was built without a text tower")
+        self.recommender = recommender
+        self.world_size = world_size
+        self.loss_dtype = loss_dtype
+
+    def forward(self, batch: SessionBatch) -> LossAndParts:
+        """Loss of a batch with candidates, and its parts without gradient."""
+        queries_BK, candidates_CK = self.recommender.read_texts(batch)
+        loss = _ranking(Scored(queries_BK, candidates_CK), batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 

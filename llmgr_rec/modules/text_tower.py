@@ -1,8 +1,8 @@
 """The text tower: learned nearest neighbours in what a language model reads in item texts.
 
-An id row learns its item's clicks by heart, and what is learned beside it has little left to explain. So the tower is
-trained by a loss of its own, without ids: it has to say with text alone what comes next, and says it of items without a
-single click too. Its score is added to that of the ids, as experts trained apart are.
+An id row learns its item's clicks by heart, and what is trained together with it finds little left to explain. So the
+tower is trained by a loss of its own, in stage text: it has to say with text alone what comes next, and says it of
+items without a single click too. Its score is added to that of the session encoder.
 
 Shapes: B sessions, L clicks, N nodes, C items, H columns of a text encoding, K columns of the tower.
 """

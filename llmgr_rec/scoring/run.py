@@ -28,7 +28,7 @@ from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
 logger = logging.getLogger(__name__)
 
 # The furthest first; a distilled one only where it is asked for.
-_FURTHEST: tuple[StageName, ...] = ("behave", "align", "sbr")
+_FURTHEST: tuple[StageName, ...] = ("behave", "align", "text", "sbr")
 
 LlmDType = Literal["auto", "float32", "bfloat16", "int8"]
 
@@ -193,7 +193,7 @@ def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None
     if request.llm_dtype == "int8" and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
         raise UserError("--llm_dtype int8 computes on a CPU; add --device cpu, or give bfloat16")
     governed = _budget(request, bundle) < 1 or request.llm_threshold is not None
-    if bundle.name == "sbr":
+    if bundle.name in ("sbr", "text"):
         if governed or request.llm_layers or request.llm_dtype:
             raise UserError(f"{bundle} holds no language model; leave the --llm_ options out, or give another --stage")
         return

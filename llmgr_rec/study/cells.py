@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.protocol import build_baseline
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
-from llmgr_rec.modules.build import recommender_reads_text
+from llmgr_rec.modules.build import has_tower
 from llmgr_rec.recipes import save_config
 from llmgr_rec.study.compare import ndcg
 from llmgr_rec.study.judge import Places, judge_baseline, judge_model
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # Factors that a blend may give to a baseline's score beside the model's logits. Of several, all combinations are tried.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
-_LATER_PARTS = ("llm", "prompt", "head", "align", "behave", "distill", "controls")
+_LATER_PARTS = ("text", "llm", "prompt", "head", "align", "behave", "distill", "controls")
 
 
 @dataclass(frozen=True)
@@ -134,24 +134,26 @@ class Bench:
         """A finished run and the seconds of its training."""
         parts = _said(config)
         first = {name: values for name, values in parts.items() if name not in _LATER_PARTS}
-        if recommender_reads_text(config):
-            first["text"] = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
-        sbr_run = self._folder / "runs" / f"sbr-{self._key(first)}"
-        only_sbr = replace(
-            config,
-            align=replace(config.align, epochs=0),
-            behave=replace(config.behave, epochs=0),
-            distill=replace(config.distill, epochs=0),
-        )
-        seconds = self._train(only_sbr, sbr_run)
-        if model == "sbr":
-            return sbr_run, seconds
-        run = self._folder / "runs" / f"full-{self._key(parts)}"
+        texts = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
+        if config.tables.item_text:
+            first["text"] = texts
+        run = self._folder / "runs" / f"sbr-{self._key(first)}"
+        seconds = self._train(_up_to("sbr", config), run)
+        if model != "sbr" and has_tower(config):
+            before, run = run, self._folder / "runs" / f"text-{self._key(first, texts, parts['text'])}"
+            seconds += self._train_on(before, _up_to("text", config), run)
+        if model in ("sbr", "text"):
+            return run, seconds
+        before, run = run, self._folder / "runs" / f"full-{self._key(parts)}"
+        return run, seconds + self._train_on(before, config, run)
+
+    def _train_on(self, before: Path, config: Config, run: Path) -> float:
+        """Trains what a finished run lacks, in a folder of its own."""
         if not (run / "config.yaml").is_file():
             shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(sbr_run / "export" / "sbr", run / "export" / "sbr", copy_function=os.link)
+            shutil.copytree(before / "export", run / "export", copy_function=os.link)
             save_config(config, run / "config.yaml")
-        return run, seconds + self._train(config, run)
+        return self._train(config, run)
 
     def _train(self, config: Config, run: Path) -> float:
         done = run / "seconds"
@@ -171,8 +173,17 @@ class Bench:
 
 
 def _said(config: Config) -> dict[str, Any]:
-    """All settings, without one that came later than cells did where it is off: those keep their names."""
+    """All settings, without those that came later than cells did where they are off: such cells keep their names."""
     parts = asdict(config)
-    if not config.sbr.one_pass:
-        del parts["sbr"]["one_pass"]
+    for part, name in (("sbr", "one_pass"), ("head", "text_only"), ("head", "apart")):
+        if not parts[part][name]:
+            del parts[part][name]
+    if not has_tower(config):
+        del parts["text"]
     return parts
+
+
+def _up_to(last: StageName, config: Config) -> Config:
+    """The settings without the stages after one."""
+    later = STAGES[STAGES.index(last) + 1 :]
+    return replace(config, **{stage: replace(getattr(config, stage), epochs=0) for stage in later})

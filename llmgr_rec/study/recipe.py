@@ -16,7 +16,7 @@ from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
 
 FOLDER = RECIPES / "experiments"
-MODELS = ("sbr", "llmgr", "student")
+MODELS = ("sbr", "text", "llmgr", "student")
 _STUDY_KEYS = ("title", "reference", "config", "settings", "variants")
 _VARIANT_KEYS = ("model", "settings", "blend", "grid", "against")
 
@@ -92,7 +92,11 @@ class Study:
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from None
         if variant.model == "sbr":
+            config.text.epochs = 0
+        if variant.model in ("sbr", "text"):
             config.align.epochs = config.behave.epochs = 0
+        if variant.model == "text" and not config.text.epochs:
+            raise UserError(f"variant {variant.name}: its tower is trained by stage text; give it text.epochs 4")
         if variant.model != "student":
             config.distill.epochs = 0
         if variant.model == "student" and not config.distill.epochs:

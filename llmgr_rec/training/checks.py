@@ -19,7 +19,7 @@ from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.limits import check_limits
-from llmgr_rec.modules.build import reads_item_text, recommender_reads_text
+from llmgr_rec.modules.build import has_tower, reads_item_text, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.recipes import load_config
@@ -31,8 +31,6 @@ _RECOMMENDER_SETTINGS = (
     "tables.dim",
     "tables.side_features",
     "tables.item_text",
-    "text_tower.dim",
-    "text_tower.two_sided",
     "encoder.name",
     "encoder.steps",
     "encoder.attention_layers",
@@ -42,6 +40,7 @@ _RECOMMENDER_SETTINGS = (
     "encoder.score",
     "encoder.temperature",
 )
+_TOWER_SETTINGS = ("text.dim", "text.two_sided")
 _LANGUAGE_SETTINGS = (
     "llm.num_layers",
     "llm.text_layer",
@@ -204,9 +203,17 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
         )
     before = load_config(bundle / "config.yaml")
     names = [*_RECOMMENDER_SETTINGS]
-    if index.stage != "sbr":
+    if index.stage not in ("sbr", "text"):
         names += [*_LANGUAGE_SETTINGS, *_drawn_by_seed(request.config)]
-    if recommender_reads_text(request.config):
+    if index.stage != "sbr" and has_tower(request.config) != has_tower(before):
+        raise UserError(
+            f"setting text.epochs is {request.config.text.epochs}, but stage {index.stage} in {request.output} was "
+            f"trained with {before.text.epochs}: a text tower stays, and none is added later; "
+            "give the same setting, or another --output"
+        )
+    if index.stage != "sbr" and has_tower(before):
+        names += _TOWER_SETTINGS
+    if request.config.tables.item_text or (index.stage != "sbr" and has_tower(before)):
         names += text_settings(request.config)
     for name in names:
         if (now := setting(request.config, name)) != (then := setting(before, name)):
@@ -230,8 +237,8 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
 
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
-    if all(stage == "sbr" for stage in stages):
-        if recommender_reads_text(config):
+    if set(stages) <= {"sbr", "text"}:
+        if config.tables.item_text or "text" in stages:
             _check_text(config, dataset, catalogue)
         return
     prompts = compile_prompts(config)
@@ -247,8 +254,8 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
         readers, otherwise = "stages align and behave read item text", "train with --stage sbr"
         if config.tables.item_text:
             readers, otherwise = "setting tables.item_text is true", "set tables.item_text to false"
-        elif config.text_tower.dim:
-            readers, otherwise = f"setting text_tower.dim is {config.text_tower.dim}", "set text_tower.dim to 0"
+        elif has_tower(config):
+            readers, otherwise = "stage text trains on it", "set text.epochs to 0"
         raise UserError(
             f"{dataset.items_path} has no titles, and {readers}; "
             f"prepare with an items file that has a column title, or {otherwise}"

@@ -35,12 +35,12 @@ from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import head_reads_own_text, recommender_reads_text
+from llmgr_rec.modules.build import head_reads_own_text
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.language import TextEncodings, cache_catalogue, encode_catalogue, fill_text_table
@@ -99,7 +99,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     config, world = context.config, context.world
     settings = stage_settings(config, stage)
     reader = _reader(stage, context)
-    model, inner = _start_recommender(context) if stage == "sbr" else _start_language(stage, context)
+    model, inner = _start(stage, context)
     has_validation = context.dataset.manifest.num_sessions["valid"] > 0
     loop = StageLoop(
         name=stage,
@@ -125,10 +125,16 @@ def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[
     return evaluate_model(model, context.dataset, "valid", context.config, context.world, context.catalogue)
 
 
+def _start(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender | LLMGR]:
+    if stage == "sbr":
+        return _start_recommender(context)
+    return _start_tower(context) if stage == "text" else _start_language(stage, context)
+
+
 def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config = context.config
     encodings: TextEncodings | None = None
-    if recommender_reads_text(config):
+    if config.tables.item_text:
         encodings = _text_encodings(context)
     recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
     model = _shard(
@@ -146,6 +152,19 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
         fill_text_table(model, encodings)
     if (left_out := left_out_ids(config, context.catalogue, "sbr")) is not None:
         zero_rows(model, ITEM_ID, left_out.untrained_V)
+    return model, recommender
+
+
+def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
+    config, world = context.config, context.world
+    encodings = _text_encodings(context)
+    recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width, tower=True)
+    loss_dtype = resolve_dtype(config.loss.dtype, world.device)
+    model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
+    load_weights(recommender, latest_bundle(context.run / "export"))
+    fill_text_table(model, encodings)
+    # Rows that no click has trained would only blur what the texts say of their items.
+    zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
     return model, recommender
 
 
@@ -201,7 +220,7 @@ def _shard(task: nn.Module, settings: StageConfig, context: RunContext) -> Distr
 
 def _reader(stage: StageName, context: RunContext) -> SessionReader:
     config, world, manifest = context.config, context.world, context.dataset.manifest
-    language = stage != "sbr"
+    language = stage not in ("sbr", "text")
     tokens = None if text_place(config, stage, language) == "none" else context.item_tokens
     collate: Collator = make_collator(config, context.catalogue, stage, language, tokens)
     return SessionReader(
