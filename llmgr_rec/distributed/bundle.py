@@ -35,6 +35,7 @@ from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import fill_table, table_parameters
 from llmgr_rec.errors import UserError
+from llmgr_rec.modules.groups import group_of
 from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -132,7 +133,7 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
 
     Raises:
         UserError: The bundle is damaged or of another shape, or lacks a part of the session recommender, which every
-            stage has.
+            stage has but for the text tower.
     """
     folder = Path(path)
     index = read_index(folder)
@@ -140,9 +141,12 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
     try:
         left = _load_tables(model, folder, index)
         recommender = model.recommender if isinstance(model, LLMGR) else model
-        if missing := _load_dense(dense_tensors(recommender), folder, RECOMMENDER):
+        missing = _load_dense(dense_tensors(recommender), folder, RECOMMENDER)
+        later = [name for name in missing if index.stage == "sbr" and group_of(name) == "tower"]
+        left += later
+        if first := next((name for name in missing if name not in later), None):
             raise UserError(
-                f"bundle {folder} is damaged or of another version of this program: it has nothing for {missing[0]} of "
+                f"bundle {folder} is damaged or of another version of this program: it has nothing for {first} of "
                 "the session recommender; copy or train it again"
             )
         if isinstance(model, LLMGR):

@@ -79,7 +79,22 @@ def parts_train(folder: Path) -> Config:
     return config
 
 
-CASES = {"adagrad": adagrad, "adam": adam, "everything_trains": everything_trains, "parts_train": parts_train}
+def text_tower(folder: Path) -> Config:
+    """A tower beside the encoder, and a head trained apart from both, which shares the tower's texts."""
+    config = base_config(folder)
+    config.text = replace(config.text, epochs=1, dim=8, two_sided=True)
+    config.head.text_only = config.head.apart = True
+    config.align.epochs = 0
+    return config
+
+
+CASES = {
+    "adagrad": adagrad,
+    "adam": adam,
+    "everything_trains": everything_trains,
+    "parts_train": parts_train,
+    "text_tower": text_tower,
+}
 SHARDINGS = ("table_wise", "column_wise")
 
 
@@ -190,6 +205,7 @@ def stages_of(case: str) -> set[str]:
         "adam": {"sbr", "align", "behave"},
         "everything_trains": {"sbr", "behave"},
         "parts_train": {"sbr", "behave", "distill"},
+        "text_tower": {"sbr", "text", "behave"},
     }[case]
 
 
@@ -236,6 +252,21 @@ def test_stages_train_their_groups_and_nothing_else(trained: Trained, case: str,
     assert moved(align.language, behave.language) == set(start.language) - CONSTANTS
     assert moved(start.lora, align.lora) == set()
     assert moved(align.lora, behave.lora) == set(start.lora)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_the_tower_trains_alone_and_stays(trained: Trained, sharding: str, size: int) -> None:
+    run = trained.run(size, "text_tower", sharding)
+    sbr, text, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "text", "behave"))
+    new = text.recommender.keys() - sbr.recommender.keys()
+    assert {name.split(".")[0] for name in new} == {"text_tower"}
+    assert all(torch.equal(text.recommender[name], values) for name, values in sbr.recommender.items())
+    assert text.tables.keys() - sbr.tables.keys() == {"item_text"}
+    assert all(torch.equal(text.tables[name], values) for name, values in sbr.tables.items())
+    assert min(losses(run, "text")[1:]) < losses(run, "text")[0]
+    assert moved(text.tables, behave.tables) == set()
+    assert moved(text.recommender, behave.recommender) == set()
 
 
 @pytest.mark.parametrize("size", [1, 2])
