@@ -36,8 +36,8 @@ def table(study: Study, results: Mapping[str, Any]) -> str:
         f"### {study.title}",
         "",
         f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
-        f"{results['items']:,} items, full ranking. Mean ± standard deviation over seeds; gains relative to "
-        f"{reference}, with 95 % intervals of a paired bootstrap over sessions.{chance}",
+        f"{results['items']:,} items, full ranking, {results['ranking']}. Mean ± standard deviation over seeds; "
+        f"gains relative to {reference}, with 95 % intervals of a paired bootstrap over sessions.{chance}",
         "",
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",
