@@ -49,6 +49,8 @@ def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: in
         num_sessions={split: rows for split, (rows, _) in written.items()},
         num_examples={split: examples for split, (_, examples) in written.items()},
         files=files,
+        # RecBole ranks what a session has clicked as well, so both sides do.
+        clicks_repeat=True,
     )
     (folder / MANIFEST_NAME).write_text(part.to_json())
     return Dataset(folder)

@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
 
         def score() -> float:
             shutil.rmtree(ours, ignore_errors=True)
-            request = ScoreRequest(run, source, ours, K, max_length=MAX_LENGTH, batch_size=args.batch_size)
+            options = {"max_length": MAX_LENGTH, "batch_size": args.batch_size, "exclude_seen": False}
+            request = ScoreRequest(run, source, ours, K, **options)
             return float(score_run(request).rows_in)
 
         def score_as_usual() -> float:

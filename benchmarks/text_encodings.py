@@ -29,6 +29,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.assembly import assemble_decoder, item_tokens
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.baselines import DECAY
+from llmgr_rec.evaluation.clicked import leaves_out_clicked
 from llmgr_rec.evaluation.protocol import as_it_is, build_baseline, check_baselines, split_reader
 from llmgr_rec.evaluation.sparse_scores import recency_weights
 from llmgr_rec.modules.language_model import encode_item_texts, standardise_encodings
@@ -101,9 +102,12 @@ def encode(config: Config, tokens: Jagged) -> Tensor:
 def rank(encodings_VH: Tensor, dataset: Dataset) -> Places:
     """Place of each target by the cosine with the clicks; that of an item with itself is left out, as in text-kNN."""
     units_VH = functional.normalize(encodings_VH, dim=1)
+    leave_out = leaves_out_clicked(dataset)
     found = []
     for weights_BV, targets_B in _sessions(dataset, units_VH.shape[0]):
         scores_BV = (weights_BV @ units_VH) @ units_VH.T - weights_BV
+        if leave_out:
+            scores_BV[weights_BV > 0] = float("-inf")
         found.append(places(scores_BV, targets_B))
     return torch.cat(found).int().numpy()
 

@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     if is_first_rank():
         print(format_table(content[arguments.split]))
         print(
-            f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items; wrote {arguments.output}"
+            f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items; {content['protocol']}; "
+            f"wrote {arguments.output}"
         )
 
 

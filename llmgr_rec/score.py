@@ -34,18 +34,13 @@ def main(argv: Sequence[str]) -> None:
         help="Parquet file, or folder of some, with session_id and items (a list of item ids, oldest first); "
         "a split of a prepared data set will do.",
     )
-    parser.add_argument("--output", type=str, required=True, help="Folder to make, or to go on with.")
-    parser.add_argument("--k", type=int, default=20, help="Items a session.")
-    parser.add_argument(
-        "--columns", type=str, default="session_id", help="Input columns to pass on as they are: session_id,target,..."
-    )
+    _add_output_arguments(parser)
     parser.add_argument(
         "--unknown_items",
         type=Literal["skip", "error"],
         default="skip",
         help="Clicks on items that the model does not know: leave out and count, or stop before anything is written.",
     )
-    parser.add_argument("--exclude_seen", type=bool, default=False, help="Keep items of a session out of its own list.")
     parser.add_argument("--stage", type=StageName, help="Model to score with; default the furthest but distill.")
     parser.add_argument("--max_length", type=int, default=50, help="Newest clicks that the model sees.")
     parser.add_argument("--part_rows", type=int, default=16384, help="Sessions of an output file.")
@@ -83,6 +78,21 @@ def main(argv: Sequence[str]) -> None:
             f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
             f"{totals.llm_rows:,} were read by the language model"
         )
+
+
+def _add_output_arguments(parser: "ArgumentParser") -> None:
+    """Adds what goes where."""
+    parser.add_argument("--output", type=str, required=True, help="Folder to make, or to go on with.")
+    parser.add_argument("--k", type=int, default=20, help="Items a session.")
+    parser.add_argument(
+        "--columns", type=str, default="session_id", help="Input columns to pass on as they are: session_id,target,..."
+    )
+    parser.add_argument(
+        "--exclude_seen",
+        type=bool | Literal["auto"],
+        default="auto",
+        help="Keep items of a session out of its own list; auto does where no training session holds an item twice.",
+    )
 
 
 def _add_language_arguments(parser: "ArgumentParser") -> None:

@@ -21,6 +21,7 @@ from llmgr_rec.distributed.bundle import export_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.recipes import save_config
+from tests.data.prepare_inputs import edit_manifest
 
 ONE_RANK = World(0, 1, 0, 1, torch.device("cpu"))
 NUM_ITEMS = 60
@@ -105,6 +106,15 @@ def small_run() -> SmallRun:
     export_bundle(model.recommender, "sbr", settings, catalogue, run / "export" / "sbr", ONE_RANK)
     export_bundle(model, "behave", settings, catalogue, run / "export" / "behave", ONE_RANK)
     return SmallRun(dataset, run)
+
+
+@cache
+def without_repeats() -> Dataset:
+    """The shared data set again, but that its manifest says that no training session repeats a click."""
+    folder = Path(_folder().name) / "without-repeats"
+    shutil.copytree(small_run().dataset.path, folder)
+    edit_manifest(folder, lambda values: values.update(clicks_repeat=False))
+    return Dataset(folder)
 
 
 def run_with(folder: Path, *stages: str) -> Path:

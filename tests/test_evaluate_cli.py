@@ -9,7 +9,7 @@ import pytest
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main
-from tests.small_run import prepare_small, run_with, small_run
+from tests.small_run import prepare_small, run_with, small_run, without_repeats
 
 
 def arguments(output: Path, **options: str | Path) -> list[str]:
@@ -29,10 +29,20 @@ def test_writes_all_models_and_prints_the_table(tmp_path, capsys):
     assert content["dataset"] == small_run().dataset.manifest.catalogue_hash
     assert content["stages"] == {"sbr": "sbr", "llmgr": "behave"}
     assert list(tmp_path.rglob("*.tmp*")) == []
+    assert content["protocol"] == "full catalogue, ties by lower index, no item excluded"
     printed = capsys.readouterr().out
+    assert content["protocol"] in printed
     best = max(models["hr@20"] for models in content["test"].values())
     assert f"{best:.4f}*" in printed
     assert str(output) in printed
+
+
+def test_says_that_clicked_items_are_left_out(tmp_path, capsys):
+    output = tmp_path / "metrics.json"
+    main(arguments(output, dataset=without_repeats().path, models="item_knn"))
+    rule = "full catalogue, ties by lower index, clicked items left out: no training session repeats one"
+    assert json.loads(output.read_text())["protocol"] == rule
+    assert rule in capsys.readouterr().out
 
 
 def test_replaces_a_metrics_file_with_another_split(tmp_path):

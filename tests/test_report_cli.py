@@ -1,6 +1,7 @@
 """The report entry point."""
 
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import pytest
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
+from llmgr_rec.evaluation.examples import ranked_examples
 from llmgr_rec.report import main
 from llmgr_rec.score import main as score
-from tests.small_run import prepare_small, run_with, small_run
+from tests.small_run import prepare_small, run_with, small_run, without_repeats
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,14 @@ def test_run_and_output_are_enough(run, tmp_path, capsys):
     assert page.count('<article class="session">') == 6
     assert "&lt;b&gt;Thing&lt;/b&gt; &amp; i" in page
     assert "<b>Thing" not in page
+
+
+def test_sessions_shown_are_ranked_by_the_rule_they_are_judged_by(run, tmp_path):
+    pages = [report(run, tmp_path / "plain"), report(run, tmp_path / "left-out", "--dataset", without_repeats().path)]
+    assert "full catalogue, ties by lower index, no item excluded" in pages[0]
+    assert pages[0].split("<article")[1:] != pages[1].split("<article")[1:]
+    for example in itertools.islice(ranked_examples(run / "export" / "sbr", without_repeats(), "test"), 40):
+        assert not set(example.clicks) & set(example.recommended)
 
 
 def test_scored_sessions_look_like_ranked_ones(run, tmp_path):

@@ -30,6 +30,22 @@ def test_scores_and_says_what_it_did(tmp_path, capsys):
     assert manifest["model"]["stage"] == "behave"
 
 
+@pytest.mark.parametrize(
+    ("more", "excludes"),
+    [
+        ((), False),
+        (("--exclude_seen", "auto"), False),
+        (("--exclude_seen", "true"), True),
+        (("--exclude_seen=false",), False),
+    ],
+)
+def test_exclude_seen_takes_auto_true_and_false(tmp_path, more, excludes):
+    source = write_sessions(tmp_path / "in.parquet", raw_sessions(3))
+    main(words(source, tmp_path / "out", "--stage", "sbr", *more))
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert manifest["settings"]["exclude_seen"] is excludes
+
+
 @pytest.mark.slow
 def test_killed_half_way_and_run_again_gives_the_same_bytes(tmp_path):
     source = write_sessions(tmp_path / "in.parquet", raw_sessions(400), row_group_size=50)

@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
     steps = plan_steps(data, output, arguments.config, arguments.ranks, further)
     run_steps(steps, lambda command: run_command(command, environment))
     metrics = read_metrics(output / "run" / "metrics.json")
-    print(f"\n{format_table(metrics['test'])}\n({metrics['count']:,} test sessions, whole catalogue ranked)\n")
+    print(f"\n{format_table(metrics['test'])}\n({metrics['count']:,} test sessions, {metrics['protocol']})\n")
     for what, where in (("report", "report/index.html"), ("scores", "scores/"), ("trained run", "run/")):
         print(f"{what + ':':<13}{output / where}")
 

@@ -48,6 +48,8 @@ class Manifest:
         held_out: Items that training never sees: `share` and `seed` of their choice, number of `items`, `clicks` taken
             out of the training sessions, and training `sessions` lost because fewer than two clicks were left; empty
             where none are held out.
+        clicks_repeat: Whether any training session holds an item twice, its target included. True where the data set
+            was made before this was known.
         format_version: Version of this layout.
     """
 
@@ -65,6 +67,7 @@ class Manifest:
     cuts: dict[str, int] = field(default_factory=dict)
     num_clicks: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
+    clicks_repeat: bool = True
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:

@@ -42,7 +42,13 @@ _PIECE_BYTES = 2 * 1024**3
 
 
 def export_bundle(
-    module: nn.Module, stage: str, config: Config, catalogue: Catalogue, folder: Path, world: World
+    module: nn.Module,
+    stage: str,
+    config: Config,
+    catalogue: Catalogue,
+    folder: Path,
+    world: World,
+    clicks_repeat: bool = True,
 ) -> None:
     """Writes what a stage has made, self-contained but for the base language model.
 
@@ -55,6 +61,8 @@ def export_bundle(
         catalogue: The items.
         folder: RUN/export/<stage>.
         world: Ranks; all call together. Their storage is shared.
+        clicks_repeat: Whether the training sessions hold an item twice, from their data set's manifest. Where they do
+            not, scoring leaves clicked items out unless told otherwise.
 
     Raises:
         UserError: The folder holds a complete bundle already.
@@ -65,7 +73,7 @@ def export_bundle(
     known = together(world, lambda: _known_pieces(folder, catalogue))
     written = together(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
     pieces = _gather_pieces(written, world)
-    on_first_rank(world, lambda: _finish(model, stage, config, catalogue, partial, folder, pieces))
+    on_first_rank(world, lambda: _finish(model, stage, config, catalogue, partial, folder, pieces, clicks_repeat))
 
 
 def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
@@ -184,6 +192,7 @@ def _finish(
     partial: Path,
     folder: Path,
     pieces: list[tuple[str, tuple[int, int], Piece]],
+    clicks_repeat: bool,
 ) -> None:
     save_config(config, partial / CONFIG)
     templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
@@ -212,6 +221,7 @@ def _finish(
         pieces={name: [piece for table, _, piece in pieces if table == name] for name, *_ in pieces},
         files=files,
         versions=installed_versions(),
+        clicks_repeat=clicks_repeat,
     )
     (partial / INDEX).write_text(index.to_json())
     # safetensors makes files that only their owner may read; they get the mode of any other new file.

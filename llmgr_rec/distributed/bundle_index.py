@@ -55,6 +55,7 @@ class BundleIndex:
         pieces: Pieces of each table; together they cover it once.
         files: Size in bytes of every other file, by path in the bundle.
         versions: Versions of the packages that wrote it.
+        clicks_repeat: Whether its training sessions hold an item twice; True where it was made before this was known.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class BundleIndex:
     pieces: dict[str, list[Piece]]
     files: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    clicks_repeat: bool = True
 
     def to_json(self) -> str:
         """The index as it stands in bundle.json."""

@@ -17,6 +17,7 @@ from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
 from llmgr_rec.evaluation.protocol import session_queries, split_reader
 from llmgr_rec.modules.llmgr import LLMGR
 
@@ -59,7 +60,7 @@ def choose_examples(examples: Iterator[Example], hits: int, misses: int) -> list
 
 
 def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Example]:
-    """Ranks the first sessions of a split with a model.
+    """Ranks the first sessions of a split with a model, by the rule that it is judged by.
 
     Args:
         bundle: The model.
@@ -73,8 +74,9 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Exam
     reader = split_reader(dataset, split, min(_LOOKED_AT, loaded.config.runtime.eval_batch_size), collate)
     rows = _rows(dataset, split)
     for _, batch in zip(range(-(-_LOOKED_AT // reader.order.batch_size)), reader.batches(0), strict=False):
+        exclude = clicked_items(batch) if leaves_out_clicked(dataset) else None
         with torch.no_grad():
-            ids_BK, _ = ranker.rank(session_queries(loaded.model, batch), PLACES)
+            ids_BK, _ = ranker.rank(session_queries(loaded.model, batch), PLACES, exclude)
         for ids_K, (session_id, clicks, target) in zip(ids_BK.tolist(), rows, strict=False):
             yield _example(session_id, clicks, target, [item for item in ids_K if item >= 0], titles)
 

@@ -22,6 +22,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.evaluation.baselines import Baseline, ItemKNN, Popularity, SessionKNN, session_matrix
+from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.text_neighbours import TextKNN, texts_to_compare
 from llmgr_rec.modules.llmgr import LLMGR
@@ -49,6 +50,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Ranks the whole catalogue for every session of a split and counts where the targets stand.
 
+    What a session has clicked is left out of its ranking where the data set's training sessions repeat no click.
+
     Args:
         model: Sharded or not; it is in its former mode again afterwards.
         dataset: Prepared sessions.
@@ -64,11 +67,13 @@ def evaluate_model(
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     reader = split_reader(dataset, split, config.runtime.eval_batch_size, collate)
     metrics = RankingMetrics(catalogue.train_count_V.to(world.device))
+    leave_out = leaves_out_clicked(dataset)
     with evaluation_mode(model):
         ranker = CatalogueRanker(model, collate, world)
         for loaded in _batches(reader, world, f"evaluate {split}"):
             batch = loaded.to(world.device)
-            ids_BK, _ = ranker.rank(session_queries(model, batch), metrics.depth)
+            exclude = clicked_items(batch) if leave_out else None
+            ids_BK, _ = ranker.rank(session_queries(model, batch), metrics.depth, exclude)
             metrics.update(ids_BK, batch.targets_B, batch.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
@@ -87,8 +92,9 @@ def evaluate_baseline(
     """
     metrics = RankingMetrics(catalogue.train_count_V)
     reader = split_reader(dataset, split, _READ_ROWS, as_it_is)
+    leave_out = leaves_out_clicked(dataset)
     for raw in _batches(reader, world, f"evaluate {split}"):
-        ids_BK, _ = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), metrics.depth)
+        ids_BK = ranked_by(baseline, raw, metrics.depth, leave_out)
         metrics.update(torch.from_numpy(ids_BK), raw.targets_B, raw.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 

@@ -134,6 +134,8 @@ def _facts(metrics: Mapping[str, Any], models: Mapping[str, Any], dataset: Datas
         facts["Split"] = manifest.split.replace("_", "-")
     if models:
         facts["Judged on"] = f"{metrics['count']:,} {metrics['split']} sessions"
+        if rule := metrics.get("protocol"):
+            facts["Ranking"] = rule
         if stage := metrics.get("stages", {}).get("llmgr"):
             facts["LLMGR after"] = STAGE_TITLES.get(stage, stage)
     return facts

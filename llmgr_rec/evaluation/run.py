@@ -11,6 +11,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.clicked import ranking_rule
 from llmgr_rec.evaluation.protocol import (
     BASELINES,
     USUAL_BASELINES,
@@ -83,7 +84,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "split": request.split,
         "dataset": dataset.manifest.catalogue_hash,
         "dataset_path": str(request.dataset.resolve()),
-        "protocol": "full catalogue, no item excluded, ties by lower index",
+        "protocol": f"full catalogue, ties by lower index, {ranking_rule(dataset)}",
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
     }

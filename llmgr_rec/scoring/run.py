@@ -46,7 +46,8 @@ class ScoreRequest:
         k: Items a session.
         columns: Input columns that go into the output.
         unknown_items: Whether a click on an unknown item is left out or an error.
-        exclude_seen: Whether items of a session are left out of its own list.
+        exclude_seen: Whether items of a session are left out of its own list; `auto` leaves them out where no session
+            that the model was trained on holds an item twice.
         stage: Export to score with; None takes the furthest but distill.
         max_length: Newest clicks that the model sees.
         part_rows: Sessions of an output file.
@@ -67,7 +68,7 @@ class ScoreRequest:
     k: int = 20
     columns: list[str] | None = None
     unknown_items: UnknownItems = "skip"
-    exclude_seen: bool = False
+    exclude_seen: bool | Literal["auto"] = "auto"
     stage: StageName | None = None
     max_length: int = 50
     part_rows: int = 16384
@@ -95,14 +96,14 @@ def score_run(request: ScoreRequest) -> Totals:
     catalogue = Catalogue.load(bundle)
     files = SessionFiles(request.input, columns, catalogue, request.unknown_items)
     config = load_config(bundle / "config.yaml")
+    _check_language(request, bundle, config)
     settings = ScoreSettings(
         k=request.k,
-        exclude_seen=request.exclude_seen,
+        exclude_seen=_excludes_seen(request, bundle),
         max_length=request.max_length,
         batch_size=request.batch_size or config.runtime.eval_batch_size,
         governor=Governor(_budget(request, bundle), request.llm_threshold),
     )
-    _check_language(request, bundle, config)
     _check_rows(files)
     parts = files.parts(request.part_rows)
     job = {
@@ -175,6 +176,12 @@ def _check_numbers(request: ScoreRequest) -> None:
     for name in ("k", "max_length", "part_rows", "batch_size"):
         if values[name] is not None and values[name] < 1:
             raise UserError(f"--{name} is {values[name]}; give at least 1")
+
+
+def _excludes_seen(request: ScoreRequest, bundle: Path) -> bool:
+    if request.exclude_seen == "auto":
+        return not read_index(bundle).clicks_repeat
+    return request.exclude_seen
 
 
 def _budget(request: ScoreRequest, bundle: Path) -> float:

@@ -26,6 +26,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle
 from llmgr_rec.evaluation.baselines import Baseline
+from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranking_rule
 from llmgr_rec.evaluation.protocol import build_baseline
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.modules.build import has_tower
@@ -168,7 +169,9 @@ class Bench:
     def _key(self, *parts: Any) -> str:
         manifest = self._dataset.manifest
         held_out = [manifest.held_out] if manifest.held_out else []
-        known = [manifest.catalogue_hash, manifest.num_examples, *held_out, *parts]
+        # Only where it differs from what was always so: what was trained and judged before keeps its name.
+        rule = [ranking_rule(self._dataset)] if leaves_out_clicked(self._dataset) else []
+        known = [manifest.catalogue_hash, manifest.num_examples, *held_out, *rule, *parts]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.evaluation.baselines import Baseline, Neighbours
+from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.protocol import as_it_is, session_queries, split_reader
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -41,6 +42,8 @@ def judge_model(
 ) -> Places:
     """Places of the targets over the whole catalogue, from 0: how many items stand before each.
 
+    What a session has clicked is left out where the data set's training sessions repeat no click.
+
     Args:
         model: In eval mode, on one rank.
         dataset: Prepared sessions.
@@ -62,9 +65,13 @@ def judge_model(
     )
     reader = split_reader(dataset, split, config.runtime.eval_batch_size, lambda raw: (raw, collate(raw)))
     bar = progress(reader.num_examples, f"judge {split}", "session")
+    leave_out = leaves_out_clicked(dataset)
     found = []
     for raw, batch in reader.batches(0):
         scores_BV = session_queries(model, batch).float() @ items_VQ.T
+        if leave_out:
+            clicked = clicked_items(batch)
+            scores_BV[clicked.row_of_value, clicked.values] = float("-inf")
         near_NBV = [
             torch.from_numpy(near.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).toarray()).float()
             for near in neighbours
@@ -89,7 +96,7 @@ def judge_baseline(baseline: Baseline, dataset: Dataset, split: str) -> Places:
     reader = split_reader(dataset, split, _READ_ROWS, as_it_is)
     found = []
     for raw in reader.batches(0):
-        ids_BK, _ = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), DEPTH)
+        ids_BK = ranked_by(baseline, raw, DEPTH, leaves_out_clicked(dataset))
         hits_BK = ids_BK == raw.targets_B.numpy()[:, None]
         places_B = np.where(hits_BK.any(1), hits_BK.argmax(1), DEPTH)
         found.append(places_B[raw.weights_B.numpy() > 0])
@@ -105,10 +112,13 @@ def targets_of(dataset: Dataset, split: str) -> NDArray[np.int64]:
 def places(scores_BV: Tensor, targets_B: Tensor) -> Tensor:
     """How many items stand before each target: those of a higher score, and those of the same and a lower index, [B].
 
+    A target that is left out itself stands behind all V items.
+
     Args:
-        scores_BV: Scores of all items.
+        scores_BV: Scores of all items; -inf for those left out.
         targets_B: The item that was clicked next.
     """
     own_B1 = scores_BV.gather(1, targets_B.clamp(min=0).unsqueeze(1))
     earlier_BV = torch.arange(scores_BV.shape[1]) < targets_B.unsqueeze(1)
-    return ((scores_BV > own_B1) | ((scores_BV == own_B1) & earlier_BV)).sum(dim=1)
+    before_BV = (scores_BV > own_B1) | ((scores_BV == own_B1) & earlier_BV)
+    return (before_BV | (own_B1 == float("-inf"))).sum(dim=1)

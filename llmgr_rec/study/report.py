@@ -42,9 +42,9 @@ def table(study: Study, results: Mapping[str, Any]) -> str:
         f"### {study.title}",
         "",
         f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
-        f"{results['items']:,} items, full ranking. Mean ± standard deviation over seeds; gains relative to "
-        f"{'the variant that each names' if is_own else reference}, with 95 % intervals of a paired bootstrap over "
-        f"sessions.{chance}",
+        f"{results['items']:,} items, full ranking, {results['ranking']}. Mean ± standard deviation over seeds; gains "
+        f"relative to {'the variant that each names' if is_own else reference}, with 95 % intervals of a paired "
+        f"bootstrap over sessions.{chance}",
         "",
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",

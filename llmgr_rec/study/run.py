@@ -12,6 +12,7 @@ import numpy as np
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.clicked import ranking_rule
 from llmgr_rec.evaluation.protocol import check_baselines
 from llmgr_rec.study.cells import Bench, Cell
 from llmgr_rec.study.compare import METRICS, K, hit_rate_by_frequency, relative_gain
@@ -138,6 +139,7 @@ def compare(
         "items": catalogue.num_items,
         "chance_hr@20": min(K / catalogue.num_items, 1.0),
         "protocol": dataset.manifest.split,
+        "ranking": ranking_rule(dataset),
         "variants": variants,
     }
 

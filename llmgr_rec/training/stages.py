@@ -116,7 +116,8 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         validate=(lambda: _validation(inner, context)) if has_validation else None,
     )
     loop.run(loop.resume() if context.resume else Position())
-    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world)
+    repeat = context.dataset.manifest.clicks_repeat
+    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.run / "export" / stage)
 

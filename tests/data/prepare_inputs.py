@@ -1,5 +1,7 @@
 """Small raw inputs for the tests of prepare, and a reader of what it wrote."""
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,3 +75,10 @@ def read(path: Path) -> Prepared:
         for split in ("train", "valid", "test")
     }
     return Prepared(dataset, items, rows)
+
+
+def edit_manifest(dataset: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what manifest.json of a data set says."""
+    values = json.loads((dataset / "manifest.json").read_text())
+    change(values)
+    (dataset / "manifest.json").write_text(json.dumps(values))

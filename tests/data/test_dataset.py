@@ -1,6 +1,5 @@
 """Opening a prepared data set: the manifest is checked against the files."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from llmgr_rec.data.dataset import Dataset, FileEntry, Manifest, load_manifest
 from llmgr_rec.errors import UserError
-from tests.data.prepare_inputs import prepare
+from tests.data.prepare_inputs import edit_manifest, prepare
 
 
 @pytest.fixture
@@ -17,12 +16,6 @@ def dataset(tmp_path: Path) -> Path:
     """A small data set."""
     clicks = [(f"u{u}", f"i{n}", n) for u in range(3) for n in range(5)]
     return prepare(tmp_path, clicks).dataset.path
-
-
-def edit(dataset: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads((dataset / "manifest.json").read_text())
-    change(values)
-    (dataset / "manifest.json").write_text(json.dumps(values))
 
 
 def test_manifest_survives_the_round_trip(dataset: Path) -> None:
@@ -42,8 +35,9 @@ def test_parts_and_items(dataset: Path) -> None:
 
 
 def test_fields_that_have_a_default_may_be_absent(dataset: Path) -> None:
-    edit(dataset, lambda values: (values.pop("cuts"), values.pop("num_clicks")))
+    edit_manifest(dataset, lambda values: (values.pop("cuts"), values.pop("num_clicks"), values.pop("clicks_repeat")))
     assert load_manifest(dataset).cuts == {}
+    assert load_manifest(dataset).clicks_repeat
 
 
 def test_folder_that_is_no_data_set(tmp_path: Path) -> None:
@@ -61,7 +55,7 @@ def test_folder_that_is_no_data_set(tmp_path: Path) -> None:
     ],
 )
 def test_manifest_that_does_not_fit(dataset: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
-    edit(dataset, change)
+    edit_manifest(dataset, change)
     with pytest.raises(UserError, match=message) as caught:
         Dataset(dataset)
     assert "manifest.json" in str(caught.value)

@@ -33,6 +33,7 @@ def test_beauty_has_the_published_counts(tmp_path: Path) -> None:
     # 198,502 clicks less validation, test and the first click of each user.
     assert manifest.num_examples["train"] == 198_502 - 3 * 22_363
     assert manifest.has_text
+    assert not manifest.clicks_repeat
     assert set(manifest.features) == {"category"}
 
 
@@ -45,6 +46,7 @@ def test_diginetica_restores_the_published_split(tmp_path: Path) -> None:
     assert published.num_sessions == {"train": 186_670, "valid": 0, "test": 15_963}
     assert published.num_examples == {"train": 719_470, "valid": 0, "test": 60_858}
     assert not published.has_text
+    assert published.clicks_repeat
 
 
 @pytest.mark.real_data
@@ -54,6 +56,7 @@ def test_movielens_keeps_every_user(tmp_path: Path) -> None:
     assert manifest.num_sessions == {"train": 943, "valid": 943, "test": 943}
     assert manifest.num_items == 1_349
     assert manifest.num_clicks == {"read": 100_000, "kept": 99_287}
+    assert not manifest.clicks_repeat
     assert manifest.features["category"]["num_embeddings"] == 19
     assert result.items[0]["title"] == "Toy Story (1995)"
 

@@ -102,7 +102,7 @@ def export_rank(world: World, dataset: str, run: str) -> list[tuple[Tensor, Tens
     assert "text_tables.embedding_bags.item_text.weight" in left
     assert not any("recommender" in name for name in left), left
     found.append(answers(llmgr, catalogue))
-    export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world)
+    export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world, clicks_repeat=False)
     with pytest.raises(UserError, match="already"):
         export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world)
     return found
@@ -171,6 +171,7 @@ def test_files(exported: tuple[Path, list[tuple[Tensor, Tensor]]]) -> None:
     index = read_index(align)
     assert index.language_model["name"] == "random-tiny"
     assert index.dims == {"d1": 16, "d2": 64}
+    assert (read_index(sbr).clicks_repeat, index.clicks_repeat) == (True, False)
     assert not list((run / "export").glob("*.tmp"))
 
 
@@ -206,6 +207,9 @@ def test_foreign_bundles_are_refused(exported: tuple[Path, list[tuple[Tensor, Te
         (tmp_path / "align/bundle.json").write_text(json.dumps({**index, **change}))
         with pytest.raises(UserError, match=message):
             load_bundle(tmp_path / "align")
+    former = {name: value for name, value in index.items() if name != "clicks_repeat"}
+    (tmp_path / "align/bundle.json").write_text(json.dumps(former))
+    assert read_index(tmp_path / "align").clicks_repeat, "a bundle of before reads as one with repeats"
     wider = Config(tables=TablesConfig(dim=32), llm=config().llm)
     model = assemble_recommender(wider, Catalogue.load(exported[0] / "export/sbr"))
     with pytest.raises(UserError, match=r"37, 16\) rows and columns in table item_id, the model \(37, 32\)"):

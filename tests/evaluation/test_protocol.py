@@ -1,14 +1,22 @@
 """The protocol against a plain loop over sessions, and on two ranks."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.baselines import ItemKNN
+from llmgr_rec.evaluation.baselines import Baseline, ItemKNN
 from llmgr_rec.evaluation.protocol import (
+    BASELINES,
+    as_it_is,
     build_baseline,
     evaluate_baseline,
     evaluate_model,
@@ -18,22 +26,41 @@ from llmgr_rec.evaluation.protocol import (
 from llmgr_rec.modules.llmgr import LLMGR
 from tests.data.prepare_inputs import read
 from tests.ranks import run_on_ranks
-from tests.small_run import ONE_RANK, SmallRun, small_run
+from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats
 
 
-def reference(stage: str, split: str) -> dict[str, float]:
+def reference(stage: str, dataset: Dataset, split: str) -> dict[str, float]:
     """Scores every session alone against every item, with numpy on top."""
-    shared = small_run()
-    bundle = load_bundle(shared.run / "export" / stage)
+    bundle = load_bundle(small_run().run / "export" / stage)
     collate = make_collator(bundle.config, bundle.catalogue, "rank", language=isinstance(bundle.model, LLMGR))
     items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalogue.num_items)))
     places = []
-    for batch in split_reader(shared.dataset, split, 1, collate).batches(0):
+    for clicks, batch in split_reader(dataset, split, 1, lambda raw: (raw.items_L, collate(raw))).batches(0):
         scores = (session_queries(bundle.model, batch) @ items.T)[0].detach().numpy()
         order = np.argsort(-scores, kind="stable").tolist()
-        places.append(order.index(int(batch.targets_B[0])) + 1)
+        places.append(place_in(order, set(clicks.tolist()), int(batch.targets_B[0]), dataset))
+    return metrics_of(places)
+
+
+def baseline_reference(baseline: Baseline, dataset: Dataset, split: str) -> dict[str, float]:
+    """Ranks every session alone over all items."""
+    places = []
+    for raw in split_reader(dataset, split, 1, as_it_is).batches(0):
+        order = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), NUM_ITEMS)[0][0].tolist()
+        places.append(place_in(order, set(raw.items_L.tolist()), int(raw.targets_B[0]), dataset))
+    return metrics_of(places)
+
+
+def place_in(order: list[int], clicked: set[int], target: int, dataset: Dataset) -> float:
+    """Place of the target, from 1, in a list of all items, less those that were clicked where the data set wants it."""
+    if not dataset.manifest.clicks_repeat:
+        order = [item for item in order if item not in clicked]
+    return order.index(target) + 1 if target in order else float("inf")
+
+
+def metrics_of(places: list[float]) -> dict[str, float]:
     place = np.array(places, float)
-    result = {"count": len(places)}
+    result: dict[str, float] = {"count": len(places)}
     for k in (5, 10, 20):
         inside = place <= k
         result[f"hr@{k}"] = inside.mean()
@@ -42,15 +69,32 @@ def reference(stage: str, split: str) -> dict[str, float]:
     return result
 
 
+@pytest.mark.parametrize("data", [lambda: small_run().dataset, without_repeats], ids=["repeats", "none"])
 @pytest.mark.parametrize(("stage", "split"), [("sbr", "test"), ("sbr", "train"), ("behave", "valid")])
-def test_equals_ranking_every_session_alone(stage: str, split: str) -> None:
-    shared = small_run()
-    bundle = load_bundle(shared.run / "export" / stage)
-    result = evaluate_model(bundle.model, shared.dataset, split, bundle.config, ONE_RANK)
-    expected = reference(stage, split)
-    assert expected["count"] == shared.dataset.manifest.num_examples[split]
+def test_equals_ranking_every_session_alone(stage: str, split: str, data: Callable[[], Dataset]) -> None:
+    dataset = data()
+    bundle = load_bundle(small_run().run / "export" / stage)
+    result = evaluate_model(bundle.model, dataset, split, bundle.config, ONE_RANK)
+    expected = reference(stage, dataset, split)
+    assert expected["count"] == dataset.manifest.num_examples[split]
     for name, value in expected.items():
         assert result[name] == pytest.approx(value, abs=1e-9), name
+
+
+@pytest.mark.parametrize("data", [lambda: small_run().dataset, without_repeats], ids=["repeats", "none"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_equals_ranking_every_session_alone(name: str, data: Callable[[], Dataset]) -> None:
+    dataset, catalogue = data(), small_run().catalogue
+    baseline = build_baseline(name, dataset, catalogue)
+    result = evaluate_baseline(baseline, dataset, "test", catalogue, ONE_RANK)
+    for metric, value in baseline_reference(baseline, dataset, "test").items():
+        assert result[metric] == pytest.approx(value, abs=1e-9), metric
+
+
+def test_leaving_out_is_seen_in_every_figure() -> None:
+    both = [everything(ONE_RANK, dataset) for dataset in (small_run().dataset, without_repeats())]
+    for name, with_clicked in both[0].items():
+        assert with_clicked["ndcg@20"] != both[1][name]["ndcg@20"], name
 
 
 def test_the_model_keeps_its_mode() -> None:
@@ -76,21 +120,28 @@ def test_item_knn_counts_each_training_session_once_with_its_target() -> None:
     assert similarity[first, second] == pytest.approx(both / np.sqrt(each[0] * each[1]))
 
 
-def everything(world: World, shared: SmallRun) -> dict[str, dict]:
+def everything(world: World, dataset: Dataset, run: Path | None = None) -> dict[str, dict[str, Any]]:
     results = {}
+    run, catalogue = run or small_run().run, Catalogue.load(dataset.path)
     for stage in ("sbr", "behave"):
-        bundle = load_bundle(shared.run / "export" / stage, world)
-        results[stage] = evaluate_model(bundle.model, shared.dataset, "test", bundle.config, world)
+        # Sharded on several ranks; plain torch where there is no process group.
+        bundle = load_bundle(run / "export" / stage, None if world is ONE_RANK else world)
+        results[stage] = evaluate_model(bundle.model, dataset, "test", bundle.config, world)
     for name in ("popularity", "item_knn"):
-        baseline = build_baseline(name, shared.dataset, shared.catalogue)
-        results[name] = evaluate_baseline(baseline, shared.dataset, "test", shared.catalogue, world)
+        baseline = build_baseline(name, dataset, catalogue)
+        results[name] = evaluate_baseline(baseline, dataset, "test", catalogue, world)
     return results
+
+
+def both_data_sets(world: World, run: Path, datasets: list[Dataset]) -> list[dict[str, dict[str, Any]]]:
+    return [everything(world, dataset, run) for dataset in datasets]
 
 
 @pytest.mark.dist
 def test_two_ranks_give_the_figures_of_one() -> None:
-    shared = small_run()
-    (one,) = run_on_ranks(everything, 1, shared)
-    for results in run_on_ranks(everything, 2, shared):
+    shared = (small_run().run, [small_run().dataset, without_repeats()])
+    (one,) = run_on_ranks(both_data_sets, 1, *shared)
+    for results in run_on_ranks(both_data_sets, 2, *shared):
         assert results == one
-    assert one["item_knn"]["hr@20"] > one["popularity"]["hr@20"] + 0.2
+    for result in one:
+        assert result["item_knn"]["hr@20"] > result["popularity"]["hr@20"] + 0.2

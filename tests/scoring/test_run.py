@@ -85,6 +85,35 @@ def test_each_row_gets_what_ranking_it_alone_gives(tmp_path, stage, k, exclude_s
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_text()) == vars(totals)
 
 
+@pytest.mark.parametrize(
+    ("option", "clicks_repeat", "excludes"),
+    [
+        ({}, True, False),
+        ({}, False, True),
+        ({}, None, False),
+        ({"exclude_seen": "auto"}, False, True),
+        ({"exclude_seen": False}, False, False),
+        ({"exclude_seen": True}, True, True),
+    ],
+)
+def test_seen_items_are_left_out_where_training_repeats_none_or_where_it_is_said(
+    tmp_path, option, clicks_repeat, excludes
+):
+    run = run_with(tmp_path / "run", "sbr")
+    index = run / "export" / "sbr" / "bundle.json"
+    content = json.loads(index.read_text())
+    assert content.pop("clicks_repeat") is True
+    # A bundle of before says nothing.
+    index.write_text(json.dumps(content if clicks_repeat is None else content | {"clicks_repeat": clicks_repeat}))
+    sessions = raw_sessions(20)
+    source = write_sessions(tmp_path / "in.parquet", sessions)
+    score_run(request(source, tmp_path / "out", run=run, k=40, **option))
+    for session, row in zip(sessions, read_scores(tmp_path / "out"), strict=True):
+        assert row["item_ids"] == reference("sbr", session, 40, 50, excludes)[0]
+    settings = json.loads((tmp_path / "out" / "_manifest.json").read_text())["settings"]
+    assert settings["exclude_seen"] is excludes
+
+
 def test_files_and_parts_have_stable_names_and_lose_no_row(tmp_path):
     sizes = {"b.parquet": 20, "a/x.parquet": 13, "a/y.parquet": 0, "_old/z.parquet": 5, ".hidden.parquet": 5}
     for name, size in sizes.items():

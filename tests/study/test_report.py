@@ -23,6 +23,7 @@ def results_of(buckets):
     variant = dict.fromkeys(("hr@20", "ndcg@20", "mrr@20"), metric)
     variant |= {"hr@20_by_train_count": by_count, "training_minutes": 1.5, "grid": [], "against": "a"}
     split = {"split": "test", "protocol": "leave_one_out", "sessions": 1200, "items": 4000, "chance_hr@20": 0.005}
+    split["ranking"] = "no item excluded"
     return {"reference": "a", **split, "variants": {"a": variant, "b": variant}}
 
 
@@ -47,6 +48,12 @@ def test_targets_without_training_interactions_have_a_column_and_their_chance():
         "training, minutes": "1.5",
     }
     assert "1,100 targets have no training interaction; a list of 20 random items holds a target in 0.0050" in text
+
+
+@pytest.mark.parametrize("rule", ["no item excluded", "clicked items left out: no training session repeats one"])
+def test_the_rule_of_ranking_stands_above_the_table(rule):
+    text = table(STUDY, results_of({"21+": (0.9, 10.0)}) | {"ranking": rule})
+    assert f"4,000 items, full ranking, {rule}. Mean" in text
 
 
 def test_no_such_column_without_such_targets():

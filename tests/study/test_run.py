@@ -1,5 +1,6 @@
 """A small experiment: right, gone on with, and nothing trained twice."""
 
+import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.bundle import load_bundle, read_index
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import BASELINES, build_baseline, evaluate_baseline, evaluate_model
@@ -19,7 +20,7 @@ from llmgr_rec.experiments import main
 from llmgr_rec.study import cells
 from llmgr_rec.study.compare import hit_rate, ndcg
 from llmgr_rec.study.judge import judge_baseline, judge_model, places, targets_of
-from tests.small_run import ONE_RANK, small_run
+from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats
 
 RECIPE = """\
 title: Small
@@ -43,6 +44,9 @@ variants:
   LLMGR: {}
   LLMGR, no graph: {settings: {controls.no_graph: true}}
 """
+
+
+DATA = pytest.mark.parametrize("data", [lambda: small_run().dataset, without_repeats], ids=["repeats", "none"])
 
 
 def words(folder: Path, output: Path, seeds: str = "0,1") -> list[str]:
@@ -144,38 +148,66 @@ def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
     assert cells._said(config) == asdict(config)
 
 
+def test_the_rule_of_ranking_is_told_and_cells_of_another_are_not_taken(tmp_path):
+    file, output = tmp_path / "rule.yaml", tmp_path / "out"
+    file.write_text(RECIPE.split("  GNN + item-kNN")[0])
+    found = []
+    for dataset in (small_run().dataset, without_repeats()):
+        main(["--recipe", str(file), "--dataset", str(dataset.path), "--output", str(output), "--seeds", "0"])
+        results = json.loads((output / "rule.json").read_text())
+        assert f"full ranking, {results['ranking']}." in (output / "rule.md").read_text()
+        found.append((results["ranking"], results["variants"]["Item-kNN"]["ndcg@20"]["mean"]))
+    (rule, with_clicked), (other_rule, without_clicked) = found
+    assert (rule, other_rule) == ("no item excluded", "clicked items left out: no training session repeats one")
+    assert with_clicked != without_clicked
+    # Validation chooses what is exported, so that runs differ too; and scoring learns of the rule from the model.
+    bundles = [read_index(run / "export" / "sbr") for run in (output / "runs").iterdir()]
+    assert sorted(bundle.clicks_repeat for bundle in bundles) == [False, True]
+
+
+def test_cells_of_data_with_repeats_keep_their_names(tmp_path):
+    manifest = small_run().dataset.manifest
+    known = json.dumps([manifest.catalogue_hash, manifest.num_examples, "x"], sort_keys=True)
+    bench = cells.Bench(tmp_path, small_run().dataset, "test")
+    assert bench._key("x") == hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
 @torch.no_grad()
+@DATA
 @pytest.mark.parametrize("stage", ["sbr", "behave"])
-def test_places_give_the_metrics_of_evaluate(stage):
-    shared = small_run()
+def test_places_give_the_metrics_of_evaluate(stage, data):
+    shared, dataset = small_run(), data()
     bundle = load_bundle(shared.run / "export" / stage)
-    places_S = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue)[0]
-    metrics = evaluate_model(bundle.model, shared.dataset, "test", bundle.config, ONE_RANK)
+    places_S = judge_model(bundle.model, dataset, "test", bundle.config, shared.catalogue)[0]
+    metrics = evaluate_model(bundle.model, dataset, "test", bundle.config, ONE_RANK)
     assert hit_rate(places_S).mean() == pytest.approx(metrics["hr@20"])
     assert ndcg(places_S).mean() == pytest.approx(metrics["ndcg@20"])
 
 
+@DATA
 @pytest.mark.parametrize("name", BASELINES)
-def test_places_of_a_baseline_give_the_metrics_of_evaluate(name):
-    shared = small_run()
-    catalogue = Catalogue.load(shared.dataset.path)
-    baseline = build_baseline(name, shared.dataset, catalogue)
-    places_S = judge_baseline(baseline, shared.dataset, "test")[0]
-    metrics = evaluate_baseline(baseline, shared.dataset, "test", catalogue, ONE_RANK)
+def test_places_of_a_baseline_give_the_metrics_of_evaluate(name, data):
+    dataset = data()
+    catalogue = Catalogue.load(dataset.path)
+    baseline = build_baseline(name, dataset, catalogue)
+    places_S = judge_baseline(baseline, dataset, "test")[0]
+    metrics = evaluate_baseline(baseline, dataset, "test", catalogue, ONE_RANK)
     assert ndcg(places_S).mean() == pytest.approx(metrics["ndcg@20"])
 
 
 @torch.no_grad()
-def test_a_blend_of_great_weight_ranks_as_its_baseline():
-    shared = small_run()
+@DATA
+def test_a_blend_of_great_weight_ranks_as_its_baseline(data):
+    shared, dataset = small_run(), data()
     bundle = load_bundle(shared.run / "export" / "sbr")
-    knn = build_baseline("item_knn", shared.dataset, shared.catalogue)
-    judged = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue, [knn], [(0.0,), (1e6,)])
-    alone = judge_model(bundle.model, shared.dataset, "test", bundle.config, shared.catalogue)
-    by_knn = judge_baseline(knn, shared.dataset, "test")[0]
+    knn = build_baseline("item_knn", dataset, shared.catalogue)
+    judged = judge_model(bundle.model, dataset, "test", bundle.config, shared.catalogue, [knn], [(0.0,), (1e6,)])
+    alone = judge_model(bundle.model, dataset, "test", bundle.config, shared.catalogue)
+    by_knn = judge_baseline(knn, dataset, "test")[0]
     np.testing.assert_array_equal(judged[0], alone[0])
-    sessions = np.concatenate([_related(knn, shared.dataset, "test")])
-    np.testing.assert_array_equal(judged[1][sessions], by_knn[sessions])
+    # A target that is left out stands behind all items, or behind the list.
+    sessions = _related(knn, dataset, "test")
+    np.testing.assert_array_equal(np.minimum(judged[1], NUM_ITEMS)[sessions], np.minimum(by_knn, NUM_ITEMS)[sessions])
 
 
 @torch.no_grad()
@@ -213,6 +245,11 @@ def test_places_are_those_of_the_list():
     metrics = RankingMetrics(torch.zeros(12, dtype=torch.int64), cutoffs=(5,))
     metrics.update(order[:, :5], targets, torch.ones(40))
     assert metrics.compute()["hr@5"] == pytest.approx((places(scores, targets) < 5).float().mean().item())
+
+
+def test_a_target_that_is_left_out_stands_behind_all():
+    scores = torch.tensor([[1.0, -torch.inf, -torch.inf, 0.0], [2.0, 1.0, -torch.inf, 3.0]])
+    assert places(scores, torch.tensor([1, 1])).tolist() == [4, 2]
 
 
 def test_targets_stand_in_the_order_of_the_split():

@@ -120,7 +120,8 @@ def test_it_ends_with_the_table_and_the_places(
     def run(command: Sequence[str], environment: dict[str, str]) -> int:
         code = fake(command)
         if fake.ran[-1] == "evaluate":
-            write_metrics(out / "run" / "metrics.json", {"test": {"sbr": values, "llmgr": values}, "count": 1234})
+            content = {"test": {"sbr": values, "llmgr": values}, "count": 1234, "protocol": "by this rule"}
+            write_metrics(out / "run" / "metrics.json", content)
         return code
 
     monkeypatch.setattr(pipeline, "run_command", run)
@@ -128,7 +129,7 @@ def test_it_ends_with_the_table_and_the_places(
     pipeline.main(["--data", str(data), "--output", str(out)])
     said = capsys.readouterr().out
     assert "0.2500" in said
-    assert "1,234 test sessions" in said
+    assert "1,234 test sessions, by this rule" in said
     assert str(out / "report" / "index.html") in said
     assert json.loads((out / "pipeline.json").read_text())["data"] == str(data)
 

@@ -147,6 +147,7 @@ def _write_files(
         has_text=has_text,
         catalogue_hash=digest,
         held_out=_held_out(settings, builder.cut),
+        clicks_repeat=builder.clicks_repeat,
         files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},
     )
 

@@ -11,7 +11,7 @@ from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.hold_out import Bools, TrainingCut
 from llmgr_rec.data.preparation.parts import PartWriter
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.data.preparation.windows import Ints, Windows, gather_ranges, make_windows, phase_ends
+from llmgr_rec.data.preparation.windows import Ints, Windows, gather_ranges, has_repeats, make_windows, phase_ends
 from llmgr_rec.data.schema import SPLITS
 from llmgr_rec.errors import UserError
 
@@ -102,6 +102,7 @@ class RowBuilder:
         self._settings = settings
         self.cut = TrainingCut(held_out_V)
         self.train_count_V = np.zeros(len(held_out_V), np.int64)
+        self.clicks_repeat = False
 
     def write(self, block: Block, writers: dict[str, PartWriter]) -> None:
         """Writes a block's rows.
@@ -143,6 +144,8 @@ class RowBuilder:
         writer.write(_table(block, windows))
         if split == "train":
             self._count(block, windows)
+            # The whole session, not the newest clicks that its row keeps; one repeat answers the question for good.
+            self.clicks_repeat = self.clicks_repeat or has_repeats(block.offsets_U1, block.items_L, ends_3U[0])
 
     def _count(self, block: Block, windows: Windows) -> None:
         """Counts each training click that a row holds once."""

@@ -74,6 +74,20 @@ def make_windows(offsets_U1: Ints, ends_3U: Ints, phase: int, max_length: int, s
     return Windows(user_R, start_R, stop_R, (start_R > first_R) & split_long)
 
 
+def has_repeats(offsets_U1: Ints, items_L: Ints, end_U: Ints) -> bool:
+    """Whether any user clicks an item twice before a given click.
+
+    Args:
+        offsets_U1: Bounds of the users' clicks.
+        items_L: Item indices.
+        end_U: One past the last click of each user that counts.
+    """
+    user_L = np.repeat(np.arange(len(end_U)), np.diff(offsets_U1))
+    counts_L = np.arange(len(items_L)) < end_U[user_L]
+    pairs = np.sort(user_L[counts_L] * (items_L.max(initial=0) + 1) + items_L[counts_L])
+    return bool((pairs[1:] == pairs[:-1]).any())
+
+
 def gather_ranges(values_L: Ints, start_R: Ints, stop_R: Ints) -> tuple[Ints, Ints]:
     """Joins the ranges values[start:stop] end to end.
 
