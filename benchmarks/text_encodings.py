@@ -26,12 +26,12 @@ from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.recency import recency_weights
 from llmgr_rec.distributed.assembly import assemble_decoder, item_tokens
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.baselines import DECAY
 from llmgr_rec.evaluation.clicked import leaves_out_clicked
 from llmgr_rec.evaluation.protocol import as_it_is, build_baseline, check_baselines, split_reader
-from llmgr_rec.evaluation.sparse_scores import recency_weights
 from llmgr_rec.modules.language_model import encode_item_texts, standardise_encodings
 from llmgr_rec.modules.whitening import whiten_encodings
 from llmgr_rec.study.compare import hit_rate, ndcg

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from llmgr_rec.config import STAGES, Config
+from llmgr_rec.config import STAGES, Config, PriorConfig
 from llmgr_rec.errors import UserError
 
 # Seeds go to torch and numpy, which take different ranges; this one both take.
@@ -28,6 +28,7 @@ _AT_LEAST: dict[str, float] = {
     "align.contrastive_weight": 0,
     "align.hard_negatives": 0,
     "distill.width": 1,
+    "prior.kept": 1,
     "loss.full_softmax_max_items": 0,
     "loss.sampled_items": 1,
     "runtime.threads_per_rank": 0,
@@ -89,6 +90,7 @@ def check_limits(config: Config) -> None:
         )
     _check_head(config)
     _check_one_pass(config)
+    _check_prior(config.prior)
     if not config.prompt.text_fields:
         raise UserError("setting prompt.text_fields is empty; name at least one text column, such as title")
     for stage in STAGES:
@@ -130,6 +132,20 @@ def _check_one_pass(config: Config) -> None:
             "setting behave.one_pass is true, but prompt.node_order is unique, which depends on later clicks; "
             "set prompt.node_order to clicks"
         )
+
+
+def _check_prior(prior: PriorConfig) -> None:
+    names = ", ".join(prior.neighbours) or "nothing"
+    if len(set(prior.neighbours)) < len(prior.neighbours):
+        raise UserError(f"setting prior.neighbours names {names}; name each neighbour once")
+    if prior.weights and len(prior.weights) != len(prior.neighbours):
+        raise UserError(
+            f"setting prior.weights has {len(prior.weights)} numbers, but prior.neighbours names {names}; give one "
+            "weight for each, or none to have them chosen on the validation sessions"
+        )
+    for weight in prior.weights:
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"setting prior.weights has {weight}; give finite numbers of 0 or more")
 
 
 def _complaint(name: str, value: float) -> str:

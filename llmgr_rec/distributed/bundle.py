@@ -21,6 +21,7 @@ from llmgr_rec.distributed.bundle_index import (
     INDEX,
     LANGUAGE,
     LORA,
+    PRIOR,
     PROMPTS,
     RECOMMENDER,
     TENSOR,
@@ -31,6 +32,7 @@ from llmgr_rec.distributed.bundle_index import (
     read_index,
     resolve_bundle,
 )
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import fill_table, table_parameters
@@ -66,6 +68,7 @@ class Bundle:
         model: The model in eval mode, nothing of it trainable.
         config: All settings of the run.
         catalogue: The items.
+        prior: What neighbours add to the model's scores; None for a model that ranks alone.
     """
 
     path: Path
@@ -73,6 +76,7 @@ class Bundle:
     model: SessionRecommender | LLMGR
     config: Config
     catalogue: Catalogue
+    prior: NeighbourPrior | None = None
 
 
 def load_bundle(path: Path | str, world: World | None = None, dtype: DType | None = None) -> Bundle:
@@ -118,7 +122,10 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
     left = load_weights(model, folder)
     if left:
         raise UserError(f"bundle {folder} is damaged: nothing in it for {left[0]}; export it again")
-    return Bundle(folder, index.stage, model.eval(), config, catalogue)
+    prior = NeighbourPrior.load(folder / PRIOR) if PRIOR in index.files else None
+    if prior is not None and prior.similarity_VR.shape[0] != catalogue.num_items:
+        raise UserError(f"bundle {folder} is damaged: {PRIOR} is of another catalogue; copy or export it again")
+    return Bundle(folder, index.stage, model.eval(), config, catalogue, prior)
 
 
 def load_weights(module: nn.Module, path: Path | str) -> list[str]:

@@ -21,6 +21,7 @@ from llmgr_rec.distributed.bundle_index import (
     INDEX,
     LANGUAGE,
     LORA,
+    PRIOR,
     PROMPTS,
     RECOMMENDER,
     TENSOR,
@@ -30,6 +31,7 @@ from llmgr_rec.distributed.bundle_index import (
     read_index,
 )
 from llmgr_rec.distributed.durable import installed_versions, sync
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, on_first_rank, together
 from llmgr_rec.distributed.shards import Shard, local_shards
 from llmgr_rec.errors import UserError
@@ -49,6 +51,7 @@ def export_bundle(
     folder: Path,
     world: World,
     clicks_repeat: bool = True,
+    prior: NeighbourPrior | None = None,
 ) -> None:
     """Writes what a stage has made, self-contained but for the base language model.
 
@@ -63,6 +66,7 @@ def export_bundle(
         world: Ranks; all call together. Their storage is shared.
         clicks_repeat: Whether the training sessions hold an item twice, from their data set's manifest. Where they do
             not, scoring leaves clicked items out unless told otherwise.
+        prior: What neighbours add to the model's scores where it ranks; rank 0's is written.
 
     Raises:
         UserError: The folder holds a complete bundle already.
@@ -73,7 +77,9 @@ def export_bundle(
     known = together(world, lambda: _known_pieces(folder, catalogue))
     written = together(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
     pieces = _gather_pieces(written, world)
-    on_first_rank(world, lambda: _finish(model, stage, config, catalogue, partial, folder, pieces, clicks_repeat))
+    on_first_rank(
+        world, lambda: _finish(model, stage, config, catalogue, partial, folder, pieces, clicks_repeat, prior)
+    )
 
 
 def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
@@ -193,6 +199,7 @@ def _finish(
     folder: Path,
     pieces: list[tuple[str, tuple[int, int], Piece]],
     clicks_repeat: bool,
+    prior: NeighbourPrior | None,
 ) -> None:
     save_config(config, partial / CONFIG)
     templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
@@ -206,6 +213,8 @@ def _finish(
         language_model = {"name": config.llm.name_or_path, "weights_hash": decoder_hash(config)}
         _save(language_tensors(model), partial / LANGUAGE)
         _save_lora(model, partial / LORA, config.llm.name_or_path)
+    if prior is not None:
+        prior.save(partial / PRIOR)
     files = {
         str(path.relative_to(partial)): path.stat().st_size
         for path in sorted(partial.rglob("*"))

@@ -2,7 +2,7 @@
 
 RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
 catalogue), recommender.safetensors, llmgr.safetensors (adapter, head and, after
-distillation, the student), lora/ (PEFT) and
+distillation, the student), lora/ (PEFT), prior.npz (what neighbours add to its scores, where it has a prior) and
 tables/<table>-r<row>-c<column>.safetensors.
 """
 
@@ -17,6 +17,7 @@ from llmgr_rec.errors import UserError
 FORMAT_VERSION = 1
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
+PRIOR = "prior.npz"
 TENSOR = "weight"
 
 

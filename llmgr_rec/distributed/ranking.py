@@ -1,17 +1,19 @@
 """Exact top-K over a catalogue whose item vectors are spread over the ranks: the whole table is never in one place.
 
-Shapes: B sessions of this rank, X = most sessions of any rank, W ranks, R items of this rank, Q columns of queries and
-items, K places.
+Shapes: B sessions of this rank, X = most sessions of any rank, W ranks, Y = W * X, R items of this rank, Q columns of
+queries and items, K places.
 """
 
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from scipy import sparse
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.topk import merge_top_k, top_k
 from llmgr_rec.errors import UserError
@@ -45,23 +47,28 @@ class CatalogueRanker:
         model: Its item vectors are made once, here; sharded models need all ranks to come here together.
         bags: Makes the bags of items.
         world: Ranks.
+        prior: What neighbours add to the model's scores; each rank keeps the part of its own items. On all ranks or on
+            none.
     """
 
-    def __init__(self, model: RanksItems, bags: MakesBags, world: World) -> None:
+    def __init__(self, model: RanksItems, bags: MakesBags, world: World, prior: NeighbourPrior | None = None) -> None:
         self._world = world
         self._num_items = bags.num_items
-        self.first = bags.num_items * world.rank // world.size
-        stop = bags.num_items * (world.rank + 1) // world.size
-        self._items_RQ = _item_vectors(model, bags, range(self.first, stop), world)
+        first = bags.num_items * world.rank // world.size
+        self.items = range(first, bags.num_items * (world.rank + 1) // world.size)
+        self._items_RQ = _item_vectors(model, bags, self.items, world)
+        self._prior = None if prior is None else prior.of_items(self.items)
 
-    @torch.no_grad()
-    def rank(self, queries_BQ: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
+    def rank(
+        self, queries_BQ: Tensor, k: int, exclude: Jagged | None = None, clicks: Jagged | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Finds the K best items of each session; all ranks call together, each with its own sessions.
 
         Args:
             queries_BQ: Queries; the number of sessions may differ between ranks.
             k: Places K; may exceed the number of items.
             exclude: Items that a session must not get, one row a session; on all ranks or on none.
+            clicks: What the sessions have clicked, oldest first, for the prior; without one they are not looked at.
 
         Returns:
             Item indices int64 [B, K] and scores float32 [B, K], best first, equal scores by lower index. Where fewer
@@ -69,18 +76,48 @@ class CatalogueRanker:
 
         Raises:
             UserError: A score is not a number; raised on every rank.
-            ValueError: K is less than 1.
+            ValueError: K is less than 1, or there is a prior and no clicks.
+        """
+        if self._prior is None:
+            return self.rank_with(None, queries_BQ, k, exclude)
+        if clicks is None:
+            raise ValueError("a ranker with a prior needs the clicks of the sessions")
+        return self.rank_with(self.added_by(self._prior, clicks), queries_BQ, k, exclude)
+
+    def added_by(self, prior: NeighbourPrior, clicks: Jagged) -> sparse.csr_array:
+        """What a prior adds to this rank's items, for the sessions of all ranks, [Y, R]; all ranks call together.
+
+        Args:
+            prior: Its part for this rank's items.
+            clicks: What this rank's sessions have clicked, oldest first.
+        """
+        if self._world.size == 1:
+            return prior.scores(clicks)
+        longest = max(_gather_sizes(clicks.num_rows, clicks.offsets.device, self._world))
+        return prior.scores(self._gather_lists(clicks, longest))
+
+    @torch.no_grad()
+    def rank_with(
+        self, added_YR: sparse.csr_array | None, queries_BQ: Tensor, k: int, exclude: Jagged | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `rank`, with what is added to the scores at hand.
+
+        Args:
+            added_YR: From `added_by`, or a sum of such; None adds nothing. On all ranks or on none.
+            queries_BQ: Queries.
+            k: Places K.
+            exclude: Items that a session must not get.
         """
         if k < 1:
             raise ValueError(f"k is {k}; at least 1 item must be asked for")
         queries = queries_BQ.detach().float()
         if self._world.size == 1:
-            return top_k(queries, self._items_RQ, k, exclude)
+            return top_k(queries, self._items_RQ, k, exclude, added_YR)
         sizes = _gather_sizes(queries.shape[0], queries.device, self._world)
         longest = max(sizes)
         queries_WXQ = _gather(_pad_rows(queries, longest), self._world)
         excluded = None if exclude is None else self._gather_lists(exclude, longest)
-        ids, scores = self._own_top_k(queries_WXQ.flatten(0, 1), k, excluded)
+        ids, scores = self._own_top_k(queries_WXQ.flatten(0, 1), k, excluded, added_YR)
         # What this rank found for the sessions of each other rank goes back to that rank.
         ids_WXK = _exchange(ids.view(self._world.size, longest, k))
         scores_WXK = _exchange(scores.view(self._world.size, longest, k))
@@ -92,18 +129,20 @@ class CatalogueRanker:
         ids_BK, scores_BK = merge_top_k(ids_WXK, scores_WXK, k)
         return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
 
-    def _own_top_k(self, queries: Tensor, k: int, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
+    def _own_top_k(
+        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None
+    ) -> tuple[Tensor, Tensor]:
         if exclude is not None:
-            exclude = Jagged(exclude.values - self.first, exclude.offsets)
+            exclude = Jagged(exclude.values - self.items.start, exclude.offsets)
         try:
-            ids, scores = top_k(queries, self._items_RQ, k, exclude)
+            ids, scores = top_k(queries, self._items_RQ, k, exclude, added_YR)
         except UserError:
             # The other ranks wait for this one's lists; all learn of it together.
             return (
                 queries.new_full((queries.shape[0], k), _FAILED, dtype=torch.int64),
                 queries.new_zeros(queries.shape[0], k),
             )
-        return torch.where(ids >= 0, ids + self.first, ids), scores
+        return torch.where(ids >= 0, ids + self.items.start, ids), scores
 
     def _gather_lists(self, lists: Jagged, longest: int) -> Jagged:
         """The lists of all ranks, each rank's padded with empty ones to the same number."""

@@ -1,14 +1,18 @@
 """Exact top-K of scores by blocks: scores of all items are never in memory at once.
 
-A score is the dot product of a query and an item. Equal scores rank by lower item index. Per block of items, only what
-beats a query's present K-th score is sorted; where it stands is found from the maxima of short strips of the block.
+A score is the dot product of a query and an item, plus a sparse term where there is one. Equal scores rank by lower
+item index. Per block of items, only what beats a query's present K-th score is sorted; where it stands is found from
+the maxima of short strips of the block.
 
-Shapes: B queries, R items, N items of a block, Q columns, K places, C candidates of a block over all queries.
+Shapes: B queries, R items, N items of a block, Q columns, K places, C candidates of a block over all queries, E entries
+of sparse terms.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
@@ -26,7 +30,13 @@ _PUT_BY = 0.5
 
 
 @torch.no_grad()
-def top_k(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None = None) -> tuple[Tensor, Tensor]:
+def top_k(
+    queries_BQ: Tensor,
+    items_RQ: Tensor,
+    k: int,
+    exclude: Jagged | None = None,
+    added_BR: sparse.csr_array | None = None,
+) -> tuple[Tensor, Tensor]:
     """Finds the K best items of each query.
 
     Args:
@@ -34,6 +44,7 @@ def top_k(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None =
         items_RQ: Items; row r is item r.
         k: Places K, at least 1; may exceed the number of items.
         exclude: Items that a query must not get, one row a query; indices outside 0 .. R - 1 are ignored.
+        added_BR: What is added to the dot products, float32, each item once a row; absent ones are 0.
 
     Returns:
         Item indices int64 [B, K] and scores float32 [B, K], best first. Where fewer than K items are left: -1 and -inf.
@@ -48,6 +59,7 @@ def top_k(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None =
             items_RQ,
             k,
             None if exclude is None else exclude.narrow(start, min(start + _QUERY_BLOCK, exclude.num_rows)),
+            None if added_BR is None else _Added(added_BR[start : start + _QUERY_BLOCK], queries_BQ.device),
         )
         for start in range(0, queries_BQ.shape[0], _QUERY_BLOCK)
     ]
@@ -123,19 +135,42 @@ class _Best:
         return ids_BK, scores_BK
 
 
+class _Added:
+    """Sparse terms of some queries, in the order of items, so that a block's are together."""
+
+    def __init__(self, added_BR: sparse.csr_array, device: torch.device) -> None:
+        by_item = sparse.csc_array(added_BR)
+        items_E = np.repeat(np.arange(by_item.shape[1]), np.diff(by_item.indptr))
+        self._first_R1 = by_item.indptr
+        self._queries_E = torch.from_numpy(by_item.indices.astype(np.int64)).to(device)
+        self._items_E = torch.from_numpy(items_E).to(device)
+        self._terms_E = torch.from_numpy(by_item.data).to(device)
+
+    def add_to(self, scores_BN: Tensor, start: int) -> None:
+        """Adds the terms of the items from `start` on to their scores, in place."""
+        width = scores_BN.shape[1]
+        own = slice(int(self._first_R1[start]), int(self._first_R1[start + width]))
+        places = self._queries_E[own] * width + self._items_E[own] - start
+        scores_BN.view(-1).index_add_(0, places, self._terms_E[own])
+
+
 def _places_within(queries: Tensor, num_queries: int) -> Tensor:
     """Place of each entry among those of its query, entries in order of queries."""
     counts_B = torch.bincount(queries, minlength=num_queries)
     return torch.arange(queries.numel(), device=queries.device) - (counts_B.cumsum(0) - counts_B)[queries]
 
 
-def _top_k_of_block(queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
+def _top_k_of_block(
+    queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None, added: _Added | None
+) -> tuple[Tensor, Tensor]:
     best = _Best(queries_BQ.shape[0], k, queries_BQ.device)
     width = min(_ITEM_BLOCK if queries_BQ.device.type == "cpu" else _GPU_ITEM_BLOCK, items_RQ.shape[0])
     buffer = queries_BQ.new_empty(queries_BQ.shape[0] * width)
     for start, stop in _blocks(items_RQ.shape[0], width):
         scores_BN = buffer[: queries_BQ.shape[0] * (stop - start)].view(-1, stop - start)
         torch.mm(queries_BQ, items_RQ[start:stop].T, out=scores_BN)
+        if added is not None:
+            added.add_to(scores_BN, start)
         if exclude is not None:
             inside = (exclude.values >= start) & (exclude.values < stop)
             scores_BN[exclude.row_of_value[inside], exclude.values[inside] - start] = float("-inf")

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from llmgr_rec.data.recency import recency_weights
 from llmgr_rec.evaluation.sparse_scores import (
     Floats,
     Ints,
     blocks,
     cosine_similarity,
     order_in_rows,
-    recency_weights,
     top_k,
 )
 

@@ -14,6 +14,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.neighbour_prior import clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.errors import UserError
@@ -70,13 +71,13 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Exam
     loaded = load_bundle(bundle)
     titles, world = _titles(loaded.catalogue), World(0, 1, 0, 1, torch.device("cpu"))
     collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
-    ranker = CatalogueRanker(loaded.model, collate, world)
+    ranker = CatalogueRanker(loaded.model, collate, world, loaded.prior)
     reader = split_reader(dataset, split, min(_LOOKED_AT, loaded.config.runtime.eval_batch_size), collate)
     rows = _rows(dataset, split)
     for _, batch in zip(range(-(-_LOOKED_AT // reader.order.batch_size)), reader.batches(0), strict=False):
         exclude = clicked_items(batch) if leaves_out_clicked(dataset) else None
         with torch.no_grad():
-            ids_BK, _ = ranker.rank(session_queries(loaded.model, batch), PLACES, exclude)
+            ids_BK, _ = ranker.rank(session_queries(loaded.model, batch), PLACES, exclude, clicks_of(batch))
         for ids_K, (session_id, clicks, target) in zip(ids_BK.tolist(), rows, strict=False):
             yield _example(session_id, clicks, target, [item for item in ids_K if item >= 0], titles)
 

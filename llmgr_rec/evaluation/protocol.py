@@ -18,6 +18,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
@@ -47,6 +48,7 @@ def evaluate_model(
     config: Config,
     world: World,
     catalogue: Catalogue | None = None,
+    prior: NeighbourPrior | None = None,
 ) -> dict[str, Any]:
     """Ranks the whole catalogue for every session of a split and counts where the targets stand.
 
@@ -59,6 +61,7 @@ def evaluate_model(
         config: All settings.
         world: Ranks; all call together, and all get the result.
         catalogue: The data set's items, where they are at hand.
+        prior: What neighbours add to the model's scores.
 
     Returns:
         What `RankingMetrics.compute` gives.
@@ -69,11 +72,12 @@ def evaluate_model(
     metrics = RankingMetrics(catalogue.train_count_V.to(world.device))
     leave_out = leaves_out_clicked(dataset)
     with evaluation_mode(model):
-        ranker = CatalogueRanker(model, collate, world)
-        for loaded in _batches(reader, world, f"evaluate {split}"):
+        ranker = CatalogueRanker(model, collate, world, prior)
+        for loaded in batches_of_rank(reader, world, f"evaluate {split}"):
             batch = loaded.to(world.device)
             exclude = clicked_items(batch) if leave_out else None
-            ids_BK, _ = ranker.rank(session_queries(model, batch), metrics.depth, exclude)
+            clicks = None if prior is None else clicks_of(batch)
+            ids_BK, _ = ranker.rank(session_queries(model, batch), metrics.depth, exclude, clicks)
             metrics.update(ids_BK, batch.targets_B, batch.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
@@ -93,31 +97,33 @@ def evaluate_baseline(
     metrics = RankingMetrics(catalogue.train_count_V)
     reader = split_reader(dataset, split, _READ_ROWS, as_it_is)
     leave_out = leaves_out_clicked(dataset)
-    for raw in _batches(reader, world, f"evaluate {split}"):
+    for raw in batches_of_rank(reader, world, f"evaluate {split}"):
         ids_BK = ranked_by(baseline, raw, metrics.depth, leave_out)
         metrics.update(torch.from_numpy(ids_BK), raw.targets_B, raw.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
 
-def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue) -> Baseline:
+def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue, kept: int | None = None) -> Baseline:
     """Makes a baseline from the training split, or from the items' text, alone.
 
     Args:
         name: One of `BASELINES`.
         dataset: Prepared sessions.
         catalogue: Their items.
+        kept: Most similar items kept of each item by item_knn and text_knn; None takes their defaults.
 
     Raises:
         UserError: It needs text, and no item has any.
     """
     if name == "popularity":
         return Popularity(catalogue.train_count_V.numpy())
+    limit = {} if kept is None else {"neighbours": kept}
     if name == "text_knn":
-        return TextKNN(texts_to_compare(catalogue))
+        return TextKNN(texts_to_compare(catalogue), **limit)
     # Every rank reads all training rows, each of them once: prefixes of a session are no further evidence.
     rows = SessionReader(dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=as_it_is)
     sessions_SV = session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items)
-    return ItemKNN(sessions_SV) if name == "item_knn" else SessionKNN(sessions_SV)
+    return ItemKNN(sessions_SV, **limit) if name == "item_knn" else SessionKNN(sessions_SV)
 
 
 def check_baselines(names: Iterable[str], catalogue: Catalogue) -> None:
@@ -175,7 +181,7 @@ def split_reader(
     )
 
 
-def _batches(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:
+def batches_of_rank(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:
     """This rank's batches: whole ones dealt out in turn, as many to each rank.
 
     So a session shares its batch with the same others at any number of ranks: rounding depends on a batch's shape, and

@@ -123,7 +123,7 @@ def _evaluate_bundle(
     if request.batch_size:
         runtime = dataclasses.replace(config.runtime, eval_batch_size=request.batch_size)
         config = dataclasses.replace(config, runtime=runtime)
-    return evaluate_model(loaded.model, dataset, request.split, config, world, catalogue)
+    return evaluate_model(loaded.model, dataset, request.split, config, world, catalogue, loaded.prior)
 
 
 def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Sparse scores of items: similarities in blocks that fit into memory, weights of clicks, the best of each row.
+"""Sparse scores of items: similarities in blocks that fit into memory, the best of each row.
 
 Shapes: B sessions, L clicks, V items, K places, F features that describe items, U items of one block.
 """
@@ -53,12 +53,6 @@ def _nearest(near_UV: sparse.csr_array, neighbours: int) -> sparse.csr_array:
     kept = entries[place < neighbours]
     rows_U = np.repeat(np.arange(near_UV.shape[0]), np.diff(near_UV.indptr))
     return sparse.csr_array((near_UV.data[kept], (rows_U[kept], near_UV.indices[kept])), shape=near_UV.shape)
-
-
-def recency_weights(items_L: Ints, offsets_B1: Ints, decay: float, num_items: int) -> sparse.csr_array:
-    """decay^(clicks after it) for each click, [B, V]."""
-    after_L = np.repeat(offsets_B1[1:], np.diff(offsets_B1)) - 1 - np.arange(len(items_L))
-    return sparse.csr_array((decay**after_L, items_L, offsets_B1), shape=(len(offsets_B1) - 1, num_items))
 
 
 def blocks(sizes: Ints, limit: int) -> list[tuple[int, int]]:

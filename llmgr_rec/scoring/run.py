@@ -144,7 +144,7 @@ def _score(
         if isinstance(loaded.model, LLMGR):
             lighten(loaded.model.language_model, request.llm_layers, request.llm_dtype == "int8")
         collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
-        scorer = Scorer(loaded.model, loaded.catalogue, collate, settings, world)
+        scorer = Scorer(loaded.model, loaded.catalogue, collate, settings, world, loaded.prior)
         bar = progress(files.rows, "score", "session", initial=files.rows - sum(part.rows for part in missing))
         scorer.run(files, missing, folder, bar.update)
         bar.close()

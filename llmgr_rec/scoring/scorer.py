@@ -17,6 +17,7 @@ from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
@@ -111,6 +112,7 @@ class Scorer:
         collate: Makes batches for ranking.
         settings: What decides the output.
         world: Ranks; all go through the same parts, each with its share of the batches, and rank 0 writes.
+        prior: What neighbours add to the scores, whoever answers: language model, student or session recommender.
     """
 
     def __init__(
@@ -120,12 +122,14 @@ class Scorer:
         collate: Collator,
         settings: ScoreSettings,
         world: World,
+        prior: NeighbourPrior | None = None,
     ) -> None:
         self._model = model
         self._catalogue = catalogue
         self._collate = collate
         self._settings = settings
         self._world = world
+        self._prior = prior
         self._fallback = Popularity(catalogue.train_count_V.numpy())
         self._governed = isinstance(model, LLMGR) and not settings.governor.reads_all
 
@@ -145,7 +149,7 @@ class Scorer:
             evaluation_mode(self._model),
             WriteBehind[_Ranked](lambda done: self._write(done, folder), _WRITE_BEHIND) as out,
         ):
-            ranker = CatalogueRanker(self._model, self._collate, self._world)
+            ranker = CatalogueRanker(self._model, self._collate, self._world, self._prior)
             ranked: _Ranked | None = None
             for element in read_ahead(self._events(files, parts), _READ_AHEAD):
                 if isinstance(element, _Round):
@@ -216,7 +220,8 @@ class Scorer:
         else:
             assert isinstance(self._model, LLMGR)
             queries_BQ = self._model.quick_queries(batch)
-        ids_BK, scores_BK = ranker.rank(queries_BQ, self._settings.k, exclude)
+        clicks = None if self._prior is None else clicks_of(batch)
+        ids_BK, scores_BK = ranker.rank(queries_BQ, self._settings.k, exclude, clicks)
         ranked.ids_RK[piece.rows] = ids_BK[: piece.rows.numel()].cpu()
         ranked.scores_RK[piece.rows] = scores_BK[: piece.rows.numel()].float().cpu()
 

@@ -27,6 +27,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranking_rule
+from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_baseline
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.modules.build import has_tower
@@ -39,8 +40,6 @@ from llmgr_rec.training.run import train_run
 
 logger = logging.getLogger(__name__)
 
-# Factors that a blend may give to a baseline's score beside the model's logits. Of several, all combinations are tried.
-BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
 _LATER_PARTS = ("text", "llm", "prompt", "head", "align", "behave", "distill", "controls")
 
@@ -183,6 +182,8 @@ def _said(config: Config) -> dict[str, Any]:
             del parts[part][name]
     if not has_tower(config):
         del parts["text"]
+    # A variant has none, and no training depends on it.
+    del parts["prior"]
     return parts
 
 

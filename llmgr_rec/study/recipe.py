@@ -91,6 +91,11 @@ class Study:
             config = parse_with_config(parser, ["--config", self.config, *words])[1]
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from None
+        if config.prior.neighbours:
+            raise UserError(
+                f"variant {variant.name}: prior.neighbours is {', '.join(config.prior.neighbours)}, but an experiment "
+                "adds neighbours by itself; leave it out, and give the variant a blend"
+            )
         if variant.model == "sbr":
             config.text.epochs = 0
         if variant.model in ("sbr", "text"):

@@ -31,7 +31,14 @@ FORMAT = 1
 _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
 # Settings that may change between a checkpoint and its resumption: they do not change what is computed.
-_FREE_SETTINGS = ("runtime.", "tables.sharding", "tables.memory_per_rank_gb", "llm.share_prefix", "llm.recompute")
+_FREE_SETTINGS = (
+    "runtime.",
+    "tables.sharding",
+    "tables.memory_per_rank_gb",
+    "llm.share_prefix",
+    "llm.recompute",
+    "prior.",
+)
 
 # Settings that came later than checkpoints did: where they are off they go without saying.
 _SILENT_WHEN_OFF = (

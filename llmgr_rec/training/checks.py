@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from llmgr_rec.config import STAGES, Config, StageName
+from llmgr_rec.config import STAGES, Config, PriorConfig, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import num_decoder_layers
@@ -18,6 +18,7 @@ from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
 from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import check_baselines
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import has_tower, reads_item_text, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
@@ -120,6 +121,7 @@ def check_run(request: RunRequest) -> CheckedRun:
             _check_checkpoints(request, stage, catalogue)
         if "sbr" in stages and request.config.sbr.one_pass:
             _check_sbr_one_pass(request.config, dataset)
+        _check_prior(request.config.prior, dataset, catalogue)
         _check_language(request.config, stages, dataset, catalogue)
         _check_layout(request.config, stages, catalogue)
     return CheckedRun(dataset, catalogue, stages)
@@ -266,6 +268,16 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
         raise UserError(
             f"setting llm.text_layer is {config.llm.text_layer}, and {config.llm.name_or_path} has {layers} layers; "
             f"give {layers} at most, or 0 for the last that is kept"
+        )
+
+
+def _check_prior(prior: PriorConfig, dataset: Dataset, catalogue: Catalogue) -> None:
+    """What the neighbours are made of and weighed by is there."""
+    check_baselines(prior.neighbours, catalogue)
+    if prior.neighbours and not prior.weights and not dataset.manifest.num_sessions["valid"]:
+        raise UserError(
+            f"setting prior.weights is empty, but {dataset.path} has no validation sessions to choose them on; give "
+            "one weight for each of prior.neighbours, or prepare the data set with another --split"
         )
 
 

@@ -46,6 +46,7 @@ from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.language import TextEncodings, cache_catalogue, encode_catalogue, fill_text_table
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.optimizers import build_optimizer
+from llmgr_rec.training.prior import make_prior
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +116,16 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         best=_checkpoints(stage, context, "best", 1),
         validate=(lambda: _validation(inner, context)) if has_validation else None,
     )
-    loop.run(loop.resume() if context.resume else Position())
+    position = loop.resume() if context.resume else Position()
+    loop.run(position)
+    prior, told = None, dict[str, float]()
+    if config.prior.neighbours:
+        prior, told = make_prior(stage, inner, config, context.dataset, context.catalogue, world)
     repeat = context.dataset.manifest.clicks_repeat
-    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat)
+    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat, prior)
+    if told:
+        # After the export, which a resumed run does not make again, so that nothing is told twice.
+        context.journal.write(stage, position.step, split="prior", **told)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.run / "export" / stage)
 

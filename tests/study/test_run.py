@@ -143,9 +143,15 @@ def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch)
 
 def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
     config = Config()
-    assert "one_pass" not in cells._said(config)["sbr"]
-    config.sbr.one_pass = True
-    assert cells._said(config) == asdict(config)
+    said = cells._said(config)
+    assert "one_pass" not in said["sbr"]
+    assert {"text_only", "apart"} & set(said["head"]) == set()
+    assert {"text", "prior"} & set(said) == set()
+    config.sbr.one_pass = config.head.text_only = config.head.apart = True
+    config.text.epochs = 1
+    everything = asdict(config)
+    del everything["prior"]
+    assert cells._said(config) == everything
 
 
 def test_the_rule_of_ranking_is_told_and_cells_of_another_are_not_taken(tmp_path):

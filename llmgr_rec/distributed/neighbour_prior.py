@@ -1,0 +1,116 @@
+"""What neighbour baselines add to a trained model's scores: one matrix of items, part of the bundle.
+
+Shapes: B sessions, L clicks, V items, R items of one range, E entries.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from scipy import sparse
+
+from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.recency import recency_weights
+from llmgr_rec.errors import UserError
+
+
+@dataclass(frozen=True)
+class NeighbourPrior:
+    """Adds to item j's score: sum over the clicks i of a session of decay^(clicks after i) * similarity(i, j).
+
+    Args:
+        weights: Factor of each baseline in the similarity, by name.
+        similarity_VR: What a click on item i adds to item j, float32; absent ones are 0.
+        decay: Weight of a click relative to the click after it.
+    """
+
+    weights: Mapping[str, float]
+    similarity_VR: sparse.csr_array
+    decay: float
+
+    def scores(self, clicks: Jagged) -> sparse.csr_array:
+        """What is added to the scores of each session, float32 [B, R]; each item once a row, in no order.
+
+        Args:
+            clicks: Item indices of each session, oldest first; on any device.
+        """
+        items_L, offsets_B1 = clicks.values.cpu().numpy(), clicks.offsets.cpu().numpy()
+        weights_BV = recency_weights(items_L, offsets_B1, self.decay, self.similarity_VR.shape[0])
+        # Of one type with the similarity, which would otherwise be copied for each batch.
+        return sparse.csr_array(weights_BV.astype(np.float32) @ self.similarity_VR)
+
+    def of_items(self, items: range) -> "NeighbourPrior":
+        """The part for a range of the items that are ranked; any item may be clicked.
+
+        Args:
+            items: Items, without gaps.
+        """
+        if len(items) == self.similarity_VR.shape[1]:
+            return self
+        return replace(self, similarity_VR=sparse.csr_array(self.similarity_VR[:, items.start : items.stop]))
+
+    def save(self, file: Path) -> None:
+        """Writes the prior, without pickles; the same prior makes the same bytes.
+
+        Args:
+            file: Name with the suffix npz.
+        """
+        np.savez_compressed(
+            file,
+            names=np.array(list(self.weights), np.str_),
+            weights=np.array(list(self.weights.values()), np.float64),
+            decay=np.float64(self.decay),
+            indptr=self.similarity_VR.indptr,
+            indices=self.similarity_VR.indices,
+            values=self.similarity_VR.data,
+        )
+
+    @classmethod
+    def load(cls, file: Path) -> "NeighbourPrior":
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        try:
+            with np.load(file, allow_pickle=False) as stored:
+                num_items = len(stored["indptr"]) - 1
+                similarity_VV = sparse.csr_array(
+                    (stored["values"], stored["indices"], stored["indptr"]), shape=(num_items, num_items)
+                )
+                similarity_VV.check_format()
+                weights = dict(zip(stored["names"].tolist(), stored["weights"].tolist(), strict=True))
+                return cls(weights, similarity_VV, float(stored["decay"]))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise UserError(
+                f"{file} is damaged ({' '.join(str(error).split())}); copy the bundle again, or train its stage again"
+            ) from None
+
+
+def combine(priors: Sequence[NeighbourPrior], weights: Sequence[float]) -> NeighbourPrior:
+    """One prior of several, whose clicks all decay alike.
+
+    Args:
+        priors: One baseline each, at weight 1; at least one.
+        weights: The factor that each gets.
+
+    Raises:
+        ValueError: Their clicks decay differently.
+    """
+    if len({prior.decay for prior in priors}) > 1:
+        raise ValueError("priors of different decays do not add up to one")
+    similarity_VV = sparse.csr_array(priors[0].similarity_VR.shape, dtype=np.float32)
+    for prior, weight in zip(priors, weights, strict=True):
+        if weight:
+            similarity_VV = similarity_VV + prior.similarity_VR * np.float32(weight)
+    named = {name: float(weight) for prior, weight in zip(priors, weights, strict=True) for name in prior.weights}
+    return NeighbourPrior(named, sparse.csr_array(similarity_VV), priors[0].decay)
+
+
+def clicks_of(batch: SessionBatch) -> Jagged:
+    """The clicks of a batch's sessions, oldest first, as the session graphs hold them."""
+    graph = batch.graph
+    return Jagged(graph.node_items_N.index_select(0, graph.alias_L), graph.click_offsets_B1)

@@ -1,0 +1,112 @@
+"""Makes the prior that a trained model ranks with: neighbour baselines, weighted by what the validation sessions say.
+
+Shapes: Y sessions of all ranks' batches, R items of this rank, N neighbours, W sets of their weights.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from llmgr_rec.config import Config, PriorConfig
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
+from llmgr_rec.distributed.process_group import World, on_first_rank
+from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.distributed.reduce import sum_over_ranks
+from llmgr_rec.evaluation.baselines import ItemNeighbours
+from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
+from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.evaluation.protocol import (
+    batches_of_rank,
+    build_baseline,
+    evaluation_mode,
+    session_queries,
+    split_reader,
+)
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+
+# Factors that a baseline's score may get beside the model's logits. Of several baselines, all combinations are tried.
+BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+def build_priors(settings: PriorConfig, dataset: Dataset, catalogue: Catalogue, world: World) -> list[NeighbourPrior]:
+    """One prior of weight 1 for each neighbour baseline, from the training split or the items' text.
+
+    Args:
+        settings: Which baselines, and how much of each is kept.
+        dataset: Prepared sessions.
+        catalogue: Their items.
+        world: Ranks; all call together. Rank 0 builds and hands over.
+
+    Raises:
+        UserError: One needs text, and no item has any.
+    """
+    return on_first_rank(
+        world, lambda: [_prior(name, settings.kept, dataset, catalogue) for name in settings.neighbours]
+    )
+
+
+def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> NeighbourPrior:
+    baseline = build_baseline(name, dataset, catalogue, kept)
+    if not isinstance(baseline, ItemNeighbours):
+        raise TypeError(f"{name} has no similarity of items")
+    return NeighbourPrior({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)
+
+
+@torch.no_grad()
+def choose_weights(
+    model: SessionRecommender | LLMGR,
+    priors: Sequence[NeighbourPrior],
+    dataset: Dataset,
+    config: Config,
+    catalogue: Catalogue,
+    world: World,
+) -> tuple[tuple[float, ...], float]:
+    """The weights of the best NDCG@20 on the validation sessions; of equals, the first in the order of the grid.
+
+    Args:
+        model: Sharded or not; it is in its former mode again afterwards.
+        priors: One baseline each, at weight 1.
+        dataset: Prepared sessions, some of them for validation.
+        config: All settings.
+        catalogue: The data set's items.
+        world: Ranks; all call together, and all get the result.
+
+    Returns:
+        A weight for each prior, and the NDCG@20 with them.
+    """
+    collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
+    reader = split_reader(dataset, "valid", config.runtime.eval_batch_size, collate)
+    weights = list(product(BLEND_WEIGHTS, repeat=len(priors)))
+    train_count_V = catalogue.train_count_V.to(world.device)
+    metrics_W = [RankingMetrics(train_count_V) for _ in weights]
+    leave_out = leaves_out_clicked(dataset)
+    with evaluation_mode(model):
+        ranker = CatalogueRanker(model, collate, world)
+        parts = [prior.of_items(ranker.items) for prior in priors]
+        for loaded in batches_of_rank(reader, world, "weigh neighbours"):
+            batch = loaded.to(world.device)
+            queries_BQ = session_queries(model, batch)
+            exclude = clicked_items(batch) if leave_out else None
+            added = [ranker.added_by(part, clicks_of(batch)) for part in parts]
+            for weights_N, metrics in zip(weights, metrics_W, strict=True):
+                ids_BK, _ = ranker.rank_with(_sum(added, weights_N), queries_BQ, metrics.depth, exclude)
+                metrics.update(ids_BK, batch.targets_B, batch.weights_B)
+    quality_W = [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_W]
+    best = int(np.argmax(quality_W))
+    return weights[best], quality_W[best]
+
+
+def _sum(added: Sequence[sparse.csr_array], weights_N: Sequence[float]) -> sparse.csr_array | None:
+    """Weighted sum [Y, R]; None where no weight is above 0."""
+    terms = [added_YR * np.float32(weight) for added_YR, weight in zip(added, weights_N, strict=True) if weight]
+    total = terms[0] if terms else None
+    for term in terms[1:]:
+        total = total + term
+    return total
