@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 
-    from llmgr_rec.evaluation.results import format_table
+    from llmgr_rec.evaluation.results import format_table, prior_notes
     from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 
     content = evaluate_run(
@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if is_first_rank():
         print(format_table(content[arguments.split]))
+        for note in prior_notes(content["priors"]):
+            print(note)
         print(
             f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items; {content['protocol']}; "
             f"wrote {arguments.output}"

@@ -80,6 +80,18 @@ def best_by_column(models: Mapping[str, Mapping[str, float]], columns: Sequence[
     return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in columns}
 
 
+def prior_notes(priors: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """What stands beside a table of models that rank with neighbours.
+
+    Args:
+        priors: Weight of each neighbour baseline by model, from a metrics file.
+    """
+    return [
+        f"{MODEL_NAMES.get(model, model)} with " + ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
+        for model, weights in priors.items()
+    ]
+
+
 def format_table(models: Mapping[str, Mapping[str, float]]) -> str:
     """A plain-text table, a row for each model; the best value of a column carries a star."""
     best = best_by_column(models) if models else {}

@@ -9,6 +9,7 @@ from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
@@ -68,13 +69,15 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
     try:
         names = request.models or [*USUAL_BASELINES, *bundles]
-        results = {}
+        results: dict[str, dict[str, Any]] = {}
+        priors: dict[str, dict[str, float]] = {}
         for name in (known for known in MODEL_NAMES if known in names):
             if name in BASELINES:
                 baseline = build_baseline(name, dataset, catalogue)
                 results[name] = evaluate_baseline(baseline, dataset, request.split, catalogue, world)
             else:
-                results[name] = _evaluate_bundle(bundles[name], request, dataset, catalogue, world)
+                results[name], prior = _evaluate_bundle(bundles[name], request, dataset, catalogue, world)
+                priors |= {name: dict(prior.weights)} if prior else {}
     finally:
         shutdown()
     content = {
@@ -87,6 +90,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "protocol": f"full catalogue, ties by lower index, {ranking_rule(dataset)}",
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
+        "priors": priors,
     }
     if world.rank == 0:
         write_metrics(request.output, content)
@@ -117,13 +121,15 @@ def check_catalogue(bundle: Path, dataset: Dataset) -> None:
 
 def _evaluate_bundle(
     bundle: Path, request: EvaluationRequest, dataset: Dataset, catalogue: Catalogue, world: World
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], NeighbourPrior | None]:
+    """The figures of an export, and the neighbours that it ranks with."""
     loaded = load_bundle(bundle, world)
     config = loaded.config
     if request.batch_size:
         runtime = dataclasses.replace(config.runtime, eval_batch_size=request.batch_size)
         config = dataclasses.replace(config, runtime=runtime)
-    return evaluate_model(loaded.model, dataset, request.split, config, world, catalogue, loaded.prior)
+    metrics = evaluate_model(loaded.model, dataset, request.split, config, world, catalogue, loaded.prior)
+    return metrics, loaded.prior
 
 
 def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
