@@ -1,6 +1,6 @@
 """What neighbour baselines add to a trained model's scores: one matrix of items, part of the bundle.
 
-Shapes: B sessions, L clicks, V items, R items of one range, E entries.
+Shapes: B sessions, L clicks, V items, R items of one range.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class NeighbourPrior:
         Args:
             file: Name with the suffix npz.
         """
-        np.savez_compressed(
+        np.savez(
             file,
             names=np.array(list(self.weights), np.str_),
             weights=np.array(list(self.weights.values()), np.float64),

@@ -1,12 +1,16 @@
 """Ranking over ranks equals ranking in one place."""
 
+import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed import topk
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.sharding import shard
@@ -51,10 +55,90 @@ def winners(ids_BK: Tensor, places: int) -> Jagged:
     return Jagged.from_lengths(values, torch.tensor([len(row) for row in kept], dtype=torch.int64))
 
 
-def plain_ranker(num_items: int) -> CatalogueRanker:
+def clicks_of(rank: int, count: int, num_items: int) -> Jagged:
+    """Sessions of up to four clicks, some empty and some with an item twice."""
+    draw = torch.Generator().manual_seed(100 + rank)
+    lengths = torch.randint(0, 5, (count,), generator=draw)
+    return Jagged.from_lengths(torch.randint(num_items, (int(lengths.sum()),), generator=draw), lengths)
+
+
+def prior_of(num_items: int) -> NeighbourPrior:
+    """Few-bit numbers, so that sums are exact and ties are frequent."""
+    draw = np.random.default_rng(num_items)
+    size = min(num_items * 20, num_items**2)
+    pairs = draw.integers(num_items, size=(2, size))
+    similarity = sparse.csr_array((draw.integers(1, 9, size).astype(np.float32), tuple(pairs)), (num_items, num_items))
+    return NeighbourPrior({"item_knn": 1.0}, similarity, 0.5)
+
+
+def dense_prior(clicks: Jagged, num_items: int) -> Tensor:
+    similarity = torch.from_numpy(prior_of(num_items).similarity_VR.toarray())
+    added = torch.zeros(clicks.num_rows, num_items)
+    for row in range(clicks.num_rows):
+        for after, item in enumerate(reversed(clicks.narrow(row, row + 1).values.tolist())):
+            added[row] += 0.5**after * similarity[item]
+    return added
+
+
+def plain_items(num_items: int) -> Tensor:
     model = Items(num_items)
     init_tables(model, 1, 0.1)
-    return CatalogueRanker(model, Bags(num_items), World(0, 1, 0, 1, torch.device("cpu")))
+    return model.item_vectors(Bags(num_items).item_features(torch.arange(num_items))).detach()
+
+
+def plain_ranker(num_items: int, prior: NeighbourPrior | None = None) -> CatalogueRanker:
+    model = Items(num_items)
+    init_tables(model, 1, 0.1)
+    return CatalogueRanker(model, Bags(num_items), World(0, 1, 0, 1, torch.device("cpu")), prior)
+
+
+def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
+    """The first K places of a stable sort of all scores."""
+    if exclude is not None:
+        scores[exclude.row_of_value, exclude.values] = -torch.inf
+    values, ids = scores.sort(dim=1, descending=True, stable=True)
+    room = max(K - scores.shape[1], 0)
+    ids = nn.functional.pad(ids[:, :K], (0, room), value=-1)
+    values = nn.functional.pad(values[:, :K], (0, room), value=-torch.inf)
+    return torch.where(values.isneginf(), -1, ids), values
+
+
+def rank_with_prior(world: World, sizes: list[int], catalogues: list[int]) -> list[tuple[Tensor, ...]]:
+    # Many blocks of queries and of items.
+    topk._QUERY_BLOCK, topk._ITEM_BLOCK = 4, 128
+    answers: list[tuple[Tensor, ...]] = []
+    for num_items in catalogues:
+        model = Items(num_items, "meta")
+        shard(model, TablesConfig(dim=DIM), world, lambda name: True)
+        init_tables(model, 1, 0.1)
+        ranker = CatalogueRanker(model, Bags(num_items), world, prior_of(num_items))
+        queries = queries_of(world.rank, sizes[world.rank])
+        clicks = clicks_of(world.rank, sizes[world.rank], num_items)
+        answers.append((*ranker.rank(queries, K, None, clicks), *ranker.rank(queries, K, clicks, clicks)))
+    return answers
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_prior_is_added_to_the_scores_before_anything_is_ranked(ranks: int) -> None:
+    sizes, catalogues = [11, 3][:ranks], [3001, 101, 3, 1]
+    answers = run_on_ranks(rank_with_prior, ranks, sizes, catalogues)
+    for number, num_items in enumerate(catalogues):
+        items = plain_items(num_items)
+        for rank, size in enumerate(sizes):
+            clicks = clicks_of(rank, size, num_items)
+            alone = queries_of(rank, size) @ items.T
+            for found, exclude in ((answers[rank][number][:2], None), (answers[rank][number][2:], clicks)):
+                ids, scores = sorted_scores(alone + dense_prior(clicks, num_items), exclude)
+                assert torch.equal(found[0], ids)
+                assert torch.equal(found[1], scores)
+            if num_items > 3:
+                assert not torch.equal(found[0], sorted_scores(alone, clicks)[0]), "the prior changes nothing"
+
+
+def test_a_ranker_with_a_prior_asks_for_clicks() -> None:
+    with pytest.raises(ValueError, match="needs the clicks"):
+        plain_ranker(101, prior_of(101)).rank(queries_of(0, 4), K)
 
 
 def rank_on_ranks(world: World, sizes: list[int], catalogues: list[int]) -> list[tuple[Tensor, ...]]:

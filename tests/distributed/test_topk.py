@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
@@ -64,11 +65,19 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
         "_CROWDED": data.draw(st.sampled_from([0, 1, 64])),
     }
     use_exclude = data.draw(st.booleans(), "exclude")
+    added = generator.integers(-levels, levels + 1, (num_queries, num_items)).astype(np.float32)
+    added[generator.random(added.shape) < data.draw(st.sampled_from([0.3, 0.95, 1.0]), "absent")] = 0
+    use_added = data.draw(st.booleans(), "added")
     with mock.patch.multiple(topk, **sizes):
         ids, scores = top_k(
-            torch.from_numpy(queries), torch.from_numpy(items), k, jagged(exclude) if use_exclude else None
+            torch.from_numpy(queries),
+            torch.from_numpy(items),
+            k,
+            jagged(exclude) if use_exclude else None,
+            sparse.csr_array(added) if use_added else None,
         )
-    expected_ids, expected_scores = reference(queries @ items.T, k, exclude if use_exclude else [])
+    totals = queries @ items.T + added if use_added else queries @ items.T
+    expected_ids, expected_scores = reference(totals, k, exclude if use_exclude else [])
     np.testing.assert_array_equal(ids.numpy(), expected_ids)
     np.testing.assert_array_equal(scores.numpy(), expected_scores)
 

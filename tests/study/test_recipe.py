@@ -91,6 +91,10 @@ def test_a_grid_has_a_point_for_each_combination():
         ),
         ("variants: {aa: {}, b: {against: zz}}\n", "against zz is none of its variants; they are aa, b"),
         ("variants: {a: {}, b: {against: b}}\n", "variant b: it has no gain against itself"),
+        (
+            "settings: {prior.neighbours: [item_knn]}\nvariants: {a: {}}\n",
+            "variant a: prior.neighbours is item_knn",
+        ),
         ("variants: [\n", "is no YAML"),
     ],
 )

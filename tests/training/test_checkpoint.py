@@ -288,6 +288,14 @@ def test_identity_is_what_it_was_before_there_were_controls_and_text_in_item_vec
     assert Identity.of("sbr", "c", config).settings["sbr.one_pass"] is True
 
 
+def test_a_checkpoint_does_not_depend_on_a_prior() -> None:
+    config = Config()
+    before = Identity.of("sbr", "c", config)
+    config.prior.neighbours, config.prior.kept, config.prior.weights = ["item_knn"], 7, [2.0]
+    assert Identity.of("sbr", "c", config) == before
+    assert not any(name.startswith("prior") for name in before.settings)
+
+
 @pytest.mark.parametrize(
     ("name", "stored"),
     [

@@ -1,0 +1,128 @@
+"""The prior alone: its scores, its parts and its file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
+from llmgr_rec.distributed.bundle import export_bundle, load_bundle, read_index
+from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of, combine
+from llmgr_rec.distributed.shards import init_tables
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.baselines import ItemNeighbours
+from tests.modules.small_llmgr import raw_sessions
+from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
+
+SESSIONS = [[3, 5, 3, 9], [], [2], [0, 1, 2, 3, 4, 5, 6]]
+
+
+def prior(seed: int = 0, name: str = "item_knn", decay: float = 0.7) -> NeighbourPrior:
+    dense = np.random.default_rng(seed).random((NUM_ITEMS, NUM_ITEMS)).astype(np.float32)
+    dense[dense < 0.8] = 0
+    return NeighbourPrior({name: 1.0}, sparse.csr_array(dense), decay)
+
+
+def clicks() -> Jagged:
+    values = torch.tensor([item for session in SESSIONS for item in session])
+    return Jagged.from_lengths(values, torch.tensor([len(session) for session in SESSIONS]))
+
+
+def test_scores_are_those_of_the_baseline() -> None:
+    given = prior()
+    baseline = ItemNeighbours(given.similarity_VR.astype(np.float64), given.decay)
+    found = given.scores(clicks())
+    assert found.dtype == np.float32
+    expected = baseline.scores(clicks().values.numpy(), clicks().offsets.numpy()).toarray()
+    assert expected[0].any()
+    assert not expected[1].any()
+    np.testing.assert_allclose(found.toarray(), expected, rtol=1e-6)
+
+
+def test_parts_of_the_items_give_their_columns_to_the_bit() -> None:
+    whole = prior().scores(clicks()).toarray()
+    cuts = [range(17), range(17, 18), range(18, NUM_ITEMS)]
+    parts = [prior().of_items(items).scores(clicks()).toarray() for items in cuts]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+def test_several_add_up_by_their_weights() -> None:
+    both = combine([prior(0, "item_knn"), prior(1, "text_knn")], [2.0, 0.5])
+    assert both.weights == {"item_knn": 2.0, "text_knn": 0.5}
+    expected = 2 * prior(0).scores(clicks()).toarray() + prior(1).scores(clicks()).toarray() / 2
+    np.testing.assert_allclose(both.scores(clicks()).toarray(), expected, rtol=1e-6)
+    assert both.similarity_VR.dtype == np.float32
+    nothing = combine([prior()], [0.0])
+    assert nothing.weights == {"item_knn": 0.0}
+    assert not nothing.scores(clicks()).toarray().any()
+    with pytest.raises(ValueError, match="different decays"):
+        combine([prior(), prior(decay=0.5)], [1.0, 1.0])
+
+
+def test_a_batch_tells_its_clicks_in_order() -> None:
+    batch = make_collator(config(), small_run().catalogue, "rank", language=False)(raw_sessions(SESSIONS, [1, 1, 1, 1]))
+    assert torch.equal(clicks_of(batch).values, clicks().values)
+    assert torch.equal(clicks_of(batch).offsets, clicks().offsets)
+
+
+def same(one: NeighbourPrior, other: NeighbourPrior) -> bool:
+    return (
+        one.weights == other.weights
+        and one.decay == other.decay
+        and one.similarity_VR.dtype == other.similarity_VR.dtype
+        and not (one.similarity_VR != other.similarity_VR).nnz
+    )
+
+
+def export(folder: Path, given: NeighbourPrior | None) -> Path:
+    catalogue = Catalogue.load(small_run().dataset.path)
+    model = assemble_recommender(config(), catalogue)
+    init_tables(model, 1, 0.5)
+    export_bundle(model, "sbr", config(), catalogue, folder / "sbr", ONE_RANK, prior=given)
+    return folder / "sbr"
+
+
+def test_a_bundle_holds_the_prior_it_was_given(tmp_path: Path) -> None:
+    given = combine([prior(0, "item_knn"), prior(1, "text_knn")], [2.0, 0.5])
+    bundles = [export(tmp_path / str(number), given) for number in range(2)]
+    loaded = load_bundle(bundles[0]).prior
+    assert loaded is not None
+    assert same(loaded, given)
+    np.testing.assert_array_equal(loaded.scores(clicks()).toarray(), given.scores(clicks()).toarray())
+    assert (bundles[0] / "prior.npz").read_bytes() == (bundles[1] / "prior.npz").read_bytes()
+    assert read_index(bundles[0]).files["prior.npz"] == (bundles[0] / "prior.npz").stat().st_size
+
+
+def test_a_bundle_without_one_has_no_file(tmp_path: Path) -> None:
+    bundle = export(tmp_path, None)
+    assert not (bundle / "prior.npz").exists()
+    assert load_bundle(bundle).prior is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "turned", "foreign", "other"])
+def test_a_damaged_prior_is_refused(tmp_path: Path, damage: str) -> None:
+    bundle = export(tmp_path, prior())
+    file = bundle / "prior.npz"
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[:-100])
+    elif damage == "turned":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "foreign":
+        file.write_bytes(bytes(len(content)))
+    else:
+        file.unlink()
+        smaller = sparse.csr_array((NUM_ITEMS - 1, NUM_ITEMS - 1), dtype=np.float32)
+        NeighbourPrior({"item_knn": 1.0}, smaller, 0.7).save(file)
+        index = bundle / "bundle.json"
+        size = f'"prior.npz": {len(content)}'
+        assert size in index.read_text()
+        index.write_text(index.read_text().replace(size, f'"prior.npz": {file.stat().st_size}'))
+    with pytest.raises(UserError, match=r"prior\.npz") as caught:
+        load_bundle(bundle)
+    assert "damaged" in str(caught.value)
