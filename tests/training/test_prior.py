@@ -1,0 +1,297 @@
+"""A run with neighbours: weighed, exported, and answered with by evaluate, score and the report."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+
+from llmgr_rec.config import Config, PriorConfig
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.bundle import Bundle, load_bundle
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.examples import ranked_examples
+from llmgr_rec.evaluation.protocol import build_baseline, evaluate_model
+from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
+from llmgr_rec.limits import check_limits
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.study.cells import Bench
+from llmgr_rec.study.compare import hit_rate, ndcg
+from llmgr_rec.study.recipe import Variant
+from llmgr_rec.training import stages
+from llmgr_rec.training.checks import RunRequest, check_run
+from llmgr_rec.training.prior import make_prior
+from llmgr_rec.training.run import train_run
+from tests.data.prepare_inputs import edit_manifest, prepare
+from tests.modules.small_llmgr import raw_sessions as as_raw
+from tests.ranks import run_on_ranks
+from tests.scoring.sessions import all_bytes, read_scores, write_sessions
+from tests.small_run import ONE_RANK, small_run
+from tests.training.small_training import small_config
+
+K = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run that tests must not write to."""
+
+    config: Config
+    dataset: Path
+    folder: Path
+
+    def request(self, **changes: Any) -> RunRequest:
+        return replace(RunRequest(self.config, self.dataset, self.folder, "all", resume=False), **changes)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        return Catalogue.load(self.dataset)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Run:
+    """Stages sbr and behave, with weights of item_knn chosen after each."""
+    folder = tmp_path_factory.mktemp("prior")
+    config = small_config(folder / "prompts.yaml")
+    config.align.epochs = 0
+    config.behave.max_steps = 2
+    config.prior.neighbours = ["item_knn"]
+    run = Run(config, small_dataset, folder / "run")
+    train_run(run.request())
+    return run
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of priors."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("split") == "prior"]
+
+
+def prior_weights(run: Path, stage: str) -> dict[str, float]:
+    prior = load_bundle(run / "export" / stage).prior
+    assert prior is not None
+    return dict(prior.weights)
+
+
+@pytest.mark.parametrize(("stage", "model"), [("sbr", "sbr"), ("behave", "llmgr")])
+def test_it_is_evaluated_as_an_experiment_judges_the_blend(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, model: str
+) -> None:
+    monkeypatch.setattr(Bench, "_trained", lambda *_: (trained.folder, 0.0))
+    bench = Bench(tmp_path / "bench", Dataset(trained.dataset), "test")
+    cell = bench._model_cell(Variant("blend", model, blend=("item_knn",)), trained.config)
+    content = evaluate_run(EvaluationRequest(trained.folder, trained.dataset, "test", tmp_path / "metrics.json"))
+    assert content["priors"][model] == prior_weights(trained.folder, stage) == {"item_knn": cell.weights_N[0]}
+    assert cell.weights_N[0] > 0, "a blend of weight 0 shows nothing"
+    assert content["test"][model]["ndcg@20"] == pytest.approx(ndcg(cell.places_S).mean(), abs=1e-12)
+    assert content["test"][model]["hr@20"] == pytest.approx(hit_rate(cell.places_S).mean(), abs=1e-12)
+    record = next(line for line in told(trained.folder) if line["stage"] == stage)
+    assert record["item_knn"] == cell.weights_N[0]
+    assert record["ndcg@20"] == pytest.approx(cell.valid_ndcg, abs=1e-12)
+
+
+def test_the_prior_changes_what_is_evaluated_and_not_what_is_validated(trained: Run) -> None:
+    bundle = load_bundle(trained.folder / "export/sbr")
+    words = (bundle.model, Dataset(trained.dataset), "valid", bundle.config, ONE_RANK)
+    alone, blended = evaluate_model(*words), evaluate_model(*words, prior=bundle.prior)
+    lines = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
+    validated = [line["ndcg@20"] for line in lines if line["stage"] == "sbr" and line.get("split") == "valid"]
+    assert validated == [pytest.approx(alone["ndcg@20"], abs=1e-9)]
+    assert blended["ndcg@20"] == pytest.approx(told(trained.folder)[0]["ndcg@20"], abs=1e-9)
+    assert blended["ndcg@20"] > alone["ndcg@20"]
+
+
+def known_sessions(dataset: Path) -> list[list[int]]:
+    """Clicks of some sessions, one with an item twice."""
+    num_items = Catalogue.load(dataset).num_items
+    draw = np.random.default_rng(0)
+    sessions = [draw.integers(num_items, size=size).tolist() for size in draw.integers(1, 9, size=23)]
+    return [*sessions, [4, 7, 4]]
+
+
+@torch.no_grad()
+def dense_scores(bundle: Bundle, clicks: list[int], quick: bool = False) -> Tensor:
+    """The model's scores of all items for one session, and what neighbours add."""
+    assert bundle.prior is not None
+    collate = make_collator(bundle.config, bundle.catalogue, "rank", language=isinstance(bundle.model, LLMGR))
+    items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalogue.num_items)))
+    batch = collate(as_raw([clicks], [-1]))
+    if isinstance(bundle.model, LLMGR):
+        query = bundle.model.quick_queries(batch) if quick else bundle.model(batch)
+    else:
+        query = bundle.model.queries(batch)
+    similarity = torch.from_numpy(bundle.prior.similarity_VR.toarray())
+    added = sum(0.7**after * similarity[item] for after, item in enumerate(reversed(clicks)))
+    return (query @ items.T)[0] + added
+
+
+def top_items(scores: Tensor, left_out: list[int]) -> list[int]:
+    scores[left_out] = -torch.inf
+    return scores.argsort(descending=True, stable=True)[:K].tolist()
+
+
+def sessions_file(trained: Run, folder: Path) -> Path:
+    ids = trained.catalogue.item_ids.to_pylist()
+    sessions = [[ids[item] for item in clicks] for clicks in known_sessions(trained.dataset)]
+    return write_sessions(folder / "in.parquet", sessions)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("sbr", {"exclude_seen": False}),
+        ("sbr", {"exclude_seen": True}),
+        ("behave", {"exclude_seen": False}),
+        ("behave", {"exclude_seen": True, "llm_budget": 0.0}),
+    ],
+)
+def test_scoring_gives_the_items_of_the_blend_and_the_same_bytes_after_a_restart(
+    trained: Run, tmp_path: Path, stage: str, options: dict[str, Any]
+) -> None:
+    source, output = sessions_file(trained, tmp_path), tmp_path / "out"
+    request = ScoreRequest(trained.folder, source, output, k=K, stage=stage, part_rows=10, **options)  # type: ignore[arg-type]
+    score_run(request)
+    bundle = load_bundle(trained.folder / "export" / stage)
+    ids = trained.catalogue.item_ids.to_pylist()
+    for clicks, row in zip(known_sessions(trained.dataset), read_scores(output), strict=True):
+        scores = dense_scores(bundle, clicks, quick="llm_budget" in options)
+        expected = top_items(scores, clicks if options["exclude_seen"] else [])
+        assert row["item_ids"] == [ids[item] for item in expected]
+        np.testing.assert_allclose(row["scores"], scores[expected].numpy(), rtol=1e-4, atol=1e-5)
+    whole = all_bytes(output)
+    (output / "part-00001.parquet").unlink()
+    (output / "_SUCCESS").unlink()
+    score_run(request)
+    assert all_bytes(output) == whole
+
+
+def test_the_report_shows_what_the_blend_recommends(trained: Run) -> None:
+    bundle = load_bundle(trained.folder / "export/sbr")
+    titles, dataset = bundle.catalogue.titles(), Dataset(trained.dataset)
+    found = [example for example, _ in zip(ranked_examples(bundle.path, dataset, "test"), range(9), strict=False)]
+    assert len(found) == 9
+    for example in found:
+        clicks = [titles.index(title) for title in example.clicks]
+        expected = top_items(dense_scores(bundle, clicks), [] if dataset.manifest.clicks_repeat else clicks)
+        assert example.recommended[:K] == [titles[item] for item in expected]
+
+
+def test_a_run_that_was_stopped_while_it_exported_ends_with_the_same_bytes(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(trained.config, behave=replace(trained.config.behave, epochs=0))
+    run = replace(trained, config=config, folder=tmp_path / "run")
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "export_bundle", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train_run(run.request())
+    assert not told(run.folder)
+    train_run(run.request(resume=True))
+    ours, theirs = (all_bytes(folder / "export/sbr") for folder in (run.folder, trained.folder))
+    assert ours["prior.npz"] == theirs["prior.npz"]
+    for kept in (ours, theirs):
+        del kept["config.yaml"], kept["bundle.json"]
+    assert ours == theirs
+    assert told(run.folder) == told(trained.folder)[:1]
+
+
+@pytest.fixture
+def caught_lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.INFO, "llmgr_rec.training.prior"):
+        yield caplog
+
+
+def weighed(settings: PriorConfig, dataset: Dataset, world: World = ONE_RANK) -> tuple[Any, dict[str, float]]:
+    bundle = load_bundle(small_run().run / "export/sbr", None if world is ONE_RANK else world)
+    config = replace(bundle.config, prior=settings)
+    return make_prior("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+
+
+def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) -> None:
+    shared = small_run()
+    settings = PriorConfig(["text_knn", "item_knn"], 5, [0.25, 3.0])
+    prior, figures = weighed(settings, shared.dataset)
+    assert prior.weights == figures == {"text_knn": 0.25, "item_knn": 3.0}
+    text, item = (
+        build_baseline(name, shared.dataset, shared.catalogue, 5).similarity_VV.toarray()  # type: ignore[attr-defined]
+        for name in settings.neighbours
+    )
+    assert (item > 0).sum(axis=1).max() == 5
+    np.testing.assert_allclose(prior.similarity_VR.toarray(), 0.25 * text + 3 * item, rtol=1e-6)
+    (line,) = caught_lines.messages
+    assert line == "sbr: weights of neighbours: text_knn 0.25, item_knn 3 (as they were set)"
+
+
+def weighed_and_evaluated(world: World, run: Path, dataset: Dataset) -> tuple[Any, ...]:
+    settings = PriorConfig(["item_knn", "text_knn"], 20)
+    bundle = load_bundle(run / "export/sbr", world)
+    config = replace(bundle.config, prior=settings)
+    prior, figures = make_prior("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalogue, prior)
+    return prior.weights, figures, metrics
+
+
+@pytest.mark.dist
+def test_two_ranks_weigh_and_rank_as_one() -> None:
+    shared = small_run()
+    (one,) = run_on_ranks(weighed_and_evaluated, 1, shared.run, shared.dataset)
+    assert max(one[0].values()) > 0
+    assert run_on_ranks(weighed_and_evaluated, 2, shared.run, shared.dataset) == [one, one]
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        (PriorConfig(["item_knn"], 0), r"setting prior\.kept is 0; give 1 or more"),
+        (PriorConfig(["item_knn", "item_knn"]), "names item_knn, item_knn; name each neighbour once"),
+        (PriorConfig(["item_knn"], weights=[1.0, 2.0]), "has 2 numbers, but prior.neighbours names item_knn; give one"),
+        (PriorConfig(weights=[1.0]), "has 1 numbers, but prior.neighbours names nothing"),
+        (PriorConfig(["item_knn"], weights=[-1.0]), "has -1.0; give finite numbers of 0 or more"),
+        (PriorConfig(["item_knn"], weights=[float("nan")]), "has nan; give finite numbers"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_named(prior: PriorConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_limits(Config(prior=prior))
+
+
+def test_without_validation_sessions_weights_must_be_given(trained: Run, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(trained.dataset, dataset)
+    edit_manifest(dataset, lambda values: values["num_sessions"].update(valid=0))
+    output = tmp_path / "run"
+    with pytest.raises(UserError, match=r"prior\.weights is empty, but .*dataset has no validation sessions"):
+        train_run(trained.request(dataset=dataset, output=output, stage="sbr"))
+    assert not output.exists()
+    given = replace(trained.config, prior=PriorConfig(["item_knn"], weights=[2.0]))
+    check_run(trained.request(config=given, dataset=dataset, output=output, stage="sbr"))
+
+
+def test_words_are_needed_before_anything_is_trained(trained: Run, tmp_path: Path) -> None:
+    clicks = [(f"u{user}", f"i{(user + place) % 9}", place) for user in range(20) for place in range(5)]
+    items = tmp_path / "items.parquet"
+    pq.write_table(
+        pa.table({"item_id": [f"i{number}" for number in range(9)], "title": pa.nulls(9, pa.string())}), items
+    )
+    dataset = prepare(tmp_path, clicks, items=str(items)).dataset
+    config = replace(trained.config, prior=PriorConfig(["text_knn"]))
+    with pytest.raises(UserError, match="no item has a word in title, category, brand, by which text_knn ranks"):
+        train_run(RunRequest(config, dataset.path, tmp_path / "run", "sbr", resume=False))
+    assert not (tmp_path / "run").exists()
