@@ -16,7 +16,7 @@ MODEL_NAMES = {
     "session_knn": "Session-kNN",
     "text_knn": "Text-kNN",
     "sbr": "GNN",
-    "text": "GNN + text tower",
+    "text": "GNN + tower",
     "student": "GNN, distilled",
     "llmgr": "LLMGR",
 }
