@@ -206,6 +206,8 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--behave.batch_size", "0"], r"setting behave\.batch_size is 0; give 1 or more"),
         (["--tables.id_dropout", "1.5"], r"setting tables\.id_dropout is 1\.5; give a share from 0 to 1"),
         (["--tables.id_dropout", "0.5"], r"setting tables\.id_dropout is 0\.5, but .*; set tables\.item_text to true"),
+        (["--head.text_only=true", "--head.item_text=false"], r"text_only is true, but the head reads no item text"),
+        (["--head.apart=true", "--head.residual=false"], r"head\.apart is true, .*; set head\.residual to true"),
         (["--llm.text_layer", "3"], r"setting llm\.text_layer is 3, and random-tiny has 2 layers; give 2 at most"),
         (["--sbr.lr", "0"], r"setting sbr\.lr is 0\.0; give a number above 0"),
         (["--align.lr=-0.1"], r"setting align\.lr is -0\.1; give a number above 0"),
@@ -337,6 +339,8 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
         (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
         (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
         (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),
+        (["sbr", "align"], [], ["--head.apart", "true"], r"head\.apart is True, but stage align .* trained with False"),
+        (["sbr", "align"], [], ["--text.epochs", "1"], r"stage text comes before stage align, which is complete"),
         (
             ["sbr"],
             ["align"],
