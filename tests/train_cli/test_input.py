@@ -1,22 +1,16 @@
-"""The train entry point: what it refuses, in one line, before it makes a folder or waits for a rank."""
+"""The train entry point: data and settings that it refuses in one line, before it makes a folder or waits for ranks."""
 
-import logging
-import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llmgr_rec.cli import run_cli
-from llmgr_rec.distributed.process_group import World
-from llmgr_rec.recipes import save_config
-from llmgr_rec.train import main
-from tests.ranks import run_on_ranks
+from tests.train_cli.conftest import Refused
 from tests.training.damage import (
     PART,
     edit_manifest,
@@ -30,80 +24,7 @@ from tests.training.damage import (
     truncate_silently,
     without_one_text,
 )
-from tests.training.small_training import PROMPTS, small_config, small_dataset, train
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    """`run_cli` sets up messages for a whole process."""
-    logger = logging.getLogger("llmgr_rec")
-    before = (logger.level, logger.propagate, logger.handlers)
-    yield
-    logger.level, logger.propagate, logger.handlers = before
-
-
-@pytest.fixture(scope="session")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("settings")
-    config = small_config(folder / "prompts.yaml")
-    config.sbr.max_steps = config.align.max_steps = config.behave.max_steps = 3
-    config.align.eval_every = config.behave.eval_every = 0
-    config.runtime.checkpoint_every = 2
-    save_config(config, folder / "small.yaml")
-    return folder / "small.yaml"
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, settings: Path) -> Path:
-    """A run of all stages. Not to be written to."""
-    run = tmp_path_factory.mktemp("finished") / "run"
-    run_on_ranks(finish, 1, str(settings), str(run), str(small_dataset()))
-    return run
-
-
-def finish(world: World, settings: str, run: str, dataset: str) -> None:
-    from llmgr_rec.recipes import load_config
-
-    Path(run).mkdir()
-    shutil.copy(settings, Path(run, "config.yaml"))
-    train(world, load_config(settings), Path(run), Path(dataset))
-
-
-class Refused:
-    """Runs the command and returns the one line that it gives as its reason."""
-
-    def __init__(self, settings: Path, folder: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch):
-        self.settings, self.folder, self._capsys, self._patch = settings, folder, capsys, patch
-        self.output = folder / "run"
-
-    def __call__(self, *words: str, **options: str | Path | None) -> str:
-        given = {"config": self.settings, "dataset": small_dataset(), "output": self.output, **options}
-        before = contents(self.folder)
-        argv = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-        self._patch.setattr(sys, "argv", ["train", *argv, *words])
-        with pytest.raises(SystemExit) as stop:
-            run_cli(main)
-        said = self._capsys.readouterr()
-        assert stop.value.code == 2, said.err
-        assert said.out == ""
-        assert said.err.count("\n") == 1, said.err
-        assert said.err.startswith("error: ")
-        assert contents(self.folder) == before, "something was written"
-        return said.err.removeprefix("error: ").rstrip("\n")
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
-
-
-@pytest.fixture
-def refused(
-    settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Refused:
-    for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    return Refused(settings, tmp_path, capsys, monkeypatch)
-
+from tests.training.small_training import PROMPTS, small_dataset
 
 # Data
 
@@ -268,134 +189,6 @@ def test_a_setting_that_cannot_be_is_named(
 )
 def test_settings_that_are_not_there_are_named(refused: Refused, name: str, message: str) -> None:
     assert re.search(message, refused(config=name))
-
-
-# The run folder
-
-
-def test_a_folder_that_is_no_run_is_left_alone(refused: Refused, tmp_path: Path) -> None:
-    refused.output.mkdir()
-    (refused.output / "notes.txt").write_text("mine")
-    assert re.search(r"output folder .*run is not empty and is no training run; give another --output", refused())
-    assert re.search(r"run/notes\.txt is a file; give", refused(output=refused.output / "notes.txt"))
-    assert re.search(r"run/notes\.txt is a file; give", refused(output=refused.output / "notes.txt" / "run"))
-
-
-def test_a_folder_that_cannot_be_written_to_is_refused(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked by name, because root may write anywhere."""
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != refused.folder)
-    assert re.search(rf"{refused.folder} is not writable; give another --output", refused())
-
-
-def test_a_resumed_run_has_a_name(refused: Refused) -> None:
-    assert re.search(
-        "--resume has nothing to continue; name the run folder with --output", refused("--resume", output=None)
-    )
-
-
-def test_a_run_is_not_begun_again(refused: Refused, finished: Path) -> None:
-    shutil.copytree(finished, refused.output)
-    assert re.search(r"stage sbr of .* is complete already; give another --output, or --resume", refused())
-    assert re.search(r"stage align of .* is complete already", refused(stage="align"))
-    shutil.rmtree(refused.output / "export")
-    assert re.search(r"run holds a run already; add --resume", refused())
-    assert re.search(r"run holds a run already; add --resume", refused(stage="sbr"))
-
-
-def test_stages_keep_their_order(refused: Refused, finished: Path) -> None:
-    nothing = r"stage align goes on from stage sbr, which is not complete in .*run; train it first with --stage sbr$"
-    assert re.search(nothing, refused(stage="align"))
-    assert re.search(r"stage behave goes on from stage align", refused(stage="behave"))
-    shutil.copytree(finished, refused.output)
-    for name in ("export", "checkpoints"):
-        shutil.rmtree(refused.output / name / "behave")
-        shutil.rmtree(refused.output / name / "align")
-    leave_out = r"from stage align, which is not complete in .*--stage align, or leave it out with --align\.epochs 0"
-    assert re.search(leave_out, refused(stage="behave"))
-    shutil.rmtree(refused.output / "export" / "sbr")
-    assert re.search(nothing, refused("--resume", stage="align"))
-    shutil.copytree(finished / "export" / "behave", refused.output / "export" / "behave")
-    assert re.search(r"stage sbr comes before stage behave, which is complete", refused("--resume"))
-
-
-def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str] = ()) -> None:
-    """A copy of a run in which some stages are complete and some have checkpoints only."""
-    run.mkdir()
-    shutil.copy(finished / "config.yaml", run)
-    for stage in done:
-        shutil.copytree(finished / "export" / stage, run / "export" / stage)
-    for stage in (*done, *started):
-        shutil.copytree(finished / "checkpoints" / stage, run / "checkpoints" / stage)
-
-
-@pytest.mark.parametrize(
-    ("done", "started", "words", "message"),
-    [
-        ([], ["sbr"], ["--sbr.lr", "0.5"], r"setting sbr\.lr is 0\.5, but checkpoint .*step-00000003 was made with"),
-        ([], ["sbr"], ["--tables.dim", "32"], r"setting tables\.dim is 32, but checkpoint"),
-        (["sbr"], ["align"], ["--align.lr", "0.5"], r"setting align\.lr is 0\.5, but checkpoint"),
-        (["sbr"], [], ["--tables.dim", "32"], r"setting tables\.dim is 32, but stage sbr in .* was trained with 16"),
-        (["sbr"], [], ["--tables.item_text", "true"], r"item_text is True, but stage sbr in .* trained with False"),
-        (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
-        (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
-        (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),
-        (["sbr", "align"], [], ["--head.apart", "true"], r"head\.apart is True, but stage align .* trained with False"),
-        (["sbr", "align"], [], ["--text.epochs", "1"], r"stage text comes before stage align, which is complete"),
-        (
-            ["sbr"],
-            ["align"],
-            ["--controls.no_nodes=true"],
-            r"no_nodes is True, but checkpoint .* made with off",
-        ),
-        (
-            ["sbr", "align"],
-            [],
-            ["--controls.no_graph=true"],
-            r"no_graph is True, but stage align .* trained with False",
-        ),
-    ],
-)
-def test_a_run_goes_on_with_its_own_settings(
-    refused: Refused, finished: Path, done: list[str], started: list[str], words: list[str], message: str
-) -> None:
-    begun(refused.output, finished, done, started)
-    assert re.search(message, refused("--resume", *words))
-
-
-@pytest.fixture(scope="session")
-def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many items as the small data set has, of other names."""
-    dataset = tmp_path_factory.mktemp("other") / "dataset"
-    shutil.copytree(small_dataset(), dataset)
-    of_another_catalogue(dataset)
-    from llmgr_rec.data.catalogue import Catalogue
-
-    edit_manifest(dataset, lambda manifest: manifest.update(catalogue_hash=Catalogue.load(dataset).hash))
-    return dataset
-
-
-@pytest.mark.parametrize("done", [[], ["sbr"], ["sbr", "align"]])
-def test_a_run_of_another_catalogue_is_refused(
-    refused: Refused, finished: Path, other_dataset: Path, done: list[str]
-) -> None:
-    started = [] if done else ["sbr"]
-    begun(refused.output, finished, done, started)
-    where = r"checkpoint .*step-00000003 belongs to" if started else rf"export/{done[-1]} was trained on"
-    assert re.search(rf"{where} another catalogue .*; give the data set", refused("--resume", dataset=other_dataset))
-
-
-def test_a_damaged_checkpoint_is_refused(refused: Refused, finished: Path) -> None:
-    begun(refused.output, finished, [], ["sbr"])
-    newest = refused.output / "checkpoints/sbr/steps/step-00000003"
-    (newest / "__0_0.distcp").write_bytes(b"abc")
-    said = refused("--resume")
-    assert re.search(r"step-00000003 is not complete: __0_0\.distcp has 3 of \d+ bytes; remove the folder", said)
-
-
-def test_a_damaged_export_is_refused(refused: Refused, finished: Path) -> None:
-    begun(refused.output, finished, ["sbr"])
-    (refused.output / "export/sbr/recommender.safetensors").write_bytes(b"abc")
-    assert re.search(r"export/sbr is damaged: recommender\.safetensors has 3 of", refused("--resume"))
 
 
 # The command itself
