@@ -1,9 +1,10 @@
 """Exact top-K over a catalogue whose item vectors are spread over the ranks: the whole table is never in one place.
 
 Shapes: B sessions of this rank, X = most sessions of any rank, W ranks, Y = W * X, R items of this rank, Q columns of
-queries and items, K places.
+queries and items, K places, N added terms, P sets of their weights.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.blended_places import BlendedScores
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.distributed.topk import merge_top_k, top_k
 from llmgr_rec.errors import UserError
 
@@ -22,6 +25,12 @@ from llmgr_rec.errors import UserError
 _CHUNK = 8192
 # Stands for "this rank's scores are not numbers" in what the ranks exchange.
 _FAILED = -2
+# Most scores that are held at once where targets are placed.
+_PLACED_SCORES = 1 << 22
+_NOT_NUMBERS = (
+    "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
+    "train it again with a lower learning rate"
+)
 
 
 class RanksItems(Protocol):
@@ -59,6 +68,7 @@ class CatalogueRanker:
         self._items_RQ = _item_vectors(model, bags, self.items, world)
         self._prior = None if prior is None else prior.of_items(self.items)
 
+    @torch.no_grad()
     def rank(
         self, queries_BQ: Tensor, k: int, exclude: Jagged | None = None, clicks: Jagged | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -79,10 +89,10 @@ class CatalogueRanker:
             ValueError: K is less than 1, or there is a prior and no clicks.
         """
         if self._prior is None:
-            return self.rank_with(None, queries_BQ, k, exclude)
+            return self._rank_with(None, queries_BQ, k, exclude)
         if clicks is None:
             raise ValueError("a ranker with a prior needs the clicks of the sessions")
-        return self.rank_with(self.added_by(self._prior, clicks), queries_BQ, k, exclude)
+        return self._rank_with(self.added_by(self._prior, clicks), queries_BQ, k, exclude)
 
     def added_by(self, prior: NeighbourPrior, clicks: Jagged) -> sparse.csr_array:
         """What a prior adds to this rank's items, for the sessions of all ranks, [Y, R]; all ranks call together.
@@ -97,17 +107,68 @@ class CatalogueRanker:
         return prior.scores(self._gather_lists(clicks, longest))
 
     @torch.no_grad()
-    def rank_with(
-        self, added_YR: sparse.csr_array | None, queries_BQ: Tensor, k: int, exclude: Jagged | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `rank`, with what is added to the scores at hand.
+    def places(
+        self,
+        queries_BQ: Tensor,
+        targets_B: Tensor,
+        added_NYR: Sequence[sparse.csr_array] = (),
+        weights_PN: Sequence[Sequence[float]] = ((),),
+        exclude: Jagged | None = None,
+    ) -> Tensor:
+        """How many items stand before each target, int64 [P, B], on the CPU; all ranks call together.
+
+        A target that is left out itself stands behind all items. Rows without a target (-1) get any place.
 
         Args:
-            added_YR: From `added_by`, or a sum of such; None adds nothing. On all ranks or on none.
             queries_BQ: Queries.
-            k: Places K.
-            exclude: Items that a session must not get.
+            targets_B: The item that was clicked next.
+            added_NYR: What neighbours add to this rank's items, from `added_by`.
+            weights_PN: Factors of what each adds; each such set gives places of its own.
+            exclude: Items that a session must not get; on all ranks or on none.
+
+        Raises:
+            UserError: A score is not a number; raised on every rank.
         """
+        queries, targets, own = queries_BQ.detach().float(), targets_B, slice(None)
+        if self._world.size > 1:
+            longest = max(_gather_sizes(queries.shape[0], queries.device, self._world))
+            own = slice(self._world.rank * longest, self._world.rank * longest + queries.shape[0])
+            queries = _gather(_pad_rows(queries, longest), self._world).flatten(0, 1)
+            targets = _gather(_pad_rows(targets, longest), self._world).flatten()
+            exclude = None if exclude is None else self._gather_lists(exclude, longest)
+        rows = max(_PLACED_SCORES // -(-self._num_items // self._world.size), 1)
+        found = []
+        for start in range(0, queries.shape[0], rows):
+            block = slice(start, start + rows)
+            left_out = None if exclude is None else exclude.narrow(start, min(start + rows, queries.shape[0]))
+            added = [added_YR[block] for added_YR in added_NYR]
+            found.append(self._places_of_block(queries[block], targets[block], added, weights_PN, left_out))
+        return torch.cat(found, dim=1)[:, own] if found else torch.empty(len(weights_PN), 0, dtype=torch.int64)
+
+    def _places_of_block(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        added: Sequence[sparse.csr_array],
+        weights_PN: Sequence[Sequence[float]],
+        exclude: Jagged | None,
+    ) -> Tensor:
+        scores = queries @ self._items_RQ.T
+        if exclude is not None:
+            columns = exclude.values - self.items.start
+            inside = (columns >= 0) & (columns < len(self.items))
+            scores[exclude.row_of_value[inside], columns[inside]] = float("-inf")
+        blended = BlendedScores(scores.cpu().numpy(), added, targets.cpu().numpy(), weights_PN, self.items.start)
+        # One rank holds a target, the others add 0; or NaN, so that all learn of it together.
+        own = sum_over_ranks(torch.from_numpy(blended.of_targets()), self._world)
+        if own.isnan().any():
+            raise UserError(_NOT_NUMBERS)
+        before = sum_over_ranks(torch.from_numpy(blended.count_before(own.numpy())), self._world)
+        return torch.where(own.isneginf(), self._num_items, before)
+
+    def _rank_with(
+        self, added_YR: sparse.csr_array | None, queries_BQ: Tensor, k: int, exclude: Jagged | None
+    ) -> tuple[Tensor, Tensor]:
         if k < 1:
             raise ValueError(f"k is {k}; at least 1 item must be asked for")
         queries = queries_BQ.detach().float()
@@ -122,10 +183,7 @@ class CatalogueRanker:
         ids_WXK = _exchange(ids.view(self._world.size, longest, k))
         scores_WXK = _exchange(scores.view(self._world.size, longest, k))
         if (ids_WXK == _FAILED).any():
-            raise UserError(
-                "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
-                "train it again with a lower learning rate"
-            )
+            raise UserError(_NOT_NUMBERS)
         ids_BK, scores_BK = merge_top_k(ids_WXK, scores_WXK, k)
         return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
 

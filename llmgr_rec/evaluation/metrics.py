@@ -58,10 +58,21 @@ class RankingMetrics:
         """
         hits_BK = ids_BK[:, : self.depth] == targets_B[:, None]
         # argmax of a boolean row is the first hit; a row without one goes to the last column.
-        place_B = torch.where(hits_BK.any(1), hits_BK.to(torch.int8).argmax(1), self.depth)
+        self.count(torch.where(hits_BK.any(1), hits_BK.to(torch.int8).argmax(1), self.depth), targets_B, weights_B)
+
+    def count(self, place_B: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
+        """As `update`, with the places at hand.
+
+        Args:
+            place_B: How many items stand before each target; any number from `depth` on is the same miss.
+            targets_B: Item that was clicked next.
+            weights_B: Weight of each session; 0 for rows that only fill up a rank.
+        """
         # Filler rows carry no target: their weight is 0, so any valid bucket will do.
         bucket_B = self._bucket_V[targets_B.clamp(min=0)]
-        self.counts_FP.index_put_((bucket_B, place_B), weights_B.to(torch.float64), accumulate=True)
+        self.counts_FP.index_put_(
+            (bucket_B, place_B.clamp(max=self.depth)), weights_B.to(torch.float64), accumulate=True
+        )
 
     def compute(self, sum_over_ranks: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
         """Joins the ranks and returns the metrics of all sessions counted so far.

@@ -1,6 +1,6 @@
 """Makes the prior that a trained model ranks with: neighbour baselines, weighted by what the validation sessions say.
 
-Shapes: Y sessions of all ranks' batches, R items of this rank, N neighbours, W sets of their weights.
+Shapes: B sessions of this rank, Q columns of queries, V items, N neighbours, W sets of their weights.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from itertools import product
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.data.catalogue import Catalogue
@@ -95,18 +94,9 @@ def choose_weights(
             queries_BQ = session_queries(model, batch)
             exclude = clicked_items(batch) if leave_out else None
             added = [ranker.added_by(part, clicks_of(batch)) for part in parts]
-            for weights_N, metrics in zip(weights, metrics_W, strict=True):
-                ids_BK, _ = ranker.rank_with(_sum(added, weights_N), queries_BQ, metrics.depth, exclude)
-                metrics.update(ids_BK, batch.targets_B, batch.weights_B)
+            places_WB = ranker.places(queries_BQ, batch.targets_B, added, weights, exclude).to(world.device)
+            for places_B, metrics in zip(places_WB, metrics_W, strict=True):
+                metrics.count(places_B, batch.targets_B, batch.weights_B)
     quality_W = [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_W]
     best = int(np.argmax(quality_W))
     return weights[best], quality_W[best]
-
-
-def _sum(added: Sequence[sparse.csr_array], weights_N: Sequence[float]) -> sparse.csr_array | None:
-    """Weighted sum [Y, R]; None where no weight is above 0."""
-    terms = [added_YR * np.float32(weight) for added_YR, weight in zip(added, weights_N, strict=True) if weight]
-    total = terms[0] if terms else None
-    for term in terms[1:]:
-        total = total + term
-    return total

@@ -1,7 +1,7 @@
 """Where the target of each session stands, for models, baselines and blends of both.
 
-Shapes: S sessions of a split, B sessions of a batch, V items, Q columns of queries and items, N blended
-baselines, W sets of their weights.
+Shapes: S sessions of a split, B sessions of a batch, V items, K places of a list, W sets of
+weights of blended baselines.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.evaluation.baselines import Baseline, Neighbours
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.protocol import as_it_is, session_queries, split_reader
@@ -23,8 +25,6 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
 Places = NDArray[np.int32]
-# Items whose vectors are made at a time.
-_CHUNK = 8192
 _READ_ROWS = 2048
 # Deepest place that a baseline's list is asked for.
 DEPTH = 100
@@ -57,38 +57,19 @@ def judge_model(
         Places, [W, S], sessions in the order of the split.
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
-    items_VQ = torch.cat(
-        [
-            model.item_vectors(collate.item_features(items)).float()
-            for items in torch.arange(catalogue.num_items).split(_CHUNK)
-        ]
-    )
+    ranker = CatalogueRanker(model, collate, World(0, 1, 0, 1, torch.device("cpu")))
     reader = split_reader(dataset, split, config.runtime.eval_batch_size, lambda raw: (raw, collate(raw)))
     bar = progress(reader.num_examples, f"judge {split}", "session")
     leave_out = leaves_out_clicked(dataset)
     found = []
     for raw, batch in reader.batches(0):
-        scores_BV = session_queries(model, batch).float() @ items_VQ.T
-        if leave_out:
-            clicked = clicked_items(batch)
-            scores_BV[clicked.row_of_value, clicked.values] = float("-inf")
-        near_NBV = [
-            torch.from_numpy(near.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).toarray()).float()
-            for near in neighbours
-        ]
-        places_WB = [places(_blend(scores_BV, near_NBV, weights_N), raw.targets_B) for weights_N in weights]
-        found.append(torch.stack(places_WB)[:, raw.weights_B > 0])
+        added = [near.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).astype(np.float32) for near in neighbours]
+        exclude = clicked_items(batch) if leave_out else None
+        places_WB = ranker.places(session_queries(model, batch), raw.targets_B, added, weights, exclude)
+        found.append(places_WB[:, raw.weights_B > 0])
         bar.update(len(raw.targets_B))
     bar.close()
     return torch.cat(found, dim=1).int().numpy()
-
-
-def _blend(scores_BV: Tensor, near_NBV: Sequence[Tensor], weights_N: Sequence[float]) -> Tensor:
-    """The model's scores plus weighted ones of baselines."""
-    for near_BV, weight in zip(near_NBV, weights_N, strict=True):
-        if weight:
-            scores_BV = torch.add(scores_BV, near_BV, alpha=weight)
-    return scores_BV
 
 
 def judge_baseline(baseline: Baseline, dataset: Dataset, split: str) -> Places:

@@ -1,5 +1,7 @@
 """Ranking over ranks equals ranking in one place."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed import topk
+from llmgr_rec.distributed import ranking, topk
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
@@ -71,12 +73,12 @@ def prior_of(num_items: int) -> NeighbourPrior:
     return NeighbourPrior({"item_knn": 1.0}, similarity, 0.5)
 
 
-def dense_prior(clicks: Jagged, num_items: int) -> Tensor:
+def dense_prior(clicks: Jagged, num_items: int, decay: float = 0.5) -> Tensor:
     similarity = torch.from_numpy(prior_of(num_items).similarity_VR.toarray())
     added = torch.zeros(clicks.num_rows, num_items)
     for row in range(clicks.num_rows):
         for after, item in enumerate(reversed(clicks.narrow(row, row + 1).values.tolist())):
-            added[row] += 0.5**after * similarity[item]
+            added[row] += decay**after * similarity[item]
     return added
 
 
@@ -134,6 +136,56 @@ def test_a_prior_is_added_to_the_scores_before_anything_is_ranked(ranks: int) ->
                 assert torch.equal(found[1], scores)
             if num_items > 3:
                 assert not torch.equal(found[0], sorted_scores(alone, clicks)[0]), "the prior changes nothing"
+
+
+PLACED_WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.5, 2.0)]
+
+
+def targets_of(rank: int, count: int, num_items: int) -> Tensor:
+    return torch.randint(num_items, (count,), generator=torch.Generator().manual_seed(200 + rank))
+
+
+def placed(world: World, sizes: list[int], num_items: int) -> list[Tensor]:
+    # Blocks of three sessions.
+    ranking._PLACED_SCORES = 3 * -(-num_items // world.size)
+    model = Items(num_items, "meta")
+    shard(model, TablesConfig(dim=DIM), world, lambda name: True)
+    init_tables(model, 1, 0.1)
+    ranker = CatalogueRanker(model, Bags(num_items), world)
+    size = sizes[world.rank]
+    clicks = clicks_of(world.rank, size, num_items)
+    prior = prior_of(num_items).of_items(ranker.items)
+    added = [ranker.added_by(prior, clicks), ranker.added_by(replace(prior, decay=0.25), clicks)]
+    words = (queries_of(world.rank, size), targets_of(world.rank, size, num_items), added, PLACED_WEIGHTS)
+    found = [ranker.places(*words), ranker.places(*words, clicks)]
+    if world.rank == world.size - 1:
+        ranker._items_RQ[-1] = torch.nan
+    with pytest.raises(UserError, match="not numbers"):
+        ranker.places(*words)
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_places_are_those_of_the_whole_catalogue_at_any_number_of_ranks(ranks: int) -> None:
+    sizes, num_items = [11, 4][:ranks], 101
+    answers = run_on_ranks(placed, ranks, sizes, num_items)
+    for rank, size in enumerate(sizes):
+        clicks, targets = clicks_of(rank, size, num_items), targets_of(rank, size, num_items)
+        targets_B1 = targets.unsqueeze(1)
+        alone = queries_of(rank, size) @ plain_items(num_items).T
+        for found, exclude in zip(answers[rank], (None, clicks), strict=True):
+            for places, weights in zip(found, PLACED_WEIGHTS, strict=True):
+                total = alone + sum(
+                    w * dense_prior(clicks, num_items, d) for w, d in zip(weights, (0.5, 0.25), strict=True)
+                )
+                if exclude is not None:
+                    total[exclude.row_of_value, exclude.values] = -torch.inf
+                order = total.argsort(dim=1, descending=True, stable=True)
+                expected = (order == targets_B1).float().argmax(1)
+                left_out = total.gather(1, targets_B1).squeeze(1).isneginf()
+                assert torch.equal(places, torch.where(left_out, num_items, expected))
+            assert len(found.unique(dim=0)) == len(PLACED_WEIGHTS)
 
 
 def test_a_ranker_with_a_prior_asks_for_clicks() -> None:

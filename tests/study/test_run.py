@@ -12,10 +12,19 @@ import torch
 
 from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle, read_index
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.clicked import clicked_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.protocol import BASELINES, build_baseline, evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import (
+    BASELINES,
+    as_it_is,
+    build_baseline,
+    evaluate_baseline,
+    evaluate_model,
+    split_reader,
+)
 from llmgr_rec.experiments import main
 from llmgr_rec.study import cells
 from llmgr_rec.study.compare import hit_rate, ndcg
@@ -229,10 +238,35 @@ def test_a_blend_of_several_adds_all_their_scores():
     np.testing.assert_allclose(both[2], judge_model(*words, [together], [(1.0,)])[0], atol=1)
 
 
+@torch.no_grad()
+@DATA
+def test_a_blend_gives_the_places_of_dense_sums(data):
+    shared, dataset = small_run(), data()
+    bundle = load_bundle(shared.run / "export" / "sbr")
+    near = [build_baseline(name, dataset, shared.catalogue) for name in ("item_knn", "session_knn", "text_knn")]
+    weights = [(0.0, 0.0, 0.0), (1.0, 0.5, 0.0), (0.0, 4.0, 2.0), (32.0, 1.0, 8.0)]
+    judged = judge_model(bundle.model, dataset, "test", bundle.config, shared.catalogue, near, weights)
+    collate = make_collator(bundle.config, shared.catalogue, "rank", language=False)
+    items_VQ = bundle.model.item_vectors(collate.item_features(torch.arange(NUM_ITEMS)))
+    found = []
+    for raw in split_reader(dataset, "test", 32, as_it_is).batches(0):
+        batch = collate(raw)
+        scores_BV = bundle.model.queries(batch) @ items_VQ.T
+        if not dataset.manifest.clicks_repeat:
+            clicked = clicked_items(batch)
+            scores_BV[clicked.row_of_value, clicked.values] = -torch.inf
+        terms = [torch.from_numpy(one.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).toarray()) for one in near]
+        sums = [
+            scores_BV + sum(weight * term.float() for weight, term in zip(weights_N, terms, strict=True))
+            for weights_N in weights
+        ]
+        found.append(torch.stack([places(total, raw.targets_B) for total in sums])[:, raw.weights_B > 0])
+    np.testing.assert_array_equal(judged, torch.cat(found, dim=1).numpy())
+    assert len(np.unique(judged, axis=0)) == len(weights)
+
+
 def _related(knn, dataset, split):
     """Sessions whose target the baseline relates to a click: others are ranked by the model's score."""
-    from llmgr_rec.evaluation.protocol import as_it_is, split_reader
-
     found = []
     for raw in split_reader(dataset, split, 64, as_it_is).batches(0):
         scores_BV = knn.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).toarray()
