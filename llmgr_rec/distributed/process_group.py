@@ -20,6 +20,8 @@ T = TypeVar("T")
 _STORE_PORT = "llmgr_rec/store_port"
 # Seconds that rank 0 has to answer a call, and between two calls.
 _ANSWER_S, _RETRY_S = 5.0, 0.05
+# Longest wait for a rank's work of which nobody knows how long it takes.
+_PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,21 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def together(world: World, work: Callable[[], T]) -> T:
+def patient_group(world: World) -> dist.ProcessGroup | None:
+    """A group of all ranks that waits longer than `timeout_s`, for a rank's work that may take hours; all must call.
+
+    A rank that ends is noticed all the same: its connections break, and the launcher stops the others.
+    """
+    return dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
+
+
+def together(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs work that may fail on one rank only, and lets it fail on all: no rank is left waiting for another.
 
     Args:
         world: Ranks; all must call.
         work: Work without collective calls of its own.
+        group: Group that the ranks wait in for each other; None takes the run's own.
 
     Returns:
         This rank's own result.
@@ -159,7 +170,7 @@ def together(world: World, work: Callable[[], T]) -> T:
     if world.size > 1:
         message = None if error is None else (isinstance(error, UserError), f"{error}" or type(error).__name__)
         messages: list[tuple[bool, str] | None] = [None] * world.size
-        dist.all_gather_object(messages, message)
+        dist.all_gather_object(messages, message, group=group)
         failed = [(rank, found) for rank, found in enumerate(messages) if found]
         if failed and (error is None or isinstance(error, UserError)):
             rank, (is_user_error, text) = failed[0]
@@ -169,22 +180,23 @@ def together(world: World, work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def on_first_rank(world: World, work: Callable[[], T]) -> T:
+def on_first_rank(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs work on rank 0 and hands its result, or its failure, to every rank.
 
     Args:
         world: Ranks; all must call.
         work: Work without collective calls of its own; its result is pickled between this run's own processes.
+        group: Group that the ranks wait in for rank 0; None takes the run's own.
 
     Raises:
         UserError: Rank 0's user error, on all ranks.
         RuntimeError: Rank 0 failed with another exception.
     """
-    result = together(world, work if world.rank == 0 else lambda: None)
+    result = together(world, work if world.rank == 0 else lambda: None, group)
     if world.size == 1:
         return result  # type: ignore[return-value]
     box = [result]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]  # type: ignore[return-value]
 
 

@@ -3,8 +3,13 @@
 Shapes: B sessions of this rank, Q columns of queries, V items, N neighbours, W sets of their weights.
 """
 
+import hashlib
+import json
+import logging
+import os
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +19,10 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
-from llmgr_rec.distributed.process_group import World, on_first_rank
+from llmgr_rec.distributed.process_group import World, on_first_rank, patient_group
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
+from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.baselines import ItemNeighbours
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
 from llmgr_rec.evaluation.metrics import RankingMetrics
@@ -30,25 +36,59 @@ from llmgr_rec.evaluation.protocol import (
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
+logger = logging.getLogger(__name__)
+
 # Factors that a baseline's score may get beside the model's logits. Of several baselines, all combinations are tried.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def build_priors(settings: PriorConfig, dataset: Dataset, catalogue: Catalogue, world: World) -> list[NeighbourPrior]:
+def build_priors(
+    settings: PriorConfig, dataset: Dataset, catalogue: Catalogue, world: World, folder: Path | None = None
+) -> list[NeighbourPrior]:
     """One prior of weight 1 for each neighbour baseline, from the training split or the items' text.
 
     Args:
         settings: Which baselines, and how much of each is kept.
         dataset: Prepared sessions.
         catalogue: Their items.
-        world: Ranks; all call together. Rank 0 builds and hands over.
+        world: Ranks; all call together. Rank 0 builds and hands over, however long it takes.
+        folder: Where rank 0 keeps them under names that tell what they were made of; None builds them anew.
 
     Raises:
         UserError: One needs text, and no item has any.
     """
     return on_first_rank(
-        world, lambda: [_prior(name, settings.kept, dataset, catalogue) for name in settings.neighbours]
+        world,
+        lambda: [_kept(name, settings.kept, dataset, catalogue, folder) for name in settings.neighbours],
+        patient_group(world),
     )
+
+
+def _kept(name: str, kept: int, dataset: Dataset, catalogue: Catalogue, folder: Path | None) -> NeighbourPrior:
+    if folder is None:
+        return _prior(name, kept, dataset, catalogue)
+    file = folder / f"{name}-{_key(name, kept, dataset)}.npz"
+    if file.is_file():
+        try:
+            return NeighbourPrior.load(file)
+        except UserError:
+            logger.info("%s is damaged and is made again", file)
+    prior = _prior(name, kept, dataset, catalogue)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp.npz")
+    prior.save(partial)
+    os.replace(partial, file)
+    return prior
+
+
+def _key(name: str, kept: int, dataset: Dataset) -> str:
+    """Tells a baseline's settings and the files that it may read."""
+    read = {path: entry.sha256 for path, entry in dataset.manifest.files.items() if _is_read(path)}
+    return hashlib.sha256(json.dumps([name, kept, read], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_read(path: str) -> bool:
+    return path.split("/")[0] not in ("valid", "test")
 
 
 def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> NeighbourPrior:

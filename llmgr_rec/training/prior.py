@@ -1,6 +1,7 @@
 """The prior that a stage's export ranks with."""
 
 import logging
+from pathlib import Path
 
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
@@ -21,6 +22,7 @@ def make_prior(
     dataset: Dataset,
     catalogue: Catalogue,
     world: World,
+    folder: Path | None = None,
 ) -> tuple[NeighbourPrior, dict[str, float]]:
     """Weighs the neighbours of the settings beside a trained model.
 
@@ -31,12 +33,13 @@ def make_prior(
         dataset: Prepared sessions.
         catalogue: Their items.
         world: Ranks; all call together, and all get the result.
+        folder: Where neighbours are kept for the next stage; None keeps none.
 
     Returns:
         The prior, and what is told of it: the weight of each neighbour and, where they were chosen, the NDCG@20 with
         them on the validation sessions.
     """
-    priors = build_priors(config.prior, dataset, catalogue, world)
+    priors = build_priors(config.prior, dataset, catalogue, world, folder)
     told: dict[str, float] = {}
     weights = tuple(config.prior.weights)
     if not weights:

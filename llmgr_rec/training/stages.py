@@ -120,7 +120,8 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     loop.run(position)
     prior, told = None, dict[str, float]()
     if config.prior.neighbours:
-        prior, told = make_prior(stage, inner, config, context.dataset, context.catalogue, world)
+        folder = context.run / "neighbours"
+        prior, told = make_prior(stage, inner, config, context.dataset, context.catalogue, world, folder)
     repeat = context.dataset.manifest.clicks_repeat
     export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat, prior)
     if told:

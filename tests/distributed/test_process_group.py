@@ -2,12 +2,20 @@
 
 import os
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from llmgr_rec.distributed.process_group import World, choose_device, init_distributed, on_first_rank, together
+from llmgr_rec.distributed.process_group import (
+    World,
+    choose_device,
+    init_distributed,
+    on_first_rank,
+    patient_group,
+    together,
+)
 from llmgr_rec.errors import UserError
 from tests.ranks import run_on_ranks
 
@@ -50,6 +58,23 @@ def test_an_error_on_one_rank_is_an_error_on_all() -> None:
         "UserError: no file",
         "1 thread, 1 of 2",
     ]
+
+
+def wait_for_slow_work(world: World, patient: bool) -> int:
+    group = patient_group(world) if patient else dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
+
+    def work() -> int:
+        time.sleep(3)
+        return 7
+
+    return on_first_rank(world, work, group)
+
+
+@pytest.mark.dist
+def test_a_patient_group_outlasts_work_that_takes_longer_than_ranks_wait() -> None:
+    assert run_on_ranks(wait_for_slow_work, 2, True) == [7, 7]
+    with pytest.raises(RuntimeError, match=r"(?i)tim"):
+        run_on_ranks(wait_for_slow_work, 2, False)
 
 
 def alone(world: World) -> tuple[int, int, str]:

@@ -22,7 +22,9 @@ from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import Bundle, load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation import prior as evaluation_prior
 from llmgr_rec.evaluation.examples import ranked_examples
+from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import build_baseline, evaluate_model
 from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 from llmgr_rec.limits import check_limits
@@ -237,6 +239,32 @@ def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) 
     np.testing.assert_allclose(prior.similarity_VR.toarray(), 0.25 * text + 3 * item, rtol=1e-6)
     (line,) = caught_lines.messages
     assert line == "sbr: weights of neighbours: text_knn 0.25, item_knn 3 (as they were set)"
+
+
+def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, built = small_run(), []
+    build = evaluation_prior.build_baseline
+    monkeypatch.setattr(
+        evaluation_prior, "build_baseline", lambda *words: built.append((words[0], words[3])) or build(*words)
+    )
+
+    def priors(kept: int = 5) -> list[np.ndarray]:
+        settings = PriorConfig(["item_knn", "text_knn"], kept)
+        made = build_priors(settings, shared.dataset, shared.catalogue, ONE_RANK, tmp_path / "kept")
+        return [prior.similarity_VR.toarray() for prior in made]
+
+    first, second = priors(), priors()
+    assert built == [("item_knn", 5), ("text_knn", 5)]
+    np.testing.assert_array_equal(first, second)
+    priors(4)
+    assert built[2:] == [("item_knn", 4), ("text_knn", 4)]
+    for file in (tmp_path / "kept").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    np.testing.assert_array_equal(priors(), first)
+    assert len(built) == 6
+    assert not list((tmp_path / "kept").glob("*.tmp*"))
 
 
 def weighed_and_evaluated(world: World, run: Path, dataset: Dataset) -> tuple[Any, ...]:
