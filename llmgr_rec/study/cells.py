@@ -177,7 +177,7 @@ class Bench:
 def _said(config: Config) -> dict[str, Any]:
     """All settings, without those that came later than cells did where they are off: such cells keep their names."""
     parts = asdict(config)
-    for part, name in (("sbr", "one_pass"), ("head", "text_only"), ("head", "apart")):
+    for part, name in (("sbr", "one_pass"), ("head", "text_only"), ("head", "apart"), ("text", "neighbour_clicks")):
         if not parts[part][name]:
             del parts[part][name]
     if not has_tower(config):
@@ -190,4 +190,7 @@ def _said(config: Config) -> dict[str, Any]:
 def _up_to(last: StageName, config: Config) -> Config:
     """The settings without the stages after one."""
     later = STAGES[STAGES.index(last) + 1 :]
-    return replace(config, **{stage: replace(getattr(config, stage), epochs=0) for stage in later})
+    left = {stage: replace(getattr(config, stage), epochs=0) for stage in later}
+    if "text" in left:
+        left["text"] = replace(config.text, epochs=0, neighbour_clicks=0.0)
+    return replace(config, **left)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
-# Settings that may change between a checkpoint and its resumption: they do not change what is computed.
+# Settings that may change between a checkpoint and its resumption: they do not change what is trained.
 _FREE_SETTINGS = (
     "runtime.",
     "tables.sharding",
@@ -38,6 +38,7 @@ _FREE_SETTINGS = (
     "llm.share_prefix",
     "llm.recompute",
     "prior.",
+    "text.neighbour_clicks",
 )
 
 # Settings that came later than checkpoints did: where they are off they go without saying.

@@ -41,7 +41,7 @@ _RECOMMENDER_SETTINGS = (
     "encoder.score",
     "encoder.temperature",
 )
-_TOWER_SETTINGS = ("text.dim", "text.two_sided")
+_TOWER_SETTINGS = ("text.dim", "text.two_sided", "text.neighbour_clicks")
 _LANGUAGE_SETTINGS = (
     "llm.num_layers",
     "llm.text_layer",

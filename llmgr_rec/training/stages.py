@@ -47,6 +47,7 @@ from llmgr_rec.training.language import TextEncodings, cache_catalogue, encode_c
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.optimizers import build_optimizer
 from llmgr_rec.training.prior import make_prior
+from llmgr_rec.training.rare_rows import draw_rare_rows
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,9 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     )
     position = loop.resume() if context.resume else Position()
     loop.run(position)
+    if stage == "text" and config.text.neighbour_clicks:
+        # After the last checkpoint, so that a resumed run does it once, too.
+        _draw_rare_rows(inner, context)
     prior, told = None, dict[str, float]()
     if config.prior.neighbours:
         folder = context.run / "neighbours"
@@ -129,6 +133,16 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         context.journal.write(stage, position.step, split="prior", **told)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.run / "export" / stage)
+
+
+def _draw_rare_rows(model: SessionRecommender | LLMGR, context: RunContext) -> None:
+    config, catalogue, clicks = context.config, context.catalogue, context.config.text.neighbour_clicks
+    if not isinstance(model, SessionRecommender):
+        raise TypeError("stage text trains a session recommender")
+    collate = make_collator(config, catalogue, "rank", language=False)
+    draw_rare_rows(model, catalogue.train_count_V, clicks, collate, context.world)
+    if context.world.rank == 0:
+        logger.info("text: id rows of items drawn to those of like texts, which count for %g clicks", clicks)
 
 
 def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[str, float]:

@@ -158,6 +158,8 @@ def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
     assert {"text", "prior"} & set(said) == set()
     config.sbr.one_pass = config.head.text_only = config.head.apart = True
     config.text.epochs = 1
+    assert "neighbour_clicks" not in cells._said(config)["text"]
+    config.text.neighbour_clicks = 1.0
     everything = asdict(config)
     del everything["prior"]
     assert cells._said(config) == everything
