@@ -25,6 +25,7 @@ from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle
+from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranking_rule
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
@@ -116,13 +117,14 @@ class Bench:
         neighbours: list[Any] = [self._baseline(name) for name in variant.blend]
         weights = list(product(BLEND_WEIGHTS, repeat=len(neighbours)))
         judge = (bundle.config, self.catalogue, neighbours)
-        valid_WS = judge_model(bundle.model, self._dataset, "valid", *judge, weights)
+        model = bundle.model.to(choose_device(config.runtime.device))
+        valid_WS = judge_model(model, self._dataset, "valid", *judge, weights)
         quality_W = [float(ndcg(places_S).mean()) for places_S in valid_WS]
         best = int(np.argmax(quality_W))
         if self._split == "valid":
             judged = valid_WS[best]
         else:
-            judged = judge_model(bundle.model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
+            judged = judge_model(model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
         return Cell(judged, quality_W[best], np.array(weights[best]), seconds)
 
     def _baseline(self, name: str) -> Baseline:

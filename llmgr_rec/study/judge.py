@@ -45,7 +45,7 @@ def judge_model(
     What a session has clicked is left out where the data set's training sessions repeat no click.
 
     Args:
-        model: In eval mode, on one rank.
+        model: In eval mode, on one rank; where it is, all is computed.
         dataset: Prepared sessions.
         split: train, valid or test.
         config: All settings.
@@ -57,12 +57,14 @@ def judge_model(
         Places, [W, S], sessions in the order of the split.
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
-    ranker = CatalogueRanker(model, collate, World(0, 1, 0, 1, torch.device("cpu")))
+    device = next(model.parameters()).device
+    ranker = CatalogueRanker(model, collate, World(0, 1, 0, 1, device))
     reader = split_reader(dataset, split, config.runtime.eval_batch_size, lambda raw: (raw, collate(raw)))
     bar = progress(reader.num_examples, f"judge {split}", "session")
     leave_out = leaves_out_clicked(dataset)
     found = []
-    for raw, batch in reader.batches(0):
+    for raw, loaded in reader.batches(0):
+        batch = loaded.to(device)
         added = [near.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).astype(np.float32) for near in neighbours]
         exclude = clicked_items(batch) if leave_out else None
         places_WB = ranker.places(session_queries(model, batch), raw.targets_B, added, weights, exclude)
@@ -100,6 +102,6 @@ def places(scores_BV: Tensor, targets_B: Tensor) -> Tensor:
         targets_B: The item that was clicked next.
     """
     own_B1 = scores_BV.gather(1, targets_B.clamp(min=0).unsqueeze(1))
-    earlier_BV = torch.arange(scores_BV.shape[1]) < targets_B.unsqueeze(1)
+    earlier_BV = torch.arange(scores_BV.shape[1], device=scores_BV.device) < targets_B.unsqueeze(1)
     before_BV = (scores_BV > own_B1) | ((scores_BV == own_B1) & earlier_BV)
     return (before_BV | (own_B1 == float("-inf"))).sum(dim=1)
