@@ -76,7 +76,8 @@ class NeighbourPrior:
             UserError: The file is damaged.
         """
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            # Opened here, because np.load leaves a damaged file open.
+            with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
                 num_items = len(stored["indptr"]) - 1
                 similarity_VV = sparse.csr_array(
                     (stored["values"], stored["indices"], stored["indptr"]), shape=(num_items, num_items)
