@@ -3,7 +3,8 @@
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -138,12 +139,19 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def patient_group(world: World) -> dist.ProcessGroup | None:
+@contextmanager
+def patient_group(world: World) -> Iterator[dist.ProcessGroup | None]:
     """A group of all ranks that waits longer than `timeout_s`, for a rank's work that may take hours; all must call.
 
-    A rank that ends is noticed all the same: its connections break, and the launcher stops the others.
+    A rank that ends is noticed all the same: its connections break, and the launcher stops the others. Alone there is
+    nobody to wait for, and no group.
     """
-    return dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
+    try:
+        yield group
+    finally:
+        if group is not None:
+            dist.destroy_process_group(group)
 
 
 def together(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

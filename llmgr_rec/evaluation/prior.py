@@ -57,11 +57,12 @@ def build_priors(
     Raises:
         UserError: One needs text, and no item has any.
     """
-    return on_first_rank(
-        world,
-        lambda: [_kept(name, settings.kept, dataset, catalogue, folder) for name in settings.neighbours],
-        patient_group(world),
-    )
+    with patient_group(world) as group:
+        return on_first_rank(
+            world,
+            lambda: [_kept(name, settings.kept, dataset, catalogue, folder) for name in settings.neighbours],
+            group,
+        )
 
 
 def _kept(name: str, kept: int, dataset: Dataset, catalogue: Catalogue, folder: Path | None) -> NeighbourPrior:

@@ -142,12 +142,28 @@ class Bench:
         run = self._folder / "runs" / f"sbr-{self._key(first)}"
         seconds = self._train(_up_to("sbr", config), run)
         if model != "sbr" and has_tower(config):
-            before, run = run, self._folder / "runs" / f"text-{self._key(first, texts, parts['text'])}"
-            seconds += self._train_on(before, _up_to("text", config), run)
+            plain = replace(config, text=replace(config.text, neighbour_clicks=0.0))
+            before, run = run, self._text_run(first, texts, plain)
+            seconds += self._train_on(before, _up_to("text", plain), run)
+            if config.text.neighbour_clicks:
+                before, run = run, self._text_run(first, texts, config)
+                seconds += self._export_again(before, _up_to("text", config), run)
         if model in ("sbr", "text"):
             return run, seconds
         before, run = run, self._folder / "runs" / f"full-{self._key(parts)}"
         return run, seconds + self._train_on(before, config, run)
+
+    def _text_run(self, first: dict[str, Any], texts: dict[str, Any], config: Config) -> Path:
+        return self._folder / "runs" / f"text-{self._key(first, texts, _said(config)['text'])}"
+
+    def _export_again(self, trained: Path, config: Config, run: Path) -> float:
+        """Exports the tower of a finished run under settings that its training does not depend on."""
+        if not (run / "config.yaml").is_file():
+            shutil.rmtree(run, ignore_errors=True)
+            for part in ("export/sbr", "checkpoints/text"):
+                shutil.copytree(trained / part, run / part, copy_function=os.link)
+            save_config(config, run / "config.yaml")
+        return self._train(config, run)
 
     def _train_on(self, before: Path, config: Config, run: Path) -> float:
         """Trains what a finished run lacks, in a folder of its own."""

@@ -13,6 +13,7 @@ from llmgr_rec.distributed.shards import Shard, local_shards
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.rare_rows import NEIGHBOURS, draw_to_neighbours, text_neighbours
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.text_tower import TextTower
 
 _LOOKUP_ITEMS = 8192
 # Cosines that are held at once while neighbours are looked for.
@@ -43,7 +44,7 @@ def draw_rare_rows(
         raise ValueError("the recommender was built without a text tower")
     train_count_V = train_count_V.to(world.device)
     shards = [shard for shard in local_shards(recommender) if shard.table == ITEM_ID]
-    items_VK, rows_VC_of_shards = _look_up(recommender, shards, collator, world)
+    items_VK, rows_VC_of_shards = _look_up(recommender, tower, shards, collator, world)
     ids_VN, weights_VN = _neighbours(items_VK, train_count_V > 0, float(tower.log_scale.exp()), world)
     for shard, rows_VC in zip(shards, rows_VC_of_shards, strict=True):
         first = shard.row_offset
@@ -55,21 +56,19 @@ def draw_rare_rows(
 
 
 def _look_up(
-    recommender: SessionRecommender, shards: list[Shard], collator: Collator, world: World
+    recommender: SessionRecommender, tower: TextTower, shards: list[Shard], collator: Collator, world: World
 ) -> tuple[Tensor, list[Tensor]]:
     """The tower's vectors of all items, [V, K], and for each shard its columns of all id rows, [V, C].
 
     A lookup, and not the shard itself: it has all rows however the table is cut.
     """
-    if recommender.text_tower is None:
-        raise ValueError("the recommender was built without a text tower")
     vectors: list[Tensor] = []
     parts: list[list[Tensor]] = [[] for _ in shards]
     for items in torch.arange(collator.num_items).split(_LOOKUP_ITEMS):
         rows = recommender.rows(collator.item_features(items).to(world.device))
         if rows.texts_XH is None:
             raise ValueError("the recommender was built without item text")
-        vectors.append(recommender.text_tower.items(rows.texts_XH))
+        vectors.append(tower.items(rows.texts_XH))
         for part, shard in zip(parts, shards, strict=True):
             part.append(rows.ids_XD[:, shard.col_offset : shard.col_offset + shard.tensor.shape[1]].clone())
     return torch.cat(vectors), [torch.cat(part) for part in parts]

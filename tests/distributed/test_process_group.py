@@ -61,13 +61,14 @@ def test_an_error_on_one_rank_is_an_error_on_all() -> None:
 
 
 def wait_for_slow_work(world: World, patient: bool) -> int:
-    group = patient_group(world) if patient else dist.new_group(backend="gloo", timeout=timedelta(seconds=1))
-
     def work() -> int:
         time.sleep(3)
         return 7
 
-    return on_first_rank(world, work, group)
+    if not patient:
+        return on_first_rank(world, work, dist.new_group(backend="gloo", timeout=timedelta(seconds=1)))
+    with patient_group(world) as group:
+        return on_first_rank(world, work, group)
 
 
 @pytest.mark.dist

@@ -23,7 +23,6 @@ ENCODERS = ("gcsan", "srgnn", "sasrec", "gru4rec", "stamp")
 def whole_config(folder: Path) -> Config:
     """All stages, with text tower, neighbours and student."""
     config = small_config(folder / "prompts.yaml")
-    config.tables.optimizer = "adagrad"
     config.text.epochs, config.text.dim = 1, 8
     config.distill = replace(config.distill, epochs=1, max_steps=4, width=8)
     config.prior.neighbours = ["item_knn", "text_knn"]
@@ -98,7 +97,6 @@ def test_bfloat16_trains_close_to_float32(trained: dict[str, Path], tmp_path: Pa
     config = whole_config(tmp_path)
     config.llm.dtype = "bfloat16"
     config.loss.dtype = "auto"
-    config.behave.one_pass, config.prompt.max_nodes = False, 6
     exact, rounded = numbers(trained["cuda"]), numbers(train_on("cuda", tmp_path, config))
     for name in (name for name in exact if name.endswith("/loss")):
         assert rounded[name] == pytest.approx(exact[name], rel=0.05), name

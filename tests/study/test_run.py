@@ -150,6 +150,30 @@ def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch)
     assert run_of(item_text=False, sbr__one_pass=True) != run_of(item_text=False)
 
 
+def test_rows_drawn_by_another_number_of_clicks_train_no_tower_anew(tmp_path):
+    config = Config()
+    config.tables.dim, config.text.dim = 8, 4
+    config.sbr.epochs = config.text.epochs = 1
+    config.llm.name_or_path, config.llm.num_layers = "random-tiny", 1
+    # As many as tell all items apart.
+    config.prompt.max_text_tokens = 24
+    config.runtime.device, config.runtime.threads_per_rank = "cpu", 1
+    bench = cells.Bench(tmp_path, small_run().dataset, "valid")
+
+    def trained(clicks):
+        run = bench._trained("text", replace(config, text=replace(config.text, neighbour_clicks=clicks)))[0]
+        model = load_bundle(run / "export" / "text").model
+        return run, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    plain, before = trained(0.0)
+    drawn, after = trained(2.0)
+    assert (plain / "metrics.jsonl").is_file()
+    assert not (drawn / "metrics.jsonl").exists(), "the tower was trained again"
+    moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert len(moved) == 1
+    assert "item_id" in moved.pop()
+
+
 def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
     config = Config()
     said = cells._said(config)
