@@ -21,7 +21,8 @@ class TablesConfig:
 
     Args:
         dim: Width d1 of item, node and session vectors, in columns.
-        side_features: Item columns pooled into the item vector where the data set has them.
+        side_features: What is pooled into the item vector where the data set has it: rows of the item's category and
+            the levels above it, of its brand, and of the words of its title.
         sharding: How a table is cut over the ranks; auto leaves the choice to the planner.
         optimizer: Update rule of the tables; all but adam run fused in the backward pass.
         lr: Learning rate of the tables, per step.
@@ -30,10 +31,15 @@ class TablesConfig:
         item_text: Add the projected encoding of the item's text, by the language model, to its vector.
         id_dropout: Share of the item ids whose row is left out of the item vector in a training step, so that text has
             to carry items without clicks, 0 to 1; 1 makes vectors without ids. Needs tables.item_text; stage sbr only.
+        neighbour_clicks: Training clicks that the id rows of an item's ten nearest neighbours by words count for beside
+            its own row, when stage sbr is over; so rare items, and those without a click, rank by ids too. 0 leaves
+            rows as they were trained.
     """
 
     dim: int = 64
-    side_features: list[Literal["category", "brand"]] = field(default_factory=lambda: ["category", "brand"])
+    side_features: list[Literal["category", "brand", "word"]] = field(
+        default_factory=lambda: ["category", "brand", "word"]
+    )
     sharding: Literal["table_wise", "column_wise", "auto"] = "column_wise"
     optimizer: Literal["adagrad", "rowwise_adagrad", "sgd", "adam"] = "adagrad"
     lr: float = 0.05
@@ -41,6 +47,7 @@ class TablesConfig:
     memory_per_rank_gb: float = 8.0
     item_text: bool = False
     id_dropout: float = 0.0
+    neighbour_clicks: float = 0.0
 
 
 @dataclass
@@ -199,14 +206,10 @@ class TextConfig(StageConfig):
         dim: Columns of its vectors.
         two_sided: Project the texts of clicked and of ranked items by a matrix each, so that what goes with an item may
             differ from what is like it; off, by the same one.
-        neighbour_clicks: Training clicks that the id rows of an item's ten nearest neighbours by the tower count for
-            beside its own row, when the stage is over; so rare items, and those without a click, rank by ids too. 0
-            leaves rows as they were trained, those of items without a click at zero.
     """
 
     dim: int = 128
     two_sided: bool = False
-    neighbour_clicks: float = 0.0
 
 
 @dataclass

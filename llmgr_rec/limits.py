@@ -16,7 +16,7 @@ _AT_LEAST: dict[str, float] = {
     "tables.dim": 4,
     "encoder.steps": 1,
     "text.dim": 1,
-    "text.neighbour_clicks": 0,
+    "tables.neighbour_clicks": 0,
     "encoder.attention_layers": 0,
     "encoder.attention_heads": 1,
     "encoder.max_clicks": 1,
@@ -88,11 +88,6 @@ def check_limits(config: Config) -> None:
         raise UserError(
             f"setting tables.id_dropout is {config.tables.id_dropout}, but without its id row nothing tells an item "
             "from others; set tables.item_text to true, or tables.id_dropout to 0"
-        )
-    if config.text.neighbour_clicks and not config.text.epochs:
-        raise UserError(
-            f"setting text.neighbour_clicks is {config.text.neighbour_clicks}, but without a text tower nothing tells "
-            "which items are alike; give text.epochs, such as 3, or set text.neighbour_clicks to 0"
         )
     _check_head(config)
     _check_one_pass(config)

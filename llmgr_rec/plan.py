@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmgr_rec.distributed.layout import Sizes, StageLayout
 
 GIB = 1024**3
+# Side feature -> option that gives the size of its vocabulary.
+_FEATURE_SIZES = {"category": "num_categories", "brand": "num_brands", "word": "num_words"}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--num_items", type=int, help="Items of the catalogue, instead of a data set.")
     parser.add_argument("--num_categories", type=int, default=0, help="Categories, with --num_items.")
     parser.add_argument("--num_brands", type=int, default=0, help="Brands, with --num_items.")
+    parser.add_argument("--num_words", type=int, default=0, help="Words of titles, with --num_items.")
     parser.add_argument("--world_size", type=int, default=1, help="Ranks of the run.")
     parser.add_argument("--local_world_size", type=int, help="Ranks of one machine; default all, 8 at most.")
     add_config_arguments(parser)
@@ -48,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
     from llmgr_rec.distributed.layout import Ranks, lay_out
     from llmgr_rec.distributed.process_group import choose_device
 
-    sizes = _sizes(arguments.dataset, arguments.num_items, arguments.num_categories, arguments.num_brands)
+    features = {name: getattr(arguments, option) for name, option in _FEATURE_SIZES.items()}
+    sizes = _sizes(arguments.dataset, arguments.num_items, features)
     wanted = config.runtime.device
     # A run on GPUs can be planned where there is none.
     device_type = choose_device(wanted).type if wanted == "auto" else wanted
@@ -61,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"stage {layout.stage}: {layout.problem}")
 
 
-def _sizes(dataset: str | None, num_items: int | None, num_categories: int, num_brands: int) -> "Sizes":
+def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int]) -> "Sizes":
     from llmgr_rec.distributed.layout import Sizes
 
     if (dataset is None) == (num_items is None):
@@ -75,7 +79,6 @@ def _sizes(dataset: str | None, num_items: int | None, num_categories: int, num_
         )
     if num_items is None or num_items < 1:
         raise UserError(f"--num_items is {num_items}; a catalogue has at least 1 item")
-    features = {"category": num_categories, "brand": num_brands}
     return Sizes(num_items, {name: size for name, size in features.items() if size > 0})
 
 

@@ -3,6 +3,8 @@
 Shapes: V items.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +55,9 @@ class Catalogue:
         """
         file = Path(path) / ITEMS_NAME
         required = ["index", "item_id", "train_count"]
-        table = _read(file, [*required, *(f"{name}_ids" for name in FEATURES)])
+        # Words came later than data sets did: one without them is whole.
+        columns = [f"{name}_ids" for name in FEATURES if name != "word" or "word_ids" in _column_names(file)]
+        table = _read(file, [*required, *columns])
         for name in required:
             if table[name].null_count:
                 raise UserError(f"{file}: column {name} holds {table[name].null_count} nulls; {_REMEDY}")
@@ -65,7 +69,7 @@ class Catalogue:
         if not np.array_equal(_ints(table["index"], file, "index"), np.arange(len(item_ids))):
             raise UserError(f"{file}: column index does not count 0, 1, 2, ... row by row; {_REMEDY}")
         _refuse_duplicates(item_ids, file)
-        features = {name: _jagged(_whole(table[f"{name}_ids"]), file, f"{name}_ids") for name in FEATURES}
+        features = {name.removesuffix("_ids"): _jagged(_whole(table[name]), file, name) for name in columns}
         return cls(
             file=file,
             item_ids=item_ids,
@@ -170,13 +174,23 @@ def _castable(given: pa.DataType, known: pa.DataType) -> bool:
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:
+    if missing := [name for name in columns if name not in _column_names(file)]:
+        raise UserError(f"{file} has no column {', '.join(missing)}; {_REMEDY}")
+    with _readable(file):
+        return pq.read_table(file, columns=columns, partitioning=None)
+
+
+def _column_names(file: Path) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file} does not exist; {_REMEDY}")
+    with _readable(file):
+        return list(pq.read_schema(file).names)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
     try:
-        present = pq.read_schema(file).names
-        if missing := [name for name in columns if name not in present]:
-            raise UserError(f"{file} has no column {', '.join(missing)}; {_REMEDY}")
-        return pq.read_table(file, columns=columns, partitioning=None)
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]}); {_REMEDY}") from None
 
@@ -194,7 +208,7 @@ def _ints(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
 
 
 def _held_out(file: Path) -> Tensor | None:
-    if HELD_OUT not in pq.read_schema(file).names:
+    if HELD_OUT not in _column_names(file):
         return None
     column = _whole(_read(file, [HELD_OUT])[HELD_OUT])
     if not pa.types.is_boolean(column.type) or column.null_count:

@@ -17,7 +17,7 @@ ROW_GROUP_ROWS = 8192
 PART_ROWS = 128 * ROW_GROUP_ROWS
 
 TEXT_COLUMNS = ("title", "category", "brand", "description")
-FEATURES = ("category", "brand")
+FEATURES = ("category", "brand", "word")
 # Column of items.parquet, there if any item is held out of training.
 HELD_OUT = "held_out"
 

@@ -6,19 +6,16 @@ what a language model adds is what it ranks better than this.
 Shapes: V items, T distinct words, W words of all texts end to end.
 """
 
-import re
-
 import numpy as np
 from scipy import sparse
 
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.words import words_of
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.baselines import DECAY, ItemNeighbours
 from llmgr_rec.evaluation.sparse_scores import cosine_similarity
 
 TEXT_FIELDS = ("title", "category", "brand")
-
-_WORD = re.compile(r"\w+")
 
 
 class TextKNN(ItemNeighbours):
@@ -45,7 +42,7 @@ def tf_idf(texts: list[str]) -> sparse.csr_array:
     Counting repetitions ranks worse: they come from category paths, which name a parent once for each child.
 
     Args:
-        texts: One text an item. A word is a run of letters, digits and underscores, in lower case.
+        texts: One text an item. See `words_of`.
     """
     ids: dict[str, int] = {}
     found: list[int] = []
@@ -62,11 +59,6 @@ def tf_idf(texts: list[str]) -> sparse.csr_array:
     return weights_VT.T.tocsr()
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text, in lower case."""
-    return _WORD.findall(text.lower())
-
-
 def texts_to_compare(catalogue: Catalogue) -> list[str]:
     """Title, category and brand of each item; empty where it has none of them.
 
@@ -77,7 +69,7 @@ def texts_to_compare(catalogue: Catalogue) -> list[str]:
         UserError: No item has a word in them.
     """
     texts = catalogue.texts(list(TEXT_FIELDS), required=False)
-    if not any(map(_WORD.search, texts)):
+    if not any(map(words_of, texts)):
         raise UserError(
             f"{catalogue.file}: no item has a word in {', '.join(TEXT_FIELDS)}, by which text_knn ranks; prepare the "
             "data set with an item file that has text, or leave text_knn out"

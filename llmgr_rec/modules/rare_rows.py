@@ -1,11 +1,11 @@
-"""Id rows of rare items: what clicks have not taught them, the rows of items of like text tell.
+"""Id rows of rare items: what clicks have not taught them, the rows of items of like words tell.
 
-The id row of an item is learned from its clicks. With few of them it is mostly where it started, with none it is zero,
-and a score by ids then ranks the item behind all that were clicked more, whatever its text says. So an item of n
-training clicks takes the row (n * own + c * mean of its neighbours' rows) / (n + c): its own row counts as often as it
-was clicked, its neighbours' as if that were c further clicks.
+The id row of an item is learned from its clicks. With few of them it is mostly where it started, with none it knows
+nothing, and a score by ids then ranks the item behind all that were clicked more, whatever its text says. So an item
+of n training clicks takes the row (n * own + c * mean of its neighbours' rows) / (n + c): its own row counts as often
+as it was clicked, its neighbours' as if that were c further clicks.
 
-Shapes: V items, U items of a range, N neighbours, K columns of the text tower, C columns of id rows.
+Shapes: U items of a range, N neighbours, C columns of id rows.
 """
 
 import torch
@@ -15,27 +15,17 @@ from torch import Tensor
 NEIGHBOURS = 10
 
 
-def text_neighbours(items_VK: Tensor, trained_V: Tensor, scale: float, own: range) -> tuple[Tensor, Tensor]:
-    """The trained items whose texts are most like those of a range of items, by the text tower.
+def neighbour_weights(cosines_UN: Tensor) -> Tensor:
+    """Shares of the neighbours in their mean, [U, N]: their squared cosines, made to add up to 1.
 
     Args:
-        items_VK: Items' side of the tower, of length 1; zeros where an item has no text.
-        trained_V: Items that have a training click, bool; others are nobody's neighbours.
-        scale: Factor of the tower's cosine; neighbours are weighted by the softmax of what it gives.
-        own: The items U that neighbours are wanted of; none is its own.
+        cosines_UN: Cosines of each item with its neighbours, 0 or more; 0 where it has fewer.
 
     Returns:
-        Items, int64 [U, N], and their weights, [U, N], which add up to 1, or to 0 for an item without any.
+        Shares; all 0 for an item without neighbours.
     """
-    own_U = torch.arange(own.start, own.stop, device=items_VK.device)
-    has_text_V = items_VK.any(dim=1)
-    cosines_UV = items_VK[own_U] @ items_VK.T
-    cosines_UV.masked_fill_(~(trained_V & has_text_V), float("-inf"))
-    cosines_UV[own_U - own.start, own_U] = float("-inf")
-    best_UN, ids_UN = cosines_UV.topk(min(NEIGHBOURS, items_VK.shape[0]), dim=1)
-    # Without a single neighbour the softmax is not a number.
-    weights_UN = (best_UN * scale).softmax(dim=1).nan_to_num(0.0)
-    return ids_UN, weights_UN * has_text_V[own_U].unsqueeze(1)
+    squared_UN = cosines_UN.square()
+    return squared_UN / squared_UN.sum(dim=1, keepdim=True).clamp(min=torch.finfo(squared_UN.dtype).tiny)
 
 
 def draw_to_neighbours(

@@ -139,29 +139,27 @@ class Bench:
         texts = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
         if config.tables.item_text:
             first["text"] = texts
-        run = self._folder / "runs" / f"sbr-{self._key(first)}"
-        seconds = self._train(_up_to("sbr", config), run)
+        plain = {**first, "tables": {**first["tables"]}}
+        clicks = plain["tables"].pop("neighbour_clicks", 0.0)
+        run = self._folder / "runs" / f"sbr-{self._key(plain)}"
+        as_trained = replace(config, tables=replace(config.tables, neighbour_clicks=0.0))
+        seconds = self._train(_up_to("sbr", as_trained), run)
+        if clicks:
+            before, run = run, self._folder / "runs" / f"sbr-{self._key(first)}"
+            seconds += self._export_again(before, _up_to("sbr", config), run)
         if model != "sbr" and has_tower(config):
-            plain = replace(config, text=replace(config.text, neighbour_clicks=0.0))
-            before, run = run, self._text_run(first, texts, plain)
-            seconds += self._train_on(before, _up_to("text", plain), run)
-            if config.text.neighbour_clicks:
-                before, run = run, self._text_run(first, texts, config)
-                seconds += self._export_again(before, _up_to("text", config), run)
+            before, run = run, self._folder / "runs" / f"text-{self._key(first, texts, parts['text'])}"
+            seconds += self._train_on(before, _up_to("text", config), run)
         if model in ("sbr", "text"):
             return run, seconds
         before, run = run, self._folder / "runs" / f"full-{self._key(parts)}"
         return run, seconds + self._train_on(before, config, run)
 
-    def _text_run(self, first: dict[str, Any], texts: dict[str, Any], config: Config) -> Path:
-        return self._folder / "runs" / f"text-{self._key(first, texts, _said(config)['text'])}"
-
     def _export_again(self, trained: Path, config: Config, run: Path) -> float:
-        """Exports the tower of a finished run under settings that its training does not depend on."""
+        """Exports a finished recommender under settings that its training does not depend on."""
         if not (run / "config.yaml").is_file():
             shutil.rmtree(run, ignore_errors=True)
-            for part in ("export/sbr", "checkpoints/text"):
-                shutil.copytree(trained / part, run / part, copy_function=os.link)
+            shutil.copytree(trained / "checkpoints", run / "checkpoints", copy_function=os.link)
             save_config(config, run / "config.yaml")
         return self._train(config, run)
 
@@ -195,7 +193,7 @@ class Bench:
 def _said(config: Config) -> dict[str, Any]:
     """All settings, without those that came later than cells did where they are off: such cells keep their names."""
     parts = asdict(config)
-    for part, name in (("sbr", "one_pass"), ("head", "text_only"), ("head", "apart"), ("text", "neighbour_clicks")):
+    for part, name in (("sbr", "one_pass"), ("head", "text_only"), ("head", "apart"), ("tables", "neighbour_clicks")):
         if not parts[part][name]:
             del parts[part][name]
     if not has_tower(config):
@@ -209,6 +207,4 @@ def _up_to(last: StageName, config: Config) -> Config:
     """The settings without the stages after one."""
     later = STAGES[STAGES.index(last) + 1 :]
     left = {stage: replace(getattr(config, stage), epochs=0) for stage in later}
-    if "text" in left:
-        left["text"] = replace(config.text, epochs=0, neighbour_clicks=0.0)
     return replace(config, **left)

@@ -38,7 +38,7 @@ _FREE_SETTINGS = (
     "llm.share_prefix",
     "llm.recompute",
     "prior.",
-    "text.neighbour_clicks",
+    "tables.neighbour_clicks",
 )
 
 # Settings that came later than checkpoints did: where they are off they go without saying.

@@ -19,6 +19,7 @@ from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import check_baselines
+from llmgr_rec.evaluation.text_neighbours import texts_to_compare
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import has_tower, reads_item_text, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
@@ -32,6 +33,7 @@ _RECOMMENDER_SETTINGS = (
     "tables.dim",
     "tables.side_features",
     "tables.item_text",
+    "tables.neighbour_clicks",
     "encoder.name",
     "encoder.steps",
     "encoder.attention_layers",
@@ -41,7 +43,7 @@ _RECOMMENDER_SETTINGS = (
     "encoder.score",
     "encoder.temperature",
 )
-_TOWER_SETTINGS = ("text.dim", "text.two_sided", "text.neighbour_clicks")
+_TOWER_SETTINGS = ("text.dim", "text.two_sided")
 _LANGUAGE_SETTINGS = (
     "llm.num_layers",
     "llm.text_layer",
@@ -122,6 +124,8 @@ def check_run(request: RunRequest) -> CheckedRun:
         if "sbr" in stages and request.config.sbr.one_pass:
             _check_sbr_one_pass(request.config, dataset)
         _check_prior(request.config.prior, dataset, catalogue)
+        if "sbr" in stages and request.config.tables.neighbour_clicks:
+            _check_words(request.config, catalogue)
         _check_language(request.config, stages, dataset, catalogue)
         _check_layout(request.config, stages, catalogue)
     return CheckedRun(dataset, catalogue, stages)
@@ -279,6 +283,15 @@ def _check_prior(prior: PriorConfig, dataset: Dataset, catalogue: Catalogue) -> 
             f"setting prior.weights is empty, but {dataset.path} has no validation sessions to choose them on; give "
             "one weight for each of prior.neighbours, or prepare the data set with another --split"
         )
+
+
+def _check_words(config: Config, catalogue: Catalogue) -> None:
+    """There are words by which items are alike."""
+    try:
+        texts_to_compare(catalogue)
+    except UserError as error:
+        clicks = config.tables.neighbour_clicks
+        raise UserError(f"setting tables.neighbour_clicks is {clicks}, but {error}; or set it to 0") from None
 
 
 def _check_sbr_one_pass(config: Config, dataset: Dataset) -> None:

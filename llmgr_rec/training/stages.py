@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.modules.build import head_reads_own_text
 from llmgr_rec.modules.groups import group_of, select_trainable
@@ -50,6 +51,9 @@ from llmgr_rec.training.prior import make_prior
 from llmgr_rec.training.rare_rows import draw_rare_rows
 
 logger = logging.getLogger(__name__)
+
+# Folder of a run where the neighbours of its items are kept.
+_NEIGHBOURS = "neighbours"
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,12 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     )
     position = loop.resume() if context.resume else Position()
     loop.run(position)
-    if stage == "text" and config.text.neighbour_clicks:
+    if stage == "sbr" and config.tables.neighbour_clicks:
         # After the last checkpoint, so that a resumed run does it once, too.
         _draw_rare_rows(inner, context)
     prior, told = None, dict[str, float]()
     if config.prior.neighbours:
-        folder = context.run / "neighbours"
+        folder = context.run / _NEIGHBOURS
         prior, told = make_prior(stage, inner, config, context.dataset, context.catalogue, world, folder)
     repeat = context.dataset.manifest.clicks_repeat
     export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat, prior)
@@ -136,13 +140,15 @@ def run_stage(stage: StageName, context: RunContext) -> None:
 
 
 def _draw_rare_rows(model: SessionRecommender | LLMGR, context: RunContext) -> None:
-    config, catalogue, clicks = context.config, context.catalogue, context.config.text.neighbour_clicks
+    config, catalogue, clicks = context.config, context.catalogue, context.config.tables.neighbour_clicks
     if not isinstance(model, SessionRecommender):
-        raise TypeError("stage text trains a session recommender")
+        raise TypeError("stage sbr trains a session recommender")
+    by_words = replace(config.prior, neighbours=["text_knn"])
+    (near,) = build_priors(by_words, context.dataset, catalogue, context.world, context.run / _NEIGHBOURS)
     collate = make_collator(config, catalogue, "rank", language=False)
-    draw_rare_rows(model, catalogue.train_count_V, clicks, collate, context.world)
+    draw_rare_rows(model, near.similarity_VR, catalogue.train_count_V, clicks, collate, context.world)
     if context.world.rank == 0:
-        logger.info("text: id rows of items drawn to those of like texts, which count for %g clicks", clicks)
+        logger.info("sbr: id rows of items drawn to those of like words, which count for %g clicks", clicks)
 
 
 def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[str, float]:
@@ -187,8 +193,9 @@ def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, Session
     model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
     fill_text_table(model, encodings)
-    # Rows that no click has trained would only blur what the texts say of their items.
-    zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
+    if not config.tables.neighbour_clicks:
+        # Rows that no click has trained would only blur what the texts say of their items.
+        zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
     return model, recommender
 
 

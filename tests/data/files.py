@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmgr_rec.data.schema import items_schema, sessions_schema
+from llmgr_rec.data.schema import FEATURES, items_schema, sessions_schema
 
 Session = tuple[list[int], int]
 
@@ -65,8 +65,7 @@ def items_table(num_items: int, **columns: Sequence[object] | pa.Array) -> pa.Ta
         "brand": [None] * num_items,
         "description": [None] * num_items,
         "train_count": list(range(num_items, 0, -1)),
-        "category_ids": [[]] * num_items,
-        "brand_ids": [[]] * num_items,
+        **{f"{name}_ids": [[]] * num_items for name in FEATURES},
         **columns,
     }
     ids = pa.array(values["item_id"])

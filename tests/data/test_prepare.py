@@ -221,6 +221,7 @@ def test_items_keep_text_and_get_feature_ids(tmp_path: Path) -> None:
     assert result.items[0]["description"] is None
     manifest = result.dataset.manifest
     assert manifest.features == {"category": {"num_embeddings": 6}, "brand": {"num_embeddings": 2}}
+    assert [item["word_ids"] for item in result.items] == [[]] * 5, "each word in one title"
     assert manifest.has_text
     unseen = prepare(tmp_path, SMALL, items=str(items), keep_unseen_items=True, output=str(tmp_path / "unseen"))
     assert unseen.ids[-1] == "never"
@@ -259,6 +260,20 @@ def test_items_missing_from_the_catalogue_are_dropped_or_kept(tmp_path: Path, po
     assert result.dataset.manifest.num_clicks == {"read": 11, "kept": 11 if policy == "keep" else 9}
     if policy == "keep":
         assert result.items[-1]["title"] is None
+
+
+def test_words_of_several_titles_and_not_of_many_get_ids(tmp_path: Path) -> None:
+    titles = [f"The Thing no. {n}" for n in range(30)]
+    titles[3], titles[7], titles[8], titles[9] = "Soap, soap & OIL", "oil for Lamps", None, "a Lamps' wick"
+    clicks: list[Click] = [("u", f"i{n:02}", n) for n in range(30)]
+    items = write_items(tmp_path / "items.parquet", [item for _, item, _ in clicks], title=titles)
+    result = prepare(tmp_path, clicks, items=str(items))
+    words = {item["title"]: item["word_ids"] for item in result.items}
+    assert words["Soap, soap & OIL"] == [0], "soap is of one title alone"
+    assert words["oil for Lamps"] == [0, 1]
+    assert words["a Lamps' wick"] == [1]
+    assert words[None] == words["The Thing no. 5"] == []
+    assert result.dataset.manifest.features == {"word": {"num_embeddings": 2}}
 
 
 def test_integer_ids_and_arrow_timestamps_in_a_folder_of_files(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation import sparse_scores
 from llmgr_rec.evaluation.baselines import ItemKNN
 from llmgr_rec.evaluation.protocol import build_baseline, check_baselines
-from llmgr_rec.evaluation.text_neighbours import TextKNN, texts_to_compare, words_of
+from llmgr_rec.evaluation.text_neighbours import TextKNN, texts_to_compare
 from tests.data.prepare_inputs import Prepared, prepare, write_items
 from tests.evaluation.test_baselines import flat, sessions_of
 
@@ -71,11 +71,6 @@ def test_similarities_are_held_a_block_at_a_time(monkeypatch):
     assert 89_700 == sum(held) > 89 * max(held)
     assert max(held) <= 1000
     assert np.diff(kept.indptr).tolist() == [7] * 300 + [0]
-
-
-def test_words():
-    assert words_of("Men's T-Shirt_2 > ÉCLAIR") == ["men", "s", "t", "shirt_2", "éclair"]
-    assert words_of(" -, ") == []
 
 
 def test_repeated_words_and_words_of_every_text_change_nothing():

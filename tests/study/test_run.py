@@ -150,25 +150,21 @@ def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch)
     assert run_of(item_text=False, sbr__one_pass=True) != run_of(item_text=False)
 
 
-def test_rows_drawn_by_another_number_of_clicks_train_no_tower_anew(tmp_path):
+def test_rows_drawn_by_another_number_of_clicks_train_nothing_anew(tmp_path):
     config = Config()
-    config.tables.dim, config.text.dim = 8, 4
-    config.sbr.epochs = config.text.epochs = 1
-    config.llm.name_or_path, config.llm.num_layers = "random-tiny", 1
-    # As many as tell all items apart.
-    config.prompt.max_text_tokens = 24
+    config.tables.dim, config.sbr.epochs = 8, 1
     config.runtime.device, config.runtime.threads_per_rank = "cpu", 1
     bench = cells.Bench(tmp_path, small_run().dataset, "valid")
 
     def trained(clicks):
-        run = bench._trained("text", replace(config, text=replace(config.text, neighbour_clicks=clicks)))[0]
-        model = load_bundle(run / "export" / "text").model
+        run = bench._trained("sbr", replace(config, tables=replace(config.tables, neighbour_clicks=clicks)))[0]
+        model = load_bundle(run / "export" / "sbr").model
         return run, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     plain, before = trained(0.0)
     drawn, after = trained(2.0)
     assert (plain / "metrics.jsonl").is_file()
-    assert not (drawn / "metrics.jsonl").exists(), "the tower was trained again"
+    assert not (drawn / "metrics.jsonl").exists(), "the recommender was trained again"
     moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
     assert len(moved) == 1
     assert "item_id" in moved.pop()
@@ -182,8 +178,8 @@ def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
     assert {"text", "prior"} & set(said) == set()
     config.sbr.one_pass = config.head.text_only = config.head.apart = True
     config.text.epochs = 1
-    assert "neighbour_clicks" not in cells._said(config)["text"]
-    config.text.neighbour_clicks = 1.0
+    assert "neighbour_clicks" not in cells._said(config)["tables"]
+    config.tables.neighbour_clicks = 1.0
     everything = asdict(config)
     del everything["prior"]
     assert cells._said(config) == everything

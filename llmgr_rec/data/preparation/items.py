@@ -1,5 +1,7 @@
 """Writes items.parquet: the catalogue with text, training counts and the ids of its side features."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +13,11 @@ import pyarrow.parquet as pq
 
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.schema import FEATURES, HELD_OUT, ROW_GROUP_ROWS, TEXT_COLUMNS, hash_item_ids, items_schema
+from llmgr_rec.data.words import words_of
+
+# A word of a single title tells no more than the item's id, one of many titles hardly anything.
+_FEWEST_TITLES = 2
+_MOST_TITLES = 0.1
 
 
 @dataclass
@@ -18,23 +25,29 @@ class Vocabulary:
     """Ids of feature values, numbered by first appearance.
 
     Args:
+        column: Text column that the values come from.
+        parse: The values that a text stands for.
+        wanted: Values that get an id; None gives one to each.
         ids: Value -> id.
     """
 
+    column: str
+    parse: Callable[[str | None], list[str]]
+    wanted: set[str] | None = None
     ids: dict[str, int] = field(default_factory=dict)
-    _known: dict[str, list[int]] = field(default_factory=dict)
 
-    def encode(self, text: str | None, values: list[str]) -> list[int]:
-        """Ids of an item's values.
+    def encode(self, texts: list[str | None]) -> list[list[int]]:
+        """Ids of the values of each item.
 
         Args:
-            text: The raw text, under which the result is remembered.
-            values: The values it stands for.
+            texts: The items' texts in the column.
         """
-        key = text or ""
-        if key not in self._known:
-            self._known[key] = [self.ids.setdefault(value, len(self.ids)) for value in values]
-        return self._known[key]
+        known: dict[str | None, list[int]] = {}
+        for text in texts:
+            if text not in known:
+                values = [value for value in self.parse(text) if self.wanted is None or value in self.wanted]
+                known[text] = [self.ids.setdefault(value, len(self.ids)) for value in values]
+        return [known[text] for text in texts]
 
 
 def category_paths(text: str | None) -> list[str]:
@@ -60,7 +73,24 @@ def brand_values(text: str | None) -> list[str]:
     return [text.strip()] if text and text.strip() else []
 
 
-_PARSERS = {"category": category_paths, "brand": brand_values}
+def title_words(text: str | None) -> list[str]:
+    """The words of a title, without repeats."""
+    return list(dict.fromkeys(words_of(text)))
+
+
+def telling_words(database: Database) -> set[str]:
+    """Words of at least two titles of the catalogue and of a tenth of them at most.
+
+    Args:
+        database: Scratch database with tables items and catalogue.
+    """
+    counts: Counter[str] = Counter()
+    num_items = 0
+    for batch in database.stream("SELECT i.title FROM catalogue c JOIN items i USING (key)"):
+        num_items += batch.num_rows
+        for title in batch.column(0).to_pylist():
+            counts.update(title_words(title))
+    return {word for word, count in counts.items() if _FEWEST_TITLES <= count <= _MOST_TITLES * num_items}
 
 
 def catalogue_hash(database: Database) -> str:
@@ -92,7 +122,11 @@ def write_items(
     Returns:
         The side features present with the sizes of their vocabularies, and whether any item has a title or description.
     """
-    vocabularies = {name: Vocabulary() for name in FEATURES}
+    vocabularies = {
+        "category": Vocabulary("category", category_paths),
+        "brand": Vocabulary("brand", brand_values),
+        "word": Vocabulary("title", title_words, telling_words(database)),
+    }
     schema = items_schema(item_id_type, bool(held_out_V.any()))
     has_text = False
     texts = ", ".join(f"i.{name}" for name in TEXT_COLUMNS)
@@ -103,8 +137,8 @@ def write_items(
         for batch in batches:
             has_text = has_text or any(_any_text(batch.column(name)) for name in ("title", "description"))
             feature_ids = {
-                name: [vocabulary.encode(text, _PARSERS[name](text)) for text in batch.column(name).to_pylist()]
-                for name, vocabulary in vocabularies.items()
+                name: vocabularies[name].encode(batch.column(vocabularies[name].column).to_pylist())
+                for name in FEATURES
             }
             first = batch.column("index")[0].as_py()
             columns = {name: batch.column(name) for name in ("index", "item_id", *TEXT_COLUMNS)}
