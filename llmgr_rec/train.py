@@ -1,7 +1,7 @@
 """`python -m llmgr_rec.train`: trains on a prepared data set, alone or under torchrun / TorchX.
 
 ```sh
-python -m llmgr_rec.train --config quickstart --dataset DATASET --output RUN
+python -m llmgr_rec.train --dataset DATASET --output RUN
 torchx run -s local_cwd dist.ddp -j 1x2 -m llmgr_rec.train -- --config quickstart --dataset DATASET --output RUN
 ```
 """
@@ -17,7 +17,9 @@ from llmgr_rec.config import StageName
 from llmgr_rec.errors import UserError
 from llmgr_rec.recipes import add_config_arguments, parse_with_config
 
-DEFAULT_RECIPE = "quickstart"
+# The recipe that ranks best, and the one that shows all stages where there is nothing but the bare command.
+DEFAULT_RECIPE = "strong"
+BARE_RECIPE = "quickstart"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,11 +61,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _with_default_recipe(argv: Sequence[str]) -> list[str]:
-    """The bare command, as `torchx run dist.ddp llmgr_rec.train` types it, runs the quickstart recipe."""
+    """Without --config settings are a recipe's: another one for the bare `torchx run dist.ddp llmgr_rec.train`."""
     words = list(argv)
-    if any(word.startswith("--") for word in words):
+    if any(word == "--config" or word.startswith("--config=") for word in words):
         return words
-    return [*words, "--config", DEFAULT_RECIPE]
+    is_bare = not any(word.startswith("--") for word in words)
+    # First, so that settings on the command line go over it.
+    return ["--config", BARE_RECIPE if is_bare else DEFAULT_RECIPE, *words]
 
 
 def _launch() -> str:

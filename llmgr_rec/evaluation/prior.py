@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import sparse
 
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.data.catalogue import Catalogue
@@ -23,7 +24,7 @@ from llmgr_rec.distributed.process_group import World, on_first_rank, patient_gr
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.baselines import ItemNeighbours
+from llmgr_rec.evaluation.baselines import DECAY, ItemNeighbours
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import (
@@ -33,6 +34,7 @@ from llmgr_rec.evaluation.protocol import (
     session_queries,
     split_reader,
 )
+from llmgr_rec.evaluation.text_neighbours import TEXT_FIELDS, has_words
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
@@ -53,9 +55,6 @@ def build_priors(
         catalogue: Their items.
         world: Ranks; all call together. Rank 0 builds and hands over, however long it takes.
         folder: Where rank 0 keeps them under names that tell what they were made of; None builds them anew.
-
-    Raises:
-        UserError: One needs text, and no item has any.
     """
     with patient_group(world) as group:
         return on_first_rank(
@@ -93,6 +92,10 @@ def _is_read(path: str) -> bool:
 
 
 def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> NeighbourPrior:
+    if name == "text_knn" and not has_words(catalogue.texts(list(TEXT_FIELDS), required=False)):
+        # What an item without words gets among others that have some.
+        logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalogue.file, ", ".join(TEXT_FIELDS))
+        return NeighbourPrior({name: 1.0}, sparse.csr_array((catalogue.num_items,) * 2, dtype=np.float32), DECAY)
     baseline = build_baseline(name, dataset, catalogue, kept)
     if not isinstance(baseline, ItemNeighbours):
         raise TypeError(f"{name} has no similarity of items")

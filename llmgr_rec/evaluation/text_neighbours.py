@@ -6,6 +6,8 @@ what a language model adds is what it ranks better than this.
 Shapes: V items, T distinct words, W words of all texts end to end.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from scipy import sparse
 
@@ -59,6 +61,11 @@ def tf_idf(texts: list[str]) -> sparse.csr_array:
     return weights_VT.T.tocsr()
 
 
+def has_words(texts: Iterable[str]) -> bool:
+    """Whether any text has a word."""
+    return any(map(words_of, texts))
+
+
 def texts_to_compare(catalogue: Catalogue) -> list[str]:
     """Title, category and brand of each item; empty where it has none of them.
 
@@ -69,7 +76,7 @@ def texts_to_compare(catalogue: Catalogue) -> list[str]:
         UserError: No item has a word in them.
     """
     texts = catalogue.texts(list(TEXT_FIELDS), required=False)
-    if not any(map(words_of, texts)):
+    if not has_words(texts):
         raise UserError(
             f"{catalogue.file}: no item has a word in {', '.join(TEXT_FIELDS)}, by which text_knn ranks; prepare the "
             "data set with an item file that has text, or leave text_knn out"

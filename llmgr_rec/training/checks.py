@@ -18,8 +18,6 @@ from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
 from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.protocol import check_baselines
-from llmgr_rec.evaluation.text_neighbours import texts_to_compare
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import has_tower, reads_item_text, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
@@ -123,9 +121,7 @@ def check_run(request: RunRequest) -> CheckedRun:
             _check_checkpoints(request, stage, catalogue)
         if "sbr" in stages and request.config.sbr.one_pass:
             _check_sbr_one_pass(request.config, dataset)
-        _check_prior(request.config.prior, dataset, catalogue)
-        if "sbr" in stages and request.config.tables.neighbour_clicks:
-            _check_words(request.config, catalogue)
+        _check_prior(request.config.prior, dataset)
         _check_language(request.config, stages, dataset, catalogue)
         _check_layout(request.config, stages, catalogue)
     return CheckedRun(dataset, catalogue, stages)
@@ -275,23 +271,13 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
         )
 
 
-def _check_prior(prior: PriorConfig, dataset: Dataset, catalogue: Catalogue) -> None:
-    """What the neighbours are made of and weighed by is there."""
-    check_baselines(prior.neighbours, catalogue)
+def _check_prior(prior: PriorConfig, dataset: Dataset) -> None:
+    """What the neighbours are weighed by is there."""
     if prior.neighbours and not prior.weights and not dataset.manifest.num_sessions["valid"]:
         raise UserError(
             f"setting prior.weights is empty, but {dataset.path} has no validation sessions to choose them on; give "
             "one weight for each of prior.neighbours, or prepare the data set with another --split"
         )
-
-
-def _check_words(config: Config, catalogue: Catalogue) -> None:
-    """There are words by which items are alike."""
-    try:
-        texts_to_compare(catalogue)
-    except UserError as error:
-        clicks = config.tables.neighbour_clicks
-        raise UserError(f"setting tables.neighbour_clicks is {clicks}, but {error}; or set it to 0") from None
 
 
 def _check_sbr_one_pass(config: Config, dataset: Dataset) -> None:

@@ -312,14 +312,25 @@ def test_without_validation_sessions_weights_must_be_given(trained: Run, tmp_pat
     check_run(trained.request(config=given, dataset=dataset, output=output, stage="sbr"))
 
 
-def test_words_are_needed_before_anything_is_trained(trained: Run, tmp_path: Path) -> None:
+def test_a_data_set_without_words_trains_as_if_words_said_nothing(
+    trained: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One recipe serves click logs without text as well as shops."""
     clicks = [(f"u{user}", f"i{(user + place) % 9}", place) for user in range(20) for place in range(5)]
     items = tmp_path / "items.parquet"
     pq.write_table(
         pa.table({"item_id": [f"i{number}" for number in range(9)], "title": pa.nulls(9, pa.string())}), items
     )
     dataset = prepare(tmp_path, clicks, items=str(items)).dataset
-    config = replace(trained.config, prior=PriorConfig(["text_knn"]))
-    with pytest.raises(UserError, match="no item has a word in title, category, brand, by which text_knn ranks"):
-        train_run(RunRequest(config, dataset.path, tmp_path / "run", "sbr", resume=False))
-    assert not (tmp_path / "run").exists()
+    prior = PriorConfig(["item_knn", "text_knn"])
+    bundles = []
+    for name, drawn in (("plain", 0.0), ("drawn", 2.0)):
+        config = replace(trained.config, prior=prior, tables=replace(trained.config.tables, neighbour_clicks=drawn))
+        train_run(RunRequest(config, dataset.path, tmp_path / name, "sbr", resume=False))
+        bundles.append(load_bundle(tmp_path / name / "export/sbr"))
+    assert "no item has a word in title, category, brand, so text_knn adds nothing" in caplog.text
+    plain, drawn = bundles
+    assert plain.prior is not None
+    assert plain.prior.weights["text_knn"] == 0
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(drawn.model.state_dict()[name], tensor), name

@@ -4,8 +4,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +21,6 @@ from llmgr_rec.modules.rare_rows import NEIGHBOURS
 from llmgr_rec.recipes import save_config
 from llmgr_rec.training import rare_rows
 from llmgr_rec.training.checks import RunRequest, check_run
-from tests.data.prepare_inputs import edit_manifest
 from tests.modules.small_llmgr import raw_sessions
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
@@ -166,24 +163,6 @@ def test_a_later_stage_does_not_take_another_number(trained: Trained) -> None:
     request = RunRequest(config, trained.folder / "dataset", trained.folder / "1-column_wise", "behave", resume=True)
     with pytest.raises(UserError, match=r"setting tables\.neighbour_clicks is 3\.0, but stage sbr in .* with 2\.0"):
         check_run(request)
-
-
-def test_items_without_words_are_refused_before_anything_is_trained(trained: Trained, tmp_path: Path) -> None:
-    dataset = tmp_path / "dataset"
-    shutil.copytree(trained.folder / "dataset", dataset)
-    items = pq.read_table(dataset / "items.parquet")
-    for name in ("title", "category", "brand"):
-        at = items.schema.get_field_index(name)
-        items = items.set_column(at, items.schema.field(at), pa.nulls(len(items), pa.string()))
-    file = dataset / "items.parquet"
-    pq.write_table(items, file)
-    size = file.stat().st_size
-    edit_manifest(dataset, lambda manifest: manifest["files"]["items.parquet"].update(bytes=size))
-    expected = (
-        r"setting tables\.neighbour_clicks is 2\.0, but .*no item has a word in title, category, brand.*set it to 0"
-    )
-    with pytest.raises(UserError, match=expected):
-        check_run(RunRequest(config_of(trained.folder), dataset, tmp_path / "run", "all", resume=False))
 
 
 @pytest.mark.parametrize(("clicks", "message"), [(-1.0, "-1.0; give 0 or more"), (float("nan"), "nan; give a finite")])
