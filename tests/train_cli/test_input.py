@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llmgr_rec import train
+from llmgr_rec.recipes import load_config
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
     PART,
@@ -189,6 +191,28 @@ def test_a_setting_that_cannot_be_is_named(
 )
 def test_settings_that_are_not_there_are_named(refused: Refused, name: str, message: str) -> None:
     assert re.search(message, refused(config=name))
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        ([], "quickstart"),
+        (["--dataset", "shop"], "strong"),
+        (["--dataset", "shop", "--config", "paper"], "paper"),
+        (["--config=paper", "--tables.dim", "8"], "paper"),
+    ],
+)
+def test_without_settings_the_recipe_that_ranks_best_is_taken(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], recipe: str
+) -> None:
+    taken = []
+    monkeypatch.setattr("llmgr_rec.training.run.train_run", lambda request: taken.append(request.config) or [])
+    monkeypatch.setattr(train, "_synthetic_dataset", lambda: Path("synthetic"))
+    train.main([*words, "--seed", "3"] if words else [])
+    expected = load_config(recipe)
+    expected.seed = 3 if words else 0
+    expected.tables.dim = 8 if "--tables.dim" in words else expected.tables.dim
+    assert taken == [expected]
 
 
 # The command itself
