@@ -290,7 +290,7 @@ def test_every_group_trains_when_asked_to(trained: Trained) -> None:
     run = trained.run(2, "everything_trains", "column_wise")
     sbr, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "behave"))
     start = fresh_tensors(everything_trains(trained.folder), trained.folder)
-    assert moved(sbr.tables, behave.tables) == {"item_id", "category", "brand"}
+    assert moved(sbr.tables, behave.tables) == {"item_id", "category", "brand", "word"}
     assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
     assert moved(start.language, behave.language) == set(start.language) - CONSTANTS
     assert moved(start.lora, behave.lora) == set(start.lora)
@@ -302,7 +302,7 @@ def test_what_gradients_reach_stays_frozen(trained: Trained, sharding: str, size
     run = trained.run(size, "parts_train", sharding)
     start = fresh_tensors(parts_train(trained.folder), trained.folder)
     sbr, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "behave"))
-    assert moved(start.tables, sbr.tables) == {"item_id", "category", "brand"}
+    assert moved(start.tables, sbr.tables) == {"item_id", "category", "brand", "word"}
     assert moved(start.recommender, sbr.recommender) == set()
     assert moved(sbr.tables, behave.tables) == set()
     assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
