@@ -276,7 +276,8 @@ class ControlsConfig:
     Args:
         random_llm: The language model keeps architecture and tokenizer, but its weights are drawn afresh by its own
             initialisation; text encodings of items come from it too.
-        shuffled_text: Each item gets the text of another one wherever text is read.
+        shuffled_text: Each item gets the text of another one wherever the language model reads it; side features, words
+            among them, and neighbours by words stay.
         no_graph: The soft token at {graph} is the same learned vector for all sessions, and stage align leaves its
             contrast out. The head's residual and the student still know the session vector.
         no_nodes: The soft tokens at {nodes} are the same learned vector for all items, so that a prompt tells how many
