@@ -78,6 +78,7 @@ def run(benchmark, tmp_path, *words):
     return json.loads(path.read_text())["results"]
 
 
+@pytest.mark.slow
 def test_tuning_reports_ratio_and_agreement(tmp_path, capsys):
     results = run(tuning, tmp_path, "--agreement_steps", "2", "--plain_steps", "1")
     assert len(results) == 3
@@ -88,6 +89,7 @@ def test_tuning_reports_ratio_and_agreement(tmp_path, capsys):
     assert "times the targets a second" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_utilisation_reports_shares_of_the_peak(tmp_path):
     results = run(utilisation, tmp_path)
     assert 0 < results["shares"]["training"]["median"] < 1

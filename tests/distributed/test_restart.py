@@ -28,6 +28,7 @@ shutdown()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_find_each_other_after_each_restart(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -33,6 +33,7 @@ def test_the_documented_line_trains_all_stages(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / "export" / "sbr" / "tables").glob("item_id-*.safetensors"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_user_error_is_told_and_fails_the_job(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".torchxconfig", tmp_path)

@@ -236,6 +236,7 @@ def test_the_command_exits_2_with_one_line(settings: Path, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_say_it_once_and_wait_for_nobody(settings: Path, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
