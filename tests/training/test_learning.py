@@ -75,10 +75,10 @@ def hit_rates(folder: Path, config: Config, items: int, sessions: int, timeout_s
 
 
 def test_models_learn_from_clicks_and_titles(tmp_path: Path) -> None:
-    rates = hit_rates(tmp_path, learner(tmp_path / "prompts.yaml"), items=250, sessions=800, timeout_s=200)
+    rates = hit_rates(tmp_path, learner(tmp_path / "prompts.yaml"), items=250, sessions=1200, timeout_s=200)
     assert rates.sbr > 2.5 * rates.popularity, rates
-    assert rates.tuned > rates.sbr + 0.2, rates
-    assert rates.tuned > rates.tuned_on_shuffled_titles + 0.2, rates
+    assert rates.tuned > rates.sbr + 0.3, rates
+    assert rates.tuned > rates.tuned_on_shuffled_titles + 0.3, rates
     assert rates.tuned_on_shuffled_titles > rates.sbr - 0.05, f"tuning spoils the recommender: {rates}"
 
 
