@@ -34,7 +34,7 @@ def test_beauty_has_the_published_counts(tmp_path: Path) -> None:
     assert manifest.num_examples["train"] == 198_502 - 3 * 22_363
     assert manifest.has_text
     assert not manifest.clicks_repeat
-    assert set(manifest.features) == {"category"}
+    assert set(manifest.features) == {"category", "word"}
 
 
 @pytest.mark.real_data
