@@ -22,6 +22,8 @@ CONFIG ?= quickstart
 ARGS ?=
 
 BIN = $(VENV)/bin
+# One worker a core, a file's tests in one worker because they share what is costly to make.
+SPREAD = --numprocesses logical --maxprocesses 8 --dist loadfile
 # Children are started by name (torchrun by TorchX), so the environment's programs come first.
 export PATH := $(abspath $(BIN)):$(PATH)
 # The locked packages and nothing else: no user site, no package folders of the caller.
@@ -43,10 +45,10 @@ demo: venv
 	@$(BIN)/python -m torchx_components.pipeline --data "$(DATA)" --output "$(RUN)" --config "$(CONFIG)"
 
 test: venv
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 test-all: venv
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow" $(ARGS)
 
 lint: venv
 	$(BIN)/python -m ruff check .
