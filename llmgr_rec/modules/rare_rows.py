@@ -3,7 +3,8 @@
 The id row of an item is learned from its clicks. With few of them it is mostly where it started, with none it knows
 nothing, and a score by ids then ranks the item behind all that were clicked more, whatever its text says. So an item
 of n training clicks takes the row (n * own + c * mean of its neighbours' rows) / (n + c): its own row counts as often
-as it was clicked, its neighbours' as if that were c further clicks.
+as it was clicked, its neighbours' as if that were c further clicks. An item without neighbours keeps its row, and one without clicks as well has a row of
+zeros: what it learned is only not to be recommended.
 
 Shapes: U items of a range, N neighbours, C columns of id rows.
 """
@@ -36,10 +37,10 @@ def draw_to_neighbours(
     Args:
         rows_UC: The items' own rows.
         near_UNC: Their neighbours' rows.
-        weights_UN: Weights of the neighbours; an item whose weights are all 0 keeps its row.
+        weights_UN: Weights of the neighbours; all 0 where an item has none.
         train_count_U: Training clicks n of each item.
         clicks: Clicks c that the neighbours count for, above 0.
     """
     mean_UC = (near_UNC * weights_UN.unsqueeze(2)).sum(dim=1)
-    share_U = clicks / (train_count_U + clicks) * weights_UN.any(dim=1)
+    share_U = clicks / (train_count_U + clicks) * (weights_UN.any(dim=1) | (train_count_U == 0))
     return torch.lerp(rows_UC, mean_UC, share_U.unsqueeze(1).to(rows_UC.dtype))

@@ -193,7 +193,7 @@ def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, Session
     model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
     fill_text_table(model, encodings)
-    if not config.tables.neighbour_clicks:
+    if not config.tables.neighbour_clicks:  # which has made up rows for them, or zeros
         # Rows that no click has trained would only blur what the texts say of their items.
         zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
     return model, recommender

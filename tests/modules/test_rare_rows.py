@@ -13,9 +13,9 @@ def test_neighbours_share_by_their_squared_cosines():
 
 def test_rows_are_drawn_the_further_the_rarer_an_item_is():
     generator = torch.Generator().manual_seed(1)
-    rows_UC, near_UNC = torch.randn(5, 8, generator=generator), torch.randn(5, 2, 8, generator=generator)
-    weights_UN = torch.tensor([[0.25, 0.75]] * 4 + [[0.0, 0.0]])
-    count_U = torch.tensor([0, 1, 6, 10**9, 0])
+    rows_UC, near_UNC = torch.randn(6, 8, generator=generator), torch.randn(6, 2, 8, generator=generator)
+    weights_UN = torch.tensor([[0.25, 0.75]] * 4 + [[0.0, 0.0]] * 2)
+    count_U = torch.tensor([0, 1, 6, 10**9, 1, 0])
     drawn_UC = draw_to_neighbours(rows_UC, near_UNC, weights_UN, count_U, 2.0)
     mean_UC = 0.25 * near_UNC[:, 0] + 0.75 * near_UNC[:, 1]
     torch.testing.assert_close(drawn_UC[0], mean_UC[0])
@@ -23,3 +23,4 @@ def test_rows_are_drawn_the_further_the_rarer_an_item_is():
     torch.testing.assert_close(drawn_UC[2], (6 * rows_UC[2] + 2 * mean_UC[2]) / 8)
     torch.testing.assert_close(drawn_UC[3], rows_UC[3])
     assert torch.equal(drawn_UC[4], rows_UC[4]), "no neighbours"
+    assert not drawn_UC[5].any(), "neither neighbours nor clicks"
