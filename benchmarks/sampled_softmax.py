@@ -140,7 +140,7 @@ def compare_quality(folder: Path, args: dict[str, Any], threads: int) -> dict[st
         for loss, values in best.items():
             run = folder / f"{loss}-{seed}"
             words = ["--config", "quickstart", "--dataset", dataset, "--output", str(run), "--stage", "sbr"]
-            words += ["--seed", str(seed), "--sbr.epochs", str(args["epochs"])]
+            words += ["--prior.neighbours", "[]", "--seed", str(seed), "--sbr.epochs", str(args["epochs"])]
             words += ["--loss.full_softmax_max_items", "0" if loss == "sampled" else str(10**9)]
             words += ["--loss.sampled_items", str(args["sampled_items"]), "--runtime.threads_per_rank", str(threads)]
             run_module("llmgr_rec.train", words)

@@ -126,6 +126,7 @@ def _train(dataset: Dataset, run: Path, args: Any) -> Path:
         "prompt.templates": args.templates,
         # Encoding the items' texts takes minutes and has no part in what is compared.
         "head.item_text": "false",
+        "prior.neighbours": "[]",
         "sbr.max_steps": 50,
         "align.epochs": 0,
         "behave.max_steps": 20,

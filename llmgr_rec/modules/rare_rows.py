@@ -3,8 +3,8 @@
 The id row of an item is learned from its clicks. With few of them it is mostly where it started, with none it knows
 nothing, and a score by ids then ranks the item behind all that were clicked more, whatever its text says. So an item
 of n training clicks takes the row (n * own + c * mean of its neighbours' rows) / (n + c): its own row counts as often
-as it was clicked, its neighbours' as if that were c further clicks. An item without neighbours keeps its row, and one without clicks as well has a row of
-zeros: what it learned is only not to be recommended.
+as it was clicked, its neighbours' as if that were c further clicks. An item without neighbours keeps its row; without
+clicks as well it has a row of zeros, for what it learned is only not to be recommended.
 
 Shapes: U items of a range, N neighbours, C columns of id rows.
 """

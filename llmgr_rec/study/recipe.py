@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from llmgr_rec.cli import make_parser
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
@@ -78,10 +78,10 @@ class Study:
         return own or self.reference
 
     def settings_of(self, variant: Variant, seed: int) -> Config:
-        """All settings of a variant; a stage after the one that answers is left out.
+        """All settings of a variant; a stage after the one that answers is left out, and the recipe's neighbours.
 
         Raises:
-            UserError: A setting is not known, of the wrong type or out of its range.
+            UserError: A setting is not known, of the wrong type, out of its range or the study's own to make.
         """
         parser = make_parser("llmgr_rec.experiments", self.title)
         add_config_arguments(parser)
@@ -91,11 +91,12 @@ class Study:
             config = parse_with_config(parser, ["--config", self.config, *words])[1]
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from None
-        if config.prior.neighbours:
+        if priors := [name for name in chosen if name.startswith("prior.")]:
             raise UserError(
-                f"variant {variant.name}: prior.neighbours is {', '.join(config.prior.neighbours)}, but an experiment "
-                "adds neighbours by itself; leave it out, and give the variant a blend"
+                f"variant {variant.name}: an experiment adds neighbours by itself; leave {', '.join(priors)} out, and "
+                "give the variant a blend"
             )
+        config.prior = PriorConfig()
         if variant.model == "sbr":
             config.text.epochs = 0
         if variant.model in ("sbr", "text"):

@@ -3,6 +3,7 @@
 import pytest
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.recipes import load_config
 from llmgr_rec.study.recipe import Variant, load_study, study_names
 
 
@@ -25,6 +26,14 @@ def test_settings_of_a_variant_lie_over_those_of_the_study(tmp_path):
     assert (second.align.epochs, second.behave.epochs, second.distill.epochs) == (1, 1, 0)
     assert second.behave.one_pass
     assert study.reference == "a"
+
+
+def test_the_neighbours_of_the_recipe_that_a_study_starts_from_are_left_out(tmp_path):
+    file = tmp_path / "e.yaml"
+    file.write_text("config: strong\nvariants: {a: {model: sbr}}\n")
+    study = load_study(str(file))
+    assert load_config("strong").prior.neighbours
+    assert not study.settings_of(study.variants[0], seed=0).prior.neighbours
 
 
 def test_a_variant_is_compared_with_the_one_it_names_or_with_the_reference(tmp_path):
@@ -93,7 +102,7 @@ def test_a_grid_has_a_point_for_each_combination():
         ("variants: {a: {}, b: {against: b}}\n", "variant b: it has no gain against itself"),
         (
             "settings: {prior.neighbours: [item_knn]}\nvariants: {a: {}}\n",
-            "variant a: prior.neighbours is item_knn",
+            "variant a: an experiment adds neighbours by itself; leave prior.neighbours out",
         ),
         ("variants: [\n", "is no YAML"),
     ],
