@@ -6,6 +6,7 @@ torchx run -s local_cwd dist.ddp -j 1x2 -m llmgr_rec.train -- --config quickstar
 ```
 """
 
+import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -35,9 +36,13 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--output", type=str, help="Run folder to create; default runs/ID of the launch.")
     parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to run.")
-    parser.add_argument("--resume", action="store_true", help="Continue an interrupted run exactly where it stopped.")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue an interrupted run exactly where it stopped, with its own settings.",
+    )
     add_config_arguments(parser)
-    arguments, config = parse_with_config(parser, _with_default_recipe(argv))
+    arguments, config = parse_with_config(parser, _with_default_settings(argv))
 
     if arguments.resume and not (arguments.output or _launch()):
         raise UserError("--resume has nothing to continue; name the run folder with --output")
@@ -60,14 +65,23 @@ def main(argv: Sequence[str]) -> None:
         print(f"trained {', '.join(stages) or 'nothing new'}; run folder {output}")
 
 
-def _with_default_recipe(argv: Sequence[str]) -> list[str]:
-    """Without --config settings are a recipe's: another one for the bare `torchx run dist.ddp llmgr_rec.train`."""
-    words = list(argv)
-    if any(word == "--config" or word.startswith("--config=") for word in words):
-        return words
-    is_bare = not any(word.startswith("--") for word in words)
+def _with_default_settings(argv: Sequence[str]) -> list[str]:
+    """Without --config a run that is continued keeps its settings, and another one has those of a recipe."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    # A value that is missing is for the real parser to tell.
+    parser.add_argument("--config", nargs="?", const="")
+    parser.add_argument("--output", nargs="?", default="", const="")
+    parser.add_argument("--resume", action="store_true")
+    given, _ = parser.parse_known_args(argv)
+    if given.config is not None:
+        return list(argv)
+    own = Path(given.output, "config.yaml")
+    if given.resume and given.output and own.is_file():
+        settings = str(own)
+    else:
+        settings = DEFAULT_RECIPE if any(word.startswith("--") for word in argv) else BARE_RECIPE
     # First, so that settings on the command line go over it.
-    return ["--config", BARE_RECIPE if is_bare else DEFAULT_RECIPE, *words]
+    return ["--config", settings, *argv]
 
 
 def _launch() -> str:

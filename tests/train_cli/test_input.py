@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec import train
-from llmgr_rec.recipes import load_config
+from llmgr_rec.recipes import load_config, save_config
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
     PART,
@@ -213,6 +213,27 @@ def test_without_settings_the_recipe_that_ranks_best_is_taken(
     expected.seed = 3 if words else 0
     expected.tables.dim = 8 if "--tables.dim" in words else expected.tables.dim
     assert taken == [expected]
+
+
+@pytest.mark.parametrize("output", [["--output", "run"], ["--output=run"]])
+def test_a_run_goes_on_with_its_own_settings_where_none_are_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    taken = []
+    monkeypatch.setattr("llmgr_rec.training.run.train_run", lambda request: taken.append(request.config) or [])
+    words = [*output, "--dataset", "shop", "--resume"]
+    train.main(words)
+    own = load_config("paper")
+    own.tables.dim = 24
+    Path("run").mkdir()
+    save_config(own, "run/config.yaml")
+    train.main(words)
+    train.main([*words, "--config", "quickstart"])
+    train.main([*words, "--tables.dim", "32"])
+    assert taken[:3] == [load_config("strong"), own, load_config("quickstart")]
+    own.tables.dim = 32
+    assert taken[3] == own
 
 
 # The command itself
