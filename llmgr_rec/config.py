@@ -377,3 +377,8 @@ class Config:
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def trained_stages(config: Config) -> list[StageName]:
+    """Stages that a whole run trains, in order: sbr always, the others where they have epochs."""
+    return [stage for stage in STAGES if stage == "sbr" or getattr(config, stage).epochs]

@@ -11,12 +11,15 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmgr_rec.cli import is_first_rank, make_parser, run_cli
-from llmgr_rec.config import StageName
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.errors import UserError
 from llmgr_rec.recipes import add_config_arguments, parse_with_config
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 # The recipe that ranks best, and the one that shows all stages where there is nothing but the bare command.
 DEFAULT_RECIPE = "strong"
@@ -30,20 +33,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: Something in arguments, data set, settings or run folder is wrong. It is raised on every rank before
             any rank waits for another.
     """
-    parser = make_parser("llmgr_rec.train", "Trains the session recommender and tunes the language model on it.")
-    parser.add_argument(
-        "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
-    )
-    parser.add_argument("--output", type=str, help="Run folder to create; default runs/ID of the launch.")
-    parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to run.")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="Continue an interrupted run exactly where it stopped, with its own settings.",
-    )
-    add_config_arguments(parser)
-    arguments, config = parse_with_config(parser, _with_default_settings(argv))
-
+    arguments, config = parse_arguments(argv)
     if arguments.resume and not (arguments.output or _launch()):
         raise UserError("--resume has nothing to continue; name the run folder with --output")
 
@@ -63,6 +53,27 @@ def main(argv: Sequence[str]) -> None:
     )
     if is_first_rank():
         print(f"trained {', '.join(stages) or 'nothing new'}; run folder {output}")
+
+
+def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
+    """The command's arguments and all settings.
+
+    Raises:
+        UserError: An argument or setting is unknown, of the wrong type or out of its range.
+    """
+    parser = make_parser("llmgr_rec.train", "Trains the session recommender and tunes the language model on it.")
+    parser.add_argument(
+        "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
+    )
+    parser.add_argument("--output", type=str, help="Run folder to create; default runs/ID of the launch.")
+    parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to run.")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="Continue an interrupted run exactly where it stopped, with its own settings.",
+    )
+    add_config_arguments(parser)
+    return parse_with_config(parser, _with_default_settings(argv))
 
 
 def _with_default_settings(argv: Sequence[str]) -> list[str]:

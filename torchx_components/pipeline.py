@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmgr_rec.cli import run_cli
+from llmgr_rec.config import trained_stages
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.results import format_table, read_metrics
+from llmgr_rec.evaluation.results import format_table, prior_notes, read_metrics
+from llmgr_rec.train import parse_arguments
 
 INPUT_FILES = ("interactions.parquet", "items.parquet")
 STOP_TIMEOUT_S = 60
@@ -54,7 +56,12 @@ def plan_steps(
         config: Recipe name or YAML file of the training.
         ranks: Training processes on this machine.
         train_arguments: Further arguments of the trainer.
+
+    Raises:
+        UserError: A setting or an argument of the trainer is wrong.
     """
+    arguments, settings = parse_arguments(["--config", config, *train_arguments])
+    last_stage = trained_stages(settings)[-1] if arguments.stage == "all" else arguments.stage
     dataset, run, metrics = output / "dataset", output / "run", output / "run" / "metrics.json"
     shown = ("--dataset", dataset, "--scores", output / "scores")
     steps = []
@@ -67,7 +74,7 @@ def plan_steps(
         Step(
             "train",
             _train_command(dataset, run, config, ranks, train_arguments),
-            run / "export" / "behave" / "bundle.json",
+            run / "export" / last_stage / "bundle.json",
         ),
         Step(
             "evaluate", _module("llmgr_rec.evaluate", "--run", run, "--dataset", dataset, "--output", metrics), metrics
@@ -221,13 +228,14 @@ def main(argv: Sequence[str]) -> None:
         "config": arguments.config,
         "training arguments": shlex.join(further) or "none",
     }
+    steps = plan_steps(data, output, arguments.config, arguments.ranks, further)
     claim_output(output, settings)
     signal.signal(signal.SIGTERM, _stop)
     environment = child_environment(arguments.ranks)
-    steps = plan_steps(data, output, arguments.config, arguments.ranks, further)
     run_steps(steps, lambda command: run_command(command, environment))
     metrics = read_metrics(output / "run" / "metrics.json")
-    print(f"\n{format_table(metrics['test'])}\n({metrics['count']:,} test sessions, {metrics['protocol']})\n")
+    print("", format_table(metrics["test"]), *prior_notes(metrics["priors"]), sep="\n")
+    print(f"({metrics['count']:,} test sessions, {metrics['protocol']})\n")
     for what, where in (("report", "report/index.html"), ("scores", "scores/"), ("trained run", "run/")):
         print(f"{what + ':':<13}{output / where}")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from llmgr_rec.config import STAGES, Config, PriorConfig, StageName
+from llmgr_rec.config import STAGES, Config, PriorConfig, StageName, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import num_decoder_layers
@@ -24,7 +24,6 @@ from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
-from llmgr_rec.training.stages import stage_settings
 
 # Settings that decide the shape or the meaning of the weights which a stage takes over from the one before.
 _RECOMMENDER_SETTINGS = (
@@ -148,13 +147,10 @@ def _stages_to_run(request: RunRequest) -> list[StageName]:
             f"stage {again[0]} of {request.output} is complete already; "
             "give another --output, or --resume to go on with what is missing"
         )
-    if request.stage != "all" and not _takes_part(request.config, request.stage):
+    trained = trained_stages(request.config)
+    if request.stage != "all" and request.stage not in trained:
         raise UserError(f"setting {request.stage}.epochs is 0, so --stage {request.stage} has nothing to train")
-    return [stage for stage in wanted if stage not in done and _takes_part(request.config, stage)]
-
-
-def _takes_part(config: Config, stage: StageName) -> bool:
-    return stage == "sbr" or bool(stage_settings(config, stage).epochs)
+    return [stage for stage in wanted if stage not in done and stage in trained]
 
 
 def _complete_stages(output: Path) -> set[StageName]:
@@ -179,7 +175,7 @@ def _check_order(request: RunRequest, stages: Sequence[StageName]) -> None:
     if not request.resume and (started or (request.stage == "all" and (output / "config.yaml").exists())):
         raise UserError(f"{output} holds a run already; add --resume to continue it, or give another --output")
     place = STAGES.index(first)
-    missing = [stage for stage in STAGES[:place] if _takes_part(request.config, stage) and stage not in done]
+    missing = [stage for stage in trained_stages(request.config) if STAGES.index(stage) < place and stage not in done]
     if missing:
         skip = "" if missing[0] == "sbr" else f", or leave it out with --{missing[0]}.epochs 0"
         raise UserError(

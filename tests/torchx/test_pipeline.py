@@ -57,6 +57,30 @@ def test_steps_run_in_order_and_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert again.ran == []
 
 
+@pytest.mark.parametrize(
+    ("config", "further", "stage"),
+    [
+        ("quickstart", [], "behave"),
+        ("strong", [], "sbr"),
+        ("quickstart", ["--behave.epochs", "0"], "align"),
+        ("quickstart", ["--stage", "sbr"], "sbr"),
+    ],
+)
+def test_training_is_over_with_the_last_stage_that_the_settings_have(
+    tmp_path: Path, config: str, further: list[str], stage: str
+) -> None:
+    train = pipeline.plan_steps(tmp_path, tmp_path, config, 2, further)[1]
+    assert train.name == "train"
+    assert train.product == tmp_path / "run" / "export" / stage / "bundle.json"
+
+
+def test_a_mistake_in_settings_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    data, out = make_input(tmp_path / "data"), tmp_path / "out"
+    with pytest.raises(UserError, match="did you mean strong"):
+        pipeline.main(["--data", str(data), "--output", str(out), "--config", "stong"])
+    assert not out.exists()
+
+
 def test_it_goes_on_after_the_step_that_failed(tmp_path: Path) -> None:
     steps = pipeline.plan_steps(None, tmp_path, "quickstart", 2)
     with pytest.raises(UserError, match="step evaluate ended with code 3"):
@@ -121,6 +145,7 @@ def test_it_ends_with_the_table_and_the_places(
         code = fake(command)
         if fake.ran[-1] == "evaluate":
             content = {"test": {"sbr": values, "llmgr": values}, "count": 1234, "protocol": "by this rule"}
+            content["priors"] = {"llmgr": {"item_knn": 4.0}}
             write_metrics(out / "run" / "metrics.json", content)
         return code
 
@@ -129,6 +154,7 @@ def test_it_ends_with_the_table_and_the_places(
     pipeline.main(["--data", str(data), "--output", str(out)])
     said = capsys.readouterr().out
     assert "0.2500" in said
+    assert "\nLLMGR with item_knn x 4\n" in said
     assert "1,234 test sessions, by this rule" in said
     assert str(out / "report" / "index.html") in said
     assert json.loads((out / "pipeline.json").read_text())["data"] == str(data)
