@@ -3,9 +3,10 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,6 +15,9 @@ from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 FOLDER = RECIPES / "experiments"
 MODELS = ("sbr", "text", "llmgr", "student")
@@ -83,12 +87,10 @@ class Study:
         Raises:
             UserError: A setting is not known, of the wrong type, out of its range or the study's own to make.
         """
-        parser = make_parser("llmgr_rec.experiments", self.title)
-        add_config_arguments(parser)
         chosen = {**self.settings, **variant.settings, "seed": seed}
         words = [word for name, value in chosen.items() for word in (f"--{name}", _word(value))]
         try:
-            config = parse_with_config(parser, ["--config", self.config, *words])[1]
+            config = parse_with_config(_settings_parser(), ["--config", self.config, *words])[1]
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from None
         if priors := [name for name in chosen if name.startswith("prior.")]:
@@ -110,6 +112,14 @@ class Study:
         if variant.model == "llmgr" and not (config.align.epochs or config.behave.epochs):
             raise UserError(f"variant {variant.name}: align.epochs and behave.epochs are 0; give model: sbr instead")
         return config
+
+
+@cache
+def _settings_parser() -> "ArgumentParser":
+    """Made once: it takes longer than parsing, and a study parses the settings of every point and seed."""
+    parser = make_parser("llmgr_rec.experiments", "Settings of a variant.")
+    add_config_arguments(parser)
+    return parser
 
 
 def study_names() -> list[str]:
