@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> None:
     environment = child_environment(arguments.ranks)
     run_steps(steps, lambda command: run_command(command, environment))
     metrics = read_metrics(output / "run" / "metrics.json")
-    print("", format_table(metrics["test"]), *prior_notes(metrics["priors"]), sep="\n")
+    print("", format_table(metrics["test"]), *prior_notes(metrics.get("priors", {})), sep="\n")
     print(f"({metrics['count']:,} test sessions, {metrics['protocol']})\n")
     for what, where in (("report", "report/index.html"), ("scores", "scores/"), ("trained run", "run/")):
         print(f"{what + ':':<13}{output / where}")
