@@ -30,7 +30,8 @@ class TablesConfig:
         init_std: Standard deviation of the initial rows.
         memory_per_rank_gb: Memory that the planner may use for tables on each rank, in GiB.
         item_text: Add the projected encoding of the item's text, by the language model, to its vector; off, because
-            beside words it adds nothing (docs/experiments.md, What the language model's encodings add to words).
+            beside words it added nothing on Amazon Industrial (docs/experiments.md, What the language model's encodings
+            add to words).
         id_dropout: Share of the item ids whose row is left out of the item vector in a training step, so that text has
             to carry items without clicks, 0 to 1; 1 makes vectors without ids. Needs tables.item_text; stage sbr only.
         neighbour_clicks: Training clicks that the id rows of an item's ten nearest neighbours by words count for beside
@@ -57,8 +58,8 @@ class EncoderConfig:
     """Session encoder: reads a session graph into node states and one session vector.
 
     Args:
-        name: Registered encoder; GC-SAN ranks best of the five with words and neighbours (docs/experiments.md, Five
-            kinds of session recommenders).
+        name: Registered encoder; GC-SAN ranks best of the five with words and neighbours on Amazon Industrial
+            (docs/experiments.md, Five kinds of session recommenders).
         steps: Message-passing steps of the gated graph network.
         attention_layers: Self-attention blocks, after the graph network in GC-SAN (GC-SAN, SASRec).
         attention_heads: Heads in each self-attention block (GC-SAN, SASRec).
