@@ -282,6 +282,8 @@ class ControlsConfig:
             initialisation; text encodings of items come from it too.
         shuffled_text: Each item gets the text of another one wherever the language model reads it; side features, words
             among them, and neighbours by words stay.
+        shuffled_words: Each item gets the rows of another one's words (`word` among tables.side_features); what else
+            reads item text stays.
         no_graph: The soft token at {graph} is the same learned vector for all sessions, and stage align leaves its
             contrast out. The head's residual and the student still know the session vector.
         no_nodes: The soft tokens at {nodes} are the same learned vector for all items, so that a prompt tells how many
@@ -290,6 +292,7 @@ class ControlsConfig:
 
     random_llm: bool = False
     shuffled_text: bool = False
+    shuffled_words: bool = False
     no_graph: bool = False
     no_nodes: bool = False
 

@@ -42,7 +42,7 @@ def shuffle_texts(tokens: Jagged, seed: int) -> Jagged:
     Every text is given once, and none stays where it was, unless there is but one.
 
     Args:
-        tokens: Token ids, one row an item.
+        tokens: Ids of tokens or words, one row an item.
         seed: Decides who gets whose.
     """
     with_text = torch.nonzero(tokens.lengths).flatten()

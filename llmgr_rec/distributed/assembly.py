@@ -143,7 +143,7 @@ def make_collator(
         tokens = item_tokens(config, catalogue) if tokens is None else tokens
         separator = load_tokenizer(config.llm.name_or_path)(_TEXT_SEPARATOR, add_special_tokens=False)["input_ids"]
     return Collator(
-        catalogue,
+        _controlled(config, catalogue),
         catalogue.num_items,
         config.tables.side_features,
         candidates=_candidates(config, catalogue, purpose),
@@ -157,6 +157,14 @@ def make_collator(
         item_text=config.tables.item_text if purpose == "sbr" else recommender_reads_text(config),
         left_out=left_out_ids(config, catalogue, purpose),
     )
+
+
+def _controlled(config: Config, catalogue: Catalogue) -> Catalogue:
+    """The catalogue, or one in which items have the words of others where that control is on."""
+    if not config.controls.shuffled_words or "word" not in catalogue.features:
+        return catalogue
+    words = shuffle_texts(catalogue.features["word"], config.seed)
+    return replace(catalogue, features={**catalogue.features, "word": words})
 
 
 def left_out_ids(config: Config, catalogue: Catalogue, purpose: Purpose) -> LeftOutIds | None:

@@ -43,6 +43,14 @@ logger = logging.getLogger(__name__)
 
 # Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
 _LATER_PARTS = ("text", "llm", "prompt", "head", "align", "behave", "distill", "controls")
+# Settings that came later than cells did: where they are off, cells keep the names they had.
+_LATER_SETTINGS = (
+    ("sbr", "one_pass"),
+    ("head", "text_only"),
+    ("head", "apart"),
+    ("tables", "neighbour_clicks"),
+    ("controls", "shuffled_words"),
+)
 
 
 @dataclass(frozen=True)
@@ -139,6 +147,8 @@ class Bench:
         texts = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
         if config.tables.item_text:
             first["text"] = texts
+        if config.controls.shuffled_words:
+            first["shuffled_words"] = True
         plain = {**first, "tables": {**first["tables"]}}
         clicks = plain["tables"].pop("neighbour_clicks", 0.0)
         run = self._folder / "runs" / f"sbr-{self._key(plain)}"
@@ -191,9 +201,9 @@ class Bench:
 
 
 def _said(config: Config) -> dict[str, Any]:
-    """All settings, without those that came later than cells did where they are off: such cells keep their names."""
+    """All settings, without the later ones that are off."""
     parts = asdict(config)
-    for part, name in (("sbr", "one_pass"), ("head", "text_only"), ("head", "apart"), ("tables", "neighbour_clicks")):
+    for part, name in _LATER_SETTINGS:
         if not parts[part][name]:
             del parts[part][name]
     if not has_tower(config):

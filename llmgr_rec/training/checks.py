@@ -39,6 +39,7 @@ _RECOMMENDER_SETTINGS = (
     "encoder.max_clicks",
     "encoder.score",
     "encoder.temperature",
+    "controls.shuffled_words",
 )
 _TOWER_SETTINGS = ("text.dim", "text.two_sided")
 _LANGUAGE_SETTINGS = (
@@ -201,6 +202,8 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
         )
     before = load_config(bundle / "config.yaml")
     names = [*_RECOMMENDER_SETTINGS]
+    if request.config.controls.shuffled_words:
+        names.append("seed")
     if index.stage not in ("sbr", "text"):
         names += [*_LANGUAGE_SETTINGS, *_drawn_by_seed(request.config)]
     if index.stage != "sbr" and has_tower(request.config) != has_tower(before):

@@ -1,6 +1,7 @@
 """What settings make of the catalogue's text, and models under the controls as bundles."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,14 @@ from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import load_tokenizer
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, decoder_hash, item_tokens, make_collator
+from llmgr_rec.distributed.assembly import (
+    Purpose,
+    assemble_decoder,
+    assemble_llmgr,
+    decoder_hash,
+    item_tokens,
+    make_collator,
+)
 from llmgr_rec.distributed.bundle import export_bundle, load_bundle
 from llmgr_rec.distributed.bundle_index import read_index
 from llmgr_rec.distributed.shards import init_tables
@@ -59,6 +67,32 @@ def test_shuffled_texts_are_those_of_other_items_wherever_text_is_read() -> None
         assert words(batch.text_tokens) == [f"{shuffled[5]}; {shuffled[6]}", shuffled[7]]
     batch = make_collator(chosen, catalogue, "align", language=True)(raw)
     assert words(batch.text_tokens) == [shuffled[item] for item in batch.text_items_B.tolist()]
+
+
+def test_shuffled_words_are_those_of_other_items_and_nothing_else_moves() -> None:
+    catalogue = small_run().catalogue
+    items = torch.arange(catalogue.num_items)
+    # Two words an item, which nobody else has, and none on the first one.
+    of_words = Jagged.from_lengths(torch.arange(2 * NUM_ITEMS - 2), torch.tensor([0] + [2] * (NUM_ITEMS - 1)))
+    catalogue = replace(catalogue, features={**catalogue.features, "word": of_words})
+
+    def bags(purpose: Purpose, *controls: str) -> dict[str, list[list[int]]]:
+        chosen = settings(*controls)
+        chosen.tables.side_features = ["category", "word"]
+        features = make_collator(chosen, catalogue, purpose, language=False).item_features(items)
+        return {
+            name: [bag.tolist() for bag in features[name].values().split(features[name].lengths().tolist())]
+            for name in ("item_id", "category", "word")
+        }
+
+    plain, shuffled = bags("sbr"), bags("sbr", "shuffled_words")
+    assert bags("rank", "shuffled_words") == shuffled
+    assert sorted(shuffled["word"]) == sorted(plain["word"])
+    assert [one == other for one, other in zip(plain["word"], shuffled["word"], strict=True)] == [True] + [False] * (
+        NUM_ITEMS - 1
+    )
+    del plain["word"], shuffled["word"]
+    assert shuffled == plain
 
 
 def test_the_hash_is_of_the_decoder_that_is_assembled() -> None:

@@ -147,7 +147,8 @@ def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch)
         assert run_of(item_text=False, **change) == run_of(item_text=False)
     for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}, {"controls__no_graph": True}):
         assert run_of(item_text=True, **change) == run_of(item_text=True)
-    assert run_of(item_text=False, sbr__one_pass=True) != run_of(item_text=False)
+    for change in ({"sbr__one_pass": True}, {"controls__shuffled_words": True}):
+        assert run_of(item_text=False, **change) != run_of(item_text=False)
 
 
 def test_rows_drawn_by_another_number_of_clicks_train_nothing_anew(tmp_path):
