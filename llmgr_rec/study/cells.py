@@ -32,7 +32,7 @@ from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_baseline
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.modules.build import has_tower
-from llmgr_rec.recipes import save_config
+from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.study.compare import ndcg
 from llmgr_rec.study.judge import Places, judge_baseline, judge_model
 from llmgr_rec.study.recipe import Study, Variant
@@ -166,11 +166,12 @@ class Bench:
         return run, seconds + self._train_on(before, config, run)
 
     def _export_again(self, trained: Path, config: Config, run: Path) -> float:
-        """Exports a finished recommender under settings that its training does not depend on."""
+        """Exports a finished recommender with its rare rows drawn, and else as it was trained."""
         if not (run / "config.yaml").is_file():
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(trained / "checkpoints", run / "checkpoints", copy_function=os.link)
-            save_config(config, run / "config.yaml")
+            as_trained = load_config(trained / "config.yaml")
+            save_config(replace(as_trained, tables=config.tables), run / "config.yaml")
         return self._train(config, run)
 
     def _train_on(self, before: Path, config: Config, run: Path) -> float:
@@ -185,7 +186,9 @@ class Bench:
         done = run / "seconds"
         if not done.is_file():
             started = time.monotonic()
-            resume = (run / "config.yaml").is_file()
+            if resume := (run / "config.yaml").is_file():
+                # Another recipe may have begun it, with other settings of stages that come later.
+                config = load_config(run / "config.yaml")
             texts = self._folder / "item_text"
             train_run(RunRequest(config, self._dataset.path, run, "all", resume, item_text=texts))
             done.write_text(f"{time.monotonic() - started:.1f}\n")

@@ -158,6 +158,8 @@ def test_rows_drawn_by_another_number_of_clicks_train_nothing_anew(tmp_path):
     bench = cells.Bench(tmp_path, small_run().dataset, "valid")
 
     def trained(clicks):
+        # Another recipe may ask, with other settings of the stages that come later.
+        config.llm.dtype = "float32" if clicks else "bfloat16"
         run = bench._trained("sbr", replace(config, tables=replace(config.tables, neighbour_clicks=clicks)))[0]
         model = load_bundle(run / "export" / "sbr").model
         return run, {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -177,6 +179,8 @@ def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
     assert "one_pass" not in said["sbr"]
     assert {"text_only", "apart"} & set(said["head"]) == set()
     assert {"text", "prior"} & set(said) == set()
+    assert "shuffled_words" not in said["controls"]
+    config.controls.shuffled_words = True
     config.sbr.one_pass = config.head.text_only = config.head.apart = True
     config.text.epochs = 1
     assert "neighbour_clicks" not in cells._said(config)["tables"]
