@@ -37,7 +37,8 @@ class TablesConfig:
             to carry items without clicks, 0 to 1; 1 makes vectors without ids. Needs tables.item_text; stage sbr only.
         neighbour_clicks: Training clicks that the id rows of an item's ten nearest neighbours by words count for beside
             its own row, when stage sbr is over; so rare items, and those without a click, rank by ids too. 0 leaves
-            rows as they were trained.
+            rows as they were trained. Of several numbers the one with the best NDCG@20 on the validation sessions is
+            taken, with prior.neighbours beside the model.
     """
 
     dim: int = 64
@@ -51,7 +52,7 @@ class TablesConfig:
     memory_per_rank_gb: float = 8.0
     item_text: bool = False
     id_dropout: float = 0.0
-    neighbour_clicks: float = 0.0
+    neighbour_clicks: float | list[float] = 0.0
 
 
 @dataclass
@@ -390,3 +391,9 @@ class Config:
 def trained_stages(config: Config) -> list[StageName]:
     """Stages that a whole run trains, in order: sbr always, the others where they have epochs."""
     return [stage for stage in STAGES if stage == "sbr" or getattr(config, stage).epochs]
+
+
+def neighbour_clicks(config: Config) -> list[float]:
+    """The numbers of `tables.neighbour_clicks` that may be chosen, one where it is set."""
+    clicks = config.tables.neighbour_clicks
+    return clicks if isinstance(clicks, list) else [clicks]

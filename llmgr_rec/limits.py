@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from llmgr_rec.config import STAGES, Config, PriorConfig
+from llmgr_rec.config import STAGES, Config, PriorConfig, neighbour_clicks
 from llmgr_rec.errors import UserError
 
 # Seeds go to torch and numpy, which take different ranges; this one both take.
@@ -32,6 +32,7 @@ _AT_LEAST: dict[str, float] = {
     "prior.kept": 1,
     "loss.full_softmax_max_items": 0,
     "loss.sampled_items": 1,
+    "prior.weights": 0,
     "runtime.threads_per_rank": 0,
     "runtime.reader_workers": 0,
     "runtime.eval_batch_size": 1,
@@ -89,6 +90,8 @@ def check_limits(config: Config) -> None:
             f"setting tables.id_dropout is {config.tables.id_dropout}, but without its id row nothing tells an item "
             "from others; set tables.item_text to true, or tables.id_dropout to 0"
         )
+    if not neighbour_clicks(config):
+        raise UserError("setting tables.neighbour_clicks names no number; give at least one, such as 0")
     _check_head(config)
     _check_one_pass(config)
     _check_prior(config.prior)
@@ -144,9 +147,6 @@ def _check_prior(prior: PriorConfig) -> None:
             f"setting prior.weights has {len(prior.weights)} numbers, but prior.neighbours names {names}; give one "
             "weight for each, or none to have them chosen on the validation sessions"
         )
-    for weight in prior.weights:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"setting prior.weights has {weight}; give finite numbers of 0 or more")
 
 
 def _complaint(name: str, value: float) -> str:
@@ -169,5 +169,7 @@ def _numbers(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
     for name, value in settings.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + name, value
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, int | float) and not isinstance(one, bool):
+                yield prefix + name, one

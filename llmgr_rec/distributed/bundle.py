@@ -66,7 +66,7 @@ class Bundle:
         path: Its folder.
         stage: Stage that it is the result of.
         model: The model in eval mode, nothing of it trainable.
-        config: All settings of the run.
+        config: All settings of the run; of those to choose from, what was chosen.
         catalogue: The items.
         prior: What neighbours add to the model's scores; None for a model that ranks alone.
     """

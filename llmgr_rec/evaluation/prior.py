@@ -102,20 +102,29 @@ def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> Neig
     return NeighbourPrior({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)
 
 
+def weight_sets(settings: PriorConfig) -> list[tuple[float, ...]]:
+    """The sets of weights to choose from: the one that is set, or all of the grid; an empty one without neighbours."""
+    if settings.weights:
+        return [tuple(settings.weights)]
+    return list(product(BLEND_WEIGHTS, repeat=len(settings.neighbours)))
+
+
 @torch.no_grad()
 def choose_weights(
     model: SessionRecommender | LLMGR,
     priors: Sequence[NeighbourPrior],
+    weights: Sequence[tuple[float, ...]],
     dataset: Dataset,
     config: Config,
     catalogue: Catalogue,
     world: World,
 ) -> tuple[tuple[float, ...], float]:
-    """The weights of the best NDCG@20 on the validation sessions; of equals, the first in the order of the grid.
+    """The weights of the best NDCG@20 on the validation sessions; of equals, the first.
 
     Args:
         model: Sharded or not; it is in its former mode again afterwards.
-        priors: One baseline each, at weight 1.
+        priors: One baseline each, at weight 1; none leaves the model alone.
+        weights: Sets to choose from, each a weight for every prior.
         dataset: Prepared sessions, some of them for validation.
         config: All settings.
         catalogue: The data set's items.
@@ -126,7 +135,6 @@ def choose_weights(
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     reader = split_reader(dataset, "valid", config.runtime.eval_batch_size, collate)
-    weights = list(product(BLEND_WEIGHTS, repeat=len(priors)))
     train_count_V = catalogue.train_count_V.to(world.device)
     metrics_W = [RankingMetrics(train_count_V) for _ in weights]
     leave_out = leaves_out_clicked(dataset)

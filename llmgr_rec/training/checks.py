@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from llmgr_rec.config import STAGES, Config, PriorConfig, StageName, trained_stages
+from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import num_decoder_layers
@@ -30,7 +30,6 @@ _RECOMMENDER_SETTINGS = (
     "tables.dim",
     "tables.side_features",
     "tables.item_text",
-    "tables.neighbour_clicks",
     "encoder.name",
     "encoder.steps",
     "encoder.attention_layers",
@@ -121,7 +120,7 @@ def check_run(request: RunRequest) -> CheckedRun:
             _check_checkpoints(request, stage, catalogue)
         if "sbr" in stages and request.config.sbr.one_pass:
             _check_sbr_one_pass(request.config, dataset)
-        _check_prior(request.config.prior, dataset)
+        _check_choices(request.config, stages, dataset)
         _check_language(request.config, stages, dataset, catalogue)
         _check_layout(request.config, stages, catalogue)
     return CheckedRun(dataset, catalogue, stages)
@@ -222,6 +221,12 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
                 f"setting {name} is {now}, but stage {index.stage} in {request.output} was trained with {then}; "
                 "give the same setting, or another --output"
             )
+    drawn = before.tables.neighbour_clicks
+    if drawn not in neighbour_clicks(request.config):
+        raise UserError(
+            f"setting tables.neighbour_clicks is {request.config.tables.neighbour_clicks}, but stage sbr in "
+            f"{request.output} has drawn rows by {drawn}; give that number, or another --output"
+        )
     name = request.config.llm.name_or_path
     if index.language_model and decoder_hash(request.config) != index.language_model["weights_hash"]:
         raise UserError(
@@ -270,12 +275,19 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
         )
 
 
-def _check_prior(prior: PriorConfig, dataset: Dataset) -> None:
-    """What the neighbours are weighed by is there."""
-    if prior.neighbours and not prior.weights and not dataset.manifest.num_sessions["valid"]:
+def _check_choices(config: Config, stages: Sequence[StageName], dataset: Dataset) -> None:
+    """What is left to choose can be chosen on something."""
+    if dataset.manifest.num_sessions["valid"]:
+        return
+    if config.prior.neighbours and not config.prior.weights:
         raise UserError(
             f"setting prior.weights is empty, but {dataset.path} has no validation sessions to choose them on; give "
             "one weight for each of prior.neighbours, or prepare the data set with another --split"
+        )
+    if "sbr" in stages and len(neighbour_clicks(config)) > 1:
+        raise UserError(
+            f"setting tables.neighbour_clicks names several numbers, but {dataset.path} has no validation sessions to "
+            "choose on; give one, or prepare the data set with another --split"
         )
 
 

@@ -19,37 +19,51 @@ from llmgr_rec.modules.recommender import SessionRecommender
 _LOOKUP_ITEMS = 8192
 
 
-@torch.no_grad()
-def draw_rare_rows(
-    recommender: SessionRecommender,
-    similarity_VV: sparse.csr_array,
-    train_count_V: Tensor,
-    clicks: float,
-    collator: Collator,
-    world: World,
-) -> None:
-    """Rewrites the id rows of a trained recommender; see `llmgr_rec.modules.rare_rows`.
+class RareRows:
+    """The id rows of a trained recommender, which it can hold drawn by any number of clicks; see `modules.rare_rows`.
 
-    Beside the model a rank holds its own part of the id table once more.
+    Beside the model a rank holds its own part of the id table once more, as it was trained.
 
     Args:
         recommender: Sharded or not.
         similarity_VV: Cosines of items by their words, the largest of each item; the same on all ranks.
         train_count_V: Training clicks of each item; those without are nobody's neighbours.
-        clicks: Clicks that an item's neighbours count for, above 0.
         collator: Makes the bags of items, none of whose ids are left out.
         world: Ranks; all call together.
     """
-    ids_VN, weights_VN = (part.to(world.device) for part in nearest_trained(similarity_VV, train_count_V))
-    train_count_V = train_count_V.to(world.device)
-    shards = [shard for shard in local_shards(recommender) if shard.table == ITEM_ID]
-    for shard, rows_VC in zip(shards, _look_up(recommender, shards, collator, world), strict=True):
-        first = shard.row_offset
-        for own in torch.arange(first, first + shard.tensor.shape[0], device=world.device).split(_LOOKUP_ITEMS):
-            near_UNC = rows_VC[ids_VN[own]]
-            shard.tensor[own - first] = draw_to_neighbours(
-                rows_VC[own], near_UNC, weights_VN[own], train_count_V[own], clicks
-            )
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        recommender: SessionRecommender,
+        similarity_VV: sparse.csr_array,
+        train_count_V: Tensor,
+        collator: Collator,
+        world: World,
+    ) -> None:
+        self._ids_VN, self._weights_VN = (
+            part.to(world.device) for part in nearest_trained(similarity_VV, train_count_V)
+        )
+        self._train_count_V = train_count_V.to(world.device)
+        self._shards = [shard for shard in local_shards(recommender) if shard.table == ITEM_ID]
+        self._trained = _look_up(recommender, self._shards, collator, world)
+
+    @torch.no_grad()
+    def draw(self, clicks: float) -> None:
+        """Rewrites the rows from what was trained, whatever they were drawn by before.
+
+        Args:
+            clicks: Clicks that an item's neighbours count for; 0 leaves rows as they were trained.
+        """
+        for shard, rows_VC in zip(self._shards, self._trained, strict=True):
+            first = shard.row_offset
+            for own in torch.arange(first, first + shard.tensor.shape[0], device=rows_VC.device).split(_LOOKUP_ITEMS):
+                drawn_UC = rows_VC[own]
+                if clicks:
+                    near_UNC = rows_VC[self._ids_VN[own]]
+                    weights_UN, count_U = self._weights_VN[own], self._train_count_V[own]
+                    drawn_UC = draw_to_neighbours(drawn_UC, near_UNC, weights_UN, count_U, clicks)
+                shard.tensor[own - first] = drawn_UC
 
 
 def nearest_trained(similarity_VV: sparse.csr_array, train_count_V: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from transformers import PreTrainedModel
 
-from llmgr_rec.config import Config, StageConfig, StageName
+from llmgr_rec.config import Config, StageConfig, StageName, neighbour_clicks
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
@@ -30,6 +30,7 @@ from llmgr_rec.distributed.assembly import (
     text_place,
 )
 from llmgr_rec.distributed.bundle import export_bundle, latest_bundle, load_weights
+from llmgr_rec.distributed.bundle_index import CONFIG
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, zero_rows
@@ -42,13 +43,14 @@ from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
+from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.language import TextEncodings, cache_catalogue, encode_catalogue, fill_text_table
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.optimizers import build_optimizer
-from llmgr_rec.training.prior import make_prior
-from llmgr_rec.training.rare_rows import draw_rare_rows
+from llmgr_rec.training.rare_rows import RareRows
+from llmgr_rec.training.settle import settle
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     Raises:
         UserError: A file, a setting or a checkpoint is not usable.
     """
-    config, world = context.config, context.world
+    config, world = _with_clicks_drawn(stage, context), context.world
     settings = stage_settings(config, stage)
     reader = _reader(stage, context)
     model, inner = _start(stage, context)
@@ -123,32 +125,37 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     )
     position = loop.resume() if context.resume else Position()
     loop.run(position)
-    if stage == "sbr" and config.tables.neighbour_clicks:
-        # After the last checkpoint, so that a resumed run does it once, too.
-        _draw_rare_rows(inner, context)
-    prior, told = None, dict[str, float]()
-    if config.prior.neighbours:
-        folder = context.run / _NEIGHBOURS
-        prior, told = make_prior(stage, inner, config, context.dataset, context.catalogue, world, folder)
+    # After the last checkpoint, so that a resumed run does it once, too.
+    rare_rows = _rare_rows(inner, context) if stage == "sbr" and any(neighbour_clicks(config)) else None
+    kept = context.run / _NEIGHBOURS
+    settled = settle(stage, inner, config, context.dataset, context.catalogue, world, kept, rare_rows)
+    config = replace(config, tables=replace(config.tables, neighbour_clicks=settled.clicks))
     repeat = context.dataset.manifest.clicks_repeat
-    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat, prior)
-    if told:
+    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat, settled.prior)
+    if settled.told:
         # After the export, which a resumed run does not make again, so that nothing is told twice.
-        context.journal.write(stage, position.step, split="prior", **told)
+        context.journal.write(stage, position.step, split="prior", **settled.told)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.run / "export" / stage)
 
 
-def _draw_rare_rows(model: SessionRecommender | LLMGR, context: RunContext) -> None:
-    config, catalogue, clicks = context.config, context.catalogue, context.config.tables.neighbour_clicks
+def _with_clicks_drawn(stage: StageName, context: RunContext) -> Config:
+    """The settings, for a stage after sbr with the one number by which that has drawn the id rows of rare items."""
+    config = context.config
+    if stage == "sbr":
+        return config
+    drawn = load_config(latest_bundle(context.run / "export") / CONFIG).tables.neighbour_clicks
+    return replace(config, tables=replace(config.tables, neighbour_clicks=drawn))
+
+
+def _rare_rows(model: SessionRecommender | LLMGR, context: RunContext) -> RareRows:
+    config, catalogue = context.config, context.catalogue
     if not isinstance(model, SessionRecommender):
         raise TypeError("stage sbr trains a session recommender")
     by_words = replace(config.prior, neighbours=["text_knn"])
     (near,) = build_priors(by_words, context.dataset, catalogue, context.world, context.run / _NEIGHBOURS)
     collate = make_collator(config, catalogue, "rank", language=False)
-    draw_rare_rows(model, near.similarity_VR, catalogue.train_count_V, clicks, collate, context.world)
-    if context.world.rank == 0:
-        logger.info("sbr: id rows of items drawn to those of like words, which count for %g clicks", clicks)
+    return RareRows(model, near.similarity_VR, catalogue.train_count_V, collate, context.world)
 
 
 def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[str, float]:
@@ -193,7 +200,7 @@ def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, Session
     model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
     fill_text_table(model, encodings)
-    if not config.tables.neighbour_clicks:  # which has made up rows for them, or zeros
+    if not any(neighbour_clicks(_with_clicks_drawn("text", context))):  # which have made up rows for them, or zeros
         # Rows that no click has trained would only blur what the texts say of their items.
         zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
     return model, recommender

@@ -35,8 +35,8 @@ from llmgr_rec.study.compare import hit_rate, ndcg
 from llmgr_rec.study.recipe import Variant
 from llmgr_rec.training import stages
 from llmgr_rec.training.checks import RunRequest, check_run
-from llmgr_rec.training.prior import make_prior
 from llmgr_rec.training.run import train_run
+from llmgr_rec.training.settle import settle
 from tests.data.prepare_inputs import edit_manifest, prepare
 from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
@@ -216,14 +216,15 @@ def test_a_run_that_was_stopped_while_it_exported_ends_with_the_same_bytes(
 
 @pytest.fixture
 def caught_lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, "llmgr_rec.training.prior"):
+    with caplog.at_level(logging.INFO, "llmgr_rec.training.settle"):
         yield caplog
 
 
 def weighed(settings: PriorConfig, dataset: Dataset, world: World = ONE_RANK) -> tuple[Any, dict[str, float]]:
     bundle = load_bundle(small_run().run / "export/sbr", None if world is ONE_RANK else world)
     config = replace(bundle.config, prior=settings)
-    return make_prior("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    settled = settle("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    return settled.prior, settled.told
 
 
 def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) -> None:
@@ -271,9 +272,10 @@ def weighed_and_evaluated(world: World, run: Path, dataset: Dataset) -> tuple[An
     settings = PriorConfig(["item_knn", "text_knn"], 20)
     bundle = load_bundle(run / "export/sbr", world)
     config = replace(bundle.config, prior=settings)
-    prior, figures = make_prior("sbr", bundle.model, config, dataset, bundle.catalogue, world)
-    metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalogue, prior)
-    return prior.weights, figures, metrics
+    settled = settle("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    assert settled.prior is not None
+    metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalogue, settled.prior)
+    return settled.prior.weights, settled.told, metrics
 
 
 @pytest.mark.dist
@@ -291,8 +293,8 @@ def test_two_ranks_weigh_and_rank_as_one() -> None:
         (PriorConfig(["item_knn", "item_knn"]), "names item_knn, item_knn; name each neighbour once"),
         (PriorConfig(["item_knn"], weights=[1.0, 2.0]), "has 2 numbers, but prior.neighbours names item_knn; give one"),
         (PriorConfig(weights=[1.0]), "has 1 numbers, but prior.neighbours names nothing"),
-        (PriorConfig(["item_knn"], weights=[-1.0]), "has -1.0; give finite numbers of 0 or more"),
-        (PriorConfig(["item_knn"], weights=[float("nan")]), "has nan; give finite numbers"),
+        (PriorConfig(["item_knn"], weights=[-1.0]), r"prior\.weights is -1.0; give 0 or more"),
+        (PriorConfig(["item_knn"], weights=[float("nan")]), r"prior\.weights is nan; give a finite number"),
     ],
 )
 def test_a_mistake_in_the_settings_is_named(prior: PriorConfig, message: str) -> None:

@@ -1,8 +1,10 @@
 """Stage sbr draws rare items' id rows towards those of like words: on one rank and on two, and anew where asked."""
 
+import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,18 +13,23 @@ from torch.nn import functional
 
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.evaluation.text_neighbours import texts_to_compare, tf_idf
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.rare_rows import NEIGHBOURS
-from llmgr_rec.recipes import save_config
+from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.training import rare_rows
 from llmgr_rec.training.checks import RunRequest, check_run
+from llmgr_rec.training.run import train_run
+from tests.data.prepare_inputs import edit_manifest
 from tests.modules.small_llmgr import raw_sessions
 from tests.ranks import run_on_ranks
+from tests.small_run import ONE_RANK
 from tests.training.exported import Exported
 from tests.training.small_training import numbers, prepare, records, small_config, train
 
@@ -30,18 +37,28 @@ pytestmark = pytest.mark.dist
 
 SHARDINGS = ("table_wise", "column_wise")
 CLICKS = 2.0
+Neighbours = tuple[Literal["item_knn", "text_knn"], ...]
 
 
-def config_of(folder: Path, clicks: float = CLICKS) -> Config:
+def config_of(folder: Path, clicks: float | list[float] = CLICKS, beside: Neighbours = ()) -> Config:
     config = small_config(folder / "prompts.yaml")
     config.align.epochs = config.behave.epochs = 0
     config.tables.side_features = []
     config.tables.neighbour_clicks = clicks
+    config.prior.neighbours = list(beside)
     return config
 
 
-def train_case(world: World, folder: str, name: str, sharding: str, clicks: float, resume: bool) -> None:
-    config = config_of(Path(folder), clicks)
+def train_case(
+    world: World,
+    folder: str,
+    name: str,
+    sharding: str,
+    clicks: float | list[float],
+    resume: bool,
+    beside: Neighbours = (),
+) -> None:
+    config = config_of(Path(folder), clicks, beside)
     config.tables.sharding = sharding  # type: ignore[assignment]
     # Several ranges of rows.
     rare_rows._LOOKUP_ITEMS = 64
@@ -59,14 +76,20 @@ class Trained:
     def catalogue(self) -> Catalogue:
         return Catalogue.load(self.folder / "dataset")
 
-    def again(self, clicks: float, size: int = 1, sharding: str = "column_wise") -> Path:
+    def again(
+        self,
+        clicks: float | list[float],
+        size: int = 1,
+        sharding: str = "column_wise",
+        beside: Neighbours = (),
+    ) -> Path:
         """Exports stage sbr of the run on one rank anew, from its last checkpoint."""
-        name = f"again-{clicks}-{size}-{sharding}"
+        name = f"again-{clicks}-{size}-{sharding}-{len(beside)}"
         if (self.folder / name).exists():
             return self.folder / name
         shutil.copytree(self.folder / "1-column_wise", self.folder / name)
         shutil.rmtree(self.folder / name / "export/sbr")
-        run_on_ranks(train_case, size, str(self.folder), name, sharding, clicks, True)
+        run_on_ranks(train_case, size, str(self.folder), name, sharding, clicks, True, beside)
         return self.folder / name
 
 
@@ -139,6 +162,38 @@ def test_a_trained_stage_takes_another_number_without_training(trained: Trained)
     assert records(run) == records(trained.folder / "1-column_wise")
 
 
+def told(run: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of choices."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("split") == "prior"]
+
+
+def valid_ndcg(trained: Trained, run: Path) -> float:
+    """NDCG@20 of a bundle on the validation sessions, its neighbours beside it."""
+    bundle = load_bundle(run / "export/sbr")
+    words = (Dataset(trained.folder / "dataset"), "valid", bundle.config, ONE_RANK, bundle.catalogue, bundle.prior)
+    return float(evaluate_model(bundle.model, *words)["ndcg@20"])
+
+
+@pytest.mark.parametrize(
+    ("beside", "size"), [((), 1), ((), 2), (("item_knn",), 1), (("item_knn", "text_knn"), 2)], ids=str
+)
+def test_of_several_numbers_the_one_that_ranks_best_is_taken(trained: Trained, beside: Neighbours, size: int) -> None:
+    quality = {clicks: valid_ndcg(trained, trained.again(clicks, beside=beside)) for clicks in (0.0, CLICKS, 7.0)}
+    best_first = sorted(quality, key=lambda clicks: quality[clicks], reverse=True)
+    assert quality[best_first[0]] > quality[best_first[1]]
+    for order in (best_first, best_first[::-1]):
+        run = trained.again(order, size, beside=beside)
+        found, single = Exported.read(run / "export/sbr"), trained.again(best_first[0], beside=beside)
+        expected = Exported.read(single / "export/sbr")
+        torch.testing.assert_close(found.tables["item_id"], expected.tables["item_id"], atol=1e-6, rtol=1e-5)
+        assert load_config(run / "export/sbr/config.yaml").tables.neighbour_clicks == best_first[0]
+        assert valid_ndcg(trained, run) == pytest.approx(quality[best_first[0]], abs=1e-9)
+        (line,) = told(run)
+        assert line["neighbour_clicks"] == best_first[0]
+        assert line["ndcg@20"] == pytest.approx(quality[best_first[0]], abs=1e-9)
+
+
 @torch.no_grad()
 def test_an_item_without_clicks_comes_within_reach_of_ids(trained: Trained) -> None:
     """Sessions that recommend its neighbour by ids recommend it too, which ids could not tell from others before."""
@@ -157,17 +212,50 @@ def test_an_item_without_clicks_comes_within_reach_of_ids(trained: Trained) -> N
     assert (gains_C > 0).float().mean() > 0.9
 
 
-def test_a_later_stage_does_not_take_another_number(trained: Trained) -> None:
-    config = config_of(trained.folder, 3.0)
+def later_stage(trained: Trained, clicks: float | list[float]) -> RunRequest:
+    config = config_of(trained.folder, clicks)
     config.behave.epochs = 1
-    request = RunRequest(config, trained.folder / "dataset", trained.folder / "1-column_wise", "behave", resume=True)
-    with pytest.raises(UserError, match=r"setting tables\.neighbour_clicks is 3\.0, but stage sbr in .* with 2\.0"):
+    return RunRequest(config, trained.folder / "dataset", trained.folder / "1-column_wise", "behave", resume=True)
+
+
+@pytest.mark.parametrize("clicks", [3.0, [0.0, 3.0]])
+def test_a_later_stage_does_not_take_another_number(trained: Trained, clicks: float | list[float]) -> None:
+    message = f"setting tables.neighbour_clicks is {clicks}, but stage sbr in .* has drawn rows by 2.0; give that"
+    with pytest.raises(UserError, match=message.replace("[", r"\[")):
+        check_run(later_stage(trained, clicks))
+
+
+def test_a_later_stage_takes_the_number_that_was_chosen(trained: Trained, tmp_path: Path) -> None:
+    request = later_stage(trained, [0.0, CLICKS])
+    run = tmp_path / "run"
+    shutil.copytree(request.output, run)
+    train_run(replace(request, output=run))
+    assert load_config(run / "config.yaml").tables.neighbour_clicks == [0.0, CLICKS]
+    assert load_config(run / "export/behave/config.yaml").tables.neighbour_clicks == CLICKS
+    assert not told(run)
+
+
+def test_without_validation_sessions_one_number_must_be_given(trained: Trained, tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(trained.folder / "dataset", dataset)
+    edit_manifest(dataset, lambda values: values["num_sessions"].update(valid=0))
+    request = RunRequest(config_of(trained.folder, [0.0, 2.0]), dataset, tmp_path / "run", "sbr", resume=False)
+    with pytest.raises(UserError, match=r"neighbour_clicks names several numbers, but .*dataset has no validation"):
         check_run(request)
+    check_run(replace(request, config=config_of(trained.folder, [2.0])))
 
 
-@pytest.mark.parametrize(("clicks", "message"), [(-1.0, "-1.0; give 0 or more"), (float("nan"), "nan; give a finite")])
-def test_a_mistake_in_the_setting_is_named(clicks: float, message: str) -> None:
+@pytest.mark.parametrize(
+    ("clicks", "message"),
+    [
+        (-1.0, "is -1.0; give 0 or more"),
+        (float("nan"), "is nan; give a finite"),
+        ([0.0, -1.0], "is -1.0; give 0 or more"),
+        ([], "names no number; give at least one"),
+    ],
+)
+def test_a_mistake_in_the_setting_is_named(clicks: float | list[float], message: str) -> None:
     config = Config()
     config.tables.neighbour_clicks = clicks
-    with pytest.raises(UserError, match=f"setting tables.neighbour_clicks is {message}"):
+    with pytest.raises(UserError, match=f"setting tables.neighbour_clicks {message}"):
         check_limits(config)
