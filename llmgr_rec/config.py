@@ -1,7 +1,8 @@
 """Every setting of the project: one dataclass a part, each field with its unit and default.
 
 Dimension names used in help texts: d1 is the width of item and session vectors, d2 the hidden width of the language
-model.
+model. What settings of llm, prompt and head are worth: docs/experiments.md, Settings of the language model, one changed
+at a time.
 """
 
 from dataclasses import dataclass, field
