@@ -135,6 +135,9 @@ def _explain(message: str, parser: "ArgumentParser", words: Sequence[str]) -> st
     if nested or top:
         name = ".".join((nested or top).groups())  # type: ignore[union-attr]
         return f"unknown setting {name}{_config_named(words)}{_near_miss(name, known)}; see --help for all settings"
+    # A setting of several types tells of each of them why it is none.
+    several = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
+    line = re.sub(several, lambda found: f"Expected {found[1].replace(', ', ' or ')}. Got value: {found[2]}", line)
     line = re.sub(r'Parser key "([\w.]+)":', r"setting \1:", line).replace("typing.", "")
     return f"{line.rstrip('.')}{_config_named(words)}; see --help"
 

@@ -52,6 +52,10 @@ def test_a_file_keeps_the_defaults_it_does_not_name(tmp_path):
         ("llm:\n  num_layer: 4\n", "unknown setting llm.num_layer .*did you mean llm.num_layers"),
         ("lllm: 3\n", "unknown setting lllm .*c.yaml"),
         ("llm:\n  num_layers: x\n", "setting llm.num_layers: .*x.*c.yaml"),
+        (
+            "tables:\n  neighbour_clicks: [0, x]\n",
+            r"neighbour_clicks: Expected <class 'float'> or list\[float\]. Got value: \[0.0, 'x'\] \(in .*c.yaml",
+        ),
         ("a: [\n", "c.yaml"),
     ],
 )
