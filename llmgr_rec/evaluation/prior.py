@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import sparse
 
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.data.catalogue import Catalogue
@@ -24,17 +23,16 @@ from llmgr_rec.distributed.process_group import World, on_first_rank, patient_gr
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.baselines import DECAY, ItemNeighbours
+from llmgr_rec.evaluation.baselines import ItemNeighbours
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import (
     batches_of_rank,
-    build_baseline,
+    build_neighbours,
     evaluation_mode,
     session_queries,
     split_reader,
 )
-from llmgr_rec.evaluation.text_neighbours import TEXT_FIELDS, has_words
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
@@ -92,11 +90,7 @@ def _is_read(path: str) -> bool:
 
 
 def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> NeighbourPrior:
-    if name == "text_knn" and not has_words(catalogue.texts(list(TEXT_FIELDS), required=False)):
-        # What an item without words gets among others that have some.
-        logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalogue.file, ", ".join(TEXT_FIELDS))
-        return NeighbourPrior({name: 1.0}, sparse.csr_array((catalogue.num_items,) * 2, dtype=np.float32), DECAY)
-    baseline = build_baseline(name, dataset, catalogue, kept)
+    baseline = build_neighbours(name, dataset, catalogue, kept)
     if not isinstance(baseline, ItemNeighbours):
         raise TypeError(f"{name} has no similarity of items")
     return NeighbourPrior({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)

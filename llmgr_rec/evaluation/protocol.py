@@ -3,6 +3,7 @@
 Shapes: B sessions of this rank, K places of a ranked list.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,9 +26,11 @@ from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.evaluation.baselines import Baseline, ItemKNN, Popularity, SessionKNN, session_matrix
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.text_neighbours import TextKNN, texts_to_compare
+from llmgr_rec.evaluation.text_neighbours import TEXT_FIELDS, TextKNN, has_words, texts_to_compare
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -124,6 +127,23 @@ def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue, kept: int 
     rows = SessionReader(dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=as_it_is)
     sessions_SV = session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items)
     return ItemKNN(sessions_SV, **limit) if name == "item_knn" else SessionKNN(sessions_SV)
+
+
+def build_neighbours(name: str, dataset: Dataset, catalogue: Catalogue, kept: int | None = None) -> Baseline:
+    """Makes a baseline that stands beside a model; text_knn adds nothing, and says so, where no item has a word.
+
+    One recipe thus serves logs without text as well as shops; `build_baseline`, whose lists would be empty, refuses.
+
+    Args:
+        name: One of `BASELINES`.
+        dataset: Prepared sessions.
+        catalogue: Their items.
+        kept: As in `build_baseline`.
+    """
+    if name == "text_knn" and not has_words(texts := catalogue.texts(list(TEXT_FIELDS), required=False)):
+        logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalogue.file, ", ".join(TEXT_FIELDS))
+        return TextKNN(texts)
+    return build_baseline(name, dataset, catalogue, kept)
 
 
 def check_baselines(names: Iterable[str], catalogue: Catalogue) -> None:

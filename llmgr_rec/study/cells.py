@@ -29,7 +29,7 @@ from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranking_rule
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
-from llmgr_rec.evaluation.protocol import build_baseline
+from llmgr_rec.evaluation.protocol import build_neighbours
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.modules.build import has_tower
 from llmgr_rec.recipes import load_config, save_config
@@ -137,7 +137,8 @@ class Bench:
 
     def _baseline(self, name: str) -> Baseline:
         if name not in self._baselines:
-            self._baselines[name] = build_baseline(name, self._dataset, self.catalogue)
+            # One that ranks alone and has no text to rank by was refused before: see `check_baselines`.
+            self._baselines[name] = build_neighbours(name, self._dataset, self.catalogue)
         return self._baselines[name]
 
     def _trained(self, model: str, config: Config) -> tuple[Path, float]:

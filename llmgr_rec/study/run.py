@@ -56,7 +56,7 @@ def run_study(request: StudyRequest) -> str:
         if not dataset.manifest.num_sessions[split]:
             raise UserError(f"{dataset.path} has no {split} sessions to judge by; prepare it with another --split")
     catalogue = Catalogue.load(dataset.path)
-    check_baselines({name for variant in study.variants for name in (variant.model, *variant.blend)}, catalogue)
+    check_baselines({variant.model for variant in study.variants}, catalogue)
     bench = Bench(request.output, dataset, request.split)
     chooser = Bench(request.output, dataset, "valid")
     cells: dict[str, list[Cell]] = {}

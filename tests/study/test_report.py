@@ -13,6 +13,7 @@ from llmgr_rec.study import cells
 from llmgr_rec.study.recipe import Study
 from llmgr_rec.study.report import plot_gains, table
 from tests.data.prepare_inputs import prepare, write_items
+from tests.study.test_run import RECIPE as SMALL_RECIPE
 
 STUDY = Study("Unseen", "a", "quickstart", {}, ())
 
@@ -129,6 +130,21 @@ def test_what_needs_text_is_refused_before_anything_is_trained(tmp_path, monkeyp
     with pytest.raises(UserError, match="no item has a word in title, category, brand, by which text_knn ranks"):
         main([*words, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_text_knn_beside_a_model_adds_nothing_to_a_log_without_words(tmp_path, caplog):
+    """One recipe serves click logs as well as shops."""
+    ids = [f"i{number}" for number in range(30)]
+    dataset = log(tmp_path, items=str(write_items(tmp_path / "items.parquet", ids, title=["-"] * 30)))
+    variants = "  one: {model: sbr, blend: item_knn}\n  both: {model: sbr, blend: [item_knn, text_knn]}\n"
+    recipe = SMALL_RECIPE.split("variants:")[0].replace("reference: GNN", "reference: one") + f"variants:\n{variants}"
+    (tmp_path / "e.yaml").write_text(recipe)
+    words = ["--recipe", str(tmp_path / "e.yaml"), "--dataset", str(dataset.path)]
+    main([*words, "--output", str(tmp_path / "out"), "--seeds", "0"])
+    one, both = json.loads((tmp_path / "out" / "e.json").read_text())["variants"].values()
+    assert both["ndcg@20"]["mean"] == one["ndcg@20"]["mean"]
+    assert both["blend_weights"] == [[*one["blend_weights"][0], 0.0]]
+    assert "no item has a word in title, category, brand, so text_knn adds nothing" in caplog.text
 
 
 def test_every_model_is_known_by_name_everywhere():

@@ -246,9 +246,9 @@ def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, built = small_run(), []
-    build = evaluation_prior.build_baseline
+    build = evaluation_prior.build_neighbours
     monkeypatch.setattr(
-        evaluation_prior, "build_baseline", lambda *words: built.append((words[0], words[3])) or build(*words)
+        evaluation_prior, "build_neighbours", lambda *words: built.append((words[0], words[3])) or build(*words)
     )
 
     def priors(kept: int = 5) -> list[np.ndarray]:
