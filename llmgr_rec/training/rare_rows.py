@@ -22,6 +22,9 @@ _LOOKUP_ITEMS = 8192
 class RareRows:
     """The id rows of a trained recommender, which it can hold drawn by any number of clicks; see `modules.rare_rows`.
 
+    Where no item has a neighbour, as on a log without words, rows stay as they were trained, those of items without
+    clicks, too: there a row of zeros stands before too many others.
+
     Beside the model a rank holds its own part of the id table once more, as it was trained.
 
     Args:
@@ -44,6 +47,7 @@ class RareRows:
         self._ids_VN, self._weights_VN = (
             part.to(world.device) for part in nearest_trained(similarity_VV, train_count_V)
         )
+        self._has_neighbours = bool(self._weights_VN.any())
         self._train_count_V = train_count_V.to(world.device)
         self._shards = [shard for shard in local_shards(recommender) if shard.table == ITEM_ID]
         self._trained = _look_up(recommender, self._shards, collator, world)
@@ -59,7 +63,7 @@ class RareRows:
             first = shard.row_offset
             for own in torch.arange(first, first + shard.tensor.shape[0], device=rows_VC.device).split(_LOOKUP_ITEMS):
                 drawn_UC = rows_VC[own]
-                if clicks:
+                if clicks and self._has_neighbours:
                     near_UNC = rows_VC[self._ids_VN[own]]
                     weights_UN, count_U = self._weights_VN[own], self._train_count_V[own]
                     drawn_UC = draw_to_neighbours(drawn_UC, near_UNC, weights_UN, count_U, clicks)

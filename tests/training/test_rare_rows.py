@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +24,7 @@ from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.evaluation.text_neighbours import texts_to_compare, tf_idf
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.rare_rows import NEIGHBOURS
+from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.training import rare_rows
 from llmgr_rec.training.checks import RunRequest, check_run
@@ -210,6 +213,16 @@ def test_an_item_without_clicks_comes_within_reach_of_ids(trained: Trained) -> N
     cold_BC = scores_BV[:, is_cold_V]
     gains_C = cold_BC.T.gather(1, likes_CB).mean(1) - cold_BC.mean(0)
     assert (gains_C > 0).float().mean() > 0.9
+
+
+def test_without_words_rows_stay_as_they_were_trained(trained: Trained) -> None:
+    bundle = load_bundle(trained.folder / "1-column_wise/export/sbr")
+    model, collate = bundle.model, make_collator(bundle.config, bundle.catalogue, "rank", language=False)
+    assert isinstance(model, SessionRecommender)
+    before = {name: table.clone() for name, table in model.state_dict().items()}
+    nothing_VV = sparse.csr_array((collate.num_items, collate.num_items), dtype=np.float32)
+    rare_rows.RareRows(model, nothing_VV, trained.catalogue.train_count_V, collate, ONE_RANK).draw(CLICKS)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def later_stage(trained: Trained, clicks: float | list[float]) -> RunRequest:
