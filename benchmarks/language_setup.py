@@ -10,7 +10,8 @@ from torch import nn
 
 from benchmarks.straightforward import StraightforwardLLMGR
 from datagen.synthetic import generate
-from llmgr_rec.config import Config, TrainableGroup
+from llmgr_rec.config import Config
+from llmgr_rec.stage_config import TrainableGroup
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset

@@ -6,14 +6,20 @@ at a time.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
+
+from llmgr_rec.stage_config import (
+    STAGES,
+    AlignConfig,
+    BehaveConfig,
+    DistillConfig,
+    SbrConfig,
+    StageName,
+    TextConfig,
+)
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
-TrainableGroup = Literal["tables", "encoder", "tower", "adapter", "lora", "head", "student"]
-StageName = Literal["sbr", "text", "align", "behave", "distill"]
-# In the order in which they are trained.
-STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @dataclass
@@ -163,104 +169,6 @@ class HeadConfig:
 
 
 @dataclass
-class StageConfig:
-    """One training stage.
-
-    Args:
-        epochs: Passes over the training examples; 0 skips the training of this stage.
-        max_steps: Optimizer steps after which the stage ends; 0 means no limit.
-        batch_size: Training examples of one optimizer step, over all ranks; sessions where the stage reads
-            them in one pass (sbr.one_pass; behave.one_pass, also for distill).
-        lr: Peak learning rate of the dense parameters, per step.
-        weight_decay: AdamW weight decay of the dense parameters.
-        warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
-        clip_norm: Largest global gradient norm of the dense parameters.
-        trainable: Parameter groups that this stage trains; all others stay bit-identical.
-        eval_every: Epochs between validations, the last epoch included; the best weights are kept. 0 validates never.
-        patience: Validations without a better NDCG@20 before the stage stops; 0 never stops early.
-    """
-
-    epochs: int = 1
-    max_steps: int = 0
-    batch_size: int = 512
-    lr: float = 1e-3
-    weight_decay: float = 1e-2
-    warmup: float = 0.05
-    clip_norm: float = 1.0
-    trainable: list[TrainableGroup] = field(default_factory=list)
-    eval_every: int = 1
-    patience: int = 0
-
-
-@dataclass
-class SbrConfig(StageConfig):
-    """Session-recommender pre-training.
-
-    Args:
-        one_pass: Read each training session once and ask for the next item after every click, in place of reading each
-            of its prefixes for itself. The same targets for a fraction of the work; needs an encoder whose states know
-            no later clicks (sasrec, gru4rec). Sessions longer than encoder.max_clicks are asked in parts of so many.
-    """
-
-    one_pass: bool = False
-
-
-@dataclass
-class TextConfig(StageConfig):
-    """Text tower: a second reader of sessions beside the encoder, which knows items by their texts alone.
-
-    Args:
-        dim: Columns of its vectors.
-        two_sided: Project the texts of clicked and of ranked items by a matrix each, so that what goes with an item may
-            differ from what is like it; off, by the same one.
-    """
-
-    dim: int = 128
-    two_sided: bool = False
-
-
-@dataclass
-class AlignConfig(StageConfig):
-    """Stage 1, auxiliary instruction tuning.
-
-    Args:
-        contrastive_weight: Weight of the structure-aware contrastive loss beside the node-context loss.
-        contrastive_temperature: Divisor of the contrastive cosine similarities.
-        hard_negatives: Corrupted node lists (one node replaced) per session, beside those of 15 other sessions.
-    """
-
-    contrastive_weight: float = 0.1
-    contrastive_temperature: float = 0.07
-    hard_negatives: int = 0
-
-
-@dataclass
-class BehaveConfig(StageConfig):
-    """Stage 2, behaviour pattern modelling.
-
-    Args:
-        one_pass: Read each training session once and ask for the next item after every click, in place of a prompt for
-            each. The same targets for a fraction of the tokens; needs a template whose first place is {nodes}, such as
-            those of prompt.templates compact.
-    """
-
-    one_pass: bool = False
-
-
-@dataclass
-class DistillConfig(StageConfig):
-    """Distillation: a small reader learns the language model's ranking, for scoring without it.
-
-    Args:
-        width: Units of the small reader's hidden layer.
-        target_weight: Share of the item that really came next in what it learns, 0 to 1; the rest is the ranking.
-    """
-
-    width: int = 512
-    target_weight: float = 0.2
-
-
-@dataclass
 class LossConfig:
     """Ranking loss.
 
@@ -355,7 +263,7 @@ class Config:
         head: Ranking head.
         loss: Ranking loss.
         sbr: Session-recommender pre-training.
-        text: Text tower beside the session recommender; off unless it is given epochs.
+        text: Reader of texts beside the session recommender; off unless it is given epochs.
         align: Stage 1, auxiliary instruction tuning.
         behave: Stage 2, behaviour pattern modelling.
         distill: Distillation into a reader that needs no language model; off unless it is given epochs.

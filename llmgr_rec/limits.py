@@ -16,6 +16,8 @@ _AT_LEAST: dict[str, float] = {
     "tables.dim": 4,
     "encoder.steps": 1,
     "text.dim": 1,
+    "text.clicks": 1,
+    "text.drawn_items": 1,
     "tables.neighbour_clicks": 0,
     "encoder.attention_layers": 0,
     "encoder.attention_heads": 1,
@@ -61,7 +63,7 @@ _ABOVE_0_IN_STAGES = ("lr", "clip_norm")
 _SHARES = {"tables.id_dropout", "encoder.last_item_weight", "distill.target_weight"}
 _SHARES_IN_STAGES = ("warmup",)
 # A share of 1 would leave nothing.
-_DROPOUTS = {"encoder.dropout", "llm.lora_dropout"}
+_DROPOUTS = {"encoder.dropout", "text.dropout", "llm.lora_dropout"}
 
 for _stage in STAGES:
     _AT_LEAST |= {f"{_stage}.{name}": bound for name, bound in _AT_LEAST_IN_STAGES.items()}
@@ -93,6 +95,7 @@ def check_limits(config: Config) -> None:
     if not neighbour_clicks(config):
         raise UserError("setting tables.neighbour_clicks names no number; give at least one, such as 0")
     _check_head(config)
+    _check_reader(config)
     _check_one_pass(config)
     _check_prior(config.prior)
     if not config.prompt.text_fields:
@@ -119,6 +122,22 @@ def _check_head(config: Config) -> None:
         raise UserError(
             "setting head.apart is true, but without the session recommender's score there is nothing to train the "
             "head apart from; set head.residual to true, or head.apart to false"
+        )
+
+
+def _check_reader(config: Config) -> None:
+    """A language model that reads sessions ends the run: its bundle holds the weights, and no stage goes on from it."""
+    if config.text.reader == "tower" or not config.text.epochs:
+        return
+    if config.tables.item_text:
+        raise UserError(
+            "setting text.reader is language_model, whose vectors take the table of text encodings that "
+            "tables.item_text needs; set tables.item_text to false, or text.reader to tower"
+        )
+    if later := [stage for stage in ("align", "behave", "distill") if getattr(config, stage).epochs]:
+        raise UserError(
+            f"setting text.reader is language_model, from which stage {later[0]} does not go on; "
+            f"set {later[0]}.epochs to 0, or text.reader to tower"
         )
 
 

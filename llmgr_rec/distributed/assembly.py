@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from llmgr_rec.config import Config, StageName, TrainableGroup
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Candidates, Collator, TextPlace
 from llmgr_rec.data.item_text import shuffle_texts, tokenize_items
@@ -16,15 +16,20 @@ from llmgr_rec.data.left_out import LeftOutIds
 from llmgr_rec.data.pretrained import load_decoder, load_tokenizer, weights_hash
 from llmgr_rec.data.prompt_files import Task, load_templates
 from llmgr_rec.data.random_weights import draw_decoder, drawn_weights_hash
+from llmgr_rec.data.session_texts import closed
 from llmgr_rec.modules.build import build_llmgr, build_recommender, recommender_reads_text
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.stage_config import TrainableGroup
 
 Purpose = Literal[StageName, "rank"]
 
 # Stands between two item texts in a prompt.
 _TEXT_SEPARATOR = "; "
+# Closes an item's text where sessions are read as text.
+_TEXT_END = "\n"
 
 
 def assemble_recommender(
@@ -33,9 +38,35 @@ def assemble_recommender(
     tables_device: torch.device | str = "cpu",
     text_width: int = 0,
     tower: bool = False,
+    device: torch.device | None = None,
 ) -> SessionRecommender:
-    """The session recommender for a catalogue; see `build_recommender`."""
-    return build_recommender(config, catalogue.num_items, catalogue.num_embeddings, tables_device, text_width, tower)
+    """The session recommender for a catalogue; see `build_recommender`.
+
+    Args:
+        config: All settings.
+        catalogue: Items.
+        tables_device: Where tables are made; `meta` leaves the memory to the sharder.
+        text_width: Columns of a text encoding; read where the recommender reads item text.
+        tower: Whether it has a text tower, or the reader that the settings have in its place.
+        device: Where such a reader is made; None takes the CPU.
+    """
+    reader = None
+    if tower and config.text.reader == "language_model":
+        reader = assemble_reader(config, catalogue, device or torch.device("cpu"))
+    sizes = (catalogue.num_items, catalogue.num_embeddings)
+    return build_recommender(config, *sizes, tables_device, text_width, tower, reader)
+
+
+def assemble_reader(config: Config, catalogue: Catalogue, device: torch.device) -> TextReader:
+    """The reader of sessions as text, not whitened yet; its weights are float32 wherever it computes.
+
+    Raises:
+        UserError: Its language model is not to be had, or an item has no text.
+    """
+    decoder = assemble_decoder(replace(config, llm=replace(config.llm, dtype="float32")), device)
+    end = load_tokenizer(config.llm.name_or_path)(_TEXT_END, add_special_tokens=False)["input_ids"]
+    texts = closed(item_tokens(config, catalogue), end[-1])
+    return TextReader(decoder, texts, config.text.dim, config.text.clicks, config.text.dropout).to(device)
 
 
 def assemble_decoder(config: Config, device: torch.device) -> PreTrainedModel:
@@ -147,7 +178,7 @@ def make_collator(
         catalogue.num_items,
         config.tables.side_features,
         candidates=_candidates(config, catalogue, purpose),
-        sampled_items=config.loss.sampled_items,
+        sampled_items=config.text.drawn_items if _reads_candidates(config, purpose) else config.loss.sampled_items,
         text=text,
         text_items=config.prompt.text_items,
         text_tokens=tokens if text != "none" else None,
@@ -208,4 +239,10 @@ def _candidates(config: Config, catalogue: Catalogue, purpose: Purpose) -> Candi
         return "none"
     if caches_catalogue(config, catalogue.num_items, purpose):
         return "cached"
-    return "full" if catalogue.num_items <= config.loss.full_softmax_max_items else "sampled"
+    most = config.text.drawn_items if _reads_candidates(config, purpose) else config.loss.full_softmax_max_items
+    return "full" if catalogue.num_items <= most else "sampled"
+
+
+def _reads_candidates(config: Config, purpose: Purpose) -> bool:
+    """Whether each candidate has to be read by a language model."""
+    return purpose == "text" and config.text.reader == "language_model"

@@ -113,7 +113,7 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
     else:
         # From the table itself: the language model that made its encodings is not needed.
         text_width = index.tables.get(ITEM_TEXT, (0, 0))[1]
-        model = assemble_recommender(config, catalogue, tables_device, text_width, index.stage == "text")
+        model = assemble_recommender(config, catalogue, tables_device, text_width, index.stage == "text", device)
     model.requires_grad_(False)
     if world:
         shard(model, config.tables, world, lambda name: False)

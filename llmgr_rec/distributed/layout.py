@@ -14,7 +14,8 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableSh
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from transformers import AutoModel, PreTrainedModel
 
-from llmgr_rec.config import STAGES, Config, StageConfig, StageName
+from llmgr_rec.config import STAGES, Config, StageName
+from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import RANDOM_TINY, decoder_config, load_decoder, resolve_dtype
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.distributed.assembly import caches_catalogue
@@ -25,6 +26,8 @@ from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
+from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.stage_config import StageConfig
 
 FROZEN = "frozen"
 _FLOAT_BYTES = 4
@@ -150,9 +153,15 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
         recommender = build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta")
         return SbrTask(recommender, one_pass=config.sbr.one_pass)
     if stage == "text":
-        width = _meta_decoder(config).get_input_embeddings().weight.shape[1]
+        decoder, reader = _meta_decoder(config), None
+        width = decoder.get_input_embeddings().weight.shape[1]
+        if config.text.reader == "language_model":
+            width = config.text.dim
+            reader = TextReader(
+                decoder.float(), Jagged.empty(sizes.num_items), width, config.text.clicks, config.text.dropout
+            )
         return TextTask(
-            build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width, tower=True).to("meta")
+            build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width, True, reader).to("meta")
         )
     # Only that the prompts are there matters for the layout, not what they say.
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from llmgr_rec.config import Config, TrainableGroup
+from llmgr_rec.config import Config
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
@@ -18,7 +18,9 @@ from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
 from llmgr_rec.modules.student import StudentReader
+from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.modules.text_tower import TextTower
+from llmgr_rec.stage_config import TrainableGroup
 
 
 def build_recommender(
@@ -28,6 +30,7 @@ def build_recommender(
     tables_device: torch.device | str = "cpu",
     text_width: int = 0,
     tower: bool = False,
+    reader: TextReader | None = None,
 ) -> SessionRecommender:
     """The session recommender with fresh weights that depend on the settings and their seed only.
 
@@ -38,6 +41,7 @@ def build_recommender(
         tables_device: Where the item tables are made; `meta` leaves the memory to the sharder.
         text_width: Columns of a text encoding; read where the recommender reads item text.
         tower: Whether it has a text tower.
+        reader: Stands in place of one.
 
     Raises:
         UserError: Settings that do not go together.
@@ -60,7 +64,7 @@ def build_recommender(
             config.encoder.score,
             config.encoder.temperature,
             text,
-            TextTower(text_width, config.text.dim, config.text.two_sided) if tower else None,
+            (reader or TextTower(text_width, config.text.dim, config.text.two_sided)) if tower else None,
         )
 
 

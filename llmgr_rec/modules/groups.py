@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from llmgr_rec.config import TrainableGroup
+from llmgr_rec.stage_config import TrainableGroup
 
 _GROUP_OF_PART: dict[str, TrainableGroup] = {
     "item_tables": "tables",

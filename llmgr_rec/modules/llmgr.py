@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from llmgr_rec.config import TrainableGroup
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import Task
@@ -27,6 +26,7 @@ from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes, trunk_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender
 from llmgr_rec.modules.student import StudentReader
+from llmgr_rec.stage_config import TrainableGroup
 
 torch.fx.wrap("prompt_nodes")
 torch.fx.wrap("trunk_nodes")

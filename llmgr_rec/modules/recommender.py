@@ -17,6 +17,7 @@ from llmgr_rec.modules.item_tables import ItemRows, ItemTables
 from llmgr_rec.modules.item_text import ItemText
 from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
+from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.modules.text_tower import TextTower
 
 torch.fx.wrap("encode_prefixes")
@@ -72,7 +73,7 @@ class SessionRecommender(nn.Module):
         score: Literal["dot", "cosine"],
         temperature: float,
         item_text: ItemText | None = None,
-        text_tower: TextTower | None = None,
+        text_tower: TextTower | TextReader | None = None,
     ) -> None:
         super().__init__()
         self.item_tables = item_tables
@@ -102,7 +103,7 @@ class SessionRecommender(nn.Module):
             encoded = self.encoder(rows_ND, batch.graph)
         queries_BQ, candidates_CQ = self._as_query(encoded.sessions_BD), self._as_item(candidates_CD)
         if self.text_tower is not None:
-            read = self.text_tower(rows.texts_XH, batch.graph)
+            read = self.text_tower(rows.texts_XH, batch)
             queries_BQ, candidates_CQ = torch.cat([queries_BQ, read[0]], 1), torch.cat([candidates_CQ, read[1]], 1)
         return Recommended(
             queries_BQ=queries_BQ,
@@ -122,7 +123,7 @@ class SessionRecommender(nn.Module):
         """
         if self.item_text is None or self.text_tower is None:
             raise ValueError("the recommender was built without a text tower")
-        read = self.text_tower(self.item_text(batch.features), batch.graph)
+        read = self.text_tower(self.item_text(batch.features), batch)
         return read[0], read[1]
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:

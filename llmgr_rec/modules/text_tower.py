@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.session_encoder import segment_sum
@@ -41,16 +42,17 @@ class TextTower(nn.Module):
         self.decay_logit = nn.Parameter(torch.tensor(math.log(_DECAY / (1 - _DECAY))))
         self.log_scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
 
-    def forward(self, texts_XH: Tensor, graph: SessionGraph) -> tuple[Tensor, Tensor]:
+    def forward(self, texts_XH: Tensor, batch: SessionBatch) -> tuple[Tensor, Tensor]:
         """Reads sessions and prepares candidates.
 
         Args:
             texts_XH: Text encodings of the nodes, then of the candidates; zeros where an item has no text.
-            graph: The sessions' graphs.
+            batch: The sessions.
 
         Returns:
             Queries, [B, K], zeros for a session without clicks on items with text; candidates, [C, K].
         """
+        graph = batch.graph
         num_nodes = graph.node_items_N.numel()
         texts_NH, texts_CH = texts_XH.split([num_nodes, texts_XH.shape[0] - num_nodes])
         project = self.items_projection if self.clicks_projection is None else self.clicks_projection

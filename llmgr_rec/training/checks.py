@@ -40,7 +40,7 @@ _RECOMMENDER_SETTINGS = (
     "encoder.temperature",
     "controls.shuffled_words",
 )
-_TOWER_SETTINGS = ("text.dim", "text.two_sided")
+_TOWER_SETTINGS = ("text.dim", "text.two_sided", "text.reader", "text.clicks")
 _LANGUAGE_SETTINGS = (
     "llm.num_layers",
     "llm.text_layer",

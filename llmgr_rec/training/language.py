@@ -24,12 +24,14 @@ from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.modules.whitening import whitening_map
 
 # A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
 # not repeat, and what is dealt out to ranks.
 _MIN_ROWS = 512
 _MAX_FILES = 256
+_READ_ITEMS = 4096
 _ENCODE_BATCH = 64
 _LOOKUP_ITEMS = 8192
 
@@ -191,3 +193,26 @@ def cache_catalogue(llmgr: LLMGR, collator: Collator, device: torch.device) -> N
         if rows.texts_XH is not None:
             texts.append(rows.texts_XH)
     llmgr.cache_catalogue(ItemRows(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None))
+
+
+@torch.no_grad()
+def renew_texts(model: nn.Module) -> None:
+    """Where a language model reads sessions, writes the items as it reads them now into the text table.
+
+    Args:
+        model: The recommender, sharded or not; any other model stays as it is.
+    """
+    reader = getattr(model, "text_tower", None)
+    if not isinstance(reader, TextReader):
+        return
+    is_training = reader.training
+    reader.eval()
+
+    def read(rows: range, cols: range) -> Tensor:
+        chunks = torch.arange(rows.start, rows.stop).split(_READ_ITEMS)
+        return torch.cat([reader.item_vectors(items)[:, cols.start : cols.stop].cpu() for items in chunks])
+
+    for parameter in table_parameters(model):
+        if f".{ITEM_TEXT}." in parameter:
+            fill_table(model, parameter, read)
+    reader.train(is_training)

@@ -12,13 +12,14 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from llmgr_rec.cli import progress
-from llmgr_rec.config import RuntimeConfig, StageConfig
+from llmgr_rec.config import RuntimeConfig
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.reduce import mean_over_ranks
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.tasks import LossAndParts
+from llmgr_rec.stage_config import StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.optimizers import CosineSchedule

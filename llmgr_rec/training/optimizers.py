@@ -7,8 +7,9 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from llmgr_rec.config import StageConfig, TablesConfig
+from llmgr_rec.config import TablesConfig
 from llmgr_rec.modules.groups import group_of
+from llmgr_rec.stage_config import StageConfig
 
 
 def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) -> CombinedOptimizer:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from transformers import PreTrainedModel
 
-from llmgr_rec.config import Config, StageConfig, StageName, neighbour_clicks
+from llmgr_rec.config import Config, StageName, neighbour_clicks
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
@@ -43,10 +44,18 @@ from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
+from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.recipes import load_config
+from llmgr_rec.stage_config import StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.journal import Journal
-from llmgr_rec.training.language import TextEncodings, cache_catalogue, encode_catalogue, fill_text_table
+from llmgr_rec.training.language import (
+    TextEncodings,
+    cache_catalogue,
+    encode_catalogue,
+    fill_text_table,
+    renew_texts,
+)
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.optimizers import build_optimizer
 from llmgr_rec.training.rare_rows import RareRows
@@ -56,6 +65,8 @@ logger = logging.getLogger(__name__)
 
 # Folder of a run where the neighbours of its items are kept.
 _NEIGHBOURS = "neighbours"
+# Items whose readings tell how readings are spread.
+_WHITENED_ITEMS = 16_384
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,11 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     settings = stage_settings(config, stage)
     reader = _reader(stage, context)
     model, inner = _start(stage, context)
+
+    def validate() -> dict[str, float]:
+        renew_texts(inner)
+        return _validation(inner, context)
+
     has_validation = context.dataset.manifest.num_sessions["valid"] > 0
     loop = StageLoop(
         name=stage,
@@ -121,10 +137,11 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         journal=context.journal,
         checkpoints=_checkpoints(stage, context, "steps", config.runtime.keep_checkpoints),
         best=_checkpoints(stage, context, "best", 1),
-        validate=(lambda: _validation(inner, context)) if has_validation else None,
+        validate=validate if has_validation else None,
     )
     position = loop.resume() if context.resume else Position()
     loop.run(position)
+    renew_texts(inner)
     # After the last checkpoint, so that a resumed run does it once, too.
     rare_rows = _rare_rows(inner, context) if stage == "sbr" and any(neighbour_clicks(config)) else None
     kept = context.run / _NEIGHBOURS
@@ -194,16 +211,27 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
 
 def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config, world = context.config, context.world
-    encodings = _text_encodings(context)
-    recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width, tower=True)
+    reads_sessions = config.text.reader == "language_model"
+    encodings = None if reads_sessions else _text_encodings(context)
+    width = encodings.width if encodings else config.text.dim
+    recommender = assemble_recommender(config, context.catalogue, "meta", width, True, world.device)
+    if isinstance(recommender.text_tower, TextReader):
+        recommender.text_tower.whiten(_some_items(config, context.catalogue))
     loss_dtype = resolve_dtype(config.loss.dtype, world.device)
     model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
-    fill_text_table(model, encodings)
+    if encodings is not None:
+        fill_text_table(model, encodings)
     if not any(neighbour_clicks(_with_clicks_drawn("text", context))):  # which have made up rows for them, or zeros
         # Rows that no click has trained would only blur what the texts say of their items.
         zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
     return model, recommender
+
+
+def _some_items(config: Config, catalogue: Catalogue) -> Tensor:
+    """Items that stand for the catalogue where a statistic of all would take too long."""
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randperm(catalogue.num_items, generator=generator)[:_WHITENED_ITEMS]
 
 
 def _text_encodings(context: RunContext, decoder: PreTrainedModel | None = None) -> TextEncodings:
@@ -281,6 +309,8 @@ def _prefixes_together(stage: StageName, config: Config) -> int:
     """Most prefixes of a session that are read in one pass: as many as clicks are read, or as a prompt shows nodes."""
     if stage == "sbr" and config.sbr.one_pass:
         return config.encoder.max_clicks
+    if stage == "text" and config.text.reader == "language_model":
+        return config.text.clicks
     if stage in ("behave", "distill") and config.behave.one_pass:
         return config.prompt.max_nodes or sys.maxsize
     return 0

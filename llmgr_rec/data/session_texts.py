@@ -17,7 +17,7 @@ class Texts:
 
     Args:
         tokens: Token ids, one row a session or an item.
-        places_X: Positions in the flat tokens after which the reader is asked, in rising order, at least one a row.
+        places_X: Positions in the flat tokens after which the reader is asked, in rising order.
     """
 
     tokens: Jagged
@@ -58,39 +58,22 @@ def session_texts(texts: Jagged, clicks: Jagged) -> Texts:
 
 
 def last_places(texts: Texts) -> Texts:
-    """The same rows, read at their ends alone."""
+    """The same rows, none of them empty, read at their ends alone."""
     return Texts(texts.tokens, texts.tokens.offsets[1:] - 1)
 
 
-def drop_tokens(texts: Texts, share: float, generator: torch.Generator) -> Texts:
+def drop_tokens(texts: Texts, share: float) -> Texts:
     """Leaves tokens out at random, but none that is read, so that no wording is learned by heart.
 
     Args:
         texts: Rows of tokens.
-        share: Share that is left out, 0 to 1.
-        generator: Draws them.
+        share: Share that is left out, 0 to 1; drawn by torch's own generator.
     """
     tokens = texts.tokens
-    is_kept_S = torch.rand(tokens.values.numel(), generator=generator) >= share
+    is_kept_S = torch.rand(tokens.values.numel()) >= share
     is_kept_S[texts.places_X] = True
     kept_before = lengths_to_offsets(is_kept_S.long())
-    return Texts(
-        Jagged(tokens.values[is_kept_S], kept_before[tokens.offsets]),
-        kept_before[texts.places_X],
-    )
-
-
-def windows(sessions: Jagged, most: int, generator: torch.Generator) -> Jagged:
-    """A run of clicks of each session, drawn anew at each call from those that are longer than `most`.
-
-    Args:
-        sessions: Items of each session.
-        most: Clicks that are kept.
-        generator: Draws where the runs begin.
-    """
-    spare_B = (sessions.lengths - most).clamp(min=0)
-    shift_B = (torch.rand(sessions.num_rows, generator=generator) * (spare_B + 1)).long()
-    return sessions.gather(sessions.offsets[:-1] + shift_B, sessions.lengths - spare_B)
+    return Texts(Jagged(tokens.values[is_kept_S], kept_before[tokens.offsets]), kept_before[texts.places_X])
 
 
 def newest(sessions: Jagged, most: int) -> Jagged:
