@@ -64,6 +64,8 @@ def assemble_reader(config: Config, catalogue: Catalogue, device: torch.device) 
         UserError: Its language model is not to be had, or an item has no text.
     """
     decoder = assemble_decoder(replace(config, llm=replace(config.llm, dtype="float32")), device)
+    if config.llm.recompute:
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
     end = load_tokenizer(config.llm.name_or_path)(_TEXT_END, add_special_tokens=False)["input_ids"]
     texts = closed(item_tokens(config, catalogue), end[-1])
     return TextReader(decoder, texts, config.text.dim, config.text.clicks, config.text.dropout).to(device)

@@ -24,8 +24,8 @@ from llmgr_rec.modules.prompts import trunk_nodes
 
 # Where the factor of the cosine starts to learn.
 _SCALE = 20.0
-# Added to what a direction is divided by: a share of the largest deviation and, so that texts that are all alike stay so,
-# of the states themselves.
+# Added to what a direction is divided by: a share of the largest deviation and, so that texts that are all alike stay
+# so, of the states themselves.
 _LEAST, _ROUNDING = 0.02, 1e-4
 # Most padded tokens of one call of the decoder, and what widths are rounded up to, so that fewer shapes occur.
 _TOKENS_AT_ONCE, _STEP = 65_536, 8

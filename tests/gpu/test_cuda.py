@@ -93,6 +93,17 @@ def test_sessions_are_scored_alike(trained: dict[str, Path], tmp_path: Path) -> 
         assert theirs == pytest.approx(mine, rel=1e-3, abs=1e-3)
 
 
+def test_a_reader_of_sessions_trains_alike(tmp_path: Path) -> None:
+    """Its decoder computes in bfloat16 on the GPU."""
+    config = small_config(tmp_path / "prompts.yaml")
+    config.prompt.max_text_tokens = 24
+    config.text = replace(config.text, reader="language_model", epochs=1, dim=16, dropout=0.0)
+    config.align.epochs = config.behave.epochs = 0
+    on_cpu, on_gpu = (numbers(train_on(device, tmp_path, config, "all")) for device in ("cpu", "cuda"))
+    for name in (name for name in on_cpu if name.startswith("text/train") and name.endswith("/loss")):
+        assert on_gpu[name] == pytest.approx(on_cpu[name], rel=0.05), name
+
+
 def test_bfloat16_trains_close_to_float32(trained: dict[str, Path], tmp_path: Path) -> None:
     config = whole_config(tmp_path)
     config.llm.dtype = "bfloat16"

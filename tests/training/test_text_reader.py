@@ -1,0 +1,158 @@
+"""Stage text with a language model that reads sessions: learns, resumes, exports, ranks; what cannot be is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from llmgr_rec.config import Config
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.protocol import evaluate_model
+from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
+from llmgr_rec.limits import check_limits
+from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.training.loop import StageLoop
+from llmgr_rec.training.run import train_run
+from tests.small_run import ONE_RANK
+from tests.training.exported import Exported
+from tests.training.small_training import numbers, records, small_config, small_dataset
+
+pytestmark = pytest.mark.dist
+
+
+def reader_config(folder: Path) -> Config:
+    config = small_config(folder / "prompts.yaml")
+    config.prompt.max_text_tokens = 24
+    config.text = replace(
+        config.text, reader="language_model", epochs=2, dim=16, clicks=4, drawn_items=24, batch_size=40, lr=1e-3
+    )
+    config.align.epochs = config.behave.epochs = 0
+    config.prior.neighbours = ["item_knn", "text_knn"]
+    config.runtime.checkpoint_every = 2
+    return config
+
+
+def train(folder: Path, name: str, config: Config, resume: bool = False) -> Path:
+    train_run(RunRequest(config, small_dataset(), folder / name, "all", resume))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reader")
+    return train(folder, "run", reader_config(folder))
+
+
+def test_it_learns(run: Path) -> None:
+    losses = [values["loss"] for (stage, _, split), values in records(run).items() if (stage, split) == ("text", "")]
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.3
+
+
+def test_its_bundle_ranks_as_training_said(run: Path) -> None:
+    bundle = load_bundle(run)
+    assert bundle.stage == "text"
+    dataset = Dataset(small_dataset())
+    found = evaluate_model(bundle.model, dataset, "valid", bundle.config, ONE_RANK, bundle.catalogue)
+    said = [
+        values["ndcg@20"] for (stage, _, split), values in records(run).items() if (stage, split) == ("text", "valid")
+    ]
+    assert found["ndcg@20"] == pytest.approx(max(said), abs=1e-6)
+
+
+def test_it_is_evaluated_and_scores_sessions(run: Path, tmp_path: Path) -> None:
+    metrics = evaluate_run(EvaluationRequest(run, small_dataset(), "test", tmp_path / "metrics.json", device="cpu"))
+    assert "text" in metrics["test"]
+    score_run(ScoreRequest(run, small_dataset() / "test", tmp_path / "scores", k=5, device="cpu"))
+    assert pq.read_table(tmp_path / "scores").num_rows == Dataset(small_dataset()).manifest.num_sessions["test"]
+
+
+def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = reader_config(tmp_path)
+    save = StageLoop._save
+
+    def save_and_stop(loop: StageLoop, position: object) -> None:
+        save(loop, position)  # type: ignore[arg-type]
+        if loop.name == "text" and position.step >= 4:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageLoop, "_save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, "run", config)
+    train(tmp_path, "run", config, resume=True)
+    assert numbers(tmp_path / "run") == pytest.approx(numbers(run), abs=1e-6)
+    expected, found = Exported.read(run / "export/text"), Exported.read(tmp_path / "run/export/text")
+    torch.testing.assert_close(found.recommender, expected.recommender, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.tables, expected.tables, rtol=1e-5, atol=1e-6)
+
+
+def test_other_weights_or_texts_make_another_reader(run: Path, tmp_path: Path) -> None:
+    for name in ("random_llm", "shuffled_text"):
+        config = reader_config(tmp_path)
+        setattr(config.controls, name, True)
+        other = load_bundle(train(tmp_path, name, config)).model.text_tower
+        assert isinstance(other, TextReader)
+        own = load_bundle(run).model.text_tower
+        assert isinstance(own, TextReader)
+        assert torch.equal(other.texts.values, own.texts.values) == (name == "random_llm")
+        assert not torch.equal(other.mean_H, own.mean_H)
+
+
+def test_layers_computed_again_train_alike(run: Path, tmp_path: Path) -> None:
+    config = reader_config(tmp_path)
+    config.llm.recompute = True
+    assert numbers(train(tmp_path, "run", config)) == pytest.approx(numbers(run), abs=1e-4)
+
+
+def no_later_stage(config: Config) -> None:
+    config.behave.epochs = 1
+
+
+def text_in_item_vectors(config: Config) -> None:
+    config.tables.item_text = True
+
+
+def no_clicks(config: Config) -> None:
+    config.text.clicks = 0
+
+
+def everything_dropped(config: Config) -> None:
+    config.text.dropout = 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            no_later_stage,
+            "text.reader is language_model, from which stage behave does not go on; set behave.epochs to 0",
+        ),
+        (text_in_item_vectors, "set tables.item_text to false, or text.reader to tower"),
+        (no_clicks, "text.clicks is 0; give 1 or more"),
+        (everything_dropped, "text.dropout is 1.0; give a probability from 0 to below 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(
+    change: Callable[[Config], None], message: str, tmp_path: Path
+) -> None:
+    config = reader_config(tmp_path)
+    change(config)
+    with pytest.raises(UserError, match=message):
+        check_limits(config)
+
+
+def test_more_columns_than_the_language_model_has_are_refused_before_training(tmp_path: Path) -> None:
+    config = reader_config(tmp_path)
+    config.text.dim = 100
+    with pytest.raises(UserError, match=r"text.dim is 100, but random-tiny has 64 columns; give 64 at most"):
+        train(tmp_path, "run", config)
+    assert not (tmp_path / "run").exists()
