@@ -33,6 +33,7 @@ from llmgr_rec.evaluation.protocol import build_neighbours
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.modules.build import has_tower
 from llmgr_rec.recipes import load_config, save_config
+from llmgr_rec.stage_config import READER_SETTINGS
 from llmgr_rec.study.compare import ndcg
 from llmgr_rec.study.judge import Places, judge_baseline, judge_model
 from llmgr_rec.study.recipe import Study, Variant
@@ -210,6 +211,8 @@ def _said(config: Config) -> dict[str, Any]:
     for part, name in _LATER_SETTINGS:
         if not parts[part][name]:
             del parts[part][name]
+    if config.text.reader == "tower":
+        parts["text"] = {name: value for name, value in parts["text"].items() if name not in READER_SETTINGS}
     if not has_tower(config):
         del parts["text"]
     # A variant has none, and no training depends on it.

@@ -22,6 +22,7 @@ from llmgr_rec.config import STAGES, Config
 from llmgr_rec.distributed.durable import installed_versions, sync, write_synced
 from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
 from llmgr_rec.errors import UserError
+from llmgr_rec.stage_config import READER_SETTINGS
 from llmgr_rec.training.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
 from llmgr_rec.training.safe_reader import SafeReader
 
@@ -72,6 +73,8 @@ class Identity:
     def of(cls, stage: str, catalogue: str, config: Config) -> "Identity":
         """Identity of a stage under some settings; other stages' settings and the use of the machine are left out."""
         foreign = tuple(f"{other}." for other in STAGES if other != stage)
+        if config.text.reader == "tower":
+            foreign += tuple(f"text.{name}" for name in READER_SETTINGS)
         settings = {
             name: value
             for name, value in _flatten(asdict(config))

@@ -185,6 +185,8 @@ def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
     config.text.epochs = 1
     assert "neighbour_clicks" not in cells._said(config)["tables"]
     config.tables.neighbour_clicks = 1.0
+    assert not {"reader", "clicks"} & set(cells._said(config)["text"])
+    config.text.reader = "language_model"
     everything = asdict(config)
     del everything["prior"]
     assert cells._said(config) == everything

@@ -19,6 +19,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
+from llmgr_rec.stage_config import READER_SETTINGS
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.checkpoint_state import is_stored, model_tensors, optimizer_tensors
 from llmgr_rec.training.safe_reader import MetadataUnpickler
@@ -286,6 +287,16 @@ def test_identity_is_what_it_was_before_there_were_controls_and_text_in_item_vec
     assert "sbr.one_pass" not in Identity.of("sbr", "c", config).settings
     config.sbr.one_pass = True
     assert Identity.of("sbr", "c", config).settings["sbr.one_pass"] is True
+
+
+def test_identity_of_a_text_tower_knows_no_reader() -> None:
+    config = Config()
+    settings = Identity.of("text", "c", config).settings
+    assert settings["text.dim"] == config.text.dim
+    assert not {f"text.{name}" for name in READER_SETTINGS} & settings.keys()
+    config.text.reader = "language_model"
+    settings = Identity.of("text", "c", config).settings
+    assert {f"text.{name}" for name in READER_SETTINGS} <= settings.keys()
 
 
 def test_a_checkpoint_does_not_depend_on_a_prior() -> None:
