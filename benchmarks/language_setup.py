@@ -11,7 +11,6 @@ from torch import nn
 from benchmarks.straightforward import StraightforwardLLMGR
 from datagen.synthetic import generate
 from llmgr_rec.config import Config
-from llmgr_rec.stage_config import TrainableGroup
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
@@ -22,6 +21,7 @@ from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, ite
 from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.modules.groups import select_trainable
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.stage_config import TrainableGroup
 from llmgr_rec.training.language import cache_catalogue
 from llmgr_rec.training.stages import StageName
 
