@@ -17,7 +17,7 @@ from llmgr_rec.data.pretrained import load_decoder, load_tokenizer, weights_hash
 from llmgr_rec.data.prompt_files import Task, load_templates
 from llmgr_rec.data.random_weights import draw_decoder, drawn_weights_hash
 from llmgr_rec.data.session_texts import closed
-from llmgr_rec.modules.build import build_llmgr, build_recommender, recommender_reads_text
+from llmgr_rec.modules.build import build_llmgr, build_recommender, reads_sessions, recommender_reads_text
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -51,7 +51,7 @@ def assemble_recommender(
         device: Where such a reader is made; None takes the CPU.
     """
     reader = None
-    if tower and config.text.reader == "language_model":
+    if tower and reads_sessions(config):
         reader = assemble_reader(config, catalogue, device or torch.device("cpu"))
     sizes = (catalogue.num_items, catalogue.num_embeddings)
     return build_recommender(config, *sizes, tables_device, text_width, tower, reader)
@@ -247,4 +247,4 @@ def _candidates(config: Config, catalogue: Catalogue, purpose: Purpose) -> Candi
 
 def _reads_candidates(config: Config, purpose: Purpose) -> bool:
     """Whether each candidate has to be read by a language model."""
-    return purpose == "text" and config.text.reader == "language_model"
+    return purpose == "text" and reads_sessions(config)

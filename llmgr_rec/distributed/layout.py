@@ -21,7 +21,13 @@ from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.distributed.assembly import caches_catalogue
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.build import build_llmgr, build_recommender, reads_item_text, recommender_reads_text
+from llmgr_rec.modules.build import (
+    build_llmgr,
+    build_recommender,
+    reads_item_text,
+    reads_sessions,
+    recommender_reads_text,
+)
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.prompts import CompiledPrompt
@@ -155,7 +161,7 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
     if stage == "text":
         decoder, reader = _meta_decoder(config), None
         width = decoder.get_input_embeddings().weight.shape[1]
-        if config.text.reader == "language_model":
+        if reads_sessions(config):
             width = config.text.dim
             reader = TextReader(
                 decoder.float(), Jagged.empty(sizes.num_items), width, config.text.clicks, config.text.dropout

@@ -135,6 +135,11 @@ def has_tower(config: Config) -> bool:
     return config.text.epochs > 0
 
 
+def reads_sessions(config: Config) -> bool:
+    """Whether it is a language model, reading sessions as text, that stands in the text tower's place."""
+    return has_tower(config) and config.text.reader == "language_model"
+
+
 def recommender_reads_text(config: Config) -> bool:
     """Whether the session recommender, as the language stages see it, reads text encodings of the items."""
     return config.tables.item_text or has_tower(config)

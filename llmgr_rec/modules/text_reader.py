@@ -3,7 +3,9 @@
 It stands where a text tower may. The same decoder reads sessions and items, each at the token that closes a text. What
 it makes of both is whitened as the items were before training, so that the cosine starts as nearest neighbours do, and
 a projection of each side learns from there. Items are read with gradient while it trains; to rank, their vectors lie
-in the table of text encodings, which is filled anew whenever the decoder has changed.
+in the table of text encodings, which is filled anew whenever the decoder has changed. To read a session as the texts of
+its items, and items by the same model, is Recformer's (Li et al., Text Is All You Need, arXiv 2305.13731); to ask a
+causal decoder after every click, and to start from its whitened readings, is ours.
 
 Shapes: B sessions, C items, R rows, T columns of a padded batch, X places, H hidden width, K columns of queries and of
 items.
@@ -29,6 +31,8 @@ _SCALE = 20.0
 _LEAST, _ROUNDING = 0.02, 1e-4
 # Most padded tokens of one call of the decoder, and what widths are rounded up to, so that fewer shapes occur.
 _TOKENS_AT_ONCE, _STEP = 65_536, 8
+# Where texts are laid out.
+_CPU = torch.device("cpu")
 
 
 class TextReader(nn.Module):
@@ -130,7 +134,8 @@ class TextReader(nn.Module):
     def read(self, texts: Texts) -> Tensor:
         """States of the decoder at the places, float32 [X, H]; computed in bfloat16 on a GPU.
 
-        Rows of like length are read together, so that little padding is computed.
+        Texts are laid out on the CPU, which waits for a GPU's clicks and candidates once a call. Rows of like
+        length are read together, so that little padding is computed.
         """
         tokens, device = texts.tokens, self.mean_H.device
         row_X = torch.searchsorted(tokens.offsets, texts.places_X, right=True) - 1
@@ -163,9 +168,6 @@ class TextReader(nn.Module):
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden_BTH: Tensor = self.decoder(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state
         return hidden_BTH
-
-
-_CPU = torch.device("cpu")
 
 
 def _chunks(lengths_R: Tensor) -> Iterator[Tensor]:

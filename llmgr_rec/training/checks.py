@@ -19,7 +19,7 @@ from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.limits import check_limits
-from llmgr_rec.modules.build import has_tower, reads_item_text, recommender_reads_text
+from llmgr_rec.modules.build import has_tower, reads_item_text, reads_sessions, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.recipes import load_config
@@ -267,7 +267,7 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
             f"prepare with an items file that has a column title, or {otherwise}"
         )
     catalogue.texts(list(config.prompt.text_fields))
-    if has_tower(config) and config.text.reader == "language_model":
+    if reads_sessions(config):
         _check_reader(config)
     layers = num_decoder_layers(config.llm.name_or_path)
     if config.llm.text_layer > layers:

@@ -6,6 +6,7 @@ Shapes: V items of the catalogue, D = d1 columns, H = d2 hidden width of the lan
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World, barrier
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.distributed.shards import fill_table, table_parameters
+from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.modules.whitening import whitening_map
 
@@ -168,11 +171,16 @@ def encode_catalogue(
     return encodings
 
 
-def fill_text_table(model: nn.Module, encodings: TextEncodings) -> None:
-    """Writes the encodings into whatever this rank holds of the text table."""
+def fill_text_table(model: nn.Module, read: Callable[[range, range], Tensor]) -> None:
+    """Writes vectors of items into whatever this rank holds of the text table.
+
+    Args:
+        model: Sharded or not.
+        read: Gives the values of a rectangle of the table, such as `TextEncodings.read`; see `fill_table`.
+    """
     for parameter in table_parameters(model):
         if f".{ITEM_TEXT}." in parameter:
-            fill_table(model, parameter, encodings.read)
+            fill_table(model, parameter, read)
 
 
 @torch.no_grad()
@@ -196,23 +204,21 @@ def cache_catalogue(llmgr: LLMGR, collator: Collator, device: torch.device) -> N
 
 
 @torch.no_grad()
-def renew_texts(model: nn.Module) -> None:
+def renew_texts(model: SessionRecommender | LLMGR) -> None:
     """Where a language model reads sessions, writes the items as it reads them now into the text table.
 
+    Every rank reads every item, whatever part of the table it holds.
+
     Args:
-        model: The recommender, sharded or not; any other model stays as it is.
+        model: Sharded or not; one without such a reader stays as it is.
     """
-    reader = getattr(model, "text_tower", None)
+    reader = model.text_tower if isinstance(model, SessionRecommender) else None
     if not isinstance(reader, TextReader):
         return
-    is_training = reader.training
-    reader.eval()
 
     def read(rows: range, cols: range) -> Tensor:
         chunks = torch.arange(rows.start, rows.stop).split(_READ_ITEMS)
         return torch.cat([reader.item_vectors(items)[:, cols.start : cols.stop].cpu() for items in chunks])
 
-    for parameter in table_parameters(model):
-        if f".{ITEM_TEXT}." in parameter:
-            fill_table(model, parameter, read)
-    reader.train(is_training)
+    with evaluation_mode(reader):
+        fill_text_table(model, read)

@@ -38,7 +38,7 @@ from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import head_reads_own_text
+from llmgr_rec.modules.build import head_reads_own_text, reads_sessions
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
@@ -203,7 +203,7 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
     )
     init_tables(model, config.seed, config.tables.init_std)
     if encodings is not None:
-        fill_text_table(model, encodings)
+        fill_text_table(model, encodings.read)
     if (left_out := left_out_ids(config, context.catalogue, "sbr")) is not None:
         zero_rows(model, ITEM_ID, left_out.untrained_V)
     return model, recommender
@@ -211,8 +211,7 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
 
 def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config, world = context.config, context.world
-    reads_sessions = config.text.reader == "language_model"
-    encodings = None if reads_sessions else _text_encodings(context)
+    encodings = None if reads_sessions(config) else _text_encodings(context)
     width = encodings.width if encodings else config.text.dim
     recommender = assemble_recommender(config, context.catalogue, "meta", width, True, world.device)
     if isinstance(recommender.text_tower, TextReader):
@@ -221,7 +220,7 @@ def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, Session
     model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
     if encodings is not None:
-        fill_text_table(model, encodings)
+        fill_text_table(model, encodings.read)
     if not any(neighbour_clicks(_with_clicks_drawn("text", context))):  # which have made up rows for them, or zeros
         # Rows that no click has trained would only blur what the texts say of their items.
         zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
@@ -260,7 +259,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     model = _shard(_language_task(stage, llmgr, config, world), settings, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))
     if encodings is not None:
-        fill_text_table(model, encodings)
+        fill_text_table(model, encodings.read)
     if caches_catalogue(config, context.catalogue.num_items, stage):
         cache_catalogue(llmgr, make_collator(config, context.catalogue, "rank", language=False), world.device)
     return model, llmgr
@@ -309,7 +308,7 @@ def _prefixes_together(stage: StageName, config: Config) -> int:
     """Most prefixes of a session that are read in one pass: as many as clicks are read, or as a prompt shows nodes."""
     if stage == "sbr" and config.sbr.one_pass:
         return config.encoder.max_clicks
-    if stage == "text" and config.text.reader == "language_model":
+    if stage == "text" and reads_sessions(config):
         return config.text.clicks
     if stage in ("behave", "distill") and config.behave.one_pass:
         return config.prompt.max_nodes or sys.maxsize

@@ -73,6 +73,12 @@ def test_it_is_evaluated_and_scores_sessions(run: Path, tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "scores").num_rows == Dataset(small_dataset()).manifest.num_sessions["test"]
 
 
+def test_options_of_scoring_that_steer_prompts_are_refused(run: Path, tmp_path: Path) -> None:
+    request = ScoreRequest(run, small_dataset() / "test", tmp_path / "scores", device="cpu", llm_dtype="bfloat16")
+    with pytest.raises(UserError, match="a language model that they do not steer; leave the --llm_ options out"):
+        score_run(request)
+
+
 def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
