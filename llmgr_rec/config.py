@@ -304,5 +304,13 @@ def trained_stages(config: Config) -> list[StageName]:
 
 def neighbour_clicks(config: Config) -> list[float]:
     """The numbers of `tables.neighbour_clicks` that may be chosen, one where it is set."""
-    clicks = config.tables.neighbour_clicks
-    return clicks if isinstance(clicks, list) else [clicks]
+    return _choices(config.tables.neighbour_clicks)
+
+
+def reader_weights(config: Config) -> list[float]:
+    """The numbers of `text.score_weight` that may be chosen, one where it is set."""
+    return _choices(config.text.score_weight)
+
+
+def _choices(value: float | list[float]) -> list[float]:
+    return value if isinstance(value, list) else [value]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from llmgr_rec.config import STAGES, Config, PriorConfig, neighbour_clicks
+from llmgr_rec.config import STAGES, Config, PriorConfig, neighbour_clicks, reader_weights
 from llmgr_rec.errors import UserError
 
 # Seeds go to torch and numpy, which take different ranges; this one both take.
@@ -18,6 +18,7 @@ _AT_LEAST: dict[str, float] = {
     "text.dim": 1,
     "text.clicks": 1,
     "text.drawn_items": 1,
+    "text.score_weight": 0,
     "tables.neighbour_clicks": 0,
     "encoder.attention_layers": 0,
     "encoder.attention_heads": 1,
@@ -129,6 +130,8 @@ def _check_reader(config: Config) -> None:
     """A language model that reads sessions ends the run: its bundle holds the weights, and no stage goes on from it."""
     if config.text.reader == "tower" or not config.text.epochs:
         return
+    if not reader_weights(config):
+        raise UserError("setting text.score_weight names no number; give at least one, such as 1")
     if config.tables.item_text:
         raise UserError(
             "setting text.reader is language_model, whose vectors take the table of text encodings that "

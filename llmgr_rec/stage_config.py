@@ -8,7 +8,7 @@ StageName = Literal["sbr", "text", "align", "behave", "distill"]
 # In the order in which they are trained.
 STAGES: tuple[StageName, ...] = get_args(StageName)
 # Settings of stage text for which a text tower has no use.
-READER_SETTINGS = ("reader", "clicks", "dropout", "drawn_items")
+READER_SETTINGS = ("reader", "clicks", "dropout", "drawn_items", "score_weight")
 
 
 @dataclass
@@ -69,6 +69,9 @@ class TextConfig(StageConfig):
             (language_model).
         drawn_items: Items a step, beside the targets, among which the next one is to be found; all, where the catalogue
             has no more (language_model).
+        score_weight: What its score counts beside that of the session encoder, once it is trained. Of several numbers
+            the one with the best NDCG@20 on the validation sessions is taken, with prior.neighbours beside the model;
+            at 0 it adds nothing (language_model).
     """
 
     dim: int = 128
@@ -77,6 +80,7 @@ class TextConfig(StageConfig):
     clicks: int = 10
     dropout: float = 0.1
     drawn_items: int = 512
+    score_weight: float | list[float] = field(default_factory=lambda: [0.0, 0.125, 0.25, 0.5, 1.0, 2.0])
 
 
 @dataclass

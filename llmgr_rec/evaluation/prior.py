@@ -1,6 +1,7 @@
 """Makes the prior that a trained model ranks with: neighbour baselines, weighted by what the validation sessions say.
 
-Shapes: B sessions of this rank, Q columns of queries, V items, N neighbours, W sets of their weights.
+Shapes: B sessions of this rank, Q columns of queries, V items, N neighbours, W sets of their weights, X such sets at
+each weight of a language model that reads sessions.
 """
 
 import hashlib
@@ -8,15 +9,19 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import sparse
+from torch import Tensor
 
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World, on_first_rank, patient_group
@@ -34,7 +39,7 @@ from llmgr_rec.evaluation.protocol import (
     split_reader,
 )
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +108,21 @@ def weight_sets(settings: PriorConfig) -> list[tuple[float, ...]]:
     return list(product(BLEND_WEIGHTS, repeat=len(settings.neighbours)))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What of several weights ranks best.
+
+    Args:
+        neighbours: A weight for each neighbour.
+        reader: That of a language model which reads sessions as text.
+        ndcg: NDCG@20 with them on the validation sessions.
+    """
+
+    neighbours: tuple[float, ...]
+    reader: float
+    ndcg: float
+
+
 @torch.no_grad()
 def choose_weights(
     model: SessionRecommender | LLMGR,
@@ -112,37 +132,73 @@ def choose_weights(
     config: Config,
     catalogue: Catalogue,
     world: World,
-) -> tuple[tuple[float, ...], float]:
+    reader_weights: Sequence[float] = (1.0,),
+) -> Chosen:
     """The weights of the best NDCG@20 on the validation sessions; of equals, the first.
 
     Args:
-        model: Sharded or not; it is in its former mode again afterwards.
+        model: Sharded or not; it is in its former mode again afterwards. A reader of sessions in it counts 1.
         priors: One baseline each, at weight 1; none leaves the model alone.
         weights: Sets to choose from, each a weight for every prior.
         dataset: Prepared sessions, some of them for validation.
         config: All settings.
         catalogue: The data set's items.
         world: Ranks; all call together, and all get the result.
-
-    Returns:
-        A weight for each prior, and the NDCG@20 with them.
+        reader_weights: Weights of that reader to choose from; the sessions are read once for all of them.
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     reader = split_reader(dataset, "valid", config.runtime.eval_batch_size, collate)
     train_count_V = catalogue.train_count_V.to(world.device)
-    metrics_W = [RankingMetrics(train_count_V) for _ in weights]
+    tried = list(product(reader_weights, weights))
+    metrics_X = [RankingMetrics(train_count_V) for _ in tried]
     leave_out = leaves_out_clicked(dataset)
     with evaluation_mode(model):
         ranker = CatalogueRanker(model, collate, world)
         parts = [prior.of_items(ranker.items) for prior in priors]
-        for loaded in batches_of_rank(reader, world, "weigh neighbours"):
+        for loaded in batches_of_rank(reader, world, "weigh"):
             batch = loaded.to(world.device)
-            queries_BQ = session_queries(model, batch)
             exclude = clicked_items(batch) if leave_out else None
             added = [ranker.added_by(part, clicks_of(batch)) for part in parts]
-            places_WB = ranker.places(queries_BQ, batch.targets_B, added, weights, exclude).to(world.device)
-            for places_B, metrics in zip(places_WB, metrics_W, strict=True):
+            queries_BQ = session_queries(model, batch)
+            places_XB = places_by_weights(
+                ranker, model, queries_BQ, batch.targets_B, added, weights, reader_weights, exclude
+            )
+            for places_B, metrics in zip(places_XB.to(world.device), metrics_X, strict=True):
                 metrics.count(places_B, batch.targets_B, batch.weights_B)
-    quality_W = [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_W]
-    best = int(np.argmax(quality_W))
-    return weights[best], quality_W[best]
+    ndcg_X = [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_X]
+    best = int(np.argmax(ndcg_X))
+    return Chosen(tried[best][1], tried[best][0], ndcg_X[best])
+
+
+def places_by_weights(
+    ranker: CatalogueRanker,
+    model: SessionRecommender | LLMGR,
+    queries_BQ: Tensor,
+    targets_B: Tensor,
+    added: Sequence[sparse.csr_array],
+    weights: Sequence[Sequence[float]],
+    reader_weights: Sequence[float],
+    exclude: Jagged | None,
+) -> Tensor:
+    """Places of the targets under each set of weights, and each of them at each weight of a reader of sessions.
+
+    Args:
+        ranker: Ranks the model's items; see `CatalogueRanker.places`, also for the other arguments.
+        model: Who made the queries; where it has no such reader, its weights change nothing.
+        queries_BQ: Queries in which that reader counts 1.
+        targets_B: The item that was clicked next.
+        added: What each neighbour adds.
+        weights: W sets of factors of what they add.
+        reader_weights: R factors of what the reader adds.
+        exclude: Items that a session must not get.
+
+    Returns:
+        Places, int64 [R * W, B], on the CPU; all sets at the first of the reader's weights, then at the next.
+    """
+    scaled = queries_BQ.clone()
+    found = []
+    for weight in reader_weights:
+        if (text_reader := text_reader_of(model)) is not None:
+            scaled[:, -text_reader.dim :] = queries_BQ[:, -text_reader.dim :] * weight
+        found.append(ranker.places(scaled, targets_B, added, weights, exclude))
+    return torch.cat(found)

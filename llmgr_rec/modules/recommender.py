@@ -171,3 +171,9 @@ class SessionRecommender(nn.Module):
 
     def _as_item(self, vectors_CD: Tensor) -> Tensor:
         return normalise(vectors_CD) if self.score == "cosine" else vectors_CD
+
+
+def text_reader_of(model: nn.Module) -> TextReader | None:
+    """The language model that reads sessions as text beside a recommender's encoder, where it has one."""
+    tower = model.text_tower if isinstance(model, SessionRecommender) else None
+    return tower if isinstance(tower, TextReader) else None

@@ -51,12 +51,14 @@ class TextReader(nn.Module):
 
     mean_H: Tensor
     map_HK: Tensor
+    weight: Tensor
 
     def __init__(self, decoder: PreTrainedModel, texts: Jagged, dim: int, clicks: int, dropout: float) -> None:
         super().__init__()
         hidden = decoder.get_input_embeddings().weight.shape[1]
         if dim > hidden:
             raise ValueError(f"{dim} columns are more than the {hidden} of the decoder")
+        self.dim = dim
         self.decoder = decoder
         self.texts = texts
         self.clicks = clicks
@@ -68,6 +70,8 @@ class TextReader(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(_SCALE)))
         self.register_buffer("mean_H", torch.zeros(hidden))
         self.register_buffer("map_HK", torch.eye(hidden)[:, :dim].clone())
+        # What its score counts beside others; 1 while it trains.
+        self.register_buffer("weight", torch.ones(()))
 
     @torch.no_grad()
     def whiten(self, items: Tensor) -> None:
@@ -80,10 +84,9 @@ class TextReader(nn.Module):
         self.mean_H.copy_(states_CH.mean(0))
         centred_CH = (states_CH - self.mean_H) / math.sqrt(states_CH.shape[0])
         _, deviations, directions = torch.linalg.svd(centred_CH, full_matrices=False)
-        dim = self.map_HK.shape[1]
-        scales = deviations[:dim] + _LEAST * deviations[0] + _ROUNDING * states_CH.norm(dim=1).mean()
+        scales = deviations[: self.dim] + _LEAST * deviations[0] + _ROUNDING * states_CH.norm(dim=1).mean()
         self.map_HK.zero_()
-        self.map_HK[:, : scales.numel()] = directions[:dim].T / scales
+        self.map_HK[:, : scales.numel()] = directions[: self.dim].T / scales
 
     def forward(self, texts_XK: Tensor, batch: SessionBatch) -> tuple[Tensor, Tensor]:
         """Reads sessions and, while it trains, the batch's candidates; prefixes of a session in one pass.
@@ -119,7 +122,7 @@ class TextReader(nn.Module):
         clicks = Jagged(graph.node_items_N.index_select(0, graph.alias_L), graph.click_offsets_B1).to(_CPU)
         sessions = newest(clicks, self.clicks)
         found = torch.nonzero(sessions.lengths).flatten()
-        queries_BK = self.log_scale.new_zeros(sessions.num_rows, self.map_HK.shape[1])
+        queries_BK = self.log_scale.new_zeros(sessions.num_rows, self.dim)
         if not found.numel():
             return queries_BK
         read_BK = self._as_queries(last_places(session_texts(self.texts, sessions.select(found))))
@@ -151,7 +154,7 @@ class TextReader(nn.Module):
         return torch.cat(found)[torch.argsort(torch.cat(places)).to(device)]
 
     def _as_queries(self, texts: Texts) -> Tensor:
-        return normalise(self.session_projection(self._read_whitened(texts))) * self.log_scale.exp()
+        return normalise(self.session_projection(self._read_whitened(texts))) * self.log_scale.exp() * self.weight
 
     def _read_whitened(self, texts: Texts) -> Tensor:
         if self.training:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmgr_rec.config import STAGES, Config, StageName
+from llmgr_rec.config import STAGES, Config, StageName, reader_weights
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle
@@ -32,6 +32,7 @@ from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_neighbours
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.modules.build import has_tower
+from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.stage_config import READER_SETTINGS
 from llmgr_rec.study.compare import ndcg
@@ -61,7 +62,8 @@ class Cell:
     Args:
         places_S: Place of each target of the judged split, from 0.
         valid_ndcg: NDCG@20 on the validation sessions.
-        weights_N: Factor of each blended baseline, in the variant's order.
+        weights_N: Factor of each blended baseline, in the variant's order; after them that of a language model which
+            reads sessions as text, where there is one.
         seconds: Seconds of training, shared stages included.
     """
 
@@ -124,17 +126,23 @@ class Bench:
             torch.set_num_threads(threads)
         bundle = load_bundle(run / "export" / stage)
         neighbours: list[Any] = [self._baseline(name) for name in variant.blend]
-        weights = list(product(BLEND_WEIGHTS, repeat=len(neighbours)))
-        judge = (bundle.config, self.catalogue, neighbours)
+        weights, readers = list(product(BLEND_WEIGHTS, repeat=len(neighbours))), [1.0]
         model = bundle.model.to(choose_device(config.runtime.device))
-        valid_WS = judge_model(model, self._dataset, "valid", *judge, weights)
-        quality_W = [float(ndcg(places_S).mean()) for places_S in valid_WS]
-        best = int(np.argmax(quality_W))
+        if (reader := text_reader_of(model)) is not None:
+            readers = reader_weights(config)
+            # Its own was chosen without the blended ones beside.
+            reader.weight.fill_(1.0)
+        judge = (bundle.config, self.catalogue, neighbours)
+        valid_XS = judge_model(model, self._dataset, "valid", *judge, weights, readers)
+        quality_X = [float(ndcg(places_S).mean()) for places_S in valid_XS]
+        best = int(np.argmax(quality_X))
+        by_reader, blended = list(product(readers, weights))[best]
         if self._split == "valid":
-            judged = valid_WS[best]
+            judged = valid_XS[best]
         else:
-            judged = judge_model(model, self._dataset, self._split, *judge, weights[best : best + 1])[0]
-        return Cell(judged, quality_W[best], np.array(weights[best]), seconds)
+            judged = judge_model(model, self._dataset, self._split, *judge, [blended], [by_reader])[0]
+        chosen = blended if reader is None else (*blended, by_reader)
+        return Cell(judged, quality_X[best], np.array(chosen), seconds)
 
     def _baseline(self, name: str) -> Baseline:
         if name not in self._baselines:
@@ -160,7 +168,8 @@ class Bench:
             before, run = run, self._folder / "runs" / f"sbr-{self._key(first)}"
             seconds += self._export_again(before, _up_to("sbr", config), run)
         if model != "sbr" and has_tower(config):
-            before, run = run, self._folder / "runs" / f"text-{self._key(first, texts, parts['text'])}"
+            trained = {name: value for name, value in parts["text"].items() if name != "score_weight"}
+            before, run = run, self._folder / "runs" / f"text-{self._key(first, texts, trained)}"
             seconds += self._train_on(before, _up_to("text", config), run)
         if model in ("sbr", "text"):
             return run, seconds

@@ -1,7 +1,7 @@
 """Where the target of each session stands, for models, baselines and blends of both.
 
 Shapes: S sessions of a split, B sessions of a batch, V items, K places of a list, W sets of
-weights of blended baselines.
+weights of blended baselines, X such sets at each weight of a language model that reads sessions.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.evaluation.baselines import Baseline, Neighbours
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
+from llmgr_rec.evaluation.prior import places_by_weights
 from llmgr_rec.evaluation.protocol import as_it_is, session_queries, split_reader
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -39,6 +40,7 @@ def judge_model(
     catalogue: Catalogue,
     neighbours: Sequence[Neighbours] = (),
     weights: Sequence[Sequence[float]] = ((),),
+    reader_weights: Sequence[float] = (1.0,),
 ) -> Places:
     """Places of the targets over the whole catalogue, from 0: how many items stand before each.
 
@@ -52,9 +54,11 @@ def judge_model(
         catalogue: The data set's items.
         neighbours: Baselines whose scores are added to the model's.
         weights: Factors of those scores, one for each baseline; each such set gives places of its own.
+        reader_weights: The same for what a language model adds that reads sessions as text, and that counts 1 now.
 
     Returns:
-        Places, [W, S], sessions in the order of the split.
+        Places, [X, S], sessions in the order of the split; the sets of weights at the first of the reader's, then at
+        the next.
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     device = next(model.parameters()).device
@@ -67,8 +71,9 @@ def judge_model(
         batch = loaded.to(device)
         added = [near.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).astype(np.float32) for near in neighbours]
         exclude = clicked_items(batch) if leave_out else None
-        places_WB = ranker.places(session_queries(model, batch), raw.targets_B, added, weights, exclude)
-        found.append(places_WB[:, raw.weights_B > 0])
+        queries_BQ = session_queries(model, batch)
+        places_XB = places_by_weights(ranker, model, queries_BQ, raw.targets_B, added, weights, reader_weights, exclude)
+        found.append(places_XB[:, raw.weights_B > 0])
         bar.update(len(raw.targets_B))
     bar.close()
     return torch.cat(found, dim=1).int().numpy()

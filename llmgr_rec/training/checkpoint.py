@@ -40,6 +40,7 @@ _FREE_SETTINGS = (
     "llm.recompute",
     "prior.",
     "tables.neighbour_clicks",
+    "text.score_weight",
 )
 
 # Settings that came later than checkpoints did: where they are off they go without saying.

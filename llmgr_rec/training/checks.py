@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, trained_stages
+from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import decoder_config, num_decoder_layers
@@ -293,9 +293,14 @@ def _check_choices(config: Config, stages: Sequence[StageName], dataset: Dataset
             f"setting prior.weights is empty, but {dataset.path} has no validation sessions to choose them on; give "
             "one weight for each of prior.neighbours, or prepare the data set with another --split"
         )
+    several = []
     if "sbr" in stages and len(neighbour_clicks(config)) > 1:
+        several.append("tables.neighbour_clicks")
+    if "text" in stages and reads_sessions(config) and len(reader_weights(config)) > 1:
+        several.append("text.score_weight")
+    if several:
         raise UserError(
-            f"setting tables.neighbour_clicks names several numbers, but {dataset.path} has no validation sessions to "
+            f"setting {several[0]} names several numbers, but {dataset.path} has no validation sessions to "
             "choose on; give one, or prepare the data set with another --split"
         )
 

@@ -26,8 +26,7 @@ from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.modules.whitening import whitening_map
 
 # A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
@@ -212,8 +211,8 @@ def renew_texts(model: SessionRecommender | LLMGR) -> None:
     Args:
         model: Sharded or not; one without such a reader stays as it is.
     """
-    reader = model.text_tower if isinstance(model, SessionRecommender) else None
-    if not isinstance(reader, TextReader):
+    reader = text_reader_of(model)
+    if reader is None:
         return
 
     def read(rows: range, cols: range) -> Tensor:

@@ -1,21 +1,22 @@
 """What is settled once a stage is trained, on the validation sessions where the settings leave a choice.
 
-After stage sbr, how far the id rows of rare items are drawn to those of like words; after every stage, how much the
-neighbours count that stand beside the model. Both are chosen together, because neighbours find rare items too.
+After stage sbr, how far the id rows of rare items are drawn to those of like words; after stage text, how much a
+language model counts that reads sessions; after every stage, how much the neighbours count that stand beside the model.
+They are chosen together, because what one of them finds the others need not.
 """
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmgr_rec.config import Config, neighbour_clicks
+from llmgr_rec.config import Config, neighbour_clicks, reader_weights
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, combine
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.prior import build_priors, choose_weights, weight_sets
+from llmgr_rec.evaluation.prior import Chosen, build_priors, choose_weights, weight_sets
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.training.rare_rows import RareRows
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,9 @@ class Settled:
     Args:
         clicks: Clicks that the neighbours of rare items count for in their id rows, which are drawn so.
         prior: What neighbours add to the model's scores; None adds nothing.
-        told: What is told of both: the weight of each neighbour and, where something was chosen, the NDCG@20 with it on
-            the validation sessions, and the clicks where there were several to choose from.
+        told: What is told of them: the weight of each neighbour, that of a language model that reads sessions and,
+            where something was chosen, the NDCG@20 with it on the validation sessions, and the clicks where there were
+            several to choose from.
     """
 
     clicks: float
@@ -61,31 +63,40 @@ def settle(
             which they were drawn by before, or 0.
     """
     priors = build_priors(config.prior, dataset, catalogue, world, folder) if config.prior.neighbours else []
-    weights, numbers = weight_sets(config.prior), neighbour_clicks(config)
-    is_chosen = len(numbers) * len(weights) > 1
+    weights, numbers, text_reader = weight_sets(config.prior), neighbour_clicks(config), text_reader_of(model)
+    reader_numbers = [1.0]
+    if text_reader is not None:
+        reader_numbers = reader_weights(config)
+        text_reader.weight.fill_(1.0)
+    is_chosen = len(numbers) * len(weights) * len(reader_numbers) > 1
     tried = []
     for clicks in numbers:
         if rare_rows:
             rare_rows.draw(clicks)
-        best, quality = weights[0], 0.0
+        best = Chosen(weights[0], reader_numbers[0], 0.0)
         if is_chosen:
-            best, quality = choose_weights(model, priors, weights, dataset, config, catalogue, world)
-        tried.append((quality, clicks, best))
-    quality, clicks, best = max(tried, key=lambda one: one[0])
+            best = choose_weights(model, priors, weights, dataset, config, catalogue, world, reader_numbers)
+        tried.append((best, clicks))
+    best, clicks = max(tried, key=lambda one: one[0].ndcg)
     if rare_rows and clicks != numbers[-1]:
         rare_rows.draw(clicks)
-    prior = combine(priors, best) if priors else None
+    prior = combine(priors, best.neighbours) if priors else None
     told: dict[str, float] = dict(prior.weights) if prior else {}
+    if text_reader is not None:
+        text_reader.weight.fill_(best.reader)
+        told["text_reader"] = best.reader
     if is_chosen:
-        told["ndcg@20"] = quality
+        told["ndcg@20"] = best.ndcg
     if len(numbers) > 1:
         told["neighbour_clicks"] = clicks
     if world.rank == 0:
-        how = f"validation ndcg@20 {quality:.4f}" if is_chosen else "as they were set"
+        how = f"validation ndcg@20 {best.ndcg:.4f}" if is_chosen else "as they were set"
         if rare_rows:
-            others = "".join(f", {other:.4f} with {number:g}" for other, number, _ in tried if number != clicks)
+            others = "".join(f", {other.ndcg:.4f} with {number:g}" for other, number in tried if number != clicks)
             logger.info("%s: clicks that neighbours of rare items count for: %g (%s%s)", stage, clicks, how, others)
         if prior:
             named = ", ".join(f"{name} {weight:g}" for name, weight in prior.weights.items())
             logger.info("%s: weights of neighbours: %s (%s)", stage, named, how)
+        if text_reader is not None:
+            logger.info("%s: weight of the language model's score: %g (%s)", stage, best.reader, how)
     return Settled(clicks, prior, told)

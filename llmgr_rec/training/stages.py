@@ -42,9 +42,8 @@ from llmgr_rec.modules.build import head_reads_own_text, reads_sessions
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
-from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
@@ -214,8 +213,8 @@ def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, Session
     encodings = None if reads_sessions(config) else _text_encodings(context)
     width = encodings.width if encodings else config.text.dim
     recommender = assemble_recommender(config, context.catalogue, "meta", width, True, world.device)
-    if isinstance(recommender.text_tower, TextReader):
-        recommender.text_tower.whiten(_some_items(config, context.catalogue))
+    if (text_reader := text_reader_of(recommender)) is not None:
+        text_reader.whiten(_some_items(config, context.catalogue))
     loss_dtype = resolve_dtype(config.loss.dtype, world.device)
     model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
     load_weights(recommender, latest_bundle(context.run / "export"))

@@ -330,3 +330,54 @@ def test_seeds_are_different_numbers(tmp_path, seeds):
     with pytest.raises(UserError, match="--seeds"):
         main(words(tmp_path, tmp_path / "out", seeds))
     assert not (tmp_path / "out").exists()
+
+
+READER = """\
+title: Reader
+reference: GNN
+settings:
+  tables.dim: 8
+  llm.name_or_path: random-tiny
+  llm.num_layers: 1
+  prompt.max_text_tokens: 24
+  sbr.epochs: 1
+  text.reader: language_model
+  text.max_steps: 2
+  text.dim: 8
+  text.epochs: 1
+  align.epochs: 0
+  behave.epochs: 0
+  runtime.device: cpu
+  runtime.threads_per_rank: 1
+variants:
+  GNN: {model: sbr, blend: item_knn}
+  Reader: {model: text, blend: item_knn}
+  Reader at 0: {model: text, blend: item_knn, settings: {text.score_weight: 0.0}}
+  Reader at 0 or 64: {model: text, blend: item_knn, settings: {text.score_weight: [64.0, 0.0]}}
+"""
+
+
+def test_the_weight_of_a_reader_is_chosen_together_with_those_of_neighbours(tmp_path, monkeypatch):
+    trained, judged = [], []
+    train, judge = cells.train_run, cells.judge_model
+    monkeypatch.setattr(cells, "train_run", lambda request: trained.append(request) or train(request))
+    monkeypatch.setattr(cells, "judge_model", lambda *words: judged.append(judge(*words)) or judged[-1])
+    (tmp_path / "reader.yaml").write_text(READER)
+    data = ["--dataset", str(small_run().dataset.path), "--output", str(tmp_path / "out")]
+    main(["--recipe", str(tmp_path / "reader.yaml"), *data, "--seeds", "0"])
+    assert len(trained) == 2, "the weight counts after training alone"
+    found = json.loads((tmp_path / "out" / "reader.json").read_text())["variants"]
+    assert {name: len(one["blend_weights"][0]) for name, one in found.items()} == {
+        "GNN": 1,
+        "Reader": 2,
+        "Reader at 0": 2,
+        "Reader at 0 or 64": 2,
+    }
+    # Validation, then test, of each variant; the eight weights of item-kNN at each weight of the reader.
+    assert [len(one) for one in judged] == [8, 1, 6 * 8, 1, 8, 1, 2 * 8, 1]
+    valid = [[ndcg(places_S).mean() for places_S in one] for one in judged[::2]]
+    assert valid[1][:8] == valid[2] == valid[3][8:] == valid[0]
+    assert len({*valid[1]}) > 8
+    for one, name in zip(valid, found, strict=True):
+        assert found[name]["valid_ndcg@20"] == pytest.approx(max(one))
+    np.testing.assert_array_equal(judged[1], judged[5])

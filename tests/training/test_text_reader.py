@@ -8,13 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, reader_weights
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 from llmgr_rec.limits import check_limits
+from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.scoring.run import ScoreRequest, score_run
 from llmgr_rec.training.checks import RunRequest
@@ -58,12 +59,44 @@ def test_it_learns(run: Path) -> None:
 def test_its_bundle_ranks_as_training_said(run: Path) -> None:
     bundle = load_bundle(run)
     assert bundle.stage == "text"
+    reader = text_reader_of(bundle.model)
+    assert reader is not None
+    reader.weight.fill_(1.0)  # as in training
     dataset = Dataset(small_dataset())
     found = evaluate_model(bundle.model, dataset, "valid", bundle.config, ONE_RANK, bundle.catalogue)
     said = [
         values["ndcg@20"] for (stage, _, split), values in records(run).items() if (stage, split) == ("text", "valid")
     ]
     assert found["ndcg@20"] == pytest.approx(max(said), abs=1e-6)
+
+
+def test_its_weight_is_the_best_on_the_validation_sessions(run: Path) -> None:
+    bundle, dataset = load_bundle(run), Dataset(small_dataset())
+    reader = text_reader_of(bundle.model)
+    assert reader is not None
+    assert bundle.prior is not None
+    chosen, found = float(reader.weight), {}
+    for weight in reader_weights(bundle.config):
+        reader.weight.fill_(weight)
+        judged = evaluate_model(bundle.model, dataset, "valid", bundle.config, ONE_RANK, bundle.catalogue, bundle.prior)
+        found[weight] = judged["ndcg@20"]
+    assert len(set(found.values())) > 3
+    assert found[chosen] == max(found.values())
+    told = records(run)["text", max(step for stage, step, _ in records(run) if stage == "text"), "prior"]
+    assert told["text_reader"] == chosen
+    assert told["ndcg@20"] == pytest.approx(found[chosen], abs=1e-6)
+
+
+def test_at_a_weight_of_zero_the_session_recommender_ranks_as_without_it(tmp_path: Path) -> None:
+    config, dataset = reader_config(tmp_path), Dataset(small_dataset())
+    config.tables.neighbour_clicks = 2.0
+    config.text.score_weight = 0.0
+    folder = train(tmp_path, "run", config)
+    found = []
+    for stage in ("sbr", "text"):
+        bundle = load_bundle(folder / "export" / stage)
+        found.append(evaluate_model(bundle.model, dataset, "test", bundle.config, ONE_RANK, None, bundle.prior))
+    assert found[0] == found[1]
 
 
 def test_it_is_evaluated_and_scores_sessions(run: Path, tmp_path: Path) -> None:
@@ -131,6 +164,14 @@ def no_clicks(config: Config) -> None:
     config.text.clicks = 0
 
 
+def no_weight(config: Config) -> None:
+    config.text.score_weight = []
+
+
+def a_negative_weight(config: Config) -> None:
+    config.text.score_weight = [1.0, -1.0]
+
+
 def everything_dropped(config: Config) -> None:
     config.text.dropout = 1.0
 
@@ -143,6 +184,8 @@ def everything_dropped(config: Config) -> None:
             "text.reader is language_model, from which stage behave does not go on; set behave.epochs to 0",
         ),
         (text_in_item_vectors, "set tables.item_text to false, or text.reader to tower"),
+        (no_weight, "text.score_weight names no number; give at least one, such as 1"),
+        (a_negative_weight, "text.score_weight is -1.0; give 0 or more"),
         (no_clicks, "text.clicks is 0; give 1 or more"),
         (everything_dropped, "text.dropout is 1.0; give a probability from 0 to below 1"),
     ],
