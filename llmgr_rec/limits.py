@@ -132,6 +132,11 @@ def _check_reader(config: Config) -> None:
         return
     if not reader_weights(config):
         raise UserError("setting text.score_weight names no number; give at least one, such as 1")
+    if config.text.two_sided:
+        raise UserError(
+            "setting text.two_sided is true, but text.reader is language_model, which does so in any case; "
+            "set text.two_sided to false, or text.reader to tower"
+        )
     if config.tables.item_text:
         raise UserError(
             "setting text.reader is language_model, whose vectors take the table of text encodings that "

@@ -160,6 +160,10 @@ def text_in_item_vectors(config: Config) -> None:
     config.tables.item_text = True
 
 
+def two_sided(config: Config) -> None:
+    config.text.two_sided = True
+
+
 def no_clicks(config: Config) -> None:
     config.text.clicks = 0
 
@@ -184,6 +188,7 @@ def everything_dropped(config: Config) -> None:
             "text.reader is language_model, from which stage behave does not go on; set behave.epochs to 0",
         ),
         (text_in_item_vectors, "set tables.item_text to false, or text.reader to tower"),
+        (two_sided, "set text.two_sided to false, or text.reader to tower"),
         (no_weight, "text.score_weight names no number; give at least one, such as 1"),
         (a_negative_weight, "text.score_weight is -1.0; give 0 or more"),
         (no_clicks, "text.clicks is 0; give 1 or more"),
