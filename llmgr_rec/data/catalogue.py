@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.schema import FEATURES, HELD_OUT, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
+from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
 from llmgr_rec.errors import UserError
 
 _REMEDY = "make the data set again with python -m llmgr_rec.prepare"
@@ -34,14 +34,12 @@ class Catalogue:
         item_ids: Raw ids, string or int64, row i of index i.
         train_count_V: Occurrences in training sessions, targets included, int64.
         features: Ids of the side features that at least one item has, one row an item.
-        held_out_V: Whether training must not know the item, bool; None where no item is held out.
     """
 
     file: Path
     item_ids: pa.Array
     train_count_V: Tensor
     features: dict[str, Jagged] = field(default_factory=dict)
-    held_out_V: Tensor | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -75,7 +73,6 @@ class Catalogue:
             item_ids=item_ids,
             train_count_V=torch.from_numpy(_ints(table["train_count"], file, "train_count")),
             features={name: rows for name, rows in features.items() if rows.values.numel()},
-            held_out_V=_held_out(file),
         )
 
     @property
@@ -205,17 +202,6 @@ def _ints(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
     if not pa.types.is_integer(column.type):
         raise UserError(f"{file}: column {name} is {column.type}, not int64; {_REMEDY}")
     return _whole(column.cast(pa.int64())).to_numpy().copy()
-
-
-def _held_out(file: Path) -> Tensor | None:
-    if HELD_OUT not in _column_names(file):
-        return None
-    column = _whole(_read(file, [HELD_OUT])[HELD_OUT])
-    if not pa.types.is_boolean(column.type) or column.null_count:
-        raise UserError(
-            f"{file}: column {HELD_OUT} is {column.type} with {column.null_count} nulls, not bool without; {_REMEDY}"
-        )
-    return torch.from_numpy(column.to_numpy(zero_copy_only=False).copy())
 
 
 def _jagged(column: pa.Array, file: Path, name: str) -> Jagged:

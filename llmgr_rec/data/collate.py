@@ -25,7 +25,7 @@ ITEM_ID = "item_id"
 ITEM_TEXT = "item_text"
 
 Candidates = Literal["none", "cached", "full", "sampled"]
-# Taken from the score of a held-out item in a loss: its softmax is then 0 in any number format.
+# Taken from the score of an item in a loss: its softmax is then 0 in any number format.
 _OUT_OF_SOFTMAX = 1e4
 TextPlace = Literal["none", "random_node", "last_items"]
 
@@ -40,8 +40,8 @@ class Collator:
             are empty.
         candidates: Items whose vectors are looked up together with the nodes': none, none because the model has
             all cached, the whole catalogue, or a sample (this rank's targets and log-uniform draws over items by
-            falling popularity, the same draws on every rank). Held-out items have no part in a softmax over them: as
-            candidates that are never right they would be learned as such.
+            falling popularity, the same draws on every rank). Items that no training session holds have no part in a
+            softmax over them: as candidates that are never right they would be learned as such.
         sampled_items: Draws of the sample; repeated ones count once.
         text: What stands at the text place: nothing, the text of one node of the session, which then is the target
             (node-context alignment), or the texts of the last clicks, oldest first.
@@ -79,8 +79,8 @@ class Collator:
         self.sampler = (
             LogUniformSampler(catalogue.train_count_V, sampled_items, seed) if candidates == "sampled" else None
         )
-        held_out_V = catalogue.held_out_V
-        self.held_out_log_q_V = torch.empty(0) if held_out_V is None else held_out_V.float() * _OUT_OF_SOFTMAX
+        unseen_V = catalogue.train_count_V == 0
+        self.unseen_log_q_V = unseen_V.float() * _OUT_OF_SOFTMAX if unseen_V.any() else torch.empty(0)
         self.text = text
         self.text_items = text_items
         self.text_tokens = text_tokens or Jagged.empty(num_items)
@@ -121,12 +121,12 @@ class Collator:
         if self.candidates == "none":
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
         if self.candidates == "cached":
-            return torch.empty(0, dtype=torch.int64), self.held_out_log_q_V
+            return torch.empty(0, dtype=torch.int64), self.unseen_log_q_V
         if self.sampler is None:
-            return torch.arange(self.num_items), self.held_out_log_q_V
+            return torch.arange(self.num_items), self.unseen_log_q_V
         candidates_C, log_q_C = self.sampler.sample(targets_B, raw.epoch, raw.step)
-        if self.held_out_log_q_V.numel():
-            log_q_C = log_q_C + self.held_out_log_q_V[candidates_C]
+        if self.unseen_log_q_V.numel():
+            log_q_C = log_q_C + self.unseen_log_q_V[candidates_C]
         return candidates_C, log_q_C
 
     def _columns(self, targets_B: Tensor, candidates_C: Tensor) -> Tensor:

@@ -65,21 +65,6 @@ def test_texts_join_the_columns_that_hold_something(tmp_path: Path) -> None:
     assert catalogue.titles() == ["Soap", None, " "]
 
 
-def test_held_out_items_are_known_where_there_are_any(tmp_path: Path) -> None:
-    folder = write_items(tmp_path, 3)
-    assert Catalogue.load(folder).held_out_V is None
-
-    table = pq.read_table(folder / "items.parquet")
-    pq.write_table(table.append_column("held_out", pa.array([False, True, False])), folder / "items.parquet")
-    held_out_V = Catalogue.load(folder).held_out_V
-    assert held_out_V is not None
-    assert held_out_V.tolist() == [False, True, False]
-
-    pq.write_table(table.append_column("held_out", pa.array([False, None, True])), folder / "items.parquet")
-    with pytest.raises(UserError, match="column held_out is bool with 1 nulls, not bool without"):
-        Catalogue.load(folder)
-
-
 def test_texts_may_be_empty_where_none_is_required(tmp_path: Path) -> None:
     catalogue = Catalogue.load(write_items(tmp_path, 3, title=["Soap", None, " "]))
 
