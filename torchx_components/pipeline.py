@@ -24,6 +24,7 @@ from llmgr_rec.cli import run_cli
 from llmgr_rec.config import trained_stages
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.results import format_table, prior_notes, read_metrics
+from llmgr_rec.outputs import require_writable
 from llmgr_rec.train import parse_arguments
 
 INPUT_FILES = ("interactions.parquet", "items.parquet")
@@ -174,7 +175,8 @@ def claim_output(output: Path, settings: dict[str, str]) -> None:
                 "name another folder (make demo RUN=...), or delete this one"
             )
         return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    require_writable(output, "RUN")
+    if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists and was not made by this command; name another folder (make demo RUN=...)")
     output.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(".tmp")

@@ -16,6 +16,7 @@ from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, in_table_order, prior_notes, read_metrics
 from llmgr_rec.evaluation.run import check_catalogue, find_bundle
+from llmgr_rec.outputs import require_writable
 
 PAGE_NAME = "index.html"
 TABLE_NAME = "results.csv"
@@ -118,8 +119,7 @@ def _dataset(request: ReportRequest, metrics: Mapping[str, Any]) -> Dataset | No
 
 def _check_output(output: Path) -> None:
     """Lets through a new or empty folder, or one with an earlier report."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; name a folder")
+    require_writable(output)
     if output.is_dir() and any(output.iterdir()) and GENERATOR not in _read_text(output / PAGE_NAME)[:400]:
         raise UserError(f"--output {output} is not empty and holds no report; give another folder")
 

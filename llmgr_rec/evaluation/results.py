@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.outputs import require_writable
 
 FORMAT = "llmgr_rec.metrics"
 # In the order of the tables; other names follow them.
@@ -58,8 +59,9 @@ def refuse_foreign_output(path: Path) -> None:
     """Lets a metrics file be replaced, and nothing else.
 
     Raises:
-        UserError: The path holds something that evaluate did not write.
+        UserError: The path holds something that evaluate did not write, or its folder cannot be written to.
     """
+    require_writable(path.parent)
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file, such as {path / 'metrics.json'}")
     if path.exists():

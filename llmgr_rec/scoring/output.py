@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.outputs import require_writable
 from llmgr_rec.scoring.input import Part
 
 MANIFEST_NAME = "_manifest.json"
@@ -72,8 +73,7 @@ class ScoreFolder:
             UserError: The folder belongs to something else, to another job, or holds a damaged part.
         """
         manifest = self.path / MANIFEST_NAME
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output {self.path} is a file; name a folder")
+        require_writable(self.path)
         if manifest.is_file():
             self._check_same_job(manifest)
         elif self.path.is_dir() and any(self.path.iterdir()):

@@ -148,7 +148,10 @@ def load_study(name: str) -> Study:
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict) or not content["variants"]:
         raise UserError(f"{file} names no variants; give each one a line under variants:")
     _check_keys(content, _STUDY_KEYS, str(file))
-    variants = tuple(_variant(str(title), values or {}, file) for title, values in content["variants"].items())
+    variants = tuple(
+        _variant(str(title), _mapping(content["variants"], title, f"{file}: variant"), file)
+        for title in content["variants"]
+    )
     reference = content.get("reference", variants[0].name)
     names = [variant.name for variant in variants]
     if reference not in names:
@@ -159,7 +162,7 @@ def load_study(name: str) -> Study:
         title=str(content.get("title", file.stem)),
         reference=reference,
         config=str(content.get("config", "quickstart")),
-        settings=content.get("settings", {}),
+        settings=_mapping(content, "settings", f"{file}:"),
         variants=variants,
     )
     for variant in variants:
@@ -174,9 +177,9 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
     variant = Variant(
         name,
         str(values.get("model", "llmgr")),
-        values.get("settings", {}),
+        _mapping(values, "settings", where),
         _names(values.get("blend", ())),
-        values.get("grid", {}),
+        _mapping(values, "grid", where),
         str(values.get("against", "")),
     )
     asked = [(variant.model, (*MODELS, *BASELINES)), *((name, BASELINES[1:]) for name in variant.blend)]
@@ -216,6 +219,14 @@ def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise UserError(f"{where}: unknown key {key}{hint} Known: {', '.join(known)}")
+
+
+def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """What stands under a key, empty where nothing does."""
+    found = values.get(key) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{where} {key} is {found!r}, not names with values, such as {{sbr.epochs: 3}}")
+    return found
 
 
 def _word(value: Any) -> str:

@@ -105,6 +105,9 @@ def test_a_grid_has_a_point_for_each_combination():
             "variant a: an experiment adds neighbours by itself; leave prior.neighbours out",
         ),
         ("variants: [\n", "is no YAML"),
+        ("settings: [tables.lr]\nvariants: {a: {}}\n", r": settings is \['tables.lr'\], not names with values"),
+        ("variants: {a: 3}\n", "variant a is 3, not names with values"),
+        ("variants: {a: {model: sbr, grid: [1]}}\n", r"variant a grid is \[1\], not names with values"),
     ],
 )
 def test_a_mistake_is_named(tmp_path, text, message):
@@ -112,6 +115,13 @@ def test_a_mistake_is_named(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UserError, match=message):
         load_study(str(file))
+
+
+def test_sections_may_be_left_empty(tmp_path):
+    file = tmp_path / "e.yaml"
+    file.write_text("settings:\nvariants:\n  a:\n  b:\n    model: sbr\n    settings:\n    grid:\n")
+    study = load_study(str(file))
+    assert [dict(values) for values in (study.settings, study.variants[1].settings, study.variants[1].grid)] == [{}] * 3
 
 
 def test_an_unknown_name_is_told_with_the_nearest():
