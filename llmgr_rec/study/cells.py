@@ -1,8 +1,8 @@
 """One cell of the matrix: a variant with a seed, trained and judged once, whoever asks for it and however often.
 
-A run folder is named by a hash of what its training depends on, so variants share what they have in common: all that
-stand on the same session recommender take over its stage, a blend takes over the model that it blends, and item texts
-are encoded once.
+A run folder is named by a hash of what its training depends on, the data set's files among it, so variants share what
+they have in common: all that stand on the same session recommender take over its stage, a blend takes over the model
+that it blends, and item texts are encoded once.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmgr_rec import __version__
 from llmgr_rec.config import STAGES, Config, StageName, reader_weights
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import is_complete, load_bundle
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.evaluation.baselines import Baseline
-from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranking_rule
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_neighbours
 from llmgr_rec.evaluation.run import STAGES_OF_MODEL
@@ -45,14 +45,6 @@ logger = logging.getLogger(__name__)
 
 # Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
 _LATER_PARTS = ("text", "llm", "prompt", "head", "align", "behave", "distill", "controls")
-# Settings that came later than cells did: where they are off, cells keep the names they had.
-_LATER_SETTINGS = (
-    ("sbr", "one_pass"),
-    ("head", "text_only"),
-    ("head", "apart"),
-    ("tables", "neighbour_clicks"),
-    ("controls", "shuffled_words"),
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,8 @@ class Bench:
             logger.info("%s, seed %d", variant.name, seed)
             cell = self._model_cell(variant, config) if variant.trains else self._baseline_cell(variant)
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".tmp.npz")
+            # Studies of several seeds may run side by side, and all of them need the baselines.
+            partial = file.with_suffix(f".{os.getpid()}.tmp.npz")
             np.savez_compressed(partial, **asdict(cell))
             os.replace(partial, file)
         with np.load(file) as stored:
@@ -160,7 +153,7 @@ class Bench:
         if config.controls.shuffled_words:
             first["shuffled_words"] = True
         plain = {**first, "tables": {**first["tables"]}}
-        clicks = plain["tables"].pop("neighbour_clicks", 0.0)
+        clicks = plain["tables"].pop("neighbour_clicks")
         run = self._folder / "runs" / f"sbr-{self._key(plain)}"
         as_trained = replace(config, tables=replace(config.tables, neighbour_clicks=0.0))
         seconds = self._train(_up_to("sbr", as_trained), run)
@@ -180,7 +173,10 @@ class Bench:
         """Exports a finished recommender with its rare rows drawn, and else as it was trained."""
         if not (run / "config.yaml").is_file():
             shutil.rmtree(run, ignore_errors=True)
-            shutil.copytree(trained / "checkpoints", run / "checkpoints", copy_function=os.link)
+            run.mkdir(parents=True)
+            # A recommender that is left untrained has none.
+            if (trained / "checkpoints").is_dir():
+                shutil.copytree(trained / "checkpoints", run / "checkpoints", copy_function=os.link)
             as_trained = load_config(trained / "config.yaml")
             save_config(replace(as_trained, tables=config.tables), run / "config.yaml")
         return self._train(config, run)
@@ -206,20 +202,13 @@ class Bench:
         return float(done.read_text())
 
     def _key(self, *parts: Any) -> str:
-        manifest = self._dataset.manifest
-        held_out = [manifest.held_out] if manifest.held_out else []
-        # Only where it differs from what was always so: what was trained and judged before keeps its name.
-        rule = [ranking_rule(self._dataset)] if leaves_out_clicked(self._dataset) else []
-        known = [manifest.catalogue_hash, manifest.num_examples, *held_out, *rule, *parts]
+        known = [__version__, asdict(self._dataset.manifest), *parts]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _said(config: Config) -> dict[str, Any]:
-    """All settings, without the later ones that are off."""
+    """The settings that a variant's training may depend on."""
     parts = asdict(config)
-    for part, name in _LATER_SETTINGS:
-        if not parts[part][name]:
-            del parts[part][name]
     if config.text.reader == "tower":
         parts["text"] = {name: value for name, value in parts["text"].items() if name not in READER_SETTINGS}
     if not has_tower(config):

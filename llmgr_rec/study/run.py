@@ -14,6 +14,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
 from llmgr_rec.evaluation.protocol import check_baselines
+from llmgr_rec.outputs import require_writable
 from llmgr_rec.study.cells import Bench, Cell
 from llmgr_rec.study.compare import METRICS, K, hit_rate_by_frequency, relative_gain
 from llmgr_rec.study.judge import targets_of
@@ -51,6 +52,7 @@ def run_study(request: StudyRequest) -> str:
     """
     if not request.seeds or min(request.seeds) < 0 or len(set(request.seeds)) < len(request.seeds):
         raise UserError("--seeds takes different numbers from 0, such as 0,1,2")
+    require_writable(request.output)
     study, dataset = load_study(request.recipe), Dataset(request.dataset)
     for split in ("valid", request.split):
         if not dataset.manifest.num_sessions[split]:
@@ -150,6 +152,6 @@ def _sd(values: Sequence[float]) -> float:
 
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.tmp")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)

@@ -1,17 +1,22 @@
 """A small experiment: right, gone on with, and nothing trained twice."""
 
-import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.preparation.pipeline import prepare_dataset
+from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle, read_index
 from llmgr_rec.errors import UserError
@@ -29,7 +34,8 @@ from llmgr_rec.experiments import main
 from llmgr_rec.study import cells
 from llmgr_rec.study.compare import hit_rate, ndcg
 from llmgr_rec.study.judge import judge_baseline, judge_model, places, targets_of
-from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats
+from llmgr_rec.study.recipe import load_study
+from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats, write_log
 
 RECIPE = """\
 title: Small
@@ -173,18 +179,10 @@ def test_rows_drawn_by_another_number_of_clicks_train_nothing_anew(tmp_path):
     assert "item_id" in moved.pop()
 
 
-def test_a_setting_that_came_later_and_is_off_leaves_names_of_cells_alone():
+def test_settings_that_train_nothing_have_no_part_in_the_name_of_a_run():
     config = Config()
-    said = cells._said(config)
-    assert "one_pass" not in said["sbr"]
-    assert {"text_only", "apart"} & set(said["head"]) == set()
-    assert {"text", "prior"} & set(said) == set()
-    assert "shuffled_words" not in said["controls"]
-    config.controls.shuffled_words = True
-    config.sbr.one_pass = config.head.text_only = config.head.apart = True
+    assert {"text", "prior"} & set(cells._said(config)) == set()
     config.text.epochs = 1
-    assert "neighbour_clicks" not in cells._said(config)["tables"]
-    config.tables.neighbour_clicks = 1.0
     assert not {"reader", "clicks"} & set(cells._said(config)["text"])
     config.text.reader = "language_model"
     everything = asdict(config)
@@ -209,11 +207,48 @@ def test_the_rule_of_ranking_is_told_and_cells_of_another_are_not_taken(tmp_path
     assert sorted(bundle.clicks_repeat for bundle in bundles) == [False, True]
 
 
-def test_cells_of_data_with_repeats_keep_their_names(tmp_path):
-    manifest = small_run().dataset.manifest
-    known = json.dumps([manifest.catalogue_hash, manifest.num_examples, "x"], sort_keys=True)
-    bench = cells.Bench(tmp_path, small_run().dataset, "test")
-    assert bench._key("x") == hashlib.sha256(known.encode()).hexdigest()[:16]
+def test_what_was_trained_on_other_texts_or_sessions_of_the_same_items_is_not_taken(tmp_path):
+    def prepared(name, **changes):
+        interactions, items = write_log(tmp_path / name / "raw")
+        if "title" in changes:
+            table = pq.read_table(items)
+            titles = pa.array([changes.pop("title")] * table.num_rows)
+            pq.write_table(table.set_column(table.schema.get_field_index("title"), "title", titles), items)
+        settings = {"min_interactions": 0, "threads": 1, "max_length": 50} | changes
+        output = str(tmp_path / name / "dataset")
+        prepare_dataset(PrepareSettings(interactions=str(interactions), items=str(items), output=output, **settings))
+        return Dataset(output)
+
+    plain, again = prepared("plain"), prepared("again")
+    titled, cut = prepared("titled", title="Thing"), prepared("cut", max_length=5)
+    assert len({data.manifest.catalogue_hash for data in (plain, again, titled, cut)}) == 1
+    keys = [cells.Bench(tmp_path, data, "test")._key("x") for data in (plain, again, titled, cut)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+
+
+def test_baselines_of_studies_side_by_side_are_written_without_a_clash(tmp_path):
+    recipe = tmp_path / "popular.yaml"
+    recipe.write_text("variants:\n  Popularity: {model: popularity}\n")
+    study = load_study(str(recipe))
+    folder, dataset = tmp_path / "out", small_run().dataset
+    cell = cells.Bench(folder, dataset, "test").cell(study, study.variants[0], 0)
+    (file,) = (folder / "cells").iterdir()
+    file.unlink()
+    # What another process left half-written under its own number.
+    other = file.with_suffix(f".{os.getpid() + 1}.tmp.npz")
+    other.write_bytes(b"half")
+    again = cells.Bench(folder, dataset, "test").cell(study, study.variants[0], 0)
+    assert np.array_equal(cell.places_S, again.places_S)
+    assert other.read_bytes() == b"half"
+
+
+def test_an_untrained_recommender_may_have_its_rare_rows_drawn(tmp_path):
+    file = tmp_path / "untrained.yaml"
+    file.write_text("variants: {blank: {model: sbr, settings: {sbr.epochs: 0, tables.neighbour_clicks: 2.0}}}\n")
+    output = str(tmp_path / "out")
+    main(["--recipe", str(file), "--dataset", str(small_run().dataset.path), "--output", output, "--seeds", "0"])
+    assert json.loads((tmp_path / "out" / "untrained.json").read_text())["variants"].keys() == {"blank"}
 
 
 @torch.no_grad()
