@@ -110,6 +110,9 @@ def _is_restarted(output: Path) -> bool:
 
 
 def _default_output() -> str:
+    if not _launch() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Each rank would name the folder by its own clock.
+        raise UserError("several ranks were started without a run id, so give --output; or start them with torchrun")
     return f"runs/{_launch() or time.strftime('train-%Y%m%d-%H%M%S')}"
 
 

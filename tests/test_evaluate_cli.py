@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from llmgr_rec.data.preparation.pipeline import prepare_dataset
+from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main
-from tests.small_run import prepare_small, run_with, small_run, without_repeats
+from tests.small_run import prepare_small, run_with, small_run, without_repeats, write_log
 
 
 def arguments(output: Path, **options: str | Path) -> list[str]:
@@ -91,6 +95,23 @@ def test_a_dataset_of_another_catalogue_is_refused(tmp_path):
         main(arguments(tmp_path / "metrics.json", dataset=other.path))
 
 
+def test_words_count_as_the_model_knows_them(tmp_path):
+    """Preparing the same clicks anew with other titles numbers words, brands and categories otherwise."""
+    found = []
+    for name in ("same", "other"):
+        interactions, items = write_log(tmp_path / name / "raw")
+        if name == "other":
+            table = pq.read_table(items)
+            categories = pa.array([f"Kind {number % 11}" for number in range(table.num_rows)][::-1])
+            pq.write_table(table.set_column(table.schema.get_field_index("category"), "category", categories), items)
+        output = str(tmp_path / name / "dataset")
+        inputs = {"interactions": str(interactions), "items": str(items), "output": output}
+        prepare_dataset(PrepareSettings(**inputs, min_interactions=0, threads=1))
+        main(arguments(tmp_path / f"{name}.json", dataset=output, models="sbr,llmgr"))
+        found.append(json.loads((tmp_path / f"{name}.json").read_text())["test"])
+    assert found[0] == found[1]
+
+
 def test_a_foreign_output_is_left_alone(tmp_path):
     file = tmp_path / "notes.json"
     file.write_text("{}")
@@ -99,6 +120,8 @@ def test_a_foreign_output_is_left_alone(tmp_path):
     assert file.read_text() == "{}"
     with pytest.raises(UserError, match="is a folder"):
         main(arguments(tmp_path))
+    with pytest.raises(UserError, match=r"notes.json is a file; give the path of a folder"):
+        main(arguments(file / "metrics.json"))
 
 
 def test_the_command_exits_2_with_one_line(tmp_path):

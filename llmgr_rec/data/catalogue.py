@@ -3,6 +3,7 @@
 Shapes: V items.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,6 +91,19 @@ class Catalogue:
         """Hash of the item ids in index order: two catalogues with the same hash give every index the same item."""
         step = 65536
         return hash_item_ids(self.item_ids.slice(start, step) for start in range(0, self.num_items, step))
+
+    @cached_property
+    def features_hash(self) -> str:
+        """Hash of the items with their side features: with the same one every row of every table stands for the same.
+
+        Preparing anew may number words, brands and categories otherwise though the items are the same.
+        """
+        digest = hashlib.sha256(self.hash.encode())
+        for name, rows in sorted(self.features.items()):
+            digest.update(name.encode() + b"\0")
+            for tensor in (rows.offsets, rows.values):
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def titles(self) -> list[str | None]:
         """Title of each item; None where it has none."""

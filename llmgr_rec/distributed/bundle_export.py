@@ -231,6 +231,7 @@ def _finish(
         files=files,
         versions=installed_versions(),
         clicks_repeat=clicks_repeat,
+        features_hash=catalogue.features_hash,
     )
     (partial / INDEX).write_text(index.to_json())
     # safetensors makes files that only their owner may read; they get the mode of any other new file.

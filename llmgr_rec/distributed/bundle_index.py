@@ -57,6 +57,7 @@ class BundleIndex:
         files: Size in bytes of every other file, by path in the bundle.
         versions: Versions of the packages that wrote it.
         clicks_repeat: Whether its training sessions hold an item twice; True where it was made before this was known.
+        features_hash: Hash of its items with their side features; empty where it was made before this was known.
     """
 
     stage: str
@@ -69,6 +70,7 @@ class BundleIndex:
     files: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     clicks_repeat: bool = True
+    features_hash: str = ""
 
     def to_json(self) -> str:
         """The index as it stands in bundle.json."""

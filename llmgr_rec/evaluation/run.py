@@ -128,7 +128,9 @@ def _evaluate_bundle(
     if request.batch_size:
         runtime = dataclasses.replace(config.runtime, eval_batch_size=request.batch_size)
         config = dataclasses.replace(config, runtime=runtime)
-    metrics = evaluate_model(loaded.model, dataset, request.split, config, world, catalogue, loaded.prior)
+    # Side features and texts as the model knows them: preparing anew numbers words otherwise.
+    items = dataclasses.replace(loaded.catalogue, train_count_V=catalogue.train_count_V)
+    metrics = evaluate_model(loaded.model, dataset, request.split, config, world, items, loaded.prior)
     return metrics, loaded.prior
 
 

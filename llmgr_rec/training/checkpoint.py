@@ -62,7 +62,7 @@ class Identity:
 
     Args:
         stage: Stage name.
-        catalogue: Hash of the catalogue.
+        catalogue: Hash of the catalogue's items with their side features.
         settings: Settings that decide what is computed, dotted name to value.
     """
 
@@ -199,6 +199,12 @@ class CheckpointManager:
 
     def _complete_folder(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        written = {str(place.relative_path) for place in SafeReader(partial).read_metadata().storage_data.values()}
+        if missing := sorted(written - files.keys()):
+            raise UserError(
+                f"checkpoint {partial} lacks {missing[0]}, which another rank wrote elsewhere; "
+                "give an --output on storage that all ranks share"
+            )
         write_synced(partial / _STATE, json.dumps({**state, "files": files}, indent=1))
         write_synced(partial / _COMPLETE, "")
         partial.rename(final)
@@ -252,8 +258,9 @@ class CheckpointManager:
     def _check_identity(self, path: Path, identity: Mapping[str, Any]) -> None:
         if identity["catalogue"] != self._identity.catalogue:
             raise UserError(
-                f"checkpoint {path} belongs to another catalogue ({identity['catalogue'][:12]} instead of "
-                f"{self._identity.catalogue[:12]}); give the data set it was trained on, or another --output"
+                f"checkpoint {path} belongs to another catalogue (other items, words, brands or categories: "
+                f"{identity['catalogue'][:12]} instead of {self._identity.catalogue[:12]}); "
+                "give the data set it was trained on, or another --output"
             )
         if identity["stage"] != self._identity.stage:
             raise UserError(f"checkpoint {path} is of stage {identity['stage']}, not of {self._identity.stage}")

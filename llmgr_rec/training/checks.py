@@ -1,6 +1,5 @@
 """All that can be wrong with a run before it starts, found by every rank for itself before any waits for another."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import has_tower, reads_item_text, reads_sessions, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
+from llmgr_rec.outputs import require_writable
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 
@@ -159,11 +159,7 @@ def _complete_stages(output: Path) -> set[StageName]:
 
 def _check_output(output: Path) -> None:
     """The folder is absent, empty or a run, and can be written to."""
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--output {output}: {existing} is a file; give the path of a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: {existing} is not writable; give another --output")
+    require_writable(output)
     if output.exists() and any(output.iterdir()) and not (output / "config.yaml").is_file():
         raise UserError(f"output folder {output} is not empty and is no training run; give another --output")
 
@@ -198,6 +194,11 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
         raise UserError(
             f"{bundle} was trained on another catalogue ({index.catalogue_hash[:12]} instead of "
             f"{catalogue.hash[:12]}); give the data set it was trained on, or another --output"
+        )
+    if index.features_hash not in ("", catalogue.features_hash):
+        raise UserError(
+            f"{bundle} was trained on the same items with other words, brands or categories than {catalogue.file}; "
+            "give the data set it was trained on, or another --output"
         )
     before = load_config(bundle / "config.yaml")
     names = [*_RECOMMENDER_SETTINGS]
@@ -239,7 +240,7 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
     """The checkpoint that a stage would be resumed from is its own."""
     folder = request.output / "checkpoints" / stage / "steps"
     alone = World(0, 1, 0, 1, torch.device("cpu"))
-    CheckpointManager(folder, 1, alone, Identity.of(stage, catalogue.hash, request.config)).check()
+    CheckpointManager(folder, 1, alone, Identity.of(stage, catalogue.features_hash, request.config)).check()
 
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:

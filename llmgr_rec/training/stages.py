@@ -315,5 +315,5 @@ def _prefixes_together(stage: StageName, config: Config) -> int:
 
 
 def _checkpoints(stage: StageName, context: RunContext, kind: str, keep: int) -> CheckpointManager:
-    identity = Identity.of(stage, context.catalogue.hash, context.config)
+    identity = Identity.of(stage, context.catalogue.features_hash, context.config)
     return CheckpointManager(context.run / "checkpoints" / stage / kind, keep, context.world, identity)

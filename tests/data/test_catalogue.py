@@ -65,6 +65,20 @@ def test_texts_join_the_columns_that_hold_something(tmp_path: Path) -> None:
     assert catalogue.titles() == ["Soap", None, " "]
 
 
+def test_the_hash_with_features_tells_other_words_of_the_same_items(tmp_path: Path) -> None:
+    folder = write_items(tmp_path, 3)
+    plain = Catalogue.load(folder)
+    assert plain.features_hash == Catalogue.load(folder).features_hash != plain.hash
+    table = pq.read_table(folder / "items.parquet")
+    words = pa.array([[0], [], [1, 0]], pa.list_(pa.int64()))
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("word_ids"), "word_ids", words), folder / "items.parquet"
+    )
+    other = Catalogue.load(folder)
+    assert other.hash == plain.hash
+    assert other.features_hash != plain.features_hash
+
+
 def test_texts_may_be_empty_where_none_is_required(tmp_path: Path) -> None:
     catalogue = Catalogue.load(write_items(tmp_path, 3, title=["Soap", None, " "]))
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.train_cli.conftest import Refused
@@ -127,6 +129,29 @@ def test_a_run_of_another_catalogue_is_refused(
     begun(refused.output, finished, done, started)
     where = r"checkpoint .*step-00000003 belongs to" if started else rf"export/{done[-1]} was trained on"
     assert re.search(rf"{where} another catalogue .*; give the data set", refused("--resume", dataset=other_dataset))
+
+
+@pytest.mark.parametrize("done", [[], ["sbr"]])
+def test_a_run_whose_words_were_numbered_otherwise_is_refused(
+    refused: Refused, finished: Path, tmp_path: Path, done: list[str]
+) -> None:
+    begun(refused.output, finished, done, [] if done else ["sbr"])
+    dataset = tmp_path / "renumbered"
+    shutil.copytree(small_dataset(), dataset)
+    table = pq.read_table(dataset / "items.parquet")
+    column = table.schema.get_field_index("category_ids")
+    pq.write_table(
+        table.set_column(column, "category_ids", table["category_ids"].take(pa.array(range(table.num_rows)[::-1]))),
+        dataset / "items.parquet",
+    )
+    size = (dataset / "items.parquet").stat().st_size
+    edit_manifest(dataset, lambda manifest: manifest["files"]["items.parquet"].update(bytes=size))
+    where = (
+        r"export/sbr was trained on the same items with other words"
+        if done
+        else r"checkpoint .* another catalogue \(other items, words"
+    )
+    assert re.search(where, refused("--resume", dataset=dataset))
 
 
 def test_a_damaged_checkpoint_is_refused(refused: Refused, finished: Path) -> None:

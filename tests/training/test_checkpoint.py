@@ -79,6 +79,10 @@ def write_rank(world: World, folder: str) -> list[tuple[list[float], list[Any], 
         answers.append((train(model, optimizer, world, range(SAVE_AT, STEPS)), at_save, shard_list(model)))
     model, optimizer = build(world, TablesConfig(optimizer="rowwise_adagrad", sharding="column_wise"))
     manager(f"{folder}/row_wise", world, ROW_WISE).save(1, model, optimizer)
+    own = Path(folder, f"of_rank_{world.rank}")
+    with pytest.raises(UserError, match=r"lacks __1_0\.distcp, .* give an --output on storage that all ranks share"):
+        manager(str(own), world, ROW_WISE).save(1, model, optimizer)
+    assert not list(own.glob("*/COMPLETE"))
     return answers
 
 
