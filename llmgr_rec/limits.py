@@ -66,6 +66,15 @@ _SHARES_IN_STAGES = ("warmup",)
 # A share of 1 would leave nothing.
 _DROPOUTS = {"encoder.dropout", "text.dropout", "llm.lora_dropout"}
 
+# Parameter groups that the loss of a stage reaches.
+_TRAINS_IN_STAGE = {
+    "sbr": ("tables", "encoder"),
+    "text": ("tower",),
+    "align": ("tables", "encoder", "adapter", "lora", "head"),
+    "behave": ("tables", "encoder", "adapter", "lora", "head"),
+    "distill": ("student",),
+}
+
 for _stage in STAGES:
     _AT_LEAST |= {f"{_stage}.{name}": bound for name, bound in _AT_LEAST_IN_STAGES.items()}
     _ABOVE_0 |= {f"{_stage}.{name}" for name in _ABOVE_0_IN_STAGES}
@@ -101,15 +110,22 @@ def check_limits(config: Config) -> None:
     _check_prior(config.prior)
     if not config.prompt.text_fields:
         raise UserError("setting prompt.text_fields is empty; name at least one text column, such as title")
+    _check_trainable(config)
+
+
+def _check_trainable(config: Config) -> None:
     for stage in STAGES:
         settings = getattr(config, stage)
-        if settings.epochs and not settings.trainable:
+        if not settings.epochs:
+            continue
+        known = _TRAINS_IN_STAGE[stage]
+        if not settings.trainable:
             raise UserError(f"setting {stage}.trainable is empty; name the parameter groups that the stage trains")
-    if config.sbr.epochs and not {"tables", "encoder"} & set(config.sbr.trainable):
-        raise UserError(
-            f"setting sbr.trainable names {', '.join(config.sbr.trainable)}, of which stage sbr has nothing; "
-            "name tables, encoder or both"
-        )
+        if foreign := [group for group in settings.trainable if group not in known]:
+            raise UserError(
+                f"setting {stage}.trainable names {foreign[0]}, which stage {stage} does not train; "
+                f"name what it is to train of {', '.join(known)}"
+            )
 
 
 def _check_head(config: Config) -> None:
@@ -130,6 +146,10 @@ def _check_reader(config: Config) -> None:
     """A language model that reads sessions ends the run: its bundle holds the weights, and no stage goes on from it."""
     if config.text.reader == "tower" or not config.text.epochs:
         return
+    if config.text.dim % 4:
+        raise UserError(
+            f"setting text.dim is {config.text.dim}; give a multiple of 4, as the table of a reader's vectors needs"
+        )
     if not reader_weights(config):
         raise UserError("setting text.score_weight names no number; give at least one, such as 1")
     if config.text.two_sided:

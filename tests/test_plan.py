@@ -14,6 +14,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.plan import main
 
 TINY = ["--llm.name_or_path", "random-tiny"]
+READER = ["--num_items", "5", "--config", "reader", *TINY]
 
 
 def settings() -> Config:
@@ -125,6 +126,8 @@ def test_table_wise_tables_lie_on_one_rank_each() -> None:
         (["--dataset", "nowhere"], "nowhere"),
         (["--num_items", "5", "--tables.dim", "30"], "setting tables.dim is 30; give a multiple of 4"),
         (["--num_items", "5", "--tables.lr", "-1"], "setting tables.lr is -1"),
+        ([*READER, "--text.dim", "126"], "setting text.dim is 126; give a multiple of 4"),
+        ([*READER, "--text.dim", "128"], "setting text.dim is 128, but random-tiny has 64 columns; give 64 at most"),
         (["--num_items", "5", "--tables.dimm", "32"], "tables.dim"),
     ],
 )

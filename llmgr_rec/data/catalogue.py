@@ -24,6 +24,7 @@ from llmgr_rec.errors import UserError
 
 _REMEDY = "make the data set again with python -m llmgr_rec.prepare"
 _TEXT_SEPARATOR = ", "
+_LARGEST_INT64 = pa.scalar(2**63 - 1, pa.uint64())
 
 
 @dataclass
@@ -152,12 +153,16 @@ class Catalogue:
         Raises:
             UserError: The ids are of another type.
         """
-        known = _whole(ids).cast(self.item_ids.type) if _castable(ids.type, self.item_ids.type) else None
-        if known is None:
+        if not _castable(ids.type, self.item_ids.type):
             raise UserError(
                 f"item ids are {ids.type} but the catalogue's are {self.item_ids.type} ({self.file}); "
                 f"cast them to {self.item_ids.type}"
             )
+        asked = _whole(ids)
+        if pa.types.is_uint64(asked.type):
+            # Hashes may be larger than any int64; the catalogue has none of those.
+            asked = pc.if_else(pc.less_equal(asked, _LARGEST_INT64), asked, None)
+        known = asked.cast(self.item_ids.type)
         if pa.types.is_string(self.item_ids.type):
             found = pc.index_in(known, value_set=self.item_ids, skip_nulls=True)
             return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -162,6 +162,11 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
         decoder, reader = _meta_decoder(config), None
         width = decoder.get_input_embeddings().weight.shape[1]
         if reads_sessions(config):
+            if config.text.dim > width:
+                raise UserError(
+                    f"setting text.dim is {config.text.dim}, but {config.llm.name_or_path} has {width} columns; "
+                    f"give {width} at most"
+                )
             width = config.text.dim
             reader = TextReader(
                 decoder.float(), Jagged.empty(sizes.num_items), width, config.text.clicks, config.text.dropout

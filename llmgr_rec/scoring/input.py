@@ -182,6 +182,8 @@ class SessionFiles:
                 near = difflib.get_close_matches(column, schema.names, n=1)
                 hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(schema.names)}"
                 raise UserError(f"{path} has no column {column}{hint}")
+            if len(schema.get_all_field_indices(column)) > 1:
+                raise UserError(f"{path} has more than one column {column}; keep one of them")
         holds_indices = (schema.metadata or {}).get(ITEMS_KIND_KEY) == ITEMS_KIND_INDEX
         # A file without rows may well have been written without types.
         if metadata.num_rows:

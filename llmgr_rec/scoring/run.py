@@ -212,6 +212,11 @@ def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None
             "--llm_budget and --llm_threshold need a model whose head adds the session recommender's score, "
             f"and {bundle} was trained with head.residual false; leave them out, or train stage distill and score it"
         )
+    if request.k == 1 and (request.llm_threshold is not None or 0 < _budget(request, bundle) < 1):
+        raise UserError(
+            "--llm_budget and --llm_threshold go by how the scores of a list are spread, and --k 1 asks for one; "
+            "give --k 2 or more"
+        )
     layers = num_decoder_layers(config.llm.name_or_path, config.llm.num_layers)
     if not 0 <= request.llm_layers <= layers:
         raise UserError(f"--llm_layers is {request.llm_layers}, and the language model of {bundle} has {layers} layers")

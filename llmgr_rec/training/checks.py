@@ -10,7 +10,7 @@ import torch
 from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.pretrained import decoder_config, num_decoder_layers
+from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.data.row_groups import RowGroups
 from llmgr_rec.distributed.assembly import compile_prompts, decoder_hash
 from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
@@ -268,21 +268,12 @@ def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
             f"prepare with an items file that has a column title, or {otherwise}"
         )
     catalogue.texts(list(config.prompt.text_fields))
-    if reads_sessions(config):
-        _check_reader(config)
     layers = num_decoder_layers(config.llm.name_or_path)
     if config.llm.text_layer > layers:
         raise UserError(
             f"setting llm.text_layer is {config.llm.text_layer}, and {config.llm.name_or_path} has {layers} layers; "
             f"give {layers} at most, or 0 for the last that is kept"
         )
-
-
-def _check_reader(config: Config) -> None:
-    name = config.llm.name_or_path
-    width = decoder_config(name).get_text_config(decoder=True).hidden_size
-    if config.text.dim > width:
-        raise UserError(f"setting text.dim is {config.text.dim}, but {name} has {width} columns; give {width} at most")
 
 
 def _check_choices(config: Config, stages: Sequence[StageName], dataset: Dataset) -> None:

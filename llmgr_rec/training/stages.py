@@ -138,7 +138,12 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         best=_checkpoints(stage, context, "best", 1),
         validate=validate if has_validation else None,
     )
-    position = loop.resume() if context.resume else Position()
+    if context.resume:
+        position = loop.resume()
+    else:
+        position = Position()
+        # What an attempt that died before its first checkpoint told.
+        context.journal.rewind(stage, -1)
     loop.run(position)
     renew_texts(inner)
     # After the last checkpoint, so that a resumed run does it once, too.

@@ -42,6 +42,9 @@ def test_integer_ids_are_found(tmp_path: Path) -> None:
     assert catalogue.index_of(pa.array([9], pa.int32())).tolist() == [2]
     assert catalogue.index_of(pa.array([], pa.int64())).tolist() == []
     assert catalogue.index_of(pa.nulls(2)).tolist() == [-1, -1]
+    hashes = [2**64 - 1, 9, 2**63, None, 2**63 - 1]
+    assert catalogue.index_of(pa.array(hashes, pa.uint64())).tolist() == [-1, 2, -1, -1, -1]
+    assert catalogue.index_of(pa.array(hashes, pa.uint64()).dictionary_encode()).tolist() == [-1, 2, -1, -1, -1]
 
 
 def test_zero_is_not_taken_for_null(tmp_path: Path) -> None:

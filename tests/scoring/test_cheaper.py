@@ -110,6 +110,8 @@ def test_fewer_layers_are_another_job(source):
     [
         ({"llm_budget": 1.5}, "--llm_budget is 1.5; give a share from 0 to 1"),
         ({"llm_budget": 0.5, "llm_threshold": 1.0}, "give one of them"),
+        ({"llm_budget": 0.5, "k": 1}, "--k 1 asks for one; give --k 2 or more"),
+        ({"llm_threshold": 1.0, "k": 1}, "--k 1 asks for one; give --k 2 or more"),
         ({"llm_layers": 2}, r"--llm_layers is 2, and the language model of .* has 1 layers"),
         ({"llm_layers": -1}, "--llm_layers is -1"),
         ({"llm_dtype": "int8", "device": "cuda"}, "add --device cpu"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,6 +72,10 @@ def test_null_session_ids_and_columns_of_two_types(tmp_path):
     source = write_sessions(tmp_path / "nulls.parquet", GOOD[:3], session_id=ids)
     with pytest.raises(UserError, match="column session_id holds 1 nulls"):
         score(source, tmp_path / "out")
+    table = pq.read_table(write_sessions(tmp_path / "twice.parquet", GOOD[:3]))
+    pq.write_table(table.append_column("session_id", table["session_id"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match="has more than one column session_id; keep one of them"):
+        score(tmp_path / "twice.parquet", tmp_path / "out")
     write_sessions(tmp_path / "in" / "a.parquet", GOOD[:3])
     write_sessions(tmp_path / "in" / "b.parquet", GOOD[:3], session_id=[1, 2, 3])
     with pytest.raises(UserError, match=r"b\.parquet: column session_id is int64, but string in the files before"):

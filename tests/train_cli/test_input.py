@@ -141,7 +141,12 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--sbr.warmup", "1.5"], r"setting sbr\.warmup is 1\.5; give a share from 0 to 1"),
         (["--encoder.dropout", "1"], r"setting encoder\.dropout is 1\.0; give a probability from 0 to below 1"),
         (["--sbr.trainable", "[]"], r"setting sbr\.trainable is empty; name"),
-        (["--sbr.trainable", "[lora]"], r"setting sbr\.trainable names lora, of which stage sbr has nothing"),
+        (["--sbr.trainable", "[lora]"], r"setting sbr\.trainable names lora, which stage sbr does not train; name"),
+        (
+            ["--text.epochs", "1", "--text.trainable", "[encoder]"],
+            r"text\.trainable names encoder, which stage text does not train; name what it is to train of tower",
+        ),
+        (["--behave.trainable", "[head,tower]"], r"behave\.trainable names tower, which stage behave does not train"),
         (["--tables.dim", "18"], r"setting tables\.dim is 18; give a multiple of 4"),
         (["--tables.dim", "0"], r"setting tables\.dim is 0; give 4 or more"),
         (["--encoder.attention_heads", "3"], r"setting encoder\.attention_heads is 3; give a number that divides"),

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from llmgr_rec.recipes import save_config
+from llmgr_rec.training.checks import RunRequest
 from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.run import train_run
+from tests.training.small_training import small_config, small_dataset
 
 
 def lines(run: Path) -> list[dict[str, object]]:
@@ -68,6 +72,18 @@ def test_other_ranks_write_nothing(run: Path, tmp_path: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
     Journal(tmp_path / "new", enabled=False).write("sbr", 1)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_stage_begun_again_leaves_nothing_of_an_attempt_that_died(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "prompts.yaml")
+    config.sbr.max_steps, config.align.epochs, config.behave.epochs = 2, 0, 0
+    run = tmp_path / "run"
+    dead = Journal(run, enabled=True)
+    dead.write("sbr", 9, loss=9.0)
+    dead.close()
+    save_config(config, run / "config.yaml")
+    train_run(RunRequest(config, small_dataset(), run, "sbr", False))
+    assert {line["step"] for line in lines(run)} <= {1, 2}
 
 
 def test_there_may_be_nothing_to_rewind(tmp_path: Path) -> None:
