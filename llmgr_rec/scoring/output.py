@@ -158,7 +158,8 @@ class ScoreFolder:
         for key in now:
             if before.get(key) != now[key]:
                 raise UserError(
-                    f"--output {self.path} holds scores of another {_difference(key, before.get(key), now[key])}; "
+                    f"--output {self.path} holds scores of another job, which differs in "
+                    f"{_difference(key, before.get(key), now[key])}; "
                     "repeat the command that made it, or give another folder"
                 )
 

@@ -28,7 +28,8 @@ def train_run(request: RunRequest) -> list[StageName]:
     runtime = config.runtime
     world = init_distributed(runtime.device, runtime.timeout_s, runtime.threads_per_rank)
     try:
-        if world.rank == 0:
+        # A complete run keeps the settings that it was trained with.
+        if world.rank == 0 and checked.stages:
             output.mkdir(parents=True, exist_ok=True)
             _save_config(config, output / "config.yaml")
             (output / LAUNCH).write_text(request.launch)

@@ -202,11 +202,11 @@ def test_changed_input_and_changed_model_are_refused(tmp_path):
     index = run / "export" / "sbr" / "bundle.json"
     content = index.read_text()
     index.write_text(content + "\n")
-    with pytest.raises(UserError, match=r"another model \(sha256"):
+    with pytest.raises(UserError, match=r"another job, which differs in model \(sha256"):
         score_run(request(source, tmp_path / "out", run=run))
     index.write_text(content)
     write_sessions(source, raw_sessions(9, seed=1))
-    with pytest.raises(UserError, match="another input"):
+    with pytest.raises(UserError, match="another job, which differs in input"):
         score_run(request(source, tmp_path / "out", run=run))
 
 

@@ -15,7 +15,6 @@ from llmgr_rec.config import Config
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.training.journal import Journal
-from llmgr_rec.training.run import LAUNCH
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
 from tests.training.killing import Trainer
@@ -186,12 +185,13 @@ def test_an_incomplete_checkpoint_is_passed_over(place: Place, killed: Killed) -
 
 def test_a_finished_run_has_nothing_to_resume(place: Place, killed: Killed) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(killed.end.rglob("*")) if "tensorboard" not in str(path)}
-    with Trainer(place.command(killed.end, "--resume"), 1, place.folder / "nothing.log") as trainer:
+    command = place.command(killed.end, "--resume", "--runtime.log_every", "7")
+    with Trainer(command, 1, place.folder / "nothing.log") as trainer:
         trainer.wait()
     assert "trained nothing new" in (place.folder / "nothing.log").read_text()
     after = {path: path.stat().st_mtime_ns for path in sorted(killed.end.rglob("*")) if "tensorboard" not in str(path)}
     changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert changed <= {"config.yaml", LAUNCH, killed.end.name}
+    assert changed <= {killed.end.name}
 
 
 class Interrupted(Exception):
