@@ -1,8 +1,7 @@
 """Every setting of the project: one dataclass a part, each field with its unit and default.
 
 Dimension names used in help texts: d1 is the width of item and session vectors, d2 the hidden width of the language
-model. What settings of llm, prompt and head are worth: docs/experiments.md, Settings of the language model, one changed
-at a time.
+model. What settings of llm, prompt and head are worth: docs/results/choices.md.
 """
 
 from dataclasses import dataclass, field
@@ -29,17 +28,15 @@ class TablesConfig:
     Args:
         dim: Width d1 of item, node and session vectors, in columns.
         side_features: What is pooled into the item vector where the data set has it: rows of the item's category and
-            the levels above it, of its brand, and of the words of its title (docs/experiments.md, Text beside the best
-            recommender by ids).
+            the levels above it, of its brand, and of the words of its title (docs/results/item-text.md).
         sharding: How a table is cut over the ranks; auto leaves the choice to the planner.
         optimizer: Update rule of the tables; all but adam run fused in the backward pass.
         lr: Learning rate of the tables, per step; where they train for many epochs 0.2 to 0.4 ranks better
-            (docs/experiments.md, Text beside the best recommender by ids).
+            (docs/results/item-text.md).
         init_std: Standard deviation of the initial rows.
         memory_per_rank_gb: Memory that the planner may use for tables on each rank, in GiB.
         item_text: Add the projected encoding of the item's text, by the language model, to its vector; off, because
-            beside words it added nothing on Amazon Industrial (docs/experiments.md, What the language model's encodings
-            add to words).
+            beside words it added nothing on Amazon Industrial (docs/results/soft-tokens.md).
         id_dropout: Share of the item ids whose row is left out of the item vector in a training step, so that text has
             to carry items without clicks, 0 to 1; 1 makes vectors without ids. Needs tables.item_text; stage sbr only.
         neighbour_clicks: Training clicks that the id rows of an item's ten nearest neighbours by words count for beside
@@ -68,7 +65,7 @@ class EncoderConfig:
 
     Args:
         name: Registered encoder; GC-SAN ranks best of the five with words and neighbours on Amazon Industrial
-            (docs/experiments.md, Five kinds of session recommenders).
+            (docs/results/item-text-parts.md).
         steps: Message-passing steps of the gated graph network.
         attention_layers: Self-attention blocks, after the graph network in GC-SAN (GC-SAN, SASRec).
         attention_heads: Heads in each self-attention block (GC-SAN, SASRec).
@@ -101,7 +98,7 @@ class LLMConfig:
             takes the last kept layer.
         text_whitening: Whiten the encodings of item texts over the catalogue, so that every direction of meaning counts
             alike; off, they are centred and scaled only, which a trained projection of them does as well with
-            (docs/experiments.md).
+            (docs/results/choices.md).
         dtype: Number format of the frozen base weights; auto takes bfloat16 where the processor multiplies it natively.
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.

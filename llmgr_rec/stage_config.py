@@ -63,7 +63,7 @@ class TextConfig(StageConfig):
         two_sided: Project the texts of clicked and of ranked items by a matrix each, so that what goes with an item may
             differ from what is like it; off, by the same one (tower).
         reader: A text tower, which sums frozen encodings, or the whole language model, trained to read sessions as
-            text: for a GPU (docs/experiments.md, A language model that reads sessions as text).
+            text: for a GPU (docs/results/sessions-as-text.md).
         clicks: Newest clicks whose texts are read (language_model).
         dropout: Share of the tokens, and of what was read in them, that is left out in a training step, 0 to 1
             (language_model).

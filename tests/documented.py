@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,11 +61,15 @@ class Parsed(BaseException):
     """Raised in place of going on, once the real parser has accepted the arguments."""
 
 
+def documented_pages() -> list[Path]:
+    """README.md, BUILD.md and what stands in docs/."""
+    return [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def documented_commands() -> Iterator[Command]:
-    """Commands of README.md, BUILD.md, docs/ and the first lines of the recipes."""
-    pages = [ROOT / "README.md", ROOT / "BUILD.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    for page in pages:
-        lines = [line for block in FENCE.findall(page.read_text() if page.exists() else "") for line in _lines(block)]
+    """Commands of the documented pages and of the first lines of the recipes."""
+    for page in documented_pages():
+        lines = [line for block in FENCE.findall(page.read_text()) for line in _lines(block)]
         for number, line in enumerate(lines, start=1):
             yield Command(f"{page.relative_to(ROOT)}-{number}", line)
     for recipe in sorted((ROOT / "llmgr_rec" / "configs").rglob("*.yaml")):
@@ -130,6 +135,11 @@ def _parse_and_stop(parse: Callable[..., Any]) -> Callable[..., Any]:
         depth += 1
         try:
             result = parse(*args, **kwargs)
+        except SystemExit as done:
+            # --print_config ends the parser once it has accepted the rest.
+            if done.code == 0:
+                raise Parsed from None
+            raise
         finally:
             depth -= 1
         if depth:

@@ -1,6 +1,8 @@
 """Every documented command exists and takes the options that are shown, and every entry point answers at once."""
 
 import importlib.util
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,16 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec.errors import UserError
-from tests.documented import Command, check_command, documented_commands
+from llmgr_rec.plan import main as plan
+from tests.documented import Command, check_command, documented_commands, documented_pages
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = list(documented_commands())
+PAGES = documented_pages()
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+PAGE_IN_CODE = re.compile(r"docs/[a-z/-]+\.md")
 ENTRY_POINTS = [
     f"llmgr_rec.{name}"
     for name in ("prepare", "train", "evaluate", "score", "plan", "doctor", "report", "experiments")
@@ -23,6 +31,12 @@ HEAVY = {"torch", "torchrec", "transformers", "pyarrow", "duckdb", "scipy", "mat
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.place)
 def test_a_documented_command_is_right(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     check_command(command.line, monkeypatch)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "llmgr_rec.plan" in command.line])
+def test_a_documented_plan_fits(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(shlex.split(command.line)[3:])
+    assert "fits: the fullest rank holds" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -43,6 +57,36 @@ def test_a_documented_command_is_right(command: Command, monkeypatch: pytest.Mon
 def test_a_wrong_command_is_noticed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, UserError, SystemExit, ModuleNotFoundError)):
         check_command(line, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_link_leads_somewhere(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.is_file(), f"{link} is not there"
+        if anchor:
+            assert anchor in anchors(target), f"{link} is no heading there"
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as links name them: lower case, punctuation left out, hyphens for spaces."""
+    headings = HEADING.findall(FENCED.sub("", page.read_text()))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_pages_that_code_names_are_there() -> None:
+    named = {
+        name
+        for folder in ("llmgr_rec", "torchx_components", "datagen", "benchmarks")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in {".py", ".yaml"}
+        for name in PAGE_IN_CODE.findall(file.read_text())
+    }
+    assert named, "no page is named, so this checks nothing"
+    assert not {name for name in named if not (ROOT / name).is_file()}
 
 
 def test_help_needs_no_heavy_import() -> None:

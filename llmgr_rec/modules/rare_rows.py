@@ -12,7 +12,7 @@ Shapes: U items of a range, N neighbours, C columns of id rows.
 import torch
 from torch import Tensor
 
-# Neighbours of an item: chosen on validation sessions with the rest, see docs/experiments.md.
+# Neighbours of an item: chosen on validation sessions with the rest, see docs/results/item-text.md.
 NEIGHBOURS = 10
 
 

@@ -18,6 +18,12 @@ from tests.datagen.dumps import json_lines, write
 from tests.datagen.test_amazon import META_2014, META_2018, META_2023, OLD_REVIEWS, REVIEWS_2023
 
 ROOT = Path(__file__).resolve().parents[2]
+# What the --output of a command holds when it has ended well; nothing, where that is a file.
+PRODUCTS = {
+    "llmgr_rec.train": "export/sbr/bundle.json",
+    "llmgr_rec.evaluate": "",
+    "llmgr_rec.score": "_SUCCESS",
+}
 PAGE = (ROOT / "docs" / "data.md").read_text()
 
 
@@ -39,8 +45,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(path / "All_Beauty.jsonl.gz", json_lines(REVIEWS_2023))
     write(path / "meta_All_Beauty.jsonl.gz", json_lines(META_2023))
     write(path / "log.csv", "at,who,sku\n2024-01-31,u,a\n")
-    write(path / "products.csv", "sku,name,kind\na,Tea,Food > Drinks\n")
+    write(
+        path / "products.csv", "sku,name,kind\na,Tea,Food > Drinks\n" + "".join(f"p{i},Cup {i},\n" for i in range(20))
+    )
+    for name, visits in (("clicks.csv", 60), ("today.csv", 3)):
+        write(path / name, "visit,sku,clicked_at\n" + "".join(_clicks(visit) for visit in range(visits)))
     return path
+
+
+def _clicks(visit: int) -> str:
+    return "".join(f"v{visit},p{(visit * visit + 3 * n) % 20},2024-01-31T08:00:{n:02d}\n" for n in range(8))
 
 
 @pytest.mark.parametrize("command", _commands())
@@ -56,9 +70,13 @@ def test_command_runs(folder: Path, command: str) -> None:
     line = [sys.executable, *words[1:]]
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    if words[1] == "-c":
+        return
     output = folder / words[words.index("--output") + 1]
     if "llmgr_rec.prepare" in words:
         assert json.loads((output / "manifest.json").read_text())["num_items"] > 0
+    elif words[2] in PRODUCTS:
+        assert (output / PRODUCTS[words[2]]).exists()
     else:
         assert sorted(path.name for path in output.iterdir()) == ["interactions.parquet", "items.parquet"]
         assert pq.read_metadata(output / "interactions.parquet").num_rows > 0
