@@ -75,6 +75,11 @@ class LoraLanguageModel(nn.Module):
         """The frozen token embedding."""
         return self.base.get_input_embeddings()
 
+    def embed(self, tokens_X: Tensor) -> Tensor:
+        """Embeddings of tokens, [X, H]."""
+        embeddings_XH: Tensor = self.token_embedding(tokens_X)
+        return embeddings_XH
+
     @property
     def hidden_size(self) -> int:
         """Hidden width H."""

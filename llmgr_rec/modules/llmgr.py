@@ -28,8 +28,14 @@ from llmgr_rec.modules.recommender import Recommended, SessionRecommender
 from llmgr_rec.modules.student import StudentReader
 from llmgr_rec.stage_config import TrainableGroup
 
+torch.fx.wrap("embed_tokens")
 torch.fx.wrap("prompt_nodes")
 torch.fx.wrap("trunk_nodes")
+
+
+def embed_tokens(language_model: LoraLanguageModel, tokens_X: Tensor) -> Tensor:
+    """`LoraLanguageModel.embed` as a function, which symbolic tracing does not enter."""
+    return language_model.embed(tokens_X)
 
 
 @dataclass
@@ -182,7 +188,7 @@ class LLMGR(nn.Module):
         packed = self.prompts(task, nodes, text, prompts_G1)
         vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
         embeddings_XH = self.hybrid(
-            self.language_model.token_embedding(packed.token_ids_X),
+            embed_tokens(self.language_model, packed.token_ids_X),
             packed.soft_rows_X,
             seen.sessions_BD,
             vectors_ND.index_select(0, nodes.values),

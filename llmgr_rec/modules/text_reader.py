@@ -12,7 +12,7 @@ items.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ _LEAST, _ROUNDING = 0.02, 1e-4
 _TOKENS_AT_ONCE, _STEP = 65_536, 8
 # Where texts are laid out.
 _CPU = torch.device("cpu")
+# What is read where there is nothing left to read.
+_IDLE = Jagged(torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]))
 
 
 class TextReader(nn.Module):
@@ -72,6 +74,9 @@ class TextReader(nn.Module):
         self.register_buffer("map_HK", torch.eye(hidden)[:, :dim].clone())
         # What its score counts beside others; 1 while it trains.
         self.register_buffer("weight", torch.ones(()))
+        # From the calls of the decoder that this reader needs, how many it makes: as many as others that share its
+        # weights and have to make each call with it.
+        self.common_calls: Callable[[int], int] = _alone
 
     @torch.no_grad()
     def whiten(self, items: Tensor) -> None:
@@ -123,8 +128,6 @@ class TextReader(nn.Module):
         sessions = newest(clicks, self.clicks)
         found = torch.nonzero(sessions.lengths).flatten()
         queries_BK = self.log_scale.new_zeros(sessions.num_rows, self.dim)
-        if not found.numel():
-            return queries_BK
         read_BK = self._as_queries(last_places(session_texts(self.texts, sessions.select(found))))
         return queries_BK.index_copy(0, found.to(read_BK.device), read_BK)
 
@@ -143,14 +146,18 @@ class TextReader(nn.Module):
         tokens, device = texts.tokens, self.mean_H.device
         row_X = torch.searchsorted(tokens.offsets, texts.places_X, right=True) - 1
         column_X = texts.places_X - tokens.offsets[row_X]
-        found, places = [], []
-        for rows in _chunks(tokens.lengths):
+        found, places = [self.mean_H.new_zeros(0, self.mean_H.numel())], [torch.empty(0, dtype=torch.int64)]
+        chunks = list(_chunks(tokens.lengths))
+        idle_calls = self.common_calls(len(chunks)) - len(chunks)
+        for rows in chunks:
             slot_R = torch.full((tokens.num_rows,), -1)
             slot_R[rows] = torch.arange(rows.numel())
             here = torch.nonzero(slot_R[row_X] >= 0).flatten()
             hidden_BTH = self._hidden(tokens.select(rows))
             found.append(hidden_BTH[slot_R[row_X[here]].to(device), column_X[here].to(device)].float())
             places.append(here)
+        # No state of theirs is read, but they stand in the backward pass, where the others need them as well.
+        found += [self._hidden(_IDLE)[0, :0].float() for _ in range(idle_calls)]
         return torch.cat(found)[torch.argsort(torch.cat(places)).to(device)]
 
     def _as_queries(self, texts: Texts) -> Tensor:
@@ -182,6 +189,10 @@ def _chunks(lengths_R: Tensor) -> Iterator[Tensor]:
         if stop == len(lengths) or _padded(lengths[stop]) * (stop + 1 - start) > _TOKENS_AT_ONCE:
             yield order[start:stop]
             start = stop
+
+
+def _alone(calls: int) -> int:
+    return calls
 
 
 def _padded(length: int) -> int:

@@ -65,7 +65,7 @@ def raw_sessions(sessions: Sequence[Sequence[int]], targets: Sequence[int], weig
     size = len(sessions)
     weights_B = torch.ones(size) if weights is None else torch.tensor(weights, dtype=torch.float32)
     return RawSessions(
-        items_L=torch.tensor([item for session in sessions for item in session]),
+        items_L=torch.tensor([item for session in sessions for item in session], dtype=torch.int64),
         offsets_B1=lengths_to_offsets(torch.tensor([len(session) for session in sessions])),
         targets_B=torch.tensor(targets),
         weights_B=weights_B,

@@ -69,6 +69,21 @@ def test_how_many_are_read_at_once_changes_nothing(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(reader.item_vectors(torch.arange(NUM_ITEMS)), whole, atol=1e-5, rtol=1e-4)
 
 
+def test_calls_for_the_sake_of_others_change_nothing() -> None:
+    items, found = torch.arange(NUM_ITEMS), []
+    for more in (0, 2):
+        reader, calls = reader_of().requires_grad_(True), []
+        reader.common_calls = lambda own, more=more: own + more  # type: ignore[misc]
+        reader.decoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        vectors_CK = reader.item_vectors(items)
+        (vectors_CK @ torch.arange(float(COLUMNS))).sum().backward()
+        found.append([vectors_CK, *(parameter.grad for parameter in reader.decoder.parameters())])
+        assert len(calls) == 1 + more
+        assert reader.queries(collator(item_text=True)(raw_sessions([[]], [1]))).tolist() == [[0.0] * COLUMNS]
+        assert len(calls) == 1 + 2 * more
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+
+
 def test_before_training_readings_of_items_are_white() -> None:
     reader = reader_of()
     states = reader.read(item_texts(reader.texts, torch.arange(NUM_ITEMS))).detach()
