@@ -105,6 +105,8 @@ class LLMConfig:
         lora_dropout: Dropout on the LoRA input, 0 to 1.
         share_prefix: Encode the constant start of the prompt once a step instead of once a session.
         recompute: Compute each layer again in the backward pass instead of keeping its activations; saves memory.
+        shard: Cut the language model's weights, gradients and optimizer state over the ranks in training instead of
+            holding all of them on each; for models that do not fit on a card, since every layer is sent at every use.
     """
 
     name_or_path: str = "smollm2"
@@ -117,6 +119,7 @@ class LLMConfig:
     lora_dropout: float = 0.05
     share_prefix: bool = True
     recompute: bool = False
+    shard: bool = False
 
 
 @dataclass

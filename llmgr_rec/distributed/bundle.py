@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from llmgr_rec.distributed.bundle_index import (
     read_index,
     resolve_bundle,
 )
+from llmgr_rec.distributed.decoder_shards import cut_like
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.sharding import shard
@@ -221,7 +222,10 @@ def _load_lora(model: LLMGR, folder: Path) -> list[str]:
     names = [name for name, _ in model.language_model.named_parameters() if "lora_" in name]
     if not (folder / LORA / _LORA_FILE).is_file():
         return names
-    outcome = set_peft_model_state_dict(model.language_model.decoder, load_file(folder / LORA / _LORA_FILE))
+    decoder, stored = model.language_model.decoder, load_file(folder / LORA / _LORA_FILE)
+    targets = get_peft_model_state_dict(decoder, save_embedding_layers=False)
+    parts = {name: cut_like(value, targets.get(name, value)) for name, value in stored.items()}
+    outcome = set_peft_model_state_dict(decoder, parts)
     if outcome.unexpected_keys:
         raise UserError(
             f"bundle {folder} has LoRA weights for {outcome.unexpected_keys[0]}, which the model lacks; "

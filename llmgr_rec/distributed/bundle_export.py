@@ -30,6 +30,7 @@ from llmgr_rec.distributed.bundle_index import (
     is_complete,
     read_index,
 )
+from llmgr_rec.distributed.decoder_shards import gathered
 from llmgr_rec.distributed.durable import installed_versions, sync
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, on_first_rank, together
@@ -77,8 +78,9 @@ def export_bundle(
     known = together(world, lambda: _known_pieces(folder, catalogue))
     written = together(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
     pieces = _gather_pieces(written, world)
+    weights = _gather_weights(model, world)
     on_first_rank(
-        world, lambda: _finish(model, stage, config, catalogue, partial, folder, pieces, clicks_repeat, prior)
+        world, lambda: _finish(model, weights, stage, config, catalogue, partial, folder, pieces, clicks_repeat, prior)
     )
 
 
@@ -190,8 +192,22 @@ def _gather_pieces(
     return sorted(by_file.values(), key=lambda found: found[2].file)
 
 
+def _gather_weights(model: LLMGR | SessionRecommender, world: World) -> dict[str, dict[str, Tensor]]:
+    """What is not in tables, by the file or folder that it goes to; complete on rank 0 alone."""
+    if not isinstance(model, LLMGR):
+        return {RECOMMENDER: gathered(dense_tensors(model), world)}
+    decoder = model.language_model.decoder.state_dict()
+    lora = {name: value for name, value in decoder.items() if "lora_" in name}
+    return {
+        RECOMMENDER: gathered(dense_tensors(model.recommender), world),
+        LANGUAGE: language_tensors(model),
+        LORA: gathered(lora, world),
+    }
+
+
 def _finish(
     model: LLMGR | SessionRecommender,
+    weights: dict[str, dict[str, Tensor]],
     stage: str,
     config: Config,
     catalogue: Catalogue,
@@ -205,14 +221,13 @@ def _finish(
     templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
     (partial / PROMPTS).write_text(yaml.safe_dump(templates, sort_keys=False, width=120))
     shutil.copyfile(catalogue.file, partial / ITEMS_NAME)
-    recommender = model.recommender if isinstance(model, LLMGR) else model
-    _save(dense_tensors(recommender), partial / RECOMMENDER)
+    _save(weights[RECOMMENDER], partial / RECOMMENDER)
     dims, language_model = {"d1": config.tables.dim}, {}
     if isinstance(model, LLMGR):
         dims["d2"] = model.language_model.hidden_size
         language_model = {"name": config.llm.name_or_path, "weights_hash": decoder_hash(config)}
-        _save(language_tensors(model), partial / LANGUAGE)
-        _save_lora(model, partial / LORA, config.llm.name_or_path)
+        _save(weights[LANGUAGE], partial / LANGUAGE)
+        _save_lora(model, weights[LORA], partial / LORA, config.llm.name_or_path)
     if prior is not None:
         prior.save(partial / PRIOR)
     files = {
@@ -249,8 +264,10 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path)
 
 
-def _save_lora(model: LLMGR, folder: Path, base_name: str) -> None:
-    model.language_model.decoder.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+def _save_lora(model: LLMGR, weights: dict[str, Tensor], folder: Path, base_name: str) -> None:
+    model.language_model.decoder.save_pretrained(
+        str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights
+    )
     (folder / "README.md").unlink(missing_ok=True)
     settings_file = folder / "adapter_config.json"
     settings = json.loads(settings_file.read_text())

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn, optim
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -27,6 +28,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
 from llmgr_rec.config import TablesConfig
+from llmgr_rec.distributed.decoder_shards import shard_decoders
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 
@@ -90,7 +92,11 @@ def footprints(module: nn.Module, tables: TablesConfig, trained: Callable[[str],
 
 
 def shard(
-    module: nn.Module, tables: TablesConfig, world: World, trained: Callable[[str], bool]
+    module: nn.Module,
+    tables: TablesConfig,
+    world: World,
+    trained: Callable[[str], bool],
+    cut_decoders: bool = False,
 ) -> DistributedModelParallel:
     """Spreads a model over the ranks: tables are cut by plan, everything else that trains is data parallel.
 
@@ -103,18 +109,21 @@ def shard(
             (`apply_optimizer_in_backward`) keeps it.
         world: Ranks.
         trained: Whether a table trains, by the qualified name of its parameter; all others stay bit-identical.
+        cut_decoders: Cut the language model over the ranks too, see `shard_decoders`.
 
     Returns:
         The sharded model. Values of tables on the meta device are not yet set: see `shards.init_tables`.
 
     Raises:
-        UserError: The tables cannot be laid out; names table and remedy.
+        UserError: The tables cannot be laid out, or the language model cannot be cut; names the remedy.
     """
     plan = plan_tables(module, tables, world.size, world.local_size, world.device.type, trained)
     if tables.optimizer == "adam":
         # fbgemm registers the CPU gradient of its dense lookup in a way that torch warns of; the tests hold it to
         # torch's own Adam on unsharded tables.
         warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel")
+    if cut_decoders:
+        shard_decoders(module, world)
     with _without_log():
         return DistributedModelParallel(
             module,
@@ -292,7 +301,7 @@ def _ranks_needed(sizes: list[Footprint], tables: TablesConfig, world_size: int)
 
 
 class _TrainedDataParallel(DataParallelWrapper):
-    """Data parallelism of what trains; frozen parameters (a base language model) and buffers are left alone.
+    """Data parallelism of what trains whole; frozen parameters (a base language model) and buffers are left alone.
 
     TorchRec's own wrapper would broadcast the frozen base model over the network at every start.
     """
@@ -301,6 +310,7 @@ class _TrainedDataParallel(DataParallelWrapper):
         module = dmp._dmp_wrapped_module.to(device)
         dmp._dmp_wrapped_module = module
         sharded = set(DistributedModelParallel._sharded_parameter_names(module))
+        sharded |= {name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)}
         frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
         if not {name for name, _ in module.named_parameters()} - sharded - frozen:
             return

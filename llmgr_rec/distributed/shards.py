@@ -121,6 +121,25 @@ def fill_table(module: nn.Module, parameter: str, read: Callable[[range, range],
             _fill(shard, read)
 
 
+def held_rows(shard: Shard, start: int, stop: int) -> range:
+    """Those of the rows start .. stop - 1 of a table that a shard has a part of."""
+    first = max(start, shard.row_offset)
+    return range(first, max(first, min(stop, shard.row_offset + shard.tensor.shape[0])))
+
+
+def write_rows(shard: Shard, start: int, values_RC: Tensor) -> None:
+    """Writes what a shard holds of consecutive rows of its table.
+
+    Args:
+        shard: From `local_shards`.
+        start: Row of the table where the values start.
+        values_RC: The rows, with all columns of the table.
+    """
+    rows = held_rows(shard, start, start + values_RC.shape[0])
+    own_RC = values_RC[rows.start - start : rows.stop - start, shard.col_offset :][:, : shard.tensor.shape[1]]
+    shard.tensor[rows.start - shard.row_offset : rows.stop - shard.row_offset].copy_(own_RC)
+
+
 def zero_rows(module: nn.Module, table: str, rows_V: Tensor) -> None:
     """Sets rows of a table to zero, in what this rank holds of it.
 

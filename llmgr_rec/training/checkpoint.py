@@ -38,6 +38,7 @@ _FREE_SETTINGS = (
     "tables.memory_per_rank_gb",
     "llm.share_prefix",
     "llm.recompute",
+    "llm.shard",
     "prior.",
     "tables.neighbour_clicks",
     "text.score_weight",

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from llmgr_rec.cli import progress
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.decoder_shards import is_cut
 from llmgr_rec.distributed.process_group import World, barrier
 from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.distributed.shards import fill_table, table_parameters
+from llmgr_rec.distributed.shards import fill_table, held_rows, local_shards, table_parameters, write_rows
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.item_text import ITEM_TEXT
@@ -206,18 +207,21 @@ def cache_catalogue(llmgr: LLMGR, collator: Collator, device: torch.device) -> N
 def renew_texts(model: SessionRecommender | LLMGR) -> None:
     """Where a language model reads sessions, writes the items as it reads them now into the text table.
 
-    Every rank reads every item, whatever part of the table it holds.
+    Every rank reads every item of the rows that it holds a part of; all items where the language model is cut over
+    ranks, which then read together.
 
     Args:
-        model: Sharded or not; one without such a reader stays as it is.
+        model: Sharded or not; one without such a reader stays as it is. All ranks call together.
     """
     reader = text_reader_of(model)
     if reader is None:
         return
-
-    def read(rows: range, cols: range) -> Tensor:
-        chunks = torch.arange(rows.start, rows.stop).split(_READ_ITEMS)
-        return torch.cat([reader.item_vectors(items)[:, cols.start : cols.stop].cpu() for items in chunks])
-
+    reads_all = is_cut(reader)
+    parts = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
     with evaluation_mode(reader):
-        fill_text_table(model, read)
+        for items in torch.arange(reader.texts.num_rows).split(_READ_ITEMS):
+            start, stop = int(items[0]), int(items[-1]) + 1
+            if reads_all or any(held_rows(part, start, stop) for part in parts):
+                vectors_CK = reader.item_vectors(items)
+                for part in parts:
+                    write_rows(part, start, vectors_CK)

@@ -1,13 +1,15 @@
 """Optimizers of one stage: fused ones on the tables, AdamW with clipping on the rest, one schedule over both."""
 
 import math
+from typing import Any
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from llmgr_rec.config import TablesConfig
+from llmgr_rec.distributed.decoder_shards import cut_groups
 from llmgr_rec.modules.groups import group_of
 from llmgr_rec.stage_config import StageConfig
 
@@ -34,15 +36,30 @@ def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) 
     groups: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     if dense_by_name:
         adamw = KeyedOptimizerWrapper(
-            dense_by_name, lambda p: optim.AdamW(p, lr=stage.lr, weight_decay=stage.weight_decay)
+            dense_by_name, lambda p: optim.AdamW(_apart(p), lr=stage.lr, weight_decay=stage.weight_decay)
         )
         adamw.init_state()
-        groups.append(("dense", GradientClippingOptimizer(adamw, GradientClipping.NORM, stage.clip_norm)))
+        groups.append(("dense", _clipped(adamw, stage.clip_norm)))
     if tables_by_name:
         adam = KeyedOptimizerWrapper(tables_by_name, lambda p: optim.Adam(p, lr=tables.lr))
         adam.init_state()
         groups.append(("tables", adam))
     return CombinedOptimizer(groups)
+
+
+def _apart(parameters: list[Tensor]) -> list[dict[str, Any]]:
+    """Parameters that are cut over ranks in a group of their own: one update of many tensors mixes no two kinds."""
+    cut = cut_groups(parameters)
+    kinds = [[p for p in parameters if p not in cut], [p for p in parameters if p in cut]]
+    return [{"params": kind} for kind in kinds if kind]
+
+
+def _clipped(optimizer: KeyedOptimizerWrapper, norm: float) -> GradientClippingOptimizer:
+    """Clips the norm of the whole gradient: of what is cut over ranks, each rank's part counts once."""
+    cut = cut_groups(optimizer.params.values())
+    return GradientClippingOptimizer(
+        optimizer, GradientClipping.NORM, norm, enable_global_grad_clip=bool(cut), param_to_pgs=cut
+    )
 
 
 class CosineSchedule:

@@ -284,7 +284,10 @@ def _shard(task: nn.Module, settings: StageConfig, context: RunContext) -> Distr
     trained = select_trainable(task, settings.trainable)
     if settings.epochs and not trained:
         raise UserError(f"{', '.join(settings.trainable)} name no part of this stage's model; change its trainable")
-    return shard(task, context.config.tables, context.world, lambda name: group_of(name) in settings.trainable)
+    config = context.config
+    return shard(
+        task, config.tables, context.world, lambda name: group_of(name) in settings.trainable, config.llm.shard
+    )
 
 
 def _reader(stage: StageName, context: RunContext) -> SessionReader:
