@@ -106,6 +106,8 @@ def _lines(layout: "StageLayout", config: Config, sizes: "Sizes", world_size: in
         lines.append(f"  fits: the fullest rank holds {fullest:.3f} of {limit:g} GiB")
     counts = ", ".join(f"{group} {number:,}" for group, number in sorted(layout.parameters.items()))
     lines.append(f"  other parameters: {counts}; {layout.dense_bytes / GIB:.3f} GiB a rank with gradients and AdamW")
+    if (cut := layout.decoder_ranks) > 1:
+        lines.append(f"  the language model is cut over {cut} ranks; each layer is whole while it computes")
     lines.append(f"  pipelined lookups: {', '.join(layout.pipelined) or 'NONE'}")
     if layout.blocking:
         lines.append(f"  lookups that wait: {', '.join(layout.blocking)}")

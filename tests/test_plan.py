@@ -8,6 +8,7 @@ import time
 import pytest
 
 from llmgr_rec.config import Config, LLMConfig
+from llmgr_rec.data.pretrained import load_decoder
 from llmgr_rec.distributed.layout import FROZEN, Ranks, Sizes, StageLayout, lay_out
 from llmgr_rec.distributed.sharding import GIB
 from llmgr_rec.errors import UserError
@@ -104,6 +105,28 @@ def test_text_in_item_vectors_is_counted_once_in_every_stage() -> None:
     assert found["sbr"].pipelined == ["recommender.item_tables.ebc", "recommender.item_text.text_tables"]
     assert found["behave"].pipelined == [f"llmgr.{name}" for name in found["sbr"].pipelined]
     assert not any(layout.problem or layout.blocking for layout in found.values())
+
+
+@pytest.mark.parametrize("reads_sessions", [False, True])
+def test_a_language_model_that_is_cut_takes_its_part_of_memory(
+    reads_sessions: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, stage = settings(), "behave"
+    if reads_sessions:
+        config.text.epochs, config.text.reader, config.text.dim, stage = 1, "language_model", 16, "text"
+        config.align.epochs = config.behave.epochs = 0
+    whole = layouts(config, Sizes(1000), world_size=4)[stage]
+    config.llm.shard = True
+    alone, cut = (layouts(config, Sizes(1000), world_size=size)[stage] for size in (1, 4))
+    decoder = load_decoder("random-tiny", config.llm.num_layers, "float32")
+    numbers = sum(parameter.numel() for parameter in decoder.parameters())
+    held = 16 * numbers if reads_sessions else 4 * numbers + 16 * whole.parameters["lora"]
+    assert alone.dense_bytes == whole.dense_bytes
+    assert cut.parameters == whole.parameters
+    assert whole.dense_bytes - cut.dense_bytes == pytest.approx(0.75 * held, rel=1e-3)
+    main(["--num_items", "1000", "--world_size", "4", "--llm.shard", "true", "--text.epochs", "1", *TINY])
+    # In align and behave: a text tower has no language model.
+    assert capsys.readouterr().out.count("the language model is cut over 4 ranks") == 2
 
 
 def test_table_wise_tables_lie_on_one_rank_each() -> None:

@@ -19,6 +19,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import RANDOM_TINY, decoder_config, load_decoder, resolve_dtype
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.distributed.assembly import caches_catalogue
+from llmgr_rec.distributed.decoder_shards import decoder_parameters
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.build import (
@@ -97,8 +98,10 @@ class StageLayout:
         trained_groups: Groups that the stage trains.
         pipelined: Lookups that a training pipeline overlaps with computing.
         blocking: Lookups that it cannot overlap.
-        dense_bytes: Memory of parameters outside of tables on every rank, gradients and optimizer state included.
+        dense_bytes: Memory of parameters outside of tables on every rank, gradients and optimizer state included; of a
+            language model that is cut over the ranks, a rank's part.
         cached_bytes: Memory of the item vectors that a stage with frozen tables keeps on every rank.
+        decoder_ranks: Ranks that the language model is cut over; 1 where each holds all of it, or there is none.
     """
 
     stage: str
@@ -110,6 +113,7 @@ class StageLayout:
     blocking: list[str]
     dense_bytes: int
     cached_bytes: int
+    decoder_ranks: int
 
 
 def lay_out(config: Config, sizes: Sizes, ranks: Ranks) -> list[StageLayout]:
@@ -135,7 +139,8 @@ def lay_out(config: Config, sizes: Sizes, ranks: Ranks) -> list[StageLayout]:
 def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes, ranks: Ranks) -> StageLayout:
     task = _build_task(stage, settings, config, sizes)
     select_trainable(task, settings.trainable)
-    parameters, dense_bytes = _count(task)
+    decoder_ranks = ranks.size if config.llm.shard and any(True for _ in decoder_parameters(task)) else 1
+    parameters, dense_bytes = _count(task, decoder_ranks)
     pipelined, blocking = _trace(task)
 
     def trained(name: str) -> bool:
@@ -150,7 +155,9 @@ def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, size
         layouts = [TableLayout(footprint, "", {}) for footprint in tables]
     groups = [str(group) for group in settings.trainable]
     cached_bytes = sum(buffer.numel() * _FLOAT_BYTES for name, buffer in task.named_buffers() if name.endswith(_CACHES))
-    return StageLayout(stage, layouts, problem, parameters, groups, pipelined, blocking, dense_bytes, cached_bytes)
+    return StageLayout(
+        stage, layouts, problem, parameters, groups, pipelined, blocking, dense_bytes, cached_bytes, decoder_ranks
+    )
 
 
 def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes) -> nn.Module:
@@ -211,15 +218,18 @@ def _meta_decoder(config: Config) -> PreTrainedModel:
         return AutoModel.from_config(settings).to(dtype)
 
 
-def _count(task: nn.Module) -> tuple[dict[str, int], int]:
+def _count(task: nn.Module, decoder_ranks: int) -> tuple[dict[str, int], int]:
+    """Parameters outside of tables by group, and their memory on a rank that holds one of the decoder's parts."""
     counts: dict[str, int] = {}
     size = 0
+    cut = set(decoder_parameters(task))
     for name, parameter in task.named_parameters():
         if "embedding_bags" in name.split("."):
             continue
         group = str(group_of(name)) if parameter.requires_grad else FROZEN
         counts[group] = counts.get(group, 0) + parameter.numel()
-        size += parameter.numel() * (_TRAINED_BYTES if parameter.requires_grad else parameter.element_size())
+        held = -(-parameter.numel() // decoder_ranks) if parameter in cut else parameter.numel()
+        size += held * (_TRAINED_BYTES if parameter.requires_grad else parameter.element_size())
     return counts, size
 
 
