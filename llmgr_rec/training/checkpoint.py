@@ -4,6 +4,7 @@ FOLDER/step-00000123/ holds the tensors (torch.distributed.checkpoint), state.js
 written as step-00000123.tmp and renamed by rank 0 when every rank is done.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
 from llmgr_rec.config import STAGES, Config
+from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.distributed.durable import installed_versions, sync, write_synced
 from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
 from llmgr_rec.errors import UserError
@@ -83,7 +85,8 @@ class Identity:
             if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
             if value or not name.startswith(_SILENT_WHEN_OFF)
         }
-        return cls(stage, catalogue, settings)
+        # By what the templates say and not by the name of a file that may have been edited since.
+        return cls(stage, catalogue, settings | {"prompt.templates": _wording(config.prompt.templates)})
 
 
 class CheckpointManager:
@@ -282,6 +285,11 @@ class CheckpointManager:
                 "Adagrad keeps a state for each: resume with the same --tables.sharding on as many ranks, "
                 "or train with --tables.optimizer adagrad"
             )
+
+
+def _wording(templates: str) -> str:
+    texts = {task: template.text for task, template in load_templates(templates).items()}
+    return f"a file of wording {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]}"
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from llmgr_rec.config import Config, TablesConfig
+from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.stage_config import READER_SETTINGS
@@ -301,6 +302,17 @@ def test_identity_of_a_text_tower_knows_no_reader() -> None:
     config.text.reader = "language_model"
     settings = Identity.of("text", "c", config).settings
     assert {f"text.{name}" for name in READER_SETTINGS} - settings.keys() == {"text.score_weight"}
+
+
+def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
+    config = Config()
+    before = Identity.of("behave", "c", config)
+    texts = {task: template.text for task, template in load_templates(config.prompt.templates).items()}
+    config.prompt.templates = str(tmp_path / "prompts.yaml")
+    (tmp_path / "prompts.yaml").write_text(json.dumps(texts))
+    assert Identity.of("behave", "c", config) == before
+    (tmp_path / "prompts.yaml").write_text(json.dumps(texts | {"behave": f"Well: {texts['behave']}"}))
+    assert Identity.of("behave", "c", config) != before
 
 
 def test_a_checkpoint_does_not_depend_on_a_prior() -> None:
