@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,19 @@ def test_files_of_a_folder_that_differ(folder: Path) -> None:
         pq.write_table(table, folder / "many" / f"{name}.parquet")
     message = refused(folder, interactions=str(folder / "many"))
     assert_names(message, "b.parquet", "column user_id is int64 but string", "a.parquet")
+
+
+def test_columns_that_differ_in_case_alone(folder: Path) -> None:
+    table = pq.read_table(folder / "interactions.parquet")
+    pq.write_table(table.add_column(0, "Item_ID", table["item_id"]), folder / "interactions.parquet")
+    assert_names(refused(folder), "interactions.parquet", "columns item_id and Item_ID differ in case alone")
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("us"), pa.date32()])
+def test_a_time_that_stands_for_never(folder: Path, kind: pa.DataType) -> None:
+    times = [datetime(2024, 1, 1)] * 59 + [datetime(9999, 12, 31)]
+    write(folder, timestamp=pa.array(times, pa.timestamp("us")).cast(kind))
+    assert_names(refused(folder), "row group 1, row 59", "column timestamp", "no time from 1678 to 2261 (1 rows")
 
 
 def test_output_not_empty(folder: Path) -> None:

@@ -36,6 +36,8 @@ class Database:
         if threads:
             config["threads"] = threads
         self._connection = duckdb.connect(str(folder / "scratch.duckdb"), config=config)
+        # Times without a zone are not to be read by the machine's.
+        self._connection.execute("SET TimeZone = 'UTC'")
 
     def run(self, statement: str) -> list[tuple[Any, ...]]:
         """Runs one statement to its end.

@@ -210,6 +210,11 @@ def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -
             negative = "list_min(items) < 0"
         else:
             negative = f"{column} < 0"
+        if source.types[column] in ("timestamp", "date"):
+            years = f"{column} NOT BETWEEN TIMESTAMP '1678-01-01' AND TIMESTAMP '2262-01-01'"
+            tests.append(
+                (column, years, lambda count: f"is no time from 1678 to 2261 ({count} rows in all); correct it")
+            )
         if source.types[column] == "int64":
             tests.append((column, negative, lambda count: f"is negative ({count} rows in all); give numbers from 0 on"))
     selected = ", ".join(f"count(*) FILTER ({test}), min(source_row) FILTER ({test})" for _, test, _ in tests)

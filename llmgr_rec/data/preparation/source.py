@@ -60,9 +60,11 @@ class Source:
         quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
         starts = ", ".join(f"{row}::BIGINT" for row in self.first_rows)
         columns = ", ".join(map(quote, self.types))
+        # A folder named category=Tea says nothing of the column; files may hold a column in different widths and units.
+        options = "file_row_number=true, hive_partitioning=false, union_by_name=true"
         return (
             f"(SELECT {columns}, file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT) AS source_row "
-            f"FROM read_parquet([{quoted}], file_row_number=true))"
+            f"FROM read_parquet([{quoted}], {options}))"
         )
 
 
@@ -144,6 +146,8 @@ def _column_types(
             if name in optional:
                 continue
             raise UserError(f"{file}: column {name} is missing (it has {', '.join(schema.names)}); add or rename it")
+        if alike := [other for other in schema.names if other != name and other.casefold() == name.casefold()]:
+            raise UserError(f"{file}: columns {name} and {alike[0]} differ in case alone; rename or drop one of them")
         found = schema.field(places[0]).type
         common = _common_type(found, kind)
         if common is None:
