@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
 from llmgr_rec.evaluation.examples import ranked_examples
 from llmgr_rec.report import main
 from llmgr_rec.score import main as score
+from tests.data.prepare_inputs import edit_manifest
 from tests.small_run import prepare_small, run_with, small_run, without_repeats
 
 
@@ -61,6 +64,17 @@ def test_sessions_shown_are_ranked_by_the_rule_they_are_judged_by(run, tmp_path)
     assert pages[0].split("<article")[1:] != pages[1].split("<article")[1:]
     for example in itertools.islice(ranked_examples(run / "export" / "sbr", without_repeats(), "test"), 40):
         assert not set(example.clicks) & set(example.recommended)
+
+
+def test_sessions_that_are_judged_by_their_prefixes_are_shown_whole(run, tmp_path):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(small_run().dataset.path, dataset)
+    edit_manifest(dataset, lambda values: values.update(prefix_augmentation=["train", "test"]))
+    shown = [
+        list(itertools.islice(ranked_examples(run / "export" / "sbr", data, "test"), 20))
+        for data in (small_run().dataset, Dataset(dataset))
+    ]
+    assert shown[0] == shown[1]
 
 
 def test_scored_sessions_look_like_ranked_ones(run, tmp_path):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import torch
 
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.neighbour_prior import clicks_of
@@ -19,7 +21,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
-from llmgr_rec.evaluation.protocol import session_queries, split_reader
+from llmgr_rec.evaluation.protocol import session_queries
 from llmgr_rec.modules.llmgr import LLMGR
 
 PLACES = 20
@@ -72,9 +74,11 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Exam
     titles, world = _titles(loaded.catalogue), World(0, 1, 0, 1, torch.device("cpu"))
     collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
     ranker = CatalogueRanker(loaded.model, collate, world, loaded.prior)
-    reader = split_reader(dataset, split, min(_LOOKED_AT, loaded.config.runtime.eval_batch_size), collate)
+    size = min(_LOOKED_AT, loaded.config.runtime.eval_batch_size)
+    # Whole sessions, also of a split whose sessions are judged by each of their prefixes.
+    reader = SessionReader(dataset.parts(split), num_items=loaded.catalogue.num_items, batch_size=size, collate=collate)
     rows = _rows(dataset, split)
-    for _, batch in zip(range(-(-_LOOKED_AT // reader.order.batch_size)), reader.batches(0), strict=False):
+    for batch in islice(reader.batches(0), -(-_LOOKED_AT // size)):
         exclude = clicked_items(batch) if leaves_out_clicked(dataset) else None
         with torch.no_grad():
             ids_BK, _ = ranker.rank(session_queries(loaded.model, batch), PLACES, exclude, clicks_of(batch))
@@ -100,7 +104,7 @@ def scored_examples(scores: Path, dataset: Dataset, split: str) -> Iterator[Exam
         raise UserError(f"--scores {scores} are of another catalogue than {dataset.path}; give the model's data set")
     catalogue = Catalogue.load(dataset.path)
     titles = _titles(catalogue)
-    known = {session_id: (clicks, target) for session_id, clicks, target in _first(_rows(dataset, split), _LOOKED_AT)}
+    known = {session_id: (clicks, target) for session_id, clicks, target in islice(_rows(dataset, split), _LOOKED_AT)}
     wanted = pa.array(list(known), pa.string())
     seen = 0
     for part in sorted(scores.glob("part-*.parquet")):
@@ -139,7 +143,3 @@ def _rows(dataset: Dataset, split: str) -> Iterator[tuple[str, list[int], int]]:
             for batch in file.iter_batches(batch_size=_LOOKED_AT, columns=["session_id", "items", "target"]):
                 for row in batch.to_pylist():
                     yield row["session_id"], row["items"], row["target"]
-
-
-def _first(rows: Iterator[tuple[str, list[int], int]], count: int) -> list[tuple[str, list[int], int]]:
-    return [row for _, row in zip(range(count), rows, strict=False)]
