@@ -33,7 +33,7 @@ def find_python(candidates, named):
     Raises:
         SetupError: There is none; the text says what to install.
     """
-    found = []
+    found, bare = [], ""
     for name in [named] if named else candidates:
         version = _ask(name, PROBE)
         if version is None:
@@ -42,8 +42,11 @@ def find_python(candidates, named):
         if tuple(int(part) for part in version.split(".")) < OLDEST:
             continue
         if _ask(name, "import venv, ensurepip") is None:
-            raise SetupError("%s (%s) lacks the venv module; mend: apt install python3-venv" % (name, version))
+            bare = bare or "%s (%s) lacks the venv module; mend: apt install python3-venv" % (name, version)
+            continue
         return name
+    if bare:
+        raise SetupError(bare)
     raise SetupError(
         "Python 3.11 or newer is needed, found %s; mend: apt install python3.11 python3.11-venv, or give PYTHON=..."
         % ("only " + ", ".join(found) if found else "none" + (" called " + named if named else ""))
@@ -74,6 +77,8 @@ def read_stamp(venv):
         with open(os.path.join(venv, "complete.json")) as file:
             stamp = json.load(file)
     except (OSError, ValueError):
+        return {}
+    if not isinstance(stamp, dict):
         return {}
     return stamp if stamp.get("path") == venv and os.access(os.path.join(venv, "bin", "python"), os.X_OK) else {}
 

@@ -54,8 +54,10 @@ def test_a_named_python_is_taken_or_refused(builder: ModuleType, tmp_path: Path)
         builder.find_python([good], "nowhere/python")
 
 
-def test_a_python_without_venv_names_the_package(builder: ModuleType, tmp_path: Path) -> None:
+def test_a_python_without_venv_is_passed_over_or_names_the_package(builder: ModuleType, tmp_path: Path) -> None:
     bare = fake_python(tmp_path, "bare", "3.11", has_venv=False)
+    new = fake_python(tmp_path, "new", "3.12")
+    assert builder.find_python([bare, new], "") == new
     with pytest.raises(builder.SetupError, match="lacks the venv module; mend: apt install python3-venv"):
         builder.find_python([bare], "")
 

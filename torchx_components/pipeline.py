@@ -9,6 +9,7 @@ runner for steps that follow each other; roles of one application start together
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -62,6 +63,8 @@ def plan_steps(
         UserError: A setting or an argument of the trainer is wrong.
     """
     arguments, settings = parse_arguments(["--config", config, *train_arguments])
+    if arguments.output or arguments.dataset:
+        raise UserError("--output and --dataset of the trainer are this command's to give; leave them out after --")
     last_stage = trained_stages(settings)[-1] if arguments.stage == "all" else arguments.stage
     dataset, run, metrics = output / "dataset", output / "run", output / "run" / "metrics.json"
     shown = ("--dataset", dataset, "--scores", output / "scores")
@@ -191,6 +194,19 @@ def _check_input(data: Path | None) -> None:
             raise UserError(f"{data / name} does not exist; DATA is a folder with {' and '.join(INPUT_FILES)}")
 
 
+def _told_apart(config: str) -> str:
+    """A recipe's name; of a file also what it says, which may be edited between two calls."""
+    return f"{config} ({_fingerprint(Path(config))})" if Path(config).is_file() else config
+
+
+def _fingerprint(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -226,8 +242,10 @@ def main(argv: Sequence[str]) -> None:
     output = Path(arguments.output)
     _check_input(data)
     settings = {
-        "data": str(data.resolve()) if data else "MovieLens-100K",
-        "config": arguments.config,
+        "data": f"{data.resolve()} ({_fingerprint(*(data / name for name in INPUT_FILES))})"
+        if data
+        else "MovieLens-100K",
+        "config": _told_apart(arguments.config),
         "training arguments": shlex.join(further) or "none",
     }
     steps = plan_steps(data, output, arguments.config, arguments.ranks, further)

@@ -81,6 +81,28 @@ def test_a_mistake_in_settings_is_told_before_anything_is_made(tmp_path: Path) -
     assert not out.exists()
 
 
+def test_where_the_trainer_works_is_not_for_its_arguments_to_say(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this command's to give; leave them out after --"):
+        pipeline.plan_steps(None, tmp_path, "quickstart", 2, ["--output", "elsewhere"])
+
+
+def test_settings_that_were_edited_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, settings = make_input(tmp_path / "data"), tmp_path / "c.yaml"
+    settings.write_text("seed: 0\n")
+    words = ["--data", str(data), "--output", str(tmp_path / "out"), "--config", str(settings)]
+
+    def no_step(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_steps", no_step)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.main(words)
+    settings.write_text("seed: 7\n")
+    with pytest.raises(UserError, match=r"was made with config .*c\.yaml \(\w{12}\), not "):
+        pipeline.main(words)
+
+
 def test_it_goes_on_after_the_step_that_failed(tmp_path: Path) -> None:
     steps = pipeline.plan_steps(None, tmp_path, "quickstart", 2)
     with pytest.raises(UserError, match="step evaluate ended with code 3"):
@@ -157,7 +179,7 @@ def test_it_ends_with_the_table_and_the_places(
     assert "\nLLMGR with item_knn x 4\n" in said
     assert "1,234 test sessions, by this rule" in said
     assert str(out / "report" / "index.html") in said
-    assert json.loads((out / "pipeline.json").read_text())["data"] == str(data)
+    assert json.loads((out / "pipeline.json").read_text())["data"].startswith(f"{data} (")
 
 
 def test_children_use_this_interpreters_programs() -> None:
