@@ -111,11 +111,8 @@ def fill_table(module: nn.Module, parameter: str, read: Callable[[range, range],
     Raises:
         KeyError: Nowhere in the module is such a table; a rank that merely holds no part of it does nothing.
     """
-    found = False
-    for name in table_parameters(module):
-        found = found or name == parameter
-    if not found:
-        raise KeyError(f"no embedding table {parameter}; tables are {', '.join(table_parameters(module))}")
+    if parameter not in (known := list(table_parameters(module))):
+        raise KeyError(f"no embedding table {parameter}; tables are {', '.join(known)}")
     for shard in local_shards(module):
         if shard.parameter == parameter:
             _fill(shard, read)

@@ -54,7 +54,7 @@ def _softmax_of_targets(scores_bC: Tensor, target_b1: Tensor) -> tuple[Tensor, T
         Losses and factors, float32 [b, 1] each.
     """
     highest_b1 = scores_bC.amax(dim=1, keepdim=True)
-    sums_b1 = scores_bC.sub_(highest_b1).exp_().sum(dim=1, keepdim=True).to(target_b1.dtype)
+    sums_b1 = scores_bC.sub_(highest_b1).exp_().sum(dim=1, keepdim=True, dtype=target_b1.dtype)
     return sums_b1.log() + highest_b1 - target_b1, sums_b1.reciprocal()
 
 

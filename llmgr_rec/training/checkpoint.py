@@ -30,7 +30,7 @@ from llmgr_rec.training.safe_reader import SafeReader
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
 # Settings that may change between a checkpoint and its resumption: they do not change what is trained.
@@ -44,18 +44,6 @@ _FREE_SETTINGS = (
     "prior.",
     "tables.neighbour_clicks",
     "text.score_weight",
-)
-
-# Settings that came later than checkpoints did: where they are off they go without saying.
-_SILENT_WHEN_OFF = (
-    "controls.",
-    "tables.item_text",
-    "tables.id_dropout",
-    "sbr.one_pass",
-    "head.text_only",
-    "head.apart",
-    "llm.text_layer",
-    "llm.text_whitening",
 )
 
 
@@ -76,17 +64,18 @@ class Identity:
     @classmethod
     def of(cls, stage: str, catalogue: str, config: Config) -> "Identity":
         """Identity of a stage under some settings; other stages' settings and the use of the machine are left out."""
-        foreign = tuple(f"{other}." for other in STAGES if other != stage)
+        foreign = ("prompt.templates", *(f"{other}." for other in STAGES if other != stage))
         if config.text.reader == "tower":
             foreign += tuple(f"text.{name}" for name in READER_SETTINGS)
         settings = {
             name: value
             for name, value in _flatten(asdict(config))
             if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
-            if value or not name.startswith(_SILENT_WHEN_OFF)
         }
-        # By what the templates say and not by the name of a file that may have been edited since.
-        return cls(stage, catalogue, settings | {"prompt.templates": _wording(config.prompt.templates)})
+        if stage not in ("sbr", "text"):
+            # What the prompts say, and not the name of a file that may have been edited since.
+            settings["prompt.templates"] = _wording(config.prompt.templates)
+        return cls(stage, catalogue, settings)
 
 
 class CheckpointManager:
@@ -248,7 +237,10 @@ class CheckpointManager:
                 f"{chosen / _STATE} is damaged ({error}); remove {chosen} to resume from the one before"
             ) from None
         if state["format"] != FORMAT:
-            raise UserError(f"checkpoint {chosen} has format {state['format']}, this version reads {FORMAT}")
+            raise UserError(
+                f"checkpoint {chosen} has format {state['format']}, this version reads {FORMAT}; "
+                "go on with the version that wrote it, or give another --output"
+            )
         for name, size in files.items():
             found = (chosen / name).stat().st_size if (chosen / name).is_file() else None
             if found != size:

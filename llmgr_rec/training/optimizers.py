@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from torch import Tensor, nn, optim
+from torch.distributed.tensor import DTensor
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -49,8 +50,7 @@ def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) 
 
 def _apart(parameters: list[Tensor]) -> list[dict[str, Any]]:
     """Parameters that are cut over ranks in a group of their own: one update of many tensors mixes no two kinds."""
-    cut = cut_groups(parameters)
-    kinds = [[p for p in parameters if p not in cut], [p for p in parameters if p in cut]]
+    kinds = [[p for p in parameters if isinstance(p, DTensor) is cut] for cut in (False, True)]
     return [{"params": kind} for kind in kinds if kind]
 
 

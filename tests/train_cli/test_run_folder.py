@@ -82,7 +82,7 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
         (["sbr"], [], ["--tables.dim", "32"], r"setting tables\.dim is 32, but stage sbr in .* was trained with 16"),
         (["sbr"], [], ["--tables.item_text", "true"], r"item_text is True, but stage sbr in .* trained with False"),
         (["sbr"], [], ["--controls.shuffled_words=true"], r"shuffled_words is True, but stage sbr .* with False"),
-        ([], ["sbr"], ["--controls.shuffled_words=true"], r"shuffled_words is True, but checkpoint .* made with off"),
+        ([], ["sbr"], ["--controls.shuffled_words=true"], r"shuffled_words is True, but checkpoint .* made with False"),
         (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
         (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
         (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),
@@ -92,7 +92,7 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
             ["sbr"],
             ["align"],
             ["--controls.no_nodes=true"],
-            r"no_nodes is True, but checkpoint .* made with off",
+            r"no_nodes is True, but checkpoint .* made with False",
         ),
         (
             ["sbr", "align"],
