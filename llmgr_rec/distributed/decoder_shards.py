@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
@@ -40,15 +40,12 @@ def shard_decoders(module: nn.Module, world: World) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for part in list(module.modules()):
-        if isinstance(part, LoraLanguageModel | TextReader):
-            for layer in _layers(part.base if isinstance(part, LoraLanguageModel) else part.decoder):
-                fully_shard(layer, mesh=mesh)
         if isinstance(part, LoraLanguageModel):
-            fully_shard(part, mesh=mesh)
+            _cut(part.base, part, mesh)
             # Prompts are embedded before the language model itself is called.
             register_fsdp_forward_method(part, "embed")
         elif isinstance(part, TextReader):
-            fully_shard(part.decoder, mesh=mesh)
+            _cut(part.decoder, part.decoder, mesh)
             part.common_calls = lambda calls: _most(calls, world)
 
 
@@ -98,6 +95,12 @@ def cut_like(value: Tensor, target: Tensor) -> Tensor:
         return value
     local = value.to(target.device)
     return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def _cut(decoder: PreTrainedModel, whole: nn.Module, mesh: DeviceMesh) -> None:
+    for layer in _layers(decoder):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(whole, mesh=mesh)
 
 
 def _layers(decoder: PreTrainedModel) -> list[nn.Module]:
