@@ -57,6 +57,15 @@ def test_ranking_loss_agrees_with_the_reference(dtype: torch.dtype, tolerance: f
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
+def test_probabilities_of_bfloat16_scores_add_to_one() -> None:
+    """Each is rounded by itself; their sum is not, so that the gradient of a row pushes and pulls alike."""
+    torch.manual_seed(0)
+    scores_bC = torch.randn(40, 4000).to(torch.bfloat16)
+    _, factors_b1 = losses._softmax_of_targets(scores_bC, torch.zeros(40, 1))
+    sums_b = (scores_bC.float() * factors_b1).sum(dim=1)
+    assert (sums_b - 1).abs().mean() < 1e-6
+
+
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("sampled", [False, True], ids=["full", "sampled"])
 def test_ranking_loss_in_bfloat16_is_close(sampled: bool) -> None:

@@ -227,6 +227,12 @@ def test_what_was_trained_on_other_texts_or_sessions_of_the_same_items_is_not_ta
     assert len(set(keys)) == 3
 
 
+def test_an_output_that_cannot_be_made_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt is a file; give the path of a folder"):
+        main(words(tmp_path, tmp_path / "notes.txt" / "out"))
+
+
 def test_baselines_of_studies_side_by_side_are_written_without_a_clash(tmp_path):
     recipe = tmp_path / "popular.yaml"
     recipe.write_text("variants:\n  Popularity: {model: popularity}\n")

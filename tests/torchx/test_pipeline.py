@@ -81,6 +81,12 @@ def test_a_mistake_in_settings_is_told_before_anything_is_made(tmp_path: Path) -
     assert not out.exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"RUN .*notes\.txt is a file; give the path of a folder"):
+        pipeline.claim_output(tmp_path / "notes.txt" / "out", {"data": "a"})
+
+
 def test_where_the_trainer_works_is_not_for_its_arguments_to_say(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this command's to give; leave them out after --"):
         pipeline.plan_steps(None, tmp_path, "quickstart", 2, ["--output", "elsewhere"])
