@@ -105,4 +105,5 @@ def test_is_much_faster_than_the_loop() -> None:
         return min(times)
 
     plain = shortest(1, build_graphs_reference, items_L, offsets_B1)
-    assert shortest(5, build_graphs, items_L, offsets_B1, 10_000) < plain / 20
+    # Often, so that once at least nothing else takes the processor in between.
+    assert shortest(50, build_graphs, items_L, offsets_B1, 10_000) < plain / 20
