@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, progress
+from llmgr_rec.outputs import replaced
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -143,12 +144,9 @@ def write_report(path: str, settings: Mapping[str, Any], results: Mapping[str, A
         },
         "results": dict(results),
     }
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.rename(file)
-    print(f"written: {file}")
+    with replaced(Path(path)) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written: {path}")
 
 
 def _processor() -> str:

@@ -27,7 +27,8 @@ from llmgr_rec.config import StageName
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import Bundle, is_complete, load_bundle
+from llmgr_rec.distributed.bundle import Bundle, load_bundle
+from llmgr_rec.distributed.bundle_index import is_complete
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.llmgr import LLMGR

@@ -1,7 +1,6 @@
 """Reading dumps as they come: plain or gzipped text, delimited or one JSON object a line, with HTML in the texts."""
 
 import csv
-import difflib
 import gzip
 import html
 import re
@@ -9,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import UserError, near_miss
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
@@ -136,6 +135,6 @@ def require_columns(path: Path, present: Sequence[str], wanted: dict[str, str]) 
     """
     for option, name in wanted.items():
         if name not in present:
-            near = difflib.get_close_matches(name, present, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(present)}; is --delimiter right?"
-            raise UserError(f"{path} has no column {name!r} ({option}); {hint}")
+            raise UserError(
+                f"{path} has no column {name!r} ({option}), or --delimiter is not right{near_miss(name, present)}"
+            )

@@ -4,15 +4,15 @@ python -m llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
 torchrun --nproc_per_node 2 -m -- llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import UserError, near_miss
+from llmgr_rec.evaluation.results import MODEL_NAMES
 
-MODELS = ("popularity", "item_knn", "session_knn", "text_knn", "sbr", "text", "student", "llmgr")
+MODELS = tuple(MODEL_NAMES)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,9 +69,7 @@ def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"{option} names {name}, which is none of {', '.join(known)}{hint}")
+            raise UserError(f"{option} names {name}, which is not known{near_miss(name, known)}")
     if not names:
         raise UserError(f"{option} is empty; name some of {', '.join(known)}")
     return names

@@ -1,6 +1,5 @@
 """Settings as files: shipped recipes by name, YAML in and out, dotted overrides from the command line."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, parse_args
 from llmgr_rec.config import Config
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import UserError, near_miss
 from llmgr_rec.limits import check_limits
 
 if TYPE_CHECKING:
@@ -84,9 +83,7 @@ def _config_file(name: str) -> str:
         return str(shipped)
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         raise UserError(f"settings file {name} does not exist; give a YAML file or one of {', '.join(recipe_names())}")
-    near = difflib.get_close_matches(name, recipe_names(), n=1)
-    hint = f", did you mean {near[0]}?" if near else ""
-    raise UserError(f"no recipe named {name}{hint} Shipped recipes: {', '.join(recipe_names())}")
+    raise UserError(f"no recipe named {name}{near_miss(name, recipe_names())}")
 
 
 def _build(cls: type, values: Any) -> Any:

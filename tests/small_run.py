@@ -17,7 +17,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr
-from llmgr_rec.distributed.bundle import export_bundle
+from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.recipes import save_config

@@ -66,6 +66,13 @@ def test_sessions_shown_are_ranked_by_the_rule_they_are_judged_by(run, tmp_path)
         assert not set(example.clicks) & set(example.recommended)
 
 
+def test_sessions_of_a_run_that_ends_with_stage_text_are_ranked_by_it(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run / "export" / "sbr", tmp_path / "run" / "export" / "text")
+    assert "Recommendations of GNN + text for" in report(tmp_path / "run", tmp_path / "report")
+    assert "Recommendations of GNN for" in report(run, tmp_path / "other")
+
+
 def test_sessions_that_are_judged_by_their_prefixes_are_shown_whole(run, tmp_path):
     dataset = tmp_path / "dataset"
     shutil.copytree(small_run().dataset.path, dataset)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmgr_rec.config import Config, DType
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, decoder_hash
-from llmgr_rec.distributed.bundle_export import dense_tensors, export_bundle, language_tensors, model_of
+from llmgr_rec.distributed.bundle_export import dense_tensors, language_tensors, model_of
 from llmgr_rec.distributed.bundle_index import (
     CONFIG,
     INDEX,
@@ -27,8 +27,6 @@ from llmgr_rec.distributed.bundle_index import (
     TENSOR,
     BundleIndex,
     Piece,
-    is_complete,
-    latest_bundle,
     read_index,
     resolve_bundle,
 )
@@ -43,18 +41,6 @@ from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.recipes import load_config
-
-__all__ = [
-    "Bundle",
-    "BundleIndex",
-    "export_bundle",
-    "is_complete",
-    "latest_bundle",
-    "load_bundle",
-    "load_weights",
-    "read_index",
-    "resolve_bundle",
-]
 
 _LORA_FILE = "adapter_model.safetensors"
 

@@ -1,4 +1,4 @@
-"""The index of an exported model: what a bundle holds, whether it is complete, which one is the furthest.
+"""The index of an exported model: what a bundle holds, whether it is complete, which one answers.
 
 RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
 catalogue), recommender.safetensors, llmgr.safetensors (adapter, head and, after
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmgr_rec.config import STAGES
+from llmgr_rec.config import STAGES, StageName
 from llmgr_rec.errors import UserError
 
 FORMAT_VERSION = 1
@@ -19,6 +19,16 @@ INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
 PRIOR = "prior.npz"
 TENSOR = "weight"
+
+# Stages whose export answers as each model, the furthest first.
+STAGES_OF_MODEL: dict[str, tuple[StageName, ...]] = {
+    "sbr": ("sbr",),
+    "text": ("text",),
+    "student": ("distill",),
+    "llmgr": ("behave", "align"),
+}
+# Models that answer where nobody names one, the furthest first; a student does so only where it is named.
+_UNNAMED = ("llmgr", "text", "sbr")
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,32 @@ def is_complete(folder: Path) -> bool:
     return not folder.name.endswith(".tmp") and (folder / INDEX).is_file()
 
 
+def find_bundle(export: Path, model: str) -> Path | None:
+    """The furthest complete bundle of a model, None where it has not been trained.
+
+    Args:
+        export: RUN/export.
+        model: One of `STAGES_OF_MODEL`.
+    """
+    return next((export / stage for stage in STAGES_OF_MODEL[model] if is_complete(export / stage)), None)
+
+
+def answering_bundle(export: Path) -> Path | None:
+    """The bundle that answers where no model is named, None where nothing has been trained that would.
+
+    Args:
+        export: RUN/export.
+    """
+    return next((bundle for model in _UNNAMED if (bundle := find_bundle(export, model))), None)
+
+
+def answers_as(bundle: Path) -> str:
+    """Which of `STAGES_OF_MODEL` a bundle of a run answers as."""
+    return next(model for model, stages in STAGES_OF_MODEL.items() if bundle.name in stages)
+
+
 def latest_bundle(export: Path) -> Path:
-    """The complete bundle of the furthest stage.
+    """The complete bundle of the furthest stage, from which the next one goes on.
 
     Args:
         export: RUN/export.
@@ -100,7 +134,7 @@ def latest_bundle(export: Path) -> Path:
 
 
 def resolve_bundle(path: Path) -> Path:
-    """The bundle that a path means: a bundle itself, a run's export folder or a run, whose furthest bundle is taken.
+    """The bundle that a path means: a bundle itself, or the one that answers of a run or of its export folder.
 
     Raises:
         UserError: The path holds no complete bundle.
@@ -109,7 +143,8 @@ def resolve_bundle(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a run folder made by python -m llmgr_rec.train")
-    return latest_bundle(path / "export" if (path / "export").is_dir() else path)
+    export = path / "export" if (path / "export").is_dir() else path
+    return answering_bundle(export) or latest_bundle(export)
 
 
 def read_index(folder: Path) -> BundleIndex:

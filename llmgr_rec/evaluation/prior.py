@@ -7,7 +7,6 @@ each weight of a language model that reads sessions.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -40,6 +39,7 @@ from llmgr_rec.evaluation.protocol import (
 )
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
+from llmgr_rec.outputs import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +77,8 @@ def _kept(name: str, kept: int, dataset: Dataset, catalogue: Catalogue, folder: 
         except UserError:
             logger.info("%s is damaged and is made again", file)
     prior = _prior(name, kept, dataset, catalogue)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".tmp.npz")
-    prior.save(partial)
-    os.replace(partial, file)
+    with replaced(file) as partial:
+        prior.save(partial)
     return prior
 
 

@@ -3,20 +3,20 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.bundle_index import answering_bundle, answers_as
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, in_table_order, prior_notes, read_metrics
-from llmgr_rec.evaluation.run import check_catalogue, find_bundle
-from llmgr_rec.outputs import require_writable
+from llmgr_rec.evaluation.run import check_catalogue
+from llmgr_rec.outputs import replaced, require_writable
 
 PAGE_NAME = "index.html"
 TABLE_NAME = "results.csv"
@@ -164,12 +164,11 @@ def _examples(request: ReportRequest, dataset: Dataset | None, split: str) -> tu
     if request.scores is not None:
         source, model = scored_examples(request.scores, dataset, split), "the scored output"
     else:
-        name = "llmgr" if find_bundle(request.run, "llmgr") else "sbr"
-        bundle = find_bundle(request.run, name)
+        bundle = answering_bundle(request.run / "export")
         if bundle is None:
             return [], ""
         check_catalogue(bundle, dataset)
-        source, model = ranked_examples(bundle, dataset, split), MODEL_NAMES[name]
+        source, model = ranked_examples(bundle, dataset, split), MODEL_NAMES[answers_as(bundle)]
     half = -(-request.sessions // 2)
     examples = choose_examples(source, half, request.sessions - half)
     found = sum(example.place > 0 for example in examples)
@@ -194,6 +193,5 @@ def _read_text(file: Path) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with replaced(file) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,13 +1,12 @@
 """metrics.json: what it holds, how it gets on disk, and the table people read."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.outputs import require_writable
+from llmgr_rec.outputs import replaced, require_writable
 
 FORMAT = "llmgr_rec.metrics"
 # In the order of the tables; other names follow them.
@@ -17,8 +16,8 @@ MODEL_NAMES = {
     "session_knn": "Session-kNN",
     "text_knn": "Text-kNN",
     "sbr": "GNN",
-    "text": "GNN + tower",
-    "student": "GNN, distilled",
+    "text": "GNN + text",
+    "student": "Student",
     "llmgr": "LLMGR",
 }
 CUTOFFS = (5, 10, 20)
@@ -32,10 +31,8 @@ def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
         path: File to make, or a metrics file to replace.
         content: Results by split, then by model, beside what they were made of.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    partial.write_text(json.dumps({"format": FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps({"format": FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -97,13 +94,15 @@ def prior_notes(priors: Mapping[str, Mapping[str, float]]) -> list[str]:
 def format_table(models: Mapping[str, Mapping[str, float]]) -> str:
     """A plain-text table, a row for each model; the best value of a column carries a star."""
     best = best_by_column(models) if models else {}
-    header = f"{'':<12}" + "".join(f"{column.upper():>10}" for column in COLUMNS)
+    names = {name: MODEL_NAMES.get(name, name) for name in in_table_order(models)}
+    width = max([11, *map(len, names.values())]) + 1
+    header = " " * width + "".join(f"{column.upper():>10}" for column in COLUMNS)
     lines = [header, "-" * len(header)]
-    for name in in_table_order(models):
+    for name, shown in names.items():
         cells = []
         for column in COLUMNS:
             value = round(models[name][column], 4)
             mark = "*" if value == best[column] and len(models) > 1 else " "
             cells.append(f"{value:>9.4f}{mark}")
-        lines.append(f"{MODEL_NAMES.get(name, name):<12}" + "".join(cells))
+        lines.append(f"{shown:<{width}}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)

@@ -8,7 +8,8 @@ from typing import Any
 from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL, find_bundle, read_index
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
@@ -23,9 +24,6 @@ from llmgr_rec.evaluation.protocol import (
 )
 from llmgr_rec.evaluation.results import MODEL_NAMES, refuse_foreign_output, write_metrics
 from llmgr_rec.recipes import load_config
-
-# Stages that hold each model, the furthest first.
-STAGES_OF_MODEL = {"sbr": ("sbr",), "text": ("text",), "student": ("distill",), "llmgr": ("behave", "align")}
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,6 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     return content
 
 
-def find_bundle(run: Path, model: str) -> Path | None:
-    """The furthest complete export of a model (sbr or llmgr) of a run, None where it has not been trained."""
-    for stage in STAGES_OF_MODEL[model]:
-        if is_complete(run / "export" / stage):
-            return run / "export" / stage
-    return None
-
-
 def check_catalogue(bundle: Path, dataset: Dataset) -> None:
     """Compares a bundle's items with a data set's.
 
@@ -138,7 +128,7 @@ def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
     """Exports to evaluate, each of the data set's own catalogue."""
     if not request.run.is_dir():
         raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
-    found = {name: bundle for name in STAGES_OF_MODEL if (bundle := find_bundle(request.run, name))}
+    found = {name: bundle for name in STAGES_OF_MODEL if (bundle := find_bundle(request.run / "export", name))}
     wanted = [name for name in request.models or STAGES_OF_MODEL if name in STAGES_OF_MODEL]
     if request.models is None and not found:
         raise UserError(

@@ -3,7 +3,6 @@
 Shapes: R rows of a part, L clicks of its sessions.
 """
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.schema import CATALOGUE_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import UserError, near_miss
 
 Ints = NDArray[np.int64]
 UnknownItems = Literal["skip", "error"]
@@ -179,9 +178,7 @@ class SessionFiles:
         schema = metadata.schema.to_arrow_schema()
         for column in (ITEMS, *self.columns):
             if column not in schema.names:
-                near = difflib.get_close_matches(column, schema.names, n=1)
-                hint = f", did you mean {near[0]}?" if near else f"; it has {', '.join(schema.names)}"
-                raise UserError(f"{path} has no column {column}{hint}")
+                raise UserError(f"{path} has no column {column}{near_miss(column, schema.names)}")
             if len(schema.get_all_field_indices(column)) > 1:
                 raise UserError(f"{path} has more than one column {column}; keep one of them")
         holds_indices = (schema.metadata or {}).get(ITEMS_KIND_KEY) == ITEMS_KIND_INDEX

@@ -13,8 +13,8 @@ from llmgr_rec.config import Config, Device, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import is_complete, load_bundle, read_index
-from llmgr_rec.distributed.bundle_index import INDEX
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.bundle_index import INDEX, answering_bundle, is_complete, read_index
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, on_first_rank, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.build import reads_sessions
@@ -27,9 +27,6 @@ from llmgr_rec.scoring.output import ScoreFolder, Totals
 from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
 
 logger = logging.getLogger(__name__)
-
-# The furthest first; a distilled one only where it is asked for.
-_FURTHEST: tuple[StageName, ...] = ("behave", "align", "text", "sbr")
 
 LlmDType = Literal["auto", "float32", "bfloat16", "int8"]
 
@@ -231,9 +228,13 @@ def _check_rows(files: SessionFiles) -> None:
 def _find_bundle(request: ScoreRequest) -> Path:
     if not request.run.is_dir():
         raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
-    for stage in (request.stage,) if request.stage else _FURTHEST:
-        if is_complete(request.run / "export" / stage):
-            return request.run / "export" / stage
+    export = request.run / "export"
+    if request.stage is None:
+        bundle = answering_bundle(export)
+    else:
+        bundle = export / request.stage if is_complete(export / request.stage) else None
+    if bundle:
+        return bundle
     what = f"stage {request.stage}" if request.stage else "any stage"
     raise UserError(
         f"--run {request.run} holds no complete export of {what}; train it to the end (llmgr_rec.train --resume)"

@@ -25,14 +25,15 @@ from llmgr_rec import __version__
 from llmgr_rec.config import STAGES, Config, StageName, reader_weights
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import is_complete, load_bundle
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.bundle_index import find_bundle
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_neighbours
-from llmgr_rec.evaluation.run import STAGES_OF_MODEL
 from llmgr_rec.modules.build import has_tower
 from llmgr_rec.modules.recommender import text_reader_of
+from llmgr_rec.outputs import replaced
 from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.stage_config import READER_SETTINGS
 from llmgr_rec.study.compare import ndcg
@@ -97,11 +98,9 @@ class Bench:
         if not file.is_file():
             logger.info("%s, seed %d", variant.name, seed)
             cell = self._model_cell(variant, config) if variant.trains else self._baseline_cell(variant)
-            file.parent.mkdir(parents=True, exist_ok=True)
             # Studies of several seeds may run side by side, and all of them need the baselines.
-            partial = file.with_suffix(f".{os.getpid()}.tmp.npz")
-            np.savez_compressed(partial, **asdict(cell))
-            os.replace(partial, file)
+            with replaced(file) as partial:
+                np.savez_compressed(partial, **asdict(cell))
         with np.load(file) as stored:
             numbers = {name: float(stored[name]) for name in ("valid_ndcg", "seconds")}
             return Cell(places_S=stored["places_S"], weights_N=stored["weights_N"], **numbers)
@@ -114,10 +113,11 @@ class Bench:
 
     def _model_cell(self, variant: Variant, config: Config) -> Cell:
         run, seconds = self._trained(variant.model, config)
-        stage = next(stage for stage in STAGES_OF_MODEL[variant.model] if is_complete(run / "export" / stage))
+        folder = find_bundle(run / "export", variant.model)
+        assert folder is not None
         if threads := config.runtime.threads_per_rank:
             torch.set_num_threads(threads)
-        bundle = load_bundle(run / "export" / stage)
+        bundle = load_bundle(folder)
         neighbours: list[Any] = [self._baseline(name) for name in variant.blend]
         weights, readers = list(product(BLEND_WEIGHTS, repeat=len(neighbours))), [1.0]
         model = bundle.model.to(choose_device(config.runtime.device))

@@ -1,6 +1,5 @@
 """What an experiment compares: a YAML file with named variants, read and checked before anything is trained."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -12,7 +11,8 @@ import yaml
 
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import Config, PriorConfig
-from llmgr_rec.errors import UserError
+from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL
+from llmgr_rec.errors import UserError, near_miss
 from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 FOLDER = RECIPES / "experiments"
-MODELS = ("sbr", "text", "llmgr", "student")
+MODELS = tuple(STAGES_OF_MODEL)
 _STUDY_KEYS = ("title", "reference", "config", "settings", "variants")
 _VARIANT_KEYS = ("model", "settings", "blend", "grid", "against")
 
@@ -138,9 +138,7 @@ def load_study(name: str) -> Study:
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not file.is_file():
-        near = difflib.get_close_matches(name, study_names(), n=1)
-        hint = f", did you mean {near[0]}?" if near else ";"
-        raise UserError(f"no experiment named {name}{hint} give a YAML file or one of {', '.join(study_names())}")
+        raise UserError(f"no experiment or YAML file named {name}{near_miss(name, study_names())}")
     try:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
@@ -185,9 +183,7 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
     asked = [(variant.model, (*MODELS, *BASELINES)), *((name, BASELINES[1:]) for name in variant.blend)]
     for value, known in asked:
         if value not in known:
-            near = difflib.get_close_matches(value, known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"{where}: {value} is not known{hint} Known: {', '.join(known)}")
+            raise UserError(f"{where}: {value} is not known{near_miss(value, known)}")
     if variant.blend and not variant.trains:
         raise UserError(f"{where}: blend is for models that are trained; leave it out")
     for setting, choices in variant.grid.items():
@@ -201,8 +197,7 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
 def _check_against(variant: Variant, names: Sequence[str], file: Path) -> None:
     """What a variant is compared with is another one of the study."""
     if variant.against and variant.against not in names:
-        near = difflib.get_close_matches(variant.against, names, n=1)
-        hint = f", did you mean {near[0]}?" if near else f"; they are {', '.join(names)}"
+        hint = near_miss(variant.against, names)
         raise UserError(f"{file}: variant {variant.name}: against {variant.against} is none of its variants{hint}")
     if variant.against == variant.name:
         raise UserError(f"{file}: variant {variant.name}: it has no gain against itself; name another variant")
@@ -216,9 +211,7 @@ def _names(value: Any) -> tuple[str, ...]:
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            raise UserError(f"{where}: unknown key {key}{hint} Known: {', '.join(known)}")
+            raise UserError(f"{where}: unknown key {key}{near_miss(str(key), known)}")
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

@@ -1,7 +1,6 @@
 """A whole experiment: every variant with every seed, then one table and its plots."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
 from llmgr_rec.evaluation.protocol import check_baselines
-from llmgr_rec.outputs import require_writable
+from llmgr_rec.outputs import replaced, require_writable
 from llmgr_rec.study.cells import Bench, Cell
 from llmgr_rec.study.compare import METRICS, K, hit_rate_by_frequency, relative_gain
 from llmgr_rec.study.judge import targets_of
@@ -151,7 +150,5 @@ def _sd(values: Sequence[float]) -> float:
 
 
 def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    with replaced(file) as partial:
+        partial.write_text(text, encoding="utf-8")

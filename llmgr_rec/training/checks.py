@@ -13,7 +13,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.data.row_groups import RowGroups
 from llmgr_rec.distributed.assembly import compile_prompts, decoder_hash
-from llmgr_rec.distributed.bundle import is_complete, latest_bundle, read_index
+from llmgr_rec.distributed.bundle_index import is_complete, latest_bundle, read_index
 from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
@@ -340,7 +340,9 @@ def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalo
 
 def text_settings(config: Config) -> tuple[str, ...]:
     """Names of the settings that decide what item texts are encoded to, and by which layers."""
-    cut = ("llm.text_layer",) if config.llm.text_layer else ("llm.text_layer", "llm.num_layers")
+    # Who reads sessions has the layers that are kept, whichever encodes texts elsewhere.
+    only_encodes = config.llm.text_layer and not reads_sessions(config)
+    cut = ("llm.text_layer",) if only_encodes else ("llm.text_layer", "llm.num_layers")
     controls = ("controls.random_llm", "controls.shuffled_text", *_drawn_by_seed(config))
     return ("llm.name_or_path", *cut, "llm.text_whitening", "prompt.text_fields", "prompt.max_text_tokens", *controls)
 

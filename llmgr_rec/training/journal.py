@@ -1,9 +1,10 @@
 """What a run tells about itself: metrics.jsonl and TensorBoard events, written by the first rank."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from llmgr_rec.outputs import replaced
 
 
 class Journal:
@@ -44,9 +45,8 @@ class Journal:
             for line in self._path.read_text().splitlines()
             if (record := _parse(line)) and not (record["stage"] == stage and record["step"] > step)
         ]
-        temporary = self._path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(temporary, self._path)
+        with replaced(self._path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in kept))
 
     def close(self) -> None:
         """Flushes TensorBoard events."""

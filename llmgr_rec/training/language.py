@@ -5,7 +5,6 @@ Shapes: V items of the catalogue, D = d1 columns, H = d2 hidden width of the lan
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.modules.whitening import whitening_map
+from llmgr_rec.outputs import replaced
 
 # A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
 # not repeat, and what is dealt out to ranks.
@@ -132,9 +132,8 @@ class TextEncodings:
         rows = tokens.select(items)
         encodings = encode_item_texts(decoder, rows, _ENCODE_BATCH)
         # Another run may be encoding the same.
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"encodings": encodings, "has_text": (rows.lengths > 0).float()}, partial)
-        partial.rename(path)
+        with replaced(path) as partial:
+            save_file({"encodings": encodings, "has_text": (rows.lengths > 0).float()}, partial)
         return encodings
 
     @staticmethod

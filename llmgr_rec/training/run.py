@@ -1,10 +1,10 @@
 """A whole training run: checked first, then its stages one after the other."""
 
-import os
 from pathlib import Path
 
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
+from llmgr_rec.outputs import replaced
 from llmgr_rec.recipes import save_config
 from llmgr_rec.training.checks import RunRequest, check_run
 from llmgr_rec.training.journal import Journal
@@ -47,6 +47,5 @@ def train_run(request: RunRequest) -> list[StageName]:
 
 def _save_config(config: Config, path: Path) -> None:
     """Replaces the file whole: it marks the folder as a run, so it must never be half there."""
-    partial = path.with_suffix(".tmp")
-    save_config(config, partial)
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        save_config(config, partial)

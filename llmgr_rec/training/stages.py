@@ -30,8 +30,9 @@ from llmgr_rec.distributed.assembly import (
     make_collator,
     text_place,
 )
-from llmgr_rec.distributed.bundle import export_bundle, latest_bundle, load_weights
-from llmgr_rec.distributed.bundle_index import CONFIG
+from llmgr_rec.distributed.bundle import load_weights
+from llmgr_rec.distributed.bundle_export import export_bundle
+from llmgr_rec.distributed.bundle_index import CONFIG, latest_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, zero_rows

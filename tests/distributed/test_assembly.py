@@ -20,7 +20,8 @@ from llmgr_rec.distributed.assembly import (
     item_tokens,
     make_collator,
 )
-from llmgr_rec.distributed.bundle import export_bundle, load_bundle
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.distributed.bundle_index import read_index
 from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError

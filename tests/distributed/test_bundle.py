@@ -16,8 +16,9 @@ from llmgr_rec.config import Config, LLMConfig, PromptConfig, TablesConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, make_collator
-from llmgr_rec.distributed.bundle import export_bundle, is_complete, latest_bundle, load_bundle, load_weights
-from llmgr_rec.distributed.bundle_index import read_index, resolve_bundle
+from llmgr_rec.distributed.bundle import load_bundle, load_weights
+from llmgr_rec.distributed.bundle_export import export_bundle
+from llmgr_rec.distributed.bundle_index import is_complete, latest_bundle, read_index, resolve_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables

@@ -10,7 +10,9 @@ from scipy import sparse
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
-from llmgr_rec.distributed.bundle import export_bundle, load_bundle, read_index
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.bundle_export import export_bundle
+from llmgr_rec.distributed.bundle_index import read_index
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of, combine
 from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError

@@ -21,6 +21,11 @@ def test_the_table_has_a_row_a_model_in_fixed_order_and_marks_the_best():
     assert lines[0].split() == [column.upper() for column in COLUMNS]
 
 
+def test_columns_stay_in_line_whatever_the_models_are_called():
+    lines = format_table({"sbr": metrics(0.1), "a_model_of_a_long_name": metrics(0.2)}).splitlines()
+    assert len({line.find("0.") for line in lines[2:]}) == 1
+
+
 def test_values_that_look_equal_are_both_best():
     models = {"sbr": metrics(0.12341), "llmgr": metrics(0.12344)}
     assert best_by_column(models)["hr@20"] == 0.1234

@@ -13,7 +13,8 @@ import torch
 
 from llmgr_rec.config import Config
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, make_collator
-from llmgr_rec.distributed.bundle import export_bundle, load_bundle, load_weights
+from llmgr_rec.distributed.bundle import load_bundle, load_weights
+from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.recipes import load_config, save_config

@@ -43,6 +43,21 @@ def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch)
         assert run_of(item_text=False, **change) != run_of(item_text=False)
 
 
+def test_runs_share_a_reader_of_sessions_of_as_many_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(cells.Bench, "_train", lambda *_: 0.0)
+    monkeypatch.setattr(cells.Bench, "_train_on", lambda *_: 0.0)
+    bench = cells.Bench(tmp_path, small_run().dataset, "test")
+
+    def run_of(reader, layers):
+        config = Config()
+        config.text.epochs, config.text.reader = 1, reader
+        config.llm.text_layer, config.llm.num_layers = 3, layers
+        return bench._trained("text", config)[0]
+
+    assert run_of("language_model", 6) != run_of("language_model", 12)
+    assert run_of("tower", 6) == run_of("tower", 12)
+
+
 def test_rows_drawn_by_another_number_of_clicks_train_nothing_anew(tmp_path):
     config = Config()
     config.tables.dim, config.sbr.epochs = 8, 1

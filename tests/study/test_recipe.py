@@ -98,7 +98,7 @@ def test_a_grid_has_a_point_for_each_combination():
             "variants: {aaa: {}, b: {against: aab}}\n",
             "variant b: against aab is none of its variants, did you mean aaa?",
         ),
-        ("variants: {aa: {}, b: {against: zz}}\n", "against zz is none of its variants; they are aa, b"),
+        ("variants: {aa: {}, b: {against: zz}}\n", "against zz is none of its variants; known: aa, b"),
         ("variants: {a: {}, b: {against: b}}\n", "variant b: it has no gain against itself"),
         (
             "settings: {prior.neighbours: [item_knn]}\nvariants: {a: {}}\n",
@@ -125,5 +125,5 @@ def test_sections_may_be_left_empty(tmp_path):
 
 
 def test_an_unknown_name_is_told_with_the_nearest():
-    with pytest.raises(UserError, match=r"no experiment named backbone, did you mean backbones\?"):
+    with pytest.raises(UserError, match=r"no experiment or YAML file named backbone, did you mean backbones\?"):
         load_study("backbone")

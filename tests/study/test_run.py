@@ -10,7 +10,8 @@ import torch
 
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import load_bundle, read_index
+from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.distributed.bundle_index import read_index
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import clicked_items
 from llmgr_rec.evaluation.metrics import RankingMetrics

@@ -12,7 +12,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.distributed.bundle import is_complete
+from llmgr_rec.distributed.bundle_index import is_complete
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.stages import RunContext, run_stage, stage_settings

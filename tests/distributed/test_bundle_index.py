@@ -1,0 +1,48 @@
+"""Which bundle of a run answers: the same for everyone who asks."""
+
+from pathlib import Path
+
+import pytest
+
+from llmgr_rec.config import STAGES
+from llmgr_rec.distributed.bundle_index import (
+    INDEX,
+    STAGES_OF_MODEL,
+    answering_bundle,
+    answers_as,
+    find_bundle,
+    latest_bundle,
+    resolve_bundle,
+)
+
+
+def run_with_stages(run: Path, *stages: str) -> Path:
+    for stage in stages:
+        (run / "export" / stage).mkdir(parents=True)
+        (run / "export" / stage / INDEX).touch()
+    return run
+
+
+@pytest.mark.parametrize("last", range(len(STAGES)))
+def test_the_furthest_model_answers_but_a_student_that_nobody_named(tmp_path: Path, last: int) -> None:
+    export = run_with_stages(tmp_path, *STAGES[: last + 1]) / "export"
+    answering = STAGES[last] if STAGES[last] != "distill" else "behave"
+    assert answering_bundle(export) == resolve_bundle(tmp_path) == resolve_bundle(export) == export / answering
+    assert latest_bundle(export) == export / STAGES[last]
+
+
+def test_a_bundle_is_found_by_its_model(tmp_path: Path) -> None:
+    export = run_with_stages(tmp_path, "sbr", "align", "distill") / "export"
+    found = {model: find_bundle(export, model) for model in STAGES_OF_MODEL}
+    assert found == {
+        "sbr": export / "sbr",
+        "text": None,
+        "student": export / "distill",
+        "llmgr": export / "align",
+    }
+    assert [answers_as(bundle) for bundle in found.values() if bundle] == ["sbr", "student", "llmgr"]
+
+
+def test_an_incomplete_bundle_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "export" / "sbr").mkdir(parents=True)
+    assert answering_bundle(tmp_path / "export") is None
