@@ -83,6 +83,26 @@ def test_the_lock_is_complete_and_holds_nothing_else() -> None:
     assert {name for name, _ in reached} == set(CPU)
 
 
+def third_party_imports(package: str) -> set[str]:
+    """Distributions whose modules a package imports by name."""
+    distributions = importlib.metadata.packages_distributions()
+    imported: set[str] = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module)
+    tops = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - {*PACKAGES, "tests"}
+    return {canonicalize_name(distributions[top][0]) for top in tops}
+
+
+@pytest.mark.parametrize("package", ["llmgr_rec", "datagen", "torchx_components", "tests"])
+def test_what_is_imported_is_declared(package: str) -> None:
+    declared = {canonicalize_name(requirement.name) for requirement in direct_requirements()}
+    assert third_party_imports(package) <= declared
+
+
 def test_the_two_locks_differ_by_the_gpu_alone() -> None:
     assert "fbgemm-gpu" not in CPU
     assert "fbgemm-gpu-cpu" not in GPU
