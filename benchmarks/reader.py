@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 READ, PLAIN_READ = "Parquet to offsets and values", "Parquet to lists"
 BATCH, BARE_BATCH, PLAIN_BATCH = "batches", "batches without side features", "batches by loops"
 TARGETS = {READ: 2_000_000, BATCH: 700_000}
-MOST_WAITING = 0.02
 # What the plain side, some tens of times slower, does in a turn.
 _PLAIN_GROUPS, _PLAIN_BATCHES = 2, 4
 

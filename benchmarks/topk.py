@@ -27,7 +27,6 @@ from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.errors import UserError
 
 TOP_K, BARE, WHOLE = "exact top-K", "bare product", "product and torch.topk of a block"
-MOST_TIMES_BARE = 1.5
 _MIB = 1 << 20
 _RANKS = 2
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ITEM_COLUMNS = ("item_id", "title", "category", "brand", "description")
-INTERACTION_COLUMNS = ("user_id", "item_id", "timestamp")
 ROW_GROUP_ROWS = 1 << 18
 
 _log = logging.getLogger(__name__)

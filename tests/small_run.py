@@ -23,7 +23,7 @@ from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.recipes import save_config
 from tests.data.prepare_inputs import edit_manifest
 
-ONE_RANK = World(0, 1, 0, 1, torch.device("cpu"))
+ONE_RANK = World.alone()
 NUM_ITEMS = 60
 
 

@@ -1,6 +1,5 @@
 """Every documented command exists and takes the options that are shown, and every entry point answers at once."""
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -21,9 +20,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 PAGE_IN_CODE = re.compile(r"docs/[a-z/-]+\.md")
 ENTRY_POINTS = [
-    f"llmgr_rec.{name}"
-    for name in ("prepare", "train", "evaluate", "score", "plan", "doctor", "report", "experiments")
-    if importlib.util.find_spec(f"llmgr_rec.{name}")
+    f"llmgr_rec.{name}" for name in ("prepare", "train", "evaluate", "score", "plan", "doctor", "report", "experiments")
 ]
 HEAVY = {"torch", "torchrec", "transformers", "pyarrow", "duckdb", "scipy", "matplotlib", "numpy"}
 

@@ -202,7 +202,7 @@ def test_the_wheel_holds_what_running_needs(tmp_path: Path) -> None:
         assert "llmgr = torchx_components.rec" in archive.read(entry_points).decode()
     wanted = [
         *(ROOT / "llmgr_rec").rglob("*.yaml"),
-        *(ROOT / "llmgr_rec").rglob("*.py"),
+        *(path for package in ("llmgr_rec", "datagen", "torchx_components") for path in (ROOT / package).rglob("*.py")),
         ROOT / "llmgr_rec" / "py.typed",
     ]
     assert {str(path.relative_to(ROOT)) for path in wanted} <= names

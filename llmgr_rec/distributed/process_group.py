@@ -32,16 +32,19 @@ class World:
     Args:
         rank: Number of this process, from 0.
         size: Processes in all.
-        local_rank: Number of this process on its machine.
         local_size: Processes on this machine.
         device: Where this process computes.
     """
 
     rank: int
     size: int
-    local_rank: int
     local_size: int
     device: torch.device
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> "World":
+        """A process by itself."""
+        return cls(0, 1, 1, torch.device(device))
 
 
 def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
@@ -106,10 +109,10 @@ def launched_world(device: Device) -> World:
         UserError: CUDA was asked for and there is none, or there are more local ranks than GPUs.
     """
     if not _is_launched():
-        return World(0, 1, 0, 1, choose_device(device))
+        return World.alone(choose_device(device))
     size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(int(os.environ["RANK"]), size, local_rank, local_size, choose_device(device, local_rank))
+    return World(int(os.environ["RANK"]), size, local_size, choose_device(device, local_rank))
 
 
 def choose_device(device: Device, local_rank: int = 0) -> torch.device:

@@ -84,7 +84,7 @@ def unwrapped_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def init_tables(module: nn.Module, seed: int, std: float, include: Callable[[str], bool] = lambda name: True) -> None:
+def init_tables(module: nn.Module, seed: int, std: float) -> None:
     """Fills tables with normal random numbers that depend on seed, table name, row and column only.
 
     So every sharding and every number of ranks makes the same table, and no shard is a copy of another.
@@ -93,11 +93,9 @@ def init_tables(module: nn.Module, seed: int, std: float, include: Callable[[str
         module: Any module with embedding collections.
         seed: Seed of the run.
         std: Standard deviation.
-        include: Which tables, by the qualified name of their parameter.
     """
     for shard in local_shards(module):
-        if include(shard.parameter):
-            _fill(shard, partial(_random_piece, seed, std, shard.table))
+        _fill(shard, partial(_random_piece, seed, std, shard.table))
 
 
 def fill_table(module: nn.Module, parameter: str, read: Callable[[range, range], Tensor]) -> None:

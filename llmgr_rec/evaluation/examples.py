@@ -71,7 +71,7 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Exam
         split: Which sessions.
     """
     loaded = load_bundle(bundle)
-    titles, world = _titles(loaded.catalogue), World(0, 1, 0, 1, torch.device("cpu"))
+    titles, world = _titles(loaded.catalogue), World.alone()
     collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
     ranker = CatalogueRanker(loaded.model, collate, world, loaded.prior)
     size = min(_LOOKED_AT, loaded.config.runtime.eval_batch_size)

@@ -7,14 +7,14 @@ list misses. Every metric is a function of that table, and one sum over ranks jo
 Shapes: B sessions, K places in a ranked list, F frequency buckets, V items.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CUTOFFS = (5, 10, 20)
-METRICS = ("hr", "ndcg", "mrr")
+from llmgr_rec.evaluation.results import CUTOFFS, METRICS
+
 # Upper bounds (inclusive) of all but the last bucket of training interactions of the target.
 BUCKET_BOUNDS = (0, 4, 8, 20)
 BUCKET_NAMES = ("0", "1-4", "5-8", "9-20", "21+")
@@ -28,25 +28,21 @@ class RankingMetrics:
     MRR@K = [p <= K] / p.
     """
 
-    def __init__(self, train_count_V: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> None:
+    # Length K of the ranked lists that `update` needs.
+    depth = max(CUTOFFS)
+
+    def __init__(self, train_count_V: Tensor) -> None:
         """Starts an empty count.
 
         Args:
             train_count_V: Training interactions of each item, for the frequency buckets; sets the device.
-            cutoffs: Values of K; the longest list needed is the largest of them.
         """
-        self.cutoffs = tuple(sorted(cutoffs))
         self._bucket_V = torch.bucketize(
             train_count_V, torch.tensor(BUCKET_BOUNDS, dtype=train_count_V.dtype, device=train_count_V.device)
         )
-        places = self.cutoffs[-1] + 1
+        places = self.depth + 1
         # float64 holds whole numbers exactly up to 2^53 and is reduced by gloo and NCCL alike.
         self.counts_FP = torch.zeros(len(BUCKET_NAMES), places, dtype=torch.float64, device=train_count_V.device)
-
-    @property
-    def depth(self) -> int:
-        """Length K of the ranked lists that `update` needs."""
-        return self.cutoffs[-1]
 
     def update(self, ids_BK: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
         """Counts one batch.
@@ -94,7 +90,7 @@ class RankingMetrics:
         gains = {"hr": torch.ones_like(place_P), "ndcg": 1 / torch.log2(place_P + 1), "mrr": 1 / place_P}
         result: dict[str, Any] = {}
         for name in METRICS:
-            for k in self.cutoffs:
+            for k in CUTOFFS:
                 result[f"{name}@{k}"] = float((hits_P * gains[name])[:k].sum()) / total if total else 0.0
         result["count"] = int(total)
         result[BY_FREQUENCY] = {}

@@ -1,7 +1,7 @@
 """metrics.json: what it holds, how it gets on disk, and the table people read."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ MODEL_NAMES = {
     "student": "Student",
     "llmgr": "LLMGR",
 }
+METRICS = ("hr", "ndcg", "mrr")
 CUTOFFS = (5, 10, 20)
-COLUMNS = tuple(f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in CUTOFFS)
+COLUMNS = tuple(f"{metric}@{k}" for metric in METRICS for k in CUTOFFS)
 
 
 def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
@@ -74,9 +75,9 @@ def in_table_order(models: Mapping[str, Any]) -> list[str]:
     return known + [name for name in models if name not in MODEL_NAMES]
 
 
-def best_by_column(models: Mapping[str, Mapping[str, float]], columns: Sequence[str] = COLUMNS) -> dict[str, float]:
+def best_by_column(models: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Highest value of each column as the table shows it, to four decimals."""
-    return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in columns}
+    return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in COLUMNS}
 
 
 def prior_notes(priors: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -5,7 +5,6 @@ prompt, V items, H = d2 hidden width.
 """
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -152,7 +151,6 @@ def encode_item_texts(
     decoder: PreTrainedModel,
     tokens: Jagged,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Text encodings of items: the decoder's hidden states, averaged over the text's tokens.
 
@@ -162,7 +160,6 @@ def encode_item_texts(
         decoder: The bare pre-trained decoder.
         tokens: Token ids, one row an item.
         batch_size: Items read at a time.
-        progress: Called with the number of items done after each batch.
 
     Returns:
         Encodings, float32 on the CPU, [V, H]; zeros for items without tokens. See `standardise_encodings`.
@@ -182,8 +179,6 @@ def encode_item_texts(
         # Padding stands to the right, where causal attention does not look: it only has to be left out of the mean.
         sums = torch.zeros(items.numel(), hidden.shape[2]).index_add_(0, row_S, hidden[row_S, column_S])
         encodings_VH[items] = sums / batch.lengths.unsqueeze(1)
-        if progress is not None:
-            progress(items.numel())
     return encodings_VH
 
 

@@ -42,11 +42,6 @@ class CompiledPrompt(nn.Module):
                 self.segments.append(name)
 
     @property
-    def uses_text(self) -> bool:
-        """Whether text has a place in this prompt."""
-        return "text" in self.segments
-
-    @property
     def has_trunk(self) -> bool:
         """Whether all that differs between the prefixes of a session follows its nodes."""
         return self.segments[:1] == ["nodes"]

@@ -62,7 +62,7 @@ def judge_model(
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     device = next(model.parameters()).device
-    ranker = CatalogueRanker(model, collate, World(0, 1, 0, 1, device))
+    ranker = CatalogueRanker(model, collate, World.alone(device))
     reader = split_reader(dataset, split, config.runtime.eval_batch_size, lambda raw: (raw, collate(raw)))
     bar = progress(reader.num_examples, f"judge {split}", "session")
     leave_out = leaves_out_clicked(dataset)

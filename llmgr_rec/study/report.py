@@ -8,9 +8,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from llmgr_rec.evaluation.metrics import BUCKET_NAMES, BY_FREQUENCY
+from llmgr_rec.study.compare import METRICS
 from llmgr_rec.study.recipe import Study
 
-_METRICS = ("hr@20", "ndcg@20", "mrr@20")
 _COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
 # A fixed salt: the same results give the same bytes.
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "study"}
@@ -50,11 +50,11 @@ def table(study: Study, results: Mapping[str, Any]) -> str:
         "|---" * len(titles) + "|",
     ]
     for name, variant in results["variants"].items():
-        cells = [f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in _METRICS]
+        cells = [f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in METRICS]
         is_reference = variant["against"] == name
         if is_own:
             cells.append("" if is_reference else variant["against"])
-        cells += ["" if is_reference else _gain(variant[metric]["gain"]) for metric in _METRICS]
+        cells += ["" if is_reference else _gain(variant[metric]["gain"]) for metric in METRICS]
         cells += [_hit_rate(variant, buckets) for buckets in rare.values()]
         lines.append(f"| {' | '.join([name, *cells])} | {variant['training_minutes']:.1f} |")
     return "\n".join([*lines, "", *_chosen(results)])
@@ -101,7 +101,7 @@ def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 1.2 + 0.42 * max(len(names), 1)))
         panel = figure.subplots()
-        for shift, (metric, color) in enumerate(zip(_METRICS, _COLORS, strict=True)):
+        for shift, (metric, color) in enumerate(zip(METRICS, _COLORS, strict=True)):
             gains = [results["variants"][name][metric]["gain"] for name in names]
             rows = [len(names) - 1 - row + 0.22 * (1 - shift) for row in range(len(names))]
             means = [gain["mean"] for gain in gains]
@@ -110,7 +110,7 @@ def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
                 [max(gain["high"] - gain["mean"], 0.0) for gain in gains],
             ]
             panel.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, color=color, label=metric.upper())
-        drawn = [results["variants"][name][metric]["gain"]["mean"] for name in names for metric in _METRICS]
+        drawn = [results["variants"][name][metric]["gain"]["mean"] for name in names for metric in METRICS]
         if max(drawn, default=0.0) > _LINEAR:
             panel.set_xscale("symlog", linthresh=_LINEAR, linscale=_LINEAR_ROOM)
         panel.axvline(0, color="#7f8c9a", linewidth=1)

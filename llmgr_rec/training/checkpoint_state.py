@@ -3,8 +3,6 @@
 Only tensors: whatever else an optimizer keeps (learning rates, betas) follows from settings and step.
 """
 
-from collections.abc import Callable
-
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
@@ -23,9 +21,9 @@ def is_stored(name: str) -> bool:
     return "language_model" not in parts or any(part.startswith("lora_") for part in parts)
 
 
-def model_tensors(model: nn.Module, stored: Callable[[str], bool] = is_stored) -> StateTensors:
+def model_tensors(model: nn.Module) -> StateTensors:
     """The model's tensors by checkpoint key; they share memory with the model."""
-    return {MODEL + name: value for name, value in model.state_dict().items() if stored(name)}
+    return {MODEL + name: value for name, value in model.state_dict().items() if is_stored(name)}
 
 
 def optimizer_tensors(optimizer: KeyedOptimizer, model: nn.Module) -> StateTensors:

@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
@@ -239,7 +237,7 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
 def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalogue) -> None:
     """The checkpoint that a stage would be resumed from is its own."""
     folder = request.output / "checkpoints" / stage / "steps"
-    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    alone = World.alone()
     CheckpointManager(folder, 1, alone, Identity.of(stage, catalogue.features_hash, request.config)).check()
 
 

@@ -58,7 +58,7 @@ def test_the_language_model_is_cut_and_nothing_else() -> None:
 
 def test_alone_nothing_is_cut() -> None:
     model = make_llmgr()
-    shard_decoders(model, World(0, 1, 0, 1, torch.device("cpu")))
+    shard_decoders(model, World.alone())
     assert not is_cut(model)
 
 

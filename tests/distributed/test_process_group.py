@@ -40,7 +40,7 @@ def fail_on_one(world: World) -> list[str]:
             seen.append(f"{type(error).__name__}: {error}")
     assert together(world, lambda: world.rank) == world.rank
     assert on_first_rank(world, lambda: os.getpid() if world.rank == 0 else None) is not None
-    return [*seen, f"{torch.get_num_threads()} thread, {world.local_rank} of {world.local_size}"]
+    return [*seen, f"{torch.get_num_threads()} thread, {world.rank} of {world.local_size}"]
 
 
 @pytest.mark.dist

@@ -91,7 +91,7 @@ def plain_items(num_items: int) -> Tensor:
 def plain_ranker(num_items: int, prior: NeighbourPrior | None = None) -> CatalogueRanker:
     model = Items(num_items)
     init_tables(model, 1, 0.1)
-    return CatalogueRanker(model, Bags(num_items), World(0, 1, 0, 1, torch.device("cpu")), prior)
+    return CatalogueRanker(model, Bags(num_items), World.alone(), prior)
 
 
 def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tensor]:

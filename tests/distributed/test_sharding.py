@@ -68,7 +68,7 @@ def train_plain(tables: TablesConfig) -> tuple[list[float], SmallModel]:
     for step in range(STEPS):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss = model(batch(step, World(0, 1, 0, 1, torch.device("cpu"))))
+        loss = model(batch(step, World.alone()))
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

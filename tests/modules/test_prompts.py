@@ -145,8 +145,8 @@ def test_optional_part_goes_with_its_text():
     template = parse_template("behave", "A [[titles {text}, ]]B {nodes}", "test")
     without = compile_prompt(template, tokenizer, with_text=False)
     assert tokenizer.decode(without.prefix_P) == "A B "
-    assert not without.uses_text
-    assert compile_prompt(template, tokenizer, with_text=True).uses_text
+    assert "text" not in without.segments
+    assert "text" in compile_prompt(template, tokenizer, with_text=True).segments
 
 
 def test_prompt_starts_with_the_special_tokens_of_the_tokenizer():

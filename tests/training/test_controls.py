@@ -16,7 +16,7 @@ from llmgr_rec.training.language import encode_catalogue
 from tests.ranks import run_on_ranks
 from tests.training.small_training import numbers, records, small_config, small_dataset, train
 
-ONE_RANK = World(0, 1, 0, 1, torch.device("cpu"))
+ONE_RANK = World.alone()
 STEPS = 4
 
 

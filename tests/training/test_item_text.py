@@ -214,7 +214,7 @@ def test_the_bundle_of_sbr_needs_no_language_model(
     monkeypatch.setattr("llmgr_rec.distributed.assembly.load_decoder", lambda *_: pytest.fail("loaded it"))
     bundle = load_bundle(trained.run() / "export/sbr")
     assert isinstance(bundle.model, SessionRecommender)
-    one = World(0, 1, 0, 1, torch.device("cpu"))
+    one = World.alone()
     metrics = evaluate_model(bundle.model, trained.dataset, "valid", bundle.config, one)
     ((_, validated),) = [(key, value) for key, value in records(trained.run()).items() if key[::2] == ("sbr", "valid")]
     assert metrics["ndcg@20"] == pytest.approx(validated["ndcg@20"], abs=1e-6)

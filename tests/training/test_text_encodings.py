@@ -49,7 +49,7 @@ def test_encodings_on_disk_are_those_of_the_reference(tmp_path: Path, ranks: int
 def test_finished_files_are_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language, "_MIN_ROWS", 4)
     decoder = load_decoder("random-tiny", 1, "float32")
-    one = World(0, 1, 0, 1, torch.device("cpu"))
+    one = World.alone()
     first = encode_catalogue(decoder, texts(), one, tmp_path, "hash", True).read(range(ITEMS), range(64))
     monkeypatch.setattr(language, "encode_item_texts", lambda *_: pytest.fail("encoded again"))
     again: TextEncodings = encode_catalogue(decoder, texts(), one, tmp_path, "hash", True)
