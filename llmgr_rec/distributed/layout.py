@@ -25,14 +25,16 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.modules.build import (
     build_llmgr,
     build_recommender,
+    build_task,
     reads_item_text,
     reads_sessions,
     recommender_reads_text,
 )
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ItemRows
+from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
+from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.stage_config import StageConfig
 
@@ -137,7 +139,7 @@ def lay_out(config: Config, sizes: Sizes, ranks: Ranks) -> list[StageLayout]:
 
 
 def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes, ranks: Ranks) -> StageLayout:
-    task = _build_task(stage, settings, config, sizes)
+    task = build_task(stage, _meta_model(stage, settings, config, sizes), config)
     select_trainable(task, settings.trainable)
     decoder_ranks = ranks.size if config.llm.shard and any(True for _ in decoder_parameters(task)) else 1
     parameters, dense_bytes = _count(task, decoder_ranks)
@@ -160,11 +162,10 @@ def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, size
     )
 
 
-def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes) -> nn.Module:
+def _meta_model(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes) -> SessionRecommender | LLMGR:
     if stage == "sbr":
         width = _meta_decoder(config).get_input_embeddings().weight.shape[1] if config.tables.item_text else 0
-        recommender = build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta")
-        return SbrTask(recommender, one_pass=config.sbr.one_pass)
+        return build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta")
     if stage == "text":
         decoder, reader = _meta_decoder(config), None
         width = decoder.get_input_embeddings().weight.shape[1]
@@ -178,9 +179,7 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
             reader = TextReader(
                 decoder.float(), Jagged.empty(sizes.num_items), width, config.text.clicks, config.text.dropout
             )
-        return TextTask(
-            build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width, True, reader).to("meta")
-        )
+        return build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width, True, reader).to("meta")
     # Only that the prompts are there matters for the layout, not what they say.
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
     decoder = _meta_decoder(config)
@@ -200,12 +199,7 @@ def _build_task(stage: StageName, settings: StageConfig, config: Config, sizes: 
         reads_text = reads_item_text(config) or recommender_reads_text(config)
         text_VH = torch.empty(sizes.num_items, llmgr.language_model.hidden_size, device="meta") if reads_text else None
         llmgr.cache_catalogue(ItemRows(rows_VD, rows_VD, text_VH))
-    if stage == "behave":
-        return BehaveTask(llmgr, one_pass=config.behave.one_pass)
-    if stage == "distill":
-        return DistillTask(llmgr, config.distill.target_weight, one_pass=config.behave.one_pass)
-    align = config.align
-    return AlignTask(llmgr, align.contrastive_weight, align.contrastive_temperature, align.hard_negatives)
+    return llmgr
 
 
 def _meta_decoder(config: Config) -> PreTrainedModel:

@@ -4,9 +4,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
@@ -18,6 +19,7 @@ from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
 from llmgr_rec.modules.student import StudentReader
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
 from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.modules.text_tower import TextTower
 from llmgr_rec.stage_config import TrainableGroup
@@ -123,6 +125,42 @@ def build_llmgr(
             trainable,
             StudentReader(d1, d2, config.distill.width) if student else None,
         )
+
+
+def build_task(
+    stage: StageName,
+    model: SessionRecommender | LLMGR,
+    config: Config,
+    world_size: int = 1,
+    loss_dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """What a stage trains: its model with the loss around it.
+
+    Args:
+        stage: Stage.
+        model: A recommender for the stages sbr and text, LLMGR for the others.
+        config: All settings.
+        world_size: Number of ranks, over which gradients are averaged.
+        loss_dtype: Number format of the products with the items in a recommender's loss, see `ranking_loss`.
+
+    Raises:
+        ValueError: The stage does not train such a model.
+    """
+    if isinstance(model, SessionRecommender):
+        if stage == "sbr":
+            return SbrTask(model, world_size, loss_dtype, config.sbr.one_pass)
+        if stage == "text":
+            return TextTask(model, world_size, loss_dtype)
+    elif stage == "align":
+        align, controls = config.align, config.controls
+        # A token that says nothing has nothing to be contrasted with.
+        weight = 0.0 if controls.no_graph or controls.no_nodes else align.contrastive_weight
+        return AlignTask(model, weight, align.contrastive_temperature, align.hard_negatives, world_size=world_size)
+    elif stage == "behave":
+        return BehaveTask(model, world_size, config.behave.one_pass)
+    elif stage == "distill":
+        return DistillTask(model, config.distill.target_weight, world_size, config.behave.one_pass)
+    raise ValueError(f"stage {stage} does not train a {type(model).__name__}")
 
 
 def reads_item_text(config: Config) -> bool:

@@ -6,6 +6,7 @@ They are chosen together, because what one of them finds the others need not.
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,34 +70,41 @@ def settle(
         reader_numbers = reader_weights(config)
         text_reader.weight.fill_(1.0)
     is_chosen = len(numbers) * len(weights) * len(reader_numbers) > 1
-    tried = []
+    tried: dict[float, Chosen] = {}
     for clicks in numbers:
         if rare_rows:
             rare_rows.draw(clicks)
-        best = Chosen(weights[0], reader_numbers[0], 0.0)
+        tried[clicks] = Chosen(weights[0], reader_numbers[0], 0.0)
         if is_chosen:
-            best = choose_weights(model, priors, weights, dataset, config, catalogue, world, reader_numbers)
-        tried.append((best, clicks))
-    best, clicks = max(tried, key=lambda one: one[0].ndcg)
+            tried[clicks] = choose_weights(model, priors, weights, dataset, config, catalogue, world, reader_numbers)
+    clicks, best = max(tried.items(), key=lambda one: one[1].ndcg)
     if rare_rows and clicks != numbers[-1]:
         rare_rows.draw(clicks)
-    prior = combine(priors, best.neighbours) if priors else None
-    told: dict[str, float] = dict(prior.weights) if prior else {}
     if text_reader is not None:
         text_reader.weight.fill_(best.reader)
+    prior = combine(priors, best.neighbours) if priors else None
+    told = dict(prior.weights) if prior else {}
+    if text_reader is not None:
         told["text_reader"] = best.reader
     if is_chosen:
         told["ndcg@20"] = best.ndcg
     if len(numbers) > 1:
         told["neighbour_clicks"] = clicks
+    settled = Settled(clicks, prior, told)
     if world.rank == 0:
-        how = f"validation ndcg@20 {best.ndcg:.4f}" if is_chosen else "as they were set"
-        if rare_rows:
-            others = "".join(f", {other.ndcg:.4f} with {number:g}" for other, number in tried if number != clicks)
-            logger.info("%s: clicks that neighbours of rare items count for: %g (%s%s)", stage, clicks, how, others)
-        if prior:
-            named = ", ".join(f"{name} {weight:g}" for name, weight in prior.weights.items())
-            logger.info("%s: weights of neighbours: %s (%s)", stage, named, how)
-        if text_reader is not None:
-            logger.info("%s: weight of the language model's score: %g (%s)", stage, best.reader, how)
-    return Settled(clicks, prior, told)
+        _log(stage, settled, tried if rare_rows else {})
+    return settled
+
+
+def _log(stage: str, settled: Settled, tried: Mapping[float, Chosen]) -> None:
+    """Says what was settled, and how; of rare rows, where some numbers of clicks were tried on them."""
+    told, clicks = settled.told, settled.clicks
+    how = f"validation ndcg@20 {told['ndcg@20']:.4f}" if "ndcg@20" in told else "as they were set"
+    if tried:
+        others = "".join(f", {other.ndcg:.4f} with {number:g}" for number, other in tried.items() if number != clicks)
+        logger.info("%s: clicks that neighbours of rare items count for: %g (%s%s)", stage, clicks, how, others)
+    if settled.prior:
+        named = ", ".join(f"{name} {weight:g}" for name, weight in settled.prior.weights.items())
+        logger.info("%s: weights of neighbours: %s (%s)", stage, named, how)
+    if "text_reader" in told:
+        logger.info("%s: weight of the language model's score: %g (%s)", stage, told["text_reader"], how)

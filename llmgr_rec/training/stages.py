@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from transformers import PreTrainedModel
 
@@ -39,12 +39,11 @@ from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import head_reads_own_text, reads_sessions
+from llmgr_rec.modules.build import build_task, head_reads_own_text, reads_sessions
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
 from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
@@ -196,16 +195,7 @@ def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, S
     if config.tables.item_text:
         encodings = _text_encodings(context)
     recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
-    model = _shard(
-        SbrTask(
-            recommender,
-            context.world.size,
-            resolve_dtype(config.loss.dtype, context.world.device),
-            config.sbr.one_pass,
-        ),
-        config.sbr,
-        context,
-    )
+    model = _shard("sbr", recommender, context)
     init_tables(model, config.seed, config.tables.init_std)
     if encodings is not None:
         fill_text_table(model, encodings.read)
@@ -221,8 +211,7 @@ def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, Session
     recommender = assemble_recommender(config, context.catalogue, "meta", width, True, world.device)
     if (text_reader := text_reader_of(recommender)) is not None:
         text_reader.whiten(_some_items(config, context.catalogue))
-    loss_dtype = resolve_dtype(config.loss.dtype, world.device)
-    model = _shard(TextTask(recommender, world.size, loss_dtype), config.text, context)
+    model = _shard("text", recommender, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
     if encodings is not None:
         fill_text_table(model, encodings.read)
@@ -261,7 +250,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     if head_reads_own_text(config):
         encodings = _text_encodings(context, decoder)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
-    model = _shard(_language_task(stage, llmgr, config, world), settings, context)
+    model = _shard(stage, llmgr, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))
     if encodings is not None:
         fill_text_table(model, encodings.read)
@@ -270,25 +259,14 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     return model, llmgr
 
 
-def _language_task(stage: StageName, llmgr: LLMGR, config: Config, world: World) -> nn.Module:
-    if stage == "align":
-        align, controls = config.align, config.controls
-        # A token that says nothing has nothing to be contrasted with.
-        weight = 0.0 if controls.no_graph or controls.no_nodes else align.contrastive_weight
-        return AlignTask(llmgr, weight, align.contrastive_temperature, align.hard_negatives, world_size=world.size)
-    if stage == "distill":
-        return DistillTask(llmgr, config.distill.target_weight, world.size, config.behave.one_pass)
-    return BehaveTask(llmgr, world.size, config.behave.one_pass)
-
-
-def _shard(task: nn.Module, settings: StageConfig, context: RunContext) -> DistributedModelParallel:
+def _shard(stage: StageName, model: SessionRecommender | LLMGR, context: RunContext) -> DistributedModelParallel:
+    """The stage's task around a model, over all ranks."""
+    config, world, settings = context.config, context.world, stage_settings(context.config, stage)
+    task = build_task(stage, model, config, world.size, resolve_dtype(config.loss.dtype, world.device))
     trained = select_trainable(task, settings.trainable)
     if settings.epochs and not trained:
         raise UserError(f"{', '.join(settings.trainable)} name no part of this stage's model; change its trainable")
-    config = context.config
-    return shard(
-        task, config.tables, context.world, lambda name: group_of(name) in settings.trainable, config.llm.shard
-    )
+    return shard(task, config.tables, world, lambda name: group_of(name) in settings.trainable, config.llm.shard)
 
 
 def _reader(stage: StageName, context: RunContext) -> SessionReader:
