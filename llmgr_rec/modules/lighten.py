@@ -1,4 +1,4 @@
-"""A trained language model made light for scoring: without LoRA products, at wish with fewer or 8-bit layers."""
+"""A trained language model made light for scoring: without LoRA products, optionally with fewer or 8-bit layers."""
 
 from torch import nn
 
