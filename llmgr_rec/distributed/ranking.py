@@ -18,7 +18,7 @@ from llmgr_rec.distributed.blended_places import BlendedScores
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.distributed.topk import merge_top_k, top_k
+from llmgr_rec.distributed.topk import NOT_NUMBERS, merge_top_k, top_k
 from llmgr_rec.errors import UserError
 
 # Items whose vectors are made at a time.
@@ -27,10 +27,6 @@ _CHUNK = 8192
 _FAILED = -2
 # Most scores that are held at once where targets are placed.
 _PLACED_SCORES = 1 << 22
-_NOT_NUMBERS = (
-    "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
-    "train it again with a lower learning rate"
-)
 
 
 class RanksItems(Protocol):
@@ -162,7 +158,7 @@ class CatalogueRanker:
         # One rank holds a target, the others add 0; or NaN, so that all learn of it together.
         own = sum_over_ranks(torch.from_numpy(blended.of_targets()), self._world)
         if own.isnan().any():
-            raise UserError(_NOT_NUMBERS)
+            raise UserError(NOT_NUMBERS)
         before = sum_over_ranks(torch.from_numpy(blended.count_before(own.numpy())), self._world)
         return torch.where(own.isneginf(), self._num_items, before)
 
@@ -183,7 +179,7 @@ class CatalogueRanker:
         ids_WXK = _exchange(ids.view(self._world.size, longest, k))
         scores_WXK = _exchange(scores.view(self._world.size, longest, k))
         if (ids_WXK == _FAILED).any():
-            raise UserError(_NOT_NUMBERS)
+            raise UserError(NOT_NUMBERS)
         ids_BK, scores_BK = merge_top_k(ids_WXK, scores_WXK, k)
         return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
 

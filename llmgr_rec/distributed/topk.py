@@ -18,6 +18,10 @@ from torch import Tensor
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
 
+NOT_NUMBERS = (
+    "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
+    "train it again with a lower learning rate"
+)
 _QUERY_BLOCK = 512
 # A processor's core has the scores of a block in its cache until their maxima are taken; a GPU wants more work at once.
 _ITEM_BLOCK = 2048
@@ -194,10 +198,7 @@ def _candidates(scores_BN: Tensor, bar_B: Tensor, k: int) -> tuple[Tensor, Tenso
     strip = min(_STRIP, scores_BN.shape[1])
     strips_BM = scores_BN.unflatten(1, (-1, strip)).amax(dim=2)
     if strips_BM.isnan().any():
-        raise UserError(
-            "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
-            "train it again with a lower learning rate"
-        )
+        raise UserError(NOT_NUMBERS)
     found_S = (strips_BM > bar_B.unsqueeze(1)).flatten().nonzero().squeeze(1)
     if found_S.numel() > _CROWDED * bar_B.numel():
         return _block_top_k(scores_BN, bar_B, k)

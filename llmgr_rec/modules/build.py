@@ -8,10 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmgr_rec.config import Config, StageName
+from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
-from llmgr_rec.modules.item_tables import ITEM_ID, ItemTables
+from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.item_text import ItemText, text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
 from llmgr_rec.modules.llmgr import LLMGR

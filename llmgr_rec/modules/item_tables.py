@@ -11,7 +11,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-ITEM_ID = "item_id"
+from llmgr_rec.data.collate import ITEM_ID
 
 
 @dataclass

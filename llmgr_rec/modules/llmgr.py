@@ -17,11 +17,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
-from llmgr_rec.modules.item_tables import ITEM_ID, ItemRows
+from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes, trunk_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender

@@ -25,7 +25,6 @@ UnknownItems = Literal["skip", "error"]
 SESSION_ID = "session_id"
 ITEMS = "items"
 
-_HASH_BYTES = 1 << 22
 _CACHED_GROUPS = 2
 
 
@@ -52,11 +51,8 @@ class InputFile:
 
     def sha256(self) -> str:
         """Hash of the file's bytes."""
-        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            while block := file.read(_HASH_BYTES):
-                digest.update(block)
-        return digest.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.shards import Shard, local_shards
 from llmgr_rec.evaluation.sparse_scores import best_entries
-from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.rare_rows import NEIGHBOURS, draw_to_neighbours, neighbour_weights
 from llmgr_rec.modules.recommender import SessionRecommender
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmgr_rec.config import Config, StageName, neighbour_clicks
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import resolve_dtype
@@ -41,7 +41,6 @@ from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.modules.build import build_task, head_reads_own_text, reads_sessions
 from llmgr_rec.modules.groups import group_of, select_trainable
-from llmgr_rec.modules.item_tables import ITEM_ID
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.recipes import load_config

@@ -10,7 +10,7 @@ import torch
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.data.item_text import tokenize_texts
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes
@@ -18,7 +18,7 @@ from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
 from llmgr_rec.data.prompt_files import Task, parse_template
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
-from llmgr_rec.modules.item_tables import ITEM_ID, ItemTables
+from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.item_text import text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
 from llmgr_rec.modules.llmgr import LLMGR
