@@ -34,6 +34,8 @@ class RawSessions:
         epoch: Number of the epoch.
         prompts_G1: First session of each prompt that several sessions share, int64 [G + 1]: they are growing prefixes
             of one, each one click longer than the one before. Empty where each session has a prompt of its own.
+        whole: All rows of the global batch, those of every rank, where the reader was asked for them; prefixes that
+            share a prompt are not grown in it.
     """
 
     items_L: Tensor
@@ -45,6 +47,7 @@ class RawSessions:
     step: int = 0
     epoch: int = 0
     prompts_G1: Tensor = field(default_factory=_no_prompts)
+    whole: "RawSessions | None" = None
 
 
 @dataclass

@@ -19,6 +19,7 @@ from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.hashing import hash_ints
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.left_out import LeftOutIds
+from llmgr_rec.data.prefixes import following_items
 
 ITEM_ID = "item_id"
 # Bags that hold the item always, where those of its id may be empty.
@@ -39,9 +40,10 @@ class Collator:
         side_features: Side features that get a bag beside the item id; the bags of a feature that the catalogue lacks
             are empty.
         candidates: Items whose vectors are looked up together with the nodes': none, none because the model has
-            all cached, the whole catalogue, or a sample (this rank's targets and log-uniform draws over items by
-            falling popularity, the same draws on every rank). Items that no training session holds have no part in a
-            softmax over them: as candidates that are never right they would be learned as such.
+            all cached, the whole catalogue, or a sample (the targets of the batch and log-uniform draws over items by
+            falling popularity). Where raw sessions come with those of all ranks, every rank has the same sample. Items
+            that no training session holds have no part in a softmax over them: as candidates that are never right they
+            would be learned as such.
         sampled_items: Draws of the sample; repeated ones count once.
         text: What stands at the text place: nothing, the text of one node of the session, which then is the target
             (node-context alignment), or the texts of the last clicks, oldest first.
@@ -79,8 +81,10 @@ class Collator:
         self.sampler = (
             LogUniformSampler(catalogue.train_count_V, sampled_items, seed) if candidates == "sampled" else None
         )
-        unseen_V = catalogue.train_count_V == 0
-        self.unseen_log_q_V = unseen_V.float() * _OUT_OF_SOFTMAX if unseen_V.any() else torch.empty(0)
+        self.train_count_V = catalogue.train_count_V
+        self.unseen_log_q_V = torch.empty(0)
+        if candidates in ("cached", "full") and (unseen_V := self.train_count_V == 0).any():
+            self.unseen_log_q_V = unseen_V.float() * _OUT_OF_SOFTMAX
         self.text = text
         self.text_items = text_items
         self.text_tokens = text_tokens or Jagged.empty(num_items)
@@ -124,10 +128,18 @@ class Collator:
             return torch.empty(0, dtype=torch.int64), self.unseen_log_q_V
         if self.sampler is None:
             return torch.arange(self.num_items), self.unseen_log_q_V
-        candidates_C, log_q_C = self.sampler.sample(targets_B, raw.epoch, raw.step)
-        if self.unseen_log_q_V.numel():
-            log_q_C = log_q_C + self.unseen_log_q_V[candidates_C]
-        return candidates_C, log_q_C
+        candidates_C, log_q_C = self.sampler.sample(self._all_targets(raw, targets_B), raw.epoch, raw.step)
+        return candidates_C, log_q_C + (self.train_count_V[candidates_C] == 0) * _OUT_OF_SOFTMAX
+
+    def _all_targets(self, raw: RawSessions, targets_B: Tensor) -> Tensor:
+        """Targets of the whole global batch, where its rows are at hand; of this rank's else."""
+        if raw.whole is None:
+            return targets_B
+        if self.text == "random_node":
+            return self._text_items(raw.whole)
+        if raw.prompts_G1.numel():
+            return following_items(Jagged(raw.whole.items_L, raw.whole.offsets_B1), raw.whole.targets_B)
+        return raw.whole.targets_B
 
     def _columns(self, targets_B: Tensor, candidates_C: Tensor) -> Tensor:
         if self.sampler is None:
@@ -204,18 +216,15 @@ class LogUniformSampler:
     """
 
     def __init__(self, train_count_V: Tensor, num_draws: int, seed: int) -> None:
-        counts = train_count_V.numpy()
-        self.by_rank_V = np.argsort(-counts, kind="stable")
+        self._counts_V = train_count_V.numpy()
+        self._total = max(int(self._counts_V.sum()), 1)
+        # Every rank and every reading process holds them, for catalogues of 10^8 items.
+        number = np.int32 if len(self._counts_V) < 1 << 31 else np.int64
+        self.by_rank_V = np.argsort(-self._counts_V, kind="stable").astype(number)
+        self._rank_V = np.empty_like(self.by_rank_V)
+        self._rank_V[self.by_rank_V] = np.arange(len(self.by_rank_V), dtype=number)
         self.num_draws = num_draws
         self.seed = seed
-        num_items = len(counts)
-        ranks = np.empty(num_items, dtype=np.int64)
-        ranks[self.by_rank_V] = np.arange(num_items)
-        drawn = np.log1p(1.0 / (ranks + 1.0)) / math.log(num_items + 1)
-        in_batch = counts / max(int(counts.sum()), 1)
-        # Log of the chance that one draw, or one target, is another item.
-        self._log_not_drawn_V = _log_complement(drawn)
-        self._log_not_target_V = _log_complement(in_batch)
 
     def sample(self, targets_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Draws the candidates of a step.
@@ -236,13 +245,14 @@ class LogUniformSampler:
         targets = targets_B.numpy()
         targets = targets[targets >= 0]
         # Numpy sorts with vector instructions; its own `unique` hashes first, which takes six times as long.
-        drawn = np.sort(np.concatenate([self.by_rank_V[ranks], targets]))
+        drawn = np.sort(np.concatenate([self.by_rank_V[ranks].astype(np.int64), targets]))
         candidates = drawn[np.diff(drawn, prepend=-1) > 0]
-        log_absent = (
-            self.num_draws * self._log_not_drawn_V[candidates] + len(targets) * self._log_not_target_V[candidates]
-        )
-        log_q = np.log(-np.expm1(log_absent))
-        return torch.from_numpy(candidates), torch.from_numpy(log_q.astype(np.float32))
+        drawn_C = np.log1p(1.0 / (self._rank_V[candidates] + 1.0)) / math.log(num_items + 1)
+        # Log of the chance that no draw, and no target, is the item.
+        target_C = self._counts_V[candidates] / self._total
+        log_absent_C = self.num_draws * _log_complement(drawn_C) + len(targets) * _log_complement(target_C)
+        log_q_C = np.log(-np.expm1(log_absent_C))
+        return torch.from_numpy(candidates), torch.from_numpy(log_q_C.astype(np.float32))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

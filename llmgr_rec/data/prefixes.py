@@ -24,13 +24,23 @@ def prefix_examples(rows: Jagged, targets_R: Tensor, clicks_B: Tensor) -> tuple[
     Returns:
         Clicks of each example, and the item that followed it, [B].
     """
-    clicks_L, offsets = rows.values, rows.offsets
     # Torch's own search starts threads for any size, which disturb those of the training beside it.
-    row_B = torch.from_numpy(np.searchsorted(offsets.numpy(), clicks_B.numpy(), side="right")) - 1
-    starts_B, following_B = offsets[row_B], clicks_B + 1
-    ends_row_B = following_B == offsets[row_B + 1]
-    targets_B = torch.where(ends_row_B, targets_R[row_B], clicks_L[following_B.clamp(max=clicks_L.numel() - 1)])
-    return rows.gather(starts_B, following_B - starts_B), targets_B
+    row_B = torch.from_numpy(np.searchsorted(rows.offsets.numpy(), clicks_B.numpy(), side="right")) - 1
+    starts_B = rows.offsets[row_B]
+    return rows.gather(starts_B, clicks_B + 1 - starts_B), following_items(rows, targets_R)[clicks_B]
+
+
+def following_items(rows: Jagged, targets_R: Tensor) -> Tensor:
+    """The item that followed each click, [L].
+
+    Args:
+        rows: Item index of each click, oldest first, one row a session.
+        targets_R: Item that followed each row.
+    """
+    following_L = torch.cat([rows.values[1:], rows.values.new_zeros(min(rows.values.numel(), 1))])
+    ends_R, is_filled_R = rows.offsets[1:], rows.lengths > 0
+    following_L[ends_R[is_filled_R] - 1] = targets_R[is_filled_R]
+    return following_L
 
 
 def grow_prefixes(raw: RawSessions, most: int, global_size: int) -> RawSessions:

@@ -84,6 +84,7 @@ class SessionReader(Generic[T]):
             followed), or for the last of them alone.
         together: With prefix augmentation, the most prefixes of a row that stand together in a batch and share a
             prompt; 0 keeps all examples apart. Then `batch_size` counts rows, and a longer row has several prompts.
+        whole_batches: Whether `collate` gets the rows of all ranks beside its own, see `RawSessions.whole`.
         collate: Makes a batch of the raw sessions; runs in the worker processes, or in the thread.
         workers: Processes that read ahead; 0 reads ahead in a thread of this process.
         pin_memory: Whether batches are copied to page-locked memory, for copies to a GPU that do not block.
@@ -105,6 +106,7 @@ class SessionReader(Generic[T]):
         seed: int = 0,
         augment_prefixes: bool = False,
         together: int = 0,
+        whole_batches: bool = False,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -116,6 +118,7 @@ class SessionReader(Generic[T]):
         self.epoch = 0
         self.step = 0
         self._collate = collate
+        self._whole_batches = whole_batches
         self._workers = workers
         self._pin_memory = pin_memory
         self._epoch_orders = Recent(self._make_epoch_order, keep=1)
@@ -223,6 +226,9 @@ class SessionReader(Generic[T]):
         start = first + order.rank * global_size // order.world_size
         stop = first + (order.rank + 1) * global_size // order.world_size
         raw = replace(self._read(epoch, start, stop), global_size=global_size, step=step, epoch=epoch)
+        if self._whole_batches:
+            whole = raw if stop - start == global_size else self._read(epoch, first, first + global_size)
+            raw = replace(raw, whole=replace(whole, global_size=global_size, step=step, epoch=epoch))
         if order.augment_prefixes and order.together:
             return grow_prefixes(raw, order.together, self._clicks(epoch, first, first + global_size))
         return raw

@@ -284,6 +284,7 @@ def _reader(stage: StageName, context: RunContext) -> SessionReader:
         seed=config.seed,
         augment_prefixes="train" in manifest.prefix_augmentation,
         together=_prefixes_together(stage, config),
+        whole_batches=collate.sampler is not None,
         workers=config.runtime.reader_workers,
         pin_memory=world.device.type == "cuda",
     )

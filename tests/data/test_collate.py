@@ -117,6 +117,44 @@ def test_draws_depend_on_seed_epoch_and_step_not_on_the_rank(catalogue: Catalogu
     assert len({frozenset(draws([], *place)) for place in [(0, 0), (0, 1), (1, 0), (0, 0, 1)]}) == 4
 
 
+@pytest.mark.parametrize("mode", ["rows", "prefixes", "together", "random_node"])
+def test_all_ranks_have_the_sample_of_one(catalogue: Catalogue, tmp_path: Path, mode: str) -> None:
+    part = write_part(tmp_path / "part-00000.parquet", random_sessions(23, NUM_ITEMS))
+    collate = Collator(
+        catalogue,
+        NUM_ITEMS,
+        candidates="sampled",
+        sampled_items=2,
+        text="random_node" if mode == "random_node" else "none",
+        text_tokens=jagged([[item] for item in range(NUM_ITEMS)]),
+    )
+
+    def samples(rank: int, world_size: int) -> list[tuple[list[int], list[float]]]:
+        reader = SessionReader(
+            [part],
+            num_items=NUM_ITEMS,
+            batch_size=5,
+            collate=collate,
+            rank=rank,
+            world_size=world_size,
+            shuffle=True,
+            augment_prefixes=mode in ("prefixes", "together"),
+            together=3 if mode == "together" else 0,
+            whole_batches=True,
+        )
+        found = []
+        for batch in reader.batches(0):
+            real_B = batch.weights_B > 0
+            assert torch.equal(batch.candidates_C[batch.target_columns_B[real_B]], batch.targets_B[real_B])
+            found.append((batch.candidates_C.tolist(), batch.log_q_C.tolist()))
+        return found
+
+    alone = samples(0, 1)
+    assert len({len(candidates) for candidates, _ in alone}) > 1, "nothing to tell batches apart"
+    for rank in range(3):
+        assert samples(rank, 3) == alone
+
+
 def test_log_q_is_the_log_of_the_measured_frequency() -> None:
     counts = torch.tensor([1, 50, 3, 0, 20, 9, 9, 2])
     sampler = LogUniformSampler(counts, num_draws=3, seed=0)
