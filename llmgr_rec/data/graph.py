@@ -100,17 +100,21 @@ def build_graphs(items_L: Tensor, offsets_B1: Tensor, num_items: int) -> Session
         num_items: Size V of the catalogue.
 
     Raises:
-        ValueError: The product of sessions, items and clicks is beyond 2^63, so that keys do not fit into 64 bits.
+        ValueError: The product of sessions, distinct items and clicks is beyond 2^63, so that keys do not fit into 64
+            bits; a batch that large fits into no memory.
     """
     items, click_offsets = items_L.numpy(), offsets_B1.numpy()
     num_clicks, num_sessions = len(items), len(click_offsets) - 1
     click_bits = num_clicks.bit_length()
+    known, num_known = items, num_items
     if (max(num_sessions, 1) * num_items) << click_bits > 1 << 63:
-        raise ValueError(
-            f"a batch of {num_sessions} sessions and {num_clicks} clicks over {num_items} items is too large; halve it"
-        )
-    session_key = np.repeat(np.arange(num_sessions) * num_items, np.diff(click_offsets))
-    keys = np.sort(((session_key + items) << click_bits) | np.arange(num_clicks))
+        # Large batches of large catalogues: items are numbered by what the batch holds of them.
+        distinct, known = np.unique(items, return_inverse=True)
+        num_known = len(distinct)
+    if (max(num_sessions, 1) * num_known) << click_bits > 1 << 63:
+        raise ValueError(f"a batch of {num_sessions} sessions and {num_clicks} clicks is too large; halve it")
+    session_key = np.repeat(np.arange(num_sessions) * num_known, np.diff(click_offsets))
+    keys = np.sort(((session_key + known) << click_bits) | np.arange(num_clicks))
     clicks, pairs = keys & ((1 << click_bits) - 1), keys >> click_bits
     starts = _run_starts(pairs)
     first_clicks = clicks[starts]

@@ -211,10 +211,15 @@ def on_first_rank(world: World, work: Callable[[], T], group: dist.ProcessGroup 
     return box[0]  # type: ignore[return-value]
 
 
-def barrier(world: World) -> None:
-    """Waits until every rank is here."""
+def barrier(world: World, group: dist.ProcessGroup | None = None) -> None:
+    """Waits until every rank is here.
+
+    Args:
+        world: Ranks.
+        group: Group that they wait in; None takes the run's own.
+    """
     if world.size > 1:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def _is_launched() -> bool:

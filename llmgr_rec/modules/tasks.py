@@ -23,6 +23,10 @@ torch.fx.wrap("_groups")
 LossAndParts = tuple[Tensor, dict[str, Tensor]]
 
 
+# Sessions that are set against each other, as many as the paper's batch has.
+CONTRASTIVE_GROUP = 16
+
+
 class SbrTask(nn.Module):
     """Session-recommender pre-training: next-item ranking by the recommender's own score.
 
@@ -176,7 +180,7 @@ class AlignTask(nn.Module):
         contrastive_weight: float,
         contrastive_temperature: float,
         hard_negatives: int,
-        contrastive_group: int = 16,
+        contrastive_group: int = CONTRASTIVE_GROUP,
         world_size: int = 1,
     ) -> None:
         super().__init__()

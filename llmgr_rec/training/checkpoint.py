@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
 from llmgr_rec.config import STAGES, Config
+from llmgr_rec.data.pretrained import resolve_dtype
 from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.distributed.durable import installed_versions, sync, write_synced
 from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
@@ -30,7 +33,7 @@ from llmgr_rec.training.safe_reader import SafeReader
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
 # Settings that may change between a checkpoint and its resumption: they do not change what is trained.
@@ -62,9 +65,16 @@ class Identity:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, stage: str, catalogue: str, config: Config) -> "Identity":
-        """Identity of a stage under some settings; other stages' settings and the use of the machine are left out."""
-        foreign = ("prompt.templates", *(f"{other}." for other in STAGES if other != stage))
+    def of(cls, stage: str, catalogue: str, config: Config, device: torch.device) -> "Identity":
+        """Identity of a stage under some settings; other stages' settings and the use of the machine are left out.
+
+        Args:
+            stage: Stage name.
+            catalogue: Hash of the catalogue's items with their side features.
+            config: All settings.
+            device: Where the stage computes, which decides what `auto` is for a number format.
+        """
+        foreign = ("prompt.templates", "loss.dtype", "llm.dtype", *(f"{other}." for other in STAGES if other != stage))
         if config.text.reader == "tower":
             foreign += tuple(f"text.{name}" for name in READER_SETTINGS)
         settings = {
@@ -75,6 +85,11 @@ class Identity:
         if stage not in ("sbr", "text"):
             # What the prompts say, and not the name of a file that may have been edited since.
             settings["prompt.templates"] = _wording(config.prompt.templates)
+        formats = {"loss.dtype": config.loss.dtype} if stage in ("sbr", "text") else {}
+        if stage != "sbr" or config.tables.item_text:
+            formats["llm.dtype"] = config.llm.dtype
+        for name, dtype in formats.items():
+            settings[name] = str(resolve_dtype(dtype, device)).removeprefix("torch.")
         return cls(stage, catalogue, settings)
 
 
@@ -157,10 +172,11 @@ class CheckpointManager:
                 rank before anything is loaded.
         """
         tensors = model_tensors(model)
-        widths = column_widths(tensors)
+        states = {} if optimizer is None else optimizer_tensors(optimizer, model)
+        trains_tables = any(isinstance(value, ShardedTensor) for value in states.values())
+        widths = column_widths(tensors) if trains_tables else None
         chosen, state = on_first_rank(self._world, lambda: self._check(path, optimizer is not None, widths))
-        if optimizer is not None:
-            tensors |= optimizer_tensors(optimizer, model)
+        tensors |= states
         try:
             dcp.load(tensors, storage_reader=SafeReader(chosen))
         except CheckpointException as error:
@@ -211,7 +227,7 @@ class CheckpointManager:
             shutil.rmtree(path)
 
     def _check(
-        self, path: Path | None, needs_optimizer: bool, widths: Mapping[str, list[int]]
+        self, path: Path | None, needs_optimizer: bool, widths: Mapping[str, list[int]] | None
     ) -> tuple[Path, dict[str, Any]]:
         chosen = path or next(iter(self._complete()), None)
         if chosen is None:
@@ -222,7 +238,8 @@ class CheckpointManager:
                 "remove it to resume from the one before"
             )
         state = self._read_state(chosen)
-        self._check_widths(chosen, state, widths)
+        if widths is not None:
+            self._check_widths(chosen, state, widths)
         if needs_optimizer and not state["has_optimizer"]:
             raise UserError(f"checkpoint {chosen} holds no optimizer state, so training cannot go on from it")
         return chosen, state

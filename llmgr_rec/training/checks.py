@@ -19,6 +19,7 @@ from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import has_tower, reads_item_text, reads_sessions, recommender_reads_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
+from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.outputs import require_writable
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
@@ -118,6 +119,8 @@ def check_run(request: RunRequest) -> CheckedRun:
             _check_checkpoints(request, stage, catalogue)
         if "sbr" in stages and request.config.sbr.one_pass:
             _check_sbr_one_pass(request.config, dataset)
+        if "align" in stages:
+            _check_contrast(request.config)
         _check_choices(request.config, stages, dataset)
         _check_language(request.config, stages, dataset, catalogue)
         _check_layout(request.config, stages, catalogue)
@@ -237,8 +240,9 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
 def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalogue) -> None:
     """The checkpoint that a stage would be resumed from is its own."""
     folder = request.output / "checkpoints" / stage / "steps"
-    alone = World.alone()
-    CheckpointManager(folder, 1, alone, Identity.of(stage, catalogue.features_hash, request.config)).check()
+    device = launched_world(request.config.runtime.device).device
+    identity = Identity.of(stage, catalogue.features_hash, request.config, device)
+    CheckpointManager(folder, 1, World.alone(), identity).check()
 
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
@@ -292,6 +296,17 @@ def _check_choices(config: Config, stages: Sequence[StageName], dataset: Dataset
         raise UserError(
             f"setting {several[0]} names several numbers, but {dataset.path} has no validation sessions to "
             "choose on; give one, or prepare the data set with another --split"
+        )
+
+
+def _check_contrast(config: Config) -> None:
+    """Every rank has sessions to set against each other."""
+    ranks, align = launched_world(config.runtime.device).size, config.align
+    if align.contrastive_weight and align.batch_size < 2 * ranks:
+        raise UserError(
+            f"setting align.batch_size is {align.batch_size}, which gives a rank fewer than two sessions to contrast; "
+            f"give {2 * ranks} or more ({CONTRASTIVE_GROUP * ranks} contrasts {CONTRASTIVE_GROUP} on each), or set "
+            "align.contrastive_weight to 0"
         )
 
 

@@ -18,7 +18,7 @@ from llmgr_rec.cli import progress
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.decoder_shards import is_cut
-from llmgr_rec.distributed.process_group import World, barrier
+from llmgr_rec.distributed.process_group import World, barrier, patient_group
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.distributed.shards import fill_table, held_rows, local_shards, table_parameters, write_rows
 from llmgr_rec.evaluation.protocol import evaluation_mode
@@ -75,10 +75,12 @@ class TextEncodings:
         mine = [start for index, start in enumerate(self._starts()) if index % world.size == world.rank]
         bar = progress(len(mine) * self._rows, "item text", "item")
         moments = torch.zeros(self.width + 2, dtype=torch.float64)
-        for start in mine:
-            moments += self._moments(self._encode_file(start, decoder, tokens))
-            bar.update(self._rows)
-        bar.close()
+        with patient_group(world) as group:
+            for start in mine:
+                moments += self._moments(self._encode_file(start, decoder, tokens))
+                bar.update(self._rows)
+            bar.close()
+            barrier(world, group)
         sums_H, squares, count = sum_over_ranks(moments, world).split([self.width, 1, 1])
         mean_H = sums_H / count.clamp(min=1)
         variance = (squares / count.clamp(min=1) - mean_H.square().sum()).clamp(min=1e-12)
@@ -203,24 +205,26 @@ def cache_catalogue(llmgr: LLMGR, collator: Collator, device: torch.device) -> N
 
 
 @torch.no_grad()
-def renew_texts(model: SessionRecommender | LLMGR) -> None:
+def renew_texts(model: SessionRecommender | LLMGR, world: World) -> None:
     """Where a language model reads sessions, writes the items as it reads them now into the text table.
 
     Every rank reads every item of the rows that it holds a part of; all items where the language model is cut over
     ranks, which then read together.
 
     Args:
-        model: Sharded or not; one without such a reader stays as it is. All ranks call together.
+        model: Sharded or not; one without such a reader stays as it is.
+        world: Ranks; all call together, and wait for the one that reads most.
     """
     reader = text_reader_of(model)
     if reader is None:
         return
     reads_all = is_cut(reader)
     parts = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
-    with evaluation_mode(reader):
+    with evaluation_mode(reader), patient_group(world) as group:
         for items in torch.arange(reader.texts.num_rows).split(_READ_ITEMS):
             start, stop = int(items[0]), int(items[-1]) + 1
             if reads_all or any(held_rows(part, start, stop) for part in parts):
                 vectors_CK = reader.item_vectors(items)
                 for part in parts:
                     write_rows(part, start, vectors_CK)
+        barrier(world, group)

@@ -39,13 +39,25 @@ def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) 
         adamw = KeyedOptimizerWrapper(
             dense_by_name, lambda p: optim.AdamW(_apart(p), lr=stage.lr, weight_decay=stage.weight_decay)
         )
-        adamw.init_state()
+        _init_state(adamw)
         groups.append(("dense", _clipped(adamw, stage.clip_norm)))
     if tables_by_name:
         adam = KeyedOptimizerWrapper(tables_by_name, lambda p: optim.Adam(p, lr=tables.lr))
-        adam.init_state()
+        _init_state(adam)
         groups.append(("tables", adam))
     return CombinedOptimizer(groups)
+
+
+def _init_state(optimizer: KeyedOptimizerWrapper) -> None:
+    """Makes the state of an optimizer that has taken no step; TorchRec makes it by a step on gradients of zero."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.init_state()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def _apart(parameters: list[Tensor]) -> list[dict[str, Any]]:

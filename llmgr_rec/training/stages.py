@@ -43,6 +43,7 @@ from llmgr_rec.modules.build import build_task, head_reads_own_text, reads_sessi
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
+from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
@@ -119,7 +120,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     model, inner = _start(stage, context)
 
     def validate() -> dict[str, float]:
-        renew_texts(inner)
+        renew_texts(inner, world)
         return _validation(inner, context)
 
     has_validation = context.dataset.manifest.num_sessions["valid"] > 0
@@ -144,7 +145,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         # What an attempt that died before its first checkpoint told.
         context.journal.rewind(stage, -1)
     loop.run(position)
-    renew_texts(inner)
+    renew_texts(inner, world)
     # After the last checkpoint, so that a resumed run does it once, too.
     rare_rows = _rare_rows(inner, context) if stage == "sbr" and any(neighbour_clicks(config)) else None
     kept = context.run / _NEIGHBOURS
@@ -249,6 +250,8 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     if head_reads_own_text(config):
         encodings = _text_encodings(context, decoder)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
+    if stage == "align" and config.align.contrastive_weight:
+        _tell_of_small_groups(config, world)
     model = _shard(stage, llmgr, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))
     if encodings is not None:
@@ -256,6 +259,18 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     if caches_catalogue(config, context.catalogue.num_items, stage):
         cache_catalogue(llmgr, make_collator(config, context.catalogue, "rank", language=False), world.device)
     return model, llmgr
+
+
+def _tell_of_small_groups(config: Config, world: World) -> None:
+    sessions = config.align.batch_size // world.size
+    if world.rank == 0 and world.size > 1 and sessions % CONTRASTIVE_GROUP:
+        logger.warning(
+            "align: a rank has %d sessions of a batch, so not all are contrasted with %d others as on one rank; "
+            "--align.batch_size %d would do it",
+            sessions,
+            CONTRASTIVE_GROUP - 1,
+            CONTRASTIVE_GROUP * world.size,
+        )
 
 
 def _shard(stage: StageName, model: SessionRecommender | LLMGR, context: RunContext) -> DistributedModelParallel:
@@ -302,5 +317,5 @@ def _prefixes_together(stage: StageName, config: Config) -> int:
 
 
 def _checkpoints(stage: StageName, context: RunContext, kind: str, keep: int) -> CheckpointManager:
-    identity = Identity.of(stage, context.catalogue.features_hash, context.config)
+    identity = Identity.of(stage, context.catalogue.features_hash, context.config, context.world.device)
     return CheckpointManager(context.run / "checkpoints" / stage / kind, keep, context.world, identity)

@@ -1,6 +1,5 @@
 import time
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -78,9 +77,14 @@ def test_no_edge_between_sessions() -> None:
     assert graph([[1], [2], [3]]).edge_src_E.numel() == 0
 
 
-def test_keys_beyond_64_bits_are_refused() -> None:
-    with pytest.raises(ValueError, match="too large; halve it"):
-        graph([[0], [1]], num_items=1 << 61)
+def test_keys_that_would_need_more_than_64_bits_are_made_of_the_items_of_the_batch() -> None:
+    sessions = [[7, 5, 7], [5, (1 << 61) - 1], [], [7, 7]]
+    for one, other in zip(graph(sessions, 1 << 61).tensors(), graph(sessions, 1 << 62).tensors(), strict=True):
+        assert torch.equal(one, other)
+    items_L, offsets_B1 = clicks(sessions)
+    plain = build_graphs_reference(items_L, offsets_B1)
+    for one, other in zip(graph(sessions, 1 << 61).tensors(), plain.tensors(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_item_indices_of_huge_catalogues_do_not_collide() -> None:

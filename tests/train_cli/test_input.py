@@ -174,6 +174,7 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--prompt.text_fields", "[]"], r"setting prompt\.text_fields is empty; name"),
         (["--seed", "-1"], r"setting seed is -1; give 0 or more"),
         (["--tables.memory_per_rank_gb", "1e-9"], r"stage sbr: table .* --tables\.memory_per_rank_gb"),
+        (["--align.batch_size", "1"], r"align\.batch_size is 1, which gives a rank fewer than two sessions"),
         (["--stage", "align", "--align.epochs", "0"], r"setting align\.epochs is 0, so --stage align has nothing"),
     ],
 )

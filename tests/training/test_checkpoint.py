@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
-from llmgr_rec.stage_config import READER_SETTINGS
+from llmgr_rec.stage_config import READER_SETTINGS, StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.checkpoint_state import is_stored, model_tensors, optimizer_tensors
+from llmgr_rec.training.optimizers import build_optimizer
 from llmgr_rec.training.safe_reader import MetadataUnpickler
 from tests.distributed.small_model import assemble, batch, shard_list, sharded_model
 from tests.ranks import run_on_ranks
 
 IDENTITY = Identity("sbr", "catalogue-a", {"seed": 0, "tables.optimizer": "adagrad"})
 SAVE_AT, STEPS = 2, 4
+CPU = torch.device("cpu")
 CASES = [
     TablesConfig(optimizer="adagrad", sharding="column_wise"),
     TablesConfig(optimizer="adam", sharding="column_wise"),
@@ -40,18 +40,7 @@ ROW_WISE = Identity("sbr", "catalogue-a", {"tables.optimizer": "rowwise_adagrad"
 
 def build(world: World, tables: TablesConfig, seed: int = 3) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     model = sharded_model(world, tables, seed)
-    rest = {n: p for n, p in in_backward_optimizer_filter(model.named_parameters()) if p.requires_grad}
-    adamw = KeyedOptimizerWrapper(
-        {n: p for n, p in rest.items() if "item_tables" not in n}, lambda p: torch.optim.AdamW(p, lr=0.05)
-    )
-    adamw.init_state()
-    clipped = GradientClippingOptimizer(adamw, GradientClipping.NORM, 1.0)
-    groups: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer), ("dense", clipped)]
-    if own := {n: p for n, p in rest.items() if "item_tables" in n}:
-        adam = KeyedOptimizerWrapper(own, lambda p: torch.optim.Adam(p, lr=tables.lr))
-        adam.init_state()
-        groups.append(("tables", adam))
-    return model, CombinedOptimizer(groups)
+    return model, build_optimizer(model, StageConfig(lr=0.05), tables)
 
 
 def train(model: nn.Module, optimizer: KeyedOptimizer, world: World, steps: range) -> list[float]:
@@ -101,6 +90,8 @@ def read_rank(world: World, folder: str) -> list[tuple[list[float], list[Any], l
     if world.size == 1:
         with pytest.raises(UserError, match=r"written by 2 ranks.*row-wise Adagrad"):
             manager(f"{folder}/row_wise", world, ROW_WISE).load(model, optimizer)
+        # Weights alone have no such state.
+        manager(f"{folder}/row_wise", world, ROW_WISE).load(model, None)
     elif world.size == 2:
         manager(f"{folder}/row_wise", world, ROW_WISE).load(model, optimizer)
     return answers
@@ -274,37 +265,53 @@ def test_identity_keeps_what_decides_the_result() -> None:
     same.tables.sharding = "table_wise"
     same.behave.lr = 1.0
     other.sbr.lr = 1.0
-    assert Identity.of("sbr", "c", base) == Identity.of("sbr", "c", same)
-    assert Identity.of("sbr", "c", base) != Identity.of("sbr", "c", other)
+    assert Identity.of("sbr", "c", base, CPU) == Identity.of("sbr", "c", same, CPU)
+    assert Identity.of("sbr", "c", base, CPU) != Identity.of("sbr", "c", other, CPU)
+
+
+def test_identity_knows_the_number_format_that_auto_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config()
+
+    def found(stage: str, is_native: bool) -> dict[str, str]:
+        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: is_native)
+        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+        settings = Identity.of(stage, "c", config, CPU).settings
+        return {name: settings[name] for name in ("loss.dtype", "llm.dtype") if name in settings}
+
+    assert found("sbr", True) == {"loss.dtype": "bfloat16"}
+    assert found("sbr", False) == {"loss.dtype": "float32"}
+    assert found("behave", True) == {"llm.dtype": "bfloat16"}
+    config.llm.dtype = "float32"
+    assert found("behave", True) == {"llm.dtype": "float32"}
 
 
 def test_identity_of_a_text_tower_knows_no_reader() -> None:
     config = Config()
-    settings = Identity.of("text", "c", config).settings
+    settings = Identity.of("text", "c", config, CPU).settings
     assert settings["text.dim"] == config.text.dim
     assert not {f"text.{name}" for name in READER_SETTINGS} & settings.keys()
     config.text.reader = "language_model"
-    settings = Identity.of("text", "c", config).settings
+    settings = Identity.of("text", "c", config, CPU).settings
     assert {f"text.{name}" for name in READER_SETTINGS} - settings.keys() == {"text.score_weight"}
 
 
 def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
     config = Config()
-    before = Identity.of("behave", "c", config)
+    before = Identity.of("behave", "c", config, CPU)
     texts = {task: template.text for task, template in load_templates(config.prompt.templates).items()}
     config.prompt.templates = str(tmp_path / "prompts.yaml")
     (tmp_path / "prompts.yaml").write_text(json.dumps(texts))
-    assert Identity.of("behave", "c", config) == before
+    assert Identity.of("behave", "c", config, CPU) == before
     (tmp_path / "prompts.yaml").write_text(json.dumps(texts | {"behave": f"Well: {texts['behave']}"}))
-    assert Identity.of("behave", "c", config) != before
-    assert Identity.of("sbr", "c", config) == Identity.of("sbr", "c", Config())
+    assert Identity.of("behave", "c", config, CPU) != before
+    assert Identity.of("sbr", "c", config, CPU) == Identity.of("sbr", "c", Config(), CPU)
 
 
 def test_a_checkpoint_does_not_depend_on_a_prior() -> None:
     config = Config()
-    before = Identity.of("sbr", "c", config)
+    before = Identity.of("sbr", "c", config, CPU)
     config.prior.neighbours, config.prior.kept, config.prior.weights = ["item_knn"], 7, [2.0]
-    assert Identity.of("sbr", "c", config) == before
+    assert Identity.of("sbr", "c", config, CPU) == before
     assert not any(name.startswith("prior") for name in before.settings)
 
 

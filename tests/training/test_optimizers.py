@@ -1,15 +1,54 @@
-"""The schedule of learning rates."""
+"""Optimizers of a stage, and the schedule of their rates."""
 
 import math
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn, optim
 from torchrec.optim.keyed import CombinedOptimizer
 
-from llmgr_rec.training.optimizers import CosineSchedule
+from llmgr_rec.config import TablesConfig
+from llmgr_rec.stage_config import StageConfig
+from llmgr_rec.training.optimizers import CosineSchedule, build_optimizer
+
+
+class SmallTask(nn.Module):
+    """Dense weights and, as on a CPU with Adam, a table that no fused optimizer updates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Linear(3, 2)
+        self.item_tables = nn.Linear(3, 2, bias=False)
+        self.fused_optimizer = CombinedOptimizer([])
+
+    def loss(self, step: int) -> Tensor:
+        rows = torch.arange(12.0).view(4, 3) + step
+        return (self.encoder(rows) + self.item_tables(rows)).square().mean()
+
+
+def test_steps_are_those_of_adamw_and_adam_from_the_first_on() -> None:
+    ours, plain = SmallTask(), SmallTask()
+    stage, tables = StageConfig(lr=0.1, weight_decay=0.5, clip_norm=1e9), TablesConfig(optimizer="adam", lr=0.2)
+    built = build_optimizer(ours, stage, tables)
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(plain.named_parameters()), atol=0, rtol=0)
+    references = [
+        optim.AdamW(plain.encoder.parameters(), lr=stage.lr, weight_decay=stage.weight_decay),
+        optim.Adam(plain.item_tables.parameters(), lr=tables.lr),
+    ]
+    for step in range(3):
+        built.zero_grad()
+        ours.loss(step).backward()
+        built.step()
+        plain.zero_grad()
+        plain.loss(step).backward()
+        for reference in references:
+            reference.step()
+        torch.testing.assert_close(dict(ours.named_parameters()), dict(plain.named_parameters()), atol=1e-6, rtol=0)
 
 
 def schedule(total: int, warmup: float, *peaks: float) -> tuple[CosineSchedule, list[dict[str, float]]]:

@@ -1,9 +1,15 @@
 """Text encodings read back from disk are the plain reference's, however they are cut and over however many ranks."""
 
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import load_decoder
@@ -44,6 +50,27 @@ def test_encodings_on_disk_are_those_of_the_reference(tmp_path: Path, ranks: int
     for found in run_on_ranks(encodings_of, ranks, str(tmp_path), whiten):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(list(tmp_path.rglob("items-*.safetensors"))) == 6
+
+
+def encode_with_a_slow_rank(world: World, folder: str) -> None:
+    """Rank 0 takes longer than the ranks' own group waits."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), None)
+    if world.rank == 0:
+        language.encode_item_texts = slowly(language.encode_item_texts)
+    encode_catalogue(load_decoder("random-tiny", 1, "float32"), texts(), world, Path(folder), "hash", False)
+
+
+def slowly(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def wait_and_work(*args: Any) -> Tensor:
+        time.sleep(3)
+        return work(*args)
+
+    return wait_and_work
+
+
+@pytest.mark.dist
+def test_ranks_wait_for_the_one_that_encodes_longest(tmp_path: Path) -> None:
+    run_on_ranks(encode_with_a_slow_rank, 2, str(tmp_path), timeout_s=60)
 
 
 def test_finished_files_are_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
