@@ -52,8 +52,9 @@ def adam(folder: Path) -> Config:
 
 
 def everything_trains(folder: Path) -> Config:
-    """No group is frozen in stage 2, and text stands in the prompt."""
+    """No group is frozen in stage 2, text stands in the prompt, and losses are over sampled items."""
     config = base_config(folder)
+    config.loss.full_softmax_max_items, config.loss.sampled_items = 20, 16
     config.encoder.name = "srgnn"
     config.align.epochs = 0
     config.behave.trainable = ["tables", "encoder", "adapter", "lora", "head"]
@@ -91,7 +92,9 @@ def text_tower(folder: Path) -> Config:
 def text_reader(folder: Path) -> Config:
     """A language model that reads sessions as text, in several parts those of more than three clicks."""
     config = base_config(folder)
-    config.text = replace(config.text, reader="language_model", epochs=1, dim=8, clicks=3, dropout=0.0, max_steps=STEPS)
+    config.text = replace(
+        config.text, reader="language_model", epochs=1, dim=8, clicks=3, dropout=0.0, max_steps=STEPS, drawn_items=20
+    )
     config.prompt.max_text_tokens = 24
     config.align.epochs = config.behave.epochs = 0
     return config
