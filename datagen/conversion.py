@@ -17,12 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datagen.output import ITEM_COLUMNS, ROW_GROUP_ROWS, interactions_schema, items_schema, output_folder
-from datagen.sources import clean_text, identifier
+from datagen.sources import clean_text, identifier, quote
 from llmgr_rec.cli import progress
 from llmgr_rec.errors import UserError
 
 _MEMORY = "2GiB"
 _ITEM_BATCH = 1 << 14
+# What is taken off the ends of ids.
+_BLANKS = " \t\n\r\f\v"
+_FRACTION = "TRY_CAST(time AS DOUBLE) <> round(TRY_CAST(time AS DOUBLE))"
 _NO_NUMBER = "NOT coalesce(isfinite(TRY_CAST({} AS DOUBLE)), false)"
 
 _log = logging.getLogger(__name__)
@@ -89,7 +92,7 @@ class Conversion:
             table: DuckDB table expression with string columns.
             user: Name of the user column.
             item: Name of the item column.
-            time: Name of the time column: whole numbers of any unit.
+            time: Name of the time column: numbers of any unit; where some have fractions, all become millionths.
             rating: Name of the rating column; needed with `min_rating`.
             min_rating: Leave out rows rated lower.
             dates: Whether times may be ISO dates and times instead; they become milliseconds since 1970 (UTC).
@@ -104,7 +107,7 @@ class Conversion:
         selected = ", ".join(f"{identifier(column)} AS {name}" for name, column in names.items())
         self._run(f"CREATE TABLE raw AS SELECT row_number() OVER () AS place, {selected} FROM {table}", source)
         for name in ("user_id", "item_id"):
-            self._refuse(f"trim({name}) = '' OR {name} IS NULL", source, names[name], "is missing or empty")
+            self._refuse(f"{_trimmed(name)} = '' OR {name} IS NULL", source, names[name], "is missing or empty")
         number = "CAST(round(TRY_CAST(time AS DOUBLE)) AS BIGINT)"
         # A decimal number is read through a double only where it is none of the exact ones.
         kept_time = f"coalesce(TRY_CAST(time AS BIGINT), {number})"
@@ -113,13 +116,16 @@ class Conversion:
             self._refuse("TRY_CAST(time AS TIMESTAMPTZ) IS NULL", source, time, "is no date like 2024-01-31T12:00:00Z")
         else:
             self._refuse(_NO_NUMBER.format("time"), source, time, "is no number")
+            if self._value(f"SELECT count(*) FROM raw WHERE {_FRACTION}"):
+                _log.info("%s: %s has fractions, so times are kept in millionths", source, time)
+                kept_time = "CAST(round(TRY_CAST(time AS DOUBLE) * 1e6) AS BIGINT)"
         kept = "true"
         if "rating" in names:
             self._refuse(_NO_NUMBER.format("rating"), source, names["rating"], "is no number")
             kept = f"CAST(rating AS DOUBLE) >= {min_rating!r}"
         self._run(
-            f"CREATE TABLE interactions AS SELECT place, trim(user_id) AS user_id, trim(item_id) AS item_id, "
-            f"{kept_time} AS timestamp FROM raw WHERE {kept}",
+            f"CREATE TABLE interactions AS SELECT place, {_trimmed('user_id')} AS user_id, "
+            f"{_trimmed('item_id')} AS item_id, {kept_time} AS timestamp FROM raw WHERE {kept}",
             source,
         )
         if not self._value("SELECT count(*) FROM interactions"):
@@ -145,7 +151,7 @@ class Conversion:
         with progress(None, "items", "item") as bar:
             while batch := list(islice(rows, _ITEM_BATCH)):
                 columns: dict[str, list[Any]] = {"place": list(range(place, place + len(batch)))}
-                columns["item_id"] = [str(item.get("item_id") or "").strip() for item in batch]
+                columns["item_id"] = [str(item.get("item_id") or "").strip(_BLANKS) for item in batch]
                 if "" in columns["item_id"]:
                     row = place + columns["item_id"].index("") + 1
                     raise UserError(f"{source}: row {row}: the item id is missing; delete or complete the row")
@@ -209,6 +215,11 @@ class Conversion:
                 f"{source}: row {place:,}: {column} {what} ({count:,} rows in all); correct or delete such rows, or "
                 "check that the file is of the kind you named"
             )
+
+
+def _trimmed(column: str) -> str:
+    """SQL of a text column without blanks at its ends."""
+    return f"trim({column}, {quote(_BLANKS)})"
 
 
 @contextmanager

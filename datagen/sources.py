@@ -84,10 +84,12 @@ def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header:
         quotes: Whether fields may stand in double quotes.
     """
     types = ", ".join(f"{quote(name)}: 'VARCHAR'" for name in columns)
+    # Blank lines before the header.
+    skipped = next(read_lines(path), (1, ""))[0] - 1 if header else 0
     mark = "'\"'" if quotes else "''"
     return (
-        f"read_csv({quote(path)}, delim={quote(delimiter)}, header={str(header).lower()}, quote={mark}, escape={mark}, "
-        f"auto_detect=false, columns={{{types}}})"
+        f"read_csv({quote(path)}, delim={quote(delimiter)}, header={str(header).lower()}, skip={skipped}, "
+        f"quote={mark}, escape={mark}, auto_detect=false, columns={{{types}}})"
     )
 
 
@@ -110,14 +112,19 @@ def read_header(path: Path, delimiter: str) -> list[str]:
         delimiter: One character.
 
     Raises:
-        UserError: The file is empty, or a name stands there twice.
+        UserError: The file is empty, its lines cannot be told, or a name stands there twice, in whatever case.
     """
     first = next(read_lines(path, "utf-8-sig"), None)
     if first is None:
         raise UserError(f"{path} is empty; give a file whose first line names the columns")
-    names = [name.strip() for name in next(csv.reader([first[1]], delimiter=delimiter))]
+    try:
+        names = [name.strip() for name in next(csv.reader([first[1]], delimiter=delimiter))]
+    except csv.Error as error:
+        raise UserError(f"{path}: line {first[0]}: {error}; end each line with a line feed") from None
+    # Columns are read by a database, to which case makes no difference.
+    folded = [name.casefold() for name in names]
     for name in names:
-        if names.count(name) > 1:
+        if folded.count(name.casefold()) > 1:
             raise UserError(f"{path}: column {name!r} stands twice in the first line; rename one")
     return names
 

@@ -1,6 +1,7 @@
 """What all entry points share: argument parsing with helpful errors, one-line user errors, progress bars."""
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -17,13 +18,21 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 EXIT_USER_ERROR = 2
+# What a user does about a file that cannot be written, wherever that shows.
+_MENDABLE = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EROFS: "give a place that can be written to",
+    errno.EACCES: "give a place that you may use",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 _OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components")
 # Ranks start within a few seconds of each other, more on a loaded machine.
 _FIRST_RANK_SPEAKS_S = 15.0
 
 
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs an entry point; a `UserError` becomes one line on stderr and exit code 2."""
+    """Runs an entry point; what a user can mend becomes one line on stderr and exit code 2."""
     _set_up_messages()
     try:
         main(sys.argv[1:])
@@ -38,6 +47,11 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
             f"error: package {package} is not installed in {sys.prefix}; "
             "activate the environment that `make venv` builds, and see python -m llmgr_rec.doctor\n"
         )
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        _tell(UserError(f"{error.filename or 'a file'}: {os.strerror(error.errno)}; {_MENDABLE[error.errno]}"))
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -68,6 +68,9 @@ def main(argv: Sequence[str]) -> None:
 def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int]) -> "Sizes":
     from llmgr_rec.distributed.layout import Sizes
 
+    for name, size in features.items():
+        if size < 0:
+            raise UserError(f"--{_FEATURE_SIZES[name]} is {size}; give 0 or more")
     if (dataset is None) == (num_items is None):
         raise UserError("give either --dataset DATASET or --num_items N, so that the size of the catalogue is known")
     if dataset is not None:

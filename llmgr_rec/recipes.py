@@ -66,13 +66,18 @@ def recipe_names() -> list[str]:
 
 
 def _resolve_recipes(argv: Sequence[str]) -> list[str]:
-    words = list(argv)
-    for position, word in enumerate(words):
-        if word == "--config" and position + 1 < len(words):
-            words[position + 1] = _config_file(words[position + 1])
+    """The same words with recipes' files for their names, and in front: what else is on the line goes over them."""
+    recipes: list[str] = []
+    others: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config" and (name := next(words, None)) is not None:
+            recipes.append(f"--config={_config_file(name)}")
         elif word.startswith("--config="):
-            words[position] = "--config=" + _config_file(word.split("=", 1)[1])
-    return words
+            recipes.append(f"--config={_config_file(word.split('=', 1)[1])}")
+        else:
+            others.append(word)
+    return [*recipes, *others]
 
 
 def _config_file(name: str) -> str:

@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
         )
     )
     if is_first_rank():
-        print(f"trained {', '.join(stages) or 'nothing new'}; run folder {output}")
+        what = ", ".join(stages) or "nothing new, since all stages of the run are complete with its own settings"
+        print(f"trained {what}; run folder {output}")
 
 
 def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":

@@ -91,6 +91,12 @@ def _folder() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="llmgr-small-run-")
 
 
+def clean_up() -> None:
+    """Deletes what the functions below have made."""
+    if _folder.cache_info().currsize:
+        _folder().cleanup()
+
+
 @cache
 def small_run() -> SmallRun:
     """The shared data set and run, with exports of stage sbr and of stage behave."""

@@ -1,5 +1,6 @@
 """User errors become one line and exit code 2."""
 
+import errno
 import sys
 
 import pytest
@@ -30,6 +31,20 @@ def test_other_ranks_let_the_first_one_speak(capsys, monkeypatch):
     assert stop.value.code == 2
     assert heard == [(15.0, "")]
     assert capsys.readouterr().err == "error: rank 1: items.parquet has no column title; add it\n"
+
+
+def test_a_full_disk_is_one_line_with_its_remedy(capsys, tmp_path):
+    def fill(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "scores"))
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(fill)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'scores'}: No space left on device; free some space and run the same command again\n"
+    )
+    with pytest.raises(FileNotFoundError):
+        run_cli(lambda argv: (tmp_path / "absent").open())
 
 
 def test_other_exceptions_keep_their_trace(monkeypatch):

@@ -95,6 +95,22 @@ def test_a_dataset_of_another_catalogue_is_refused(tmp_path):
         main(arguments(tmp_path / "metrics.json", dataset=other.path))
 
 
+def test_a_dataset_of_other_training_sessions_is_refused(tmp_path):
+    """The catalogue is the same, so nothing else would tell that the model has learned what it is tested on."""
+    shared = small_run()
+    index = run_with(tmp_path / "run", "sbr") / "export" / "sbr" / "bundle.json"
+    index.unlink()
+    content = json.loads((shared.run / "export" / "sbr" / "bundle.json").read_text())
+    for trained_on, outcome in (("other", "trained on other sessions"), (shared.dataset.manifest.sessions_hash, "")):
+        index.write_text(json.dumps(content | {"sessions_hash": trained_on}))
+        words = arguments(tmp_path / "metrics.json", run=tmp_path / "run", models="sbr")
+        if outcome:
+            with pytest.raises(UserError, match=outcome):
+                main(words)
+        else:
+            main(words)
+
+
 def test_words_count_as_the_model_knows_them(tmp_path):
     """Preparing the same clicks anew with other titles numbers words, brands and categories otherwise."""
     found = []

@@ -143,6 +143,7 @@ def test_table_wise_tables_lie_on_one_rank_each() -> None:
     [
         ([], "either --dataset DATASET or --num_items N"),
         (["--num_items", "0"], "--num_items is 0"),
+        (["--num_items", "5", "--num_words", "-5"], "--num_words is -5; give 0 or more"),
         (["--num_items", "5", "--world_size", "0"], "--world_size is 0"),
         (["--num_items", "5", "--world_size", "6", "--local_world_size", "4"], "--local_world_size 4 does not divide"),
         (["--num_items", "5", "--dataset", "nowhere"], "either --dataset DATASET or --num_items N"),

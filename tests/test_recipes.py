@@ -30,8 +30,11 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert config.sbr.trainable == ["tables"]
 
 
-def test_overrides_after_the_recipe_win():
-    assert _parse("--config", "quickstart", "--sbr.epochs", "99").sbr.epochs == 99
+def test_overrides_win_wherever_the_recipe_stands():
+    for words in (("--config", "quickstart", "--sbr.epochs", "99"), ("--sbr.epochs", "99", "--config=quickstart")):
+        config = _parse(*words)
+        assert config.sbr.epochs == 99
+        assert config.align == load_config("quickstart").align
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -95,6 +95,16 @@ def test_scored_sessions_look_like_ranked_ones(run, tmp_path):
     assert pq.read_table(tmp_path / "scores" / "part-00000.parquet").num_rows == 90
 
 
+def test_figures_and_scores_of_another_run_are_refused(run, tmp_path):
+    dataset = small_run().dataset.path
+    score(["--run", str(run), "--input", str(dataset / "test"), "--output", str(tmp_path / "scores")])
+    other = run_with(tmp_path / "other", "behave")
+    with pytest.raises(UserError, match=r"has figures of GNN that are not of a model in .*other; evaluate that run"):
+        report(other, tmp_path / "report", "--metrics", run / "metrics.json")
+    with pytest.raises(UserError, match="were made by a model of another run"):
+        report(other, tmp_path / "report", "--scores", tmp_path / "scores", "--dataset", dataset)
+
+
 def test_an_earlier_report_is_replaced_and_nothing_else(run, tmp_path):
     report(run, tmp_path / "report", "--sessions", "0")
     assert "<article" in report(run, tmp_path / "report", "--sessions", "1")

@@ -1,5 +1,6 @@
 """A prepared data set on disk: its manifest, checked when it is opened, and the part files of its splits."""
 
+import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -69,6 +70,12 @@ class Manifest:
     held_out: dict[str, float] = field(default_factory=dict)
     clicks_repeat: bool = True
     format_version: int = FORMAT_VERSION
+
+    @property
+    def sessions_hash(self) -> str:
+        """Hash of the training sessions."""
+        train = {name: entry.sha256 for name, entry in self.files.items() if name.startswith("train/")}
+        return hashlib.sha256(json.dumps(train, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The manifest as the text of manifest.json, the same for the same content."""

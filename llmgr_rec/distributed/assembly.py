@@ -65,7 +65,7 @@ def assemble_reader(config: Config, catalogue: Catalogue, device: torch.device) 
     """
     decoder = assemble_decoder(replace(config, llm=replace(config.llm, dtype="float32")), device)
     if config.llm.recompute:
-        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        decoder.activation_checkpointing_enable({"use_reentrant": False})
     end = load_tokenizer(config.llm.name_or_path)(_TEXT_END, add_special_tokens=False)["input_ids"]
     texts = closed(item_tokens(config, catalogue), end[-1])
     return TextReader(decoder, texts, config.text.dim, config.text.clicks, config.text.dropout).to(device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import STAGES, Config
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.assembly import decoder_hash
@@ -51,7 +52,7 @@ def export_bundle(
     catalogue: Catalogue,
     folder: Path,
     world: World,
-    clicks_repeat: bool = True,
+    trained_on: Manifest | None = None,
     prior: NeighbourPrior | None = None,
 ) -> None:
     """Writes what a stage has made, self-contained but for the base language model.
@@ -65,8 +66,8 @@ def export_bundle(
         catalogue: The items.
         folder: RUN/export/<stage>.
         world: Ranks; all call together. Their storage is shared.
-        clicks_repeat: Whether the training sessions hold an item twice, from their data set's manifest. Where they do
-            not, scoring leaves clicked items out unless told otherwise.
+        trained_on: Manifest of its data set. Where no training session holds an item twice, scoring leaves clicked
+            items out unless told otherwise; without it that is not known.
         prior: What neighbours add to the model's scores where it ranks; rank 0's is written.
 
     Raises:
@@ -80,7 +81,7 @@ def export_bundle(
     pieces = _gather_pieces(written, world)
     weights = _gather_weights(model, world)
     on_first_rank(
-        world, lambda: _finish(model, weights, stage, config, catalogue, partial, folder, pieces, clicks_repeat, prior)
+        world, lambda: _finish(model, weights, stage, config, catalogue, partial, folder, pieces, trained_on, prior)
     )
 
 
@@ -214,7 +215,7 @@ def _finish(
     partial: Path,
     folder: Path,
     pieces: list[tuple[str, tuple[int, int], Piece]],
-    clicks_repeat: bool,
+    trained_on: Manifest | None,
     prior: NeighbourPrior | None,
 ) -> None:
     save_config(config, partial / CONFIG)
@@ -245,8 +246,9 @@ def _finish(
         pieces={name: [piece for table, _, piece in pieces if table == name] for name, *_ in pieces},
         files=files,
         versions=installed_versions(),
-        clicks_repeat=clicks_repeat,
+        clicks_repeat=trained_on is None or trained_on.clicks_repeat,
         features_hash=catalogue.features_hash,
+        sessions_hash=trained_on.sessions_hash if trained_on else "",
     )
     (partial / INDEX).write_text(index.to_json())
     # safetensors makes files that only their owner may read; they get the mode of any other new file.

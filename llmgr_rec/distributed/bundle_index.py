@@ -6,6 +6,7 @@ distillation, the student), lora/ (PEFT), prior.npz (what neighbours add to its 
 tables/<table>-r<row>-c<column>.safetensors.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
 PRIOR = "prior.npz"
 TENSOR = "weight"
+_HASH_BYTES = 1 << 22
 
 # Stages whose export answers as each model, the furthest first.
 STAGES_OF_MODEL: dict[str, tuple[StageName, ...]] = {
@@ -68,6 +70,7 @@ class BundleIndex:
         versions: Versions of the packages that wrote it.
         clicks_repeat: Whether its training sessions hold an item twice; True where it was made before this was known.
         features_hash: Hash of its items with their side features; empty where it was made before this was known.
+        sessions_hash: Hash of the sessions that it was trained on; empty where they are not known.
     """
 
     stage: str
@@ -81,6 +84,7 @@ class BundleIndex:
     versions: dict[str, str] = field(default_factory=dict)
     clicks_repeat: bool = True
     features_hash: str = ""
+    sessions_hash: str = ""
 
     def to_json(self) -> str:
         """The index as it stands in bundle.json."""
@@ -171,6 +175,17 @@ def read_index(folder: Path) -> BundleIndex:
         raise UserError(f"{file} is damaged ({error}); export the bundle again by training its stage") from None
     _check_files(folder, index)
     return index
+
+
+def bundle_hash(folder: Path) -> str:
+    """Hash of what a bundle holds: its files' names and bytes, tables by the hashes that the index keeps of them."""
+    digest = hashlib.sha256()
+    for name in sorted([*read_index(folder).files, INDEX]):
+        digest.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
+        with (folder / name).open("rb") as file:
+            while block := file.read(_HASH_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _check_files(folder: Path, index: BundleIndex) -> None:

@@ -21,6 +21,8 @@ from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.distributed.topk import NOT_NUMBERS, merge_top_k, top_k
 from llmgr_rec.errors import UserError
 
+# Place of a target that is left out: in no list, however few items there are.
+BEHIND_ALL = 1 << 30
 # Items whose vectors are made at a time.
 _CHUNK = 8192
 # Stands for "this rank's scores are not numbers" in what the ranks exchange.
@@ -113,7 +115,7 @@ class CatalogueRanker:
     ) -> Tensor:
         """How many items stand before each target, int64 [P, B], on the CPU; all ranks call together.
 
-        A target that is left out itself stands behind all items. Rows without a target (-1) get any place.
+        A target that is left out itself stands at `BEHIND_ALL`. Rows without a target (-1) get any place.
 
         Args:
             queries_BQ: Queries.
@@ -160,7 +162,7 @@ class CatalogueRanker:
         if own.isnan().any():
             raise UserError(NOT_NUMBERS)
         before = sum_over_ranks(torch.from_numpy(blended.count_before(own.numpy())), self._world)
-        return torch.where(own.isneginf(), self._num_items, before)
+        return torch.where(own.isneginf(), BEHIND_ALL, before)
 
     def _rank_with(
         self, added_YR: sparse.csr_array | None, queries_BQ: Tensor, k: int, exclude: Jagged | None

@@ -1,7 +1,7 @@
 """A few sessions with titles, for people to look at: what was clicked, what came next, what was recommended."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,22 +86,25 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Exam
             yield _example(session_id, clicks, target, [item for item in ids_K if item >= 0], titles)
 
 
-def scored_examples(scores: Path, dataset: Dataset, split: str) -> Iterator[Example]:
+def scored_examples(scores: Path, dataset: Dataset, split: str, known: Collection[str]) -> Iterator[Example]:
     """Looks up what a scoring job recommended to sessions of a split.
 
     Args:
         scores: Output folder of llmgr_rec.score.
         dataset: Prepared sessions.
         split: Which sessions.
+        known: Hashes of the models of which one has to have made it.
 
     Raises:
-        UserError: The folder is no complete scoring output, or of other sessions.
+        UserError: The folder is no complete scoring output, or of other sessions or another run.
     """
     if not (scores / "_SUCCESS").is_file():
         raise UserError(f"--scores {scores} is no complete output of llmgr_rec.score (no _SUCCESS); score again")
     job = json.loads((scores / "_manifest.json").read_text(encoding="utf-8"))
     if job["model"]["catalogue"] != dataset.manifest.catalogue_hash:
         raise UserError(f"--scores {scores} are of another catalogue than {dataset.path}; give the model's data set")
+    if job["model"]["sha256"] not in known:
+        raise UserError(f"--scores {scores} were made by a model of another run; score with this one")
     catalogue = Catalogue.load(dataset.path)
     titles = _titles(catalogue)
     known = {session_id: (clicks, target) for session_id, clicks, target in islice(_rows(dataset, split), _LOOKED_AT)}

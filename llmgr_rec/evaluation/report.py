@@ -3,13 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmgr_rec.config import STAGES
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle_index import answering_bundle, answers_as
+from llmgr_rec.distributed.bundle_index import answering_bundle, answers_as, bundle_hash, is_complete
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
@@ -53,12 +54,13 @@ def write_report(request: ReportRequest) -> Path:
         UserError: The run, or something it is to be shown with, is not there or does not belong to it.
     """
     records = _records(request.run)
-    metrics = _metrics(request)
+    known = _models(request.run)
+    metrics = _metrics(request, known)
     dataset = _dataset(request, metrics)
     split = metrics.get("split", "test")
     models: Mapping[str, Any] = metrics.get(split, {})
     _check_output(request.output)
-    examples, note = _examples(request, dataset, split)
+    examples, note = _examples(request, dataset, split, known)
     request.output.mkdir(parents=True, exist_ok=True)
     content = ReportContent(
         title=f"Session recommendation: {request.run.resolve().name}",
@@ -92,11 +94,24 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _metrics(request: ReportRequest) -> dict[str, Any]:
-    if request.metrics is not None:
-        return read_metrics(request.metrics)
-    usual = request.run / "metrics.json"
-    return read_metrics(usual) if usual.is_file() else {}
+def _metrics(request: ReportRequest, known: Collection[str]) -> dict[str, Any]:
+    file = request.metrics or request.run / "metrics.json"
+    if request.metrics is None and not file.is_file():
+        return {}
+    metrics = read_metrics(file)
+    for model, judged in metrics.get("bundles", {}).items():
+        if judged not in known:
+            raise UserError(
+                f"{file} has figures of {MODEL_NAMES[model]} that are not of a model in {request.run}; "
+                "evaluate that run (python -m llmgr_rec.evaluate), or give its own --metrics"
+            )
+    return metrics
+
+
+def _models(run: Path) -> set[str]:
+    """Hashes of a run's exports."""
+    exports = [run / "export" / stage for stage in STAGES]
+    return {bundle_hash(export) for export in exports if is_complete(export)}
 
 
 def _dataset(request: ReportRequest, metrics: Mapping[str, Any]) -> Dataset | None:
@@ -157,12 +172,14 @@ def _plots(records: list[dict[str, Any]], models: Mapping[str, Any], output: Pat
     return plots
 
 
-def _examples(request: ReportRequest, dataset: Dataset | None, split: str) -> tuple[list[Example], str]:
+def _examples(
+    request: ReportRequest, dataset: Dataset | None, split: str, known: Collection[str]
+) -> tuple[list[Example], str]:
     """Sessions to show, and what they are."""
     if dataset is None or request.sessions == 0:
         return [], ""
     if request.scores is not None:
-        source, model = scored_examples(request.scores, dataset, split), "the scored output"
+        source, model = scored_examples(request.scores, dataset, split, known), "the scored output"
     else:
         bundle = answering_bundle(request.run / "export")
         if bundle is None:

@@ -9,7 +9,7 @@ from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL, find_bundle, read_index
+from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL, bundle_hash, find_bundle, read_index
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
@@ -88,6 +88,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "protocol": f"full catalogue, ties by lower index, {ranking_rule(dataset)}",
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
+        "bundles": {name: bundle_hash(bundle) for name, bundle in bundles.items() if name in results},
         "priors": priors,
     }
     if world.rank == 0:
@@ -96,16 +97,22 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
 
 
 def check_catalogue(bundle: Path, dataset: Dataset) -> None:
-    """Compares a bundle's items with a data set's.
+    """Compares a bundle's items and training sessions with a data set's.
 
     Raises:
-        UserError: They differ, so that an index means another item.
+        UserError: Items differ, so that an index means another one; or sessions do, so that what it is tested on may be
+            what it has learned.
     """
     theirs, ours = read_index(bundle), dataset.manifest
     if theirs.catalogue_hash != ours.catalogue_hash:
         raise UserError(
             f"{bundle} was trained on another catalogue ({theirs.num_items} items, {theirs.catalogue_hash[:12]}) than "
             f"{dataset.path} holds ({ours.num_items} items, {ours.catalogue_hash[:12]}); give the data set of the run"
+        )
+    if theirs.sessions_hash not in ("", ours.sessions_hash):
+        raise UserError(
+            f"{bundle} was trained on other sessions than those in {dataset.path / 'train'}, so it may have learned "
+            "what it would be tested on; give the data set of the run"
         )
 
 

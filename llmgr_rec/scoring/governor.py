@@ -52,7 +52,11 @@ def uncertainty(scores_RK: Tensor) -> Tensor:
 
     Args:
         scores_RK: Scores of the ranked lists, best first; -inf where a list is shorter.
+
+    Returns:
+        Entropies; -inf of a list without items, of which there is nothing to be unsure.
     """
     log_shares_RK = torch.log_softmax(scores_RK.double(), dim=1)
     shares_RK = log_shares_RK.exp()
-    return -(shares_RK * log_shares_RK.masked_fill(shares_RK == 0, 0.0)).sum(dim=1).float()
+    entropy_R = -(shares_RK * log_shares_RK.masked_fill(shares_RK == 0, 0.0)).sum(dim=1).float()
+    return entropy_R.masked_fill(scores_RK.isneginf().all(dim=1), -math.inf)

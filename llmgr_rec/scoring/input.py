@@ -24,6 +24,8 @@ UnknownItems = Literal["skip", "error"]
 
 SESSION_ID = "session_id"
 ITEMS = "items"
+# Marks a folder of scores, whose files are no input.
+MANIFEST_NAME = "_manifest.json"
 
 _CACHED_GROUPS = 2
 
@@ -186,7 +188,7 @@ class SessionFiles:
 
     def _check_types(self, schema: pa.Schema, path: Path, holds_indices: bool) -> None:
         kind = schema.field(ITEMS).type
-        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        if not isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
             raise UserError(f"{path}: column {ITEMS} is {kind}, not a list of item ids")
         if holds_indices:
             theirs = schema.metadata.get(CATALOGUE_HASH_KEY, b"").decode()
@@ -232,6 +234,8 @@ class SessionFiles:
                 remedy = "write an empty list where nothing was clicked" if column == ITEMS else "give every row one"
                 raise UserError(f"{where}: column {column} holds {table[column].null_count} nulls; {remedy}")
         lists = table[ITEMS].combine_chunks()
+        if isinstance(lists.type, pa.FixedSizeListType):
+            lists = lists.cast(pa.list_(lists.type.value_type))
         offsets = np.asarray(lists.offsets, dtype=np.int64)
         # The values of a sliced list array include what lies outside of the slice.
         clicks = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
@@ -271,6 +275,8 @@ def _find_files(path: Path) -> list[tuple[Path, str]]:
         (file, file.relative_to(path).as_posix())
         for file in sorted(path.rglob("*.parquet"))
         if file.is_file() and not any(step.startswith((".", "_")) for step in file.relative_to(path).parts)
+        # What was scored before may lie beside what it was scored from.
+        if not (file.parent / MANIFEST_NAME).is_file()
     ]
     if not found:
         raise UserError(f"--input {path} holds no .parquet files; give a Parquet file or a folder with some")

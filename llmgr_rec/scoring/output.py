@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.outputs import require_writable
-from llmgr_rec.scoring.input import Part
+from llmgr_rec.scoring.input import MANIFEST_NAME, Part
 
-MANIFEST_NAME = "_manifest.json"
 SUCCESS_NAME = "_SUCCESS"
 FORMAT = "llmgr_rec.scores"
 

@@ -1,6 +1,5 @@
 """A whole scoring job: what is checked before it starts, its parts, and the mark at its end."""
 
-import hashlib
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.bundle_index import INDEX, answering_bundle, is_complete, read_index
+from llmgr_rec.distributed.bundle_index import answering_bundle, bundle_hash, is_complete, read_index
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, on_first_rank, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.build import reads_sessions
@@ -29,8 +28,6 @@ from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
 logger = logging.getLogger(__name__)
 
 LlmDType = Literal["auto", "float32", "bfloat16", "int8"]
-
-_HASH_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def score_run(request: ScoreRequest) -> Totals:
             "unknown_items": request.unknown_items,
             "part_rows": request.part_rows,
         },
-        "model": {"stage": bundle.name, "sha256": model_hash(bundle), "catalogue": catalogue.hash},
+        "model": {"stage": bundle.name, "sha256": bundle_hash(bundle), "catalogue": catalogue.hash},
     }
     folder = ScoreFolder(request.output, job, parts)
     runtime = config.runtime
@@ -156,17 +153,6 @@ def _open(folder: ScoreFolder) -> list[Part]:
     if done := len(folder.parts) - len(missing):
         logger.info("%d of %d parts are finished already", done, len(folder.parts))
     return missing
-
-
-def model_hash(bundle: Path) -> str:
-    """Hash of what a bundle holds: its files' names and bytes, tables by the hashes that the index keeps of them."""
-    digest = hashlib.sha256()
-    for name in sorted([*read_index(bundle).files, INDEX]):
-        digest.update(f"{name}\0{(bundle / name).stat().st_size}\0".encode())
-        with (bundle / name).open("rb") as file:
-            while block := file.read(_HASH_BYTES):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_numbers(request: ScoreRequest) -> None:

@@ -128,6 +128,8 @@ class Scorer:
         self._catalogue = catalogue
         self._collate = collate
         self._settings = settings
+        # Lists hold no more, whatever is asked for.
+        self._k = min(settings.k, catalogue.num_items)
         self._world = world
         self._prior = prior
         self._fallback = Popularity(catalogue.train_count_V.numpy())
@@ -169,7 +171,7 @@ class Scorer:
     def _events(self, files: SessionFiles, parts: list[Part]) -> Iterator[_Ranked | _Round | None]:
         """Each part, followed by its batches; a last None closes the last part."""
         for part in parts:
-            ranked = _Ranked(part, files.read(part), k=self._settings.k)
+            ranked = _Ranked(part, files.read(part), k=self._k)
             yield ranked
             known = np.flatnonzero(np.diff(ranked.sessions.offsets))
             yield from self._batches(ranked.sessions, known, reads=not self._governed)
@@ -221,7 +223,7 @@ class Scorer:
             assert isinstance(self._model, LLMGR)
             queries_BQ = self._model.quick_queries(batch)
         clicks = None if self._prior is None else clicks_of(batch)
-        ids_BK, scores_BK = ranker.rank(queries_BQ, self._settings.k, exclude, clicks)
+        ids_BK, scores_BK = ranker.rank(queries_BQ, self._k, exclude, clicks)
         ranked.ids_RK[piece.rows] = ids_BK[: piece.rows.numel()].cpu()
         ranked.scores_RK[piece.rows] = scores_BK[: piece.rows.numel()].float().cpu()
 
@@ -236,7 +238,7 @@ class Scorer:
         uncertainty_R = uncertainty(ranked.scores_RK).masked_fill(torch.from_numpy(ranked.is_empty_R), -math.inf)
         rows_S = self._settings.governor.choose(uncertainty_R)
         ranked.read = rows_S.numel()
-        answers = _Ranked(ranked.part, ranked.sessions, k=self._settings.k)
+        answers = _Ranked(ranked.part, ranked.sessions, k=self._k)
         for piece in read_ahead(self._batches(ranked.sessions, rows_S.numpy(), reads=True), _READ_AHEAD):
             self._rank(ranker, piece, answers)
         self._share(answers)
@@ -252,7 +254,7 @@ class Scorer:
         ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()
         empty_R = ranked.is_empty_R
         nothing = np.zeros(0, np.int64)
-        ids_RK[empty_R], scores_RK[empty_R] = self._fallback.rank(nothing, np.zeros(2, np.int64), self._settings.k)
+        ids_RK[empty_R], scores_RK[empty_R] = self._fallback.rank(nothing, np.zeros(2, np.int64), self._k)
         # A catalogue may have fewer than K items to offer.
         offered_RK = ids_RK >= 0
         offsets = pa.array(np.concatenate([[0], np.cumsum(offered_RK.sum(1))]), type=pa.int32())

@@ -53,23 +53,29 @@ class Gain:
     high: float
 
 
-def relative_gain(values: Sequence[Floats], reference: Sequence[Floats], seed: int = 0) -> Gain:
+def relative_gain(values: Sequence[Floats], reference: Sequence[Floats], seed: int = 0) -> Gain | None:
     """Paired bootstrap over sessions; what differs between seeds is averaged out of each session first.
 
     Args:
         values: A metric of the same sessions, one array [S] a seed.
         reference: The same of the reference; its number of seeds may be another.
         seed: Of the resampling.
+
+    Returns:
+        The gain; None over a reference that finds nothing. Draws of sessions in which it finds nothing do not count.
     """
     mine_S, theirs_S = np.mean(values, axis=0), np.mean(reference, axis=0)
+    if not theirs_S.any():
+        return None
     rng, size = np.random.default_rng(seed), len(mine_S)
     ratios: list[Floats] = []
     at_once = max(1, _DRAWS_AT_ONCE // size)
     for start in range(0, _RESAMPLES, at_once):
         draws = rng.integers(size, size=(min(at_once, _RESAMPLES - start), size))
-        ratios.append(mine_S[draws].mean(axis=1) / np.maximum(theirs_S[draws].mean(axis=1), 1e-12) - 1)
+        mine, theirs = mine_S[draws].mean(axis=1), theirs_S[draws].mean(axis=1)
+        ratios.append(mine[theirs > 0] / theirs[theirs > 0] - 1)
     low, high = np.percentile(np.concatenate(ratios), _TAILS)
-    return Gain(float(mine_S.mean() / max(theirs_S.mean(), 1e-12) - 1), float(low), float(high))
+    return Gain(float(mine_S.mean() / theirs_S.mean() - 1), float(low), float(high))
 
 
 def hit_rate_by_frequency(

@@ -17,7 +17,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.distributed.ranking import BEHIND_ALL, CatalogueRanker
 from llmgr_rec.evaluation.baselines import Baseline, Neighbours
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.prior import places_by_weights
@@ -100,7 +100,7 @@ def targets_of(dataset: Dataset, split: str) -> NDArray[np.int64]:
 def places(scores_BV: Tensor, targets_B: Tensor) -> Tensor:
     """How many items stand before each target: those of a higher score, and those of the same and a lower index, [B].
 
-    A target that is left out itself stands behind all V items.
+    A target that is left out itself stands at `BEHIND_ALL`.
 
     Args:
         scores_BV: Scores of all items; -inf for those left out.
@@ -109,4 +109,4 @@ def places(scores_BV: Tensor, targets_B: Tensor) -> Tensor:
     own_B1 = scores_BV.gather(1, targets_B.clamp(min=0).unsqueeze(1))
     earlier_BV = torch.arange(scores_BV.shape[1], device=scores_BV.device) < targets_B.unsqueeze(1)
     before_BV = (scores_BV > own_B1) | ((scores_BV == own_B1) & earlier_BV)
-    return (before_BV | (own_B1 == float("-inf"))).sum(dim=1)
+    return torch.where(own_B1.squeeze(1).isneginf(), BEHIND_ALL, before_BV.sum(dim=1))

@@ -78,7 +78,9 @@ def _chosen(results: Mapping[str, Any]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _gain(gain: Mapping[str, float]) -> str:
+def _gain(gain: Mapping[str, float] | None) -> str:
+    if gain is None:
+        return "none"
     return f"{gain['mean']:+.1%} [{gain['low']:+.1%} .. {gain['high']:+.1%}]"
 
 
@@ -101,17 +103,19 @@ def plot_gains(study: Study, results: Mapping[str, Any], file: Path) -> None:
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 1.2 + 0.42 * max(len(names), 1)))
         panel = figure.subplots()
+        largest = 0.0
         for shift, (metric, color) in enumerate(zip(METRICS, _COLORS, strict=True)):
-            gains = [results["variants"][name][metric]["gain"] for name in names]
-            rows = [len(names) - 1 - row + 0.22 * (1 - shift) for row in range(len(names))]
+            found = [(row, results["variants"][name][metric]["gain"]) for row, name in enumerate(names)]
+            gains = [gain for _, gain in found if gain]
+            rows = [len(names) - 1 - row + 0.22 * (1 - shift) for row, gain in found if gain]
             means = [gain["mean"] for gain in gains]
             errors: Sequence[Sequence[float]] = [
                 [max(gain["mean"] - gain["low"], 0.0) for gain in gains],
                 [max(gain["high"] - gain["mean"], 0.0) for gain in gains],
             ]
             panel.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, color=color, label=metric.upper())
-        drawn = [results["variants"][name][metric]["gain"]["mean"] for name in names for metric in METRICS]
-        if max(drawn, default=0.0) > _LINEAR:
+            largest = max([largest, *means])
+        if largest > _LINEAR:
             panel.set_xscale("symlog", linthresh=_LINEAR, linscale=_LINEAR_ROOM)
         panel.axvline(0, color="#7f8c9a", linewidth=1)
         panel.set_yticks(range(len(names)), labels[::-1])

@@ -123,7 +123,12 @@ def compare(
             values = [measure(cell.places_S) for cell in own]
             means = [float(value_S.mean()) for value_S in values]
             gain = relative_gain(values, [measure(cell.places_S) for cell in cells[against]])
-            metrics[metric] = {"mean": float(np.mean(means)), "sd": _sd(means), "seeds": means, "gain": asdict(gain)}
+            metrics[metric] = {
+                "mean": float(np.mean(means)),
+                "sd": _sd(means),
+                "seeds": means,
+                "gain": asdict(gain) if gain else None,
+            }
         variants[name] = {
             **metrics,
             "against": against,

@@ -112,9 +112,11 @@ def check_run(request: RunRequest) -> CheckedRun:
     _check_sessions(dataset, catalogue)
     stages = _stages_to_run(request)
     _check_output(request.output)
+    if _complete_stages(request.output):
+        _check_same_data(latest_bundle(request.output / "export"), dataset, catalogue)
     if stages:
         _check_order(request, stages)
-        _check_earlier_stage(request, stages[0], catalogue)
+        _check_earlier_stage(request, stages[0])
         for stage in stages:
             _check_checkpoints(request, stage, catalogue)
         if "sbr" in stages and request.config.sbr.one_pass:
@@ -185,11 +187,8 @@ def _check_order(request: RunRequest, stages: Sequence[StageName]) -> None:
         )
 
 
-def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catalogue) -> None:
-    """What the first stage goes on from is of this catalogue and of the same model."""
-    if first == "sbr":
-        return
-    bundle = latest_bundle(request.output / "export")
+def _check_same_data(bundle: Path, dataset: Dataset, catalogue: Catalogue) -> None:
+    """What is complete was trained on these items and sessions."""
     index = read_index(bundle)
     if index.catalogue_hash != catalogue.hash:
         raise UserError(
@@ -201,6 +200,19 @@ def _check_earlier_stage(request: RunRequest, first: StageName, catalogue: Catal
             f"{bundle} was trained on the same items with other words, brands or categories than {catalogue.file}; "
             "give the data set it was trained on, or another --output"
         )
+    if index.sessions_hash not in ("", dataset.manifest.sessions_hash):
+        raise UserError(
+            f"{bundle} was trained on other sessions than those in {dataset.path / 'train'}; give the data set it was "
+            "trained on, or another --output"
+        )
+
+
+def _check_earlier_stage(request: RunRequest, first: StageName) -> None:
+    """What the first stage goes on from is of the same model."""
+    if first == "sbr":
+        return
+    bundle = latest_bundle(request.output / "export")
+    index = read_index(bundle)
     before = load_config(bundle / "config.yaml")
     names = [*_RECOMMENDER_SETTINGS]
     if request.config.controls.shuffled_words:

@@ -151,8 +151,8 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     kept = context.run / _NEIGHBOURS
     settled = settle(stage, inner, config, context.dataset, context.catalogue, world, kept, rare_rows)
     config = replace(config, tables=replace(config.tables, neighbour_clicks=settled.clicks))
-    repeat = context.dataset.manifest.clicks_repeat
-    export_bundle(inner, stage, config, context.catalogue, context.run / "export" / stage, world, repeat, settled.prior)
+    folder, manifest = context.run / "export" / stage, context.dataset.manifest
+    export_bundle(inner, stage, config, context.catalogue, folder, world, manifest, settled.prior)
     if settled.told:
         # After the export, which a resumed run does not make again, so that nothing is told twice.
         context.journal.write(stage, position.step, split="prior", **settled.told)

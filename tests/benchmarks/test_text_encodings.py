@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import text_encodings
 from llmgr_rec.cli import run_cli
+from llmgr_rec.distributed.ranking import BEHIND_ALL
 from llmgr_rec.evaluation.protocol import as_it_is, split_reader
 from tests.small_run import small_run, without_repeats
 
@@ -42,7 +43,7 @@ def test_places_are_those_of_a_plain_loop(data):
                 scores += text_encodings.DECAY**back * near
             if not dataset.manifest.clicks_repeat:
                 scores[clicks] = -torch.inf
-            expected.append(int((scores > scores[target]).sum()) if scores[target] > -torch.inf else len(scores))
+            expected.append(int((scores > scores[target]).sum()) if scores[target] > -torch.inf else BEHIND_ALL)
     np.testing.assert_allclose(text_encodings.rank(encodings_VH, dataset), expected, atol=1)
 
 

@@ -117,6 +117,13 @@ def test_null(folder: Path, column: str) -> None:
     assert_names(refused(folder), "interactions.parquet, row group 1, row 45", f"column {column} is null (2 in all)")
 
 
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+def test_empty_id(folder: Path, column: str) -> None:
+    values = pq.read_table(folder / "interactions.parquet")[column].to_pylist()
+    write(folder, **{column: ["" if n in (45, 50) else value for n, value in enumerate(values)]})
+    assert_names(refused(folder), "interactions.parquet, row group 1, row 45", f"column {column} is empty (2 in all)")
+
+
 def test_null_item_id_in_the_catalogue(folder: Path) -> None:
     write_items(folder / "items.parquet", ["i0", None])
     assert_names(refused(folder), "items.parquet, row group 0, row 1", "column item_id is null")

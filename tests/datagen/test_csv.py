@@ -76,6 +76,26 @@ def test_large_times_are_kept_exactly(tmp_path: Path) -> None:
     assert interactions(tmp_path / "out") == [("u", "b", 1706702400123456788), ("u", "a", 1706702400123456789)]
 
 
+def test_times_with_fractions_keep_their_order(tmp_path: Path) -> None:
+    _run(tmp_path, write(tmp_path / "log.csv", "at,who,sku\n45321.75,u,a\n45321.5,u,b\n45322,u,c\n"))
+    assert interactions(tmp_path / "out") == [("u", "b", 45321500000), ("u", "a", 45321750000), ("u", "c", 45322000000)]
+
+
+def test_blank_lines_before_the_header_are_passed_over(tmp_path: Path) -> None:
+    shop = write(tmp_path / "shop.csv", "\n \n" + SHOP)
+    _run(tmp_path, write(tmp_path / "log.csv", "\n" + LOG), "--items", str(shop), *TEXTS)
+    assert [row["item_id"] for row in items(tmp_path / "out")] == ["a", "b"]
+    assert len(interactions(tmp_path / "out")) == 4
+
+
+def test_ids_lose_the_same_blanks_in_both_files(tmp_path: Path) -> None:
+    shop = write(tmp_path / "shop.csv", SHOP)
+    log = write(tmp_path / "log.csv", "at,who,sku\n1,u ,a\t\n2,\tu, b\n")
+    _run(tmp_path, log, "--items", str(shop), *TEXTS)
+    assert interactions(tmp_path / "out") == [("u", "a", 1), ("u", "b", 2)]
+    assert len(items(tmp_path / "out")) == 2
+
+
 @pytest.mark.parametrize(
     ("log", "options", "message"),
     [
@@ -93,6 +113,8 @@ def test_large_times_are_kept_exactly(tmp_path: Path) -> None:
         ("at,who,sku\n2024-01-31,u,a\nlater,u,b\n", [], r"log\.csv: row 2: at is no date like 2024"),
         ("at,who,sku\n5,u,a\n2024-01-31,u,b\n", [], r"log\.csv: row 2: at is no number"),
         ("at,who,sku,at\n", [], r"column 'at' stands twice"),
+        ("at,who,sku,Who\n", [], r"column 'who' stands twice"),
+        ("at,who,sku\r1,u,a\r2,u,b\r", [], r"log\.csv: line 1: .*; end each line with a line feed"),
         ("at,who,sku\n", [], r"nothing to convert: it has no rows"),
         ("", [], r"log\.csv is empty"),
     ],

@@ -10,6 +10,7 @@ from scipy import sparse
 from torch import Tensor
 
 from llmgr_rec.distributed.blended_places import BlendedScores
+from llmgr_rec.distributed.ranking import BEHIND_ALL
 from llmgr_rec.study.judge import places
 
 WEIGHTS = [*product((0.0, 0.5, 2.0), repeat=2), (-1.0, 0.25)]
@@ -54,10 +55,10 @@ def test_places_are_those_of_dense_sums(whole: bool, density: float, cuts: tuple
     ]
     own_WB = np.sum([part.of_targets() for part in parts], axis=0)
     before_WB = np.sum([part.count_before(own_WB) for part in parts], axis=0)
-    found = torch.from_numpy(np.where(np.isneginf(own_WB), ITEMS, before_WB))
+    found = torch.from_numpy(np.where(np.isneginf(own_WB), BEHIND_ALL, before_WB))
     expected = torch.stack([places(total, targets) for total in dense(scores, added, WEIGHTS)])
     assert torch.equal(found, expected)
-    assert (expected == ITEMS).any()
+    assert (expected == BEHIND_ALL).any()
     assert density == 0 or len(expected.unique(dim=0)) > 2, "the weights change nothing"
 
 
@@ -65,7 +66,7 @@ def test_a_model_alone_has_one_set_of_no_weights() -> None:
     scores, _, targets = some(0.0, whole=True)
     blended = BlendedScores(scores.numpy(), [], targets.numpy(), [()])
     own_WB = blended.of_targets()
-    found = np.where(np.isneginf(own_WB), ITEMS, blended.count_before(own_WB))
+    found = np.where(np.isneginf(own_WB), BEHIND_ALL, blended.count_before(own_WB))
     np.testing.assert_array_equal(found[0], places(scores, targets).numpy())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from llmgr_rec.config import Config, LLMConfig, PromptConfig, TablesConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, make_collator
 from llmgr_rec.distributed.bundle import load_bundle, load_weights
 from llmgr_rec.distributed.bundle_export import export_bundle
@@ -67,6 +68,24 @@ def sessions(catalogue: Catalogue) -> SessionBatch:
     return make_collator(config(), catalogue, "rank", language=True)(raw)
 
 
+def manifest() -> Manifest:
+    """Of training sessions that repeat no click."""
+    return Manifest(
+        num_items=NUM_ITEMS,
+        num_sessions={},
+        num_examples={},
+        split="temporal",
+        max_length=50,
+        min_interactions=0,
+        prefix_augmentation=[],
+        features={},
+        has_text=True,
+        catalogue_hash="",
+        files={},
+        clicks_repeat=False,
+    )
+
+
 @torch.no_grad()
 def answers(model: SessionRecommender | LLMGR, catalogue: Catalogue) -> tuple[Tensor, Tensor]:
     """Queries of some sessions and vectors of all items."""
@@ -103,7 +122,7 @@ def export_rank(world: World, dataset: str, run: str) -> list[tuple[Tensor, Tens
     assert "text_tables.embedding_bags.item_text.weight" in left
     assert not any("recommender" in name for name in left), left
     found.append(answers(llmgr, catalogue))
-    export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world, clicks_repeat=False)
+    export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world, manifest())
     with pytest.raises(UserError, match="already"):
         export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world)
     return found

@@ -184,7 +184,7 @@ def test_places_are_those_of_the_whole_catalogue_at_any_number_of_ranks(ranks: i
                 order = total.argsort(dim=1, descending=True, stable=True)
                 expected = (order == targets_B1).float().argmax(1)
                 left_out = total.gather(1, targets_B1).squeeze(1).isneginf()
-                assert torch.equal(places, torch.where(left_out, num_items, expected))
+                assert torch.equal(places, torch.where(left_out, ranking.BEHIND_ALL, expected))
             assert len(found.unique(dim=0)) == len(PLACED_WEIGHTS)
 
 

@@ -16,6 +16,12 @@ def test_uncertainty_is_the_entropy_of_the_list():
     torch.testing.assert_close(uncertainty(scores_RK + 7), uncertainty(scores_RK))
 
 
+def test_a_list_without_items_is_never_read():
+    scores_RK = torch.tensor([[-math.inf, -math.inf], [2.0, 1.0], [1.0, -math.inf]])
+    assert uncertainty(scores_RK)[0] == -math.inf
+    assert Governor(0.5).choose(uncertainty(scores_RK)).tolist() == [1, 2]
+
+
 @given(st.lists(st.floats(0, 5, width=32), max_size=20), st.floats(0, 1), st.integers(0, 5))
 def test_a_budget_takes_the_least_sure(values, budget, empty):
     uncertainty_R = torch.tensor([*values, *[-math.inf] * empty])

@@ -95,6 +95,22 @@ def test_indices_of_another_catalogue_or_out_of_range(tmp_path):
             files.check(lambda rows: None)
 
 
+def test_lists_of_a_fixed_size_are_lists(tmp_path):
+    clicks = [["i1", "i2"], ["i3", "i1"]]
+    for name, kind in (("list", pa.list_(pa.string())), ("fixed", pa.list_(pa.string(), 2))):
+        score(write_sessions(tmp_path / f"{name}.parquet", pa.array(clicks, kind)), tmp_path / name)
+    plain, fixed = (pq.read_table(tmp_path / name / "part-00000.parquet") for name in ("list", "fixed"))
+    assert fixed["item_ids"].equals(plain["item_ids"])
+
+
+def test_scores_beside_their_sessions_are_no_input(tmp_path, monkeypatch):
+    write_sessions(tmp_path / "in" / "a.parquet", GOOD)
+    score(tmp_path / "in", tmp_path / "in" / "scores")
+    before = sorted(path.name for path in (tmp_path / "in" / "scores").iterdir())
+    score(tmp_path / "in", tmp_path / "in" / "scores")
+    assert sorted(path.name for path in (tmp_path / "in" / "scores").iterdir()) == before
+
+
 def test_foreign_output_folders_are_left_alone(tmp_path):
     source = write_sessions(tmp_path / "in.parquet", GOOD)
     (tmp_path / "out").mkdir()

@@ -85,6 +85,12 @@ def test_each_row_gets_what_ranking_it_alone_gives(tmp_path, stage, k, exclude_s
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_text()) == vars(totals)
 
 
+def test_a_list_is_as_long_as_the_catalogue_however_many_items_are_asked_for(tmp_path):
+    source = write_sessions(tmp_path / "in.parquet", [["i1"], []])
+    score_run(request(source, tmp_path / "out", k=1_000_000_000, exclude_seen=False))
+    assert [len(row["item_ids"]) for row in read_scores(tmp_path / "out")] == [NUM_ITEMS, NUM_ITEMS]
+
+
 @pytest.mark.parametrize(
     ("option", "clicks_repeat", "excludes"),
     [

@@ -30,6 +30,13 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says():
     assert 180 <= inside <= 199
 
 
+def test_there_is_no_gain_over_what_finds_nothing():
+    assert relative_gain([np.array([1.0, 0.0])], [np.zeros(2)]) is None
+    rare = np.array([1.0, *[0.0] * 9])
+    gain = relative_gain([2 * rare], [rare])
+    assert (gain.mean, gain.low, gain.high) == pytest.approx((1, 1, 1))
+
+
 def test_seeds_are_averaged_within_a_session():
     rng = np.random.default_rng(0)
     one, other = rng.random(300), rng.random(300)

@@ -12,6 +12,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.bundle_index import read_index
+from llmgr_rec.distributed.ranking import BEHIND_ALL
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import clicked_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
@@ -251,7 +252,7 @@ def test_places_are_those_of_the_list():
 
 def test_a_target_that_is_left_out_stands_behind_all():
     scores = torch.tensor([[1.0, -torch.inf, -torch.inf, 0.0], [2.0, 1.0, -torch.inf, 3.0]])
-    assert places(scores, torch.tensor([1, 1])).tolist() == [4, 2]
+    assert places(scores, torch.tensor([1, 1])).tolist() == [BEHIND_ALL, 2]
 
 
 def test_targets_stand_in_the_order_of_the_split():

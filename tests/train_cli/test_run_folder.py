@@ -131,6 +131,17 @@ def test_a_run_of_another_catalogue_is_refused(
     assert re.search(rf"{where} another catalogue .*; give the data set", refused("--resume", dataset=other_dataset))
 
 
+@pytest.mark.parametrize("done", [["sbr"], ["sbr", "align", "behave"]])
+def test_a_run_of_other_training_sessions_is_refused(
+    refused: Refused, finished: Path, tmp_path: Path, done: list[str]
+) -> None:
+    begun(refused.output, finished, done, [])
+    shutil.copytree(small_dataset(), tmp_path / "later")
+    edit_manifest(tmp_path / "later", lambda manifest: manifest["files"]["train/part-00000.parquet"].update(sha256="x"))
+    expected = rf"export/{done[-1]} was trained on other sessions than those in .*later/train; give the data set"
+    assert re.search(expected, refused("--resume", dataset=tmp_path / "later"))
+
+
 @pytest.mark.parametrize("done", [[], ["sbr"]])
 def test_a_run_whose_words_were_numbered_otherwise_is_refused(
     refused: Refused, finished: Path, tmp_path: Path, done: list[str]

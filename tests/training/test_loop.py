@@ -16,6 +16,7 @@ from llmgr_rec.config import Config
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.shards import local_shards
+from llmgr_rec.modules import build
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import LossAndParts, SbrTask
 from llmgr_rec.training import loop, stages
@@ -135,15 +136,15 @@ def observe(
         ends(self, position)
 
     ends = StageLoop._end_epoch
-    before = (stages.evaluate_model, stages.export_bundle, stages.SbrTask)
-    stages.evaluate_model, stages.export_bundle, stages.SbrTask = validate, export, task
+    before = (stages.evaluate_model, stages.export_bundle, build.SbrTask)
+    stages.evaluate_model, stages.export_bundle, build.SbrTask = validate, export, task
     StageLoop._end_epoch = end_epoch  # type: ignore[method-assign]
     try:
         train(world, config, run, dataset, resume=True)
     except Exception as error:
         seen.error = f"{type(error).__name__}: {error}"
     finally:
-        stages.evaluate_model, stages.export_bundle, stages.SbrTask = before
+        stages.evaluate_model, stages.export_bundle, build.SbrTask = before
         StageLoop._end_epoch = ends  # type: ignore[method-assign]
     return seen
 

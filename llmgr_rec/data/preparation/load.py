@@ -195,7 +195,7 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
 
 
 def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -> None:
-    """Raises a `UserError` at the first null, and at the first negative number, of each column."""
+    """Raises a `UserError` at the first null, empty text and negative number of each column."""
     tests: list[tuple[str, str, Callable[[str], str]]] = []
     for column in columns:
         tests.append((column, f"{column} IS NULL", lambda count: f"is null ({count} in all); fill or delete such rows"))
@@ -214,6 +214,10 @@ def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -
             years = f"{column} NOT BETWEEN TIMESTAMP '1678-01-01' AND TIMESTAMP '2262-01-01'"
             tests.append(
                 (column, years, lambda count: f"is no time from 1678 to 2261 ({count} rows in all); correct it")
+            )
+        if source.types[column] == "string" and column != "items":
+            tests.append(
+                (column, f"{column} = ''", lambda count: f"is empty ({count} in all); fill or delete such rows")
             )
         if source.types[column] == "int64":
             tests.append((column, negative, lambda count: f"is negative ({count} rows in all); give numbers from 0 on"))
