@@ -1,4 +1,4 @@
-"""Small sums over ranks."""
+"""Small tensors that ranks bring together."""
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,12 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
     if world.size > 1:
         dist.all_reduce(values)
     return values
+
+
+def take_from_first_rank(values: torch.Tensor, world: World) -> None:
+    """Makes a tensor on all ranks what it is on the first; all must call together."""
+    if world.size > 1:
+        dist.broadcast(values, 0)
 
 
 def mean_over_ranks(values: dict[str, torch.Tensor], world: World) -> dict[str, float]:

@@ -34,6 +34,7 @@ from llmgr_rec.distributed.bundle import load_weights
 from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.distributed.bundle_index import CONFIG, latest_bundle
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.reduce import take_from_first_rank
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
@@ -211,6 +212,9 @@ def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, Session
     recommender = assemble_recommender(config, context.catalogue, "meta", width, True, world.device)
     if (text_reader := text_reader_of(recommender)) is not None:
         text_reader.whiten(_some_items(config, context.catalogue))
+        # Other processors round otherwise, and nothing else would bring these together.
+        for statistic in (text_reader.mean_H, text_reader.map_HK):
+            take_from_first_rank(statistic, world)
     model = _shard("text", recommender, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
     if encodings is not None:
