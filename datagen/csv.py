@@ -3,7 +3,8 @@ r"""Any delimited text file with a header line, columns named on the command lin
     python -m datagen.csv --interactions log.csv --user_column user --item_column sku --time_column at \
         --items products.csv --title_column name --output data/shop
 
-Times are whole numbers of any unit, or ISO dates and times (then milliseconds since 1970, UTC, are written).
+Times are numbers of any unit (millionths of it are written where some have fractions), or ISO dates and times (then
+milliseconds since 1970, UTC, are written).
 """
 
 import logging
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--interactions", type=str, required=True, help="file with a header line (.gz too)")
     parser.add_argument("--user_column", type=str, required=True, help="column with the user or session")
     parser.add_argument("--item_column", type=str, required=True, help="column with the item, in both files")
-    parser.add_argument("--time_column", type=str, required=True, help="column with a whole number or an ISO date")
+    parser.add_argument("--time_column", type=str, required=True, help="column with numbers, or with ISO dates")
     parser.add_argument("--rating_column", type=str | None, default=None, help="column that --min_rating looks at")
     parser.add_argument("--min_rating", type=float | None, default=None, help="leave out lower ratings")
     parser.add_argument("--items", type=str | None, default=None, help="file with the items; may be the same file")

@@ -176,7 +176,8 @@ class LossConfig:
         full_softmax_max_items: Largest catalogue scored whole in training; above it, softmax over sampled items.
         sampled_items: Log-uniform negatives a step, beside the targets of the batch, when the softmax is sampled.
         dtype: Number format of the products with the items in stage sbr; auto takes bfloat16 where the processor
-            multiplies it natively. It rounds a score by up to 1 in 256; float32 gives the same on any number of ranks.
+            multiplies it natively. It rounds a score by up to 1 in 256; float32 gives the same on any number of
+            ranks, to about 1e-5.
     """
 
     full_softmax_max_items: int = 200_000

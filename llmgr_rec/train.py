@@ -66,7 +66,9 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
     parser.add_argument(
         "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
     )
-    parser.add_argument("--output", type=str, help="Run folder to create; default runs/ID of the launch.")
+    parser.add_argument(
+        "--output", type=str, help="Run folder to create; default runs/ID of the launch, or runs/train-TIME."
+    )
     parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to run.")
     parser.add_argument(
         "--resume",

@@ -70,7 +70,7 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
     """Builds the model of a bundle.
 
     Args:
-        path: A bundle, or a run (folder), whose furthest bundle is taken.
+        path: A bundle, or a run (folder), of which the bundle that answers is taken; see `resolve_bundle`.
         world: Ranks to shard the tables over, a single one too: sharded pooling differs from plain torch's in the last
             bit, and results must not depend on the number of ranks. None makes a plain torch module, for which
             torch.distributed need not be initialised. All ranks call together.

@@ -82,6 +82,8 @@ class Identity:
             for name, value in _flatten(asdict(config))
             if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
         }
+        if stage == "distill":
+            settings["behave.one_pass"] = config.behave.one_pass
         if stage not in ("sbr", "text"):
             # What the prompts say, and not the name of a file that may have been edited since.
             settings["prompt.templates"] = _wording(config.prompt.templates)

@@ -285,6 +285,14 @@ def test_identity_knows_the_number_format_that_auto_stands_for(monkeypatch: pyte
     assert found("behave", True) == {"llm.dtype": "float32"}
 
 
+def test_a_student_reads_as_the_language_model_did() -> None:
+    config = Config()
+    before = {stage: Identity.of(stage, "c", config, CPU) for stage in ("sbr", "distill")}
+    config.behave.one_pass = True
+    assert Identity.of("distill", "c", config, CPU) != before["distill"]
+    assert Identity.of("sbr", "c", config, CPU) == before["sbr"]
+
+
 def test_identity_of_a_text_tower_knows_no_reader() -> None:
     config = Config()
     settings = Identity.of("text", "c", config, CPU).settings
