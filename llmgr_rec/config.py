@@ -63,6 +63,8 @@ class TablesConfig:
 class EncoderConfig:
     """Session encoder: reads a session graph into node states and one session vector.
 
+    What other values of dropout, score, temperature, steps and attention_layers cost is in docs/results/choices.md.
+
     Args:
         name: Registered encoder; GC-SAN ranks best of the five with words and neighbours on Amazon Industrial
             (docs/results/item-text-parts.md).
