@@ -35,10 +35,9 @@ def main(argv: Sequence[str]) -> None:
 
     from llmgr_rec.study.run import StudyRequest, run_study
 
-    output = Path(arguments.output)
-    request = StudyRequest(arguments.recipe, Path(arguments.dataset), output, seeds, arguments.split)
+    request = StudyRequest(arguments.recipe, Path(arguments.dataset), Path(arguments.output), seeds, arguments.split)
     print(run_study(request))
-    print(f"written: {output / Path(arguments.recipe).stem}.md, .json and plots")
+    print(f"written: {request.file('md')}, .json and plots")
 
 
 def _numbers(text: str) -> list[int]:

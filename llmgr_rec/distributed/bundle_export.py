@@ -275,4 +275,6 @@ def _save_lora(model: LLMGR, weights: dict[str, Tensor], folder: Path, base_name
     settings = json.loads(settings_file.read_text())
     # PEFT writes where the base was on this machine.
     settings["base_model_name_or_path"] = base_name
+    # It keeps them as a set, whose order is another in every process.
+    settings["target_modules"] = sorted(settings["target_modules"])
     settings_file.write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from llmgr_rec import __version__
@@ -171,35 +173,45 @@ class Bench:
 
     def _export_again(self, trained: Path, config: Config, run: Path) -> float:
         """Exports a finished recommender with its rare rows drawn, and else as it was trained."""
-        if not (run / "config.yaml").is_file():
-            shutil.rmtree(run, ignore_errors=True)
-            run.mkdir(parents=True)
+
+        def begin() -> None:
+            run.mkdir()
             # A recommender that is left untrained has none.
             if (trained / "checkpoints").is_dir():
                 shutil.copytree(trained / "checkpoints", run / "checkpoints", copy_function=os.link)
             as_trained = load_config(trained / "config.yaml")
             save_config(replace(as_trained, tables=config.tables), run / "config.yaml")
-        return self._train(config, run)
+
+        return self._train(config, run, begin)
 
     def _train_on(self, before: Path, config: Config, run: Path) -> float:
         """Trains what a finished run lacks, in a folder of its own."""
-        if not (run / "config.yaml").is_file():
-            shutil.rmtree(run, ignore_errors=True)
+
+        def begin() -> None:
             shutil.copytree(before / "export", run / "export", copy_function=os.link)
             save_config(config, run / "config.yaml")
-        return self._train(config, run)
 
-    def _train(self, config: Config, run: Path) -> float:
+        return self._train(config, run, begin)
+
+    def _train(self, config: Config, run: Path, begin: Callable[[], None] | None = None) -> float:
+        """Trains what a run lacks, which `begin` begins; a study beside this one waits, and finds it done."""
         done = run / "seconds"
-        if not done.is_file():
-            started = time.monotonic()
-            if resume := (run / "config.yaml").is_file():
-                # Another recipe may have begun it, with other settings of stages that come later.
-                config = load_config(run / "config.yaml")
-            texts = self._folder / "item_text"
-            train_run(RunRequest(config, self._dataset.path, run, "all", resume, item_text=texts))
-            done.write_text(f"{time.monotonic() - started:.1f}\n")
-        return float(done.read_text())
+        locks = self._folder / "locks"
+        for folder in (locks, run.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / run.name):
+            if not done.is_file():
+                started = time.monotonic()
+                if begin and not (run / "config.yaml").is_file():
+                    shutil.rmtree(run, ignore_errors=True)
+                    begin()
+                if resume := (run / "config.yaml").is_file():
+                    # Another recipe may have begun it, with other settings of stages that come later.
+                    config = load_config(run / "config.yaml")
+                texts = self._folder / "item_text"
+                train_run(RunRequest(config, self._dataset.path, run, "all", resume, item_text=texts))
+                done.write_text(f"{time.monotonic() - started:.1f}\n")
+            return float(done.read_text())
 
     def _key(self, *parts: Any) -> str:
         known = [__version__, asdict(self._dataset.manifest), *parts]

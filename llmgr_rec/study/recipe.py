@@ -122,6 +122,17 @@ def _settings_parser() -> "ArgumentParser":
     return parser
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Reads YAML, and refuses a key that stands twice, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Makes a dictionary."""
+        own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in own if own.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands twice{node.start_mark}; rename or remove one")
+        return super().construct_mapping(node, deep)
+
+
 def study_names() -> list[str]:
     """Names of the experiments shipped with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -140,7 +151,7 @@ def load_study(name: str) -> Study:
     if not file.is_file():
         raise UserError(f"no experiment or YAML file named {name}{near_miss(name, study_names())}")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = _EachKeyOnce(file.read_text()).get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict) or not content["variants"]:
@@ -189,6 +200,8 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
     for setting, choices in variant.grid.items():
         if not isinstance(choices, list) or not choices:
             raise UserError(f"{where}: grid needs a list of values for {setting}, such as [64, 128]")
+    if variant.settings and not variant.trains:
+        raise UserError(f"{where}: settings are for models that are trained; leave them out")
     if variant.grid and not variant.trains:
         raise UserError(f"{where}: grid is for models that are trained; leave it out")
     return variant

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
 from llmgr_rec.evaluation.protocol import check_baselines
@@ -39,9 +40,14 @@ class StudyRequest:
     seeds: Sequence[int]
     split: str = "test"
 
+    def file(self, kind: str, part: str = "") -> Path:
+        """A file of results: OUTPUT/RECIPE.md and the like, of validation sessions OUTPUT/RECIPE-valid.md."""
+        split = "" if self.split == "test" else f"-{self.split}"
+        return self.output / f"{Path(self.recipe).stem}{split}{part}.{kind}"
+
 
 def run_study(request: StudyRequest) -> str:
-    """Trains and judges what is missing, and writes OUTPUT/RECIPE.json, .md and two plots.
+    """Trains and judges what is missing, and writes OUTPUT/RECIPE.json, .md and two plots; RECIPE-valid of that split.
 
     Returns:
         The table, Markdown.
@@ -56,6 +62,10 @@ def run_study(request: StudyRequest) -> str:
     for split in ("valid", request.split):
         if not dataset.manifest.num_sessions[split]:
             raise UserError(f"{dataset.path} has no {split} sessions to judge by; prepare it with another --split")
+    _refuse_other_data(request.file("json"), dataset)
+    for variant in study.variants:
+        if variant.trains:
+            choose_device(study.settings_of(variant.points()[0], seed=0).runtime.device)
     catalogue = Catalogue.load(dataset.path)
     check_baselines({variant.model for variant in study.variants}, catalogue)
     bench = Bench(request.output, dataset, request.split)
@@ -70,11 +80,10 @@ def run_study(request: StudyRequest) -> str:
     for name, tried in choices.items():
         results["variants"][name]["grid"] = tried
     text = table(study, results)
-    name = Path(request.recipe).stem
-    _write(request.output / f"{name}.json", json.dumps(results, indent=2) + "\n")
-    _write(request.output / f"{name}.md", text)
-    plot_gains(study, results, request.output / f"{name}-gains.svg")
-    plot_cold(results, request.output / f"{name}-cold.svg")
+    _write(request.file("json"), json.dumps(results, indent=2) + "\n")
+    _write(request.file("md"), text)
+    plot_gains(study, results, request.file("svg", "-gains"))
+    plot_cold(results, request.file("svg", "-cold"))
     return text
 
 
@@ -141,6 +150,7 @@ def compare(
         "title": study.title,
         "reference": study.reference,
         "split": split,
+        "dataset": {"path": str(dataset.path.resolve()), "sessions_hash": dataset.manifest.sessions_hash},
         "sessions": len(train_count_S),
         "items": catalogue.num_items,
         "chance_hr@20": min(K / catalogue.num_items, 1.0),
@@ -148,6 +158,15 @@ def compare(
         "ranking": ranking_rule(dataset),
         "variants": variants,
     }
+
+
+def _refuse_other_data(file: Path, dataset: Dataset) -> None:
+    """A table is only replaced by another of the same data."""
+    before = json.loads(file.read_text()).get("dataset") if file.is_file() else None
+    if before and before["sessions_hash"] != dataset.manifest.sessions_hash:
+        raise UserError(
+            f"--output {file.parent} holds {file.stem} of another data set, {before['path']}; give another --output"
+        )
 
 
 def _sd(values: Sequence[float]) -> float:

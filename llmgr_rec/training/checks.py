@@ -24,6 +24,8 @@ from llmgr_rec.outputs import require_writable
 from llmgr_rec.recipes import load_config
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 
+# File of a run folder that a process holds while it trains there.
+LOCK = ".lock"
 # Settings that decide the shape or the meaning of the weights which a stage takes over from the one before.
 _RECOMMENDER_SETTINGS = (
     "tables.dim",
@@ -163,7 +165,8 @@ def _complete_stages(output: Path) -> set[StageName]:
 def _check_output(output: Path) -> None:
     """The folder is absent, empty or a run, and can be written to."""
     require_writable(output)
-    if output.exists() and any(output.iterdir()) and not (output / "config.yaml").is_file():
+    held = [path for path in output.iterdir() if path.name != LOCK] if output.exists() else []
+    if held and not (output / "config.yaml").is_file():
         raise UserError(f"output folder {output} is not empty and is no training run; give another --output")
 
 

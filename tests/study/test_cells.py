@@ -2,22 +2,27 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
+from filelock import FileLock
 
 from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.errors import UserError
 from llmgr_rec.experiments import main
 from llmgr_rec.study import cells
 from llmgr_rec.study.recipe import load_study
-from tests.small_run import small_run, write_log
+from tests.small_run import prepare_small, small_run, write_log
 
 
 def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch):
@@ -125,6 +130,35 @@ def test_baselines_of_studies_side_by_side_are_written_without_a_clash(tmp_path)
     again = cells.Bench(folder, dataset, "test").cell(study, study.variants[0], 0)
     assert np.array_equal(cell.places_S, again.places_S)
     assert other.read_bytes() == b"half"
+
+
+def test_tables_of_both_splits_stand_side_by_side_and_none_is_replaced_by_one_of_other_sessions(tmp_path):
+    file = tmp_path / "counts.yaml"
+    file.write_text("variants: {popular: {model: popularity}}\n")
+    words = ["--recipe", str(file), "--output", str(tmp_path / "out"), "--dataset"]
+    main([*words, str(small_run().dataset.path)])
+    main([*words, str(small_run().dataset.path), "--split", "valid"])
+    tables = [(tmp_path / "out" / f"{name}.md").read_text() for name in ("counts", "counts-valid")]
+    assert ["90 test sessions" in table for table in tables] == [True, False]
+    other = prepare_small(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match=r"out holds counts of another data set, .*; give another --output"):
+        main([*words, str(other.path)])
+
+
+def test_a_study_takes_over_what_another_one_trains_meanwhile(tmp_path, monkeypatch):
+    bench = cells.Bench(tmp_path, small_run().dataset, "test")
+    run = tmp_path / "runs" / "sbr-x"
+    run.mkdir(parents=True)
+    monkeypatch.setattr(cells, "train_run", lambda *_: pytest.fail("trained twice"))
+    (tmp_path / "locks").mkdir()
+    lock = FileLock(tmp_path / "locks" / run.name)
+    with ThreadPoolExecutor(1) as pool, lock:
+        found = pool.submit(bench._train, Config(), run)
+        time.sleep(0.5)
+        assert not found.done()
+        (run / "seconds").write_text("3.5")
+        lock.release()
+        assert found.result(timeout=20) == 3.5
 
 
 def test_an_untrained_recommender_may_have_its_rare_rows_drawn(tmp_path):

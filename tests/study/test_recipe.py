@@ -100,6 +100,11 @@ def test_a_grid_has_a_point_for_each_combination():
         ),
         ("variants: {aa: {}, b: {against: zz}}\n", "against zz is none of its variants; known: aa, b"),
         ("variants: {a: {}, b: {against: b}}\n", "variant b: it has no gain against itself"),
+        ("variants:\n  a: {model: sbr}\n  a: {model: item_knn}\n", "a stands twice"),
+        (
+            "variants: {a: {model: item_knn, settings: {sbr.epochs: 3}}}\n",
+            "variant a: settings are for models that are",
+        ),
         (
             "settings: {prior.neighbours: [item_knn]}\nvariants: {a: {}}\n",
             "variant a: an experiment adds neighbours by itself; leave prior.neighbours out",

@@ -108,14 +108,14 @@ def log(folder, **settings):
 
 
 def test_an_experiment_on_held_out_items(tmp_path):
-    (tmp_path / "e.yaml").write_text(RECIPE.replace("  GNN: {model: sbr}\n", ""))
     for name, options in (("plain", {}), ("held-out", {"hold_out_items": 0.2})):
+        (tmp_path / f"of-{name}.yaml").write_text(RECIPE.replace("  GNN: {model: sbr}\n", ""))
         log(tmp_path, output=str(tmp_path / name), **options)
-        words = ["--recipe", str(tmp_path / "e.yaml"), "--dataset", str(tmp_path / name)]
+        words = ["--recipe", str(tmp_path / f"of-{name}.yaml"), "--dataset", str(tmp_path / name)]
         main([*words, "--output", str(tmp_path / "out"), "--seeds", "0"])
-        results = json.loads((tmp_path / "out" / "e.json").read_text())
+        results = json.loads((tmp_path / "out" / f"of-{name}.json").read_text())
         assert ("0" in results["variants"]["Text-kNN"]["hr@20_by_train_count"]) == bool(options)
-        assert ("targets of 0 training" in (tmp_path / "out" / "e.md").read_text()) == bool(options)
+        assert ("targets of 0 training" in (tmp_path / "out" / f"of-{name}.md").read_text()) == bool(options)
         assert results["chance_hr@20"] == pytest.approx(20 / 30)
     # The catalogue is the same, the data set is not: nothing of the one was taken for the other.
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 4

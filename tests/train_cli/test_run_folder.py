@@ -9,7 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 
+from llmgr_rec.training.checks import LOCK
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
     edit_manifest,
@@ -107,6 +109,12 @@ def test_a_run_goes_on_with_its_own_settings(
 ) -> None:
     begun(refused.output, finished, done, started)
     assert re.search(message, refused("--resume", *words))
+
+
+def test_a_run_that_another_process_trains_is_left_alone(refused: Refused, finished: Path) -> None:
+    begun(refused.output, finished, ["sbr"], [])
+    with FileLock(refused.output / LOCK):
+        assert "another process is training in" in refused("--resume")
 
 
 @pytest.fixture(scope="session")
