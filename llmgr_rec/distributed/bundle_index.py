@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr_rec.config import STAGES, StageName
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 
 FORMAT_VERSION = 1
@@ -175,6 +176,26 @@ def read_index(folder: Path) -> BundleIndex:
         raise UserError(f"{file} is damaged ({error}); export the bundle again by training its stage") from None
     _check_files(folder, index)
     return index
+
+
+def check_trained_on(folder: Path, dataset: Dataset) -> None:
+    """Compares a bundle's items and training sessions with a data set's.
+
+    Raises:
+        UserError: Items differ, so that an index means another one; or sessions do, so that what it is tested on may be
+            what it has learned.
+    """
+    theirs, ours = read_index(folder), dataset.manifest
+    if theirs.catalogue_hash != ours.catalogue_hash:
+        raise UserError(
+            f"{folder} was trained on another catalogue ({theirs.num_items} items, {theirs.catalogue_hash[:12]}) than "
+            f"{dataset.path} holds ({ours.num_items} items, {ours.catalogue_hash[:12]}); give the data set of the run"
+        )
+    if theirs.sessions_hash not in ("", ours.sessions_hash):
+        raise UserError(
+            f"{folder} was trained on other sessions than those in {dataset.path / 'train'}; "
+            "give the data set of the run"
+        )
 
 
 def bundle_hash(folder: Path) -> str:

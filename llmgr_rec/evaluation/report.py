@@ -10,13 +10,12 @@ from typing import Any
 
 from llmgr_rec.config import STAGES
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle_index import answering_bundle, answers_as, bundle_hash, is_complete
+from llmgr_rec.distributed.bundle_index import answering_bundle, answers_as, bundle_hash, check_trained_on, is_complete
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, in_table_order, prior_notes, read_metrics
-from llmgr_rec.evaluation.run import check_catalogue
 from llmgr_rec.outputs import replaced, require_writable
 
 PAGE_NAME = "index.html"
@@ -184,7 +183,7 @@ def _examples(
         bundle = answering_bundle(request.run / "export")
         if bundle is None:
             return [], ""
-        check_catalogue(bundle, dataset)
+        check_trained_on(bundle, dataset)
         source, model = ranked_examples(bundle, dataset, split), MODEL_NAMES[answers_as(bundle)]
     half = -(-request.sessions // 2)
     examples = choose_examples(source, half, request.sessions - half)

@@ -9,7 +9,7 @@ from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL, bundle_hash, find_bundle, read_index
+from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
@@ -96,26 +96,6 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     return content
 
 
-def check_catalogue(bundle: Path, dataset: Dataset) -> None:
-    """Compares a bundle's items and training sessions with a data set's.
-
-    Raises:
-        UserError: Items differ, so that an index means another one; or sessions do, so that what it is tested on may be
-            what it has learned.
-    """
-    theirs, ours = read_index(bundle), dataset.manifest
-    if theirs.catalogue_hash != ours.catalogue_hash:
-        raise UserError(
-            f"{bundle} was trained on another catalogue ({theirs.num_items} items, {theirs.catalogue_hash[:12]}) than "
-            f"{dataset.path} holds ({ours.num_items} items, {ours.catalogue_hash[:12]}); give the data set of the run"
-        )
-    if theirs.sessions_hash not in ("", ours.sessions_hash):
-        raise UserError(
-            f"{bundle} was trained on other sessions than those in {dataset.path / 'train'}, so it may have learned "
-            "what it would be tested on; give the data set of the run"
-        )
-
-
 def _evaluate_bundle(
     bundle: Path, request: EvaluationRequest, dataset: Dataset, catalogue: Catalogue, world: World
 ) -> tuple[dict[str, Any], NeighbourPrior | None]:
@@ -150,7 +130,7 @@ def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
         )
     bundles = {name: found[name] for name in wanted if name in found}
     for bundle in bundles.values():
-        check_catalogue(bundle, dataset)
+        check_trained_on(bundle, dataset)
     return bundles
 
 

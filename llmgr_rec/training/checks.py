@@ -11,7 +11,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.data.row_groups import RowGroups
 from llmgr_rec.distributed.assembly import compile_prompts, decoder_hash
-from llmgr_rec.distributed.bundle_index import is_complete, latest_bundle, read_index
+from llmgr_rec.distributed.bundle_index import check_trained_on, is_complete, latest_bundle, read_index
 from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
@@ -191,22 +191,12 @@ def _check_order(request: RunRequest, stages: Sequence[StageName]) -> None:
 
 
 def _check_same_data(bundle: Path, dataset: Dataset, catalogue: Catalogue) -> None:
-    """What is complete was trained on these items and sessions."""
-    index = read_index(bundle)
-    if index.catalogue_hash != catalogue.hash:
-        raise UserError(
-            f"{bundle} was trained on another catalogue ({index.catalogue_hash[:12]} instead of "
-            f"{catalogue.hash[:12]}); give the data set it was trained on, or another --output"
-        )
-    if index.features_hash not in ("", catalogue.features_hash):
+    """What is complete was trained on these sessions and items, and their words, brands and categories."""
+    check_trained_on(bundle, dataset)
+    if read_index(bundle).features_hash not in ("", catalogue.features_hash):
         raise UserError(
             f"{bundle} was trained on the same items with other words, brands or categories than {catalogue.file}; "
             "give the data set it was trained on, or another --output"
-        )
-    if index.sessions_hash not in ("", dataset.manifest.sessions_hash):
-        raise UserError(
-            f"{bundle} was trained on other sessions than those in {dataset.path / 'train'}; give the data set it was "
-            "trained on, or another --output"
         )
 
 
