@@ -1,5 +1,6 @@
 """The process group: which rank this process is, on which device, with how many threads."""
 
+import gc
 import os
 import socket
 import time
@@ -137,9 +138,12 @@ def choose_device(device: Device, local_rank: int = 0) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leaves the process group, where there is one."""
+    """Leaves the process group, where there is one, and ends its threads."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Models that stand in cycles of references hold groups, whose threads would be there when Python ends: at times
+        # one of them aborts the process then, after all is done (torch 2.13).
+        gc.collect()
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import os
 import time
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from llmgr_rec.distributed.process_group import (
     init_distributed,
     on_first_rank,
     patient_group,
+    shutdown,
     together,
 )
 from llmgr_rec.errors import UserError
@@ -119,3 +122,21 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
     assert choose_device("auto").type == "cpu"
     with pytest.raises(UserError, match=r"finds 0 GPUs.*--runtime.device cpu"):
         choose_device("cuda", 1)
+
+
+def test_no_thread_of_a_group_outlives_it() -> None:
+    world = init_distributed("cpu", 60, threads=1)
+    # As a sharded model holds it.
+    cycle: list[Any] = [dist.group.WORLD]
+    cycle.append(cycle)
+    del cycle
+    dist.barrier()
+    assert world.size == 1
+    assert threads_of_groups()
+    shutdown()
+    assert not threads_of_groups()
+
+
+def threads_of_groups() -> list[str]:
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
