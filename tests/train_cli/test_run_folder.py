@@ -1,5 +1,7 @@
 """The train entry point: run folders that it refuses, in one line, and leaves as they are."""
 
+import errno
+import logging
 import os
 import re
 import shutil
@@ -11,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
+from llmgr_rec.distributed.process_group import World
 from llmgr_rec.training.checks import LOCK
+from llmgr_rec.training.run import _alone
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
     edit_manifest,
@@ -115,6 +119,19 @@ def test_a_run_that_another_process_trains_is_left_alone(refused: Refused, finis
     begun(refused.output, finished, ["sbr"], [])
     with FileLock(refused.output / LOCK):
         assert "another process is training in" in refused("--resume")
+
+
+def test_storage_that_knows_no_locks_is_told_of_and_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(lock: FileLock) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(logging.getLogger("llmgr_rec"), "propagate", True)
+    with _alone(tmp_path / "run", World.alone()):
+        assert (tmp_path / "run").is_dir()
+    assert "cannot be locked ([Errno 37] No locks available); start no second process in it" in caplog.text
 
 
 @pytest.fixture(scope="session")
