@@ -14,6 +14,7 @@ from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
 from llmgr_rec.recipes import add_config_arguments, parse_with_config
+from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 if TYPE_CHECKING:
     from llmgr_rec.distributed.layout import Sizes, StageLayout
@@ -117,7 +118,7 @@ def _lines(layout: "StageLayout", config: Config, sizes: "Sizes", world_size: in
     if layout.cached_bytes:
         lines.append(f"  the catalogue's item vectors are cached: {layout.cached_bytes / GIB:.3f} GiB a rank")
     columns = config.tables.dim + (config.text.dim if layout.stage != "sbr" and config.text.epochs else 0)
-    if layout.stage not in ("sbr", "text"):
+    if layout.stage not in RECOMMENDER_STAGES:
         columns = config.tables.dim + (columns if config.head.residual else 0)
     ranking = 4 * columns * -(-sizes.num_items // world_size) / GIB
     lines.append(f"  ranking holds item vectors of {ranking:.3f} GiB a rank")

@@ -7,8 +7,8 @@ TrainableGroup = Literal["tables", "encoder", "tower", "adapter", "lora", "head"
 StageName = Literal["sbr", "text", "align", "behave", "distill"]
 # In the order in which they are trained.
 STAGES: tuple[StageName, ...] = get_args(StageName)
-# Settings of stage text for which a text tower has no use.
-READER_SETTINGS = ("reader", "clicks", "dropout", "drawn_items", "score_weight")
+# Those of the session recommender; the others tune the language model, or what reads in its place.
+RECOMMENDER_STAGES = STAGES[:2]
 
 
 @dataclass

@@ -24,6 +24,7 @@ from llmgr_rec.scoring.governor import Governor
 from llmgr_rec.scoring.input import SESSION_ID, Part, SessionFiles, UnknownItems
 from llmgr_rec.scoring.output import ScoreFolder, Totals
 from llmgr_rec.scoring.scorer import OUTPUT_COLUMNS, Scorer, ScoreSettings
+from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None
     if request.llm_dtype == "int8" and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
         raise UserError("--llm_dtype int8 computes on a CPU; add --device cpu, or give bfloat16")
     governed = _budget(request, bundle) < 1 or request.llm_threshold is not None
-    if bundle.name in ("sbr", "text"):
+    if bundle.name in RECOMMENDER_STAGES:
         if governed or request.llm_layers or request.llm_dtype:
             reads = bundle.name == "text" and reads_sessions(config)
             held = "a language model that they do not steer" if reads else "no language model"

@@ -24,7 +24,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from llmgr_rec import __version__
-from llmgr_rec.config import STAGES, Config, StageName, reader_weights
+from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
@@ -33,21 +33,19 @@ from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_neighbours
-from llmgr_rec.modules.build import has_tower
+from llmgr_rec.modules.build import has_tower, reads_sessions
 from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.outputs import replaced
 from llmgr_rec.recipes import load_config, save_config
-from llmgr_rec.stage_config import READER_SETTINGS
+from llmgr_rec.stage_config import RECOMMENDER_STAGES
 from llmgr_rec.study.compare import ndcg
 from llmgr_rec.study.judge import Places, judge_baseline, judge_model
 from llmgr_rec.study.recipe import Study, Variant
-from llmgr_rec.training.checks import RunRequest, setting, text_settings
+from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.training.deciding import deciding_settings
 from llmgr_rec.training.run import train_run
 
 logger = logging.getLogger(__name__)
-
-# Parts of the settings that the session recommender's training does not depend on, unless it reads item text.
-_LATER_PARTS = ("text", "llm", "prompt", "head", "align", "behave", "distill", "controls")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,8 @@ class Bench:
             UserError: The data set or a setting is not usable.
         """
         config = study.settings_of(variant, seed)
-        key = self._key(variant.model, variant.blend, self._split, _said(config) if variant.trains else {})
+        said = [_said(config, variant.model), _reader_weights(config, variant.model)] if variant.trains else []
+        key = self._key(variant.model, variant.blend, self._split, *said)
         file = self._folder / "cells" / f"{key}.npz"
         if not file.is_file():
             logger.info("%s, seed %d", variant.name, seed)
@@ -147,28 +146,18 @@ class Bench:
 
     def _trained(self, model: str, config: Config) -> tuple[Path, float]:
         """A finished run and the seconds of its training."""
-        parts = _said(config)
-        first = {name: values for name, values in parts.items() if name not in _LATER_PARTS}
-        texts = {name: setting(config, name) for name in (*text_settings(config), "llm.dtype")}
-        if config.tables.item_text:
-            first["text"] = texts
-        if config.controls.shuffled_words:
-            first["shuffled_words"] = True
-        plain = {**first, "tables": {**first["tables"]}}
-        clicks = plain["tables"].pop("neighbour_clicks")
-        run = self._folder / "runs" / f"sbr-{self._key(plain)}"
         as_trained = replace(config, tables=replace(config.tables, neighbour_clicks=0.0))
+        run = self._run("sbr", as_trained)
         seconds = self._train(_up_to("sbr", as_trained), run)
-        if clicks:
-            before, run = run, self._folder / "runs" / f"sbr-{self._key(first)}"
+        if config.tables.neighbour_clicks:
+            before, run = run, self._run("sbr", config)
             seconds += self._export_again(before, _up_to("sbr", config), run)
         if model != "sbr" and has_tower(config):
-            trained = {name: value for name, value in parts["text"].items() if name != "score_weight"}
-            before, run = run, self._folder / "runs" / f"text-{self._key(first, texts, trained)}"
+            before, run = run, self._run("text", config)
             seconds += self._train_on(before, _up_to("text", config), run)
-        if model in ("sbr", "text"):
+        if model in RECOMMENDER_STAGES:
             return run, seconds
-        before, run = run, self._folder / "runs" / f"full-{self._key(parts)}"
+        before, run = run, self._run(model, config)
         return run, seconds + self._train_on(before, config, run)
 
     def _export_again(self, trained: Path, config: Config, run: Path) -> float:
@@ -213,21 +202,30 @@ class Bench:
                 done.write_text(f"{time.monotonic() - started:.1f}\n")
             return float(done.read_text())
 
+    def _run(self, model: str, config: Config) -> Path:
+        kind = model if model in RECOMMENDER_STAGES else "full"
+        return self._folder / "runs" / f"{kind}-{self._key(_said(config, model))}"
+
     def _key(self, *parts: Any) -> str:
         known = [__version__, asdict(self._dataset.manifest), *parts]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _said(config: Config) -> dict[str, Any]:
-    """The settings that a variant's training may depend on."""
-    parts = asdict(config)
-    if config.text.reader == "tower":
-        parts["text"] = {name: value for name, value in parts["text"].items() if name not in READER_SETTINGS}
-    if not has_tower(config):
-        del parts["text"]
-    # A variant has none, and no training depends on it.
-    del parts["prior"]
-    return parts
+def _said(config: Config, model: str) -> dict[str, Any]:
+    """What a trained model depends on: the use of the machine, each of its stages, and what is chosen between them."""
+    last = next((stage for stage in RECOMMENDER_STAGES if stage == model), STAGES[-1])
+    device = choose_device(config.runtime.device)
+    return {
+        "runtime": asdict(config.runtime),
+        "stages": {stage: deciding_settings(stage, config, device) for stage in trained_stages(_up_to(last, config))},
+        "drawn": neighbour_clicks(config),
+        "reader": [] if last in RECOMMENDER_STAGES else _reader_weights(config, model),
+    }
+
+
+def _reader_weights(config: Config, model: str) -> list[float]:
+    """What a language model which reads sessions as text may count beside the recommender; none where none does."""
+    return reader_weights(config) if model != "sbr" and reads_sessions(config) else []
 
 
 def _up_to(last: StageName, config: Config) -> Config:

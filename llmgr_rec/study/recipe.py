@@ -15,6 +15,7 @@ from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL
 from llmgr_rec.errors import UserError, near_miss
 from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
+from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -101,7 +102,7 @@ class Study:
         config.prior = PriorConfig()
         if variant.model == "sbr":
             config.text.epochs = 0
-        if variant.model in ("sbr", "text"):
+        if variant.model in RECOMMENDER_STAGES:
             config.align.epochs = config.behave.epochs = 0
         if variant.model == "text" and not config.text.epochs:
             raise UserError(f"variant {variant.name}: its tower is trained by stage text; give it text.epochs 4")

@@ -4,7 +4,6 @@ FOLDER/step-00000123/ holds the tensors (torch.distributed.checkpoint), state.js
 written as step-00000123.tmp and renamed by rank 0 when every rank is done.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -21,33 +20,19 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
-from llmgr_rec.config import STAGES, Config
-from llmgr_rec.data.pretrained import resolve_dtype
-from llmgr_rec.data.prompt_files import load_templates
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.distributed.durable import installed_versions, sync, write_synced
 from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
 from llmgr_rec.errors import UserError
-from llmgr_rec.stage_config import READER_SETTINGS
 from llmgr_rec.training.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
+from llmgr_rec.training.deciding import deciding_settings
 from llmgr_rec.training.safe_reader import SafeReader
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
-# Settings that may change between a checkpoint and its resumption: they do not change what is trained.
-_FREE_SETTINGS = (
-    "runtime.",
-    "tables.sharding",
-    "tables.memory_per_rank_gb",
-    "llm.share_prefix",
-    "llm.recompute",
-    "llm.shard",
-    "prior.",
-    "tables.neighbour_clicks",
-    "text.score_weight",
-)
 
 
 @dataclass(frozen=True)
@@ -65,8 +50,8 @@ class Identity:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, stage: str, catalogue: str, config: Config, device: torch.device) -> "Identity":
-        """Identity of a stage under some settings; other stages' settings and the use of the machine are left out.
+    def of(cls, stage: StageName, catalogue: str, config: Config, device: torch.device) -> "Identity":
+        """Identity of a stage under some settings, of which those count that decide what is computed.
 
         Args:
             stage: Stage name.
@@ -74,25 +59,7 @@ class Identity:
             config: All settings.
             device: Where the stage computes, which decides what `auto` is for a number format.
         """
-        foreign = ("prompt.templates", "loss.dtype", "llm.dtype", *(f"{other}." for other in STAGES if other != stage))
-        if config.text.reader == "tower":
-            foreign += tuple(f"text.{name}" for name in READER_SETTINGS)
-        settings = {
-            name: value
-            for name, value in _flatten(asdict(config))
-            if not name.startswith(foreign) and not name.startswith(_FREE_SETTINGS)
-        }
-        if stage == "distill":
-            settings["behave.one_pass"] = config.behave.one_pass
-        if stage not in ("sbr", "text"):
-            # What the prompts say, and not the name of a file that may have been edited since.
-            settings["prompt.templates"] = _wording(config.prompt.templates)
-        formats = {"loss.dtype": config.loss.dtype} if stage in ("sbr", "text") else {}
-        if stage != "sbr" or config.tables.item_text:
-            formats["llm.dtype"] = config.llm.dtype
-        for name, dtype in formats.items():
-            settings[name] = str(resolve_dtype(dtype, device)).removeprefix("torch.")
-        return cls(stage, catalogue, settings)
+        return cls(stage, catalogue, deciding_settings(stage, config, device))
 
 
 class CheckpointManager:
@@ -296,15 +263,3 @@ class CheckpointManager:
                 "Adagrad keeps a state for each: resume with the same --tables.sharding on as many ranks, "
                 "or train with --tables.optimizer adagrad"
             )
-
-
-def _wording(templates: str) -> str:
-    texts = {task: template.text for task, template in load_templates(templates).items()}
-    return f"a file of wording {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]}"
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        pairs += _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return pairs

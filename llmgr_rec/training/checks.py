@@ -1,9 +1,9 @@
 """All that can be wrong with a run before it starts, found by every rank for itself before any waits for another."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
@@ -22,43 +22,12 @@ from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.outputs import require_writable
 from llmgr_rec.recipes import load_config
+from llmgr_rec.stage_config import RECOMMENDER_STAGES
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
+from llmgr_rec.training.deciding import setting, settings_taken_over
 
 # File of a run folder that a process holds while it trains there.
 LOCK = ".lock"
-# Settings that decide the shape or the meaning of the weights which a stage takes over from the one before.
-_RECOMMENDER_SETTINGS = (
-    "tables.dim",
-    "tables.side_features",
-    "tables.item_text",
-    "encoder.name",
-    "encoder.steps",
-    "encoder.attention_layers",
-    "encoder.attention_heads",
-    "encoder.last_item_weight",
-    "encoder.max_clicks",
-    "encoder.score",
-    "encoder.temperature",
-    "controls.shuffled_words",
-)
-_TOWER_SETTINGS = ("text.dim", "text.two_sided", "text.reader", "text.clicks")
-_LANGUAGE_SETTINGS = (
-    "llm.num_layers",
-    "llm.text_layer",
-    "llm.text_whitening",
-    "llm.lora_rank",
-    "llm.lora_alpha",
-    "prompt.node_source",
-    "head.name",
-    "head.residual",
-    "head.item_text",
-    "head.text_only",
-    "head.apart",
-    "controls.random_llm",
-    "controls.shuffled_text",
-    "controls.no_graph",
-    "controls.no_nodes",
-)
 
 
 @dataclass(frozen=True)
@@ -207,22 +176,14 @@ def _check_earlier_stage(request: RunRequest, first: StageName) -> None:
     bundle = latest_bundle(request.output / "export")
     index = read_index(bundle)
     before = load_config(bundle / "config.yaml")
-    names = [*_RECOMMENDER_SETTINGS]
-    if request.config.controls.shuffled_words:
-        names.append("seed")
-    if index.stage not in ("sbr", "text"):
-        names += [*_LANGUAGE_SETTINGS, *_drawn_by_seed(request.config)]
-    if index.stage != "sbr" and has_tower(request.config) != has_tower(before):
+    has_text_tower = index.stage != "sbr" and has_tower(before)
+    if index.stage != "sbr" and has_tower(request.config) != has_text_tower:
         raise UserError(
             f"setting text.epochs is {request.config.text.epochs}, but stage {index.stage} in {request.output} was "
             f"trained with {before.text.epochs}: a text tower stays, and none is added later; "
             "give the same setting, or another --output"
         )
-    if index.stage != "sbr" and has_tower(before):
-        names += _TOWER_SETTINGS
-    if request.config.tables.item_text or (index.stage != "sbr" and has_tower(before)):
-        names += text_settings(request.config)
-    for name in names:
+    for name in settings_taken_over(index.stage, request.config, has_text_tower):
         if (now := setting(request.config, name)) != (then := setting(before, name)):
             raise UserError(
                 f"setting {name} is {now}, but stage {index.stage} in {request.output} was trained with {then}; "
@@ -251,7 +212,7 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
 
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
-    if set(stages) <= {"sbr", "text"}:
+    if set(stages) <= {*RECOMMENDER_STAGES}:
         if config.tables.item_text or "text" in stages:
             _check_text(config, dataset, catalogue)
         return
@@ -354,25 +315,3 @@ def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalo
     for layout in lay_out(asked, sizes, Ranks(world.size, world.local_size, world.device.type)):
         if layout.stage in stages and layout.problem:
             raise UserError(f"stage {layout.stage}: {layout.problem}")
-
-
-def text_settings(config: Config) -> tuple[str, ...]:
-    """Names of the settings that decide what item texts are encoded to, and by which layers."""
-    # Who reads sessions has the layers that are kept, whichever encodes texts elsewhere.
-    only_encodes = config.llm.text_layer and not reads_sessions(config)
-    cut = ("llm.text_layer",) if only_encodes else ("llm.text_layer", "llm.num_layers")
-    controls = ("controls.random_llm", "controls.shuffled_text", *_drawn_by_seed(config))
-    return ("llm.name_or_path", *cut, "llm.text_whitening", "prompt.text_fields", "prompt.max_text_tokens", *controls)
-
-
-def _drawn_by_seed(config: Config) -> tuple[str, ...]:
-    """The seed, where weights of the language model or the order of texts are drawn."""
-    return ("seed",) if config.controls.random_llm or config.controls.shuffled_text else ()
-
-
-def setting(config: Config, name: str) -> Any:
-    """The value of a setting by its dotted name."""
-    value: Any = asdict(config)
-    for part in name.split("."):
-        value = value[part]
-    return value

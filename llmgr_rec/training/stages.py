@@ -46,7 +46,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.recipes import load_config
-from llmgr_rec.stage_config import StageConfig
+from llmgr_rec.stage_config import RECOMMENDER_STAGES, StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.journal import Journal
 from llmgr_rec.training.language import (
@@ -289,7 +289,7 @@ def _shard(stage: StageName, model: SessionRecommender | LLMGR, context: RunCont
 
 def _reader(stage: StageName, context: RunContext) -> SessionReader:
     config, world, manifest = context.config, context.world, context.dataset.manifest
-    language = stage not in ("sbr", "text")
+    language = stage not in RECOMMENDER_STAGES
     tokens = None if text_place(config, stage, language) == "none" else context.item_tokens
     collate: Collator = make_collator(config, context.catalogue, stage, language, tokens)
     return SessionReader(

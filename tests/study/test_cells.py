@@ -4,7 +4,7 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from llmgr_rec.config import Config, TablesConfig
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.errors import UserError
 from llmgr_rec.experiments import main
@@ -85,15 +86,38 @@ def test_rows_drawn_by_another_number_of_clicks_train_nothing_anew(tmp_path):
     assert "item_id" in moved.pop()
 
 
-def test_settings_that_train_nothing_have_no_part_in_the_name_of_a_run():
+def test_settings_that_train_nothing_have_no_part_in_the_name_of_a_run(tmp_path):
+    bench = cells.Bench(tmp_path, small_run().dataset, "test")
+
+    def run_of(model="llmgr", **settings):
+        config = Config()
+        config.text.epochs = settings.pop("text__epochs", 0)
+        for name, value in settings.items():
+            part, _, setting = name.partition("__")
+            setattr(getattr(config, part), setting, value)
+        return bench._run(model, config)
+
+    reader = {"text__epochs": 1, "text__reader": "language_model"}
+    assert run_of(prior__kept=7) == run_of(text__dim=7) == run_of(distill__width=7) == run_of()
+    assert run_of(text__epochs=1, text__clicks=7) == run_of(text__epochs=1) != run_of(text__epochs=1, text__dim=7)
+    assert run_of(**reader, text__clicks=7) != run_of(**reader)
+    # What a reader counts is chosen when it is trained, and what is trained upon it finds it so.
+    assert run_of("text", **reader, text__score_weight=1.0) == run_of("text", **reader)
+    assert run_of(**reader, text__score_weight=1.0) != run_of(**reader)
+    assert run_of(align__epochs=0) == run_of(align__epochs=0, align__lr=1.0) != run_of()
+    assert run_of(distill__epochs=1, behave__one_pass=True) != run_of(distill__epochs=1)
+
+
+def test_an_edited_prompt_file_is_another_one(tmp_path):
+    bench = cells.Bench(tmp_path, small_run().dataset, "test")
     config = Config()
-    assert {"text", "prior"} & set(cells._said(config)) == set()
-    config.text.epochs = 1
-    assert not {"reader", "clicks"} & set(cells._said(config)["text"])
-    config.text.reader = "language_model"
-    everything = asdict(config)
-    del everything["prior"]
-    assert cells._said(config) == everything
+    texts = {task: template.text for task, template in load_templates(config.prompt.templates).items()}
+    config.prompt.templates = str(tmp_path / "prompts.yaml")
+    (tmp_path / "prompts.yaml").write_text(json.dumps(texts))
+    before = bench._run("llmgr", config)
+    assert before == bench._run("llmgr", Config())
+    (tmp_path / "prompts.yaml").write_text(json.dumps(texts | {"behave": f"Well: {texts['behave']}"}))
+    assert bench._run("llmgr", config) != before
 
 
 def test_what_was_trained_on_other_texts_or_sessions_of_the_same_items_is_not_taken(tmp_path):
