@@ -153,15 +153,19 @@ def build_task(
         if stage == "text":
             return TextTask(model, world_size, loss_dtype)
     elif stage == "align":
-        align, controls = config.align, config.controls
-        # A token that says nothing has nothing to be contrasted with.
-        weight = 0.0 if controls.no_graph or controls.no_nodes else align.contrastive_weight
+        align, weight = config.align, contrast_weight(config)
         return AlignTask(model, weight, align.contrastive_temperature, align.hard_negatives, world_size=world_size)
     elif stage == "behave":
         return BehaveTask(model, world_size, config.behave.one_pass)
     elif stage == "distill":
         return DistillTask(model, config.distill.target_weight, world_size, config.behave.one_pass)
     raise ValueError(f"stage {stage} does not train a {type(model).__name__}")
+
+
+def contrast_weight(config: Config) -> float:
+    """Weight of the structure-aware loss in stage align; 0 where a control leaves nothing to contrast."""
+    told = not (config.controls.no_graph or config.controls.no_nodes)
+    return config.align.contrastive_weight if told else 0.0
 
 
 def reads_item_text(config: Config) -> bool:

@@ -16,7 +16,13 @@ from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.limits import check_limits
-from llmgr_rec.modules.build import has_tower, reads_item_text, reads_sessions, recommender_reads_text
+from llmgr_rec.modules.build import (
+    contrast_weight,
+    has_tower,
+    reads_item_text,
+    reads_sessions,
+    recommender_reads_text,
+)
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
@@ -267,10 +273,10 @@ def _check_choices(config: Config, stages: Sequence[StageName], dataset: Dataset
 
 def _check_contrast(config: Config) -> None:
     """Every rank has sessions to set against each other."""
-    ranks, align = launched_world(config.runtime.device).size, config.align
-    if align.contrastive_weight and align.batch_size < 2 * ranks:
+    ranks, sessions = launched_world(config.runtime.device).size, config.align.batch_size
+    if contrast_weight(config) and sessions < 2 * ranks:
         raise UserError(
-            f"setting align.batch_size is {align.batch_size}, which gives a rank fewer than two sessions to contrast; "
+            f"setting align.batch_size is {sessions}, which gives a rank fewer than two sessions to contrast; "
             f"give {2 * ranks} or more ({CONTRASTIVE_GROUP * ranks} contrasts {CONTRASTIVE_GROUP} on each), or set "
             "align.contrastive_weight to 0"
         )

@@ -40,7 +40,7 @@ from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import build_task, head_reads_own_text, reads_sessions
+from llmgr_rec.modules.build import build_task, contrast_weight, head_reads_own_text, reads_sessions
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
@@ -254,7 +254,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     if head_reads_own_text(config):
         encodings = _text_encodings(context, decoder)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
-    if stage == "align" and config.align.contrastive_weight:
+    if stage == "align" and contrast_weight(config):
         _tell_of_small_groups(config, world)
     model = _shard(stage, llmgr, context)
     load_weights(llmgr, latest_bundle(context.run / "export"))

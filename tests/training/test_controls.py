@@ -1,17 +1,20 @@
 """Training with something taken away or broken on purpose."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, ControlsConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import assemble_decoder, decoder_hash, item_tokens
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
+from llmgr_rec.training import checks
 from llmgr_rec.training.language import encode_catalogue
 from tests.ranks import run_on_ranks
 from tests.training.small_training import numbers, records, small_config, small_dataset, train
@@ -55,6 +58,15 @@ def test_two_ranks_train_as_one_and_the_bundle_ranks_as_it_was_validated(tmp_pat
     found = evaluate_model(bundle.model, Dataset(dataset), "valid", bundle.config, ONE_RANK)
     said = records(tmp_path / "run-2")["behave", STEPS, "valid"]
     assert found["ndcg@20"] == pytest.approx(said["ndcg@20"], abs=1e-5)
+
+
+def test_who_leaves_nothing_to_contrast_needs_no_second_session() -> None:
+    config = Config()
+    config.runtime.device, config.align.batch_size = "cpu", 1
+    with pytest.raises(UserError, match=r"fewer than two sessions to contrast; give 2 or more"):
+        checks._check_contrast(config)
+    for control in ("no_graph", "no_nodes"):
+        checks._check_contrast(replace(config, controls=ControlsConfig(**{control: True})))
 
 
 def test_text_encodings_of_different_controls_lie_in_different_folders(tmp_path: Path) -> None:
