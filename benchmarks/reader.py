@@ -126,7 +126,7 @@ def _decoded_reader(
     from llmgr_rec.data.reader import SessionReader
     from llmgr_rec.data.row_groups import RowGroups
 
-    collate = Collator(catalogue, catalogue.num_items, sides)
+    collate = Collator(catalogue, sides)
     reader = SessionReader(
         parts, num_items=catalogue.num_items, batch_size=batch_size, collate=collate, shuffle=True, seed=0
     )

@@ -36,7 +36,6 @@ class Collator:
 
     Args:
         catalogue: The items.
-        num_items: Size V of the catalogue.
         side_features: Side features that get a bag beside the item id; the bags of a feature that the catalogue lacks
             are empty.
         candidates: Items whose vectors are looked up together with the nodes': none, none because the model has
@@ -60,7 +59,6 @@ class Collator:
     def __init__(
         self,
         catalogue: Catalogue,
-        num_items: int,
         side_features: Sequence[str] = (),
         candidates: Candidates = "none",
         sampled_items: int = 0,
@@ -75,7 +73,7 @@ class Collator:
     ) -> None:
         if text != "none" and text_tokens is None:
             raise ValueError(f"text is {text} but there are no text tokens")
-        self.num_items = num_items
+        self.num_items = num_items = catalogue.num_items
         self.side_features = {name: catalogue.features.get(name, Jagged.empty(num_items)) for name in side_features}
         self.candidates = candidates
         self.sampler = (

@@ -177,7 +177,6 @@ def make_collator(
         separator = load_tokenizer(config.llm.name_or_path)(_TEXT_SEPARATOR, add_special_tokens=False)["input_ids"]
     return Collator(
         _controlled(config, catalogue),
-        catalogue.num_items,
         config.tables.side_features,
         candidates=_candidates(config, catalogue, purpose),
         sampled_items=config.text.drawn_items if _reads_candidates(config, purpose) else config.loss.sampled_items,

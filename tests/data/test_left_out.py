@@ -26,7 +26,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
 
 def collator(catalogue: Catalogue, share: float, **settings: object) -> Collator:
     left_out = LeftOutIds(catalogue.train_count_V, share, seed=0)
-    return Collator(catalogue, NUM_ITEMS, ["brand"], "full", item_text=True, left_out=left_out, **settings)  # type: ignore[arg-type]
+    return Collator(catalogue, ["brand"], "full", item_text=True, left_out=left_out, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])

@@ -172,7 +172,7 @@ def session_vectors(session: SessionRecommender, collator: Collator) -> Tensor:
 
 
 def bundle_collator(catalogue: Catalogue) -> Collator:
-    return Collator(catalogue, catalogue.num_items, config().tables.side_features)
+    return Collator(catalogue, config().tables.side_features)
 
 
 def train_jointly(world: World, bundle: str, joint: str, into: Literal["model", "part"]) -> Joint:

@@ -88,7 +88,6 @@ def collator(**settings: Any) -> Collator:
     """Collates batches with the whole catalogue as candidates unless told otherwise."""
     return Collator(
         catalogue(),
-        NUM_ITEMS,
         **{"side_features": ["category"], "candidates": "full", "text_tokens": item_tokens(), **settings},
     )
 

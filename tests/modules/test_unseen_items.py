@@ -22,7 +22,7 @@ SESSIONS, TARGETS = ((1, 2, 3, 2), (7,), (5, 5, 6)), (0, 3, 11)
 def batch(candidates, train_count=COUNTS, text="none"):
     settings = {"side_features": ["category"], "sampled_items": 64, "text": text, "text_tokens": item_tokens()}
     items = replace(catalogue(), train_count_V=train_count)
-    return Collator(items, NUM_ITEMS, candidates=candidates, **settings)(raw_sessions(SESSIONS, TARGETS))
+    return Collator(items, candidates=candidates, **settings)(raw_sessions(SESSIONS, TARGETS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
