@@ -20,7 +20,6 @@ from torch import Tensor
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World, on_first_rank, patient_group
@@ -28,15 +27,8 @@ from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.baselines import ItemNeighbours
-from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.protocol import (
-    batches_of_rank,
-    build_neighbours,
-    evaluation_mode,
-    session_queries,
-    split_reader,
-)
+from llmgr_rec.evaluation.protocol import Asked, asked_of_rank, build_neighbours, evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.outputs import replaced
@@ -145,24 +137,17 @@ def choose_weights(
         reader_weights: Weights of that reader to choose from; the sessions are read once for all of them.
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
-    reader = split_reader(dataset, "valid", config.runtime.eval_batch_size, collate)
     train_count_V = catalogue.train_count_V.to(world.device)
     tried = list(product(reader_weights, weights))
     metrics_X = [RankingMetrics(train_count_V) for _ in tried]
-    leave_out = leaves_out_clicked(dataset)
     with evaluation_mode(model):
         ranker = CatalogueRanker(model, collate, world)
         parts = [prior.of_items(ranker.items) for prior in priors]
-        for loaded in batches_of_rank(reader, world, "weigh"):
-            batch = loaded.to(world.device)
-            exclude = clicked_items(batch) if leave_out else None
-            added = [ranker.added_by(part, clicks_of(batch)) for part in parts]
-            queries_BQ = session_queries(model, batch)
-            places_XB = places_by_weights(
-                ranker, model, queries_BQ, batch.targets_B, added, weights, reader_weights, exclude
-            )
+        for asked in asked_of_rank(model, collate, dataset, "valid", config, world, "weigh"):
+            added = [ranker.added_by(part, clicks_of(asked.batch)) for part in parts]
+            places_XB = places_by_weights(ranker, model, asked, added, weights, reader_weights)
             for places_B, metrics in zip(places_XB.to(world.device), metrics_X, strict=True):
-                metrics.count(places_B, batch.targets_B, batch.weights_B)
+                metrics.count(places_B, asked.batch.targets_B, asked.batch.weights_B)
     ndcg_X = [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_X]
     best = int(np.argmax(ndcg_X))
     return Chosen(tried[best][1], tried[best][0], ndcg_X[best])
@@ -171,32 +156,28 @@ def choose_weights(
 def places_by_weights(
     ranker: CatalogueRanker,
     model: SessionRecommender | LLMGR,
-    queries_BQ: Tensor,
-    targets_B: Tensor,
+    asked: Asked,
     added: Sequence[sparse.csr_array],
     weights: Sequence[Sequence[float]],
     reader_weights: Sequence[float],
-    exclude: Jagged | None,
 ) -> Tensor:
     """Places of the targets under each set of weights, and each of them at each weight of a reader of sessions.
 
     Args:
         ranker: Ranks the model's items; see `CatalogueRanker.places`, also for the other arguments.
         model: Who made the queries; where it has no such reader, its weights change nothing.
-        queries_BQ: Queries in which that reader counts 1.
-        targets_B: The item that was clicked next.
+        asked: Sessions with queries in which that reader counts 1.
         added: What each neighbour adds.
         weights: W sets of factors of what they add.
         reader_weights: R factors of what the reader adds.
-        exclude: Items that a session must not get.
 
     Returns:
         Places, int64 [R * W, B], on the CPU; all sets at the first of the reader's weights, then at the next.
     """
-    scaled = queries_BQ.clone()
+    scaled, targets_B = asked.queries_BQ.clone(), asked.batch.targets_B
     found = []
     for weight in reader_weights:
         if (text_reader := text_reader_of(model)) is not None:
-            scaled[:, -text_reader.dim :] = queries_BQ[:, -text_reader.dim :] * weight
-        found.append(ranker.places(scaled, targets_B, added, weights, exclude))
+            scaled[:, -text_reader.dim :] = asked.queries_BQ[:, -text_reader.dim :] * weight
+        found.append(ranker.places(scaled, targets_B, added, weights, asked.exclude))
     return torch.cat(found)

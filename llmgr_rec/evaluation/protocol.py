@@ -1,12 +1,12 @@
 """How a model is judged: every session of a split against the whole catalogue, whatever the number of ranks.
 
-Shapes: B sessions of this rank, K places of a ranked list.
+Shapes: B sessions of this rank, Q columns of queries, K places of a ranked list.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +16,9 @@ from llmgr_rec.cli import progress
 from llmgr_rec.config import Config
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
@@ -71,17 +73,13 @@ def evaluate_model(
     """
     catalogue = catalogue or Catalogue.load(dataset.path)
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
-    reader = split_reader(dataset, split, config.runtime.eval_batch_size, collate)
     metrics = RankingMetrics(catalogue.train_count_V.to(world.device))
-    leave_out = leaves_out_clicked(dataset)
     with evaluation_mode(model):
         ranker = CatalogueRanker(model, collate, world, prior)
-        for loaded in batches_of_rank(reader, world, f"evaluate {split}"):
-            batch = loaded.to(world.device)
-            exclude = clicked_items(batch) if leave_out else None
-            clicks = None if prior is None else clicks_of(batch)
-            ids_BK, _ = ranker.rank(session_queries(model, batch), metrics.depth, exclude, clicks)
-            metrics.update(ids_BK, batch.targets_B, batch.weights_B)
+        for asked in asked_of_rank(model, collate, dataset, split, config, world, f"evaluate {split}"):
+            clicks = None if prior is None else clicks_of(asked.batch)
+            ids_BK, _ = ranker.rank(asked.queries_BQ, metrics.depth, asked.exclude, clicks)
+            metrics.update(ids_BK, asked.batch.targets_B, asked.batch.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
 
@@ -199,6 +197,48 @@ def split_reader(
         collate=collate,
         augment_prefixes=split in dataset.manifest.prefix_augmentation,
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Sessions of a split that a model is to rank items for.
+
+    Args:
+        batch: The sessions, where the model computes.
+        queries_BQ: Its queries.
+        exclude: Items that a session must not get; None leaves nothing out.
+    """
+
+    batch: SessionBatch
+    queries_BQ: Tensor
+    exclude: Jagged | None
+
+
+def asked_of_rank(
+    model: SessionRecommender | LLMGR,
+    collate: Collator,
+    dataset: Dataset,
+    split: str,
+    config: Config,
+    world: World,
+    description: str,
+) -> Iterator[Asked]:
+    """This rank's sessions of a split, by the rules that every model is judged by.
+
+    Args:
+        model: In eval mode.
+        collate: Makes batches to rank for.
+        dataset: Prepared sessions.
+        split: train, valid or test.
+        config: All settings.
+        world: Ranks; all call together, and take every batch.
+        description: Heads the progress bar.
+    """
+    leave_out = leaves_out_clicked(dataset)
+    reader = split_reader(dataset, split, config.runtime.eval_batch_size, collate)
+    for loaded in batches_of_rank(reader, world, description):
+        batch = loaded.to(world.device)
+        yield Asked(batch, session_queries(model, batch), clicked_items(batch) if leave_out else None)
 
 
 def batches_of_rank(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:

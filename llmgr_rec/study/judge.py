@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmgr_rec.cli import progress
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.distributed.neighbour_prior import clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import BEHIND_ALL, CatalogueRanker
 from llmgr_rec.evaluation.baselines import Baseline, Neighbours
-from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
+from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.prior import places_by_weights
-from llmgr_rec.evaluation.protocol import as_it_is, session_queries, split_reader
+from llmgr_rec.evaluation.protocol import as_it_is, asked_of_rank, split_reader
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
@@ -61,21 +61,15 @@ def judge_model(
         the next.
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
-    device = next(model.parameters()).device
-    ranker = CatalogueRanker(model, collate, World.alone(device))
-    reader = split_reader(dataset, split, config.runtime.eval_batch_size, lambda raw: (raw, collate(raw)))
-    bar = progress(reader.num_examples, f"judge {split}", "session")
-    leave_out = leaves_out_clicked(dataset)
+    world = World.alone(next(model.parameters()).device)
+    ranker = CatalogueRanker(model, collate, world)
     found = []
-    for raw, loaded in reader.batches(0):
-        batch = loaded.to(device)
-        added = [near.scores(raw.items_L.numpy(), raw.offsets_B1.numpy()).astype(np.float32) for near in neighbours]
-        exclude = clicked_items(batch) if leave_out else None
-        queries_BQ = session_queries(model, batch)
-        places_XB = places_by_weights(ranker, model, queries_BQ, raw.targets_B, added, weights, reader_weights, exclude)
-        found.append(places_XB[:, raw.weights_B > 0])
-        bar.update(len(raw.targets_B))
-    bar.close()
+    for asked in asked_of_rank(model, collate, dataset, split, config, world, f"judge {split}"):
+        clicks = clicks_of(asked.batch)
+        clicked = clicks.values.cpu().numpy(), clicks.offsets.cpu().numpy()
+        added = [near.scores(*clicked).astype(np.float32) for near in neighbours]
+        places_XB = places_by_weights(ranker, model, asked, added, weights, reader_weights)
+        found.append(places_XB[:, asked.batch.weights_B.cpu() > 0])
     return torch.cat(found, dim=1).int().numpy()
 
 
