@@ -3,6 +3,7 @@
 import difflib
 import errno
 import logging
+import multiprocessing
 import os
 import re
 import sys
@@ -33,7 +34,7 @@ _FIRST_RANK_SPEAKS_S = 15.0
 
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     """Runs an entry point; what a user can mend becomes one line on stderr and exit code 2."""
-    _set_up_messages()
+    set_up_messages()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -70,8 +71,8 @@ def _tell(error: UserError) -> None:
     sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")
 
 
-def _set_up_messages() -> None:
-    """Our own log lines on stderr, from the first rank; of the libraries below only what is wrong."""
+def set_up_messages() -> None:
+    """Lets our own log lines through to stderr, from the first rank; of the libraries below only what is wrong."""
     logger = logging.getLogger("llmgr_rec")
     logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
     logger.propagate = False
@@ -180,7 +181,7 @@ def _config_named(words: Sequence[str]) -> str:
 
 
 def progress(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
-    """A progress bar with an ETA: rank 0 only, silent where there is no terminal.
+    """A progress bar with an ETA: rank 0 only, silent where there is no terminal or several processes would share it.
 
     Launchers such as TorchX give their children files for stderr; the environment variable LLMGR_TERMINAL names the
     terminal that the user watches then.
@@ -193,7 +194,8 @@ def progress(total: int | None, description: str, unit: str = "it", initial: int
     """
     from tqdm import tqdm
 
-    terminal = _terminal() if is_first_rank() else None
+    alone = is_first_rank() and multiprocessing.parent_process() is None
+    terminal = _terminal() if alone else None
     return tqdm(
         total=total,
         desc=description,

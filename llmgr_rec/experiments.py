@@ -30,12 +30,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--split", type=Literal["test", "valid"], default="test", help="Split judged; choose on valid, report on test."
     )
+    parser.add_argument("--jobs", type=int, default=1, help="Processes that train and judge side by side.")
     arguments = parse_args(parser, argv)
     seeds = _numbers(arguments.seeds)
 
     from llmgr_rec.study.run import StudyRequest, run_study
 
-    request = StudyRequest(arguments.recipe, Path(arguments.dataset), Path(arguments.output), seeds, arguments.split)
+    folders = Path(arguments.dataset), Path(arguments.output)
+    request = StudyRequest(arguments.recipe, *folders, seeds, arguments.split, arguments.jobs)
     print(run_study(request))
     print(f"written: {request.file('md')}, .json and plots")
 

@@ -7,7 +7,6 @@ that it blends, and item texts are encoded once.
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -45,8 +44,6 @@ from llmgr_rec.training.checks import RunRequest
 from llmgr_rec.training.deciding import deciding_settings
 from llmgr_rec.training.run import train_run
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -76,15 +73,15 @@ class Bench:
     """
 
     def __init__(self, folder: Path, dataset: Dataset, split: str) -> None:
-        self._folder = folder
-        self._dataset = dataset
-        self._split = split
+        self.folder = folder
+        self.dataset = dataset
+        self.split = split
         self._baselines: dict[str, Baseline] = {}
 
     @cached_property
     def catalogue(self) -> Catalogue:
         """The data set's items."""
-        return Catalogue.load(self._dataset.path)
+        return Catalogue.load(self.dataset.path)
 
     def cell(self, study: Study, variant: Variant, seed: int) -> Cell:
         """The cell, from disk where it has been there before.
@@ -93,11 +90,8 @@ class Bench:
             UserError: The data set or a setting is not usable.
         """
         config = study.settings_of(variant, seed)
-        said = [_said(config, variant.model), _reader_weights(config, variant.model)] if variant.trains else []
-        key = self._key(variant.model, variant.blend, self._split, *said)
-        file = self._folder / "cells" / f"{key}.npz"
+        file = self._file(variant, config)
         if not file.is_file():
-            logger.info("%s, seed %d", variant.name, seed)
             cell = self._model_cell(variant, config) if variant.trains else self._baseline_cell(variant)
             # Studies of several seeds may run side by side, and all of them need the baselines.
             with replaced(file) as partial:
@@ -106,10 +100,22 @@ class Bench:
             numbers = {name: float(stored[name]) for name in ("valid_ndcg", "seconds")}
             return Cell(places_S=stored["places_S"], weights_N=stored["weights_N"], **numbers)
 
+    def has(self, study: Study, variant: Variant, seed: int) -> bool:
+        """Whether the cell is on disk."""
+        return self._file(variant, study.settings_of(variant, seed)).is_file()
+
+    def recommender_of(self, study: Study, variant: Variant, seed: int) -> str:
+        """Name of the session recommender that a cell stands on, or of the baseline that it is."""
+        return self._run("sbr", _as_trained(study.settings_of(variant, seed))).name if variant.trains else variant.model
+
+    def _file(self, variant: Variant, config: Config) -> Path:
+        said = [_said(config, variant.model), _reader_weights(config, variant.model)] if variant.trains else []
+        return self.folder / "cells" / f"{self._key(variant.model, variant.blend, self.split, *said)}.npz"
+
     def _baseline_cell(self, variant: Variant) -> Cell:
         baseline = self._baseline(variant.model)
-        valid = judge_baseline(baseline, self._dataset, "valid")[0]
-        judged = judge_baseline(baseline, self._dataset, self._split)[0]
+        valid = judge_baseline(baseline, self.dataset, "valid")[0]
+        judged = judge_baseline(baseline, self.dataset, self.split)[0]
         return Cell(judged, float(ndcg(valid).mean()), np.empty(0), 0.0)
 
     def _model_cell(self, variant: Variant, config: Config) -> Cell:
@@ -127,26 +133,26 @@ class Bench:
             # Its own was chosen without the blended ones beside.
             reader.weight.fill_(1.0)
         judge = (bundle.config, self.catalogue, neighbours)
-        valid_XS = judge_model(model, self._dataset, "valid", *judge, weights, readers)
+        valid_XS = judge_model(model, self.dataset, "valid", *judge, weights, readers)
         quality_X = [float(ndcg(places_S).mean()) for places_S in valid_XS]
         best = int(np.argmax(quality_X))
         by_reader, blended = list(product(readers, weights))[best]
-        if self._split == "valid":
+        if self.split == "valid":
             judged = valid_XS[best]
         else:
-            judged = judge_model(model, self._dataset, self._split, *judge, [blended], [by_reader])[0]
+            judged = judge_model(model, self.dataset, self.split, *judge, [blended], [by_reader])[0]
         chosen = blended if reader is None else (*blended, by_reader)
         return Cell(judged, quality_X[best], np.array(chosen), seconds)
 
     def _baseline(self, name: str) -> Baseline:
         if name not in self._baselines:
             # One that ranks alone and has no text to rank by was refused before: see `check_baselines`.
-            self._baselines[name] = build_neighbours(name, self._dataset, self.catalogue)
+            self._baselines[name] = build_neighbours(name, self.dataset, self.catalogue)
         return self._baselines[name]
 
     def _trained(self, model: str, config: Config) -> tuple[Path, float]:
         """A finished run and the seconds of its training."""
-        as_trained = replace(config, tables=replace(config.tables, neighbour_clicks=0.0))
+        as_trained = _as_trained(config)
         run = self._run("sbr", as_trained)
         seconds = self._train(_up_to("sbr", as_trained), run)
         if config.tables.neighbour_clicks:
@@ -185,7 +191,7 @@ class Bench:
     def _train(self, config: Config, run: Path, begin: Callable[[], None] | None = None) -> float:
         """Trains what a run lacks, which `begin` begins; a study beside this one waits, and finds it done."""
         done = run / "seconds"
-        locks = self._folder / "locks"
+        locks = self.folder / "locks"
         for folder in (locks, run.parent):
             folder.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / run.name):
@@ -197,17 +203,17 @@ class Bench:
                 if resume := (run / "config.yaml").is_file():
                     # Another recipe may have begun it, with other settings of stages that come later.
                     config = load_config(run / "config.yaml")
-                texts = self._folder / "item_text"
-                train_run(RunRequest(config, self._dataset.path, run, "all", resume, item_text=texts))
+                texts = self.folder / "item_text"
+                train_run(RunRequest(config, self.dataset.path, run, "all", resume, item_text=texts))
                 done.write_text(f"{time.monotonic() - started:.1f}\n")
             return float(done.read_text())
 
     def _run(self, model: str, config: Config) -> Path:
         kind = model if model in RECOMMENDER_STAGES else "full"
-        return self._folder / "runs" / f"{kind}-{self._key(_said(config, model))}"
+        return self.folder / "runs" / f"{kind}-{self._key(_said(config, model))}"
 
     def _key(self, *parts: Any) -> str:
-        known = [__version__, asdict(self._dataset.manifest), *parts]
+        known = [__version__, asdict(self.dataset.manifest), *parts]
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -221,6 +227,11 @@ def _said(config: Config, model: str) -> dict[str, Any]:
         "drawn": neighbour_clicks(config),
         "reader": [] if last in RECOMMENDER_STAGES else _reader_weights(config, model),
     }
+
+
+def _as_trained(config: Config) -> Config:
+    """The settings without what is done to rare rows once they are trained."""
+    return replace(config, tables=replace(config.tables, neighbour_clicks=0.0))
 
 
 def _reader_weights(config: Config, model: str) -> list[float]:

@@ -20,6 +20,7 @@ from llmgr_rec.study.compare import METRICS, K, hit_rate_by_frequency, relative_
 from llmgr_rec.study.judge import targets_of
 from llmgr_rec.study.recipe import Study, Variant, load_study
 from llmgr_rec.study.report import plot_cold, plot_gains, table
+from llmgr_rec.study.side_by_side import Task, fill
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class StudyRequest:
         output: Folder for runs, cells, table and plots.
         seeds: Seeds of every variant that is trained.
         split: Split that is judged.
+        jobs: Processes that train and judge side by side.
     """
 
     recipe: str
@@ -39,6 +41,7 @@ class StudyRequest:
     output: Path
     seeds: Sequence[int]
     split: str = "test"
+    jobs: int = 1
 
     def file(self, kind: str, part: str = "") -> Path:
         """A file of results: OUTPUT/RECIPE.md and the like, of validation sessions OUTPUT/RECIPE-valid.md."""
@@ -57,6 +60,8 @@ def run_study(request: StudyRequest) -> str:
     """
     if not request.seeds or min(request.seeds) < 0 or len(set(request.seeds)) < len(request.seeds):
         raise UserError("--seeds takes different numbers from 0, such as 0,1,2")
+    if request.jobs < 1:
+        raise UserError(f"--jobs is {request.jobs}; give 1 or more")
     require_writable(request.output)
     study, dataset = load_study(request.recipe), Dataset(request.dataset)
     for split in ("valid", request.split):
@@ -70,15 +75,15 @@ def run_study(request: StudyRequest) -> str:
     check_baselines({variant.model for variant in study.variants}, catalogue)
     bench = Bench(request.output, dataset, request.split)
     chooser = Bench(request.output, dataset, "valid")
-    cells: dict[str, list[Cell]] = {}
-    choices: dict[str, list[dict[str, Any]]] = {}
-    for variant in study.variants:
-        seeds = request.seeds if variant.trains else [0]
-        point, choices[variant.name] = choose(chooser, study, variant, seeds[0])
-        cells[variant.name] = [bench.cell(study, point, seed) for seed in seeds]
+    tuned = [variant.points() for variant in study.variants if len(variant.points()) > 1]
+    fill(chooser, study, [Task(point, request.seeds[0]) for points in tuned for point in points], request.jobs)
+    chosen = [choose(chooser, study, variant, request.seeds[0]) for variant in study.variants]
+    wanted = [[Task(point, seed) for seed in (request.seeds if point.trains else [0])] for point, _ in chosen]
+    fill(bench, study, [task for tasks in wanted for task in tasks], request.jobs)
+    cells = {tasks[0].variant.name: [bench.cell(study, task.variant, task.seed) for task in tasks] for tasks in wanted}
     results = compare(study, cells, dataset, catalogue, request.split)
-    for name, tried in choices.items():
-        results["variants"][name]["grid"] = tried
+    for point, tried in chosen:
+        results["variants"][point.name]["grid"] = tried
     text = table(study, results)
     _write(request.file("json"), json.dumps(results, indent=2) + "\n")
     _write(request.file("md"), text)
