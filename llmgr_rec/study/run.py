@@ -75,15 +75,16 @@ def run_study(request: StudyRequest) -> str:
     check_baselines({variant.model for variant in study.variants}, catalogue)
     bench = Bench(request.output, dataset, request.split)
     chooser = Bench(request.output, dataset, "valid")
-    tuned = [variant.points() for variant in study.variants if len(variant.points()) > 1]
-    fill(chooser, study, [Task(point, request.seeds[0]) for points in tuned for point in points], request.jobs)
+    tuned = [variant for variant in study.variants if len(variant.points()) > 1]
+    tried = [Task(point, request.seeds[0], tuple(variant.grid)) for variant in tuned for point in variant.points()]
+    fill(chooser, study, tried, request.jobs)
     chosen = [choose(chooser, study, variant, request.seeds[0]) for variant in study.variants]
     wanted = [[Task(point, seed) for seed in (request.seeds if point.trains else [0])] for point, _ in chosen]
     fill(bench, study, [task for tasks in wanted for task in tasks], request.jobs)
     cells = {tasks[0].variant.name: [bench.cell(study, task.variant, task.seed) for task in tasks] for tasks in wanted}
     results = compare(study, cells, dataset, catalogue, request.split)
-    for point, tried in chosen:
-        results["variants"][point.name]["grid"] = tried
+    for point, points in chosen:
+        results["variants"][point.name]["grid"] = points
     text = table(study, results)
     _write(request.file("json"), json.dumps(results, indent=2) + "\n")
     _write(request.file("md"), text)

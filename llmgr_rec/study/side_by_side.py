@@ -27,13 +27,16 @@ class Task:
     Args:
         variant: Without a grid.
         seed: Its seed.
+        of_grid: Names of the settings that a grid has given it.
     """
 
     variant: Variant
     seed: int
+    of_grid: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.variant.name}, seed {self.seed}"
+        chosen = [f", {name} {self.variant.settings[name]}" for name in self.of_grid]
+        return f"{self.variant.name}{''.join(chosen)}, seed {self.seed}"
 
 
 def fill(bench: Bench, study: Study, tasks: Sequence[Task], jobs: int) -> None:

@@ -15,7 +15,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.experiments import main
 from llmgr_rec.study import side_by_side
 from llmgr_rec.study.cells import Bench
-from llmgr_rec.study.recipe import load_study
+from llmgr_rec.study.recipe import Variant, load_study
 from llmgr_rec.study.side_by_side import Task, fill
 from tests.small_run import small_run
 
@@ -94,6 +94,12 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.1)
+
+
+def test_a_point_of_a_grid_is_told_from_the_others():
+    variant = Variant("GNN", "sbr", {"sbr.lr": 0.01, "tables.dim": 8}, grid={"sbr.lr": [0.01]})
+    assert str(Task(variant.points()[0], 3, tuple(variant.grid))) == "GNN, sbr.lr 0.01, seed 3"
+    assert str(Task(variant, 3)) == "GNN, seed 3"
 
 
 def test_there_is_at_least_one_process(recipe):
