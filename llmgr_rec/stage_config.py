@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-TrainableGroup = Literal["tables", "encoder", "tower", "adapter", "lora", "head", "student"]
+TrainableGroup = Literal["tables", "encoder", "text_encoder", "adapter", "lora", "head", "student"]
 StageName = Literal["sbr", "text", "align", "behave", "distill"]
 # In the order in which they are trained.
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -56,27 +56,20 @@ class SbrConfig(StageConfig):
 
 @dataclass
 class TextConfig(StageConfig):
-    """Second reader of sessions beside the encoder, which knows items by their texts alone.
+    """The whole language model, trained to read sessions as text: for a GPU (docs/results/sessions-as-text.md).
 
     Args:
         dim: Columns of its vectors.
-        two_sided: Project the texts of clicked and of ranked items by a matrix each, so that what goes with an item may
-            differ from what is like it; off, by the same one (tower).
-        reader: A text tower, which sums frozen encodings, or the whole language model, trained to read sessions as
-            text: for a GPU (docs/results/sessions-as-text.md).
-        clicks: Newest clicks whose texts are read (language_model).
-        dropout: Share of the tokens, and of what was read in them, that is left out in a training step, 0 to 1
-            (language_model).
+        clicks: Newest clicks whose texts are read.
+        dropout: Share of the tokens, and of what was read in them, that is left out in a training step, 0 to 1.
         drawn_items: Items a step, beside the targets, among which the next one is to be found; all, where the catalogue
-            has no more (language_model).
+            has no more.
         score_weight: What its score counts beside that of the session encoder, once it is trained. Of several numbers
             the one with the best NDCG@20 on the validation sessions is taken, with prior.neighbours beside the model;
-            at 0 it adds nothing (language_model).
+            at 0 it adds nothing.
     """
 
     dim: int = 128
-    two_sided: bool = False
-    reader: Literal["tower", "language_model"] = "tower"
     clicks: int = 10
     dropout: float = 0.1
     drawn_items: int = 512

@@ -90,30 +90,13 @@ def test_a_large_catalogue_looks_its_text_up() -> None:
     assert behave.cached_bytes == 0
 
 
-def test_text_in_item_vectors_is_counted_once_in_every_stage() -> None:
-    config = settings()
-    config.tables.item_text = True
-    found = layouts(config, Sizes(1000, {"category": 30}))
-    for stage in ("sbr", "behave"):
-        tables = {table.footprint.table: table for table in found[stage].tables}
-        assert tables.keys() == {"item_id", "category", "item_text"}
-        assert len(found[stage].tables) == 3
-        assert tables["item_text"].footprint.state_bytes == 0
-        assert tables["item_text"].bytes_per_rank == dict.fromkeys(range(2), 4 * 64 * 1000 / 2)
-    plain = layouts(settings(), Sizes(1000, {"category": 30}))
-    assert found["sbr"].parameters["encoder"] - plain["sbr"].parameters["encoder"] == 64 * 64
-    assert found["sbr"].pipelined == ["recommender.item_tables.ebc", "recommender.item_text.text_tables"]
-    assert found["behave"].pipelined == [f"llmgr.{name}" for name in found["sbr"].pipelined]
-    assert not any(layout.problem or layout.blocking for layout in found.values())
-
-
 @pytest.mark.parametrize("reads_sessions", [False, True])
 def test_a_language_model_that_is_cut_takes_its_part_of_memory(
     reads_sessions: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, stage = settings(), "behave"
     if reads_sessions:
-        config.text.epochs, config.text.reader, config.text.dim, stage = 1, "language_model", 16, "text"
+        config.text.epochs, config.text.dim, stage = 1, 16, "text"
         config.align.epochs = config.behave.epochs = 0
     whole = layouts(config, Sizes(1000), world_size=4)[stage]
     config.llm.shard = True
@@ -124,8 +107,8 @@ def test_a_language_model_that_is_cut_takes_its_part_of_memory(
     assert alone.dense_bytes == whole.dense_bytes
     assert cut.parameters == whole.parameters
     assert whole.dense_bytes - cut.dense_bytes == pytest.approx(0.75 * held, rel=1e-3)
-    main(["--num_items", "1000", "--world_size", "4", "--llm.shard", "true", "--text.epochs", "1", *TINY])
-    # In align and behave: a text tower has no language model.
+    main(["--num_items", "1000", "--world_size", "4", "--llm.shard", "true", *TINY])
+    # In align and behave: the session recommender has no language model.
     assert capsys.readouterr().out.count("the language model is cut over 4 ranks") == 2
 
 

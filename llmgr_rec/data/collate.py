@@ -18,12 +18,9 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.hashing import hash_ints
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.left_out import LeftOutIds
 from llmgr_rec.data.prefixes import following_items
 
 ITEM_ID = "item_id"
-# Bags that hold the item always, where those of its id may be empty.
-ITEM_TEXT = "item_text"
 
 Candidates = Literal["none", "cached", "full", "sampled"]
 # Taken from the score of an item in a loss: its softmax is then 0 in any number format.
@@ -52,8 +49,6 @@ class Collator:
         max_nodes: With `random_node`, the node is drawn from this many last clicks, so that a prompt with so many nodes
             shows it; 0 draws from all.
         seed: Seed of the draws.
-        item_text: Whether items get a bag under `item_text` too, for tables of their texts.
-        left_out: Says whose bag under `item_id` is empty in a step of training; None fills all.
     """
 
     def __init__(
@@ -68,8 +63,6 @@ class Collator:
         text_separator: Sequence[int] = (),
         max_nodes: int = 0,
         seed: int = 0,
-        item_text: bool = False,
-        left_out: LeftOutIds | None = None,
     ) -> None:
         if text != "none" and text_tokens is None:
             raise ValueError(f"text is {text} but there are no text tokens")
@@ -90,8 +83,6 @@ class Collator:
         self.separator_length = len(text_separator)
         self.max_nodes = max_nodes
         self.seed = seed
-        self.item_text = item_text
-        self.left_out = left_out
 
     def __call__(self, raw: RawSessions) -> SessionBatch:
         """Makes the batch of this rank's sessions."""
@@ -100,9 +91,8 @@ class Collator:
         targets_B = text_items_B if self.text == "random_node" else raw.targets_B
         candidates_C, log_q_C = self._candidates(raw, targets_B)
         items_X = torch.cat([graph.node_items_N, candidates_C])
-        left_out_X = None if self.left_out is None else self.left_out.mask(items_X, raw.epoch, raw.step)
         return SessionBatch(
-            features=self.item_features(items_X, left_out_X),
+            features=self.item_features(items_X),
             graph=graph,
             targets_B=targets_B,
             target_columns_B=self._columns(targets_B, candidates_C),
@@ -145,22 +135,16 @@ class Collator:
         columns_B = torch.from_numpy(np.searchsorted(candidates_C.numpy(), targets_B.numpy()))
         return torch.where(targets_B >= 0, columns_B, -1)
 
-    def item_features(self, items_X: Tensor, left_out_X: Tensor | None = None) -> KeyedJaggedTensor:
-        """The bags of a list of items, [X] of them, under `item_id`, each side feature and, with it, `item_text`.
+    def item_features(self, items_X: Tensor) -> KeyedJaggedTensor:
+        """The bags of a list of items, [X] of them, under `item_id` and each side feature.
 
         Args:
             items_X: Item indices, int64.
-            left_out_X: Where the bag under `item_id` stays empty, bool; None fills all.
         """
-        ones_X = torch.ones_like(items_X)
-        values, lengths = {ITEM_ID: items_X}, {ITEM_ID: ones_X}
-        if left_out_X is not None:
-            values[ITEM_ID], lengths[ITEM_ID] = items_X[~left_out_X], (~left_out_X).long()
+        values, lengths = {ITEM_ID: items_X}, {ITEM_ID: torch.ones_like(items_X)}
         for name, feature in self.side_features.items():
             bags = feature.select(items_X)
             values[name], lengths[name] = bags.values, bags.lengths
-        if self.item_text:
-            values[ITEM_TEXT], lengths[ITEM_TEXT] = items_X, ones_X
         return KeyedJaggedTensor(
             keys=list(values),
             values=_joined(list(values.values())),

@@ -12,12 +12,11 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Candidates, Collator, TextPlace
 from llmgr_rec.data.item_text import shuffle_texts, tokenize_items
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.left_out import LeftOutIds
 from llmgr_rec.data.pretrained import load_decoder, load_tokenizer, weights_hash
 from llmgr_rec.data.prompt_files import Task, load_templates
 from llmgr_rec.data.random_weights import draw_decoder, drawn_weights_hash
 from llmgr_rec.data.session_texts import closed
-from llmgr_rec.modules.build import build_llmgr, build_recommender, reads_sessions, recommender_reads_text
+from llmgr_rec.modules.build import build_llmgr, build_recommender
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -36,8 +35,7 @@ def assemble_recommender(
     config: Config,
     catalogue: Catalogue,
     tables_device: torch.device | str = "cpu",
-    text_width: int = 0,
-    tower: bool = False,
+    reads_sessions: bool = False,
     device: torch.device | None = None,
 ) -> SessionRecommender:
     """The session recommender for a catalogue; see `build_recommender`.
@@ -46,15 +44,11 @@ def assemble_recommender(
         config: All settings.
         catalogue: Items.
         tables_device: Where tables are made; `meta` leaves the memory to the sharder.
-        text_width: Columns of a text encoding; read where the recommender reads item text.
-        tower: Whether it has a text tower, or the reader that the settings have in its place.
-        device: Where such a reader is made; None takes the CPU.
+        reads_sessions: Whether a text encoder reads sessions as text beside the session encoder.
+        device: Where the text encoder is made; None takes the CPU.
     """
-    reader = None
-    if tower and reads_sessions(config):
-        reader = assemble_reader(config, catalogue, device or torch.device("cpu"))
-    sizes = (catalogue.num_items, catalogue.num_embeddings)
-    return build_recommender(config, *sizes, tables_device, text_width, tower, reader)
+    text_encoder = assemble_reader(config, catalogue, device or torch.device("cpu")) if reads_sessions else None
+    return build_recommender(config, catalogue.num_items, catalogue.num_embeddings, tables_device, text_encoder)
 
 
 def assemble_reader(config: Config, catalogue: Catalogue, device: torch.device) -> TextReader:
@@ -92,16 +86,6 @@ def decoder_hash(config: Config) -> str:
     if config.controls.random_llm:
         return drawn_weights_hash(config.llm.name_or_path, config.seed)
     return weights_hash(config.llm.name_or_path)
-
-
-def assemble_text_decoder(config: Config, device: torch.device) -> PreTrainedModel:
-    """The decoder that encodes item texts: cut after the layer that the settings name for that.
-
-    Raises:
-        UserError: It is not to be had.
-    """
-    layers = config.llm.text_layer or config.llm.num_layers
-    return assemble_decoder(replace(config, llm=replace(config.llm, num_layers=layers)), device)
 
 
 def assemble_llmgr(
@@ -179,15 +163,13 @@ def make_collator(
         _controlled(config, catalogue),
         config.tables.side_features,
         candidates=_candidates(config, catalogue, purpose),
-        sampled_items=config.text.drawn_items if _reads_candidates(config, purpose) else config.loss.sampled_items,
+        sampled_items=config.text.drawn_items if purpose == "text" else config.loss.sampled_items,
         text=text,
         text_items=config.prompt.text_items,
         text_tokens=tokens if text != "none" else None,
         text_separator=separator,
         max_nodes=config.prompt.max_nodes,
         seed=config.seed,
-        item_text=config.tables.item_text if purpose == "sbr" else recommender_reads_text(config),
-        left_out=left_out_ids(config, catalogue, purpose),
     )
 
 
@@ -197,19 +179,6 @@ def _controlled(config: Config, catalogue: Catalogue) -> Catalogue:
         return catalogue
     words = shuffle_texts(catalogue.features["word"], config.seed)
     return replace(catalogue, features={**catalogue.features, "word": words})
-
-
-def left_out_ids(config: Config, catalogue: Catalogue, purpose: Purpose) -> LeftOutIds | None:
-    """Whose id row is left out of item vectors for a purpose; None where none is.
-
-    Args:
-        config: All settings.
-        catalogue: Items.
-        purpose: A training stage, or ranking: rows that never train stay at zero, so that they say nothing there.
-    """
-    if purpose == "rank" or not config.tables.item_text:
-        return None
-    return LeftOutIds(catalogue.train_count_V, config.tables.id_dropout if purpose == "sbr" else 0.0, config.seed)
 
 
 def text_place(config: Config, purpose: Purpose, language: bool) -> TextPlace:
@@ -240,10 +209,6 @@ def _candidates(config: Config, catalogue: Catalogue, purpose: Purpose) -> Candi
         return "none"
     if caches_catalogue(config, catalogue.num_items, purpose):
         return "cached"
-    most = config.text.drawn_items if _reads_candidates(config, purpose) else config.loss.full_softmax_max_items
+    # The text encoder reads every candidate.
+    most = config.text.drawn_items if purpose == "text" else config.loss.full_softmax_max_items
     return "full" if catalogue.num_items <= most else "sampled"
-
-
-def _reads_candidates(config: Config, purpose: Purpose) -> bool:
-    """Whether each candidate has to be read by a language model."""
-    return purpose == "text" and reads_sessions(config)

@@ -37,7 +37,6 @@ from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import fill_table, table_parameters
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.groups import group_of
-from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.recipes import load_config
@@ -98,9 +97,7 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
             config, catalogue, assemble_decoder(config, device), (), tables_device, index.stage == "distill"
         )
     else:
-        # From the table itself: the language model that made its encodings is not needed.
-        text_width = index.tables.get(ITEM_TEXT, (0, 0))[1]
-        model = assemble_recommender(config, catalogue, tables_device, text_width, index.stage == "text", device)
+        model = assemble_recommender(config, catalogue, tables_device, index.stage == "text", device)
     model.requires_grad_(False)
     if world:
         shard(model, config.tables, world, lambda name: False)
@@ -127,7 +124,7 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
 
     Raises:
         UserError: The bundle is damaged or of another shape, or lacks a part of the session recommender, which every
-            stage has but for the text tower.
+            stage has but for the text encoder.
     """
     folder = Path(path)
     index = read_index(folder)
@@ -136,7 +133,7 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
         left = _load_tables(model, folder, index)
         recommender = model.recommender if isinstance(model, LLMGR) else model
         missing = _load_dense(dense_tensors(recommender), folder, RECOMMENDER)
-        later = [name for name in missing if index.stage == "sbr" and group_of(name) == "tower"]
+        later = [name for name in missing if index.stage == "sbr" and group_of(name) == "text_encoder"]
         left += later
         if first := next((name for name in missing if name not in later), None):
             raise UserError(

@@ -22,21 +22,14 @@ from llmgr_rec.distributed.assembly import caches_catalogue
 from llmgr_rec.distributed.decoder_shards import decoder_parameters
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.build import (
-    build_llmgr,
-    build_recommender,
-    build_task,
-    reads_item_text,
-    reads_sessions,
-    recommender_reads_text,
-)
+from llmgr_rec.modules.build import build_llmgr, build_recommender, build_task, reads_item_text
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.text_reader import TextReader
-from llmgr_rec.stage_config import StageConfig
+from llmgr_rec.stage_config import RECOMMENDER_STAGES, StageConfig
 
 FROZEN = "frozen"
 _FLOAT_BYTES = 4
@@ -163,23 +156,9 @@ def _lay_out_stage(stage: StageName, settings: StageConfig, config: Config, size
 
 
 def _meta_model(stage: StageName, settings: StageConfig, config: Config, sizes: Sizes) -> SessionRecommender | LLMGR:
-    if stage == "sbr":
-        width = _meta_decoder(config).get_input_embeddings().weight.shape[1] if config.tables.item_text else 0
-        return build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width).to("meta")
-    if stage == "text":
-        decoder, reader = _meta_decoder(config), None
-        width = decoder.get_input_embeddings().weight.shape[1]
-        if reads_sessions(config):
-            if config.text.dim > width:
-                raise UserError(
-                    f"setting text.dim is {config.text.dim}, but {config.llm.name_or_path} has {width} columns; "
-                    f"give {width} at most"
-                )
-            width = config.text.dim
-            reader = TextReader(
-                decoder.float(), Jagged.empty(sizes.num_items), width, config.text.clicks, config.text.dropout
-            )
-        return build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", width, True, reader).to("meta")
+    if stage in RECOMMENDER_STAGES:
+        text_encoder = _meta_text_encoder(config, sizes) if stage == "text" else None
+        return build_recommender(config, sizes.num_items, sizes.num_embeddings, "meta", text_encoder).to("meta")
     # Only that the prompts are there matters for the layout, not what they say.
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
     decoder = _meta_decoder(config)
@@ -196,10 +175,22 @@ def _meta_model(stage: StageName, settings: StageConfig, config: Config, sizes: 
     )
     if caches_catalogue(config, sizes.num_items, stage):
         rows_VD = torch.empty(sizes.num_items, config.tables.dim, device="meta")
-        reads_text = reads_item_text(config) or recommender_reads_text(config)
-        text_VH = torch.empty(sizes.num_items, llmgr.language_model.hidden_size, device="meta") if reads_text else None
+        width = llmgr.language_model.hidden_size
+        text_VH = torch.empty(sizes.num_items, width, device="meta") if reads_item_text(config) else None
         llmgr.cache_catalogue(ItemRows(rows_VD, rows_VD, text_VH))
     return llmgr
+
+
+def _meta_text_encoder(config: Config, sizes: Sizes) -> TextReader:
+    decoder = _meta_decoder(config).float()
+    width = decoder.get_input_embeddings().weight.shape[1]
+    if config.text.dim > width:
+        raise UserError(
+            f"setting text.dim is {config.text.dim}, but {config.llm.name_or_path} has {width} columns; "
+            f"give {width} at most"
+        )
+    texts = Jagged.empty(sizes.num_items)
+    return TextReader(decoder, texts, config.text.dim, config.text.clicks, config.text.dropout)
 
 
 def _meta_decoder(config: Config) -> PreTrainedModel:

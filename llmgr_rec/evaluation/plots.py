@@ -15,7 +15,7 @@ from llmgr_rec.evaluation.results import MODEL_NAMES, in_table_order
 
 STAGE_TITLES = {
     "sbr": "Session recommender",
-    "text": "Text tower",
+    "text": "Text encoder",
     "align": "Stage 1: alignment",
     "behave": "Stage 2: behaviour",
     "distill": "Distillation",

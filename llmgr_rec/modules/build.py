@@ -8,12 +8,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ItemTables
-from llmgr_rec.modules.item_text import ItemText, text_tables
+from llmgr_rec.modules.item_text import text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
@@ -22,7 +21,6 @@ from llmgr_rec.modules.session_encoder import build_encoder
 from llmgr_rec.modules.student import StudentReader
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
 from llmgr_rec.modules.text_reader import TextReader
-from llmgr_rec.modules.text_tower import TextTower
 from llmgr_rec.stage_config import TrainableGroup
 
 
@@ -31,9 +29,7 @@ def build_recommender(
     num_items: int,
     num_embeddings: Mapping[str, int],
     tables_device: torch.device | str = "cpu",
-    text_width: int = 0,
-    tower: bool = False,
-    reader: TextReader | None = None,
+    text_encoder: TextReader | None = None,
 ) -> SessionRecommender:
     """The session recommender with fresh weights that depend on the settings and their seed only.
 
@@ -42,32 +38,25 @@ def build_recommender(
         num_items: Items of the catalogue.
         num_embeddings: Size of the vocabulary of each side feature that the catalogue has.
         tables_device: Where the item tables are made; `meta` leaves the memory to the sharder.
-        text_width: Columns of a text encoding; read where the recommender reads item text.
-        tower: Whether it has a text tower.
-        reader: Stands in place of one.
+        text_encoder: Encodes sessions as text beside the session encoder; None leaves the recommender without one.
 
     Raises:
         UserError: Settings that do not go together.
-        ValueError: It reads item text and there is no width.
     """
-    reads_text = config.tables.item_text or tower
-    if reads_text and not text_width:
-        raise ValueError("the recommender reads item text: give the width of the text encodings")
     with _seeded(config.seed):
         dim, device = config.tables.dim, torch.device(tables_device)
         wanted: list[str] = [name for name in config.tables.side_features if name in num_embeddings]
         sizes = {name: num_embeddings[name] for name in wanted}
         # First, because tables draw random numbers where they are not on meta.
         encoder = build_encoder(config.encoder, dim)
-        added = dim if config.tables.item_text else 0
-        text = ItemText(num_items, text_width, added, config.tables.init_std, device) if reads_text else None
+        text = text_tables(num_items, text_encoder.dim, device) if text_encoder else None
         return SessionRecommender(
             ItemTables(num_items, sizes, dim, device),
             encoder,
             config.encoder.score,
             config.encoder.temperature,
             text,
-            (reader or TextTower(text_width, config.text.dim, config.text.two_sided)) if tower else None,
+            text_encoder,
         )
 
 
@@ -98,8 +87,7 @@ def build_llmgr(
     Raises:
         UserError: Settings that do not go together.
     """
-    text_width = decoder.get_input_embeddings().weight.shape[1]
-    recommender = build_recommender(config, num_items, num_embeddings, tables_device, text_width, has_tower(config))
+    recommender = build_recommender(config, num_items, num_embeddings, tables_device)
     norm = mean_embedding_norm(decoder) if embedding_norm is None else embedding_norm
     with _seeded(config.seed):
         llm = config.llm
@@ -119,7 +107,7 @@ def build_llmgr(
             language_model,
             head,
             prompts,
-            text_tables(num_items, d2, torch.device(tables_device), ITEM_ID) if head_reads_own_text(config) else None,
+            text_tables(num_items, d2, torch.device(tables_device)) if reads_item_text(config) else None,
             config.prompt.node_source,
             config.prompt.node_order,
             config.prompt.max_nodes,
@@ -171,26 +159,6 @@ def contrast_weight(config: Config) -> float:
 def reads_item_text(config: Config) -> bool:
     """Whether the head compares with text encodings of the items."""
     return config.head.name == "tied" and config.head.item_text
-
-
-def has_tower(config: Config) -> bool:
-    """Whether a text tower stands beside the session encoder, in stages after sbr."""
-    return config.text.epochs > 0
-
-
-def reads_sessions(config: Config) -> bool:
-    """Whether it is a language model, reading sessions as text, that stands in the text tower's place."""
-    return has_tower(config) and config.text.reader == "language_model"
-
-
-def recommender_reads_text(config: Config) -> bool:
-    """Whether the session recommender, as the language stages see it, reads text encodings of the items."""
-    return config.tables.item_text or has_tower(config)
-
-
-def head_reads_own_text(config: Config) -> bool:
-    """Whether the head has a table of text encodings to itself: the recommender reads none that it could share."""
-    return reads_item_text(config) and not recommender_reads_text(config)
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from llmgr_rec.stage_config import TrainableGroup
 _GROUP_OF_PART: dict[str, TrainableGroup] = {
     "item_tables": "tables",
     "encoder": "encoder",
-    "text_projection": "encoder",
-    "text_tower": "tower",
+    "text_encoder": "text_encoder",
     "hybrid": "adapter",
     "head": "head",
     "student": "student",

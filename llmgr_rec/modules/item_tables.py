@@ -19,10 +19,9 @@ class ItemRows:
     """Vectors of a list of item occurrences.
 
     Args:
-        vectors_XD: Item vectors: the id row plus the pooled rows of every side feature, plus the projected text where
-            it is a part of them.
+        vectors_XD: Item vectors: the id row plus the pooled rows of every side feature.
         ids_XD: The rows of the id table alone.
-        texts_XH: Text encodings, where item vectors have them.
+        texts_XH: Rows of the table of text encodings, where the model has one.
     """
 
     vectors_XD: Tensor

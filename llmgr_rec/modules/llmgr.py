@@ -61,8 +61,7 @@ class LLMGR(nn.Module):
         language_model: Reads the prompts.
         head: Turns readings into queries, and items into vectors to compare with.
         prompts: A compiled prompt for each task that is used.
-        text: Text encodings of the items, see `text_tables`, looked up by `item_id`; needed by a head with item text
-            where the recommender reads none.
+        text: Text encodings of the items, see `text_tables`; needed by a head with item text.
         node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
         node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
         max_nodes: Newest nodes kept in a prompt; 0 keeps all.
@@ -217,10 +216,7 @@ class LLMGR(nn.Module):
             return self.head.items(self.item_rows_VD, self.rows_VD, self.text_VH, None)
         text_CH = None
         if self._reads_text:
-            texts_CH = seen.candidate_texts_CH
-            if texts_CH is None:
-                texts_CH = self._texts(batch.features)[seen.rows_ND.shape[0] :]
-            text_CH = self.head.standardise(texts_CH)
+            text_CH = self.head.standardise(self._texts(batch.features)[seen.rows_ND.shape[0] :])
         return self.head.items(seen.candidates_CQ, seen.candidate_ids_CD, text_CH, batch.candidates_C)
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
@@ -234,15 +230,13 @@ class LLMGR(nn.Module):
         return self.head.items(self.recommender.as_items(rows), rows.ids_XD, self._head_texts(rows), ids_C)
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
-        """Looks up all that items' vectors are made of, text encodings too where head or recommender read them.
+        """Looks up all that items' vectors are made of, text encodings too where the head reads them.
 
         Args:
             features: A bag for each item.
         """
         rows = self.recommender.rows(features)
-        if rows.texts_XH is None and self._reads_text:
-            return replace(rows, texts_XH=self._texts(features))
-        return rows
+        return replace(rows, texts_XH=self._texts(features)) if self._reads_text else rows
 
     def cache_catalogue(self, rows: ItemRows) -> None:
         """Keeps the inputs of all items' vectors, for training with the catalogue's tables frozen.

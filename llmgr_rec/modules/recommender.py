@@ -1,24 +1,23 @@
 """The session recommender: item tables, a session encoder and a score; the backbone that LLMGR builds on.
 
-Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, K columns of the text tower, Q columns of
-queries and items (D, or D + K), H columns of a text encoding.
+Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, K columns of the text encoder, Q columns of
+queries and items (D, or D + K).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.modules.item_tables import ItemRows, ItemTables
-from llmgr_rec.modules.item_text import ItemText
 from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 from llmgr_rec.modules.text_reader import TextReader
-from llmgr_rec.modules.text_tower import TextTower
 
 torch.fx.wrap("encode_prefixes")
 torch.fx.wrap("normalise")
@@ -42,7 +41,6 @@ class Recommended:
         rows_ND: Item vectors of the nodes as looked up.
         sessions_BD: Session vectors before they became queries.
         candidate_ids_CD: Bare id rows of the candidates.
-        candidate_texts_CH: Text encodings of the candidates, where the recommender reads any.
     """
 
     queries_BQ: Tensor
@@ -51,7 +49,6 @@ class Recommended:
     rows_ND: Tensor
     sessions_BD: Tensor
     candidate_ids_CD: Tensor
-    candidate_texts_CH: Tensor | None = None
 
 
 class SessionRecommender(nn.Module):
@@ -62,8 +59,8 @@ class SessionRecommender(nn.Module):
         encoder: The session encoder.
         score: `dot`, or `cosine` divided by the temperature.
         temperature: Divisor of the cosine; ignored for dot.
-        item_text: Text encodings of the items, and what they add to item vectors; None where text is not read.
-        text_tower: Second reader of sessions, whose score is added; it needs item_text.
+        text_tables: Item vectors of the text encoder, see `text_tables`; needed where there is a text encoder.
+        text_encoder: Encodes sessions as text; its score is added. None where sessions are not read as text.
     """
 
     def __init__(
@@ -72,16 +69,16 @@ class SessionRecommender(nn.Module):
         encoder: SessionEncoder,
         score: Literal["dot", "cosine"],
         temperature: float,
-        item_text: ItemText | None = None,
-        text_tower: TextTower | TextReader | None = None,
+        text_tables: EmbeddingBagCollection | None = None,
+        text_encoder: TextReader | None = None,
     ) -> None:
         super().__init__()
         self.item_tables = item_tables
         self.encoder = encoder
         self.score = score
         self.temperature = temperature
-        self.item_text = item_text
-        self.text_tower = text_tower
+        self.text_tables = text_tables
+        self.text_encoder = text_encoder
 
     def forward(self, batch: SessionBatch, one_pass: bool = False) -> Recommended:
         """Encodes the sessions and prepares the candidates from one lookup.
@@ -102,8 +99,8 @@ class SessionRecommender(nn.Module):
         else:
             encoded = self.encoder(rows_ND, batch.graph)
         queries_BQ, candidates_CQ = self._as_query(encoded.sessions_BD), self._as_item(candidates_CD)
-        if self.text_tower is not None:
-            read = self.text_tower(rows.texts_XH, batch)
+        if self.text_encoder is not None:
+            read = self.text_encoder(rows.texts_XH, batch)
             queries_BQ, candidates_CQ = torch.cat([queries_BQ, read[0]], 1), torch.cat([candidates_CQ, read[1]], 1)
         return Recommended(
             queries_BQ=queries_BQ,
@@ -112,31 +109,32 @@ class SessionRecommender(nn.Module):
             rows_ND=rows_ND,
             sessions_BD=encoded.sessions_BD,
             candidate_ids_CD=rows.ids_XD[num_nodes:],
-            candidate_texts_CH=None if rows.texts_XH is None else rows.texts_XH[num_nodes:],
         )
 
     def read_texts(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:
-        """What the text tower alone makes of a batch: queries [B, K] and candidates [C, K].
+        """Queries [B, K] and candidates [C, K] of the text encoder alone.
 
         Raises:
-            ValueError: There is no text tower.
+            ValueError: There is no text encoder.
         """
-        if self.item_text is None or self.text_tower is None:
-            raise ValueError("the recommender was built without a text tower")
-        read = self.text_tower(self.item_text(batch.features), batch)
+        if self.text_tables is None or self.text_encoder is None:
+            raise ValueError("the recommender was built without a text encoder")
+        with torch.no_grad():
+            texts_XK = self.text_tables(batch.features).values()
+        read = self.text_encoder(texts_XK, batch)
         return read[0], read[1]
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
         """Looks up items: their vectors and what these are made of.
 
         Args:
-            features: A bag for each of the X occurrences, under the keys of the item tables and of the item text.
+            features: A bag for each of the X occurrences, under the keys of the item tables.
         """
         rows = self.item_tables.rows(features)
-        if self.item_text is None:
+        if self.text_tables is None:
             return rows
-        texts_XH = self.item_text(features)
-        return ItemRows(self.item_text.add_to(rows.vectors_XD, texts_XH), rows.ids_XD, texts_XH)
+        with torch.no_grad():
+            return replace(rows, texts_XH=self.text_tables(features).values())
 
     def encode(self, features: KeyedJaggedTensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes sessions.
@@ -162,9 +160,9 @@ class SessionRecommender(nn.Module):
     def as_items(self, rows: ItemRows) -> Tensor:
         """Turns items that were looked up into the items' side of the score, [C, Q]."""
         items_CD = self._as_item(rows.vectors_XD)
-        if self.text_tower is None or rows.texts_XH is None:
+        if self.text_encoder is None or rows.texts_XH is None:
             return items_CD
-        return torch.cat([items_CD, self.text_tower.items(rows.texts_XH)], 1)
+        return torch.cat([items_CD, rows.texts_XH], 1)
 
     def _as_query(self, sessions_BD: Tensor) -> Tensor:
         return normalise(sessions_BD) / self.temperature if self.score == "cosine" else sessions_BD
@@ -175,5 +173,4 @@ class SessionRecommender(nn.Module):
 
 def text_reader_of(model: nn.Module) -> TextReader | None:
     """The language model that reads sessions as text beside a recommender's encoder, where it has one."""
-    tower = model.text_tower if isinstance(model, SessionRecommender) else None
-    return tower if isinstance(tower, TextReader) else None
+    return model.text_encoder if isinstance(model, SessionRecommender) else None

@@ -58,23 +58,23 @@ class SbrTask(nn.Module):
 
 
 class TextTask(nn.Module):
-    """Training of the text tower: next-item ranking by its score alone, whatever the session encoder would say.
+    """Training of the text encoder: next-item ranking by its score alone, whatever the session encoder would say.
 
     Args:
-        recommender: A session recommender with a text tower.
+        recommender: A session recommender with a text encoder.
         world_size: Number of ranks, over which gradients are averaged.
         loss_dtype: Number format of the products with the items in the loss, see `ranking_loss`.
 
     Raises:
-        ValueError: It has no text tower.
+        ValueError: It has no text encoder.
     """
 
     def __init__(
         self, recommender: SessionRecommender, world_size: int = 1, loss_dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        if recommender.text_tower is None:
-            raise ValueError("the recommender was built without a text tower")
+        if recommender.text_encoder is None:
+            raise ValueError("the recommender was built without a text encoder")
         self.recommender = recommender
         self.world_size = world_size
         self.loss_dtype = loss_dtype

@@ -1,11 +1,11 @@
 """A language model that reads sessions as text and says which item's text comes next; all of its weights train.
 
-It stands where a text tower may. The same decoder reads sessions and items, each at the token that closes a text. What
-it makes of both is whitened as the items were before training, so that the cosine starts as nearest neighbours do, and
-a projection of each side learns from there. Items are read with gradient while it trains; to rank, their vectors lie
-in the table of text encodings, which is filled anew whenever the decoder has changed. To read a session as the texts of
-its items, and items by the same model, is Recformer's (Li et al., Text Is All You Need, arXiv 2305.13731); to ask a
-causal decoder after every click, and to start from its whitened readings, is ours.
+Its score is added to that of the session encoder. The same decoder reads sessions and items, each at the token that
+closes a text. What it makes of both is whitened as the items were before training, so that the cosine starts as nearest
+neighbours do, and a projection of each side learns from there. Items are read with gradient while it trains; to rank,
+their vectors lie in the table of text encodings, which is filled anew whenever the decoder has changed. To read a
+session as the texts of its items, and items by the same model, is Recformer's (Li et al., Text Is All You Need, arXiv
+2305.13731); to ask a causal decoder after every click, and to start from its whitened readings, is ours.
 
 Shapes: B sessions, C items, R rows, T columns of a padded batch, X places, H hidden width, K columns of queries and of
 items.
@@ -108,10 +108,6 @@ class TextReader(nn.Module):
             return self.queries(batch), texts_XK[num_nodes:]
         queries_BK = self.prefix_queries(batch) if batch.prompts_G1.numel() else self.queries(batch)
         return queries_BK, self.item_vectors(batch.candidates_C)
-
-    def items(self, texts_CK: Tensor) -> Tensor:
-        """The items' side as the table has it, [C, K]."""
-        return texts_CK
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """The items' side as the decoder reads it now, [C, K].

@@ -16,7 +16,6 @@ from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.bundle_index import answering_bundle, bundle_hash, is_complete, read_index
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, on_first_rank, shutdown
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.build import reads_sessions
 from llmgr_rec.modules.lighten import lighten
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.recipes import load_config
@@ -187,8 +186,7 @@ def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None
     governed = _budget(request, bundle) < 1 or request.llm_threshold is not None
     if bundle.name in RECOMMENDER_STAGES:
         if governed or request.llm_layers or request.llm_dtype:
-            reads = bundle.name == "text" and reads_sessions(config)
-            held = "a language model that they do not steer" if reads else "no language model"
+            held = "a language model that they do not steer" if bundle.name == "text" else "no language model"
             raise UserError(f"{bundle} holds {held}; leave the --llm_ options out, or give another --stage")
         return
     if governed and bundle.name != "distill" and not config.head.residual:

@@ -32,7 +32,6 @@ from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_neighbours
-from llmgr_rec.modules.build import has_tower, reads_sessions
 from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.outputs import replaced
 from llmgr_rec.recipes import load_config, save_config
@@ -158,7 +157,7 @@ class Bench:
         if config.tables.neighbour_clicks:
             before, run = run, self._run("sbr", config)
             seconds += self._export_again(before, _up_to("sbr", config), run)
-        if model != "sbr" and has_tower(config):
+        if model != "sbr" and config.text.epochs:
             before, run = run, self._run("text", config)
             seconds += self._train_on(before, _up_to("text", config), run)
         if model in RECOMMENDER_STAGES:
@@ -236,7 +235,7 @@ def _as_trained(config: Config) -> Config:
 
 def _reader_weights(config: Config, model: str) -> list[float]:
     """What a language model which reads sessions as text may count beside the recommender; none where none does."""
-    return reader_weights(config) if model != "sbr" and reads_sessions(config) else []
+    return reader_weights(config) if model != "sbr" and config.text.epochs else []
 
 
 def _up_to(last: StageName, config: Config) -> Config:

@@ -105,7 +105,7 @@ class Study:
         if variant.model in RECOMMENDER_STAGES:
             config.align.epochs = config.behave.epochs = 0
         if variant.model == "text" and not config.text.epochs:
-            raise UserError(f"variant {variant.name}: its tower is trained by stage text; give it text.epochs 4")
+            raise UserError(f"variant {variant.name}: its text encoder is trained by stage text; give it text.epochs 4")
         if variant.model != "student":
             config.distill.epochs = 0
         if variant.model == "student" and not config.distill.epochs:

@@ -8,7 +8,6 @@ from typing import Literal
 from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.data.row_groups import RowGroups
 from llmgr_rec.distributed.assembly import compile_prompts, decoder_hash
 from llmgr_rec.distributed.bundle_index import check_trained_on, is_complete, latest_bundle, read_index
@@ -16,13 +15,7 @@ from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.limits import check_limits
-from llmgr_rec.modules.build import (
-    contrast_weight,
-    has_tower,
-    reads_item_text,
-    reads_sessions,
-    recommender_reads_text,
-)
+from llmgr_rec.modules.build import contrast_weight, reads_item_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
@@ -182,14 +175,12 @@ def _check_earlier_stage(request: RunRequest, first: StageName) -> None:
     bundle = latest_bundle(request.output / "export")
     index = read_index(bundle)
     before = load_config(bundle / "config.yaml")
-    has_text_tower = index.stage != "sbr" and has_tower(before)
-    if index.stage != "sbr" and has_tower(request.config) != has_text_tower:
+    if index.stage == "text":
         raise UserError(
-            f"setting text.epochs is {request.config.text.epochs}, but stage {index.stage} in {request.output} was "
-            f"trained with {before.text.epochs}: a text tower stays, and none is added later; "
-            "give the same setting, or another --output"
+            f"stage {first} does not go on from stage text, which is complete in {request.output}; "
+            "give another --output, and --text.epochs 0"
         )
-    for name in settings_taken_over(index.stage, request.config, has_text_tower):
+    for name in settings_taken_over(index.stage, request.config):
         if (now := setting(request.config, name)) != (then := setting(before, name)):
             raise UserError(
                 f"setting {name} is {now}, but stage {index.stage} in {request.output} was trained with {then}; "
@@ -219,35 +210,26 @@ def _check_checkpoints(request: RunRequest, stage: StageName, catalogue: Catalog
 
 def _check_language(config: Config, stages: Sequence[StageName], dataset: Dataset, catalogue: Catalogue) -> None:
     if set(stages) <= {*RECOMMENDER_STAGES}:
-        if config.tables.item_text or "text" in stages:
+        if "text" in stages:
             _check_text(config, dataset, catalogue)
         return
     prompts = compile_prompts(config)
     if {"behave", "distill"} & set(stages) and config.behave.one_pass:
         _check_one_pass(config, prompts["behave"], dataset)
-    reads_text = recommender_reads_text(config) or reads_item_text(config)
-    if reads_text or "align" in stages or config.prompt.text_items:
+    if reads_item_text(config) or "align" in stages or config.prompt.text_items:
         _check_text(config, dataset, catalogue)
 
 
 def _check_text(config: Config, dataset: Dataset, catalogue: Catalogue) -> None:
     if not dataset.manifest.has_text:
         readers, otherwise = "stages align and behave read item text", "train with --stage sbr"
-        if config.tables.item_text:
-            readers, otherwise = "setting tables.item_text is true", "set tables.item_text to false"
-        elif has_tower(config):
+        if config.text.epochs:
             readers, otherwise = "stage text trains on it", "set text.epochs to 0"
         raise UserError(
             f"{dataset.items_path} has no titles, and {readers}; "
             f"prepare with an items file that has a column title, or {otherwise}"
         )
     catalogue.texts(list(config.prompt.text_fields))
-    layers = num_decoder_layers(config.llm.name_or_path)
-    if config.llm.text_layer > layers:
-        raise UserError(
-            f"setting llm.text_layer is {config.llm.text_layer}, and {config.llm.name_or_path} has {layers} layers; "
-            f"give {layers} at most, or 0 for the last that is kept"
-        )
 
 
 def _check_choices(config: Config, stages: Sequence[StageName], dataset: Dataset) -> None:
@@ -262,7 +244,7 @@ def _check_choices(config: Config, stages: Sequence[StageName], dataset: Dataset
     several = []
     if "sbr" in stages and len(neighbour_clicks(config)) > 1:
         several.append("tables.neighbour_clicks")
-    if "text" in stages and reads_sessions(config) and len(reader_weights(config)) > 1:
+    if "text" in stages and len(reader_weights(config)) > 1:
         several.append("text.score_weight")
     if several:
         raise UserError(

@@ -14,8 +14,7 @@ import torch
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.pretrained import resolve_dtype
 from llmgr_rec.data.prompt_files import load_templates
-from llmgr_rec.modules.build import reads_sessions
-from llmgr_rec.stage_config import RECOMMENDER_STAGES, StageConfig
+from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 # Decide how the machine is used, or are chosen when a stage has been trained: no weight that it trains depends on them.
 _FREE = frozenset(
@@ -35,7 +34,6 @@ _LEARNING = frozenset(
         "tables.optimizer",
         "tables.lr",
         "tables.init_std",
-        "tables.id_dropout",
         "encoder.dropout",
         # A language model is told apart by its weights, and not by its name.
         "llm.name_or_path",
@@ -47,13 +45,8 @@ _LEARNING = frozenset(
         "prompt.text_items",
         "prompt.max_text_tokens",
         "prompt.text_fields",
-        "text.dropout",
-        "text.drawn_items",
-        *(f"text.{field.name}" for field in fields(StageConfig)),
     }
 )
-# Only a language model that reads sessions as text has a use for these.
-_READER = frozenset({"text.reader", "text.clicks", "text.dropout", "text.drawn_items", "text.score_weight"})
 _RECOMMENDER_PARTS = ("tables", "encoder")
 _LANGUAGE_PARTS = ("llm", "prompt", "head", "controls")
 
@@ -77,10 +70,8 @@ def deciding_settings(stage: StageName, config: Config, device: torch.device) ->
         names.add("controls.shuffled_words")
     if stage == "distill":
         names.add("behave.one_pass")
-    if stage == "text" or config.tables.item_text:
-        names |= {*text_settings(config), "llm.dtype"}
-    if config.text.reader == "tower":
-        names -= _READER
+    if stage == "text":
+        names |= {*_text_settings(config), "llm.dtype"}
     found = {name: setting(config, name) for name in sorted(names - _FREE)}
     for name in {"loss.dtype", "llm.dtype"} & found.keys():
         found[name] = str(resolve_dtype(found[name], device)).removeprefix("torch.")
@@ -89,36 +80,28 @@ def deciding_settings(stage: StageName, config: Config, device: torch.device) ->
     return found
 
 
-def settings_taken_over(stage: str, config: Config, has_tower: bool) -> list[str]:
+def settings_taken_over(stage: str, config: Config) -> list[str]:
     """Names of the settings in which a later stage must not differ from the one that it goes on from.
 
     Args:
         stage: The stage that it goes on from.
         config: All settings of the later one.
-        has_tower: Whether the earlier one has handed a text tower over, or a language model in its place.
     """
     names = {*_names_in(config, *_RECOMMENDER_PARTS), "controls.shuffled_words"}
     if stage not in RECOMMENDER_STAGES:
         names |= {*_names_in(config, *_LANGUAGE_PARTS)}
-    if has_tower:
-        names |= {*_names_in(config, "text")}
     names -= _FREE | _LEARNING
     if config.controls.shuffled_words:
         names.add("seed")
     if stage not in RECOMMENDER_STAGES:
         names |= {*_drawn_by_seed(config)}
-    if has_tower or config.tables.item_text:
-        names |= {*text_settings(config)}
     return sorted(names)
 
 
-def text_settings(config: Config) -> tuple[str, ...]:
-    """Names of the settings that decide what item texts are encoded to, and by which layers."""
-    # Who reads sessions has the layers that are kept, whichever encodes texts elsewhere.
-    only_encodes = config.llm.text_layer and not reads_sessions(config)
-    cut = ("llm.text_layer",) if only_encodes else ("llm.text_layer", "llm.num_layers")
+def _text_settings(config: Config) -> tuple[str, ...]:
+    """Names of the settings that decide which language model reads sessions, and what texts it reads."""
     controls = ("controls.random_llm", "controls.shuffled_text", *_drawn_by_seed(config))
-    return ("llm.name_or_path", *cut, "llm.text_whitening", "prompt.text_fields", "prompt.max_text_tokens", *controls)
+    return ("llm.name_or_path", "llm.num_layers", "prompt.text_fields", "prompt.max_text_tokens", *controls)
 
 
 def setting(config: Config, name: str) -> Any:

@@ -27,7 +27,6 @@ from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
-from llmgr_rec.modules.whitening import whitening_map
 from llmgr_rec.outputs import replaced
 
 # A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
@@ -43,25 +42,21 @@ class TextEncodings:
     """Text encodings of all items on disk, standardised as they are read.
 
     Hidden states of a decoder share a large common direction, so raw encodings all look alike to a dot product. They
-    are centred on the catalogue's mean, whitened if that is asked for, and scaled to a root mean square norm of 1.
-    Items without tokens stay at zero.
+    are centred on the catalogue's mean and scaled to a root mean square norm of 1. Items without tokens stay at zero.
 
     Args:
         folder: Where the encodings lie, in files of consecutive items; ranks share it.
         num_items: Size V of the catalogue.
         width: Hidden width H.
-        whiten: Whiten them, see `whitening_map`.
     """
 
-    def __init__(self, folder: Path, num_items: int, width: int, whiten: bool) -> None:
+    def __init__(self, folder: Path, num_items: int, width: int) -> None:
         self._folder = folder
         self._num_items = num_items
         self.width = width
-        self._whiten = whiten
         self._rows = max(_MIN_ROWS, -(-num_items // _MAX_FILES))
         self._mean_H = torch.zeros(width)
         self._scale = 1.0
-        self._map_HH: Tensor | None = None
 
     def encode(self, decoder: PreTrainedModel, tokens: Jagged, world: World) -> None:
         """Encodes what is not on disk yet, files dealt out over the ranks, and finds what standardises them.
@@ -85,22 +80,7 @@ class TextEncodings:
         mean_H = sums_H / count.clamp(min=1)
         variance = (squares / count.clamp(min=1) - mean_H.square().sum()).clamp(min=1e-12)
         self._mean_H, self._scale = mean_H.float(), float(variance.sqrt())
-        if self._whiten:
-            self._map_HH = self._find_map(mine, mean_H, int(count), world)
         barrier(world)
-
-    def _find_map(self, mine: list[int], mean_H: Tensor, count: int, world: World) -> Tensor:
-        """What whitens centred encodings, from a second pass over this rank's files, float32 [H, H]."""
-        products_HH = torch.zeros(self.width, self.width, dtype=torch.float64)
-        fourth_powers = torch.zeros(1, dtype=torch.float64)
-        for start in mine:
-            with safe_open(self._path(start), framework="pt") as file:
-                centred = _with_text(file.get_tensor("encodings")) - mean_H
-            products_HH.addmm_(centred.T, centred)
-            fourth_powers += centred.square().sum(dim=1).square().sum()
-        covariance_HH = sum_over_ranks(products_HH, world) / max(count, 1)
-        fourth_moment = float(sum_over_ranks(fourth_powers, world)) / max(count, 1)
-        return whitening_map(covariance_HH, fourth_moment, count).float()
 
     def read(self, rows: range, cols: range) -> Tensor:
         """Standardised encodings of a rectangle, float32 [rows, cols]."""
@@ -109,13 +89,9 @@ class TextEncodings:
             low, high = max(rows.start, start), min(rows.stop, start + self._rows, self._num_items)
             if low < high:
                 with safe_open(self._path(start), framework="pt") as file:
-                    # A whitened column is made of all columns, a centred one of its own.
-                    needed = slice(cols.start, cols.stop) if self._map_HH is None else slice(None)
-                    centred = file.get_slice("encodings")[low - start : high - start, needed] - self._mean_H[needed]
+                    values = file.get_slice("encodings")[low - start : high - start, cols.start : cols.stop]
                     has_text = file.get_slice("has_text")[low - start : high - start]
-                ready = (
-                    centred / self._scale if self._map_HH is None else centred @ self._map_HH[:, cols.start : cols.stop]
-                )
+                ready = (values - self._mean_H[cols.start : cols.stop]) / self._scale
                 pieces.append(ready * has_text.unsqueeze(1))
         return torch.cat(pieces)
 
@@ -140,17 +116,12 @@ class TextEncodings:
 
     @staticmethod
     def _moments(encodings: Tensor) -> Tensor:
-        exact = _with_text(encodings)
+        exact = encodings[encodings.any(dim=1)].double()
         return torch.cat([exact.sum(0), exact.square().sum().view(1), torch.tensor([float(len(exact))])])
 
 
-def _with_text(encodings: Tensor) -> Tensor:
-    """Encodings of the items that have any, float64."""
-    return encodings[encodings.any(dim=1)].double()
-
-
 def encode_catalogue(
-    decoder: PreTrainedModel, tokens: Jagged, world: World, folder: Path, language_model_hash: str, whiten: bool
+    decoder: PreTrainedModel, tokens: Jagged, world: World, folder: Path, language_model_hash: str
 ) -> TextEncodings:
     """Text encodings of the catalogue, kept under a name that tells what they were made of.
 
@@ -160,14 +131,13 @@ def encode_catalogue(
         world: Ranks; all call together.
         folder: Where encodings are kept; runs may share it.
         language_model_hash: Hash of the decoder's weights.
-        whiten: Whether they are read whitened; what is kept does not depend on it.
     """
     recipe = json.dumps([language_model_hash, decoder.config.num_hidden_layers, str(decoder.dtype)])
     digest = hashlib.sha256(recipe.encode())
     digest.update(tokens.values.numpy().tobytes())
     digest.update(tokens.offsets.numpy().tobytes())
     width = decoder.get_input_embeddings().weight.shape[1]
-    encodings = TextEncodings(folder / digest.hexdigest()[:16], tokens.num_rows, width, whiten)
+    encodings = TextEncodings(folder / digest.hexdigest()[:16], tokens.num_rows, width)
     encodings.encode(decoder, tokens, world)
     return encodings
 

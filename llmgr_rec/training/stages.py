@@ -22,11 +22,9 @@ from llmgr_rec.distributed.assembly import (
     assemble_decoder,
     assemble_llmgr,
     assemble_recommender,
-    assemble_text_decoder,
     caches_catalogue,
     decoder_hash,
     item_tokens,
-    left_out_ids,
     make_collator,
     text_place,
 )
@@ -40,10 +38,10 @@ from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.modules.build import build_task, contrast_weight, head_reads_own_text, reads_sessions
+from llmgr_rec.modules.build import build_task, contrast_weight, reads_item_text
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
+from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES, StageConfig
@@ -187,38 +185,27 @@ def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[
 def _start(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender | LLMGR]:
     if stage == "sbr":
         return _start_recommender(context)
-    return _start_tower(context) if stage == "text" else _start_language(stage, context)
+    return _start_text(context) if stage == "text" else _start_language(stage, context)
 
 
 def _start_recommender(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config = context.config
-    encodings: TextEncodings | None = None
-    if config.tables.item_text:
-        encodings = _text_encodings(context)
-    recommender = assemble_recommender(config, context.catalogue, "meta", encodings.width if encodings else 0)
+    recommender = assemble_recommender(config, context.catalogue, "meta")
     model = _shard("sbr", recommender, context)
     init_tables(model, config.seed, config.tables.init_std)
-    if encodings is not None:
-        fill_text_table(model, encodings.read)
-    if (left_out := left_out_ids(config, context.catalogue, "sbr")) is not None:
-        zero_rows(model, ITEM_ID, left_out.untrained_V)
     return model, recommender
 
 
-def _start_tower(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
+def _start_text(context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender]:
     config, world = context.config, context.world
-    encodings = None if reads_sessions(config) else _text_encodings(context)
-    width = encodings.width if encodings else config.text.dim
-    recommender = assemble_recommender(config, context.catalogue, "meta", width, True, world.device)
-    if (text_reader := text_reader_of(recommender)) is not None:
-        text_reader.whiten(_some_items(config, context.catalogue))
+    recommender = assemble_recommender(config, context.catalogue, "meta", reads_sessions=True, device=world.device)
+    if (text_encoder := recommender.text_encoder) is not None:
+        text_encoder.whiten(_some_items(config, context.catalogue))
         # Other processors round otherwise, and nothing else would bring these together.
-        for statistic in (text_reader.mean_H, text_reader.map_HK):
+        for statistic in (text_encoder.mean_H, text_encoder.map_HK):
             take_from_first_rank(statistic, world)
     model = _shard("text", recommender, context)
     load_weights(recommender, latest_bundle(context.run / "export"))
-    if encodings is not None:
-        fill_text_table(model, encodings.read)
     if not any(neighbour_clicks(_with_clicks_drawn("text", context))):  # which have made up rows for them, or zeros
         # Rows that no click has trained would only blur what the texts say of their items.
         zero_rows(model, ITEM_ID, context.catalogue.train_count_V == 0)
@@ -231,27 +218,17 @@ def _some_items(config: Config, catalogue: Catalogue) -> Tensor:
     return torch.randperm(catalogue.num_items, generator=generator)[:_WHITENED_ITEMS]
 
 
-def _text_encodings(context: RunContext, decoder: PreTrainedModel | None = None) -> TextEncodings:
-    """Text encodings of the catalogue.
-
-    Args:
-        context: The run.
-        decoder: The stage's own decoder, where it has one: it serves if it is cut at the right layer.
-    """
-    config, world = context.config, context.world
-    if decoder is None or config.llm.text_layer:
-        decoder = assemble_text_decoder(config, world.device)
+def _text_encodings(context: RunContext, decoder: PreTrainedModel) -> TextEncodings:
+    """Text encodings of the catalogue by the stage's own decoder."""
     folder = context.item_text or context.run / "item_text"
-    return encode_catalogue(
-        decoder, context.item_tokens, world, folder, decoder_hash(config), config.llm.text_whitening
-    )
+    return encode_catalogue(decoder, context.item_tokens, context.world, folder, decoder_hash(context.config))
 
 
 def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedModelParallel, LLMGR]:
     config, world, settings = context.config, context.world, stage_settings(context.config, stage)
     decoder = assemble_decoder(config, world.device)
     encodings: TextEncodings | None = None
-    if head_reads_own_text(config):
+    if reads_item_text(config):
         encodings = _text_encodings(context, decoder)
     llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
     if stage == "align" and contrast_weight(config):
@@ -313,7 +290,7 @@ def _prefixes_together(stage: StageName, config: Config) -> int:
     """Most prefixes of a session that are read in one pass: as many as clicks are read, or as a prompt shows nodes."""
     if stage == "sbr" and config.sbr.one_pass:
         return config.encoder.max_clicks
-    if stage == "text" and reads_sessions(config):
+    if stage == "text":
         return config.text.clicks
     if stage in ("behave", "distill") and config.behave.one_pass:
         return config.prompt.max_nodes or sys.maxsize

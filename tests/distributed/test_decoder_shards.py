@@ -82,7 +82,7 @@ def read_unlike(world: World) -> None:
     made = [0] * world.size
     dist.all_gather_object(made, len(calls))
     assert made == [made[0]] * world.size
-    sessions = collator(item_text=True)(raw_sessions([[]], [1])) if world.rank else batch()
+    sessions = collator()(raw_sessions([[]], [1])) if world.rank else batch()
     with torch.no_grad():
         torch.testing.assert_close(reader.queries(sessions), plain.queries(sessions), atol=1e-5, rtol=1e-4)
 
@@ -120,17 +120,15 @@ def clip(world: World) -> tuple[float, float, float]:
     """Norm of a whole gradient before and after a step, and the one that was told."""
     config = Config()
     config.tables.dim, config.text.clip_norm = 16, 0.5
-    recommender = build_recommender(
-        config, NUM_ITEMS, {"category": 3}, "meta", text_width=COLUMNS, tower=True, reader=reader_of()
-    )
+    recommender = build_recommender(config, NUM_ITEMS, {"category": 3}, "meta", reader_of())
     task = TextTask(recommender, world.size)
-    select_trainable(task, ["tower"])
-    model = shard(task, config.tables, world, lambda name: group_of(name) == "tower", cut_decoders=True)
+    select_trainable(task, ["text_encoder"])
+    model = shard(task, config.tables, world, lambda name: group_of(name) == "text_encoder", cut_decoders=True)
     init_tables(model, 0, 0.1)
     optimizer = build_optimizer(model, config.text, config.tables)
     optimizer.zero_grad()
     half = slice(2 * world.rank, 2 * world.rank + 2)
-    loss, _ = model(collator(item_text=True)(raw_sessions(SESSIONS[half], TARGETS[half])))
+    loss, _ = model(collator()(raw_sessions(SESSIONS[half], TARGETS[half])))
     loss.backward()
     before = norm(model)
     optimizer.step()

@@ -21,9 +21,8 @@ ENCODERS = ("gcsan", "srgnn", "sasrec", "gru4rec", "stamp")
 
 
 def whole_config(folder: Path) -> Config:
-    """All stages, with text tower, neighbours and student."""
+    """The language stages, with neighbours and student."""
     config = small_config(folder / "prompts.yaml")
-    config.text.epochs, config.text.dim = 1, 8
     config.distill = replace(config.distill, epochs=1, max_steps=4, width=8)
     config.prior.neighbours = ["item_knn", "text_knn"]
     return config
@@ -50,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_all_stages_train_alike(trained: dict[str, Path]) -> None:
     on_cpu, on_gpu = numbers(trained["cpu"]), numbers(trained["cuda"])
     losses = [name for name in on_cpu if name.endswith("/loss")]
-    assert {name.split("/")[0] for name in losses} == {"sbr", "text", "align", "behave", "distill"}
+    assert {name.split("/")[0] for name in losses} == {"sbr", "align", "behave", "distill"}
     for name in losses:
         assert on_gpu[name] == pytest.approx(on_cpu[name], rel=2e-3), name
 
@@ -97,7 +96,7 @@ def test_a_reader_of_sessions_trains_alike(tmp_path: Path) -> None:
     """Its decoder computes in bfloat16 on the GPU."""
     config = small_config(tmp_path / "prompts.yaml")
     config.prompt.max_text_tokens = 24
-    config.text = replace(config.text, reader="language_model", epochs=1, dim=16, dropout=0.0)
+    config.text = replace(config.text, epochs=1, dim=16, dropout=0.0)
     config.align.epochs = config.behave.epochs = 0
     on_cpu, on_gpu = (numbers(train_on(device, tmp_path, config, "all")) for device in ("cpu", "cuda"))
     for name in (name for name in on_cpu if name.startswith("text/train") and name.endswith("/loss")):

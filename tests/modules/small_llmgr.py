@@ -10,7 +10,7 @@ import torch
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import ITEM_ID, Collator
+from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.item_text import tokenize_texts
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes
@@ -117,7 +117,7 @@ def make_llmgr(
     tokenizer = load_tokenizer("random-tiny")
     text = None
     if head == "tied":
-        text = text_tables(NUM_ITEMS, width, key=ITEM_ID)
+        text = text_tables(NUM_ITEMS, width)
         torch.nn.init.normal_(text.embedding_bags["item_text"].weight)
     return LLMGR(
         recommender=recommender,

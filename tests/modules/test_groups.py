@@ -12,6 +12,8 @@ from llmgr_rec.modules.groups import group_of, select_trainable
         ("recommender.item_tables.ebc.embedding_bags.item_id.weight", "tables"),
         ("llmgr.recommender.encoder.graph_network.message", "encoder"),
         ("_dmp_wrapped_module.module.llmgr.hybrid.project.weight", "adapter"),
+        ("recommender.text_encoder.decoder.layers.0.mlp.weight", "text_encoder"),
+        ("recommender.text_tables.embedding_bags.item_text.weight", None),
         ("llmgr.head.query.weight", "head"),
         ("llmgr.head.text.weight", "head"),
         ("llmgr.language_model.decoder.layers.0.self_attn.q_proj.lora_A.default.weight", "lora"),

@@ -11,6 +11,8 @@ from llmgr_rec.data.pretrained import load_decoder
 from llmgr_rec.data.session_texts import closed, item_texts, last_places, session_texts
 from llmgr_rec.modules import text_reader
 from llmgr_rec.modules.build import build_recommender
+from llmgr_rec.modules.groups import select_trainable
+from llmgr_rec.modules.tasks import TextTask
 from llmgr_rec.modules.text_reader import TextReader
 from tests.modules.small_llmgr import NUM_ITEMS, collator, raw_sessions
 
@@ -33,7 +35,7 @@ def reader_of(dropout: float = 0.0) -> TextReader:
 
 
 def batch() -> SessionBatch:
-    return collator(item_text=True)(raw_sessions(SESSIONS, TARGETS))
+    return collator()(raw_sessions(SESSIONS, TARGETS))
 
 
 def plain_query(reader: TextReader, session: list[int]) -> torch.Tensor:
@@ -79,7 +81,7 @@ def test_calls_for_the_sake_of_others_change_nothing() -> None:
         (vectors_CK @ torch.arange(float(COLUMNS))).sum().backward()
         found.append([vectors_CK, *(parameter.grad for parameter in reader.decoder.parameters())])
         assert len(calls) == 1 + more
-        assert reader.queries(collator(item_text=True)(raw_sessions([[]], [1]))).tolist() == [[0.0] * COLUMNS]
+        assert reader.queries(collator()(raw_sessions([[]], [1]))).tolist() == [[0.0] * COLUMNS]
         assert len(calls) == 1 + 2 * more
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
 
@@ -106,15 +108,19 @@ def test_training_reads_candidates_and_ranking_takes_the_table() -> None:
     settings = Config()
     settings.tables.dim = 16
     reader = reader_of().requires_grad_(True)
-    model = build_recommender(settings, NUM_ITEMS, {"category": 3}, text_width=COLUMNS, tower=True, reader=reader)
+    model = build_recommender(settings, NUM_ITEMS, {"category": 3}, text_encoder=reader)
     queries_BK, candidates_CK = model.train().read_texts(batch())
     torch.testing.assert_close(candidates_CK, reader.item_vectors(batch().candidates_C))
     (queries_BK @ candidates_CK.T).sum().backward()
     assert all(parameter.grad is not None for parameter in reader.parameters())
     _, from_table_CK = model.eval().read_texts(batch())
     assert not torch.allclose(from_table_CK, candidates_CK)
+    assert model.text_tables is not None
+    table_VK = model.text_tables.embedding_bags["item_text"].weight
+    assert torch.equal(from_table_CK, table_VK)
+    assert not table_VK.requires_grad or table_VK.grad is None
     seen = model(batch())
-    features = collator(item_text=True).item_features(torch.arange(NUM_ITEMS))
+    features = collator().item_features(torch.arange(NUM_ITEMS))
     torch.testing.assert_close(seen.candidates_CQ, model.item_vectors(features))
     torch.testing.assert_close(seen.queries_BQ[:, -COLUMNS:], reader.queries(batch()))
 
@@ -132,3 +138,16 @@ def test_dropout_blurs_training_alone() -> None:
 def test_more_columns_than_the_decoder_has_are_refused() -> None:
     with pytest.raises(ValueError, match="more than the 64"):
         TextReader(load_decoder("random-tiny", 1, "float32"), Jagged.empty(1), 65, CLICKS, 0.0)
+
+
+def test_the_task_trains_the_text_encoder_and_nothing_else() -> None:
+    settings = Config()
+    settings.tables.dim = 16
+    task = TextTask(build_recommender(settings, NUM_ITEMS, {"category": 3}, text_encoder=reader_of()))
+    trained = select_trainable(task, ["text_encoder"])
+    assert {name.split(".")[1] for name in trained} == {"text_encoder"}
+    loss, _ = task.train()(batch())
+    loss.backward()
+    assert {name for name, parameter in task.named_parameters() if parameter.grad is not None} == set(trained)
+    with pytest.raises(ValueError, match="without a text encoder"):
+        TextTask(build_recommender(settings, NUM_ITEMS, {"category": 3}))

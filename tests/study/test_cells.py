@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from llmgr_rec.config import Config, TablesConfig
+from llmgr_rec.config import Config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
@@ -28,40 +28,27 @@ from tests.small_run import prepare_small, small_run, write_log
 
 def test_runs_share_a_recommender_that_reads_what_they_do(tmp_path, monkeypatch):
     monkeypatch.setattr(cells.Bench, "_train", lambda *_: 0.0)
-    bench = cells.Bench(tmp_path, small_run().dataset, "test")
-
-    def run_of(**settings):
-        config = replace(Config(), tables=TablesConfig(item_text=settings.pop("item_text")))
-        for name, value in settings.items():
-            part, _, setting = name.partition("__")
-            setattr(getattr(config, part), setting, value)
-        return bench._trained("sbr", config)[0]
-
-    text_makers = ({"llm__num_layers": 2}, {"llm__text_layer": 2}, {"llm__name_or_path": "random-tiny"})
-    text_makers += ({"prompt__max_text_tokens": 8}, {"prompt__text_fields": ["title"]})
-    text_makers += ({"controls__random_llm": True}, {"controls__shuffled_text": True})
-    for change in text_makers:
-        assert run_of(item_text=True, **change) != run_of(item_text=True)
-        assert run_of(item_text=False, **change) == run_of(item_text=False)
-    for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}, {"controls__no_graph": True}):
-        assert run_of(item_text=True, **change) == run_of(item_text=True)
-    for change in ({"sbr__one_pass": True}, {"controls__shuffled_words": True}):
-        assert run_of(item_text=False, **change) != run_of(item_text=False)
-
-
-def test_runs_share_a_reader_of_sessions_of_as_many_layers(tmp_path, monkeypatch):
-    monkeypatch.setattr(cells.Bench, "_train", lambda *_: 0.0)
     monkeypatch.setattr(cells.Bench, "_train_on", lambda *_: 0.0)
     bench = cells.Bench(tmp_path, small_run().dataset, "test")
 
-    def run_of(reader, layers):
+    def run_of(model, **settings):
         config = Config()
-        config.text.epochs, config.text.reader = 1, reader
-        config.llm.text_layer, config.llm.num_layers = 3, layers
-        return bench._trained("text", config)[0]
+        config.text.epochs = 1
+        for name, value in settings.items():
+            part, _, setting = name.partition("__")
+            setattr(getattr(config, part), setting, value)
+        return bench._trained(model, config)[0]
 
-    assert run_of("language_model", 6) != run_of("language_model", 12)
-    assert run_of("tower", 6) == run_of("tower", 12)
+    text_makers = ({"llm__num_layers": 2}, {"llm__name_or_path": "random-tiny"})
+    text_makers += ({"prompt__max_text_tokens": 8}, {"prompt__text_fields": ["title"]})
+    text_makers += ({"controls__random_llm": True}, {"controls__shuffled_text": True})
+    for change in text_makers:
+        assert run_of("text", **change) != run_of("text")
+        assert run_of("sbr", **change) == run_of("sbr")
+    for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}, {"controls__no_graph": True}):
+        assert run_of("text", **change) == run_of("text")
+    for change in ({"sbr__one_pass": True}, {"controls__shuffled_words": True}):
+        assert run_of("sbr", **change) != run_of("sbr")
 
 
 def test_rows_drawn_by_another_number_of_clicks_train_nothing_anew(tmp_path):
@@ -97,13 +84,10 @@ def test_settings_that_train_nothing_have_no_part_in_the_name_of_a_run(tmp_path)
             setattr(getattr(config, part), setting, value)
         return bench._run(model, config)
 
-    reader = {"text__epochs": 1, "text__reader": "language_model"}
     assert run_of(prior__kept=7) == run_of(text__dim=7) == run_of(distill__width=7) == run_of()
-    assert run_of(text__epochs=1, text__clicks=7) == run_of(text__epochs=1) != run_of(text__epochs=1, text__dim=7)
-    assert run_of(**reader, text__clicks=7) != run_of(**reader)
-    # What a reader counts is chosen when it is trained, and what is trained upon it finds it so.
-    assert run_of("text", **reader, text__score_weight=1.0) == run_of("text", **reader)
-    assert run_of(**reader, text__score_weight=1.0) != run_of(**reader)
+    assert run_of("text", text__epochs=1, text__clicks=7) != run_of("text", text__epochs=1)
+    # What its score counts is chosen when it is trained.
+    assert run_of("text", text__epochs=1, text__score_weight=1.0) == run_of("text", text__epochs=1)
     assert run_of(align__epochs=0) == run_of(align__epochs=0, align__lr=1.0) != run_of()
     assert run_of(distill__epochs=1, behave__one_pass=True) != run_of(distill__epochs=1)
 

@@ -275,7 +275,6 @@ settings:
   llm.num_layers: 1
   prompt.max_text_tokens: 24
   sbr.epochs: 1
-  text.reader: language_model
   text.max_steps: 2
   text.dim: 8
   text.epochs: 1

@@ -81,14 +81,6 @@ def test_prefixes_that_are_rows_already_are_not_read_in_one_pass(refused: Refuse
         assert re.search(rf"the training rows of .*dataset are prefixes already; set {stage}\.one_pass to false", said)
 
 
-def test_text_in_item_vectors_is_asked_for_in_every_stage(refused: Refused, tmp_path: Path) -> None:
-    dataset = tmp_path / "dataset"
-    shutil.copytree(small_dataset(), dataset)
-    no_text(dataset)
-    said = refused("--tables.item_text", "true", dataset=dataset, stage="sbr")
-    assert re.search(r"has no titles, and setting tables\.item_text is true; .* set tables\.item_text to false", said)
-
-
 def test_text_is_not_asked_for_where_none_is_read(refused: Refused, tmp_path: Path) -> None:
     """What is refused then is only the last thing that is looked at: tables that find no room."""
     dataset = tmp_path / "dataset"
@@ -127,11 +119,8 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--prompt.templates", "nowhere.yaml"], r"prompt\.templates: nowhere\.yaml is neither a readable file nor"),
         (["--sbr.batch_size", "-1"], r"setting sbr\.batch_size is -1; give 1 or more"),
         (["--behave.batch_size", "0"], r"setting behave\.batch_size is 0; give 1 or more"),
-        (["--tables.id_dropout", "1.5"], r"setting tables\.id_dropout is 1\.5; give a share from 0 to 1"),
-        (["--tables.id_dropout", "0.5"], r"setting tables\.id_dropout is 0\.5, but .*; set tables\.item_text to true"),
         (["--head.text_only=true", "--head.item_text=false"], r"text_only is true, but the head reads no item text"),
         (["--head.apart=true", "--head.residual=false"], r"head\.apart is true, .*; set head\.residual to true"),
-        (["--llm.text_layer", "3"], r"setting llm\.text_layer is 3, and random-tiny has 2 layers; give 2 at most"),
         (["--sbr.lr", "0"], r"setting sbr\.lr is 0\.0; give a number above 0"),
         (["--align.lr=-0.1"], r"setting align\.lr is -0\.1; give a number above 0"),
         (["--sbr.lr", ".nan"], r"setting sbr\.lr is nan; give a finite number"),
@@ -143,10 +132,13 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--sbr.trainable", "[]"], r"setting sbr\.trainable is empty; name"),
         (["--sbr.trainable", "[lora]"], r"setting sbr\.trainable names lora, which stage sbr does not train; name"),
         (
-            ["--text.epochs", "1", "--text.trainable", "[encoder]"],
-            r"text\.trainable names encoder, which stage text does not train; name what it is to train of tower",
+            ["--text.epochs", "1", "--align.epochs", "0", "--behave.epochs", "0", "--text.trainable", "[encoder]"],
+            r"text\.trainable names encoder, which stage text does not train; name what it is to train of text_encoder",
         ),
-        (["--behave.trainable", "[head,tower]"], r"behave\.trainable names tower, which stage behave does not train"),
+        (
+            ["--behave.trainable", "[head,text_encoder]"],
+            r"behave\.trainable names text_encoder, which stage behave does",
+        ),
         (["--tables.dim", "18"], r"setting tables\.dim is 18; give a multiple of 4"),
         (["--tables.dim", "0"], r"setting tables\.dim is 0; give 4 or more"),
         (["--encoder.attention_heads", "3"], r"setting encoder\.attention_heads is 3; give a number that divides"),

@@ -293,16 +293,6 @@ def test_a_student_reads_as_the_language_model_did() -> None:
     assert Identity.of("sbr", "c", config, CPU) == before["sbr"]
 
 
-def test_identity_of_a_text_tower_knows_no_reader() -> None:
-    config = Config()
-    settings = Identity.of("text", "c", config, CPU).settings
-    assert settings["text.dim"] == config.text.dim
-    of_reader = {"text.reader", "text.clicks", "text.dropout", "text.drawn_items"}
-    assert not of_reader & settings.keys()
-    config.text.reader = "language_model"
-    assert of_reader <= Identity.of("text", "c", config, CPU).settings.keys()
-
-
 def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
     config = Config()
     before = Identity.of("behave", "c", config, CPU)

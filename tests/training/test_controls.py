@@ -76,9 +76,7 @@ def test_text_encodings_of_different_controls_lie_in_different_folders(tmp_path:
         config = broken(tmp_path, *controls)
         tokens = item_tokens(config, catalogue)
         decoder = assemble_decoder(config, ONE_RANK.device)
-        encodings = encode_catalogue(
-            decoder, tokens, ONE_RANK, tmp_path / "item_text", decoder_hash(config), whiten=False
-        )
+        encodings = encode_catalogue(decoder, tokens, ONE_RANK, tmp_path / "item_text", decoder_hash(config))
         found[controls] = encodings.read(range(catalogue.num_items), range(64))
     assert len(list((tmp_path / "item_text").iterdir())) == 4
     assert torch.equal(found["no_graph",], found[()])

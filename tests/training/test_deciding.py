@@ -17,14 +17,8 @@ def all_settings(config: Config) -> set[str]:
     return {f"{part}.{field.name}" for part, values in parts.items() for field in fields(values)}
 
 
-def with_everything() -> Config:
-    config = Config()
-    config.text.epochs, config.text.reader, config.tables.item_text = 1, "language_model", True
-    return config
-
-
 def test_every_setting_decides_something_or_is_said_to_be_free() -> None:
-    config = with_everything()
+    config = Config()
     deciding_ones = {name for stage in STAGES for name in deciding_settings(stage, config, CPU)} - {"seed"}
     free = {name for name in all_settings(config) if name.startswith(("runtime.", "prior."))} | deciding._FREE
     assert deciding_ones | free == all_settings(config)
@@ -32,32 +26,28 @@ def test_every_setting_decides_something_or_is_said_to_be_free() -> None:
 
 
 def test_exceptions_name_settings_that_are_there() -> None:
-    assert all_settings(Config()) >= deciding._FREE | deciding._LEARNING | deciding._READER
+    assert all_settings(Config()) >= deciding._FREE | deciding._LEARNING
 
 
-def test_a_recommender_does_not_depend_on_the_language_model_unless_it_reads_item_text() -> None:
+def test_a_recommender_does_not_depend_on_the_language_model_unless_it_reads_sessions_as_text() -> None:
     config = Config()
     before = deciding_settings("sbr", config, CPU)
     config.llm.name_or_path, config.head.name, config.behave.lr = "random-tiny", "linear", 1.0
     assert deciding_settings("sbr", config, CPU) == before
-    config.tables.item_text = True
-    assert deciding_settings("sbr", config, CPU)["llm.name_or_path"] == "random-tiny"
-    assert not any(name.startswith("head.") for name in deciding_settings("sbr", config, CPU))
+    assert deciding_settings("text", config, CPU)["llm.name_or_path"] == "random-tiny"
+    assert not any(name.startswith("head.") for name in deciding_settings("text", config, CPU))
 
 
 @pytest.mark.parametrize(
-    ("stage", "has_tower", "some", "others"),
+    ("stage", "some", "others"),
     [
-        ("sbr", False, {"tables.dim", "encoder.name", "controls.shuffled_words"}, {"llm.lora_rank", "text.dim"}),
-        ("text", True, {"tables.dim", "text.dim", "prompt.text_fields"}, {"llm.lora_rank", "text.lr", "text.dropout"}),
-        ("align", False, {"encoder.score", "llm.lora_rank", "head.apart"}, {"prompt.text_fields", "text.dim"}),
-        ("behave", True, {"llm.lora_rank", "text.dim", "prompt.max_text_tokens"}, {"llm.dtype", "prompt.max_nodes"}),
+        ("sbr", {"tables.dim", "encoder.name", "controls.shuffled_words"}, {"llm.lora_rank", "text.dim"}),
+        ("align", {"encoder.score", "llm.lora_rank", "head.apart"}, {"prompt.text_fields", "text.dim"}),
+        ("behave", {"llm.lora_rank", "llm.num_layers"}, {"llm.dtype", "prompt.max_nodes", "prompt.max_text_tokens"}),
     ],
 )
-def test_later_stages_keep_what_gives_weights_their_meaning(
-    stage: str, has_tower: bool, some: set[str], others: set[str]
-) -> None:
-    names = set(settings_taken_over(stage, Config(), has_tower))
+def test_later_stages_keep_what_gives_weights_their_meaning(stage: str, some: set[str], others: set[str]) -> None:
+    names = set(settings_taken_over(stage, Config()))
     assert some <= names
     assert not names & (others | {"tables.lr", "encoder.dropout", "llm.shard", "seed"})
 
@@ -65,10 +55,10 @@ def test_later_stages_keep_what_gives_weights_their_meaning(
 def test_what_is_drawn_by_the_seed_keeps_it() -> None:
     config = Config()
     config.controls.shuffled_words = True
-    assert "seed" in settings_taken_over("sbr", config, False)
+    assert "seed" in settings_taken_over("sbr", config)
     config.controls.shuffled_words, config.controls.random_llm = False, True
-    assert "seed" not in settings_taken_over("sbr", config, False)
-    assert "seed" in settings_taken_over("align", config, False)
+    assert "seed" not in settings_taken_over("sbr", config)
+    assert "seed" in settings_taken_over("align", config)
 
 
 def test_a_setting_is_found_by_its_dotted_name() -> None:

@@ -80,21 +80,10 @@ def parts_train(folder: Path) -> Config:
     return config
 
 
-def text_tower(folder: Path) -> Config:
-    """A tower beside the encoder, and a head trained apart from both, which shares the tower's texts."""
-    config = base_config(folder)
-    config.text = replace(config.text, epochs=1, dim=8, two_sided=True)
-    config.head.text_only = config.head.apart = True
-    config.align.epochs = 0
-    return config
-
-
 def text_reader(folder: Path) -> Config:
     """A language model that reads sessions as text, in several parts those of more than three clicks."""
     config = base_config(folder)
-    config.text = replace(
-        config.text, reader="language_model", epochs=1, dim=8, clicks=3, dropout=0.0, max_steps=STEPS, drawn_items=20
-    )
+    config.text = replace(config.text, epochs=1, dim=8, clicks=3, dropout=0.0, max_steps=STEPS, drawn_items=20)
     config.prompt.max_text_tokens = 24
     config.align.epochs = config.behave.epochs = 0
     return config
@@ -105,7 +94,6 @@ CASES = {
     "adam": adam,
     "everything_trains": everything_trains,
     "parts_train": parts_train,
-    "text_tower": text_tower,
     "text_reader": text_reader,
 }
 SHARDINGS = ("table_wise", "column_wise")
@@ -218,7 +206,6 @@ def stages_of(case: str) -> set[str]:
         "adam": {"sbr", "align", "behave"},
         "everything_trains": {"sbr", "behave"},
         "parts_train": {"sbr", "behave", "distill"},
-        "text_tower": {"sbr", "text", "behave"},
         "text_reader": {"sbr", "text"},
     }[case]
 
@@ -270,31 +257,16 @@ def test_stages_train_their_groups_and_nothing_else(trained: Trained, case: str,
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_the_tower_trains_alone_and_stays(trained: Trained, sharding: str, size: int) -> None:
-    run = trained.run(size, "text_tower", sharding)
-    sbr, text, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "text", "behave"))
-    new = text.recommender.keys() - sbr.recommender.keys()
-    assert {name.split(".")[0] for name in new} == {"text_tower"}
-    assert all(torch.equal(text.recommender[name], values) for name, values in sbr.recommender.items())
-    assert text.tables.keys() - sbr.tables.keys() == {"item_text"}
-    assert all(torch.equal(text.tables[name], values) for name, values in sbr.tables.items())
-    assert min(losses(run, "text")[1:]) < losses(run, "text")[0]
-    assert moved(text.tables, behave.tables) == set()
-    assert moved(text.recommender, behave.recommender) == set()
-
-
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("sharding", SHARDINGS)
 def test_the_reader_trains_whole_and_leaves_its_items_vectors(trained: Trained, sharding: str, size: int) -> None:
     run = trained.run(size, "text_reader", sharding)
     sbr, text = (Exported.read(run / "export" / stage) for stage in ("sbr", "text"))
     assert all(torch.equal(text.recommender[name], values) for name, values in sbr.recommender.items())
     assert all(torch.equal(text.tables[name], values) for name, values in sbr.tables.items())
     reader = assemble_reader(text_reader(trained.folder), Catalogue.load(trained.folder / "dataset"), CPU)
-    start = {f"text_tower.{name}": value for name, value in reader.state_dict().items()}
+    start = {f"text_encoder.{name}": value for name, value in reader.state_dict().items()}
     assert start.keys() == text.recommender.keys() - sbr.recommender.keys()
     assert moved(start, text.recommender) >= {name for name in start if "layers" in name or "projection" in name}
-    reader.load_state_dict({name.removeprefix("text_tower."): text.recommender[name] for name in start})
+    reader.load_state_dict({name.removeprefix("text_encoder."): text.recommender[name] for name in start})
     expected = reader.eval().item_vectors(torch.arange(64)).detach()
     torch.testing.assert_close(text.tables["item_text"], expected, atol=1e-5, rtol=1e-4)
     assert min(losses(run, "text")[1:]) < losses(run, "text")[0]

@@ -1,5 +1,6 @@
 """Stage text with a language model that reads sessions: learns, resumes, exports, ranks; what cannot be is refused."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +32,7 @@ pytestmark = pytest.mark.dist
 def reader_config(folder: Path) -> Config:
     config = small_config(folder / "prompts.yaml")
     config.prompt.max_text_tokens = 24
-    config.text = replace(
-        config.text, reader="language_model", epochs=2, dim=16, clicks=4, drawn_items=24, batch_size=40, lr=1e-3
-    )
+    config.text = replace(config.text, epochs=2, dim=16, clicks=4, drawn_items=24, batch_size=40, lr=1e-3)
     config.align.epochs = config.behave.epochs = 0
     config.prior.neighbours = ["item_knn", "text_knn"]
     config.runtime.checkpoint_every = 2
@@ -138,9 +137,9 @@ def test_other_weights_or_texts_make_another_reader(run: Path, tmp_path: Path) -
     for name in ("random_llm", "shuffled_text"):
         config = reader_config(tmp_path)
         setattr(config.controls, name, True)
-        other = load_bundle(train(tmp_path, name, config)).model.text_tower
+        other = load_bundle(train(tmp_path, name, config)).model.text_encoder
         assert isinstance(other, TextReader)
-        own = load_bundle(run).model.text_tower
+        own = load_bundle(run).model.text_encoder
         assert isinstance(own, TextReader)
         assert torch.equal(other.texts.values, own.texts.values) == (name == "random_llm")
         assert not torch.equal(other.mean_H, own.mean_H)
@@ -154,14 +153,6 @@ def test_layers_computed_again_train_alike(run: Path, tmp_path: Path) -> None:
 
 def no_later_stage(config: Config) -> None:
     config.behave.epochs = 1
-
-
-def text_in_item_vectors(config: Config) -> None:
-    config.tables.item_text = True
-
-
-def two_sided(config: Config) -> None:
-    config.text.two_sided = True
 
 
 def no_clicks(config: Config) -> None:
@@ -183,12 +174,7 @@ def everything_dropped(config: Config) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            no_later_stage,
-            "text.reader is language_model, from which stage behave does not go on; set behave.epochs to 0",
-        ),
-        (text_in_item_vectors, "set tables.item_text to false, or text.reader to tower"),
-        (two_sided, "set text.two_sided to false, or text.reader to tower"),
+        (no_later_stage, "text.epochs is 2, but stage behave does not go on from stage text; set behave.epochs to 0"),
         (no_weight, "text.score_weight names no number; give at least one, such as 1"),
         (a_negative_weight, "text.score_weight is -1.0; give 0 or more"),
         (no_clicks, "text.clicks is 0; give 1 or more"),
@@ -210,3 +196,11 @@ def test_more_columns_than_the_language_model_has_are_refused_before_training(tm
     with pytest.raises(UserError, match=r"text.dim is 100, but random-tiny has 64 columns; give 64 at most"):
         train(tmp_path, "run", config)
     assert not (tmp_path / "run").exists()
+
+
+def test_no_stage_goes_on_from_a_finished_one(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = small_config(tmp_path / "prompts.yaml")
+    request = RunRequest(config, small_dataset(), tmp_path / "run", "align", resume=False)
+    with pytest.raises(UserError, match=r"stage align does not go on from stage text.*give another --output"):
+        train_run(request)
