@@ -162,7 +162,7 @@ def encode_item_texts(
         batch_size: Items read at a time.
 
     Returns:
-        Encodings, float32 on the CPU, [V, H]; zeros for items without tokens. See `standardise_encodings`.
+        Encodings, float32 on the CPU, [V, H]; zeros for items without tokens.
     """
     device = decoder.device
     lengths_V = tokens.lengths
@@ -180,23 +180,3 @@ def encode_item_texts(
         sums = torch.zeros(items.numel(), hidden.shape[2]).index_add_(0, row_S, hidden[row_S, column_S])
         encodings_VH[items] = sums / batch.lengths.unsqueeze(1)
     return encodings_VH
-
-
-def standardise_encodings(encodings_VH: Tensor) -> Tensor:
-    """Centres text encodings on the catalogue's mean and scales them to a root mean square norm of 1.
-
-    Hidden states of a decoder are anisotropic: they share a large common direction, so raw ones all look alike to a dot
-    product and the differences that tell items apart are lost. Items without text (zeros) stay at the mean, zero.
-
-    Args:
-        encodings_VH: Encodings as `encode_item_texts` gives them.
-
-    Returns:
-        Encodings of the same shape.
-    """
-    has_text_V = encodings_VH.any(dim=1)
-    if not has_text_V.any():
-        return encodings_VH
-    centred_VH = (encodings_VH - encodings_VH[has_text_V].mean(dim=0)) * has_text_V.unsqueeze(1)
-    scale = centred_VH[has_text_V].square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
-    return centred_VH / scale

@@ -10,7 +10,6 @@ from llmgr_rec.modules.language_model import (
     LoraLanguageModel,
     encode_item_texts,
     mean_embedding_norm,
-    standardise_encodings,
 )
 from llmgr_rec.modules.prompts import CompiledPrompt
 
@@ -234,15 +233,3 @@ def test_item_texts_are_mean_readings_of_each_text_alone():
             expected = decoder(input_ids=torch.tensor([row])).last_hidden_state[0].mean(dim=0)
         torch.testing.assert_close(encoding, expected, atol=1e-5, rtol=1e-5)
     assert not encodings_VH.requires_grad
-
-
-def test_standardised_encodings_have_no_common_direction():
-    torch.manual_seed(0)
-    encodings_VH = 3 * torch.randn(50, 8) + 100
-    encodings_VH[7] = 0
-    result = standardise_encodings(encodings_VH)
-    with_text = torch.cat([result[:7], result[8:]])
-    torch.testing.assert_close(with_text.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
-    torch.testing.assert_close(with_text.square().sum(dim=1).mean(), torch.tensor(1.0))
-    assert (result[7] == 0).all()
-    assert (standardise_encodings(torch.zeros(3, 8)) == 0).all()
