@@ -26,7 +26,6 @@ from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import num_decoder_layers, resolve_dtype
-from llmgr_rec.distributed.bundle_index import is_complete
 from llmgr_rec.recipes import load_config
 from llmgr_rec.scoring.governor import uncertainty
 from llmgr_rec.scoring.run import ScoreRequest, score_run
@@ -37,6 +36,7 @@ _RESAMPLES = 2000
 # Intervals of 95 %.
 _TAILS = (2.5, 97.5)
 FULL = "float32"
+ROUTED = "routed to the LLM, else GNN"
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,12 @@ def modes(run: Path) -> Iterator[Mode]:
     fast = str(resolve_dtype("auto")).removeprefix("torch.")
     if fast != FULL:
         yield Mode(fast, "number format", {"llm_dtype": fast})
-    yield Mode("int8", "number format", {"llm_dtype": "int8"})
     for kept in range(layers - 1, 0, -1):
         yield Mode(f"{kept} of {layers} layers", "first layers", {"llm_dtype": fast, "llm_layers": kept})
     if config.head.residual:
         for budget in reversed(BUDGETS):
             options = {"llm_dtype": fast, "llm_budget": budget}
-            yield Mode(f"LLM reads {budget:.0%}, else GNN", "governed, else GNN", options)
-    if is_complete(run / "export" / "distill"):
-        for budget in reversed(BUDGETS):
-            options = {"llm_dtype": fast, "llm_budget": budget, "stage": "distill"}
-            yield Mode(f"LLM reads {budget:.0%}, else student", "governed, else student", options)
+            yield Mode(f"LLM for {budget:.0%}, else GNN", ROUTED, options)
 
 
 def measure(
@@ -112,7 +107,7 @@ def measure(
 
     Returns:
         By name of the way: rates, ratio to the first way, NDCG and HR with the interval of the paired difference; and
-        the governor's threshold for each budget.
+        the routing threshold for each budget.
     """
     rates = take_turns([Side(mode.name, _scoring(mode, run, source, work)) for mode in chosen], rounds, warm_up=0)
     speeds = rate_table(rates)
@@ -139,8 +134,7 @@ def _scoring(mode: Mode, run: Path, source: Path, work: Path) -> Any:
     def score() -> float:
         output = work / _folder(mode)
         shutil.rmtree(output, ignore_errors=True)
-        stage = mode.options.get("stage", "behave")
-        request = ScoreRequest(run, source, output, K, ["target"], **{**mode.options, "stage": stage})
+        request = ScoreRequest(run, source, output, K, ["target"], stage="behave", **mode.options)
         return float(score_run(request).rows_in)
 
     return score
@@ -173,7 +167,7 @@ def paired_interval(differences_S: NDArray[np.float64], seed: int = 0) -> tuple[
 
 
 def thresholds(chosen: Sequence[Mode], outputs: Mapping[str, pa.Table]) -> dict[str, dict[str, float]]:
-    """The `--llm_threshold` that reads each budget's share of these sessions, by who answers the others."""
+    """The `--llm_threshold` that routes each budget's share of these sessions to the LLM, by family."""
     found = {}
     for mode in chosen:
         if mode.options.get("llm_budget") == 0:
@@ -204,7 +198,7 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    colors = ("#2b6cb0", "#6b9e3f", "#d2552d", "#8e5ea2")
+    colors = ("#2b6cb0", "#6b9e3f", "#d2552d")
     families = list(dict.fromkeys(mode["family"] for mode in results.values()))
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "quality-cost"}
     with rc_context(style):

@@ -11,7 +11,6 @@ from llmgr_rec.stage_config import (
     STAGES,
     AlignConfig,
     BehaveConfig,
-    DistillConfig,
     SbrConfig,
     StageName,
     TextConfig,
@@ -186,7 +185,7 @@ class ControlsConfig:
         shuffled_words: Each item gets the rows of another one's words (`word` among tables.side_features); what else
             reads item text stays.
         no_graph: The soft token at {graph} is the same learned vector for all sessions, and stage align leaves its
-            contrast out. The head's residual and the student still know the session vector.
+            contrast out. The head's residual still knows the session vector.
         no_nodes: The soft tokens at {nodes} are the same learned vector for all items, so that a prompt tells how many
             clicks there were and not which; stage align leaves its contrast out.
     """
@@ -256,7 +255,6 @@ class Config:
         text: Language model that reads sessions as text beside the session encoder; off unless it is given epochs.
         align: Stage 1, auxiliary instruction tuning.
         behave: Stage 2, behaviour pattern modelling.
-        distill: Distillation into a reader that needs no language model; off unless it is given epochs.
         controls: What is taken away or broken on purpose, to see what it was worth.
         prior: Neighbour baselines that the exported models rank with.
         runtime: Use of the machine.
@@ -278,9 +276,6 @@ class Config:
         default_factory=lambda: BehaveConfig(
             epochs=3, batch_size=64, lr=3e-4, trainable=["adapter", "lora", "head"], eval_every=1
         )
-    )
-    distill: DistillConfig = field(
-        default_factory=lambda: DistillConfig(epochs=0, batch_size=256, lr=1e-3, trainable=["student"])
     )
     controls: ControlsConfig = field(default_factory=ControlsConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)

@@ -30,7 +30,6 @@ _AT_LEAST: dict[str, float] = {
     "prompt.max_text_tokens": 1,
     "align.contrastive_weight": 0,
     "align.hard_negatives": 0,
-    "distill.width": 1,
     "prior.kept": 1,
     "prior.weights": 0,
     "loss.full_softmax_max_items": 0,
@@ -60,7 +59,7 @@ _ABOVE_0 = {
     "align.contrastive_temperature",
 }
 _ABOVE_0_IN_STAGES = ("lr", "clip_norm")
-_SHARES = {"encoder.last_item_weight", "distill.target_weight"}
+_SHARES = {"encoder.last_item_weight"}
 _SHARES_IN_STAGES = ("warmup",)
 # A share of 1 would leave nothing.
 _DROPOUTS = {"encoder.dropout", "text.dropout", "llm.lora_dropout"}
@@ -71,7 +70,6 @@ _TRAINS_IN_STAGE = {
     "text": ("text_encoder",),
     "align": ("tables", "encoder", "adapter", "lora", "head"),
     "behave": ("tables", "encoder", "adapter", "lora", "head"),
-    "distill": ("student",),
 }
 
 for _stage in STAGES:
@@ -146,7 +144,7 @@ def _check_reader(config: Config) -> None:
         )
     if not reader_weights(config):
         raise UserError("setting text.score_weight names no number; give at least one, such as 1")
-    if later := [stage for stage in ("align", "behave", "distill") if getattr(config, stage).epochs]:
+    if later := [stage for stage in ("align", "behave") if getattr(config, stage).epochs]:
         raise UserError(
             f"setting text.epochs is {config.text.epochs}, but stage {later[0]} does not go on from stage text; "
             f"set {later[0]}.epochs to 0, or text.epochs to 0"

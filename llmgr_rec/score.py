@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
-from llmgr_rec.config import StageName
+from llmgr_rec.config import DType, StageName
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
         default="skip",
         help="Clicks on items that the model does not know: leave out and count, or stop before anything is written.",
     )
-    parser.add_argument("--stage", type=StageName, help="Model to score with; default the furthest but distill.")
+    parser.add_argument("--stage", type=StageName, help="Model to score with; default the furthest.")
     parser.add_argument("--max_length", type=int, default=50, help="Newest clicks that the model sees.")
     parser.add_argument("--part_rows", type=int, default=16384, help="Sessions of an output file.")
     parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
@@ -99,15 +99,14 @@ def _add_language_arguments(parser: "ArgumentParser") -> None:
     """Adds what trades quality for speed."""
     parser.add_argument(
         "--llm_dtype",
-        type=Literal["auto", "float32", "bfloat16", "int8"],
-        help="Number format of the language model; default the run's setting. int8 is for CPUs.",
+        type=DType,
+        help="Number format of the language model; default the run's setting.",
     )
     parser.add_argument("--llm_layers", type=int, default=0, help="First layers of the language model used; 0 all.")
     parser.add_argument(
         "--llm_budget",
         type=float,
-        help="Share of sessions that the language model reads, those least sure without it; default 1, with stage "
-        "distill 0.",
+        help="Share of sessions that the language model reads, those least sure without it; default 1.",
     )
     parser.add_argument(
         "--llm_threshold",

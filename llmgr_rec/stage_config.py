@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-TrainableGroup = Literal["tables", "encoder", "text_encoder", "adapter", "lora", "head", "student"]
-StageName = Literal["sbr", "text", "align", "behave", "distill"]
+TrainableGroup = Literal["tables", "encoder", "text_encoder", "adapter", "lora", "head"]
+StageName = Literal["sbr", "text", "align", "behave"]
 # In the order in which they are trained.
 STAGES: tuple[StageName, ...] = get_args(StageName)
-# Those of the session recommender; the others tune the language model, or what reads in its place.
+# Those of the session recommender; the others tune the language model.
 RECOMMENDER_STAGES = STAGES[:2]
 
 
@@ -19,7 +19,7 @@ class StageConfig:
         epochs: Passes over the training examples; 0 skips the training of this stage.
         max_steps: Optimizer steps after which the stage ends; 0 means no limit.
         batch_size: Training examples of one optimizer step, over all ranks; sessions where the stage reads
-            them in one pass (sbr.one_pass; behave.one_pass, also for distill).
+            them in one pass (sbr.one_pass; behave.one_pass).
         lr: Peak learning rate of the dense parameters, per step.
         weight_decay: AdamW weight decay of the dense parameters.
         warmup: Share of the steps spent in linear warm-up; the rest follows a cosine to zero.
@@ -102,16 +102,3 @@ class BehaveConfig(StageConfig):
     """
 
     one_pass: bool = False
-
-
-@dataclass
-class DistillConfig(StageConfig):
-    """Distillation: a small reader learns the language model's ranking, for scoring without it.
-
-    Args:
-        width: Units of the small reader's hidden layer.
-        target_weight: Share of the item that really came next in what it learns, 0 to 1; the rest is the ranking.
-    """
-
-    width: int = 512
-    target_weight: float = 0.2

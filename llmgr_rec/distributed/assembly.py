@@ -94,7 +94,6 @@ def assemble_llmgr(
     decoder: PreTrainedModel,
     trainable: Collection[TrainableGroup] = (),
     tables_device: torch.device | str = "cpu",
-    student: bool = False,
 ) -> LLMGR:
     """The whole model for a catalogue; see `build_llmgr`.
 
@@ -104,7 +103,6 @@ def assemble_llmgr(
         decoder: From `assemble_decoder`; LoRA layers are put into it.
         trainable: Parameter groups that train.
         tables_device: Where tables are made; `meta` leaves the memory to the sharder.
-        student: Whether it has a reader that stands in for the language model.
     """
     return build_llmgr(
         config,
@@ -114,7 +112,6 @@ def assemble_llmgr(
         compile_prompts(config),
         trainable,
         tables_device,
-        student=student,
     )
 
 
@@ -198,7 +195,7 @@ def caches_catalogue(config: Config, num_items: int, stage: Purpose) -> bool:
     """Whether a stage keeps all item vectors' inputs at hand: a small catalogue whose tables are frozen."""
     trained = set(getattr(config, stage).trainable)
     return (
-        stage in ("align", "behave", "distill")
+        stage in ("align", "behave")
         and not trained & {"tables", "encoder"}
         and num_items <= config.loss.full_softmax_max_items
     )

@@ -93,9 +93,7 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
     model: SessionRecommender | LLMGR
     if index.language_model:
         _check_language_model(index, config, folder)
-        model = assemble_llmgr(
-            config, catalogue, assemble_decoder(config, device), (), tables_device, index.stage == "distill"
-        )
+        model = assemble_llmgr(config, catalogue, assemble_decoder(config, device), (), tables_device)
     else:
         model = assemble_recommender(config, catalogue, tables_device, index.stage == "text", device)
     model.requires_grad_(False)

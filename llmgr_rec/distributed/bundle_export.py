@@ -104,14 +104,9 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def language_tensors(model: LLMGR) -> dict[str, Tensor]:
-    """Adapter, head and student where there is one, by name in the model."""
-    parts: dict[str, nn.Module | None] = {"hybrid": model.hybrid, "head": model.head, "student": model.student}
-    return {
-        f"{part}.{name}": value
-        for part, module in parts.items()
-        if module is not None
-        for name, value in dense_tensors(module).items()
-    }
+    """Adapter and head, by name in the model."""
+    parts: dict[str, nn.Module] = {"hybrid": model.hybrid, "head": model.head}
+    return {f"{part}.{name}": value for part, module in parts.items() for name, value in dense_tensors(module).items()}
 
 
 def _prepare(folder: Path, partial: Path) -> None:

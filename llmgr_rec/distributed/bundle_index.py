@@ -1,9 +1,8 @@
 """The index of an exported model: what a bundle holds, whether it is complete, which one answers.
 
 RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
-catalogue), recommender.safetensors, llmgr.safetensors (adapter, head and, after
-distillation, the student), lora/ (PEFT), prior.npz (what neighbours add to its scores, where it has a prior) and
-tables/<table>-r<row>-c<column>.safetensors.
+catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), prior.npz (what neighbours add
+to its scores, where it has a prior) and tables/<table>-r<row>-c<column>.safetensors.
 """
 
 import hashlib
@@ -27,11 +26,8 @@ _HASH_BYTES = 1 << 22
 STAGES_OF_MODEL: dict[str, tuple[StageName, ...]] = {
     "sbr": ("sbr",),
     "text": ("text",),
-    "student": ("distill",),
     "llmgr": ("behave", "align"),
 }
-# Models that answer where nobody names one, the furthest first; a student does so only where it is named.
-_UNNAMED = ("llmgr", "text", "sbr")
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def answering_bundle(export: Path) -> Path | None:
     Args:
         export: RUN/export.
     """
-    return next((bundle for model in _UNNAMED if (bundle := find_bundle(export, model))), None)
+    return next((export / stage for stage in reversed(STAGES) if is_complete(export / stage)), None)
 
 
 def answers_as(bundle: Path) -> str:
@@ -130,9 +126,8 @@ def latest_bundle(export: Path) -> Path:
     Raises:
         UserError: There is none.
     """
-    for stage in reversed(STAGES):
-        if is_complete(export / stage):
-            return export / stage
+    if bundle := answering_bundle(export):
+        return bundle
     raise UserError(
         f"{export} holds no exported model; train first: python -m llmgr_rec.train --output {export.parent}"
     )
@@ -149,7 +144,7 @@ def resolve_bundle(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a run folder made by python -m llmgr_rec.train")
     export = path / "export" if (path / "export").is_dir() else path
-    return answering_bundle(export) or latest_bundle(export)
+    return latest_bundle(export)
 
 
 def read_index(folder: Path) -> BundleIndex:

@@ -171,7 +171,6 @@ def _meta_model(stage: StageName, settings: StageConfig, config: Config, sizes: 
         settings.trainable,
         "meta",
         embedding_norm=1.0,
-        student=stage == "distill",
     )
     if caches_catalogue(config, sizes.num_items, stage):
         rows_VD = torch.empty(sizes.num_items, config.tables.dim, device="meta")

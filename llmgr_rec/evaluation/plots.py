@@ -18,7 +18,6 @@ STAGE_TITLES = {
     "text": "Text encoder",
     "align": "Stage 1: alignment",
     "behave": "Stage 2: behaviour",
-    "distill": "Distillation",
 }
 _COLORS = {
     "popularity": "#b8c0c9",
@@ -27,10 +26,9 @@ _COLORS = {
     "text_knn": "#3f9c95",
     "sbr": "#2b6cb0",
     "text": "#c2902b",
-    "student": "#8e5ea2",
     "llmgr": "#d2552d",
 }
-_STAGE_COLORS = {"sbr": "#2b6cb0", "text": "#c2902b", "align": "#6b9e3f", "behave": "#d2552d", "distill": "#8e5ea2"}
+_STAGE_COLORS = {"sbr": "#2b6cb0", "text": "#c2902b", "align": "#6b9e3f", "behave": "#d2552d"}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -159,10 +159,10 @@ def check_baselines(names: Iterable[str], catalogue: Catalogue) -> None:
 
 
 def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:
-    """Query of each session, [B, Q], as the model answers it outside of training: by its student where it has one."""
+    """Query of each session, [B, Q], as the model answers it outside of training."""
     if isinstance(model, SessionRecommender):
         return model.queries(batch)
-    return model(batch) if model.student is None else model.quick_queries(batch)
+    return model(batch)
 
 
 @contextmanager

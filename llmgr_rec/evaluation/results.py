@@ -17,7 +17,6 @@ MODEL_NAMES = {
     "text_knn": "Text-kNN",
     "sbr": "GNN",
     "text": "GNN + text",
-    "student": "Student",
     "llmgr": "LLMGR",
 }
 METRICS = ("hr", "ndcg", "mrr")

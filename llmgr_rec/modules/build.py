@@ -18,8 +18,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
-from llmgr_rec.modules.student import StudentReader
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, DistillTask, SbrTask, TextTask
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, TextTask
 from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.stage_config import TrainableGroup
 
@@ -69,7 +68,6 @@ def build_llmgr(
     trainable: Collection[TrainableGroup] = (),
     tables_device: torch.device | str = "cpu",
     embedding_norm: float | None = None,
-    student: bool = False,
 ) -> LLMGR:
     """The whole model with fresh weights of its own beside the pre-trained decoder.
 
@@ -82,7 +80,6 @@ def build_llmgr(
         trainable: Parameter groups that train.
         tables_device: Where item tables and text encodings are made; `meta` leaves the memory to the sharder.
         embedding_norm: Mean norm of the decoder's token embeddings; None computes it.
-        student: Whether it has a reader that stands in for the language model.
 
     Raises:
         UserError: Settings that do not go together.
@@ -112,7 +109,6 @@ def build_llmgr(
             config.prompt.node_order,
             config.prompt.max_nodes,
             trainable,
-            StudentReader(d1, d2, config.distill.width) if student else None,
         )
 
 
@@ -145,8 +141,6 @@ def build_task(
         return AlignTask(model, weight, align.contrastive_temperature, align.hard_negatives, world_size=world_size)
     elif stage == "behave":
         return BehaveTask(model, world_size, config.behave.one_pass)
-    elif stage == "distill":
-        return DistillTask(model, config.distill.target_weight, world_size, config.behave.one_pass)
     raise ValueError(f"stage {stage} does not train a {type(model).__name__}")
 
 

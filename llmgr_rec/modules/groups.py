@@ -12,7 +12,6 @@ _GROUP_OF_PART: dict[str, TrainableGroup] = {
     "text_encoder": "text_encoder",
     "hybrid": "adapter",
     "head": "head",
-    "student": "student",
 }
 
 

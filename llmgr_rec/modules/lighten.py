@@ -1,19 +1,17 @@
-"""A trained language model made light for scoring: without LoRA products, optionally with fewer or 8-bit layers."""
+"""A trained language model made light for scoring: without LoRA products, optionally with fewer layers."""
 
 from torch import nn
 
 from llmgr_rec.modules.language_model import LoraLanguageModel
-from llmgr_rec.modules.quantise import quantise_linear_layers
 from llmgr_rec.modules.read_out import read_out_last_layer
 
 
-def lighten(model: LoraLanguageModel, num_layers: int = 0, int8: bool = False) -> None:
+def lighten(model: LoraLanguageModel, num_layers: int = 0) -> None:
     """Changes a language model for good; it reads the same but for rounding, unless layers are dropped.
 
     Args:
         model: The trained model; it cannot be trained or exported afterwards.
         num_layers: First layers kept, read through the final norm; 0 keeps all.
-        int8: Whether linear layers compute in 8-bit integers.
 
     Raises:
         ValueError: The decoder has fewer layers, or its layers cannot be told.
@@ -27,5 +25,3 @@ def lighten(model: LoraLanguageModel, num_layers: int = 0, int8: bool = False) -
         del layers[num_layers:]
         model.base.config.get_text_config(decoder=True).num_hidden_layers = num_layers
         read_out_last_layer(model.base)
-    if int8:
-        quantise_linear_layers(model.base)

@@ -26,7 +26,6 @@ from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes, trunk_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender
-from llmgr_rec.modules.student import StudentReader
 from llmgr_rec.stage_config import TrainableGroup
 
 torch.fx.wrap("embed_tokens")
@@ -67,7 +66,6 @@ class LLMGR(nn.Module):
         max_nodes: Newest nodes kept in a prompt; 0 keeps all.
         trainable: Parameter groups that train. A recommender of which nothing trains runs without gradient and without
             dropout.
-        student: Reads in place of the language model where that is asked for.
     """
 
     rows_VD: Tensor | None
@@ -86,7 +84,6 @@ class LLMGR(nn.Module):
         node_order: NodeOrder = "clicks",
         max_nodes: int = 20,
         trainable: Collection[TrainableGroup] = (),
-        student: StudentReader | None = None,
     ) -> None:
         super().__init__()
         self.recommender = recommender
@@ -95,7 +92,6 @@ class LLMGR(nn.Module):
         self.head = head
         self.prompts = PromptSet(prompts)
         self.text_tables = text
-        self.student = student
         self.node_source = node_source
         self.node_order: NodeOrder = node_order
         self.max_nodes = max_nodes
@@ -199,16 +195,13 @@ class LLMGR(nn.Module):
         """Queries of sessions that were looked up and read, [B, Q]."""
         return self.head.queries(readings_BH, seen.queries_BQ)
 
-    def quick_queries(self, batch: SessionBatch) -> Tensor:
-        """Queries without the language model: by the student, or the recommender's alone on the same items, [B, Q].
+    def recommender_queries(self, batch: SessionBatch) -> Tensor:
+        """Queries whose scores are those of the session recommender alone, without the language model, [B, Q].
 
         Raises:
-            ValueError: There is no student, and the head does not add the recommender's score.
+            ValueError: The head does not add the recommender's score.
         """
-        seen = self.look_up(batch)
-        if self.student is None:
-            return self.head.without_reading(seen.queries_BQ)
-        return self.queries(seen, self.student(seen, batch.graph))
+        return self.head.without_reading(self.look_up(batch).queries_BQ)
 
     def items(self, seen: Recommended, batch: SessionBatch) -> Tensor:
         """Items' side of the score: the cached catalogue, or the batch's candidates, [C, Q]."""

@@ -1,4 +1,4 @@
-"""Losses: ranking by softmax over the catalogue or a sample of it, its distillation, and the structure-aware contrast.
+"""Losses: ranking by softmax over the catalogue or a sample of it, and the structure-aware contrast.
 
 Shapes: B sessions, C candidate columns, Q columns of queries and items, H = d2 hidden width, R hard negatives a row.
 
@@ -175,37 +175,6 @@ def ranking_loss(
     """
     scale = world_scale / global_size
     return _softmax_loss(queries_BQ, items_CQ, target_columns_B, weights_B, scale, log_q_C, None, 1.0, dtype)
-
-
-def distillation_loss(
-    queries_BQ: Tensor,
-    teacher_BQ: Tensor,
-    items_CQ: Tensor,
-    target_columns_B: Tensor,
-    weights_B: Tensor,
-    target_weight: float,
-    global_size: int,
-    world_scale: int,
-    log_q_C: Tensor | None = None,
-) -> Tensor:
-    """Softmax cross-entropy that wants a teacher's probabilities of the same columns, mixed with the target.
-
-    Args:
-        queries_BQ: Session queries that learn.
-        teacher_BQ: The teacher's queries on the same items, without gradient.
-        items_CQ: Candidate items; every item at most once.
-        target_columns_B: Column of each row's target; anything for rows of weight 0.
-        weights_B: Weight of each row; 0 marks filler.
-        target_weight: Share of the target, 0 to 1; the teacher has the rest.
-        global_size: Real rows of the global batch, over all ranks.
-        world_scale: Number of ranks, see `ranking_loss`.
-        log_q_C: Log of the expected count of each candidate in the sample; None or empty for the full catalogue.
-
-    Returns:
-        Scalar loss of this rank's rows.
-    """
-    scale = world_scale / global_size
-    return _softmax_loss(queries_BQ, items_CQ, target_columns_B, weights_B, scale, log_q_C, teacher_BQ, target_weight)
 
 
 def _softmax_loss(

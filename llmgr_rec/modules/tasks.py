@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.llmgr import LLMGR, Scored
-from llmgr_rec.modules.losses import distillation_loss, ranking_loss, structure_loss
+from llmgr_rec.modules.losses import ranking_loss, structure_loss
 from llmgr_rec.modules.prompts import prompt_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender
 
-torch.fx.wrap("distillation_loss")
 torch.fx.wrap("ranking_loss")
 torch.fx.wrap("structure_loss")
 torch.fx.wrap("prompt_nodes")
@@ -106,54 +105,6 @@ class BehaveTask(nn.Module):
         seen = self.llmgr.look_up(batch)
         readings_BH = _read(self.llmgr, seen, batch, self.one_pass)
         loss = _ranking(_trained(self.llmgr, seen, readings_BH, batch), batch, self.world_size)
-        return loss, {"loss": loss.detach()}
-
-
-class DistillTask(nn.Module):
-    """The student reads what the language model would: its softmax over the items learns from the model's.
-
-    Args:
-        llmgr: A tuned model with a student.
-        target_weight: Share of the true next item in what is learned, 0 to 1.
-        world_size: Number of ranks, over which gradients are averaged.
-        one_pass: Read prefixes of a session in one prompt; its batches then say which share one.
-    """
-
-    def __init__(self, llmgr: LLMGR, target_weight: float, world_size: int = 1, one_pass: bool = False) -> None:
-        super().__init__()
-        self.llmgr = llmgr
-        self.target_weight = target_weight
-        self.world_size = world_size
-        self.one_pass = one_pass
-
-    def train(self, mode: bool = True) -> "DistillTask":
-        """Switches the student's training mode; the teacher answers without dropout."""
-        super().train(mode)
-        self.llmgr.eval()
-        if self.llmgr.student is not None:
-            self.llmgr.student.train(mode)
-        return self
-
-    def forward(self, batch: SessionBatch) -> LossAndParts:
-        """Loss of a batch, and its parts without gradient.
-
-        Raises:
-            ValueError: The model has no student.
-        """
-        if self.llmgr.student is None:
-            raise ValueError("the model was built without a student")
-        seen = self.llmgr.look_up(batch)
-        loss = distillation_loss(
-            self.llmgr.queries(seen, self.llmgr.student(seen, batch.graph)),
-            self.llmgr.queries(seen, _read(self.llmgr, seen, batch, self.one_pass)).detach(),
-            self.llmgr.items(seen, batch),
-            batch.target_columns_B,
-            batch.weights_B,
-            self.target_weight,
-            batch.global_size,
-            self.world_size,
-            batch.log_q_C,
-        )
         return loss, {"loss": loss.detach()}
 
 

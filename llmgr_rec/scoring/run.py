@@ -5,10 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from llmgr_rec.cli import progress
-from llmgr_rec.config import Config, Device, StageName
+from llmgr_rec.config import Config, Device, DType, StageName
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.pretrained import num_decoder_layers
 from llmgr_rec.distributed.assembly import make_collator
@@ -27,8 +25,6 @@ from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 logger = logging.getLogger(__name__)
 
-LlmDType = Literal["auto", "float32", "bfloat16", "int8"]
-
 
 @dataclass(frozen=True)
 class ScoreRequest:
@@ -43,17 +39,15 @@ class ScoreRequest:
         unknown_items: Whether a click on an unknown item is left out or an error.
         exclude_seen: Whether items of a session are left out of its own list; `auto` leaves them out where no session
             that the model was trained on holds an item twice.
-        stage: Export to score with; None takes the furthest but distill.
+        stage: Export to score with; None takes the furthest.
         max_length: Newest clicks that the model sees.
         part_rows: Sessions of an output file.
         batch_size: Sessions of a batch; None takes the run's setting.
         device: Where the model runs; None takes the run's setting.
-        llm_dtype: Number format of the language model; None takes the run's setting, `int8` computes its linear layers
-            in 8-bit integers on a CPU.
+        llm_dtype: Number format of the language model; None takes the run's setting.
         llm_layers: First layers of the language model that are used; 0 uses all it was trained with.
         llm_budget: Share of each part's sessions that the language model reads, those least sure without it; the
-            student of stage distill, or else the session recommender, answers the others. None reads all, or none with
-            stage distill.
+            session recommender answers the others. None reads all.
         llm_threshold: Uncertainty in nats above which the language model reads a session, in place of the budget.
     """
 
@@ -69,7 +63,7 @@ class ScoreRequest:
     part_rows: int = 16384
     batch_size: int | None = None
     device: Device | None = None
-    llm_dtype: LlmDType | None = None
+    llm_dtype: DType | None = None
     llm_layers: int = 0
     llm_budget: float | None = None
     llm_threshold: float | None = None
@@ -97,7 +91,7 @@ def score_run(request: ScoreRequest) -> Totals:
         exclude_seen=_excludes_seen(request, bundle),
         max_length=request.max_length,
         batch_size=request.batch_size or config.runtime.eval_batch_size,
-        governor=Governor(_budget(request, bundle), request.llm_threshold),
+        governor=Governor(_budget(request), request.llm_threshold),
     )
     _check_rows(files)
     parts = files.parts(request.part_rows)
@@ -133,11 +127,9 @@ def _score(
 ) -> Totals:
     missing: list[Part] = on_first_rank(world, lambda: _open(folder))
     if missing:
-        if request.llm_dtype == "int8" and world.rank == 0 and not torch.cpu._is_vnni_supported():
-            logger.warning("this processor has no int8 products (VNNI); --llm_dtype float32 is faster here")
-        loaded = load_bundle(bundle, world, "auto" if request.llm_dtype == "int8" else request.llm_dtype)
+        loaded = load_bundle(bundle, world, request.llm_dtype)
         if isinstance(loaded.model, LLMGR):
-            lighten(loaded.model.language_model, request.llm_layers, request.llm_dtype == "int8")
+            lighten(loaded.model.language_model, request.llm_layers)
         collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
         scorer = Scorer(loaded.model, loaded.catalogue, collate, settings, world, loaded.prior)
         bar = progress(files.rows, "score", "session", initial=files.rows - sum(part.rows for part in missing))
@@ -168,10 +160,8 @@ def _excludes_seen(request: ScoreRequest, bundle: Path) -> bool:
     return request.exclude_seen
 
 
-def _budget(request: ScoreRequest, bundle: Path) -> float:
-    if request.llm_budget is None:
-        return 0.0 if bundle.name == "distill" else 1.0
-    return request.llm_budget
+def _budget(request: ScoreRequest) -> float:
+    return 1.0 if request.llm_budget is None else request.llm_budget
 
 
 def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None:
@@ -180,21 +170,18 @@ def _check_language(request: ScoreRequest, bundle: Path, config: Config) -> None
         raise UserError(f"--llm_budget is {request.llm_budget}; give a share from 0 to 1")
     if request.llm_budget is not None and request.llm_threshold is not None:
         raise UserError("--llm_budget and --llm_threshold both say what the language model reads; give one of them")
-    device = request.device or config.runtime.device
-    if request.llm_dtype == "int8" and (device == "cuda" or (device == "auto" and torch.cuda.is_available())):
-        raise UserError("--llm_dtype int8 computes on a CPU; add --device cpu, or give bfloat16")
-    governed = _budget(request, bundle) < 1 or request.llm_threshold is not None
+    governed = _budget(request) < 1 or request.llm_threshold is not None
     if bundle.name in RECOMMENDER_STAGES:
         if governed or request.llm_layers or request.llm_dtype:
             held = "a language model that they do not steer" if bundle.name == "text" else "no language model"
             raise UserError(f"{bundle} holds {held}; leave the --llm_ options out, or give another --stage")
         return
-    if governed and bundle.name != "distill" and not config.head.residual:
+    if governed and not config.head.residual:
         raise UserError(
             "--llm_budget and --llm_threshold need a model whose head adds the session recommender's score, "
-            f"and {bundle} was trained with head.residual false; leave them out, or train stage distill and score it"
+            f"and {bundle} was trained with head.residual false; leave them out"
         )
-    if request.k == 1 and (request.llm_threshold is not None or 0 < _budget(request, bundle) < 1):
+    if request.k == 1 and (request.llm_threshold is not None or 0 < _budget(request) < 1):
         raise UserError(
             "--llm_budget and --llm_threshold go by how the scores of a list are spread, and --k 1 asks for one; "
             "give --k 2 or more"

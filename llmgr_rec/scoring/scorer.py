@@ -46,7 +46,7 @@ class ScoreSettings:
         exclude_seen: Whether items of a session are left out of its own list.
         max_length: Newest clicks that the model sees.
         batch_size: Sessions of a batch of one rank.
-        governor: Which sessions a language model reads; a student or the session recommender answers the others.
+        governor: Which sessions a language model reads; the session recommender answers the others.
     """
 
     k: int
@@ -112,7 +112,7 @@ class Scorer:
         collate: Makes batches for ranking.
         settings: What decides the output.
         world: Ranks; all go through the same parts, each with its share of the batches, and rank 0 writes.
-        prior: What neighbours add to the scores, whoever answers: language model, student or session recommender.
+        prior: What neighbours add to the scores, whoever answers: language model or session recommender.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Scorer:
             queries_BQ = self._model(batch) if isinstance(self._model, LLMGR) else self._model.queries(batch)
         else:
             assert isinstance(self._model, LLMGR)
-            queries_BQ = self._model.quick_queries(batch)
+            queries_BQ = self._model.recommender_queries(batch)
         clicks = None if self._prior is None else clicks_of(batch)
         ids_BK, scores_BK = ranker.rank(queries_BQ, self._k, exclude, clicks)
         ranked.ids_RK[piece.rows] = ids_BK[: piece.rows.numel()].cpu()

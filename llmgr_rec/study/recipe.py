@@ -106,10 +106,6 @@ class Study:
             config.align.epochs = config.behave.epochs = 0
         if variant.model == "text" and not config.text.epochs:
             raise UserError(f"variant {variant.name}: its text encoder is trained by stage text; give it text.epochs 4")
-        if variant.model != "student":
-            config.distill.epochs = 0
-        if variant.model == "student" and not config.distill.epochs:
-            raise UserError(f"variant {variant.name}: a student is trained by stage distill; give it distill.epochs 1")
         if variant.model == "llmgr" and not (config.align.epochs or config.behave.epochs):
             raise UserError(f"variant {variant.name}: align.epochs and behave.epochs are 0; give model: sbr instead")
         return config

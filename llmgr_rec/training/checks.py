@@ -214,7 +214,7 @@ def _check_language(config: Config, stages: Sequence[StageName], dataset: Datase
             _check_text(config, dataset, catalogue)
         return
     prompts = compile_prompts(config)
-    if {"behave", "distill"} & set(stages) and config.behave.one_pass:
+    if "behave" in stages and config.behave.one_pass:
         _check_one_pass(config, prompts["behave"], dataset)
     if reads_item_text(config) or "align" in stages or config.prompt.text_items:
         _check_text(config, dataset, catalogue)
@@ -298,7 +298,6 @@ def _check_layout(config: Config, stages: Sequence[StageName], catalogue: Catalo
         config,
         align=config.align if "align" in stages else replace(config.align, epochs=0),
         behave=config.behave if "behave" in stages else replace(config.behave, epochs=0),
-        distill=config.distill if "distill" in stages else replace(config.distill, epochs=0),
     )
     for layout in lay_out(asked, sizes, Ranks(world.size, world.local_size, world.device.type)):
         if layout.stage in stages and layout.problem:

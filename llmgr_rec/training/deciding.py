@@ -68,8 +68,6 @@ def deciding_settings(stage: StageName, config: Config, device: torch.device) ->
         names.remove("loss.dtype")
     else:
         names.add("controls.shuffled_words")
-    if stage == "distill":
-        names.add("behave.one_pass")
     if stage == "text":
         names |= {*_text_settings(config), "llm.dtype"}
     found = {name: setting(config, name) for name in sorted(names - _FREE)}

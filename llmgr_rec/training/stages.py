@@ -230,7 +230,7 @@ def _start_language(stage: StageName, context: RunContext) -> tuple[DistributedM
     encodings: TextEncodings | None = None
     if reads_item_text(config):
         encodings = _text_encodings(context, decoder)
-    llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta", student=stage == "distill")
+    llmgr = assemble_llmgr(config, context.catalogue, decoder, settings.trainable, "meta")
     if stage == "align" and contrast_weight(config):
         _tell_of_small_groups(config, world)
     model = _shard(stage, llmgr, context)
@@ -292,7 +292,7 @@ def _prefixes_together(stage: StageName, config: Config) -> int:
         return config.encoder.max_clicks
     if stage == "text":
         return config.text.clicks
-    if stage in ("behave", "distill") and config.behave.one_pass:
+    if stage == "behave" and config.behave.one_pass:
         return config.prompt.max_nodes or sys.maxsize
     return 0
 

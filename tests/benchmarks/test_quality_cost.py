@@ -7,9 +7,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks.quality_cost import main, ndcg, paired_interval
+from benchmarks.quality_cost import ROUTED, main, ndcg, paired_interval
 from llmgr_rec.data.pretrained import resolve_dtype
-from tests.scoring.test_cheaper import distilled_run
 from tests.small_run import small_run
 
 
@@ -30,19 +29,23 @@ def test_an_interval_holds_the_mean_and_shrinks_with_the_sessions():
 
 
 def test_every_way_is_measured(tmp_path, capsys):
-    run, _ = distilled_run()
-    words = ["--run", str(run), "--dataset", str(small_run().dataset.path), "--output", str(tmp_path / "qc.json")]
+    words = [
+        "--run",
+        str(small_run().run),
+        "--dataset",
+        str(small_run().dataset.path),
+        "--output",
+        str(tmp_path / "qc.json"),
+    ]
     main([*words, "--rounds", "1", "--threads", "1", "--sessions", "30"])
     results = json.loads((tmp_path / "qc.json").read_text())["results"]
     names = list(results["modes"])
-    formats = ["float32", "bfloat16", "int8"]
-    if resolve_dtype("auto") == torch.float32:
-        formats.remove("bfloat16")
-    assert [name for name in names if name in formats] == formats == names[: len(formats)]
-    assert {"LLM reads 25%, else GNN", "LLM reads 0%, else student"} <= set(names)
+    formats = ["float32"] if resolve_dtype("auto") == torch.float32 else ["float32", "bfloat16"]
+    assert [name for name in names if name in ("float32", "bfloat16")] == formats == names[: len(formats)]
+    assert {"LLM for 25%, else GNN", "LLM for 0%, else GNN"} <= set(names)
     assert results["modes"]["float32"]["ndcg@20 lost"] == {"mean": 0, "low": 0, "high": 0}
     assert all(mode["sessions_per_s"]["median"] > 0 for mode in results["modes"].values())
-    values = results["thresholds"]["governed, else GNN"]
+    values = results["thresholds"][ROUTED]
     assert values["0.1"] >= values["0.25"] >= values["0.5"]
     assert (tmp_path / "qc.svg").read_text().startswith("<?xml")
     assert "30 validation sessions" in capsys.readouterr().out

@@ -24,23 +24,22 @@ def run_with_stages(run: Path, *stages: str) -> Path:
 
 
 @pytest.mark.parametrize("last", range(len(STAGES)))
-def test_the_furthest_model_answers_but_a_student_that_nobody_named(tmp_path: Path, last: int) -> None:
+def test_the_furthest_model_answers(tmp_path: Path, last: int) -> None:
     export = run_with_stages(tmp_path, *STAGES[: last + 1]) / "export"
-    answering = STAGES[last] if STAGES[last] != "distill" else "behave"
-    assert answering_bundle(export) == resolve_bundle(tmp_path) == resolve_bundle(export) == export / answering
-    assert latest_bundle(export) == export / STAGES[last]
+    furthest = export / STAGES[last]
+    assert answering_bundle(export) == latest_bundle(export) == furthest
+    assert resolve_bundle(tmp_path) == resolve_bundle(export) == furthest
 
 
 def test_a_bundle_is_found_by_its_model(tmp_path: Path) -> None:
-    export = run_with_stages(tmp_path, "sbr", "align", "distill") / "export"
+    export = run_with_stages(tmp_path, "sbr", "align") / "export"
     found = {model: find_bundle(export, model) for model in STAGES_OF_MODEL}
     assert found == {
         "sbr": export / "sbr",
         "text": None,
-        "student": export / "distill",
         "llmgr": export / "align",
     }
-    assert [answers_as(bundle) for bundle in found.values() if bundle] == ["sbr", "student", "llmgr"]
+    assert [answers_as(bundle) for bundle in found.values() if bundle] == ["sbr", "llmgr"]
 
 
 def test_an_incomplete_bundle_does_not_answer(tmp_path: Path) -> None:

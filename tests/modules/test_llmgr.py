@@ -33,6 +33,20 @@ def test_cached_catalogue_candidates_and_item_vectors_agree(head, residual):
         torch.testing.assert_close(cached.queries_BQ, scored.queries_BQ)
 
 
+@torch.no_grad()
+def test_recommender_queries_score_as_the_recommender_alone():
+    model, batch = make_llmgr().eval(), make_batch()
+    output = model.look_up(batch)
+    scores = model.recommender_queries(batch) @ model.items(output, batch).T
+    torch.testing.assert_close(scores, output.queries_BQ @ output.candidates_CQ.T)
+
+
+def test_recommender_queries_need_a_head_that_adds_the_recommenders_score():
+    model = make_llmgr(head="linear", residual=False)
+    with pytest.raises(ValueError, match="knows nothing of the recommender's score"):
+        model.recommender_queries(make_batch())
+
+
 def test_cache_is_not_part_of_the_state():
     model = make_llmgr()
     before = model.state_dict().keys()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmgr_rec.modules import losses
-from llmgr_rec.modules.losses import distillation_loss, ranking_loss, structure_loss
+from llmgr_rec.modules.losses import ranking_loss, structure_loss
 
 
 @pytest.fixture
@@ -81,38 +81,6 @@ def test_ranking_loss_in_bfloat16_is_close(sampled: bool) -> None:
     for ours, theirs in zip(rounded[1:], exact[1:], strict=True):
         assert ours.dtype == torch.float32
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("sampled", [False, True], ids=["full", "sampled"])
-@pytest.mark.parametrize("target_weight", [0.0, 0.3])
-def test_distillation_loss_agrees_with_the_reference(target_weight: float, sampled: bool) -> None:
-    torch.manual_seed(0)
-    queries, teacher, items = (torch.randn(rows, 6, dtype=torch.float64) for rows in (5, 5, 11))
-    columns, weights = torch.tensor([3, 0, 10, -1, 3]), torch.tensor([1.0, 1.0, 0.5, 0.0, 2.0])
-    log_q = torch.randn(11, dtype=torch.float64) if sampled else torch.zeros(0)
-
-    def reference(queries: Tensor, items: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        for row in (0, 1, 2, 4):
-            bias = log_q if sampled else 0
-            wanted = (1 - target_weight) * torch.softmax(items.detach() @ teacher[row] - bias, 0)
-            wanted[columns[row]] += target_weight
-            total = total - weights[row] * (wanted * torch.log_softmax(items @ queries[row] - bias, 0)).sum()
-        return total * 4 / 20
-
-    def loss(queries: Tensor, items: Tensor) -> Tensor:
-        return distillation_loss(queries, teacher, items, columns, weights, target_weight, 20, 4, log_q)
-
-    actual, expected = (value_and_gradients(one, queries, items) for one in (loss, reference))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-
-
-def test_distillation_of_the_target_alone_is_the_ranking_loss() -> None:
-    torch.manual_seed(0)
-    queries, items, columns, weights = torch.randn(4, 6), torch.randn(9, 6), torch.tensor([3, 0, 8, 3]), torch.ones(4)
-    loss = distillation_loss(queries, queries.flip(0), items, columns, weights, 1.0, 4, 1)
-    torch.testing.assert_close(loss, ranking_loss(queries, items, columns, weights, 4, 1))
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(0, 1000))

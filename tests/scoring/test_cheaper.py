@@ -2,27 +2,19 @@
 
 import json
 import shutil
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from llmgr_rec.config import Config
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, make_collator
-from llmgr_rec.distributed.bundle import load_bundle, load_weights
-from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.scoring.run import ScoreRequest, score_run
-from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
 from tests.scoring.test_run import request
-from tests.small_run import NUM_ITEMS, ONE_RANK, run_with, small_run
+from tests.small_run import run_with
 
 SESSIONS = 37
 
@@ -82,20 +74,12 @@ def test_an_interrupted_job_with_a_budget_ends_with_the_same_bytes(source):
     assert all_bytes(broken) == all_bytes(source.parent / "whole")
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
-def test_fewer_bits_give_nearly_the_same_lists(source, dtype):
-    rows, _ = scored(source, "few", llm_dtype=dtype)
+def test_bfloat16_gives_nearly_the_same_lists(source):
+    rows, _ = scored(source, "few", llm_dtype="bfloat16")
     exact, _ = scored(source, "exact", llm_dtype="float32")
     same = np.mean([len({*a["item_ids"]} & {*b["item_ids"]}) for a, b in zip(rows, exact, strict=True)])
     assert same > 4.5
     assert rows != exact
-
-
-@pytest.mark.parametrize("has_vnni", [True, False])
-def test_int8_without_instructions_for_it_is_told(source, monkeypatch, caplog, has_vnni):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
-    scored(source, "told", llm_dtype="int8")
-    assert ("float32 is faster here" in caplog.text) is not has_vnni
 
 
 def test_fewer_layers_are_another_job(source):
@@ -115,7 +99,6 @@ def test_fewer_layers_are_another_job(source):
         ({"llm_threshold": 1.0, "k": 1}, "--k 1 asks for one; give --k 2 or more"),
         ({"llm_layers": 2}, r"--llm_layers is 2, and the language model of .* has 1 layers"),
         ({"llm_layers": -1}, "--llm_layers is -1"),
-        ({"llm_dtype": "int8", "device": "cuda"}, "add --device cpu"),
         ({"stage": "sbr", "llm_budget": 0.5}, "holds no language model; leave the --llm_ options out"),
     ],
 )
@@ -133,46 +116,3 @@ def test_a_head_without_the_recommenders_score_cannot_do_without_reading(tmp_pat
     save_config(settings, file)
     with pytest.raises(UserError, match=r"--llm_budget and --llm_threshold need a model whose head adds"):
         score_run(ScoreRequest(run=run, input=source, output=tmp_path / "out", llm_budget=0.5))
-
-
-@cache
-def distilled_run() -> tuple[Path, TemporaryDirectory[str]]:
-    """A run with an untrained student beside the model of `small_run`, and what keeps its folder."""
-    folder = TemporaryDirectory(prefix="llmgr-distilled-")
-    run = run_with(Path(folder.name) / "run", "behave")
-    settings = load_config(run / "export" / "behave" / "config.yaml")
-    settings.prompt.templates = "default"
-    catalogue = small_run().catalogue
-    model = assemble_llmgr(settings, catalogue, assemble_decoder(settings, torch.device("cpu")), student=True)
-    load_weights(model, run / "export" / "behave")
-    export_bundle(model, "distill", settings, catalogue, run / "export" / "distill", ONE_RANK)
-    return run, folder
-
-
-def test_a_student_answers_where_it_is_asked_for(source):
-    run, _ = distilled_run()
-    rows, totals = scored(source, "student", run=run, stage="distill")
-    assert totals["llm_rows"] == 0
-    bundle = load_bundle(run / "export" / "distill")
-    ids = bundle.catalogue.item_ids.to_pylist()
-    collate = make_collator(bundle.config, bundle.catalogue, "rank", language=True)
-    assert isinstance(bundle.model, LLMGR)
-    with torch.no_grad():
-        items_VQ = bundle.model.item_vectors(collate.item_features(torch.arange(NUM_ITEMS)))
-        for row, session in zip(rows, raw_sessions(SESSIONS), strict=True):
-            if not row["fallback"]:
-                clicks = [ids.index(item) for item in session if item in ids]
-                scores_V = (bundle.model.quick_queries(collate(as_raw([clicks], [-1]))) @ items_VQ.T)[0]
-                assert row["item_ids"] == [ids[item] for item in scores_V.argsort(descending=True, stable=True)[:5]]
-    assert scored(source, "behave")[0] == scored(source, "furthest", run=run, stage=None)[0]
-
-
-def test_the_language_model_reads_what_a_student_is_unsure_of(source):
-    run, _ = distilled_run()
-    rows, totals = scored(source, "some", run=run, stage="distill", llm_budget=0.3)
-    by_student, _ = scored(source, "student", run=run, stage="distill")
-    by_model, _ = scored(source, "all")
-    quick = same_scores(rows, by_student)
-    assert totals["llm_rows"] == quick.count(False) == 3 + 3 + 3 + 3
-    for is_quick, ours, theirs in zip(quick, rows, by_model, strict=True):
-        assert is_quick or ours["item_ids"] == theirs["item_ids"]

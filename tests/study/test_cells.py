@@ -84,12 +84,11 @@ def test_settings_that_train_nothing_have_no_part_in_the_name_of_a_run(tmp_path)
             setattr(getattr(config, part), setting, value)
         return bench._run(model, config)
 
-    assert run_of(prior__kept=7) == run_of(text__dim=7) == run_of(distill__width=7) == run_of()
+    assert run_of(prior__kept=7) == run_of(text__dim=7) == run_of()
     assert run_of("text", text__epochs=1, text__clicks=7) != run_of("text", text__epochs=1)
     # What its score counts is chosen when it is trained.
     assert run_of("text", text__epochs=1, text__score_weight=1.0) == run_of("text", text__epochs=1)
     assert run_of(align__epochs=0) == run_of(align__epochs=0, align__lr=1.0) != run_of()
-    assert run_of(distill__epochs=1, behave__one_pass=True) != run_of(distill__epochs=1)
 
 
 def test_an_edited_prompt_file_is_another_one(tmp_path):

@@ -23,7 +23,7 @@ def test_settings_of_a_variant_lie_over_those_of_the_study(tmp_path):
     first, second = (study.settings_of(variant, seed=7) for variant in study.variants)
     assert (first.sbr.epochs, second.sbr.epochs, second.tables.dim, second.seed) == (3, 4, 32, 7)
     assert (first.align.epochs, first.behave.epochs) == (0, 0)
-    assert (second.align.epochs, second.behave.epochs, second.distill.epochs) == (1, 1, 0)
+    assert (second.align.epochs, second.behave.epochs) == (1, 1)
     assert second.behave.one_pass
     assert study.reference == "a"
 
@@ -82,7 +82,6 @@ def test_a_grid_has_a_point_for_each_combination():
         ("variants: {a: {model: popularity, blend: item_knn}}\n", "blend is for models that are trained"),
         ("variants: {a: {settings: {sbr.epoch: 3}}}\n", "variant a: .*sbr.epoch"),
         ("variants: {a: {settings: {sbr.epochs: -3}}}\n", "variant a: setting sbr.epochs is -3"),
-        ("variants: {a: {model: student}}\n", "variant a: a student is trained by stage distill"),
         ("settings: {align.epochs: 0, behave.epochs: 0}\nvariants: {a: {}}\n", "variant a: align.epochs and behave"),
         (
             "variants: {a: {model: sbr, grid: {tables.dim: 8}}}\n",

@@ -76,7 +76,7 @@ def small_config(prompts: Path) -> Config:
     for stage in STAGES:
         stage_settings(config, stage).epochs = 1
         stage_settings(config, stage).batch_size = BATCH
-    config.text.epochs = config.distill.epochs = 0
+    config.text.epochs = 0
     config.runtime.device = "cpu"
     config.runtime.threads_per_rank = 1
     config.runtime.log_every = 1

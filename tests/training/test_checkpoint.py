@@ -285,14 +285,6 @@ def test_identity_knows_the_number_format_that_auto_stands_for(monkeypatch: pyte
     assert found("behave", True) == {"llm.dtype": "float32"}
 
 
-def test_a_student_reads_as_the_language_model_did() -> None:
-    config = Config()
-    before = {stage: Identity.of(stage, "c", config, CPU) for stage in ("sbr", "distill")}
-    config.behave.one_pass = True
-    assert Identity.of("distill", "c", config, CPU) != before["distill"]
-    assert Identity.of("sbr", "c", config, CPU) == before["sbr"]
-
-
 def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
     config = Config()
     before = Identity.of("behave", "c", config, CPU)

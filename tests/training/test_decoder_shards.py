@@ -34,7 +34,6 @@ def base_config(folder: Path) -> Config:
 
 def lora(folder: Path) -> Config:
     config = base_config(folder)
-    config.distill = replace(config.distill, epochs=1, max_steps=STEPS, width=8)
     # Clipped in every step.
     config.behave.clip_norm = 0.01
     return config

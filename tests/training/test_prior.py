@@ -132,7 +132,7 @@ def dense_scores(bundle: Bundle, clicks: list[int], quick: bool = False) -> Tens
     items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalogue.num_items)))
     batch = collate(as_raw([clicks], [-1]))
     if isinstance(bundle.model, LLMGR):
-        query = bundle.model.quick_queries(batch) if quick else bundle.model(batch)
+        query = bundle.model.recommender_queries(batch) if quick else bundle.model(batch)
     else:
         query = bundle.model.queries(batch)
     similarity = torch.from_numpy(bundle.prior.similarity_VR.toarray())
