@@ -27,7 +27,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.pretrained import num_decoder_layers, resolve_dtype
 from llmgr_rec.recipes import load_config
-from llmgr_rec.scoring.governor import uncertainty
+from llmgr_rec.scoring.routing import uncertainty
 from llmgr_rec.scoring.run import ScoreRequest, score_run
 
 K = 20

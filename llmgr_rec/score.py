@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
             f"scored {totals.rows_out:,} sessions into {totals.parts} parts in {arguments.output}; "
             f"{totals.unknown_items:,} clicks on unknown items left out, "
             f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
-            f"{totals.llm_rows:,} were read by the language model"
+            f"{totals.llm_rows:,} were encoded by a language model"
         )
 
 
@@ -96,7 +96,7 @@ def _add_output_arguments(parser: "ArgumentParser") -> None:
 
 
 def _add_language_arguments(parser: "ArgumentParser") -> None:
-    """Adds what trades quality for speed."""
+    """Adds the options that trade quality for speed."""
     parser.add_argument(
         "--llm_dtype",
         type=DType,
@@ -106,12 +106,13 @@ def _add_language_arguments(parser: "ArgumentParser") -> None:
     parser.add_argument(
         "--llm_budget",
         type=float,
-        help="Share of sessions that the language model reads, those least sure without it; default 1.",
+        help="Share of sessions that are routed to the language model, those of which the session recommender is least "
+        "sure; default 1.",
     )
     parser.add_argument(
         "--llm_threshold",
         type=float,
-        help="In place of a budget: uncertainty, in nats, above which the language model reads a session.",
+        help="In place of a budget: uncertainty, in nats, above which a session is routed to the language model.",
     )
 
 

@@ -45,6 +45,23 @@ _LORA_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
+class BundleFiles:
+    """An opened bundle: all of it that is needed before its model is built.
+
+    Args:
+        path: Its folder.
+        index: What it holds.
+        config: All settings of the run; prompts are those of the bundle.
+        catalogue: The items.
+    """
+
+    path: Path
+    index: BundleIndex
+    config: Config
+    catalogue: Catalogue
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A loaded bundle.
 
@@ -79,15 +96,42 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
         UserError: No complete bundle is there, it is damaged, or its base language model is not the one it was trained
             with.
     """
+    return load_model(open_bundle(path), world, dtype)
+
+
+def open_bundle(path: Path | str) -> BundleFiles:
+    """Reads a bundle's index, settings and catalogue, and no weights.
+
+    Args:
+        path: A bundle or a run, see `resolve_bundle`.
+
+    Raises:
+        UserError: No complete bundle is there, or it is damaged.
+    """
     folder = resolve_bundle(Path(path))
     index = read_index(folder)
     config = load_config(folder / CONFIG)
     config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
-    if dtype is not None:
-        config = replace(config, llm=replace(config.llm, dtype=dtype))
     catalogue = Catalogue.load(folder)
     if catalogue.hash != index.catalogue_hash:
         raise UserError(f"bundle {folder} is damaged: items.parquet is another catalogue's; copy or export it again")
+    return BundleFiles(folder, index, config, catalogue)
+
+
+def load_model(files: BundleFiles, world: World | None = None, dtype: DType | None = None) -> Bundle:
+    """Builds the model of an opened bundle.
+
+    Args:
+        files: From `open_bundle`.
+        world: See `load_bundle`.
+        dtype: See `load_bundle`.
+
+    Raises:
+        UserError: Weights are damaged, or the base language model is not the one it was trained with.
+    """
+    folder, index, config, catalogue = files.path, files.index, files.config, files.catalogue
+    if dtype is not None:
+        config = replace(config, llm=replace(config.llm, dtype=dtype))
     device = world.device if world else choose_device("cpu")
     tables_device: torch.device | str = "meta" if world else device
     model: SessionRecommender | LLMGR
@@ -101,7 +145,7 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
         shard(model, config.tables, world, lambda name: False)
     else:
         model.to(device)
-    left = load_weights(model, folder)
+    left = _load_weights(model, folder, index)
     if left:
         raise UserError(f"bundle {folder} is damaged: nothing in it for {left[0]}; export it again")
     prior = NeighbourPrior.load(folder / PRIOR) if PRIOR in index.files else None
@@ -124,9 +168,10 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
         UserError: The bundle is damaged or of another shape, or lacks a part of the session recommender, which every
             stage has but for the text encoder.
     """
-    folder = Path(path)
-    index = read_index(folder)
-    model = model_of(module)
+    return _load_weights(model_of(module), Path(path), read_index(Path(path)))
+
+
+def _load_weights(model: SessionRecommender | LLMGR, folder: Path, index: BundleIndex) -> list[str]:
     try:
         left = _load_tables(model, folder, index)
         recommender = model.recommender if isinstance(model, LLMGR) else model

@@ -193,10 +193,15 @@ def check_trained_on(folder: Path, dataset: Dataset) -> None:
         )
 
 
-def bundle_hash(folder: Path) -> str:
-    """Hash of what a bundle holds: its files' names and bytes, tables by the hashes that the index keeps of them."""
+def bundle_hash(folder: Path, index: BundleIndex | None = None) -> str:
+    """Hash of what a bundle holds: its files' names and bytes, tables by the hashes that the index keeps of them.
+
+    Args:
+        folder: A bundle.
+        index: Its index, where it has been read already.
+    """
     digest = hashlib.sha256()
-    for name in sorted([*read_index(folder).files, INDEX]):
+    for name in sorted([*(index or read_index(folder)).files, INDEX]):
         digest.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
         with (folder / name).open("rb") as file:
             while block := file.read(_HASH_BYTES):

@@ -19,8 +19,10 @@ from llmgr_rec.scoring.input import MANIFEST_NAME, Part
 
 SUCCESS_NAME = "_SUCCESS"
 FORMAT = "llmgr_rec.scores"
+# Columns that the output adds to those of the input.
+OUTPUT_COLUMNS = ("item_ids", "scores", "fallback")
 
-# What a part tells about itself, in its Parquet schema metadata.
+# Counts of a part, in its Parquet schema metadata.
 _UNKNOWN_KEY = b"llmgr_rec.unknown_items"
 _FALLBACK_KEY = b"llmgr_rec.fallback_rows"
 _LLM_KEY = b"llmgr_rec.llm_rows"
@@ -35,7 +37,7 @@ class Totals:
         rows_out: Rows of all parts.
         unknown_items: Clicks on unknown items, which were left out.
         fallback_rows: Sessions without a known click, which got the most popular items.
-        llm_rows: Sessions that the language model has read.
+        llm_rows: Sessions that a language model has encoded.
         parts: Output files.
     """
 
@@ -102,13 +104,13 @@ class ScoreFolder:
             table: Its rows.
             unknown_items: Clicks on unknown items in its sessions.
             fallback_rows: Sessions that got the fallback.
-            llm_rows: Sessions that the language model has read.
+            llm_rows: Sessions that a language model has encoded.
         """
         counts = {_UNKNOWN_KEY: unknown_items, _FALLBACK_KEY: fallback_rows, _LLM_KEY: llm_rows}
-        told = {key: str(count).encode() for key, count in counts.items()}
+        metadata = {key: str(count).encode() for key, count in counts.items()}
         partial = self.path / f".{part.name}.tmp"
         with partial.open("wb") as file:
-            pq.write_table(table.replace_schema_metadata(told), file, compression="zstd")
+            pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd")
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path / part.name)

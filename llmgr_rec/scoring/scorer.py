@@ -24,17 +24,15 @@ from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.evaluation.baselines import Popularity
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
-from llmgr_rec.scoring.governor import READ_ALL, Governor, uncertainty
 from llmgr_rec.scoring.input import Part, PartSessions, SessionFiles
 from llmgr_rec.scoring.output import ScoreFolder
+from llmgr_rec.scoring.routing import ROUTE_ALL, Routing, uncertainty
 
 # Batches made ready while the model works, and parts that wait for the disk.
 _READ_AHEAD = 4
 _WRITE_BEHIND = 2
-
-OUTPUT_COLUMNS = ("item_ids", "scores", "fallback")
 
 
 @dataclass(frozen=True)
@@ -46,52 +44,52 @@ class ScoreSettings:
         exclude_seen: Whether items of a session are left out of its own list.
         max_length: Newest clicks that the model sees.
         batch_size: Sessions of a batch of one rank.
-        governor: Which sessions a language model reads; the session recommender answers the others.
+        routing: Which sessions are routed to the language model; the session recommender answers the others.
     """
 
     k: int
     exclude_seen: bool
     max_length: int
     batch_size: int
-    governor: Governor = READ_ALL
+    routing: Routing = ROUTE_ALL
 
 
 @dataclass(frozen=True)
-class _Round:
-    """This rank's batch of a round: the rows that it answers (none for a filler) and what the model takes.
+class _RankBatch:
+    """This rank's sessions of one step; all ranks go through as many steps.
 
     Args:
-        rows: Rows of the part, [B]; empty where the batch is there only to keep the ranks in step.
-        batch: What the model takes.
+        rows: Rows of the part that the batch answers, [B]; empty where it only keeps the ranks in step.
+        batch: The sessions.
         exclude: Items that the sessions must not get.
-        sessions: Sessions that all ranks answer in this round.
-        reads: Whether the language model reads, where the model has one.
+        sessions: Sessions that all ranks answer in this step.
+        routed: Whether the language model encodes them, where the model has one.
     """
 
     rows: Tensor
     batch: SessionBatch
     exclude: Jagged | None
     sessions: int
-    reads: bool
+    routed: bool
 
 
 @dataclass
-class _Ranked:
-    """A part with its lists, zero where another rank answers or nothing was clicked.
+class _RankedPart:
+    """A part with its lists; rows that another rank answers, or without a known click, are zero.
 
     Args:
         part: The part.
         sessions: Its sessions.
         k: Places of a list.
-        read: Sessions that the language model has read, over all ranks.
+        routed: Sessions that were routed to the language model, over all ranks.
     """
 
     part: Part
     sessions: PartSessions
+    k: int
+    routed: int = 0
     ids_RK: Tensor = field(init=False)
     scores_RK: Tensor = field(init=False)
-    k: int
-    read: int = 0
 
     def __post_init__(self) -> None:
         self.ids_RK = torch.zeros(self.part.rows, self.k, dtype=torch.int64)
@@ -99,7 +97,7 @@ class _Ranked:
 
     @property
     def is_empty_R(self) -> np.ndarray:
-        """Which sessions hold no known click."""
+        """Which sessions have no known click."""
         return np.diff(self.sessions.offsets) == 0
 
 
@@ -133,7 +131,8 @@ class Scorer:
         self._world = world
         self._prior = prior
         self._fallback = Popularity(catalogue.train_count_V.numpy())
-        self._governed = isinstance(model, LLMGR) and not settings.governor.reads_all
+        self._routes = isinstance(model, LLMGR) and not settings.routing.routes_all
+        self._has_language_model = isinstance(model, LLMGR) or text_reader_of(model) is not None
 
     @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
     def run(
@@ -149,60 +148,58 @@ class Scorer:
         """
         with (
             evaluation_mode(self._model),
-            WriteBehind[_Ranked](lambda done: self._write(done, folder), _WRITE_BEHIND) as out,
+            WriteBehind[_RankedPart](lambda ranked: self._write(ranked, folder), _WRITE_BEHIND) as out,
         ):
             ranker = CatalogueRanker(self._model, self._collate, self._world, self._prior)
-            ranked: _Ranked | None = None
-            for element in read_ahead(self._events(files, parts), _READ_AHEAD):
-                if isinstance(element, _Round):
-                    assert ranked is not None
-                    self._rank(ranker, element, ranked)
+            current: _RankedPart | None = None
+            for element in read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD):
+                if isinstance(element, _RankBatch):
+                    assert current is not None
+                    self._rank(ranker, element, current)
                     on_rows(element.sessions)
                     continue
-                if ranked is not None:
-                    self._share(ranked)
-                    if self._governed:
-                        self._read_uncertain(ranker, ranked)
+                if current is not None:
+                    self._complete(ranker, current)
                     if self._world.rank == 0:
-                        out.put(ranked)
-                ranked = element
-                on_rows(0 if ranked is None else int(ranked.is_empty_R.sum()))
+                        out.put(current)
+                current = element
+                on_rows(0 if current is None else int(current.is_empty_R.sum()))
 
-    def _events(self, files: SessionFiles, parts: list[Part]) -> Iterator[_Ranked | _Round | None]:
-        """Each part, followed by its batches; a last None closes the last part."""
+    def _parts_and_batches(self, files: SessionFiles, parts: list[Part]) -> Iterator[_RankedPart | _RankBatch | None]:
+        """Each part, followed by its batches; a last None ends the last part."""
         for part in parts:
-            ranked = _Ranked(part, files.read(part), k=self._k)
+            ranked = _RankedPart(part, files.read(part), k=self._k)
             yield ranked
-            known = np.flatnonzero(np.diff(ranked.sessions.offsets))
-            yield from self._batches(ranked.sessions, known, reads=not self._governed)
+            known_S = np.flatnonzero(np.diff(ranked.sessions.offsets))
+            yield from self._batches(ranked.sessions, known_S, routed=not self._routes)
         yield None
 
-    def _batches(self, sessions: PartSessions, rows_S: NDArray[np.int64], reads: bool) -> Iterator[_Round]:
-        """This rank's batches of some rows of a part: whole ones dealt out in turn, as many to each rank.
+    def _batches(self, sessions: PartSessions, rows_S: NDArray[np.int64], routed: bool) -> Iterator[_RankBatch]:
+        """This rank's batches of some rows of a part: whole batches in turn, as many for each rank.
 
         No batch holds rows of two parts, so a restart changes nothing. Nor does the number of ranks change what a
         session shares its batch with, which keeps rounding the same in all but the last product with the items.
         """
         size, world = self._settings.batch_size, self._world
         # Sessions of like length share a batch, which saves padding. The sort is stable, so it is the same every time.
-        order = rows_S[np.argsort(np.diff(sessions.offsets)[rows_S], kind="stable")]
-        clicks = Jagged(torch.from_numpy(sessions.items_L), torch.from_numpy(sessions.offsets))
-        for first in range(0, len(order), size * world.size):
+        order_S = rows_S[np.argsort(np.diff(sessions.offsets)[rows_S], kind="stable")]
+        all_clicks = Jagged(torch.from_numpy(sessions.items_L), torch.from_numpy(sessions.offsets))
+        for first in range(0, len(order_S), size * world.size):
             start = first + world.rank * size
-            rows = torch.from_numpy(order[start : start + size])
+            rows = torch.from_numpy(order_S[start : start + size])
             # A rank without a batch goes along with one session whose answer is thrown away.
-            seen = clicks.select(rows if rows.numel() else torch.from_numpy(order[:1]))
-            yield _Round(
+            clicks = all_clicks.select(rows if rows.numel() else torch.from_numpy(order_S[:1]))
+            yield _RankBatch(
                 rows=rows,
-                batch=self._collate(self._raw(seen)),
-                exclude=seen if self._settings.exclude_seen else None,
-                sessions=min(size * world.size, len(order) - first),
-                reads=reads,
+                batch=self._collate(self._raw(clicks)),
+                exclude=clicks if self._settings.exclude_seen else None,
+                sessions=min(size * world.size, len(order_S) - first),
+                routed=routed,
             )
 
-    def _raw(self, seen: Jagged) -> RawSessions:
-        lengths = seen.lengths.clamp(max=self._settings.max_length)
-        newest = seen.gather(seen.offsets[1:] - lengths, lengths)
+    def _raw(self, clicks: Jagged) -> RawSessions:
+        lengths = clicks.lengths.clamp(max=self._settings.max_length)
+        newest = clicks.gather(clicks.offsets[1:] - lengths, lengths)
         none_B = torch.full_like(lengths, -1)
         return RawSessions(
             items_L=newest.values,
@@ -213,44 +210,48 @@ class Scorer:
             global_size=len(lengths),
         )
 
-    def _rank(self, ranker: CatalogueRanker, piece: _Round, ranked: _Ranked) -> None:
+    def _rank(self, ranker: CatalogueRanker, step: _RankBatch, ranked: _RankedPart) -> None:
+        """Ranks the catalogue for a batch and keeps the lists in its part."""
         device = self._world.device
-        exclude = piece.exclude.to(device) if piece.exclude is not None else None
-        batch = piece.batch.to(device)
-        if piece.reads:
-            queries_BQ = self._model(batch) if isinstance(self._model, LLMGR) else self._model.queries(batch)
-        else:
-            assert isinstance(self._model, LLMGR)
-            queries_BQ = self._model.recommender_queries(batch)
+        batch = step.batch.to(device)
+        exclude = None if step.exclude is None else step.exclude.to(device)
         clicks = None if self._prior is None else clicks_of(batch)
-        ids_BK, scores_BK = ranker.rank(queries_BQ, self._k, exclude, clicks)
-        ranked.ids_RK[piece.rows] = ids_BK[: piece.rows.numel()].cpu()
-        ranked.scores_RK[piece.rows] = scores_BK[: piece.rows.numel()].float().cpu()
+        ids_BK, scores_BK = ranker.rank(self._queries(batch, step.routed), self._k, exclude, clicks)
+        ranked.ids_RK[step.rows] = ids_BK[: step.rows.numel()].cpu()
+        ranked.scores_RK[step.rows] = scores_BK[: step.rows.numel()].float().cpu()
 
-    def _share(self, ranked: _Ranked) -> None:
-        """Gives every rank the answers of all."""
+    def _queries(self, batch: SessionBatch, routed: bool) -> Tensor:
+        """Queries of a batch, [B, Q]."""
+        if isinstance(self._model, LLMGR):
+            return self._model(batch) if routed else self._model.recommender_queries(batch)
+        return self._model.queries(batch)
+
+    def _complete(self, ranker: CatalogueRanker, ranked: _RankedPart) -> None:
+        """Gives every rank all lists of a part, and reranks the sessions that are routed to the language model."""
+        self._sum_over_ranks(ranked)
+        if not self._routes:
+            if self._has_language_model:
+                ranked.routed = ranked.part.rows - int(ranked.is_empty_R.sum())
+            return
+        uncertainty_R = uncertainty(ranked.scores_RK).masked_fill(torch.from_numpy(ranked.is_empty_R), -math.inf)
+        rows_S = self._settings.routing.choose(uncertainty_R)
+        ranked.routed = rows_S.numel()
+        reranked = _RankedPart(ranked.part, ranked.sessions, k=self._k)
+        for step in read_ahead(self._batches(ranked.sessions, rows_S.numpy(), routed=True), _READ_AHEAD):
+            self._rank(ranker, step, reranked)
+        self._sum_over_ranks(reranked)
+        ranked.ids_RK[rows_S], ranked.scores_RK[rows_S] = reranked.ids_RK[rows_S], reranked.scores_RK[rows_S]
+
+    def _sum_over_ranks(self, ranked: _RankedPart) -> None:
         # Each row is zero on all ranks but one, so the sum is that rank's answer to the bit.
         sum_over_ranks(ranked.ids_RK, self._world)
         sum_over_ranks(ranked.scores_RK, self._world)
 
-    def _read_uncertain(self, ranker: CatalogueRanker, ranked: _Ranked) -> None:
-        """Has the language model answer in place of the session recommender where that was least sure."""
-        uncertainty_R = uncertainty(ranked.scores_RK).masked_fill(torch.from_numpy(ranked.is_empty_R), -math.inf)
-        rows_S = self._settings.governor.choose(uncertainty_R)
-        ranked.read = rows_S.numel()
-        answers = _Ranked(ranked.part, ranked.sessions, k=self._k)
-        for piece in read_ahead(self._batches(ranked.sessions, rows_S.numpy(), reads=True), _READ_AHEAD):
-            self._rank(ranker, piece, answers)
-        self._share(answers)
-        ranked.ids_RK[rows_S], ranked.scores_RK[rows_S] = answers.ids_RK[rows_S], answers.scores_RK[rows_S]
-
-    def _write(self, ranked: _Ranked, folder: ScoreFolder) -> None:
-        table = self._table(ranked)
+    def _write(self, ranked: _RankedPart, folder: ScoreFolder) -> None:
         empty = int(ranked.is_empty_R.sum())
-        read = ranked.read if self._governed else ranked.part.rows - empty if isinstance(self._model, LLMGR) else 0
-        folder.write(ranked.part, table, ranked.sessions.unknown_items, empty, read)
+        folder.write(ranked.part, self._table(ranked), ranked.sessions.unknown_items, empty, ranked.routed)
 
-    def _table(self, ranked: _Ranked) -> pa.Table:
+    def _table(self, ranked: _RankedPart) -> pa.Table:
         ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()
         empty_R = ranked.is_empty_R
         nothing = np.zeros(0, np.int64)

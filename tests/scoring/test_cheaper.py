@@ -1,4 +1,4 @@
-"""Cheaper ways to score: fewer sessions read, fewer layers, fewer bits."""
+"""Cheaper ways to score: fewer sessions routed to the language model, fewer layers, fewer bits."""
 
 import json
 import shutil
@@ -43,25 +43,25 @@ def test_without_budget_the_session_recommender_answers(source):
         np.testing.assert_allclose(ours["scores"], theirs["scores"], rtol=1e-5)
 
 
-def test_a_budget_reads_the_least_sure_of_each_part_as_if_all_were_read(source):
+def test_a_budget_routes_the_least_sure_of_each_part_as_if_all_were_routed(source):
     rows, totals = scored(source, "some", llm_budget=0.3)
     by_recommender, _ = scored(source, "none", llm_budget=0.0)
-    by_model, all_read = scored(source, "all")
-    is_quick = same_scores(rows, by_recommender)
-    for quick, ours, theirs in zip(is_quick, rows, by_model, strict=True):
-        if not quick:
+    by_model, all_routed = scored(source, "all")
+    is_recommender = same_scores(rows, by_recommender)
+    for by_gnn, ours, theirs in zip(is_recommender, rows, by_model, strict=True):
+        if not by_gnn:
             assert ours["item_ids"] == theirs["item_ids"]
             np.testing.assert_allclose(ours["scores"], theirs["scores"], rtol=1e-5)
-    assert totals["llm_rows"] == is_quick.count(False) == 3 + 3 + 3 + 3
-    assert all_read["llm_rows"] == SESSIONS - all_read["fallback_rows"]
+    assert totals["llm_rows"] == is_recommender.count(False) == 3 + 3 + 3 + 3
+    assert all_routed["llm_rows"] == SESSIONS - all_routed["fallback_rows"]
 
 
-@pytest.mark.parametrize(("threshold", "reads"), [(-1.0, True), (1e3, False)])
-def test_a_threshold_reads_by_uncertainty_alone(source, threshold, reads):
+@pytest.mark.parametrize(("threshold", "routes"), [(-1.0, True), (1e3, False)])
+def test_a_threshold_routes_by_uncertainty_alone(source, threshold, routes):
     rows, totals = scored(source, "threshold", llm_threshold=threshold)
-    expected, _ = scored(source, "expected", llm_budget=float(reads))
+    expected, _ = scored(source, "expected", llm_budget=float(routes))
     assert rows == expected
-    assert totals["llm_rows"] == (SESSIONS - totals["fallback_rows"] if reads else 0)
+    assert totals["llm_rows"] == (SESSIONS - totals["fallback_rows"] if routes else 0)
 
 
 def test_an_interrupted_job_with_a_budget_ends_with_the_same_bytes(source):
@@ -87,7 +87,7 @@ def test_fewer_layers_are_another_job(source):
     with pytest.raises(UserError, match=r"settings \(llm_layers was 0, is 1\)"):
         scored(source, "out", llm_layers=1)
     manifest = json.loads((source.parent / "out" / "_manifest.json").read_text())
-    assert manifest["settings"]["governor"] == {"budget": 1.0, "threshold": None}
+    assert manifest["settings"]["routing"] == {"budget": 1.0, "threshold": None}
 
 
 @pytest.mark.parametrize(
@@ -102,17 +102,21 @@ def test_fewer_layers_are_another_job(source):
         ({"stage": "sbr", "llm_budget": 0.5}, "holds no language model; leave the --llm_ options out"),
     ],
 )
-def test_what_cannot_be_had_is_refused_before_anything_is_written(source, options, message):
+def test_options_that_do_not_fit_are_refused_before_anything_is_written(source, options, message):
     with pytest.raises(UserError, match=message):
         scored(source, "out", **options)
     assert not (source.parent / "out").exists()
 
 
-def test_a_head_without_the_recommenders_score_cannot_do_without_reading(tmp_path, source):
+def test_a_head_without_the_recommenders_score_cannot_route(tmp_path, source):
     run = run_with(tmp_path / "run", "behave")
     file = run / "export" / "behave" / "config.yaml"
     settings: Config = load_config(file)
     settings.head.residual = False
     save_config(settings, file)
+    index = file.parent / "bundle.json"
+    content = json.loads(index.read_text())
+    content["files"]["config.yaml"] = file.stat().st_size
+    index.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"--llm_budget and --llm_threshold need a model whose head adds"):
         score_run(ScoreRequest(run=run, input=source, output=tmp_path / "out", llm_budget=0.5))

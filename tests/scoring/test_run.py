@@ -178,7 +178,7 @@ def test_a_complete_job_is_not_done_again(tmp_path, monkeypatch):
     job = request(write_sessions(tmp_path / "in.parquet", raw_sessions(9)), tmp_path / "out")
     first = score_run(job)
     before = all_bytes(job.output)
-    monkeypatch.setattr(scoring_run, "load_bundle", lambda *_: pytest.fail("nothing was left to score"))
+    monkeypatch.setattr(scoring_run, "load_model", lambda *_: pytest.fail("nothing was left to score"))
     assert score_run(job) == first
     assert all_bytes(job.output) == before
 

@@ -1,15 +1,18 @@
 """Stage text with a language model that reads sessions: learns, resumes, exports, ranks; what cannot be is refused."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from llmgr_rec.config import Config, reader_weights
+from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.errors import UserError
@@ -18,6 +21,7 @@ from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.score import main as score
 from llmgr_rec.scoring.run import ScoreRequest, score_run
 from llmgr_rec.training.checks import RunRequest
 from llmgr_rec.training.loop import StageLoop
@@ -103,6 +107,20 @@ def test_it_is_evaluated_and_scores_sessions(run: Path, tmp_path: Path) -> None:
     assert "text" in metrics["test"]
     score_run(ScoreRequest(run, small_dataset() / "test", tmp_path / "scores", k=5, device="cpu"))
     assert pq.read_table(tmp_path / "scores").num_rows == Dataset(small_dataset()).manifest.num_sessions["test"]
+
+
+@pytest.mark.parametrize(("stage", "encoded"), [("text", 2), ("sbr", 0)])
+def test_scoring_counts_the_sessions_that_it_encodes(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, encoded: int
+) -> None:
+    first, second, third = Catalogue.load(small_dataset()).item_ids.to_pylist()[:3]
+    sessions = pa.array([[first, second], [], [third], []], pa.list_(pa.string()))
+    pq.write_table(pa.table({"session_id": [1, 2, 3, 4], "items": sessions}), tmp_path / "in.parquet")
+    output = tmp_path / "scores"
+    score(["--run", str(run), "--input", str(tmp_path / "in.parquet"), "--output", str(output), "--stage", stage])
+    assert f"{encoded} were encoded by a language model" in capsys.readouterr().out
+    counts = json.loads((output / "_SUCCESS").read_text())
+    assert (counts["llm_rows"], counts["fallback_rows"]) == (encoded, 2)
 
 
 def test_options_of_scoring_that_steer_prompts_are_refused(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who is read by the language model: the sessions of which the session recommender is least sure.
+"""Which sessions are routed to the language model: those of which the session recommender is least sure.
 
 Shapes: R sessions, K places of a ranked list.
 """
@@ -11,27 +11,32 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Governor:
-    """What the language model reads.
+class Routing:
+    """Which sessions the language model encodes; the session recommender answers the others.
 
     Args:
-        budget: Share of each part's sessions that it reads, 0 to 1.
-        threshold: Uncertainty above which it reads a session, in nats; None goes by the budget.
+        budget: Share of each part's sessions, 0 to 1.
+        threshold: Uncertainty in nats above which a session is routed; None goes by the budget.
     """
 
     budget: float = 1.0
     threshold: float | None = None
 
     @property
-    def reads_all(self) -> bool:
-        """Whether there is nothing to choose."""
+    def routes_all(self) -> bool:
+        """Whether every session is routed to the language model."""
         return self.threshold is None and self.budget >= 1
 
+    @property
+    def compares_sessions(self) -> bool:
+        """Whether the choice depends on the sessions' uncertainty."""
+        return self.threshold is not None or 0 < self.budget < 1
+
     def choose(self, uncertainty_R: Tensor) -> Tensor:
-        """The sessions to read, in rising order.
+        """Chooses the sessions that are routed, in rising order.
 
         Args:
-            uncertainty_R: From `uncertainty`; -inf where a session is not to be read in any case.
+            uncertainty_R: From `uncertainty`; -inf where a session must not be routed.
 
         Returns:
             Row numbers. Of equally uncertain sessions at the edge of the budget, the earlier ones.
@@ -44,17 +49,17 @@ class Governor:
         return order_R[:count].sort().values
 
 
-READ_ALL = Governor()
+ROUTE_ALL = Routing()
 
 
 def uncertainty(scores_RK: Tensor) -> Tensor:
-    """How unsure a ranking is: the entropy of the softmax over the scores of its list, in nats, [R].
+    """Entropy of the softmax over the scores of each list, in nats, [R].
 
     Args:
         scores_RK: Scores of the ranked lists, best first; -inf where a list is shorter.
 
     Returns:
-        Entropies; -inf of a list without items, of which there is nothing to be unsure.
+        Entropies; -inf for a list without items.
     """
     log_shares_RK = torch.log_softmax(scores_RK.double(), dim=1)
     shares_RK = log_shares_RK.exp()

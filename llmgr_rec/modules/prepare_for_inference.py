@@ -1,4 +1,4 @@
-"""A trained language model made light for scoring: without LoRA products, optionally with fewer layers."""
+"""Prepares a trained language model for inference: LoRA is merged into the weights, layers may be dropped."""
 
 from torch import nn
 
@@ -6,15 +6,17 @@ from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.read_out import read_out_last_layer
 
 
-def lighten(model: LoraLanguageModel, num_layers: int = 0) -> None:
-    """Changes a language model for good; it reads the same but for rounding, unless layers are dropped.
+def prepare_for_inference(model: LoraLanguageModel, num_layers: int = 0) -> None:
+    """Merges LoRA into the weights, and optionally drops the last layers.
+
+    The change is permanent. The hidden states stay the same but for rounding, unless layers are dropped.
 
     Args:
         model: The trained model; it cannot be trained or exported afterwards.
-        num_layers: First layers kept, read through the final norm; 0 keeps all.
+        num_layers: First layers kept; the final norm follows them. 0 keeps all.
 
     Raises:
-        ValueError: The decoder has fewer layers, or its layers cannot be told.
+        ValueError: The decoder has fewer layers, or its layers are not found.
     """
     # Merged in the float32 of the LoRA weights, so a bfloat16 weight is rounded once.
     model.decoder.merge_and_unload()

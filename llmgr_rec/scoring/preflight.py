@@ -1,0 +1,168 @@
+"""What a scoring job is asked for, and what is checked before it starts.
+
+Nothing here waits for another rank or writes a file, so that a mistake ends the job on every rank at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llmgr_rec.config import Device, DType, StageName
+from llmgr_rec.data.pretrained import num_decoder_layers
+from llmgr_rec.distributed.bundle import BundleFiles, open_bundle
+from llmgr_rec.distributed.bundle_index import answering_bundle, is_complete
+from llmgr_rec.errors import UserError
+from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
+from llmgr_rec.scoring.output import OUTPUT_COLUMNS
+from llmgr_rec.scoring.routing import Routing
+from llmgr_rec.stage_config import RECOMMENDER_STAGES
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What the user asks for.
+
+    Args:
+        run: Run folder made by train.
+        input: Parquet file or folder with sessions.
+        output: Folder to make or to go on with.
+        k: Items a session.
+        columns: Input columns that go into the output.
+        unknown_items: Whether a click on an unknown item is left out or an error.
+        exclude_seen: Whether items of a session are left out of its own list; `auto` leaves them out where no session
+            that the model was trained on holds an item twice.
+        stage: Export to score with; None takes the furthest.
+        max_length: Newest clicks that the model sees.
+        part_rows: Sessions of an output file.
+        batch_size: Sessions of a batch; None takes the run's setting.
+        device: Where the model runs; None takes the run's setting.
+        llm_dtype: Number format of the language model; None takes the run's setting.
+        llm_layers: First layers of the language model that are used; 0 uses all it was trained with.
+        llm_budget: Share of each part's sessions that are routed to the language model, those of which the session
+            recommender is least sure; it answers the others. None routes all.
+        llm_threshold: Uncertainty in nats above which a session is routed to the language model, in place of the
+            budget.
+    """
+
+    run: Path
+    input: Path
+    output: Path
+    k: int = 20
+    columns: list[str] | None = None
+    unknown_items: UnknownItems = "skip"
+    exclude_seen: bool | Literal["auto"] = "auto"
+    stage: StageName | None = None
+    max_length: int = 50
+    part_rows: int = 16384
+    batch_size: int | None = None
+    device: Device | None = None
+    llm_dtype: DType | None = None
+    llm_layers: int = 0
+    llm_budget: float | None = None
+    llm_threshold: float | None = None
+
+    @property
+    def passed_columns(self) -> list[str]:
+        """Input columns of the output, each once, `session_id` first."""
+        return list(dict.fromkeys([SESSION_ID, *(self.columns or [])]))
+
+    @property
+    def routing(self) -> Routing:
+        """Which sessions are routed to the language model."""
+        return Routing(1.0 if self.llm_budget is None else self.llm_budget, self.llm_threshold)
+
+
+def preflight(request: ScoreRequest) -> BundleFiles:
+    """Checks everything but the input rows.
+
+    Returns:
+        The bundle to score with, opened.
+
+    Raises:
+        UserError: A value is out of range, no complete bundle is there, or its model cannot do what is asked.
+    """
+    for check_request in _CHECKS_OF_REQUEST:
+        check_request(request)
+    bundle = open_bundle(_find_bundle(request))
+    for check_bundle in _CHECKS_OF_BUNDLE:
+        check_bundle(request, bundle)
+    return bundle
+
+
+def _check_counts(request: ScoreRequest) -> None:
+    for name in ("k", "max_length", "part_rows", "batch_size"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; give at least 1")
+
+
+def _check_columns(request: ScoreRequest) -> None:
+    if taken := [name for name in request.passed_columns if name in OUTPUT_COLUMNS]:
+        raise UserError(f"--columns names {taken[0]}, which the output uses for its own; rename the input column")
+
+
+def _check_budget(request: ScoreRequest) -> None:
+    if request.llm_budget is None:
+        return
+    if not 0 <= request.llm_budget <= 1:
+        raise UserError(f"--llm_budget is {request.llm_budget}; give a share from 0 to 1")
+    if request.llm_threshold is not None:
+        raise UserError(
+            "--llm_budget and --llm_threshold both say which sessions are routed to the language model; "
+            "give one of them"
+        )
+
+
+def _check_has_language_model(request: ScoreRequest, bundle: BundleFiles) -> None:
+    if bundle.index.stage not in RECOMMENDER_STAGES:
+        return
+    if request.routing.routes_all and not request.llm_layers and not request.llm_dtype:
+        return
+    held = "a language model that they do not steer" if bundle.index.stage == "text" else "no language model"
+    raise UserError(f"{bundle.path} holds {held}; leave the --llm_ options out, or give another --stage")
+
+
+def _check_can_route(request: ScoreRequest, bundle: BundleFiles) -> None:
+    if not request.routing.routes_all and not bundle.config.head.residual:
+        raise UserError(
+            "--llm_budget and --llm_threshold need a model whose head adds the session recommender's score, "
+            f"and {bundle.path} was trained with head.residual false; leave them out"
+        )
+
+
+def _check_list_has_entropy(request: ScoreRequest, bundle: BundleFiles) -> None:
+    if request.k == 1 and request.routing.compares_sessions:
+        raise UserError(
+            "--llm_budget and --llm_threshold go by how the scores of a list are spread, and --k 1 asks for one; "
+            "give --k 2 or more"
+        )
+
+
+def _check_num_layers(request: ScoreRequest, bundle: BundleFiles) -> None:
+    if bundle.index.stage in RECOMMENDER_STAGES:
+        return
+    layers = num_decoder_layers(bundle.config.llm.name_or_path, bundle.config.llm.num_layers)
+    if not 0 <= request.llm_layers <= layers:
+        raise UserError(
+            f"--llm_layers is {request.llm_layers}, and the language model of {bundle.path} has {layers} layers"
+        )
+
+
+_CHECKS_OF_REQUEST = (_check_counts, _check_columns, _check_budget)
+_CHECKS_OF_BUNDLE = (_check_has_language_model, _check_can_route, _check_list_has_entropy, _check_num_layers)
+
+
+def _find_bundle(request: ScoreRequest) -> Path:
+    if not request.run.is_dir():
+        raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
+    export = request.run / "export"
+    if request.stage is None:
+        bundle = answering_bundle(export)
+    else:
+        bundle = export / request.stage if is_complete(export / request.stage) else None
+    if bundle:
+        return bundle
+    what = f"stage {request.stage}" if request.stage else "any stage"
+    raise UserError(
+        f"--run {request.run} holds no complete export of {what}; train it to the end (llmgr_rec.train --resume)"
+    )
