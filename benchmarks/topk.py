@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
 
 def compare(settings: Settings, rounds: int) -> dict[str, Any]:
     """Queries a second of each side, and their times as multiples of the bare product's."""
-    from llmgr_rec.distributed.topk import top_k
+    from llmgr_rec.kernels.topk import top_k
 
     queries_BQ, items_RQ = _vectors(settings)
 
@@ -114,7 +114,7 @@ def _score_blocks(queries_BQ: Any, items_RQ: Any) -> Iterator[Any]:
     """Scores in blocks of the product's size, all in one buffer."""
     import torch
 
-    from llmgr_rec.distributed import topk
+    from llmgr_rec.kernels import topk
 
     height, width = (min(topk._QUERY_BLOCK, queries_BQ.shape[0]), min(topk._ITEM_BLOCK, items_RQ.shape[0]))
     buffer = queries_BQ.new_empty(height * width)
@@ -126,7 +126,7 @@ def _score_blocks(queries_BQ: Any, items_RQ: Any) -> Iterator[Any]:
 
 def ranking_memory(settings: Settings) -> tuple[float, float]:
     """Peak memory before a ranking and after it, in MiB; of use in a fresh process only."""
-    from llmgr_rec.distributed.topk import top_k
+    from llmgr_rec.kernels.topk import top_k
 
     queries_BQ, items_RQ = _vectors(settings)
     top_k(queries_BQ[:1], items_RQ[:1], 1)

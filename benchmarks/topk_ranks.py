@@ -15,7 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
 from llmgr_rec.distributed.ranking import CatalogueRanker
-from llmgr_rec.distributed.topk import top_k
+from llmgr_rec.kernels.topk import top_k
 
 
 @dataclass

@@ -21,7 +21,7 @@ from benchmarks.tuning import Trainer
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.topk import top_k
+from llmgr_rec.kernels.topk import top_k
 from llmgr_rec.modules.tasks import BehaveTask
 
 PEAK, TRAINING, SCORING = "bare products", "training", "scoring"

@@ -14,12 +14,12 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.blended_places import BlendedScores
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.distributed.topk import NOT_NUMBERS, merge_top_k, top_k
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.blended_ranks import BlendedScores
+from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
 
 # Place of a target that is left out: in no list, however few items there are.
 BEHIND_ALL = 1 << 30

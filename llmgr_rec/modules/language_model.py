@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.modules.grouped_attention import use_grouped_attention
-from llmgr_rec.modules.lora_layers import fuse_lora
-from llmgr_rec.modules.packed_attention import View
-from llmgr_rec.modules.packing import PackedPrompts
+from llmgr_rec.kernels.fused_lora import fuse_lora
+from llmgr_rec.kernels.grouped_query_attention import use_grouped_attention
+from llmgr_rec.kernels.packed_attention import View
+from llmgr_rec.kernels.prompt_packing import PackedPrompts
 from llmgr_rec.modules.read_out import read_out_last_layer
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import PromptTemplate, Task
-from llmgr_rec.modules.packing import PackedPrompts
+from llmgr_rec.kernels.prompt_packing import PackedPrompts
 
 NodeOrder = Literal["clicks", "unique"]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
-from llmgr_rec.modules.packed_attention import View, packed_attention
+from llmgr_rec.kernels.packed_attention import View, packed_attention
 
 
 class _ReadOut:

@@ -11,14 +11,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed import ranking, topk
+from llmgr_rec.distributed import ranking
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables
-from llmgr_rec.distributed.topk import top_k
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels import topk
+from llmgr_rec.kernels.topk import top_k
 from tests.distributed.small_model import collection
 from tests.ranks import run_on_ranks
 

@@ -4,8 +4,8 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmgr_rec.data.pretrained import load_decoder
-from llmgr_rec.modules import grouped_attention as module_under_test
-from llmgr_rec.modules.grouped_attention import GROUPED, grouped_attention, use_grouped_attention
+from llmgr_rec.kernels import grouped_query_attention as module_under_test
+from llmgr_rec.kernels.grouped_query_attention import GROUPED, grouped_attention, use_grouped_attention
 
 
 def layer(groups):

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from llmgr_rec.modules.lora_layers import ByteDropout, FusedLora, fuse_lora
+from llmgr_rec.kernels.fused_lora import ByteDropout, FusedLora, fuse_lora
 
 
 def make(dropout=0.0, dtype=torch.float32):

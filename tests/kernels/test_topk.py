@@ -13,9 +13,9 @@ from scipy import sparse
 from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed import topk
-from llmgr_rec.distributed.topk import merge_top_k, top_k
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels import topk
+from llmgr_rec.kernels.topk import merge_top_k, top_k
 
 Ranked = tuple[NDArray[np.int64], NDArray[np.float32]]
 

@@ -9,8 +9,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from llmgr_rec.distributed.blended_places import BlendedScores
 from llmgr_rec.distributed.ranking import BEHIND_ALL
+from llmgr_rec.kernels.blended_ranks import BlendedScores
 from llmgr_rec.study.judge import places
 
 WEIGHTS = [*product((0.0, 0.5, 2.0), repeat=2), (-1.0, 0.25)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmgr_rec.modules.packing import PackedPrompts, PromptGrid, rows_by_prompt
+from llmgr_rec.kernels.prompt_packing import PackedPrompts, PromptGrid, rows_by_prompt
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from llmgr_rec.modules.packed_attention import View, packed_attention
+from llmgr_rec.kernels.packed_attention import View, packed_attention
 
 GROUPED = "llmgr_grouped"
 # What `grouped_attention` computes itself; with any other argument that changes the result, transformers' own runs.
