@@ -197,7 +197,7 @@ def node_states(model: LLMGR, hybrid: HybridEncoding, seen: Recommended, batch: 
     )
     # Soft rows of graphs come first, one a session.
     places_B = torch.nonzero(packed.soft_rows_X >= batch.num_sessions).flatten()
-    states_BH: Tensor = model.language_model(embeddings_XH, replace(packed, read_C=places_B))
+    states_BH: Tensor = model.language_model(embeddings_XH, replace(packed, output_token_C=places_B))
     return states_BH
 
 

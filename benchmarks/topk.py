@@ -116,7 +116,7 @@ def _score_blocks(queries_BQ: Any, items_RQ: Any) -> Iterator[Any]:
 
     from llmgr_rec.kernels import topk
 
-    height, width = (min(topk._QUERY_BLOCK, queries_BQ.shape[0]), min(topk._ITEM_BLOCK, items_RQ.shape[0]))
+    height, width = (min(topk._QUERY_BLOCK, queries_BQ.shape[0]), min(topk._CPU_ITEM_BLOCK, items_RQ.shape[0]))
     buffer = queries_BQ.new_empty(height * width)
     for queries_bQ in queries_BQ.split(height):
         for items_NQ in items_RQ.split(width):

@@ -158,10 +158,10 @@ class CatalogueRanker:
             scores[exclude.row_of_value[inside], columns[inside]] = float("-inf")
         blended = BlendedScores(scores.cpu().numpy(), added, targets.cpu().numpy(), weights_PN, self.items.start)
         # One rank holds a target, the others add 0; or NaN, so that all learn of it together.
-        own = sum_over_ranks(torch.from_numpy(blended.of_targets()), self._world)
+        own = sum_over_ranks(torch.from_numpy(blended.target_scores()), self._world)
         if own.isnan().any():
             raise UserError(NOT_NUMBERS)
-        before = sum_over_ranks(torch.from_numpy(blended.count_before(own.numpy())), self._world)
+        before = sum_over_ranks(torch.from_numpy(blended.count_ahead(own.numpy())), self._world)
         return torch.where(own.isneginf(), BEHIND_ALL, before)
 
     def _rank_with(

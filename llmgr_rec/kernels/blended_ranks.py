@@ -1,11 +1,26 @@
-"""Where targets stand under many sets of weights of what is added to scores, at little more than the cost of one.
+"""Ranks of target items under many blends of scores, for little more than the cost of one blend.
 
-An item that nothing is added to has the model's score whatever the weights: those of a session are sorted once, and a
-search tells how many reach a target of any score. Only the others are summed and compared for each set. Of equal scores
-the lower item index stands first, so items before the target's index need its score, those behind it a higher one.
+A blend w of the model's scores s and N sparse terms a scores item j of a session as
 
-Shapes: B sessions, R items of one range, N added terms of an item, W sets of their weights, E items of a session that
-something is added to.
+    blended[w, j] = s[j] + sum over n of weight[w, n] * a[n, j]
+
+and the rank of the target t, 0 for the best, is the number of items ahead of it: those with a higher blended score, and
+those with an equal one and a lower item index. Most items of a session have no term, so their blended score is s[j]
+under every blend. Of these, the scores that can matter at all are sorted once, and a binary search counts those ahead
+of any target score. Only the few items with a term are added up and compared for every blend:
+
+    rank[w] = (items without a term ahead of blended[w, t]) + (items with a term ahead of blended[w, t])
+
+"Ahead" means >= for items with an index below the target's and > for those above it, so both counts are made for the
+two sides apart.
+
+The catalogue may be cut into ranges of items, such as one on each rank of a distributed run. The target's scores add up
+over ranges (those without the target give 0), and so do the counts:
+
+    own_WB  = sum over ranges of range.target_scores()
+    rank_WB = sum over ranges of range.count_ahead(own_WB)
+
+Shapes: B sessions, R items of one range, N terms, W blends, E items of a session with a term.
 """
 
 from collections.abc import Sequence
@@ -20,100 +35,108 @@ Ints = NDArray[np.int64]
 
 
 class BlendedScores:
-    """Scores of a range of items: the model's, and terms that are added to them with weights.
+    """Scores of one range of items under several blends.
 
     Args:
-        scores_BR: The model's, float32; -inf for those left out.
-        added_NBR: Terms, float32, a matrix for each of the N weights; each item once a row.
-        targets_B: The item that was clicked next; it may lie outside of the range.
-        weights_WN: Sets of weights.
-        first: Index of the range's first item.
+        scores_BR: The model's scores, float32; -inf for excluded items.
+        terms_NBR: The N terms, float32; each item at most once a row.
+        targets_B: Target items, counted over the whole catalogue; a target may lie outside of the range.
+        weights_WN: Weights of the terms in each blend.
+        first_item: Index of the range's first item.
     """
 
     def __init__(
         self,
         scores_BR: Floats,
-        added_NBR: Sequence[sparse.csr_array],
+        terms_NBR: Sequence[sparse.csr_array],
         targets_B: Ints,
         weights_WN: Sequence[Sequence[float]],
-        first: int = 0,
+        first_item: int = 0,
     ) -> None:
         self._scores_BR = scores_BR
-        self._added_NBR = added_NBR
-        self._column_B = targets_B - first
-        self._weights_NW = np.array(weights_WN, np.float32).reshape(len(weights_WN), len(added_NBR)).T
+        self._terms_NBR = terms_NBR
+        self._target_column_B = targets_B - first_item
+        self._weights_NW = np.array(weights_WN, np.float32).reshape(len(weights_WN), len(terms_NBR)).T
 
-    def of_targets(self) -> Floats:
-        """Scores of the targets, [W, B]; 0 for one outside of the range.
+    def target_scores(self) -> Floats:
+        """Blended scores of the targets, [W, B]; 0 for a target outside of the range.
 
-        NaN stands for a session of which some item's score is not a number.
+        NaN for a session with a NaN among the range's scores.
         """
-        rows, width = self._scores_BR.shape
-        own_WB = np.zeros((self._weights_NW.shape[1], rows), np.float32)
-        for row, column in enumerate(self._column_B.tolist()):
+        num_sessions, width = self._scores_BR.shape
+        own_WB = np.zeros((self._weights_NW.shape[1], num_sessions), np.float32)
+        for session, column in enumerate(self._target_column_B.tolist()):
             if 0 <= column < width:
-                terms = [data[items == column].sum() for items, data in self._added_to(row)]
-                own_WB[:, row] = self._blend(self._scores_BR[row, column], terms)
+                terms_N = [data[items == column].sum() for items, data in self._terms_of(session)]
+                own_WB[:, session] = self._blend(self._scores_BR[session, column], terms_N)
         own_WB[:, np.isnan(self._scores_BR).any(axis=1)] = np.nan
         return own_WB
 
-    def count_before(self, own_WB: Floats) -> Ints:
-        """How many items of the range stand before each target, [W, B].
+    def count_ahead(self, own_WB: Floats) -> Ints:
+        """Number of the range's items ahead of each target, [W, B].
 
         Args:
-            own_WB: Scores of the targets, from whichever range holds them.
+            own_WB: Blended scores of the targets, from the range that holds them.
         """
-        before_WB = np.zeros(own_WB.shape, np.int64)
-        for row, scores_R in enumerate(self._scores_BR):
-            before_WB[:, row] = self._before(scores_R, row, np.ascontiguousarray(own_WB[:, row]))
-        return before_WB
+        ahead_WB = np.zeros(own_WB.shape, np.int64)
+        for session in range(len(self._scores_BR)):
+            ahead_WB[:, session] = self._count_ahead_of(session, np.ascontiguousarray(own_WB[:, session]))
+        return ahead_WB
 
-    def _before(self, scores_R: Floats, row: int, own_W: Floats) -> Ints:
-        added = self._added_to(row)
-        is_touched_R = np.zeros(len(scores_R), np.bool_)
-        for items, _ in added:
-            is_touched_R[items] = True
-        column = min(max(int(self._column_B[row]), 0), len(scores_R))
-        lower, higher = slice(None, column), slice(column, None)
-        before_W = _reaching(scores_R[lower][~is_touched_R[lower]], own_W, "left")
-        before_W += _reaching(scores_R[higher][~is_touched_R[higher]], own_W, "right")
-        touched_E = np.flatnonzero(is_touched_R)
-        if len(touched_E):
-            terms_NE = np.zeros((len(added), len(touched_E)), np.float32)
-            for terms_E, (items, data) in zip(terms_NE, added, strict=True):
-                terms_E[np.searchsorted(touched_E, items)] = data
-            blended_WE = self._blend(scores_R[touched_E], [terms_E[None] for terms_E in terms_NE])
-            split = int(np.searchsorted(touched_E, column))
-            own_W1 = own_W[:, None]
-            before_W += _true_in_rows(blended_WE[:, :split] >= own_W1)
-            before_W += _true_in_rows(blended_WE[:, split:] > own_W1)
-        return before_W
+    def _count_ahead_of(self, session: int, own_W: Floats) -> Ints:
+        scores_R, terms = self._scores_BR[session], self._terms_of(session)
+        has_term_R = np.zeros(len(scores_R), np.bool_)
+        for items, _ in terms:
+            has_term_R[items] = True
+        # Items before this column have a lower index than the target. Outside of the range all have, or none.
+        column = min(max(int(self._target_column_B[session]), 0), len(scores_R))
+        ahead_W = _count_unblended(scores_R[:column][~has_term_R[:column]], own_W, ties_are_ahead=True)
+        ahead_W += _count_unblended(scores_R[column:][~has_term_R[column:]], own_W, ties_are_ahead=False)
+        items_E = np.flatnonzero(has_term_R)
+        if len(items_E):
+            blended_WE = self._blend(scores_R[items_E], [_dense(items, data, items_E)[None] for items, data in terms])
+            split = int(np.searchsorted(items_E, column))
+            ahead_W += _count_true(blended_WE[:, :split] >= own_W[:, None])
+            ahead_W += _count_true(blended_WE[:, split:] > own_W[:, None])
+        return ahead_W
 
-    def _added_to(self, row: int) -> list[tuple[Ints, Floats]]:
-        """Items and terms of one session, by each matrix."""
+    def _terms_of(self, session: int) -> list[tuple[Ints, Floats]]:
+        """Columns and values of each term of one session."""
         parts = []
-        for added_BR in self._added_NBR:
-            own = slice(added_BR.indptr[row], added_BR.indptr[row + 1])
-            parts.append((added_BR.indices[own], added_BR.data[own]))
+        for term_BR in self._terms_NBR:
+            entries = slice(term_BR.indptr[session], term_BR.indptr[session + 1])
+            parts.append((term_BR.indices[entries], term_BR.data[entries]))
         return parts
 
-    def _blend(self, alone: Floats, terms_N: Sequence[Floats]) -> Floats:
-        """Weighted sums, sets of weights first; in one order for all, so that equal items stay equal."""
-        total = alone
+    def _blend(self, scores: Floats, terms_N: Sequence[Floats]) -> Floats:
+        """Blended scores, blends first.
+
+        Summed in the same order everywhere: float32 sums depend on it, and equal scores of two items must stay equal.
+        """
+        total = scores
         for term, weight_W in zip(terms_N, self._weights_NW, strict=True):
             total = total + weight_W.reshape(-1, *[1] * (np.ndim(term) - 1)) * term
         return total
 
 
-def _reaching(scores: Floats, own_W: Floats, side: Literal["left", "right"]) -> Ints:
-    """How many scores are at least (left) or above (right) each target's."""
-    low, high = own_W.min(), own_W.max()
-    if low == high:
-        return np.full(len(own_W), np.count_nonzero(scores >= low if side == "left" else scores > low))
-    rivals = np.sort(scores[scores >= low])
-    return len(rivals) - np.searchsorted(rivals, own_W, side)
+def _dense(items: Ints, data: Floats, items_E: Ints) -> Floats:
+    """One term at the items that have any, 0 where it has no entry, [E]."""
+    term_E = np.zeros(len(items_E), np.float32)
+    term_E[np.searchsorted(items_E, items)] = data
+    return term_E
 
 
-def _true_in_rows(is_true_WE: NDArray[np.bool_]) -> Ints:
-    # Row by row it is counted with vector instructions; along an axis, as a sum of whole numbers.
+def _count_unblended(scores: Floats, own_W: Floats, ties_are_ahead: bool) -> Ints:
+    """How many scores are above each target score, or at least as high, [W]."""
+    lowest, highest = own_W.min(), own_W.max()
+    if lowest == highest:
+        return np.full(len(own_W), np.count_nonzero(scores >= lowest if ties_are_ahead else scores > lowest))
+    # Those below all target scores are ahead of none, and need no sorting.
+    sorted_scores = np.sort(scores[scores >= lowest])
+    side: Literal["left", "right"] = "left" if ties_are_ahead else "right"
+    return len(sorted_scores) - np.searchsorted(sorted_scores, own_W, side)
+
+
+def _count_true(is_true_WE: NDArray[np.bool_]) -> Ints:
+    # count_nonzero of a row uses vector instructions; with an axis it sums integers.
     return np.array([np.count_nonzero(row) for row in is_true_WE], np.int64)

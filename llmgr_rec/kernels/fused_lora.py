@@ -1,7 +1,12 @@
-"""LoRA layers of PEFT, made cheap: the same sums with fewer passes over activations.
+"""PEFT's LoRA layers with fewer passes over activations.
 
-A LoRA layer adds scale * B(A(dropout(x))) to a base layer's result. PEFT multiplies and adds at full output width; and
-dropout draws a 32-bit number for every activation. On a CPU both together cost as much as the base layers' products.
+With base weight W, LoRA matrices A and B and scale c, a layer computes
+
+    PEFT:  y = x @ W.T;  y = y + c * (dropout(x) @ A.T @ B.T)         scale and sum at output width O
+    here:  y = x @ W.T;  y = addmm(y, c * (dropout(x) @ A.T), B.T)    scale at rank R, sum inside the product
+
+and dropout draws one random byte for each activation in place of a 64-bit number. On a CPU, PEFT's scale, sum and
+dropout cost as much as the products with W. Names, state and saved files are PEFT's.
 
 Shapes: X tokens, I input width, O output width, R rank.
 """
@@ -19,7 +24,10 @@ _BYTE_VALUES = 256
 
 
 class ByteDropout(nn.Module):
-    """Dropout that draws one random byte an activation on the CPU, an eighth of a drawn 64-bit number.
+    """Dropout that draws one random byte for each activation on the CPU.
+
+    An activation is dropped if its byte is below the threshold p * 256. The others are scaled by
+    256 / (256 - threshold), so that the mean stays exact whatever p is rounded to.
 
     Args:
         probability: Chance of dropping an activation, 0 to 1; on the CPU rounded to a multiple of 1/256.
@@ -36,6 +44,7 @@ class ByteDropout(nn.Module):
             return inputs
         if inputs.device.type != "cpu" or self.threshold == _BYTE_VALUES:
             return functional.dropout(inputs, self.probability)
+        # The generator is asked for 64-bit numbers, each of which is eight bytes.
         words = torch.empty((inputs.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         bytes_ = words.view(torch.uint8)[: inputs.numel()].view(inputs.shape)
         # 1 from the threshold on and 0 below it: torch's CPU kernels clamp eight times faster than they compare.
@@ -44,7 +53,7 @@ class ByteDropout(nn.Module):
 
 
 class FusedLora(LoraVariant):
-    """PEFT's plain LoRA with scale and sum folded into the products: scale at rank width, sum in the product with B."""
+    """PEFT's LoRA with the scale applied at rank R and the sum folded into the product with B."""
 
     @staticmethod
     def forward(module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:

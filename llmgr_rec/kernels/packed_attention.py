@@ -1,11 +1,24 @@
-"""Attention over prompts packed into one row, with one copy of their common prefix.
+"""Attention over packed prompts with one copy of their common prefix.
 
-Queries see the prefix's keys through one product for many prompts, and their own prompt's through a batched one; one
-softmax runs over both. Nothing is copied for each prompt. Padding exists here alone, not in the linear layers, and
-little of it: prompts of like length are set out together.
+The keys of a query are the prefix, which all queries of the batch share, and the tokens of its own prompt. With
+q, k, v of one head, a query's result is one softmax over both parts:
 
-Shapes: P tokens of the prefix, X tokens after it, Y querying tokens, B prompts of like length, Q and K tokens of the
-longest of them among queries and keys, G key and value heads, R query heads of each, E columns of a head.
+    [a, b] = softmax([q @ k_prefix.T,  q @ k_own.T + mask])
+    result = a @ v_prefix + b @ v_own
+
+The prefix part is one product of all queries with one [P, E] matrix. The own part is a batched product over prompts,
+for which queries and keys are padded; prompts of similar length share a bucket, so there is little padding, and nothing
+outside of attention is padded. The prefix is never copied for each prompt.
+
+The layout of a bucket puts the query heads that share a key and value head (grouped-query attention), and their
+queries, into the rows of one product:
+
+    queries  [G, B, R * Q, E]      prefix keys  [G, P, E]      own keys  [G, B, K, E]
+    scores   [G, B, R, Q, P] and [G, B, R, Q, K]
+
+Shapes: P tokens of the prefix, X tokens after it, Z = P + X, Y querying tokens, B prompts of a bucket, Q and K the
+most querying tokens and tokens of any of them, G key and value heads, R query heads of each, h = G * R, E columns of a
+head, F columns.
 """
 
 from dataclasses import dataclass
@@ -14,126 +27,167 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmgr_rec.kernels.prompt_packing import PackedPrompts, PromptGrid, rows_by_prompt
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.kernels.prompt_packing import PackedPrompts
 
 
 @dataclass
-class Band:
-    """Prompts of like length.
+class PaddedIndex:
+    """Rows of a matrix, padded to [B, W].
 
     Args:
-        queries: Their querying tokens.
-        keys: All their tokens.
-        unseen_BQK: What each query's place does not see of its prompt.
+        row_BW: Row of the matrix at each place; an arbitrary one at padding.
+        is_real_BW: Whether a place is no padding.
     """
 
-    queries: PromptGrid
-    keys: PromptGrid
-    unseen_BQK: Tensor
+    row_BW: Tensor
+    is_real_BW: Tensor
+
+    @classmethod
+    def of(cls, rows: Jagged) -> "PaddedIndex":
+        """Pads lists of row numbers to the longest; not all of them empty."""
+        lengths_B1 = rows.lengths.unsqueeze(1)
+        column_W = torch.arange(int(lengths_B1.max()), device=lengths_B1.device)
+        is_real_BW = column_W < lengths_B1
+        index_BW = torch.where(is_real_BW, rows.offsets[:-1].unsqueeze(1) + column_W, 0)
+        return cls(rows.values[index_BW], is_real_BW)
+
+    def gather(self, matrix_YF: Tensor) -> Tensor:
+        """Rows of a matrix at their places, [B, W, F]."""
+        return matrix_YF.index_select(0, self.row_BW.flatten()).unflatten(0, self.row_BW.shape)
 
 
 @dataclass
-class View:
-    """What querying tokens see, worked out once for all layers.
+class MaskBucket:
+    """Prompts of similar length.
 
     Args:
-        tokens_Y: The querying tokens, counted from the end of the prefix.
-        prefix: Tokens of the prefix P; all queries see all of them.
-        bands: The prompts.
-        place_Y: Place of each querying token among the places of all bands.
+        queries: Their querying tokens, as rows of all queries.
+        keys: All their tokens, as rows of the keys after the prefix.
+        is_masked_BQK: Whether a query does not attend to a token of its prompt.
     """
 
-    tokens_Y: Tensor
-    prefix: int
-    bands: list[Band]
+    queries: PaddedIndex
+    keys: PaddedIndex
+    is_masked_BQK: Tensor
+
+
+@dataclass
+class PackedMask:
+    """Which tokens the querying tokens attend to, made once for all layers.
+
+    Args:
+        query_tokens_Y: The querying tokens, counted from the end of the prefix.
+        prefix_length: Tokens of the prefix P; all queries attend to all of them.
+        buckets: The prompts.
+        place_Y: Place of each query among the places of all buckets, one bucket after another.
+    """
+
+    query_tokens_Y: Tensor
+    prefix_length: int
+    buckets: list[MaskBucket]
     place_Y: Tensor
 
     @classmethod
-    def of(cls, packed: PackedPrompts, tokens_Y: Tensor) -> "View":
-        """The view of some tokens, at least one of each prompt."""
-        tokens_X = torch.arange(packed.num_tokens, device=tokens_Y.device)
-        all_keys, all_queries = rows_by_prompt(packed, tokens_X), rows_by_prompt(packed, tokens_Y)
-        # A band's longest prompt is less than twice its shortest.
-        band_B = torch.log2(all_keys.lengths.float()).floor()
-        bands = []
-        for number in torch.unique(band_B):
-            prompts = torch.nonzero(band_B == number).squeeze(1)
-            queries, keys = PromptGrid.of(all_queries.select(prompts)), PromptGrid.of(all_keys.select(prompts))
-            seen_BQK = packed.sees(tokens_Y[queries.row_BW].unsqueeze(2), keys.row_BW.unsqueeze(1))
-            # Padding sees its whole prompt: nobody reads its result, but a softmax over nothing would be no number.
-            seen_BQK |= ~queries.filled_BW.unsqueeze(2)
-            bands.append(Band(queries, keys, ~(seen_BQK & keys.filled_BW.unsqueeze(1))))
-        filled = torch.cat([band.queries.filled_BW.flatten() for band in bands])
-        rows = torch.cat([band.queries.row_BW.flatten() for band in bands])
-        place_Y = torch.empty_like(tokens_Y)
-        place_Y[rows[filled]] = torch.nonzero(filled).squeeze(1)
-        return cls(tokens_Y, packed.prefix_P.numel(), bands, place_Y)
+    def of(cls, packed: PackedPrompts, query_tokens_Y: Tensor) -> "PackedMask":
+        """The mask of some querying tokens, at least one of each prompt."""
+        tokens_X = torch.arange(packed.num_tokens, device=query_tokens_Y.device)
+        keys, queries = packed.by_prompt(tokens_X), packed.by_prompt(query_tokens_Y)
+        # One bucket for each power of two: its longest prompt is less than twice its shortest.
+        bucket_B = torch.log2(keys.lengths.float()).floor()
+        buckets = []
+        for number in torch.unique(bucket_B):
+            prompts = torch.nonzero(bucket_B == number).squeeze(1)
+            padded_queries, padded_keys = PaddedIndex.of(queries.select(prompts)), PaddedIndex.of(keys.select(prompts))
+            is_masked_BQK = _masked(packed, query_tokens_Y, padded_queries, padded_keys)
+            buckets.append(MaskBucket(padded_queries, padded_keys, is_masked_BQK))
+        return cls(query_tokens_Y, packed.prefix_P.numel(), buckets, _places(buckets, query_tokens_Y))
 
 
-def attend(query_YhE: Tensor, key_ZGE: Tensor, value_ZGE: Tensor, view: View, scale: float) -> Tensor:
-    """Attention of tokens after the prefix.
+def _masked(packed: PackedPrompts, query_tokens_Y: Tensor, queries: PaddedIndex, keys: PaddedIndex) -> Tensor:
+    attends_BQK = packed.attends(query_tokens_Y[queries.row_BW].unsqueeze(2), keys.row_BW.unsqueeze(1))
+    # A padded query attends to its whole prompt: its result is not used, but a softmax over nothing would be NaN.
+    attends_BQK |= ~queries.is_real_BW.unsqueeze(2)
+    return ~(attends_BQK & keys.is_real_BW.unsqueeze(1))
+
+
+def _places(buckets: list[MaskBucket], query_tokens_Y: Tensor) -> Tensor:
+    """Place of each query in the concatenated results of all buckets."""
+    is_real = torch.cat([bucket.queries.is_real_BW.flatten() for bucket in buckets])
+    query = torch.cat([bucket.queries.row_BW.flatten() for bucket in buckets])
+    place_Y = torch.empty_like(query_tokens_Y)
+    place_Y[query[is_real]] = torch.nonzero(is_real).squeeze(1)
+    return place_Y
+
+
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float) -> Tensor:
+    """Attention of a packed row, in transformers' form.
 
     Args:
-        query_YhE: Queries of the view's tokens, [Y, G * R, E].
-        key_ZGE: Keys of the whole row, the prefix first, [P + X, G, E].
-        value_ZGE: Values of the whole row, likewise.
-        view: Who sees what.
+        query: Of the whole row or, in a layer whose other results are not used, of the querying tokens alone,
+            [1, h, Z or Y, E].
+        key: Of the whole row, prefix first, [1, G, Z, E].
+        value: Likewise.
+        mask: Which tokens attend to which.
         scale: Factor of the scores.
 
     Returns:
-        Results, [Y, G * R, E].
+        Results, [1, Z or Y, h, E].
     """
-    prefix_key, prefix_value = (tensor[: view.prefix].transpose(0, 1) for tensor in (key_ZGE, value_ZGE))
-    own_key, own_value = (tensor[view.prefix :].flatten(1) for tensor in (key_ZGE, value_ZGE))
-    own_query = (query_YhE * scale).flatten(1)
-    results = [_attend(band, own_query, own_key, own_value, prefix_key, prefix_value) for band in view.bands]
-    return torch.cat(results).index_select(0, view.place_Y).view(query_YhE.shape)
+    query_, key_, value_ = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    num_prefix_queries = query_.shape[0] - mask.query_tokens_Y.numel()
+    result = _attend_after_prefix(query_[num_prefix_queries:], key_, value_, mask, scale)
+    if num_prefix_queries:
+        of_prefix = _attend_within_prefix(query_[:num_prefix_queries], key_, value_, scale)
+        result = torch.cat([of_prefix, result])
+    return result.unsqueeze(0)
 
 
-def _attend(band: Band, query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor) -> Tensor:
-    """Results at the places of one band, [B * Q, G * R * E]."""
-    num_groups, prefix, width = prefix_key.shape
-    batch, queries, keys = band.unseen_BQK.shape
-    heads = query.shape[1] // (num_groups * width)
-    # [G, B, R * Q, E]: rows of one product with the prefix, and of one product a prompt.
-    query = band.queries.set_out(query).view(batch, queries, num_groups, heads, width).permute(2, 0, 3, 1, 4)
-    query = query.reshape(num_groups, batch, heads * queries, width)
-    key, value = (
-        band.keys.set_out(own).view(batch, keys, num_groups, width).permute(2, 0, 1, 3) for own in (key, value)
-    )
-    prefix_scores = (query.flatten(1, 2) @ prefix_key.transpose(1, 2)).view(num_groups, batch, heads, queries, prefix)
-    own_scores = (query @ key.transpose(2, 3)).view(num_groups, batch, heads, queries, keys)
-    own_scores = own_scores.masked_fill(band.unseen_BQK.unsqueeze(1), float("-inf"))
-    weights = torch.cat([prefix_scores, own_scores], dim=4).softmax(dim=4).flatten(2, 3)
-    result = (weights[..., :prefix].flatten(1, 2) @ prefix_value).view_as(query) + weights[..., prefix:] @ value
-    return result.view(num_groups, batch, heads, queries, width).permute(1, 3, 0, 2, 4).reshape(batch * queries, -1)
-
-
-def attend_within_prefix(query_PhE: Tensor, key_ZGE: Tensor, value_ZGE: Tensor, scale: float) -> Tensor:
-    """Causal attention of the prefix to itself, [P, G * R, E]."""
+def _attend_within_prefix(query_PhE: Tensor, key_ZGE: Tensor, value_ZGE: Tensor, scale: float) -> Tensor:
+    """Causal attention of the prefix to itself, [P, h, E]."""
     prefix = query_PhE.shape[0]
     query, key, value = (tensor[:prefix].transpose(0, 1).unsqueeze(0) for tensor in (query_PhE, key_ZGE, value_ZGE))
     result = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     return result[0].transpose(0, 1)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, view: View, scale: float) -> Tensor:
-    """Attention of a packed row in transformers' form.
+def _attend_after_prefix(
+    query_YhE: Tensor, key_ZGE: Tensor, value_ZGE: Tensor, mask: PackedMask, scale: float
+) -> Tensor:
+    """Attention of the querying tokens, [Y, h, E]."""
+    prefix_key, prefix_value = (tensor[: mask.prefix_length].transpose(0, 1) for tensor in (key_ZGE, value_ZGE))
+    own_key, own_value = (tensor[mask.prefix_length :].flatten(1) for tensor in (key_ZGE, value_ZGE))
+    query = (query_YhE * scale).flatten(1)
+    results = [
+        _attend_in_bucket(bucket, query, own_key, own_value, prefix_key, prefix_value) for bucket in mask.buckets
+    ]
+    return torch.cat(results).index_select(0, mask.place_Y).view(query_YhE.shape)
 
-    Args:
-        query: Of the whole row or, in a layer that is computed only where it is read, of the view's tokens alone,
-            [1, G * R, P + X or Y, E].
-        key: Of the whole row, [1, G, P + X, E].
-        value: Likewise.
-        view: Who sees what.
-        scale: Factor of the scores.
 
-    Returns:
-        Results, [1, P + X or Y, G * R, E].
-    """
-    query_, key_, value_ = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    with_prefix = query_.shape[0] - view.tokens_Y.numel()
-    result = attend(query_[with_prefix:], key_, value_, view, scale)
-    if with_prefix:
-        result = torch.cat([attend_within_prefix(query_[:with_prefix], key_, value_, scale), result])
-    return result.unsqueeze(0)
+def _attend_in_bucket(
+    bucket: MaskBucket,
+    query_YF: Tensor,
+    own_key_XF: Tensor,
+    own_value_XF: Tensor,
+    prefix_key_GPE: Tensor,
+    prefix_value_GPE: Tensor,
+) -> Tensor:
+    """Results at the places of one bucket, [B * Q, h * E]."""
+    groups, prefix, width = prefix_key_GPE.shape
+    batch, queries, keys = bucket.is_masked_BQK.shape
+    heads = query_YF.shape[1] // (groups * width)
+    scores_shape = (groups, batch, heads, queries)
+
+    query = bucket.queries.gather(query_YF).view(batch, queries, groups, heads, width).permute(2, 0, 3, 1, 4)
+    query = query.reshape(groups, batch, heads * queries, width)
+    key, value = (
+        bucket.keys.gather(own).view(batch, keys, groups, width).permute(2, 0, 1, 3)
+        for own in (own_key_XF, own_value_XF)
+    )
+    prefix_scores = (query.flatten(1, 2) @ prefix_key_GPE.transpose(1, 2)).view(*scores_shape, prefix)
+    own_scores = (query @ key.transpose(2, 3)).view(*scores_shape, keys)
+    own_scores = own_scores.masked_fill(bucket.is_masked_BQK.unsqueeze(1), float("-inf"))
+    weights = torch.cat([prefix_scores, own_scores], dim=4).softmax(dim=4).flatten(2, 3)
+    of_prefix = (weights[..., :prefix].flatten(1, 2) @ prefix_value_GPE).view_as(query)
+    result = of_prefix + weights[..., prefix:] @ value
+    return result.view(*scores_shape, width).permute(1, 3, 0, 2, 4).reshape(batch * queries, -1)

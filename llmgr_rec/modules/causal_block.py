@@ -6,7 +6,7 @@ Shapes: L clicks, R sessions of like length with T places each, A heads, D = d1 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmgr_rec.modules.clicks import ClickRows
+from llmgr_rec.kernels.packed_sequences import PackedSequences
 
 _WIDENING = 4
 
@@ -38,26 +38,26 @@ class CausalBlock(nn.Module):
         nn.init.zeros_(self.query_key_value.bias)
         nn.init.zeros_(self.project.bias)
 
-    def forward(self, states_LD: Tensor, rows: ClickRows) -> Tensor:
+    def forward(self, states_LD: Tensor, packed: PackedSequences) -> Tensor:
         """States after the block, [L, D].
 
         Args:
             states_LD: A state for each click.
-            rows: How the clicks make up sessions.
+            packed: How the clicks make up sessions.
         """
-        states_LD = states_LD + self.dropout(self.project(self._attend(self.attention_norm(states_LD), rows)))
+        states_LD = states_LD + self.dropout(self.project(self._attend(self.attention_norm(states_LD), packed)))
         hidden = self.dropout(functional.gelu(self.expand(self.feed_forward_norm(states_LD))))
         return states_LD + self.dropout(self.contract(hidden))
 
-    def _attend(self, states_LD: Tensor, rows: ClickRows) -> Tensor:
+    def _attend(self, states_LD: Tensor, packed: PackedSequences) -> Tensor:
         """Every click's mean of its session's values up to itself, the heads side by side, [L, D]."""
 
-        def mix(set_out: Tensor) -> Tensor:
-            query_RATE, key_RATE, value_RATE = set_out.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            # Padding stands behind the clicks, so what is causal does not see it.
+        def mix(padded: Tensor) -> Tensor:
+            query_RATE, key_RATE, value_RATE = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            # Padding comes after the clicks, so a causal mask hides it.
             mixed_RATE = functional.scaled_dot_product_attention(
                 query_RATE, key_RATE, value_RATE, dropout_p=self.dropout.p if self.training else 0.0, is_causal=True
             )
             return mixed_RATE.transpose(1, 2).flatten(2)
 
-        return rows.in_rows(mix, self.query_key_value(states_LD))
+        return packed.map_padded(mix, self.query_key_value(states_LD))

@@ -1,17 +1,18 @@
 """GRU4Rec (Hidasi et al., arXiv 1511.06939): a gated recurrent network over the clicks.
 
-Shapes: L clicks that are read, N nodes, R rows of T places, D = d1 columns.
+Shapes: L packed clicks, N nodes, R rows of T places, D = d1 columns.
 """
 
 from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
-from llmgr_rec.modules.clicks import ClickEncoder, ClickRows
+from llmgr_rec.kernels.packed_sequences import PackedSequences
+from llmgr_rec.modules.causal_encoder import CausalEncoder
 from llmgr_rec.modules.session_encoder import initialise_uniform, register_encoder
 
 
 @register_encoder("gru4rec")
-class GRU4Rec(ClickEncoder):
+class GRU4Rec(CausalEncoder):
     """Session vector: the network's state after the last click, projected.
 
     Args:
@@ -26,7 +27,7 @@ class GRU4Rec(ClickEncoder):
         self.read_out = nn.Linear(dim, dim)
         initialise_uniform(self, dim)
 
-    def states(self, nodes_ND: Tensor, rows: ClickRows) -> Tensor:
-        """A state for each click that is read, [L, D]."""
-        clicks_LD = self.dropout(nodes_ND.index_select(0, rows.node_L))
-        return self.read_out(rows.in_rows(lambda clicks_RTD: self.network(clicks_RTD)[0], clicks_LD))
+    def states(self, nodes_ND: Tensor, packed: PackedSequences) -> Tensor:
+        """A state for each packed click, [L, D]."""
+        clicks_LD = self.dropout(nodes_ND.index_select(0, packed.node_L))
+        return self.read_out(packed.map_padded(lambda clicks_RTD: self.network(clicks_RTD)[0], clicks_LD))

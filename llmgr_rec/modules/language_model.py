@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.kernels.fused_lora import fuse_lora
-from llmgr_rec.kernels.grouped_query_attention import use_grouped_attention
-from llmgr_rec.kernels.packed_attention import View
+from llmgr_rec.kernels.grouped_query_attention import use_grouped_query_attention
+from llmgr_rec.kernels.packed_attention import PackedMask
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
 from llmgr_rec.modules.read_out import read_out_last_layer
 
@@ -49,7 +49,7 @@ class LoraLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         decoder.requires_grad_(False)
-        self._packs = use_grouped_attention(decoder)
+        self._packs = use_grouped_query_attention(decoder)
         self._reads_out = self._packs and read_out_last_layer(decoder)
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
@@ -102,7 +102,7 @@ class LoraLanguageModel(nn.Module):
     def _read_each(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
         """The plain reference: every reading has a prompt of its own, with the whole prefix and padding."""
         prefix_PH = self.token_embedding(packed.prefix_P)
-        paths = [packed.path(reading) for reading in range(packed.read_C.numel())]
+        paths = [packed.path(reading) for reading in range(packed.output_token_C.numel())]
         prompts = [torch.cat([prefix_PH, embeddings_XH[path]]) for path in paths]
         inputs_CTH = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         last_C = torch.tensor([len(prompt) - 1 for prompt in prompts], device=inputs_CTH.device)
@@ -119,20 +119,19 @@ class LoraLanguageModel(nn.Module):
         """One row: no padding and one prefix in the linear layers, and the last layer only where it is read."""
         prefix = packed.prefix_P.numel()
         tokens_X = torch.arange(packed.num_tokens, device=embeddings_XH.device)
-        views = {"view": View.of(packed, tokens_X)}
+        masks = {"packed_mask": PackedMask.of(packed, tokens_X)}
         if self._reads_out:
-            views["read_view"] = View.of(packed, packed.read_C)
+            masks["last_layer_mask"] = PackedMask.of(packed, packed.output_token_C)
+        prefix_positions_P = torch.arange(prefix, device=tokens_X.device)
         hidden_1ZH = self.base(
             inputs_embeds=torch.cat([self.token_embedding(packed.prefix_P), embeddings_XH]).unsqueeze(0),
-            position_ids=torch.cat([torch.arange(prefix, device=tokens_X.device), prefix + packed.depth_X]).unsqueeze(
-                0
-            ),
-            # A mask of four dimensions is passed on as it is; what a token sees is in the views.
+            position_ids=torch.cat([prefix_positions_P, prefix + packed.position_X]).unsqueeze(0),
+            # A mask of four dimensions is passed on as it is; what a token attends to is in the packed masks.
             attention_mask=embeddings_XH.new_zeros(1, 1, 1, 1),
             use_cache=False,
-            **views,
+            **masks,
         ).last_hidden_state
-        return hidden_1ZH[0] if self._reads_out else hidden_1ZH[0].index_select(0, prefix + packed.read_C)
+        return hidden_1ZH[0] if self._reads_out else hidden_1ZH[0].index_select(0, prefix + packed.output_token_C)
 
     def _precision(self) -> AbstractContextManager[object]:
         dtype = self.base.dtype

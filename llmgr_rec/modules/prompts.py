@@ -1,7 +1,6 @@
 """Prompts: a template becomes token ids once, and the prompts of a batch are packed by tensor operations.
 
-Shapes: B prompts, C readings, L clicks, N nodes, P tokens of the shared prefix, X tokens of all prompts after it, Y
-those of the branches.
+Shapes: B prompts, C readings, L clicks, N nodes, P tokens of the shared prefix, X tokens of all prompts after it.
 """
 
 from collections.abc import Mapping
@@ -63,51 +62,14 @@ class CompiledPrompt(nn.Module):
             ValueError: Readings shall share prompts, but something that differs between them stands before the nodes.
         """
         if prompts_B1 is None:
-            return self._pack_each(nodes, text)
+            count = nodes.num_rows
+            return PackedPrompts.separate(self.prefix_P, self._lay_out(self.segments, count, count, nodes, text))
         if not self.has_trunk:
             raise ValueError("readings can share a prompt only if {nodes} is the first place of its template")
-        return self._pack_together(nodes, text, prompts_B1)
-
-    def _pack_each(self, nodes: Jagged, text: Jagged) -> PackedPrompts:
-        count = nodes.num_rows
-        rows = self._lay_out(self.segments, count, count, nodes, text)
-        prompt_X = rows.row_of_value
-        depth_X = torch.arange(rows.values.numel(), device=prompt_X.device) - rows.offsets[prompt_X]
-        return PackedPrompts(
-            prefix_P=self.prefix_P,
-            token_ids_X=rows.values.clamp(min=0),
-            soft_rows_X=(-1 - rows.values).clamp(min=-1),
-            prompt_X=prompt_X,
-            branch_X=torch.full_like(prompt_X, -1),
-            depth_X=depth_X,
-            trunk_X=depth_X + 1,
-            read_C=rows.offsets[1:] - 1,
-            num_prompts=count,
-        )
-
-    def _pack_together(self, nodes: Jagged, text: Jagged, prompts_B1: Tensor) -> PackedPrompts:
-        """Trunks, which are the nodes, then the branches: the rest of the template for each reading."""
         count = nodes.values.numel()
-        readings = Jagged(torch.arange(count, device=prompts_B1.device), prompts_B1)
-        prompt_C = readings.row_of_value
-        seen_C = readings.values - prompts_B1[prompt_C] + 1
-        trunk = self._lay_out(["nodes"], nodes.num_rows, count, nodes, text)
-        branches = self._lay_out(self.segments[1:], count, count, nodes, text)
-        reading_Y = branches.row_of_value
-        depth_Y = torch.arange(branches.values.numel(), device=prompt_C.device) - branches.offsets[reading_Y]
-        values = torch.cat([trunk.values, branches.values])
-        return PackedPrompts(
-            prefix_P=self.prefix_P,
-            token_ids_X=values.clamp(min=0),
-            soft_rows_X=(-1 - values).clamp(min=-1),
-            prompt_X=torch.cat([prompt_C, prompt_C[reading_Y]]),
-            branch_X=torch.cat([torch.full_like(prompt_C, -1), reading_Y]),
-            depth_X=torch.cat([seen_C - 1, seen_C[reading_Y] + depth_Y]),
-            trunk_X=torch.cat([seen_C, seen_C[reading_Y]]),
-            # Where nothing follows the nodes, a reading is taken at its last node.
-            read_C=torch.where(branches.lengths > 0, count + branches.offsets[1:] - 1, readings.values),
-            num_prompts=nodes.num_rows,
-        )
+        contexts = self._lay_out(["nodes"], nodes.num_rows, count, nodes, text)
+        suffixes = self._lay_out(self.segments[1:], count, count, nodes, text)
+        return PackedPrompts.in_one_pass(self.prefix_P, contexts, suffixes)
 
     def _lay_out(self, segments: list[str], rows: int, readings: int, nodes: Jagged, text: Jagged) -> Jagged:
         """Tokens of some segments, row by row: a token id, or -1 - s for row s of the soft matrix."""

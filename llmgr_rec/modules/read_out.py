@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 
-from llmgr_rec.kernels.packed_attention import View, packed_attention
+from llmgr_rec.kernels.packed_attention import PackedMask, packed_attention
 
 
 class _ReadOut:
-    """A decoder layer that answers with the readings alone where it is given `read_view`."""
+    """A decoder layer that answers with the readings alone where it is given `last_layer_mask`."""
 
-    def forward(self, hidden_states: Tensor, read_view: View | None = None, **kwargs: Any) -> Tensor:
-        if read_view is None:
+    def forward(self, hidden_states: Tensor, last_layer_mask: PackedMask | None = None, **kwargs: Any) -> Tensor:
+        if last_layer_mask is None:
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
-        return _read(self, hidden_states, kwargs["position_embeddings"], read_view)
+        return _read(self, hidden_states, kwargs["position_embeddings"], last_layer_mask)
 
 
 class ReadOutLlamaLayer(_ReadOut, LlamaDecoderLayer):
@@ -55,10 +55,10 @@ def read_out_last_layer(decoder: PreTrainedModel) -> bool:
     return True
 
 
-def _read(layer: Any, hidden_1ZH: Tensor, rotation: tuple[Tensor, Tensor], view: View) -> Tensor:
-    """The layer's result at the view's tokens, [1, C, H]."""
+def _read(layer: Any, hidden_1ZH: Tensor, rotation: tuple[Tensor, Tensor], mask: PackedMask) -> Tensor:
+    """The layer's result at the mask's querying tokens, [1, C, H]."""
     attention = layer.self_attn
-    read_C = view.tokens_Y + view.prefix
+    read_C = mask.query_tokens_Y + mask.prefix_length
     normed_1ZH = layer.input_layernorm(hidden_1ZH)
     query = _heads(attention.q_proj(normed_1ZH.index_select(1, read_C)), attention.head_dim)
     key, value = (
@@ -67,7 +67,7 @@ def _read(layer: Any, hidden_1ZH: Tensor, rotation: tuple[Tensor, Tensor], view:
     cos, sin = rotation
     query, _ = apply_rotary_pos_emb(query, query, cos.index_select(1, read_C), sin.index_select(1, read_C))
     key, _ = apply_rotary_pos_emb(key, key, cos, sin)
-    attended = packed_attention(query, key, value, view, attention.scaling)
+    attended = packed_attention(query, key, value, mask, attention.scaling)
     hidden_1CH = hidden_1ZH.index_select(1, read_C) + attention.o_proj(attended.flatten(2))
     return hidden_1CH + layer.mlp(layer.post_attention_layernorm(hidden_1CH))
 

@@ -1,21 +1,22 @@
 """SASRec (Kang and McAuley, arXiv 1808.09781): causal self-attention over the clicks.
 
-Shapes: L clicks that are read, N nodes, T places, D = d1 columns.
+Shapes: L packed clicks, N nodes, T places, D = d1 columns.
 """
 
 import torch
 from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
+from llmgr_rec.kernels.packed_sequences import PackedSequences
 from llmgr_rec.modules.causal_block import CausalBlock
-from llmgr_rec.modules.clicks import ClickEncoder, ClickRows
+from llmgr_rec.modules.causal_encoder import CausalEncoder
 from llmgr_rec.modules.session_encoder import check_heads, register_encoder
 
 _INIT_STD = 0.02
 
 
 @register_encoder("sasrec")
-class SASRec(ClickEncoder):
+class SASRec(CausalEncoder):
     """Session vector: the state at the last click, with learned positions counted from the first click that is read.
 
     So no state depends on later clicks, and all prefixes of a session are read in one pass.
@@ -40,10 +41,10 @@ class SASRec(ClickEncoder):
         )
         self.norm = nn.LayerNorm(dim)
 
-    def states(self, nodes_ND: Tensor, rows: ClickRows) -> Tensor:
-        """A state for each click that is read, [L, D]."""
-        states_LD = nodes_ND.index_select(0, rows.node_L) + self.position_TD.index_select(0, rows.place_L)
+    def states(self, nodes_ND: Tensor, packed: PackedSequences) -> Tensor:
+        """A state for each packed click, [L, D]."""
+        states_LD = nodes_ND.index_select(0, packed.node_L) + self.position_TD.index_select(0, packed.position_L)
         states_LD = self.dropout(states_LD)
         for block in self.blocks:
-            states_LD = block(states_LD, rows)
+            states_LD = block(states_LD, packed)
         return self.norm(states_LD)

@@ -1,4 +1,4 @@
-"""Places under many sets of weights are those of dense sums, ties, left out items and ranges of items included."""
+"""Blended ranks are those of dense sums, with ties, excluded items and ranges of items."""
 
 from collections.abc import Sequence
 from itertools import pairwise, product
@@ -9,23 +9,30 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from llmgr_rec.distributed.ranking import BEHIND_ALL
 from llmgr_rec.kernels.blended_ranks import BlendedScores
-from llmgr_rec.study.judge import places
 
 WEIGHTS = [*product((0.0, 0.5, 2.0), repeat=2), (-1.0, 0.25)]
 SESSIONS, ITEMS = 40, 30
 
 
-def dense(scores_BV: Tensor, added: Sequence[sparse.csr_array], weights_WN: Sequence[Sequence[float]]) -> list[Tensor]:
-    """The readable reference: all scores of each set."""
-    sums = []
-    for weights_N in weights_WN:
-        total = scores_BV.clone()
-        for matrix, weight in zip(added, weights_N, strict=True):
-            total += weight * torch.from_numpy(matrix.toarray())
-        sums.append(total)
-    return sums
+def dense_ranks(scores_BV: Tensor, terms: Sequence[sparse.csr_array], weights_N: Sequence[float], targets_B: Tensor):
+    """The readable reference: ranks of the targets under one blend from all of its scores; None if excluded."""
+    total_BV = scores_BV.clone()
+    for matrix, weight in zip(terms, weights_N, strict=True):
+        total_BV += weight * torch.from_numpy(matrix.toarray())
+    ranks = []
+    for scores_V, target in zip(total_BV, targets_B.tolist(), strict=True):
+        own, items = scores_V[target], torch.arange(len(scores_V))
+        ahead = (scores_V > own) | ((scores_V == own) & (items < target))
+        ranks.append(None if own.isneginf() else int(ahead.sum()))
+    return ranks
+
+
+def ranks_of(parts: Sequence[BlendedScores]) -> list[list[int | None]]:
+    """Ranks from all ranges of items, one list a blend."""
+    own_WB = np.sum([part.target_scores() for part in parts], axis=0)
+    rank_WB = np.sum([part.count_ahead(own_WB) for part in parts], axis=0)
+    return np.where(np.isneginf(own_WB), None, rank_WB).tolist()
 
 
 def some(density: float, whole: bool) -> tuple[Tensor, list[sparse.csr_array], Tensor]:
@@ -45,7 +52,7 @@ def some(density: float, whole: bool) -> tuple[Tensor, list[sparse.csr_array], T
 @pytest.mark.parametrize("whole", [True, False], ids=["ties", "no ties"])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
 @pytest.mark.parametrize("cuts", [(0, ITEMS), (0, 7, 7, 8, ITEMS)], ids=["one range", "ranges"])
-def test_places_are_those_of_dense_sums(whole: bool, density: float, cuts: tuple[int, ...]) -> None:
+def test_ranks_are_those_of_dense_sums(whole: bool, density: float, cuts: tuple[int, ...]) -> None:
     scores, added, targets = some(density, whole)
     parts = [
         BlendedScores(
@@ -53,26 +60,21 @@ def test_places_are_those_of_dense_sums(whole: bool, density: float, cuts: tuple
         )
         for start, stop in pairwise(cuts)
     ]
-    own_WB = np.sum([part.of_targets() for part in parts], axis=0)
-    before_WB = np.sum([part.count_before(own_WB) for part in parts], axis=0)
-    found = torch.from_numpy(np.where(np.isneginf(own_WB), BEHIND_ALL, before_WB))
-    expected = torch.stack([places(total, targets) for total in dense(scores, added, WEIGHTS)])
-    assert torch.equal(found, expected)
-    assert (expected == BEHIND_ALL).any()
-    assert density == 0 or len(expected.unique(dim=0)) > 2, "the weights change nothing"
+    expected = [dense_ranks(scores, added, weights_N, targets) for weights_N in WEIGHTS]
+    assert ranks_of(parts) == expected
+    assert None in expected[0]
+    assert density == 0 or len(set(map(tuple, expected))) > 2, "the weights change nothing"
 
 
-def test_a_model_alone_has_one_set_of_no_weights() -> None:
+def test_a_model_without_terms_has_one_blend() -> None:
     scores, _, targets = some(0.0, whole=True)
     blended = BlendedScores(scores.numpy(), [], targets.numpy(), [()])
-    own_WB = blended.of_targets()
-    found = np.where(np.isneginf(own_WB), BEHIND_ALL, blended.count_before(own_WB))
-    np.testing.assert_array_equal(found[0], places(scores, targets).numpy())
+    assert ranks_of([blended]) == [dense_ranks(scores, [], (), targets)]
 
 
 def test_a_score_that_is_no_number_is_told_by_its_session_wherever_it_stands() -> None:
     scores, added, targets = some(0.5, whole=True)
     scores[3, (targets[3] + 1) % ITEMS] = torch.nan
-    own_WB = BlendedScores(scores.numpy(), added, targets.numpy(), WEIGHTS).of_targets()
+    own_WB = BlendedScores(scores.numpy(), added, targets.numpy(), WEIGHTS).target_scores()
     assert np.flatnonzero(np.isnan(own_WB).all(axis=0)).tolist() == [3]
     assert np.isnan(own_WB).sum() == len(WEIGHTS)

@@ -5,7 +5,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmgr_rec.data.pretrained import load_decoder
 from llmgr_rec.kernels import grouped_query_attention as module_under_test
-from llmgr_rec.kernels.grouped_query_attention import GROUPED, grouped_attention, use_grouped_attention
+from llmgr_rec.kernels.grouped_query_attention import (
+    GROUPED_QUERY_ATTENTION,
+    grouped_query_attention,
+    use_grouped_query_attention,
+)
 
 
 def layer(groups):
@@ -39,15 +43,15 @@ def causal_mask(past, per_prompt=False):
 @pytest.mark.parametrize("scaling", [None, 0.2])
 def test_equals_the_attention_of_transformers(groups, dtype, tolerance, per_prompt, scaling):
     mask = causal_mask(2, per_prompt)
-    found = run(grouped_attention, groups, dtype, mask, scaling=scaling)
+    found = run(grouped_query_attention, groups, dtype, mask, scaling=scaling)
     expected = run(sdpa_attention_forward, groups, torch.float32, mask, scaling=scaling)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
 def test_without_mask_each_query_sees_what_came_before():
-    found = run(grouped_attention, 3, torch.float32, None, past=0)
-    expected = run(grouped_attention, 3, torch.float32, causal_mask(0), past=0)
+    found = run(grouped_query_attention, 3, torch.float32, None, past=0)
+    expected = run(grouped_query_attention, 3, torch.float32, causal_mask(0), past=0)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -60,10 +64,10 @@ def test_unknown_kinds_of_attention_are_left_to_transformers(monkeypatch):
         return sdpa_attention_forward(*arguments)
 
     monkeypatch.setattr(module_under_test, "sdpa_attention_forward", record)
-    run(grouped_attention, 3, torch.float32, causal_mask(2), position_ids=torch.arange(4), s_aux=None)
+    run(grouped_query_attention, 3, torch.float32, causal_mask(2), position_ids=torch.arange(4), s_aux=None)
     assert given == []
-    run(grouped_attention, 3, torch.float32, causal_mask(2), position_bias=torch.zeros(1))
-    run(grouped_attention, 3, torch.float32, causal_mask(2), dropout=0.5)
+    run(grouped_query_attention, 3, torch.float32, causal_mask(2), position_bias=torch.zeros(1))
+    run(grouped_query_attention, 3, torch.float32, causal_mask(2), dropout=0.5)
     assert [list(settings) for settings in given] == [["position_bias"], []]
 
 
@@ -72,8 +76,8 @@ def test_decoder_runs_it_and_reads_the_same():
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     decoder = load_decoder("random-tiny", dtype="float32")
     before = decoder(input_ids=ids, attention_mask=mask).last_hidden_state
-    use_grouped_attention(decoder)
-    assert decoder.config._attn_implementation == GROUPED
+    use_grouped_query_attention(decoder)
+    assert decoder.config._attn_implementation == GROUPED_QUERY_ATTENTION
     after = decoder(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(after[mask == 1], before[mask == 1], atol=1e-5, rtol=1e-5)
 
@@ -81,5 +85,5 @@ def test_decoder_runs_it_and_reads_the_same():
 def test_decoder_with_another_attention_stays_as_it_is():
     decoder = load_decoder("random-tiny", dtype="float32")
     decoder.set_attn_implementation("eager")
-    use_grouped_attention(decoder)
+    use_grouped_query_attention(decoder)
     assert decoder.config._attn_implementation == "eager"

@@ -59,10 +59,10 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
     ]
     sizes: dict[str, Any] = {
         "_QUERY_BLOCK": data.draw(st.integers(1, 4)),
-        "_ITEM_BLOCK": data.draw(st.integers(8, 40)),
-        "_PUT_BY": data.draw(st.sampled_from([0.0, 0.5, 10.0])),
+        "_CPU_ITEM_BLOCK": data.draw(st.integers(8, 40)),
+        "_MERGE_EVERY": data.draw(st.sampled_from([0.0, 0.5, 10.0])),
         "_STRIP": data.draw(st.integers(1, 5)),
-        "_CROWDED": data.draw(st.sampled_from([0, 1, 64])),
+        "_MAX_PER_PLACE": data.draw(st.sampled_from([0, 1, 64])),
     }
     use_exclude = data.draw(st.booleans(), "exclude")
     added = generator.integers(-levels, levels + 1, (num_queries, num_items)).astype(np.float32)
@@ -92,6 +92,14 @@ def test_full_sized_blocks_with_real_numbers() -> None:
     torch.testing.assert_close(all_scores.gather(1, ids), scores, atol=1e-5, rtol=0)
     torch.testing.assert_close(all_scores.topk(20, dim=1).values, scores, atol=1e-5, rtol=0)
     assert ids[5].tolist() == list(range(20)), "a session without information gets items in order of index"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(width=32, allow_nan=False)), max_size=20))
+def test_sort_keys_order_by_query_then_falling_score(entries: list[tuple[int, float]]) -> None:
+    entries += [(2, value) for value in (0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, -1.0, -2.0)]
+    queries, scores = (torch.tensor(column) for column in zip(*entries, strict=True))
+    order = torch.argsort(topk._sort_keys(queries, scores.float()), stable=True).tolist()
+    assert order == sorted(range(len(entries)), key=lambda entry: (entries[entry][0], -entries[entry][1]))
 
 
 def test_merge_keeps_the_order_of_indices() -> None:

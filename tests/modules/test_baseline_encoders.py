@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.clicks import click_rows
 from llmgr_rec.modules.gru4rec import GRU4Rec
 from llmgr_rec.modules.sasrec import SASRec
 from llmgr_rec.modules.session_encoder import SessionEncoder, build_encoder
@@ -119,18 +118,6 @@ def test_every_parameter_has_a_gradient_even_without_clicks(config: EncoderConfi
     assert torch.equal(encoded.sessions_BD, torch.zeros(2, DIM, dtype=torch.float64))
     (encoded.sessions_BD.sum() + encoded.states_ND.sum()).backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
-
-
-def test_rows_hold_the_newest_clicks() -> None:
-    rows = click_rows(graphs_of([[5, 6, 5, 7], [], [8], [1, 2]]), most=3)
-    assert rows.node_L.tolist() == [3, 4, 5, 1, 0, 2]
-    assert rows.place_L.tolist() == [0, 0, 1, 0, 1, 2]
-    assert rows.newest_B.tolist() == [5, -1, 0, 2]
-    assert rows.source_N.tolist() == [4, 3, 5, 0, 1, 2]
-    shown, click_L1 = [], torch.arange(6.0).unsqueeze(1)
-    packed = rows.in_rows(lambda set_out: shown.append(set_out.squeeze(2).tolist()) or set_out, click_L1)
-    assert shown == [[[0]], [[1, 2, 0], [3, 4, 5]]]
-    assert packed.squeeze(1).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("attention_layers", 0), ("attention_heads", 3)])

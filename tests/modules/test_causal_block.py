@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmgr_rec.kernels.packed_sequences import pack_sequences
 from llmgr_rec.modules.causal_block import CausalBlock
-from llmgr_rec.modules.clicks import click_rows
 from tests.modules.graphs import graphs_of
 
 DIM, HEADS = 8, 2
-ROWS = click_rows(graphs_of([[1, 2, 3, 2, 4, 1, 0], [5], [], [3, 3, 1], [0, 7, 0, 7, 0, 8]]), most=6)
+ROWS = pack_sequences(graphs_of([[1, 2, 3, 2, 4, 1, 0], [5], [], [3, 3, 1], [0, 7, 0, 7, 0, 8]]), max_clicks=6)
 # Ours to torch's.
 NAMES = {
     "attention_norm.": "norm1.",
@@ -50,7 +50,7 @@ def padded(layer: nn.TransformerEncoderLayer, states_LD: Tensor) -> Tensor:
         places = set_out.shape[1]
         return layer(set_out, src_mask=torch.ones(places, places, dtype=torch.bool).triu(1))
 
-    return ROWS.in_rows(every_place, states_LD)
+    return ROWS.map_padded(every_place, states_LD)
 
 
 def test_agrees_with_torchs_layer() -> None:
@@ -93,8 +93,8 @@ def test_dropout_acts_where_torchs_does(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
     clicks = ROWS.node_L.numel()
     block(states(), ROWS)
-    # The attention's weights of each band, its projection, the hidden layer, the result.
-    assert asked == [0.5] * len(ROWS.bands) + [(clicks, DIM), (clicks, 4 * DIM), (clicks, DIM)]
+    # The attention's weights of each bucket, its projection, the hidden layer, the result.
+    assert asked == [0.5] * len(ROWS.buckets) + [(clicks, DIM), (clicks, 4 * DIM), (clicks, DIM)]
     asked.clear()
     block.eval()(states(), ROWS)
     assert asked[0] == 0

@@ -87,7 +87,7 @@ def test_packed_prompts_equal_a_plain_loop(case):
         next_soft = soft.stop
         path = packed.path(row)
         assert tokens_of(packed, path) == plain_prompt(segments, row, soft, text[row])
-        assert packed.depth_X[path].tolist() == list(range(len(path)))
+        assert packed.position_X[path].tolist() == list(range(len(path)))
         assert (packed.prompt_X[path] == row).all()
 
 
@@ -115,8 +115,8 @@ def test_readings_that_share_a_prompt_equal_prompts_of_growing_prefixes(case):
             soft = range(sum(lengths) + start, sum(lengths) + start + count)
             path = packed.path(reading)
             assert tokens_of(packed, path) == plain_prompt(segments, reading, soft, text[reading])
-            assert packed.depth_X[path].tolist() == list(range(len(path)))
-            assert packed.read_C[reading] == path[-1]
+            assert packed.position_X[path].tolist() == list(range(len(path)))
+            assert packed.output_token_C[reading] == path[-1]
             reading += 1
 
 

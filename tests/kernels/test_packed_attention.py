@@ -1,0 +1,93 @@
+"""Packed attention against one softmax for each query and head."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.kernels.packed_attention import PackedMask, packed_attention
+from llmgr_rec.kernels.prompt_packing import PackedPrompts
+
+GROUPS, HEADS_OF_GROUP, WIDTH, SCALE = 2, 3, 4, 0.6
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, packed: PackedPrompts, tokens: list[int]) -> Tensor:
+    """Results of some tokens of the whole row, query by query and head by head, [tokens, h, E]."""
+    prefix = packed.prefix_P.numel()
+    results = []
+    for row, token in enumerate(tokens):
+        if token < prefix:
+            keys = list(range(token + 1))
+        else:
+            others_X = torch.arange(packed.num_tokens)
+            attended = others_X[packed.attends(torch.tensor(token - prefix), others_X)]
+            keys = [*range(prefix), *(attended + prefix).tolist()]
+        heads = []
+        for head in range(GROUPS * HEADS_OF_GROUP):
+            group = head // HEADS_OF_GROUP
+            weights = torch.softmax(key[0, group, keys] @ query[0, head, row] * SCALE, 0)
+            heads.append(weights @ value[0, group, keys])
+        results.append(torch.stack(heads))
+    return torch.stack(results)
+
+
+def prompts_of(lengths: list[int], prefix: int, suffix: int | None) -> PackedPrompts:
+    """Separate prompts where `suffix` is None, else contexts with suffixes of so many tokens."""
+    rows = Jagged.from_lengths(torch.arange(sum(lengths)), torch.tensor(lengths))
+    if suffix is None:
+        return PackedPrompts.separate(torch.arange(prefix), rows)
+    suffixes = Jagged.from_lengths(torch.zeros(sum(lengths) * suffix).long(), torch.full((sum(lengths),), suffix))
+    return PackedPrompts.in_one_pass(torch.arange(prefix), rows, suffixes)
+
+
+def check(packed: PackedPrompts, query_tokens_Y: Tensor, whole_row: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    prefix = packed.prefix_P.numel()
+    tokens = [*(range(prefix) if whole_row else []), *(query_tokens_Y + prefix).tolist()]
+
+    def draw(heads: int, rows: int) -> Tensor:
+        return torch.randn(1, heads, rows, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
+
+    inputs = (
+        draw(GROUPS * HEADS_OF_GROUP, len(tokens)),
+        draw(GROUPS, prefix + packed.num_tokens),
+        draw(GROUPS, prefix + packed.num_tokens),
+    )
+    actual = packed_attention(*inputs, PackedMask.of(packed, query_tokens_Y), SCALE)[0]
+    expected = reference(*inputs, packed, tokens)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    direction = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(
+        torch.autograd.grad((actual * direction).sum(), inputs),
+        torch.autograd.grad((expected * direction).sum(), inputs),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+lengths_strategy = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths_strategy, st.integers(0, 3), st.sampled_from([None, 0, 1, 2]), st.integers(0, 9))
+def test_the_whole_row_agrees(lengths: list[int], prefix: int, suffix: int | None, seed: int) -> None:
+    packed = prompts_of(lengths, prefix, suffix)
+    check(packed, torch.arange(packed.num_tokens), True, seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths_strategy, st.integers(0, 3), st.sampled_from([None, 0, 1, 2]), st.integers(0, 9))
+def test_the_outputs_alone_agree(lengths: list[int], prefix: int, suffix: int | None, seed: int) -> None:
+    packed = prompts_of(lengths, prefix, suffix)
+    check(packed, packed.output_token_C, False, seed)
+
+
+@pytest.mark.parametrize("suffix", [None, 2])
+def test_a_bucket_holds_prompts_of_similar_length(suffix: int | None) -> None:
+    packed = prompts_of([1, 9, 2, 3, 8], 2, suffix)
+    mask = PackedMask.of(packed, torch.arange(packed.num_tokens))
+    lengths = [bucket.keys.is_real_BW.sum(dim=1) for bucket in mask.buckets]
+    assert all(bucket.max() < 2 * bucket.min() for bucket in lengths)
+    assert sum(bucket.numel() for bucket in lengths) == 5
