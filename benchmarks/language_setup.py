@@ -114,13 +114,13 @@ class Setup:
             model.train()
         return cls(config, dataset, catalogue, fast, plain)
 
-    def batches(self, stage: StageName, count: int, together: bool = False, skip: int = 0) -> list[SessionBatch]:
+    def batches(self, stage: StageName, count: int, one_pass: bool = False, skip: int = 0) -> list[SessionBatch]:
         """Training batches.
 
         Args:
             stage: Whose batches.
             count: How many.
-            together: Whole sessions with a target at every click, in place of one example a session.
+            one_pass: Whole sessions with a target at every click, in place of one example a session.
             skip: Batches left out at the start.
         """
         tokens = item_tokens(self.config, self.catalogue) if stage == "align" else None
@@ -131,7 +131,7 @@ class Setup:
             collate=make_collator(self.config, self.catalogue, stage, language=True, tokens=tokens),
             shuffle=True,
             augment_prefixes=True,
-            together=(self.fast.max_nodes or sys.maxsize) if together else 0,
+            max_prefixes_per_pass=(self.fast.max_nodes or sys.maxsize) if one_pass else 0,
         )
         stream = reader.batches(0, skip)
         return [next(stream) for _ in range(count)]

@@ -79,9 +79,9 @@ class StraightforwardLLMGR(LLMGR):
     """LLMGR with prompts spliced in a loop and read whole."""
 
     def read_nodes(
-        self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task, prompts_G1: Tensor | None = None
+        self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
     ) -> Tensor:
-        """Readings, float32 [B, H]; `prompts_G1` is of no use here, as each session has its own prompt."""
+        """Readings, float32 [B, H]; `pass_offsets_P1` is ignored, because each session has its own prompt."""
         prompt: Any = self.prompts[task]
         vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
         embed = self.language_model.token_embedding

@@ -1,6 +1,6 @@
 """Sessions as they come from the reader, and the batch that the model takes.
 
-Shapes: B sessions, G prompts that several of them share, L clicks, N nodes, C candidates, V items in the catalogue.
+Shapes: B sessions, P passes, L clicks, N nodes, C candidates, V items in the catalogue.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import Jagged
 
 
-def _no_prompts() -> Tensor:
+def _no_passes() -> Tensor:
     return torch.empty(0, dtype=torch.int64)
 
 
@@ -32,10 +32,10 @@ class RawSessions:
         global_size: Real rows of the global batch, over all ranks.
         step: Number of the global batch in its epoch.
         epoch: Number of the epoch.
-        prompts_G1: First session of each prompt that several sessions share, int64 [G + 1]: they are growing prefixes
-            of one, each one click longer than the one before. Empty where each session has a prompt of its own.
-        whole: All rows of the global batch, those of every rank, where the reader was asked for them; prefixes that
-            share a prompt are not grown in it.
+        pass_offsets_P1: First session of each pass, and last their number, int64: the sessions of a pass are prefixes
+            of one, each one click longer than the one before. Empty where each session is encoded separately.
+        whole: All rows of the global batch, those of every rank, where the reader was asked for them; its
+            sessions are not expanded to prefixes.
     """
 
     items_L: Tensor
@@ -46,7 +46,7 @@ class RawSessions:
     global_size: int
     step: int = 0
     epoch: int = 0
-    prompts_G1: Tensor = field(default_factory=_no_prompts)
+    pass_offsets_P1: Tensor = field(default_factory=_no_passes)
     whole: "RawSessions | None" = None
 
 
@@ -72,7 +72,7 @@ class SessionBatch(Pipelineable):
         step: Number of the global batch in its epoch.
         epoch: Number of the epoch.
         num_items: Size V of the catalogue.
-        prompts_G1: First session of each prompt that several share, see `RawSessions`.
+        pass_offsets_P1: First session of each pass, see `RawSessions`.
     """
 
     features: KeyedJaggedTensor
@@ -89,7 +89,7 @@ class SessionBatch(Pipelineable):
     step: int
     epoch: int
     num_items: int
-    prompts_G1: Tensor = field(default_factory=_no_prompts)
+    pass_offsets_P1: Tensor = field(default_factory=_no_passes)
 
     @property
     def num_sessions(self) -> int:
@@ -124,5 +124,5 @@ _DEVICE_FIELDS = (
     "log_q_C",
     "text_tokens",
     "text_items_B",
-    "prompts_G1",
+    "pass_offsets_P1",
 )

@@ -106,7 +106,7 @@ class Collator:
             step=raw.step,
             epoch=raw.epoch,
             num_items=self.num_items,
-            prompts_G1=raw.prompts_G1,
+            pass_offsets_P1=raw.pass_offsets_P1,
         )
 
     def _candidates(self, raw: RawSessions, targets_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class Collator:
             return targets_B
         if self.text == "random_node":
             return self._text_items(raw.whole)
-        if raw.prompts_G1.numel():
+        if raw.pass_offsets_P1.numel():
             return following_items(Jagged(raw.whole.items_L, raw.whole.offsets_B1), raw.whole.targets_B)
         return raw.whole.targets_B
 

@@ -1,6 +1,6 @@
 """Prefix augmentation: a row (v1 .. vn, target) stands for n examples, each a prefix and the click that followed it.
 
-Shapes: R rows, L clicks of all rows, B examples, G prompts.
+Shapes: R rows, L clicks of all rows, B examples, P passes.
 """
 
 from dataclasses import replace
@@ -43,12 +43,12 @@ def following_items(rows: Jagged, targets_R: Tensor) -> Tensor:
     return following_L
 
 
-def grow_prefixes(raw: RawSessions, most: int, global_size: int) -> RawSessions:
-    """All prefixes of each session, those of a session one after the other and sharing prompts.
+def grow_prefixes(raw: RawSessions, max_prefixes_per_pass: int, global_size: int) -> RawSessions:
+    """All prefixes of each session, those of a session one after the other in passes.
 
     Args:
         raw: Whole sessions, each with at least one click.
-        most: Prefixes that share a prompt; a longer session has several prompts.
+        max_prefixes_per_pass: Most prefixes of one pass; a longer session has several passes.
         global_size: Examples of the global batch, over all ranks.
 
     Returns:
@@ -58,7 +58,7 @@ def grow_prefixes(raw: RawSessions, most: int, global_size: int) -> RawSessions:
     clicks_B = torch.arange(raw.items_L.numel())
     examples, targets_B = prefix_examples(rows, raw.targets_B, clicks_B)
     row_B = rows.row_of_value
-    starts_prompt_B = (clicks_B - rows.offsets[row_B]) % most == 0
+    starts_pass_B = (clicks_B - rows.offsets[row_B]) % max_prefixes_per_pass == 0
     return replace(
         raw,
         items_L=examples.values,
@@ -67,5 +67,5 @@ def grow_prefixes(raw: RawSessions, most: int, global_size: int) -> RawSessions:
         weights_B=raw.weights_B[row_B],
         rows_B=raw.rows_B[row_B],
         global_size=global_size,
-        prompts_G1=torch.cat([clicks_B[starts_prompt_B], torch.tensor([clicks_B.numel()])]),
+        pass_offsets_P1=torch.cat([clicks_B[starts_pass_B], torch.tensor([clicks_B.numel()])]),
     )

@@ -41,8 +41,8 @@ class ReadOrder:
         shuffle: Whether each epoch has its own random order; otherwise it is the order of the files.
         seed: Seed of the order.
         augment_prefixes: Whether a row stands for an example of each of its prefixes, or for one example.
-        together: With prefix augmentation, the most prefixes of a row that stand together and share a prompt; 0 keeps
-            all examples apart. Then batches count rows, not examples.
+        max_prefixes_per_pass: With prefix augmentation, the most prefixes of a row that form one pass; 0 makes
+            separate examples. Otherwise batches count rows, not examples.
     """
 
     batch_size: int
@@ -51,12 +51,12 @@ class ReadOrder:
     shuffle: bool
     seed: int
     augment_prefixes: bool
-    together: int = 0
+    max_prefixes_per_pass: int = 0
 
     @property
     def by_click(self) -> bool:
         """Whether each click is drawn for itself, or each row."""
-        return self.augment_prefixes and not self.together
+        return self.augment_prefixes and not self.max_prefixes_per_pass
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -82,8 +82,8 @@ class SessionReader(Generic[T]):
         seed: Seed of the order.
         augment_prefixes: Whether a row (v1 .. vn, target) stands for the n examples (v1 .. vj -> the click that
             followed), or for the last of them alone.
-        together: With prefix augmentation, the most prefixes of a row that stand together in a batch and share a
-            prompt; 0 keeps all examples apart. Then `batch_size` counts rows, and a longer row has several prompts.
+        max_prefixes_per_pass: With prefix augmentation, the most prefixes of a row that form one pass; 0 makes
+            separate examples. Otherwise `batch_size` counts rows, and a longer row has several passes.
         whole_batches: Whether `collate` gets the rows of all ranks beside its own, see `RawSessions.whole`.
         collate: Makes a batch of the raw sessions; runs in the worker processes, or in the thread.
         workers: Processes that read ahead; 0 reads ahead in a thread of this process.
@@ -105,12 +105,12 @@ class SessionReader(Generic[T]):
         shuffle: bool = False,
         seed: int = 0,
         augment_prefixes: bool = False,
-        together: int = 0,
+        max_prefixes_per_pass: int = 0,
         whole_batches: bool = False,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.order = ReadOrder(batch_size, rank, world_size, shuffle, seed, augment_prefixes, together)
+        self.order = ReadOrder(batch_size, rank, world_size, shuffle, seed, augment_prefixes, max_prefixes_per_pass)
         self.groups = RowGroups(parts, num_items=num_items, by_click=self.order.by_click)
         if not self.groups.num_examples:
             folder = f" in {Path(parts[0]).parent}" if parts else ""
@@ -128,7 +128,7 @@ class SessionReader(Generic[T]):
 
     @property
     def num_examples(self) -> int:
-        """Examples of an epoch, or rows where prefixes stand together, over all ranks."""
+        """Examples of an epoch, or rows where prefixes form passes, over all ranks."""
         return self.groups.num_examples
 
     @property
@@ -211,7 +211,7 @@ class SessionReader(Generic[T]):
             "shuffle": order.shuffle,
             "seed": order.seed,
             "augment_prefixes": order.augment_prefixes,
-            "together": order.together,
+            "max_prefixes_per_pass": order.max_prefixes_per_pass,
         }
 
     def collated(self, epoch: int, step: int) -> T:
@@ -229,8 +229,8 @@ class SessionReader(Generic[T]):
         if self._whole_batches:
             whole = raw if stop - start == global_size else self._read(epoch, first, first + global_size)
             raw = replace(raw, whole=replace(whole, global_size=global_size, step=step, epoch=epoch))
-        if order.augment_prefixes and order.together:
-            return grow_prefixes(raw, order.together, self._clicks(epoch, first, first + global_size))
+        if order.augment_prefixes and order.max_prefixes_per_pass:
+            return grow_prefixes(raw, order.max_prefixes_per_pass, self._clicks(epoch, first, first + global_size))
         return raw
 
     def _read(self, epoch: int, start: int, stop: int) -> RawSessions:

@@ -19,7 +19,7 @@ class CausalEncoder(SessionEncoder):
         max_clicks: Newest clicks of a session that are encoded.
     """
 
-    reads_prefixes = True
+    supports_one_pass = True
 
     def __init__(self, max_clicks: int) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class CausalEncoder(SessionEncoder):
         """Encodes a batch; see `SessionEncoder.forward`."""
         return self._encode(nodes_ND, pack_sequences(graph, self.max_clicks))
 
-    def encode_prefixes(self, nodes_ND: Tensor, graph: SessionGraph, groups_G1: Tensor) -> EncodedSessions:
-        """Encodes the longest prefix of each pass alone; see `SessionEncoder.encode_prefixes`.
+    def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
+        """Encodes the longest prefix of each pass alone; see `SessionEncoder.encode_one_pass`.
 
         It gives what `forward` does as long as no session has more than `max_clicks` clicks. Of a longer one, all
         prefixes of a pass are encoded from the first click on that the longest one has.
@@ -42,9 +42,9 @@ class CausalEncoder(SessionEncoder):
         Raises:
             ValueError: A pass has more than `max_clicks` prefixes, so that the longest does not hold all their clicks.
         """
-        if int(groups_G1.diff().max()) > self.max_clicks:
+        if int(pass_offsets_P1.diff().max()) > self.max_clicks:
             raise ValueError(f"a pass has more than {self.max_clicks} prefixes, as many as clicks are read")
-        return self._encode(nodes_ND, pack_sequences(graph, self.max_clicks, groups_G1))
+        return self._encode(nodes_ND, pack_sequences(graph, self.max_clicks, pass_offsets_P1))
 
     def _encode(self, nodes_ND: Tensor, packed: PackedSequences) -> EncodedSessions:
         return EncodedSessions(*packed.node_and_session_states(self.states(nodes_ND, packed), nodes_ND))

@@ -24,13 +24,13 @@ from llmgr_rec.modules.heads import LinearHead, TiedHead
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.language_model import LoraLanguageModel
-from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, prompt_nodes, trunk_nodes
+from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, one_pass_nodes, prompt_nodes
 from llmgr_rec.modules.recommender import Recommended, SessionRecommender
 from llmgr_rec.stage_config import TrainableGroup
 
 torch.fx.wrap("embed_tokens")
 torch.fx.wrap("prompt_nodes")
-torch.fx.wrap("trunk_nodes")
+torch.fx.wrap("one_pass_nodes")
 
 
 def embed_tokens(language_model: LoraLanguageModel, tokens_X: Tensor) -> Tensor:
@@ -163,11 +163,11 @@ class LLMGR(nn.Module):
             raise ValueError(
                 "prefixes share a prompt only where nodes are rows of the item tables in order of the clicks"
             )
-        nodes = trunk_nodes(batch.graph, batch.prompts_G1)
-        return self.read_nodes(seen, nodes, batch.text_tokens, task, batch.prompts_G1)
+        nodes = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
+        return self.read_nodes(seen, nodes, batch.text_tokens, task, batch.pass_offsets_P1)
 
     def read_nodes(
-        self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task, prompts_G1: Tensor | None = None
+        self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
     ) -> Tensor:
         """Reads prompts with given nodes.
 
@@ -176,12 +176,12 @@ class LLMGR(nn.Module):
             nodes: Global node index of each shown node, one row a prompt.
             text: Token ids of the text place, one row a session.
             task: Whose prompt is read.
-            prompts_G1: First session of each prompt where sessions share them; None where each has its own.
+            pass_offsets_P1: First session of each pass; None where each session has a prompt of its own.
 
         Returns:
             Readings, float32 [B, H].
         """
-        packed = self.prompts(task, nodes, text, prompts_G1)
+        packed = self.prompts(task, nodes, text, pass_offsets_P1)
         vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
         embeddings_XH = self.hybrid(
             embed_tokens(self.language_model, packed.token_ids_X),

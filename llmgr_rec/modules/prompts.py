@@ -1,6 +1,7 @@
 """Prompts: a template becomes token ids once, and the prompts of a batch are packed by tensor operations.
 
-Shapes: B prompts, C readings, L clicks, N nodes, P tokens of the shared prefix, X tokens of all prompts after it.
+Shapes: B prompts, C outputs, L clicks, N nodes, P tokens of the shared prefix (or passes, in `pass_offsets_P1`), X
+tokens of all prompts after it.
 """
 
 from collections.abc import Mapping
@@ -41,31 +42,31 @@ class CompiledPrompt(nn.Module):
                 self.segments.append(name)
 
     @property
-    def has_trunk(self) -> bool:
-        """Whether all that differs between the prefixes of a session follows its nodes."""
+    def supports_one_pass(self) -> bool:
+        """Whether everything that differs between the prefixes of a session comes after its nodes."""
         return self.segments[:1] == ["nodes"]
 
-    def forward(self, nodes: Jagged, text: Jagged, prompts_B1: Tensor | None = None) -> PackedPrompts:
+    def forward(self, nodes: Jagged, text: Jagged, pass_offsets_P1: Tensor | None = None) -> PackedPrompts:
         """Packs the prompts of a batch.
 
         Args:
             nodes: One row a prompt; only the row lengths matter here.
-            text: Token ids at {text}, one row a reading; not read where the prompt has no such place.
-            prompts_B1: First reading of each prompt, int64 [B + 1]: readings of one prompt are growing prefixes of its
-                nodes, each one node longer than the one before, and the last is all of them. None gives each reading a
+            text: Token ids at {text}, one row an output; ignored where the prompt has no such place.
+            pass_offsets_P1: First output of each pass, and last their number, int64: the outputs of a pass belong to
+                the prefixes of one row of nodes, each one node longer than the one before. None gives each output a
                 prompt of its own.
 
         Returns:
-            The tokens. Rows of the soft matrix: c for the graph of reading c, then C + m for node m of `nodes`.
+            The tokens. Rows of the soft matrix: c for the graph of output c, then C + m for node m of `nodes`.
 
         Raises:
-            ValueError: Readings shall share prompts, but something that differs between them stands before the nodes.
+            ValueError: Passes were given, but something that differs between prefixes comes before the nodes.
         """
-        if prompts_B1 is None:
+        if pass_offsets_P1 is None:
             count = nodes.num_rows
             return PackedPrompts.separate(self.prefix_P, self._lay_out(self.segments, count, count, nodes, text))
-        if not self.has_trunk:
-            raise ValueError("readings can share a prompt only if {nodes} is the first place of its template")
+        if not self.supports_one_pass:
+            raise ValueError("prefixes can be encoded in one pass only if {nodes} is the first place of the template")
         count = nodes.values.numel()
         contexts = self._lay_out(["nodes"], nodes.num_rows, count, nodes, text)
         suffixes = self._lay_out(self.segments[1:], count, count, nodes, text)
@@ -97,9 +98,9 @@ class PromptSet(nn.ModuleDict):
     def __init__(self, prompts: Mapping[Task, CompiledPrompt]) -> None:
         super().__init__({str(task): prompt for task, prompt in prompts.items()})
 
-    def forward(self, task: Task, nodes: Jagged, text: Jagged, prompts_B1: Tensor | None = None) -> PackedPrompts:
+    def forward(self, task: Task, nodes: Jagged, text: Jagged, pass_offsets_P1: Tensor | None = None) -> PackedPrompts:
         """Packs the prompts of a batch, see `CompiledPrompt.forward`."""
-        packed: PackedPrompts = self[task](nodes, text, prompts_B1)
+        packed: PackedPrompts = self[task](nodes, text, pass_offsets_P1)
         return packed
 
 
@@ -153,20 +154,20 @@ def prompt_nodes(graph: SessionGraph, order: NodeOrder, max_nodes: int) -> Jagge
     return Jagged.from_lengths(graph.alias_L[shown_L], lengths_B)
 
 
-def trunk_nodes(graph: SessionGraph, prompts_G1: Tensor) -> Jagged:
-    """Nodes of prompts that growing prefixes share: as many of the longest one's last clicks as there are prefixes.
+def one_pass_nodes(graph: SessionGraph, pass_offsets_P1: Tensor) -> Jagged:
+    """Nodes of one prompt for each pass: as many of the longest prefix's last clicks as the pass has prefixes.
 
     Args:
         graph: Graphs of the prefixes.
-        prompts_G1: First prefix of each prompt; each prefix is one click longer than the one before.
+        pass_offsets_P1: First prefix of each pass; each prefix is one click longer than the one before.
 
     Returns:
         Global node index, in the longest prefix's graph, of each shown click, one row a prompt.
     """
-    lengths_G = prompts_G1[1:] - prompts_G1[:-1]
-    ends_G = graph.click_offsets_B1[prompts_G1[1:]]
+    lengths_P = pass_offsets_P1[1:] - pass_offsets_P1[:-1]
+    ends_P = graph.click_offsets_B1[pass_offsets_P1[1:]]
     clicks = Jagged(graph.alias_L, graph.click_offsets_B1)
-    return clicks.gather(ends_G - lengths_G, lengths_G, total=graph.num_sessions)
+    return clicks.gather(ends_P - lengths_P, lengths_P, total=graph.num_sessions)
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

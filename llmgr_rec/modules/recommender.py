@@ -19,15 +19,15 @@ from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 from llmgr_rec.modules.text_reader import TextReader
 
-torch.fx.wrap("encode_prefixes")
+torch.fx.wrap("encode_one_pass")
 torch.fx.wrap("normalise")
 
 
-def encode_prefixes(
-    encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, groups_G1: Tensor
+def encode_one_pass(
+    encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor
 ) -> EncodedSessions:
-    """`SessionEncoder.encode_prefixes` as a function, which symbolic tracing does not enter."""
-    return encoder.encode_prefixes(nodes_ND, graph, groups_G1)
+    """`SessionEncoder.encode_one_pass` as a function, which symbolic tracing does not enter."""
+    return encoder.encode_one_pass(nodes_ND, graph, pass_offsets_P1)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class SessionRecommender(nn.Module):
         # Two slices would each give a gradient of the whole; a split gives one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, rows.vectors_XD.shape[0] - num_nodes])
         if one_pass:
-            encoded = encode_prefixes(self.encoder, rows_ND, batch.graph, batch.prompts_G1)
+            encoded = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
         else:
             encoded = self.encoder(rows_ND, batch.graph)
         queries_BQ, candidates_CQ = self._as_query(encoded.sessions_BD), self._as_item(candidates_CD)

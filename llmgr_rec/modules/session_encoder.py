@@ -35,10 +35,10 @@ class SessionEncoder(nn.Module, ABC):
     A session's result depends on that session alone, whatever else stands in the batch.
 
     Attributes:
-        reads_prefixes: Whether `encode_prefixes` is there, as for encoders of which no state knows later clicks.
+        supports_one_pass: Whether `encode_one_pass` is implemented: no state may depend on later clicks.
     """
 
-    reads_prefixes: ClassVar[bool] = False
+    supports_one_pass: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
@@ -52,13 +52,13 @@ class SessionEncoder(nn.Module, ABC):
             Node states and session vectors.
         """
 
-    def encode_prefixes(self, nodes_ND: Tensor, graph: SessionGraph, groups_G1: Tensor) -> EncodedSessions:
-        """Encodes growing prefixes of sessions from the longest of each group alone.
+    def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
+        """Encodes the prefixes of each pass from the longest of them alone.
 
         Args:
             nodes_ND: Item vectors of the nodes; those of an item are the same in all prefixes.
             graph: Graphs of the prefixes.
-            groups_G1: First prefix of each group, and last their number, int64; each prefix of a group is one click
+            pass_offsets_P1: First prefix of each pass, and last their number, int64; each prefix of a pass is one click
                 longer than the one before.
 
         Returns:
@@ -112,7 +112,7 @@ def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
 
 def prefix_encoders() -> list[str]:
     """Names of the encoders that read all prefixes of a session in one pass."""
-    return sorted(name for name, encoder in _registered().items() if encoder.reads_prefixes)
+    return sorted(name for name, encoder in _registered().items() if encoder.supports_one_pass)
 
 
 def _registered() -> dict[str, type[SessionEncoder]]:

@@ -22,7 +22,7 @@ from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.session_texts import Texts, drop_tokens, item_texts, last_places, newest, session_texts
 from llmgr_rec.modules.normalise import normalise
-from llmgr_rec.modules.prompts import trunk_nodes
+from llmgr_rec.modules.prompts import one_pass_nodes
 
 # Where the factor of the cosine starts to learn.
 _SCALE = 20.0
@@ -106,7 +106,7 @@ class TextReader(nn.Module):
         num_nodes = batch.graph.node_items_N.numel()
         if not self.training:
             return self.queries(batch), texts_XK[num_nodes:]
-        queries_BK = self.prefix_queries(batch) if batch.prompts_G1.numel() else self.queries(batch)
+        queries_BK = self.prefix_queries(batch) if batch.pass_offsets_P1.numel() else self.queries(batch)
         return queries_BK, self.item_vectors(batch.candidates_C)
 
     def item_vectors(self, items: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class TextReader(nn.Module):
 
     def prefix_queries(self, batch: SessionBatch) -> Tensor:
         """The same of growing prefixes, each group of which is read once, from the first click that they share."""
-        trunk = trunk_nodes(batch.graph, batch.prompts_G1)
+        trunk = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
         shown = Jagged(batch.graph.node_items_N.index_select(0, trunk.values), trunk.offsets).to(_CPU)
         return self._as_queries(session_texts(self.texts, shown))
 

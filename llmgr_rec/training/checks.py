@@ -274,7 +274,7 @@ def _check_sbr_one_pass(config: Config, dataset: Dataset) -> None:
 
 
 def _check_one_pass(config: Config, prompt: CompiledPrompt, dataset: Dataset) -> None:
-    if not prompt.has_trunk:
+    if not prompt.supports_one_pass:
         raise UserError(
             f"setting behave.one_pass is true, but the first place of template behave in {config.prompt.templates} is "
             "not {nodes}, so prefixes of a session cannot share a prompt; set prompt.templates to compact, for one"

@@ -279,14 +279,14 @@ def _reader(stage: StageName, context: RunContext) -> SessionReader:
         shuffle=True,
         seed=config.seed,
         augment_prefixes="train" in manifest.prefix_augmentation,
-        together=_prefixes_together(stage, config),
+        max_prefixes_per_pass=_max_prefixes_per_pass(stage, config),
         whole_batches=collate.sampler is not None,
         workers=config.runtime.reader_workers,
         pin_memory=world.device.type == "cuda",
     )
 
 
-def _prefixes_together(stage: StageName, config: Config) -> int:
+def _max_prefixes_per_pass(stage: StageName, config: Config) -> int:
     """Most prefixes of a session that are read in one pass: as many as clicks are read, or as a prompt shows nodes."""
     if stage == "sbr" and config.sbr.one_pass:
         return config.encoder.max_clicks

@@ -117,7 +117,7 @@ def test_draws_depend_on_seed_epoch_and_step_not_on_the_rank(catalogue: Catalogu
     assert len({frozenset(draws([], *place)) for place in [(0, 0), (0, 1), (1, 0), (0, 0, 1)]}) == 4
 
 
-@pytest.mark.parametrize("mode", ["rows", "prefixes", "together", "random_node"])
+@pytest.mark.parametrize("mode", ["rows", "prefixes", "one_pass", "random_node"])
 def test_all_ranks_have_the_sample_of_one(catalogue: Catalogue, tmp_path: Path, mode: str) -> None:
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(23, NUM_ITEMS))
     collate = Collator(
@@ -137,8 +137,8 @@ def test_all_ranks_have_the_sample_of_one(catalogue: Catalogue, tmp_path: Path, 
             rank=rank,
             world_size=world_size,
             shuffle=True,
-            augment_prefixes=mode in ("prefixes", "together"),
-            together=3 if mode == "together" else 0,
+            augment_prefixes=mode in ("prefixes", "one_pass"),
+            max_prefixes_per_pass=3 if mode == "one_pass" else 0,
             whole_batches=True,
         )
         found = []

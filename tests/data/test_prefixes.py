@@ -41,5 +41,5 @@ def test_grown_prefixes_equal_a_plain_loop(sessions: list[list[int]], most: int)
         strict=True,
     )
     assert list(found) == expected
-    assert grown.prompts_G1.tolist() == [*prompts, len(expected)]
+    assert grown.pass_offsets_P1.tolist() == [*prompts, len(expected)]
     assert (grown.global_size, grown.step, grown.epoch) == (99, 3, 4)

@@ -100,11 +100,11 @@ def test_every_example_is_read_once_over_all_ranks(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-@pytest.mark.parametrize("together", [2, 100])
-def test_prefixes_together_are_the_same_examples(
-    make: Make, sessions: list[Session], world_size: int, together: int
+@pytest.mark.parametrize("max_prefixes_per_pass", [2, 100])
+def test_one_pass_batch_are_the_same_examples(
+    make: Make, sessions: list[Session], world_size: int, max_prefixes_per_pass: int
 ) -> None:
-    settings = {"shuffle": True, "augment_prefixes": True, "together": together}
+    settings = {"shuffle": True, "augment_prefixes": True, "max_prefixes_per_pass": max_prefixes_per_pass}
     ranks = [make(rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
     assert ranks[0].num_examples == len(sessions)
 
@@ -115,9 +115,9 @@ def test_prefixes_together_are_the_same_examples(
     for raws in batches:
         assert {raw.global_size for raw in raws} == {sum(len(rows_of(raw)) for raw in raws)}
         for raw in raws:
-            assert raw.prompts_G1[-1] == len(raw.targets_B)
-            assert raw.prompts_G1.diff().min() >= 1
-            assert raw.prompts_G1.diff().max() <= together
+            assert raw.pass_offsets_P1[-1] == len(raw.targets_B)
+            assert raw.pass_offsets_P1.diff().min() >= 1
+            assert raw.pass_offsets_P1.diff().max() <= max_prefixes_per_pass
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -248,7 +248,7 @@ def test_workers_do_not_change_the_batches(make: Make) -> None:
         ({"seed": 1}, "seed was 0, is 1"),
         ({"shuffle": True}, "shuffle was False, is True"),
         ({"augment_prefixes": True}, "augment_prefixes was False, is True"),
-        ({"together": 4}, "together was 0, is 4"),
+        ({"max_prefixes_per_pass": 4}, "max_prefixes_per_pass was 0, is 4"),
     ],
 )
 def test_resume_with_another_order_is_refused(make: Make, change: dict[str, object], message: str) -> None:

@@ -52,7 +52,7 @@ def item_tokens() -> Jagged:
     return tokenize_texts([f"thing {number}" for number in range(NUM_ITEMS)], load_tokenizer("random-tiny"), 8)
 
 
-def prefixes_together(
+def one_pass_batch(
     sessions: Sequence[Sequence[int]] = ((1, 2, 3, 2, 4), (7,), (5, 5, 6)), most: int = 20, **settings: Any
 ) -> SessionBatch:
     """A collated batch of all prefixes of sessions whose last click is their target; they share prompts."""

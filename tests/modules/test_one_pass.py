@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.groups import select_trainable
-from llmgr_rec.modules.prompts import prompt_nodes, trunk_nodes
+from llmgr_rec.modules.prompts import one_pass_nodes, prompt_nodes
 from llmgr_rec.modules.tasks import BehaveTask
-from tests.modules.small_llmgr import make_llmgr, prefixes_together
+from tests.modules.small_llmgr import make_llmgr, one_pass_batch
 
 BEHAVE = {
     "nodes alone": "Next?\nItems:{nodes}",
@@ -25,7 +25,7 @@ def model_for(name, **given):
 
 
 def batch_for(name, sessions=SESSIONS, **given):
-    return prefixes_together(sessions, **({"text": "last_items", "text_items": 2} if name == "texts" else {}), **given)
+    return one_pass_batch(sessions, **({"text": "last_items", "text_items": 2} if name == "texts" else {}), **given)
 
 
 def read_both(model, batch):
@@ -42,9 +42,9 @@ def test_readings_are_those_of_a_prompt_each(name):
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 11), min_size=2, max_size=7), min_size=1, max_size=4))
-def test_trunk_nodes_are_the_clicks_of_the_longest_prefix(sessions):
-    batch = prefixes_together(sessions)
-    trunk = trunk_nodes(batch.graph, batch.prompts_G1)
+def test_one_pass_nodes_are_the_clicks_of_the_longest_prefix(sessions):
+    batch = one_pass_batch(sessions)
+    trunk = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
     shown = [batch.graph.node_items_N[nodes].tolist() for nodes in trunk.values.split(trunk.lengths.tolist())]
     assert shown == [session[:-1] for session in sessions]
 
@@ -52,7 +52,7 @@ def test_trunk_nodes_are_the_clicks_of_the_longest_prefix(sessions):
 def test_long_sessions_are_read_in_parts():
     """Prefixes that share a prompt see its nodes from the first on; their graph is still the whole prefix's."""
     model, batch = model_for("graph at the end"), batch_for("graph at the end", most=3)
-    assert batch.prompts_G1.tolist() == [0, 3, 5, 6, 8]
+    assert batch.pass_offsets_P1.tolist() == [0, 3, 5, 6, 8]
     seen = model.look_up(batch)
     one_pass = model.read_prefixes(seen, batch, "behave")
     nodes = prompt_nodes(batch.graph, "clicks", 20)
@@ -105,8 +105,8 @@ def test_a_planted_leak_through_encoder_states_is_seen():
 
     def leaky(sessions):
         batch = batch_for("nodes alone", sessions)
-        nodes = trunk_nodes(batch.graph, batch.prompts_G1)
-        return model.read_nodes(model.look_up(batch), nodes, batch.text_tokens, "behave", batch.prompts_G1)
+        nodes = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
+        return model.read_nodes(model.look_up(batch), nodes, batch.text_tokens, "behave", batch.pass_offsets_P1)
 
     change = leaky(SESSIONS)[:3] - leaky([[1, 2, 3, 11, 10, 8], *SESSIONS[1:]])[:3]
     assert change.abs().max() > 1e-4

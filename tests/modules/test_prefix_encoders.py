@@ -13,7 +13,7 @@ from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder, prefix_encoders
 from llmgr_rec.modules.tasks import SbrTask
 from tests.modules.graphs import graphs_of
-from tests.modules.small_llmgr import D1, make_llmgr, prefixes_together
+from tests.modules.small_llmgr import D1, make_llmgr, one_pass_batch
 from tests.modules.test_encoders import DIM, double_encoder, node_vectors
 
 VARIANTS = [
@@ -40,10 +40,10 @@ def prefixes_of(sessions: Sessions, most: int = 50) -> tuple[list[list[int]], Te
 @settings(deadline=None, max_examples=25)
 def test_a_pass_gives_what_each_prefix_gives(config: EncoderConfig, sessions: Sessions, most: int) -> None:
     encoder = double_encoder(config).eval()
-    prefixes, groups_G1 = prefixes_of(sessions, most)
+    prefixes, pass_offsets_P1 = prefixes_of(sessions, most)
     graph = graphs_of(prefixes)
     nodes_ND = node_vectors(graph)
-    one_pass, each = encoder.encode_prefixes(nodes_ND, graph, groups_G1), encoder(nodes_ND, graph)
+    one_pass, each = encoder.encode_one_pass(nodes_ND, graph, pass_offsets_P1), encoder(nodes_ND, graph)
     torch.testing.assert_close(one_pass.sessions_BD, each.sessions_BD, rtol=0, atol=1e-12)
     torch.testing.assert_close(one_pass.states_ND, each.states_ND, rtol=0, atol=1e-12)
 
@@ -52,9 +52,9 @@ def test_a_pass_gives_what_each_prefix_gives(config: EncoderConfig, sessions: Se
 def test_of_long_sessions_prefixes_are_read_from_the_window_of_the_longest(config: EncoderConfig) -> None:
     config = EncoderConfig(**{**vars(config), "max_clicks": 3})
     encoder = double_encoder(config)
-    prefixes, groups_G1 = prefixes_of([[1, 2, 3, 2, 4]], most=2)
+    prefixes, pass_offsets_P1 = prefixes_of([[1, 2, 3, 2, 4]], most=2)
     graph = graphs_of(prefixes)
-    one_pass = encoder.encode_prefixes(node_vectors(graph), graph, groups_G1).sessions_BD
+    one_pass = encoder.encode_one_pass(node_vectors(graph), graph, pass_offsets_P1).sessions_BD
     # The groups end with 2, 4 and 5 clicks.
     windows = graphs_of([[1], [1, 2], [2, 3], [2, 3, 2], [3, 2, 4]])
     torch.testing.assert_close(one_pass, encoder(node_vectors(windows), windows).sessions_BD, rtol=0, atol=1e-12)
@@ -65,9 +65,9 @@ def test_a_later_click_changes_no_earlier_vector(config: EncoderConfig) -> None:
     encoder = double_encoder(config)
     found = []
     for sessions in (SESSIONS, [[*SESSIONS[0][:4], 9, 9, 9, 9], *SESSIONS[1:]]):
-        prefixes, groups_G1 = prefixes_of(sessions)
+        prefixes, pass_offsets_P1 = prefixes_of(sessions)
         graph = graphs_of(prefixes)
-        found.append(encoder.encode_prefixes(node_vectors(graph), graph, groups_G1).sessions_BD)
+        found.append(encoder.encode_one_pass(node_vectors(graph), graph, pass_offsets_P1).sessions_BD)
     torch.testing.assert_close(found[0][:4], found[1][:4], rtol=0, atol=1e-12)
     torch.testing.assert_close(found[0][-5:], found[1][-5:], rtol=0, atol=1e-12)
     assert (found[0][4:7] - found[1][4:7]).abs().amax(1).min() > 1e-3
@@ -76,8 +76,8 @@ def test_a_later_click_changes_no_earlier_vector(config: EncoderConfig) -> None:
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
 def test_loss_and_gradients_are_those_of_a_pass_each(config: EncoderConfig) -> None:
     recommender: SessionRecommender = make_llmgr(encoder=config).recommender
-    batch = prefixes_together([[1, 2, 3, 2, 4, 8], [7, 9], [5, 5, 6]])
-    assert batch.prompts_G1.tolist() == [0, 5, 6, 8]
+    batch = one_pass_batch([[1, 2, 3, 2, 4, 8], [7, 9], [5, 5, 6]])
+    assert batch.pass_offsets_P1.tolist() == [0, 5, 6, 8]
     found = []
     for one_pass in (True, False):
         recommender.zero_grad()
@@ -90,23 +90,23 @@ def test_loss_and_gradients_are_those_of_a_pass_each(config: EncoderConfig) -> N
 
 def test_a_pass_is_over_the_longest_prefixes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = build_encoder(VARIANTS[0], D1)
-    prefixes, groups_G1 = prefixes_of(SESSIONS)
+    prefixes, pass_offsets_P1 = prefixes_of(SESSIONS)
     graph, read = graphs_of(prefixes), []
     forward = encoder.norm.forward
     monkeypatch.setattr(encoder.norm, "forward", lambda states_LD: read.append(len(states_LD)) or forward(states_LD))
-    encoder.encode_prefixes(torch.zeros(graph.node_items_N.numel(), D1), graph, groups_G1)
+    encoder.encode_one_pass(torch.zeros(graph.node_items_N.numel(), D1), graph, pass_offsets_P1)
     assert read == [7 + 1 + 4]
 
 
 def test_groups_that_one_pass_cannot_read_are_refused() -> None:
-    prefixes, groups_G1 = prefixes_of(SESSIONS)
+    prefixes, pass_offsets_P1 = prefixes_of(SESSIONS)
     graph = graphs_of(prefixes)
     for config, message in (
         (EncoderConfig(name="sasrec", max_clicks=6), "more than 6 prefixes"),
         (EncoderConfig(name="gcsan"), "GCSAN reads sessions only as a whole"),
     ):
         with pytest.raises(ValueError, match=message):
-            build_encoder(config, DIM).encode_prefixes(node_vectors(graph).float(), graph, groups_G1)
+            build_encoder(config, DIM).encode_one_pass(node_vectors(graph).float(), graph, pass_offsets_P1)
 
 
 def test_the_encoders_that_can_are_known_by_name() -> None:

@@ -122,7 +122,7 @@ def test_readings_that_share_a_prompt_equal_prompts_of_growing_prefixes(case):
 
 def test_what_differs_between_prefixes_must_follow_the_nodes():
     prompt = CompiledPrompt([3], ["graph", "nodes"])
-    assert not prompt.has_trunk
+    assert not prompt.supports_one_pass
     with pytest.raises(ValueError, match="first place"):
         prompt(jagged([[0]]), Jagged.empty(1), torch.tensor([0, 1]))
 

@@ -14,7 +14,7 @@ from llmgr_rec.modules.losses import ranking_loss
 from llmgr_rec.modules.recommender import SessionRecommender, normalise
 from llmgr_rec.modules.session_encoder import build_encoder
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
-from tests.modules.small_llmgr import prefixes_together
+from tests.modules.small_llmgr import one_pass_batch
 
 torch.fx.wrap("ranking_loss")
 
@@ -137,7 +137,7 @@ def test_forward_is_traceable_with_the_batch_untouched_before_the_lookup(name: E
     (lookup,) = [node for node in graph.nodes if node.target == "recommender.item_tables.ebc"]
     (argument,) = lookup.args
     assert (argument.op, argument.args[1], argument.args[0].op) == ("call_function", "features", "placeholder")
-    batch = prefixes_together() if one_pass else small_batch()
+    batch = one_pass_batch() if one_pass else small_batch()
     torch.testing.assert_close(torch.fx.GraphModule(parent, graph)(batch), parent(batch))
 
 

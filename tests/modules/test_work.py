@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmgr_rec.modules.groups import select_trainable
 from llmgr_rec.modules.tasks import BehaveTask
-from tests.modules.small_llmgr import make_batch, make_llmgr, prefixes_together
+from tests.modules.small_llmgr import make_batch, make_llmgr, one_pass_batch
 
 TRAINED = ["adapter", "lora", "head"]
 SESSION = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -60,8 +60,8 @@ def sessions(count):
     return make_batch([SESSION[:-1]] * count, [SESSION[-1]] * count)
 
 
-def together(count):
-    return prefixes_together([SESSION] * count)
+def one_pass_sessions(count):
+    return one_pass_batch([SESSION] * count)
 
 
 def test_each_token_goes_through_a_layer_once():
@@ -78,14 +78,14 @@ def test_each_token_goes_through_a_layer_once():
 
 def test_a_target_at_every_click_costs_two_tokens():
     prefix = len("Words that all prompts share: items")
-    one_pass = work_of(together(4), one_pass=True).linear_rows
+    one_pass = work_of(one_pass_sessions(4), one_pass=True).linear_rows
     assert one_pass <= 2 * (9 * (prefix + 2 * 4 * 7) + 5 * 4 * 7)
     # A packed prompt for each click costs more, and one that is read whole, as others do, an order of magnitude more.
-    assert work_of(together(4)).linear_rows > 1.5 * one_pass
-    assert work_of(together(4), share_prefix=False).linear_rows > 10 * one_pass
+    assert work_of(one_pass_sessions(4)).linear_rows > 1.5 * one_pass
+    assert work_of(one_pass_sessions(4), share_prefix=False).linear_rows > 10 * one_pass
 
 
-BATCHES = pytest.mark.parametrize(("batch", "one_pass"), [(sessions, False), (together, True)])
+BATCHES = pytest.mark.parametrize(("batch", "one_pass"), [(sessions, False), (one_pass_sessions, True)])
 
 
 @BATCHES
@@ -115,11 +115,11 @@ def test_the_prefix_is_copied_for_no_prompt(batch, one_pass):
 def test_copies_stay_small_beside_the_tokens():
     """35 hidden states a token when this was written, forward and backward, in two layers."""
     tokens = len("Words that all prompts share: items") + 24 * 2 * 7
-    assert work_of(together(24), one_pass=True).copied < 40 * tokens * HIDDEN
+    assert work_of(one_pass_sessions(24), one_pass=True).copied < 40 * tokens * HIDDEN
 
 
 def test_the_largest_tensor_does_not_hold_prompts_times_prefix_times_width():
     """Nothing larger than the scores of attention is ever made."""
     prefix, tokens = len("Words that all prompts share: items"), 24 * 2 * 7
     heads, longest = 4, 16
-    assert work_of(together(24), one_pass=True).largest <= heads * 2 * tokens * (prefix + longest)
+    assert work_of(one_pass_sessions(24), one_pass=True).largest <= heads * 2 * tokens * (prefix + longest)
