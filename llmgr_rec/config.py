@@ -93,7 +93,6 @@ class LLMConfig:
         lora_rank: Rank of the LoRA matrices.
         lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
         lora_dropout: Dropout on the LoRA input, 0 to 1.
-        share_prefix: Encode the constant start of the prompt once a step instead of once a session.
         recompute: Compute each layer again in the backward pass instead of keeping its activations; saves memory.
         shard: Cut the language model's weights, gradients and optimizer state over the ranks in training instead of
             holding all of them on each; for models that do not fit on a card, since every layer is sent at every use.
@@ -105,7 +104,6 @@ class LLMConfig:
     lora_rank: int = 16
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
-    share_prefix: bool = True
     recompute: bool = False
     shard: bool = False
 

@@ -88,9 +88,7 @@ def build_llmgr(
     norm = mean_embedding_norm(decoder) if embedding_norm is None else embedding_norm
     with _seeded(config.seed):
         llm = config.llm
-        language_model = LoraLanguageModel(
-            decoder, llm.lora_rank, llm.lora_alpha, llm.lora_dropout, llm.share_prefix, llm.recompute
-        )
+        language_model = LoraLanguageModel(decoder, llm.lora_rank, llm.lora_alpha, llm.lora_dropout, llm.recompute)
         d1, d2 = config.tables.dim, language_model.hidden_size
         head: TiedHead | LinearHead
         if config.head.name == "tied":

@@ -32,10 +32,13 @@ class LoraLanguageModel(nn.Module):
         rank: Rank of the LoRA matrices.
         alpha: Numerator of the LoRA scale alpha / rank.
         dropout: Dropout on the LoRA input, 0 to 1.
-        share_prefix: Read the prompts as one packed row with one copy of their common prefix, or each as a whole. Both
-            ways agree, but for dropout: what is shared draws its dropout once.
         recompute: Keep only the hidden states between layers for the backward pass, and compute each layer again there:
             memory of one layer's activations in place of all, for a third more work.
+
+    Attributes:
+        packs_prompts: Whether the prompts of a batch are one packed row with one copy of their common prefix. So it is
+            unless the decoder's attention cannot be replaced; then every output has a padded prompt of its own. Both
+            agree, but for dropout: what is shared draws its dropout once.
     """
 
     def __init__(
@@ -44,13 +47,12 @@ class LoraLanguageModel(nn.Module):
         rank: int,
         alpha: float,
         dropout: float,
-        share_prefix: bool = True,
         recompute: bool = False,
     ) -> None:
         super().__init__()
         decoder.requires_grad_(False)
-        self._packs = use_grouped_query_attention(decoder)
-        self._reads_out = self._packs and read_out_last_layer(decoder)
+        self.packs_prompts = use_grouped_query_attention(decoder)
+        self._reads_out = self.packs_prompts and read_out_last_layer(decoder)
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
@@ -59,7 +61,6 @@ class LoraLanguageModel(nn.Module):
             # It finds out by itself that GPT-2 stores its weights transposed.
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             self.decoder: PeftModel = get_peft_model(decoder, settings)
-        self.share_prefix = share_prefix
         if recompute:
             decoder.activation_checkpointing_enable()
         fuse_lora(self.decoder)
@@ -95,14 +96,14 @@ class LoraLanguageModel(nn.Module):
             Hidden state after the final norm at each token that is read, float32 [C, H].
         """
         with self._precision():
-            if self.share_prefix and self._packs:
-                return self._read_packed(embeddings_XH, packed).float()
-            return self._read_each(embeddings_XH, packed).float()
+            if self.packs_prompts:
+                return self._forward_packed(embeddings_XH, packed).float()
+            return self._forward_padded(embeddings_XH, packed).float()
 
-    def _read_each(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
-        """The plain reference: every reading has a prompt of its own, with the whole prefix and padding."""
+    def _forward_padded(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
+        """Every output has a prompt of its own, with the whole prefix and padding: one row for each."""
         prefix_PH = self.token_embedding(packed.prefix_P)
-        paths = [packed.path(reading) for reading in range(packed.output_token_C.numel())]
+        paths = [packed.path(output) for output in range(packed.output_token_C.numel())]
         prompts = [torch.cat([prefix_PH, embeddings_XH[path]]) for path in paths]
         inputs_CTH = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         last_C = torch.tensor([len(prompt) - 1 for prompt in prompts], device=inputs_CTH.device)
@@ -115,7 +116,7 @@ class LoraLanguageModel(nn.Module):
         ).last_hidden_state
         return hidden_CTH[torch.arange(len(prompts), device=last_C.device), last_C]
 
-    def _read_packed(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
+    def _forward_packed(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
         """One row: no padding and one prefix in the linear layers, and the last layer only where it is read."""
         prefix = packed.prefix_P.numel()
         tokens_X = torch.arange(packed.num_tokens, device=embeddings_XH.device)

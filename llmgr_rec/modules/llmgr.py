@@ -117,16 +117,6 @@ class LLMGR(nn.Module):
         seen = self.look_up(batch)
         return self.queries(seen, self.read(seen, batch, task))
 
-    def score(self, batch: SessionBatch, task: Task = "behave") -> Scored:
-        """Queries and scored items from one lookup, as training needs them.
-
-        Args:
-            batch: Sessions; with candidates unless the catalogue is cached.
-            task: Whose prompt is read.
-        """
-        seen = self.look_up(batch)
-        return Scored(self.queries(seen, self.read(seen, batch, task)), self.items(seen, batch))
-
     def look_up(self, batch: SessionBatch) -> Recommended:
         """What the session recommender makes of a batch; without gradient where it is frozen."""
         with torch.set_grad_enabled(self.trains_recommender and torch.is_grad_enabled()):

@@ -23,7 +23,6 @@ _FREE = frozenset(
         "tables.memory_per_rank_gb",
         "tables.neighbour_clicks",
         "text.score_weight",
-        "llm.share_prefix",
         "llm.recompute",
         "llm.shard",
     }

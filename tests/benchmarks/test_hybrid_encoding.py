@@ -73,15 +73,13 @@ def test_what_stands_before_and_after_is_of_the_same_items_in_their_order(source
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_a_state_at_a_node_is_the_reading_of_a_prompt_that_ends_there(tmp_path, share_prefix):
+def test_a_state_at_a_node_is_the_reading_of_a_prompt_that_ends_there(tmp_path):
     states = {}
     for name, behave in (("ends", "Next? {nodes}"), ("goes on", "Next? {nodes} {graph} =")):
         file = tmp_path / f"{name}.yaml"
         file.write_text(PROMPTS.replace("Next? {nodes} {graph} =", behave))
         settings = config()
         settings.prompt.templates = str(file)
-        settings.llm.share_prefix = share_prefix
         settings.llm.dtype = "float32"
         bundle = bundle_of(settings)
         items_N = items_of(bundle)

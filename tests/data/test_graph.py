@@ -4,8 +4,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmgr_rec.data.graph import SessionGraph, build_graphs, build_graphs_reference
+from llmgr_rec.data.graph import SessionGraph, build_graphs
 from llmgr_rec.data.jagged import lengths_to_offsets
+from tests.data.graph_reference import build_graphs_reference
 
 NUM_ITEMS = 5
 SESSIONS = st.lists(st.lists(st.integers(0, NUM_ITEMS - 1), max_size=12), max_size=8)

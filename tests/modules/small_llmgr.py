@@ -21,7 +21,7 @@ from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.item_text import text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
-from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.llmgr import LLMGR, Scored
 from llmgr_rec.modules.prompts import compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.session_encoder import build_encoder
@@ -90,6 +90,12 @@ def collator(**settings: Any) -> Collator:
         catalogue(),
         **{"side_features": ["category"], "candidates": "full", "text_tokens": item_tokens(), **settings},
     )
+
+
+def score(model: LLMGR, batch: SessionBatch) -> Scored:
+    """Queries and scored items of a batch, from one lookup as in training."""
+    seen = model.look_up(batch)
+    return Scored(model.queries(seen, model.read(seen, batch, "behave")), model.items(seen, batch))
 
 
 def make_llmgr(

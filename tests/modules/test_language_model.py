@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, GPT2Config, MistralConfig, Qwen3Config
+from transformers import AutoModel, GPT2Config, GPTJConfig, MistralConfig, Qwen3Config
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import load_decoder
@@ -37,17 +37,17 @@ def make(decoder=None, dtype="float32", dropout=0.0):
     return model
 
 
-def pack(lengths, prefix, together=False, branch=0):
-    """Prompts of some lengths; `together`, each is read at every node and has a branch there."""
-    segments = ["nodes", *([list(range(1, branch + 1))] if branch else [])]
+def pack(lengths, prefix, one_pass=False, suffix=0):
+    """Prompts of some lengths; in one pass, each is read at every node and has a suffix there."""
+    segments = ["nodes", *([list(range(1, suffix + 1))] if suffix else [])]
     nodes = Jagged.from_lengths(torch.arange(sum(lengths)), torch.tensor(lengths))
-    offsets = nodes.offsets if together else None
+    offsets = nodes.offsets if one_pass else None
     return CompiledPrompt(list(prefix), segments)(nodes, Jagged.empty(0), offsets)
 
 
-def read_with_gradients(model, embeddings_XH, packed, share_prefix):
+def read_with_gradients(model, embeddings_XH, packed, packs_prompts):
     """Readings and gradients of a fixed function of them: of the inputs and of every LoRA matrix."""
-    model.share_prefix = share_prefix
+    model.packs_prompts = packs_prompts
     model.zero_grad()
     inputs = embeddings_XH.clone().requires_grad_()
     readings_CH = model(inputs, packed)
@@ -57,8 +57,8 @@ def read_with_gradients(model, embeddings_XH, packed, share_prefix):
 
 
 def assert_packed_equals_each(model, embeddings_XH, packed):
-    fast, fast_gradients = read_with_gradients(model, embeddings_XH, packed, share_prefix=True)
-    plain, plain_gradients = read_with_gradients(model, embeddings_XH, packed, share_prefix=False)
+    fast, fast_gradients = read_with_gradients(model, embeddings_XH, packed, packs_prompts=True)
+    plain, plain_gradients = read_with_gradients(model, embeddings_XH, packed, packs_prompts=False)
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     assert fast_gradients.keys() == plain_gradients.keys()
     for name, gradient in fast_gradients.items():
@@ -92,27 +92,43 @@ def test_packed_row_equals_whole_prompts(tiny, lengths, prefix, seed):
     st.integers(0, 3),
     st.integers(0, 9),
 )
-def test_readings_that_share_a_trunk_equal_whole_prompts(tiny, lengths, prefix, branch, seed):
-    packed = pack(lengths, prefix, together=True, branch=branch)
-    assert packed.num_tokens == sum(lengths) * (1 + branch)
+def test_outputs_of_one_pass_equal_whole_prompts(tiny, lengths, prefix, suffix, seed):
+    packed = pack(lengths, prefix, one_pass=True, suffix=suffix)
+    assert packed.num_tokens == sum(lengths) * (1 + suffix)
     torch.manual_seed(seed)
     assert_packed_equals_each(tiny, torch.randn(packed.num_tokens, 64), packed)
 
 
 @pytest.mark.parametrize("config", OTHER_DECODERS, ids=lambda config: config.model_type)
-@pytest.mark.parametrize("branch", [None, 2])
-def test_any_causal_decoder_packs(config, branch):
+@pytest.mark.parametrize("suffix", [None, 2])
+def test_any_causal_decoder_packs(config, suffix):
     torch.manual_seed(1)
     model = make(AutoModel.from_config(config, attn_implementation="sdpa"))
-    packed = pack([4, 1, 2], [7, 8, 9]) if branch is None else pack([4, 1, 2], [7, 8, 9], True, branch)
+    packed = pack([4, 1, 2], [7, 8, 9]) if suffix is None else pack([4, 1, 2], [7, 8, 9], True, suffix)
     assert len(assert_packed_equals_each(model, torch.randn(packed.num_tokens, 16), packed)) > 9
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_reading_is_that_of_the_prompt_alone(tiny, share_prefix):
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_a_decoder_whose_attention_cannot_be_replaced_encodes_whole_prompts(one_pass):
+    torch.manual_seed(1)
+    config = GPTJConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=4, rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0)
+    model = make(AutoModel.from_config(config)).eval()
+    assert not model.packs_prompts
+    packed = pack([2, 3], [7, 8], one_pass, suffix=1)
+    embeddings_XH = torch.randn(packed.num_tokens, 16)
+    outputs_CH = model(embeddings_XH, packed)
+    assert len(outputs_CH) == (5 if one_pass else 2)
+    for output, found in enumerate(outputs_CH):
+        whole = torch.cat([model.token_embedding(torch.tensor([7, 8])), embeddings_XH[packed.path(output)]])
+        alone = model.base(inputs_embeds=whole.unsqueeze(0)).last_hidden_state[0, -1]
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packs_prompts", [True, False])
+def test_reading_is_that_of_the_prompt_alone(tiny, packs_prompts):
     """Neither padding nor other prompts of the batch have a part in a reading."""
     torch.manual_seed(3)
-    tiny.share_prefix = share_prefix
+    tiny.packs_prompts = packs_prompts
     lengths, prefix = [2, 6, 1], [5, 6]
     packed = pack(lengths, prefix)
     embeddings_XH = torch.randn(9, 64)
@@ -123,18 +139,18 @@ def test_reading_is_that_of_the_prompt_alone(tiny, share_prefix):
         torch.testing.assert_close(reading, alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("branch", [0, 2])
-def test_nothing_leaks_from_later_nodes(tiny, share_prefix, branch):
-    """A reading neither changes with a later node of its trunk nor sends it a gradient, nor with another branch."""
+@pytest.mark.parametrize("packs_prompts", [True, False])
+@pytest.mark.parametrize("suffix", [0, 2])
+def test_nothing_leaks_from_later_nodes(tiny, packs_prompts, suffix):
+    """A reading neither changes with a later node of its context nor sends it a gradient, nor with another suffix."""
     torch.manual_seed(3)
-    tiny.share_prefix = share_prefix
-    packed = pack([5], [5, 6], together=True, branch=branch)
+    tiny.packs_prompts = packs_prompts
+    packed = pack([5], [5, 6], one_pass=True, suffix=suffix)
     embeddings_XH = torch.randn(packed.num_tokens, 64, requires_grad=True)
     tiny(embeddings_XH, packed)[2].sum().backward()
     seen = embeddings_XH.grad.abs().sum(dim=1) > 0
-    own_branch = range(5 + 2 * branch, 5 + 3 * branch)
-    assert seen.nonzero().flatten().tolist() == [0, 1, 2, *own_branch]
+    own_suffix = range(5 + 2 * suffix, 5 + 3 * suffix)
+    assert seen.nonzero().flatten().tolist() == [0, 1, 2, *own_suffix]
 
 
 def test_the_last_layer_is_computed_only_where_it_is_read(tiny):
@@ -145,7 +161,7 @@ def test_the_last_layer_is_computed_only_where_it_is_read(tiny):
         layer.mlp.register_forward_hook(lambda _, inputs, __, n=number: seen.__setitem__(n, inputs[0].shape[1]))
         for number, layer in enumerate(layers)
     ]
-    tiny.share_prefix = True
+    tiny.packs_prompts = True
     packed = pack([3, 2, 4], [7, 8, 9, 10, 11])
     tiny(torch.randn(9, 64), packed)
     for hook in hooks:

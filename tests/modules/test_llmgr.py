@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.config import EncoderConfig
-from tests.modules.small_llmgr import NUM_ITEMS, make_batch, make_llmgr
+from tests.modules.small_llmgr import NUM_ITEMS, make_batch, make_llmgr, score
 
 
 def whole_catalogue():
@@ -23,12 +23,12 @@ def cache(model):
 def test_cached_catalogue_candidates_and_item_vectors_agree(head, residual):
     model = make_llmgr(head, residual).eval()
     batch = make_batch()
-    scored = model.score(batch)
+    scored = score(model, batch)
     torch.testing.assert_close(model(make_batch(candidates="none")), scored.queries_BQ)
     torch.testing.assert_close(model.item_vectors(whole_catalogue()), scored.items_CQ)
     if head == "tied":
         cache(model)
-        cached = model.score(make_batch(candidates="none"))
+        cached = score(model, make_batch(candidates="none"))
         torch.testing.assert_close(cached.items_CQ, scored.items_CQ)
         torch.testing.assert_close(cached.queries_BQ, scored.queries_BQ)
 
@@ -111,7 +111,7 @@ def test_frozen_recommender_has_neither_gradient_nor_dropout():
     model = make_llmgr(encoder=EncoderConfig(dropout=0.5)).train()
     assert not model.recommender.training
     assert model.head.training
-    model.score(make_batch()).queries_BQ.sum().backward()
+    score(model, make_batch()).queries_BQ.sum().backward()
     assert all(parameter.grad is None for parameter in model.recommender.parameters())
     assert model.hybrid.nodes.weight.grad.abs().sum() > 0
 
@@ -119,7 +119,7 @@ def test_frozen_recommender_has_neither_gradient_nor_dropout():
 def test_recommender_trains_when_its_groups_do():
     model = make_llmgr(trainable=["encoder", "adapter"]).train()
     assert model.recommender.training
-    model.score(make_batch()).queries_BQ.sum().backward()
+    score(model, make_batch()).queries_BQ.sum().backward()
     assert any(parameter.grad is not None for parameter in model.recommender.encoder.parameters())
 
 

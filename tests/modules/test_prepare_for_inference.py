@@ -15,20 +15,20 @@ def hidden(model):
     return model.read(model.look_up(batch), batch, "behave")
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_merging_lora_changes_no_hidden_state(share_prefix):
+@pytest.mark.parametrize("packs_prompts", [True, False])
+def test_merging_lora_changes_no_hidden_state(packs_prompts):
     model = make_llmgr().eval()
-    model.language_model.share_prefix = share_prefix
+    model.language_model.packs_prompts = packs_prompts
     before = hidden(model)
     prepare_for_inference(model.language_model)
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
     torch.testing.assert_close(hidden(model), before, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-def test_fewer_layers_are_the_first_ones(share_prefix):
+@pytest.mark.parametrize("packs_prompts", [True, False])
+def test_fewer_layers_are_the_first_ones(packs_prompts):
     model = make_llmgr().eval()
-    model.language_model.share_prefix = share_prefix
+    model.language_model.packs_prompts = packs_prompts
     one_layer = copy.deepcopy(model)
     # A second layer that adds nothing to what the first one gives.
     for name, parameter in one_layer.language_model.named_parameters():

@@ -9,7 +9,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.prompts import prompt_nodes
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, _corrupt
-from tests.modules.small_llmgr import make_batch, make_llmgr
+from tests.modules.small_llmgr import make_batch, make_llmgr, score
 from tests.ranks import run_on_ranks
 
 ALIGN = {"contrastive_weight": 0.5, "contrastive_temperature": 0.1, "hard_negatives": 2}
@@ -25,7 +25,7 @@ def test_behave_loss_is_cross_entropy_over_the_catalogue():
     model = make_llmgr().eval()
     batch = make_batch()
     loss, parts = BehaveTask(model)(batch)
-    scores = model(batch) @ model.score(batch).items_CQ.T
+    scores = model(batch) @ score(model, batch).items_CQ.T
     torch.testing.assert_close(loss, functional.cross_entropy(scores, batch.targets_B))
     assert not parts["loss"].requires_grad
 

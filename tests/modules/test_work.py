@@ -45,10 +45,10 @@ class Work(TorchDispatchMode):
         return result
 
 
-def work_of(batch, one_pass=False, share_prefix=True, template="Words that all prompts share: items{nodes}{graph}"):
+def work_of(batch, one_pass=False, packs_prompts=True, template="Words that all prompts share: items{nodes}{graph}"):
     model = make_llmgr(behave=template).train()
     select_trainable(model, TRAINED)
-    model.language_model.share_prefix = share_prefix
+    model.language_model.packs_prompts = packs_prompts
     task = BehaveTask(model, one_pass=one_pass)
     task(batch)[0].backward()
     with Work(model) as work:
@@ -82,7 +82,7 @@ def test_a_target_at_every_click_costs_two_tokens():
     assert one_pass <= 2 * (9 * (prefix + 2 * 4 * 7) + 5 * 4 * 7)
     # A packed prompt for each click costs more, and one that is read whole, as others do, an order of magnitude more.
     assert work_of(one_pass_sessions(4)).linear_rows > 1.5 * one_pass
-    assert work_of(one_pass_sessions(4), share_prefix=False).linear_rows > 10 * one_pass
+    assert work_of(one_pass_sessions(4), packs_prompts=False).linear_rows > 10 * one_pass
 
 
 BATCHES = pytest.mark.parametrize(("batch", "one_pass"), [(sessions, False), (one_pass_sessions, True)])

@@ -40,10 +40,9 @@ def lora(folder: Path) -> Config:
 
 
 def bfloat16(folder: Path) -> Config:
-    """A base in another number format than its LoRA, every prompt read by itself, and layers computed again."""
+    """A base in another number format than its LoRA, and layers computed again."""
     config = base_config(folder)
     config.llm.dtype = "bfloat16"
-    config.llm.share_prefix = False
     config.llm.recompute = True
     config.align.epochs = 0
     return config
