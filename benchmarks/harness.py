@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, progress
-from llmgr_rec.outputs import replaced
+from llmgr_rec.files import atomic_write
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -144,7 +144,7 @@ def write_report(path: str, settings: Mapping[str, Any], results: Mapping[str, A
         },
         "results": dict(results),
     }
-    with replaced(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written: {path}")
 

@@ -16,7 +16,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, item_tokens, make_collator
 from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.modules.groups import select_trainable
@@ -127,11 +127,13 @@ class Setup:
         reader: SessionReader[SessionBatch] = SessionReader(
             self.dataset.parts("train"),
             num_items=self.catalogue.num_items,
-            batch_size=self.config.behave.batch_size,
             collate=make_collator(self.config, self.catalogue, stage, language=True, tokens=tokens),
-            shuffle=True,
-            augment_prefixes=True,
-            max_prefixes_per_pass=(self.fast.max_nodes or sys.maxsize) if one_pass else 0,
+            order=SamplingOrder(
+                self.config.behave.batch_size,
+                shuffle=True,
+                augment_prefixes=True,
+                max_prefixes_per_pass=(self.fast.max_nodes or sys.maxsize) if one_pass else 0,
+            ),
         )
         stream = reader.batches(0, skip)
         return [next(stream) for _ in range(count)]

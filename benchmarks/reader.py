@@ -123,12 +123,12 @@ def _decoded_reader(
 ) -> "SessionReader[Any]":
     """A reader whose row groups are in memory, so that what it takes is the making of batches alone."""
     from llmgr_rec.data.collate import Collator
-    from llmgr_rec.data.reader import SessionReader
+    from llmgr_rec.data.reader import SamplingOrder, SessionReader
     from llmgr_rec.data.row_groups import RowGroups
 
     collate = Collator(catalogue, sides)
     reader = SessionReader(
-        parts, num_items=catalogue.num_items, batch_size=batch_size, collate=collate, shuffle=True, seed=0
+        parts, num_items=catalogue.num_items, collate=collate, order=SamplingOrder(batch_size, shuffle=True)
     )
     reader.groups = RowGroups(parts, num_items=catalogue.num_items, by_click=False, keep=len(reader.groups))
     for number in range(len(reader.groups)):

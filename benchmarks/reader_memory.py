@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.harness import peak_memory_mib
 from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.reader import SamplingOrder, SessionReader
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,10 +21,8 @@ def main(argv: Sequence[str]) -> None:
     reader: SessionReader[RawSessions] = SessionReader(
         sorted(Path(folder).glob("part-*.parquet")),
         num_items=int(items),
-        batch_size=4096,
         collate=lambda raw: raw,
-        shuffle=True,
-        augment_prefixes=True,
+        order=SamplingOrder(4096, shuffle=True, augment_prefixes=True),
     )
     for _ in reader.batches(0):
         pass

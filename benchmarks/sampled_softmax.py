@@ -97,7 +97,7 @@ def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -
 
     from benchmarks.planted_split import write_split
     from llmgr_rec.config import Config
-    from llmgr_rec.data.reader import SessionReader
+    from llmgr_rec.data.reader import SamplingOrder, SessionReader
     from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
     from llmgr_rec.distributed.sharding import shard
     from llmgr_rec.distributed.shards import init_tables
@@ -116,9 +116,8 @@ def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -
     reader = SessionReader(
         parts,
         num_items=size,
-        batch_size=args["batch_size"],
         collate=make_collator(config, catalogue, "sbr", language=False),
-        shuffle=True,
+        order=SamplingOrder(args["batch_size"], shuffle=True),
     )
     pipeline = TrainPipelineSparseDist(model, build_optimizer(model, config.sbr, config.tables), world.device)
     batches = (batch for epoch in count() for batch in reader.batches(epoch))

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmgr_rec.errors import UserError, near_miss
+from llmgr_rec.errors import UserError, did_you_mean
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
@@ -143,5 +143,5 @@ def require_columns(path: Path, present: Sequence[str], wanted: dict[str, str]) 
     for option, name in wanted.items():
         if name not in present:
             raise UserError(
-                f"{path} has no column {name!r} ({option}), or --delimiter is not right{near_miss(name, present)}"
+                f"{path} has no column {name!r} ({option}), or --delimiter is not right{did_you_mean(name, present)}"
             )

@@ -1,4 +1,4 @@
-"""What all entry points share: argument parsing with helpful errors, one-line user errors, progress bars."""
+"""Shared by all commands: argument parsing with suggestions, one-line user errors, logging, and progress bars."""
 
 import difflib
 import errno
@@ -19,26 +19,31 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 EXIT_USER_ERROR = 2
-# What a user does about a file that cannot be written, wherever that shows.
-_MENDABLE = {
+# Operating system errors that the user can fix, and how.
+_FIXES = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EROFS: "give a place that can be written to",
-    errno.EACCES: "give a place that you may use",
-    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EROFS: "choose a writable folder",
+    errno.EACCES: "choose a folder that you have permission for",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 _OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components")
-# Ranks start within a few seconds of each other, more on a loaded machine.
-_FIRST_RANK_SPEAKS_S = 15.0
+# Seconds that other ranks give rank 0 to report an error. Ranks start within a few seconds of each other, more on a
+# busy machine.
+_RANK0_REPORTS_S = 15.0
 
 
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs an entry point; what a user can mend becomes one line on stderr and exit code 2."""
-    set_up_messages()
+    """Runs a command. Errors that the user can fix become one line on stderr and exit code 2.
+
+    Args:
+        main: Entry point; receives the arguments without the program name.
+    """
+    configure_logging()
     try:
         main(sys.argv[1:])
     except UserError as error:
-        _tell(error)
+        _report_error(error)
         sys.exit(EXIT_USER_ERROR)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
@@ -46,35 +51,36 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
             raise
         sys.stderr.write(
             f"error: package {package} is not installed in {sys.prefix}; "
-            "activate the environment that `make venv` builds, and see python -m llmgr_rec.doctor\n"
+            "activate the environment built by `make venv`, and run python -m llmgr_rec.doctor\n"
         )
         sys.exit(EXIT_USER_ERROR)
     except OSError as error:
-        if error.errno not in _MENDABLE:
+        if error.errno not in _FIXES:
             raise
-        _tell(UserError(f"{error.filename or 'a file'}: {os.strerror(error.errno)}; {_MENDABLE[error.errno]}"))
+        _report_error(UserError(f"{error.filename or 'a file'}: {os.strerror(error.errno)}; {_FIXES[error.errno]}"))
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _tell(error: UserError) -> None:
-    """Says what is wrong, once for all ranks.
+def _report_error(error: UserError) -> None:
+    """Prints a user error once for all ranks.
 
-    Ranks fail together as a rule. The first one speaks and exits, at which its launcher ends the others: they must not
-    exit before it, or it would be ended without having spoken. One that is still there later has an error of its own.
+    Ranks usually fail with the same error. Rank 0 prints it and exits, and the launcher then stops the other ranks. The
+    others wait, because a rank that exits first makes the launcher stop rank 0 before it prints. A rank that is still
+    running after the wait failed alone and prints its own error.
     """
-    if is_first_rank():
+    if is_rank0():
         sys.stderr.write(f"error: {error}\n")
         return
-    time.sleep(_FIRST_RANK_SPEAKS_S)
+    time.sleep(_RANK0_REPORTS_S)
     sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")
 
 
-def set_up_messages() -> None:
-    """Lets our own log lines through to stderr, from the first rank; of the libraries below only what is wrong."""
+def configure_logging() -> None:
+    """Logs this package to stderr, at level INFO on rank 0 and ERROR on other ranks; other libraries at level ERROR."""
     logger = logging.getLogger("llmgr_rec")
-    logger.setLevel(logging.INFO if is_first_rank() else logging.ERROR)
+    logger.setLevel(logging.INFO if is_rank0() else logging.ERROR)
     logger.propagate = False
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
@@ -84,13 +90,13 @@ def set_up_messages() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(rec)?\.")
 
 
-def is_first_rank() -> bool:
-    """Whether this process speaks for the run (rank 0, or not launched by torchrun)."""
+def is_rank0() -> bool:
+    """Whether this process is rank 0, or was not launched by torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def make_parser(prog: str, description: str) -> "ArgumentParser":
-    """A jsonargparse parser whose errors come back as exceptions, for `parse_args` to explain."""
+    """Creates a jsonargparse parser that raises on errors, so that `parse_args` can rewrite the messages."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     class _Formatter(DefaultHelpFormatter):
@@ -107,23 +113,26 @@ def make_parser(prog: str, description: str) -> "ArgumentParser":
 
 
 def add_run_argument(parser: "ArgumentParser") -> None:
-    """Adds --run. torchrun takes that for an abbreviation of its own --run-path, so --run_folder means the same."""
+    """Adds --run and its alias --run_folder, because torchrun takes --run for an abbreviation of its own --run-path."""
     parser.add_argument(
         "--run",
         "--run_folder",
         type=str,
         required=True,
-        help="Run folder made by llmgr_rec.train; under torchrun, say --run_folder.",
+        help="Run folder written by llmgr_rec.train. Under torchrun, use --run_folder.",
     )
 
 
 def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
-    """Parses arguments; an unknown or ill-typed one is a `UserError` that names the nearest known setting.
+    """Parses arguments.
 
     Args:
         parser: A parser from `make_parser`.
-        argv: Arguments. The parser's own module name as a first word is skipped, because `dist.ddp llmgr_rec.train`
-            passes it on, and so is a `--` after it.
+        argv: Arguments. A first word equal to the module name of the parser is skipped, because `dist.ddp
+            llmgr_rec.train` passes it on; so is a `--` after it.
+
+    Raises:
+        UserError: An argument is unknown or has the wrong type. The message suggests the closest known setting.
     """
     from argparse import ArgumentError
 
@@ -133,31 +142,31 @@ def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
     try:
         return parser.parse_args(words)
     except ArgumentError as error:
-        raise UserError(_explain(str(error), parser, words)) from None
+        raise UserError(_rewrite_message(str(error), parser, words)) from None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(_explain(str(error), parser, words)) from None
+        raise UserError(_rewrite_message(str(error), parser, words)) from None
 
 
-def _explain(message: str, parser: "ArgumentParser", words: Sequence[str]) -> str:
+def _rewrite_message(message: str, parser: "ArgumentParser", words: Sequence[str]) -> str:
     line = " ".join(message.split())
     known = sorted(_known_settings(parser))
     unknown = re.search(r"[Uu]nrecognized arguments: (.*)", line)
     if unknown:
         name = unknown.group(1).split()[0].lstrip("-").split("=")[0]
-        return f"unknown option --{name}{_near_miss(name, known)}; see --help for all options"
+        return f"unknown option --{name}{_suggestion(name, known)}; see --help for all options"
     nested = re.search(r"Group '([\w.]+)' does not accept \w+ '([\w.]+)'", line)
     top = re.search(r"Option '([\w.]+)' is not accepted", line)
     if nested or top:
         name = ".".join((nested or top).groups())  # type: ignore[union-attr]
-        return f"unknown setting {name}{_config_named(words)}{_near_miss(name, known)}; see --help for all settings"
-    # A setting of several types tells of each of them why it is none.
-    several = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
-    line = re.sub(several, lambda found: f"Expected {found[1].replace(', ', ' or ')}. Got value: {found[2]}", line)
+        return f"unknown setting {name}{_config_source(words)}{_suggestion(name, known)}; see --help for all settings"
+    # For a union type, jsonargparse repeats the whole error for each member type.
+    union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
+    line = re.sub(union, lambda match: f"Expected {match[1].replace(', ', ' or ')}. Got value: {match[2]}", line)
     line = re.sub(r'Parser key "([\w.]+)":', r"setting \1:", line).replace("typing.", "")
-    return f"{line.rstrip('.')}{_config_named(words)}; see --help"
+    return f"{line.rstrip('.')}{_config_source(words)}; see --help"
 
 
-def _near_miss(name: str, known: Sequence[str]) -> str:
+def _suggestion(name: str, known: Sequence[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [
         other for other in known if other.split(".")[-1] == name.split(".")[-1]
     ]
@@ -171,7 +180,7 @@ def _known_settings(parser: "ArgumentParser") -> Iterator[str]:
                 yield option[2:]
 
 
-def _config_named(words: Sequence[str]) -> str:
+def _config_source(words: Sequence[str]) -> str:
     for position, word in enumerate(words):
         if word == "--config" and position + 1 < len(words):
             return f" (in {words[position + 1]} or on the command line)"
@@ -181,21 +190,21 @@ def _config_named(words: Sequence[str]) -> str:
 
 
 def progress(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
-    """A progress bar with an ETA: rank 0 only, silent where there is no terminal or several processes would share it.
+    """A progress bar with an ETA. Shown by rank 0 only, and only on a terminal that no other process writes to.
 
-    Launchers such as TorchX give their children files for stderr; the environment variable LLMGR_TERMINAL names the
-    terminal that the user watches then.
+    Launchers such as TorchX redirect the stderr of their children to files. The environment variable LLMGR_TERMINAL
+    then names the terminal of the user.
 
     Args:
-        total: Units of work in all, None when unknown.
-        description: What is being done.
+        total: Total units of work; None if unknown.
+        description: Label of the bar.
         unit: Name of one unit.
-        initial: Units already done, after a resume.
+        initial: Units completed before a resume.
     """
     from tqdm import tqdm
 
-    alone = is_first_rank() and multiprocessing.parent_process() is None
-    terminal = _terminal() if alone else None
+    is_main_process = is_rank0() and multiprocessing.parent_process() is None
+    terminal = _terminal() if is_main_process else None
     return tqdm(
         total=total,
         desc=description,

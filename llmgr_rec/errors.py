@@ -1,24 +1,24 @@
-"""What speaks to a user instead of a developer."""
+"""Errors addressed to the user, not to the developer."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
-    Entry points print its text as one line and exit with code 2, without a stack trace. The text names what is wrong,
-    where (file, row group, column or setting) and how to mend it.
+    Entry points print the message as one line and exit with code 2, without a stack trace. The message says what is
+    wrong, where (file, row group, column or setting), and how to fix it.
     """
 
 
-def near_miss(name: str, known: Iterable[str]) -> str:
-    """What a message about an unknown name ends with: the known one that was likely meant, or else all of them.
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """End of an error message about an unknown name: the closest known name, or the list of all known names.
 
     Args:
-        name: As the user wrote it.
-        known: Names that would have been right.
+        name: Unknown name, as the user wrote it.
+        known: Valid names.
     """
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f", did you mean {near[0]}?" if near else f"; known: {', '.join(names)}"
+    closest = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {closest[0]}?" if closest else f"; known: {', '.join(names)}"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
-from llmgr_rec.errors import UserError, near_miss
+from llmgr_rec.cli import add_run_argument, is_rank0, make_parser, parse_args, run_cli
+from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.results import MODEL_NAMES
 
 MODELS = tuple(MODEL_NAMES)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
             device=arguments.device,
         )
     )
-    if is_first_rank():
+    if is_rank0():
         print(format_table(content[arguments.split]))
         for note in prior_notes(content["priors"]):
             print(note)
@@ -69,7 +69,7 @@ def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise UserError(f"{option} names {name}, which is not known{near_miss(name, known)}")
+            raise UserError(f"{option} names {name}, which is not known{did_you_mean(name, known)}")
     if not names:
         raise UserError(f"{option} is empty; name some of {', '.join(known)}")
     return names

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, parse_args
 from llmgr_rec.config import Config
-from llmgr_rec.errors import UserError, near_miss
+from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.limits import check_limits
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _config_file(name: str) -> str:
         return str(shipped)
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         raise UserError(f"settings file {name} does not exist; give a YAML file or one of {', '.join(recipe_names())}")
-    raise UserError(f"no recipe named {name}{near_miss(name, recipe_names())}")
+    raise UserError(f"no recipe named {name}{did_you_mean(name, recipe_names())}")
 
 
 def _build(cls: type, values: Any) -> Any:

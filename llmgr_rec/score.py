@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmgr_rec.cli import add_run_argument, is_first_rank, make_parser, parse_args, run_cli
+from llmgr_rec.cli import add_run_argument, is_rank0, make_parser, parse_args, run_cli
 from llmgr_rec.config import DType, StageName
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
             llm_threshold=arguments.llm_threshold,
         )
     )
-    if is_first_rank():
+    if is_rank0():
         print(
             f"scored {totals.rows_out:,} sessions into {totals.parts} parts in {arguments.output}; "
             f"{totals.unknown_items:,} clicks on unknown items left out, "

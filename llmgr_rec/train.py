@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmgr_rec.cli import is_first_rank, make_parser, run_cli
+from llmgr_rec.cli import is_rank0, make_parser, run_cli
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.errors import UserError
 from llmgr_rec.recipes import add_config_arguments, parse_with_config
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
             launch=_launch(),
         )
     )
-    if is_first_rank():
+    if is_rank0():
         what = ", ".join(stages) or "nothing new, since all stages of the run are complete with its own settings"
         print(f"trained {what}; run folder {output}")
 

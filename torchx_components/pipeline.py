@@ -25,7 +25,7 @@ from llmgr_rec.cli import run_cli
 from llmgr_rec.config import trained_stages
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.results import format_table, prior_notes, read_metrics
-from llmgr_rec.outputs import replaced, require_writable
+from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.train import parse_arguments
 
 INPUT_FILES = ("interactions.parquet", "items.parquet")
@@ -181,7 +181,7 @@ def claim_output(output: Path, settings: dict[str, str]) -> None:
     require_writable(output, "RUN")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists and was not made by this command; name another folder (make demo RUN=...)")
-    with replaced(note) as partial:
+    with atomic_write(note) as partial:
         partial.write_text(json.dumps(settings, indent=1))
 
 

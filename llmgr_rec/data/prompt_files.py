@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import yaml
 
-from llmgr_rec.errors import UserError, near_miss
+from llmgr_rec.errors import UserError, did_you_mean
 
 Task = Literal["behave", "align", "structure_graph", "structure_nodes"]
 Place = Literal["graph", "nodes", "text"]
@@ -81,7 +81,7 @@ def load_templates(name_or_path: str) -> dict[Task, PromptTemplate]:
         raise UserError(f"{file} must map each of {', '.join(_PLACES)} to the text of its prompt")
     for task in templates:
         if task not in _PLACES:
-            raise UserError(f"{file}: unknown task {task}{near_miss(str(task), get_args(Task))}")
+            raise UserError(f"{file}: unknown task {task}{did_you_mean(str(task), get_args(Task))}")
     if missing := [task for task in _PLACES if task not in templates]:
         raise UserError(
             f"{file}: no template for {', '.join(missing)}; see the shipped file configs/prompts/default.yaml"
@@ -104,7 +104,7 @@ def parse_template(task: Task, text: str, source: str) -> PromptTemplate:
     where = f"{source}: template {task}"
     for place in places:
         if place not in get_args(Place):
-            raise UserError(f"{where} has an unknown place {{{place}}}{near_miss(place, get_args(Place))}")
+            raise UserError(f"{where} has an unknown place {{{place}}}{did_you_mean(place, get_args(Place))}")
         if place not in _PLACES[task]:
             raise UserError(f"{where} has {{{place}}}, which its task does not fill; remove it")
         if places.count(place) > 1:
@@ -128,5 +128,5 @@ def _read(name_or_path: str) -> tuple[str, str]:
     except (OSError, UnicodeDecodeError):
         raise UserError(
             f"prompt.templates: {name_or_path} is neither a readable file nor a shipped one"
-            f"{near_miss(name_or_path, names)}"
+            f"{did_you_mean(name_or_path, names)}"
         ) from None

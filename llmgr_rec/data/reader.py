@@ -1,8 +1,8 @@
-"""Reads a split as global batches: the same batches in the same order at any world size, resumable to the row.
+"""Reads a split as global batches: the same batches in the same order at any world size, resumable at any step.
 
-The order of an epoch is a permutation of the row groups and, within each, of its examples, both functions of the seed
-and the epoch. Global batch t holds positions t * batch_size .. (t + 1) * batch_size - 1 of that order and every rank
-takes a contiguous slice of it. So (epoch, step) says everything about the position.
+The order of an epoch is a permutation of the row groups and, within each row group, of its examples. Both permutations
+are functions of the seed and the epoch. Global batch t holds positions t * batch_size .. (t + 1) * batch_size - 1 of
+that order, and each rank reads a contiguous slice of it. So (epoch, step) is the complete position of a reader.
 
 Shapes: B sessions of this rank's slice, L clicks.
 """
@@ -31,66 +31,99 @@ _PREFETCHED_BATCHES = 4
 
 
 @dataclass(frozen=True)
-class ReadOrder:
-    """What decides which examples a rank reads at which step.
+class SamplingOrder:
+    """What an example is, and the order of the examples in an epoch. The same on all ranks.
 
     Args:
-        batch_size: Examples of a global batch, over all ranks.
-        rank: This rank.
-        world_size: Number of ranks.
-        shuffle: Whether each epoch has its own random order; otherwise it is the order of the files.
-        seed: Seed of the order.
-        augment_prefixes: Whether a row stands for an example of each of its prefixes, or for one example.
-        max_prefixes_per_pass: With prefix augmentation, the most prefixes of a row that form one pass; 0 makes
-            separate examples. Otherwise batches count rows, not examples.
+        batch_size: Examples per global batch, over all ranks. The last batch of an epoch may be smaller.
+        shuffle: Whether each epoch has its own random order; otherwise examples come in the order of the files.
+        seed: Seed of the random order.
+        augment_prefixes: Whether a row (v1 .. vn, target) gives n examples (v1 .. vj -> the next click), or only the
+            last of them.
+        max_prefixes_per_pass: With `augment_prefixes`, number of prefixes of a row that a model encodes in one pass; a
+            longer row takes several passes. Then `batch_size` counts rows. 0 makes each prefix an example of its own.
+
+    Raises:
+        UserError: `batch_size` is below 1.
     """
 
     batch_size: int
-    rank: int
-    world_size: int
-    shuffle: bool
-    seed: int
-    augment_prefixes: bool
+    shuffle: bool = False
+    seed: int = 0
+    augment_prefixes: bool = False
     max_prefixes_per_pass: int = 0
-
-    @property
-    def by_click(self) -> bool:
-        """Whether each click is drawn for itself, or each row."""
-        return self.augment_prefixes and not self.max_prefixes_per_pass
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}; set it to 1 or more")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank {self.rank} is not within a world of {self.world_size}")
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether the prefixes of a row stay in one batch, to be encoded in one pass."""
+        return self.augment_prefixes and self.max_prefixes_per_pass > 0
+
+    @property
+    def by_click(self) -> bool:
+        """Whether examples are drawn click by click; otherwise row by row."""
+        return self.augment_prefixes and not self.one_pass
 
     def generator(self, *numbers: int) -> np.random.Generator:
-        """A generator of random numbers that depends on the seed and the given numbers only."""
+        """A random generator seeded by the seed of the order and the given numbers."""
         return np.random.default_rng([self.seed % (1 << 64), *numbers])
 
 
+@dataclass(frozen=True)
+class DataShard:
+    """The part of each global batch that this process reads.
+
+    Args:
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        with_global_batch: Whether raw sessions also carry the rows of all ranks, see `RawSessions.whole`.
+
+    Raises:
+        ValueError: `rank` is not in 0 .. world_size - 1.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    with_global_batch: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} is not within a world of {self.world_size}")
+
+    def slice(self, global_size: int) -> tuple[int, int]:
+        """First row of this rank in a global batch of `global_size` rows, and the row after its last one."""
+        return self.rank * global_size // self.world_size, (self.rank + 1) * global_size // self.world_size
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """How batches are prepared ahead of their use.
+
+    Args:
+        workers: Worker processes; 0 prepares batches in a thread of this process.
+        pin_memory: Whether batches are copied to page-locked memory, for asynchronous copies to a GPU.
+    """
+
+    workers: int = 0
+    pin_memory: bool = False
+
+
 class SessionReader(Generic[T]):
-    """Hands out this rank's part of every global batch of a split.
+    """Iterates over this rank's part of every global batch of a split.
 
     Args:
         parts: Part files of the split.
-        num_items: Size V of the catalogue, against which indices are checked.
-        batch_size: Examples of a global batch, over all ranks; the last one of an epoch may be smaller.
-        rank: This rank.
-        world_size: Number of ranks.
-        shuffle: Whether each epoch has its own random order; otherwise it is the order of the files.
-        seed: Seed of the order.
-        augment_prefixes: Whether a row (v1 .. vn, target) stands for the n examples (v1 .. vj -> the click that
-            followed), or for the last of them alone.
-        max_prefixes_per_pass: With prefix augmentation, the most prefixes of a row that form one pass; 0 makes
-            separate examples. Otherwise `batch_size` counts rows, and a longer row has several passes.
-        whole_batches: Whether `collate` gets the rows of all ranks beside its own, see `RawSessions.whole`.
-        collate: Makes a batch of the raw sessions; runs in the worker processes, or in the thread.
-        workers: Processes that read ahead; 0 reads ahead in a thread of this process.
-        pin_memory: Whether batches are copied to page-locked memory, for copies to a GPU that do not block.
+        num_items: Number of items V in the catalogue; item indices are checked against it.
+        collate: Makes a batch of the raw sessions. Runs in the worker processes, or in the prefetching thread.
+        order: Batch size and order of the examples.
+        shard: This rank's part of the data.
+        prefetch: How batches are prepared ahead of their use.
 
     Raises:
-        UserError: No examples, or a file that cannot be read, lacks a column, or holds a null or an index out of range.
+        UserError: The split is empty, or a file is unreadable, lacks a column, or has a null or an index out of range.
     """
 
     def __init__(
@@ -98,37 +131,29 @@ class SessionReader(Generic[T]):
         parts: list[Path],
         *,
         num_items: int,
-        batch_size: int,
         collate: Callable[[RawSessions], T],
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = False,
-        seed: int = 0,
-        augment_prefixes: bool = False,
-        max_prefixes_per_pass: int = 0,
-        whole_batches: bool = False,
-        workers: int = 0,
-        pin_memory: bool = False,
+        order: SamplingOrder,
+        shard: DataShard = DataShard(),
+        prefetch: Prefetch = Prefetch(),
     ) -> None:
-        self.order = ReadOrder(batch_size, rank, world_size, shuffle, seed, augment_prefixes, max_prefixes_per_pass)
-        self.groups = RowGroups(parts, num_items=num_items, by_click=self.order.by_click)
+        self.order = order
+        self.groups = RowGroups(parts, num_items=num_items, by_click=order.by_click)
         if not self.groups.num_examples:
             folder = f" in {Path(parts[0]).parent}" if parts else ""
             raise UserError(f"the split has no sessions{folder}; prepare the data set from more interactions")
         self.epoch = 0
         self.step = 0
         self._collate = collate
-        self._whole_batches = whole_batches
-        self._workers = workers
-        self._pin_memory = pin_memory
+        self._shard = shard
+        self._prefetch = prefetch
         self._epoch_orders = Recent(self._make_epoch_order, keep=1)
         self._group_orders = Recent(self._make_group_order, keep=2)
-        # One thread for all epochs: what it shares with nobody needs no lock.
+        # One thread for all epochs, so that its state needs no lock.
         self._thread = ThreadPoolExecutor(1, "reader")
 
     @property
     def num_examples(self) -> int:
-        """Examples of an epoch, or rows where prefixes form passes, over all ranks."""
+        """Examples of an epoch over all ranks; rows if prefixes are encoded in one pass."""
         return self.groups.num_examples
 
     @property
@@ -137,17 +162,17 @@ class SessionReader(Generic[T]):
         return -(-self.num_examples // self.order.batch_size)
 
     def batches(self, epoch: int, start_step: int = 0) -> Iterator[T]:
-        """Reads the rest of an epoch.
+        """Reads an epoch from a given step to its end.
 
-        The reader's position follows the batches as they are handed out, however far has been read ahead.
+        The reader's position counts the batches that were yielded, not those that were prefetched.
 
         Args:
-            epoch: Number of the epoch, from 0.
+            epoch: Epoch, from 0.
             start_step: First global batch.
         """
         steps = range(start_step, self.steps_per_epoch)
         self.epoch, self.step = epoch, start_step
-        for batch in self._from_workers(epoch, steps) if self._workers else self._from_thread(epoch, steps):
+        for batch in self._from_workers(epoch, steps) if self._prefetch.workers else self._from_thread(epoch, steps):
             self.step += 1
             yield batch
 
@@ -156,10 +181,10 @@ class SessionReader(Generic[T]):
             _Steps(self, epoch),
             batch_size=None,
             sampler=steps,
-            num_workers=self._workers,
+            num_workers=self._prefetch.workers,
             prefetch_factor=_PREFETCHED_BATCHES,
-            collate_fn=_as_it_is,
-            pin_memory=self._pin_memory,
+            collate_fn=_identity,
+            pin_memory=self._prefetch.pin_memory,
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -167,37 +192,39 @@ class SessionReader(Generic[T]):
             yield batch
 
     def _from_thread(self, epoch: int, steps: range) -> Iterator[T]:
-        ahead: deque[Future[T]] = deque()
+        pending: deque[Future[T]] = deque()
         try:
             for step in steps:
-                ahead.append(self._thread.submit(self._pinned, epoch, step))
-                if len(ahead) > _PREFETCHED_BATCHES:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+                pending.append(self._thread.submit(self._pinned, epoch, step))
+                if len(pending) > _PREFETCHED_BATCHES:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
-            for future in ahead:
+            for future in pending:
                 future.cancel()
 
     def _pinned(self, epoch: int, step: int) -> T:
         batch: Any = self.collated(epoch, step)
-        return batch.pin_memory() if self._pin_memory else batch
+        return batch.pin_memory() if self._prefetch.pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as plain values: epoch, step, and what must be the same when it is taken up again."""
+        """The position as plain values: epoch, step, and a fingerprint of what must not change on resume."""
         return {"epoch": self.epoch, "step": self.step, "fingerprint": self._fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a position, at any world size and number of workers.
+        """Restores a position, at any world size and number of workers.
 
         Args:
             state: From `state_dict`. Continue with `batches(reader.epoch, reader.step)`.
 
         Raises:
-            UserError: The files, the batch size or the order are not those of the state.
+            UserError: The files or the sampling order differ from those of the state.
         """
         now = self._fingerprint()
-        for name, before in state["fingerprint"].items():
+        for key, before in state["fingerprint"].items():
+            # Checkpoints of earlier versions call the setting `together`.
+            name = "max_prefixes_per_pass" if key == "together" else key
             if now[name] != before:
                 what = "the training files have changed" if name == "files" else f"{name} was {before}, is {now[name]}"
                 raise UserError(f"cannot resume within the epoch: {what}; restore it or start a new run")
@@ -219,18 +246,18 @@ class SessionReader(Generic[T]):
         return self._collate(self.raw(epoch, step))
 
     def raw(self, epoch: int, step: int) -> RawSessions:
-        """This rank's slice of global batch `step`; a filler row where the slice is empty."""
+        """This rank's slice of global batch `step`; a filler row if the slice is empty."""
         order = self.order
         first = step * order.batch_size
         global_size = min(order.batch_size, self.num_examples - first)
-        start = first + order.rank * global_size // order.world_size
-        stop = first + (order.rank + 1) * global_size // order.world_size
-        raw = replace(self._read(epoch, start, stop), global_size=global_size, step=step, epoch=epoch)
-        if self._whole_batches:
+        start, stop = self._shard.slice(global_size)
+        raw = self._read(epoch, first + start, first + stop)
+        raw = replace(raw, global_size=global_size, step=step, epoch=epoch)
+        if self._shard.with_global_batch:
             whole = raw if stop - start == global_size else self._read(epoch, first, first + global_size)
             raw = replace(raw, whole=replace(whole, global_size=global_size, step=step, epoch=epoch))
-        if order.augment_prefixes and order.max_prefixes_per_pass:
-            return grow_prefixes(raw, order.max_prefixes_per_pass, self._clicks(epoch, first, first + global_size))
+        if order.one_pass:
+            return grow_prefixes(raw, order.max_prefixes_per_pass, self._num_clicks(epoch, first, first + global_size))
         return raw
 
     def _read(self, epoch: int, start: int, stop: int) -> RawSessions:
@@ -238,7 +265,7 @@ class SessionReader(Generic[T]):
         if start == stop:
             return _filler()
         pieces = [
-            (*_cut(self.groups[group], examples, self.order.by_click), examples + self.groups.first_example[group])
+            (*_select(self.groups[group], examples, self.order.by_click), examples + self.groups.first_example[group])
             for group, examples in self._examples(epoch, start, stop)
         ]
         items, targets, rows = zip(*pieces, strict=True)
@@ -251,20 +278,20 @@ class SessionReader(Generic[T]):
             global_size=stop - start,
         )
 
-    def _clicks(self, epoch: int, start: int, stop: int) -> int:
-        """Clicks of the rows at positions start .. stop - 1 of the epoch's order."""
+    def _num_clicks(self, epoch: int, start: int, stop: int) -> int:
+        """Number of clicks of the rows at positions start .. stop - 1 of the epoch's order."""
         pieces = self._examples(epoch, start, stop)
         return sum(int(self.groups[group].items.lengths[rows].sum()) for group, rows in pieces)
 
     def _examples(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Row groups and example numbers within them at positions start .. stop - 1 of the epoch's order."""
         groups, ends = self._epoch_orders(epoch)
-        place = int(np.searchsorted(ends, start, side="right"))
+        position = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
-            group, end = int(groups[place]), int(ends[place])
+            group, end = int(groups[position]), int(ends[position])
             begin = end - int(self.groups.sizes[group])
             yield group, self._group_orders((epoch, group))[start - begin : min(stop, end) - begin]
-            start, place = end, place + 1
+            start, position = end, position + 1
 
     def _make_epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Row groups in the epoch's order, and the position after the last example of each."""
@@ -282,25 +309,25 @@ class SessionReader(Generic[T]):
 
 
 class _Steps(Dataset[Any]):
-    """The steps of an epoch as a map-style data set, whose order a DataLoader keeps with any number of workers."""
+    """The steps of an epoch as a map-style data set, which a DataLoader reads in order with any number of workers."""
 
     def __init__(self, reader: SessionReader[Any], epoch: int) -> None:
         self._reader = reader
         self._epoch = epoch
 
     def __getitem__(self, step: int) -> Any:
-        # A raised error would reach the main process wrapped in the worker's stack trace.
+        # Returned, because a raised error would reach the main process wrapped in the stack trace of the worker.
         try:
             return self._reader.collated(self._epoch, step)
         except UserError as error:
             return error
 
 
-def _as_it_is(batch: T) -> T:
+def _identity(batch: T) -> T:
     return batch
 
 
-def _cut(group: RowGroup, examples: Tensor, by_click: bool) -> tuple[Jagged, Tensor]:
+def _select(group: RowGroup, examples: Tensor, by_click: bool) -> tuple[Jagged, Tensor]:
     """Clicks and targets of examples of a row group."""
     if by_click:
         return prefix_examples(group.items, group.targets_R, examples)
@@ -308,7 +335,7 @@ def _cut(group: RowGroup, examples: Tensor, by_click: bool) -> tuple[Jagged, Ten
 
 
 def _filler() -> RawSessions:
-    """One row of weight 0, so that a rank without rows takes part in the step's collective calls."""
+    """One row of weight 0, so that a rank without rows takes part in the collective operations of the step."""
     return RawSessions(
         items_L=torch.zeros(1, dtype=torch.int64),
         offsets_B1=torch.tensor([0, 1]),

@@ -32,11 +32,11 @@ from llmgr_rec.distributed.bundle_index import (
     read_index,
 )
 from llmgr_rec.distributed.decoder_shards import gathered
-from llmgr_rec.distributed.durable import installed_versions, sync
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
-from llmgr_rec.distributed.process_group import World, on_first_rank, together
+from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
 from llmgr_rec.distributed.shards import Shard, local_shards
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import fsync, installed_versions
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.recipes import save_config
@@ -75,12 +75,12 @@ def export_bundle(
     """
     model = model_of(module)
     partial = folder.with_name(folder.name + ".tmp")
-    on_first_rank(world, lambda: _prepare(folder, partial))
-    known = together(world, lambda: _known_pieces(folder, catalogue))
-    written = together(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
+    run_on_rank0(world, lambda: _prepare(folder, partial))
+    known = run_on_all_ranks(world, lambda: _known_pieces(folder, catalogue))
+    written = run_on_all_ranks(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
     pieces = _gather_pieces(written, world)
     weights = _gather_weights(model, world)
-    on_first_rank(
+    run_on_rank0(
         world, lambda: _finish(model, weights, stage, config, catalogue, partial, folder, pieces, trained_on, prior)
     )
 
@@ -251,9 +251,9 @@ def _finish(
     for path in [*partial.rglob("*"), partial]:
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
-        sync(path)
+        fsync(path)
     partial.rename(folder)
-    sync(folder.parent)
+    fsync(folder.parent)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

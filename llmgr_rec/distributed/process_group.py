@@ -1,4 +1,4 @@
-"""The process group: which rank this process is, on which device, with how many threads."""
+"""The process group: rank, device and thread count of this process, and work that must fail on all ranks at once."""
 
 import gc
 import os
@@ -19,22 +19,21 @@ from llmgr_rec.errors import UserError
 
 T = TypeVar("T")
 
-_STORE_PORT = "llmgr_rec/store_port"
-# Seconds that rank 0 has to answer a call, and between two calls.
-_ANSWER_S, _RETRY_S = 5.0, 0.05
-# Longest wait for a rank's work of which nobody knows how long it takes.
-_PATIENCE = timedelta(days=7)
+_STORE_PORT_KEY = "llmgr_rec/store_port"
+# Seconds: timeout of one connection attempt to rank 0, and pause between attempts.
+_CONNECT_TIMEOUT_S, _RETRY_S = 5.0, 0.05
+_LONG_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among all processes of the run.
+    """This process among all processes of the run.
 
     Args:
-        rank: Number of this process, from 0.
-        size: Processes in all.
-        local_size: Processes on this machine.
-        device: Where this process computes.
+        rank: Rank of this process, from 0.
+        size: Number of processes (world size).
+        local_size: Number of processes on this machine.
+        device: Device of this process.
     """
 
     rank: int
@@ -44,26 +43,26 @@ class World:
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> "World":
-        """A process by itself."""
+        """A world of one process."""
         return cls(0, 1, 1, torch.device(device))
 
 
 def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
-    """Joins the process group that torchrun describes in the environment, or makes one of a single process.
+    """Joins the process group described by torchrun's environment variables, or creates one with a single process.
 
     Args:
-        device: `auto` takes CUDA where there is one.
-        timeout_s: Longest wait for another rank, in seconds.
-        threads: CPU threads of this rank; 0 divides the machine's cores among its ranks.
+        device: `auto` uses CUDA if available.
+        timeout_s: Timeout of collective operations, in seconds.
+        threads: CPU threads of this rank; 0 divides the cores of the machine among its ranks.
 
     Raises:
-        UserError: CUDA was asked for and there is none, or there are more local ranks than GPUs.
+        UserError: CUDA was requested but is not available, or there are more local ranks than GPUs.
     """
     world = launched_world(device)
     torch.set_num_threads(threads or max(1, _usable_cores() // world.local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    # Gloo beside NCCL carries what lives on the CPU: checkpoints' plans and gathered objects.
+    # Gloo handles CPU tensors next to NCCL: checkpoint plans and gathered objects.
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     store = _join_store(world, timeout) if _is_launched() else dist.HashStore()
@@ -74,9 +73,9 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
 def _join_store(world: World, timeout: timedelta) -> dist.Store:
     """The store through which the ranks of this attempt find each other.
 
-    torchrun's agent keeps one store over all restarts, and in it the addresses of ranks that are dead by now, which the
-    new ranks would call (torch 2.13). So rank 0 opens a new one and tells its port through the old. A port told before
-    a restart does not answer, because all ranks have ended before any is started anew.
+    torchrun's agent keeps one store across restarts. It still holds the addresses of dead ranks, to which the new ranks
+    would connect (torch 2.13). So rank 0 opens a new store and publishes its port in the old one. A port published
+    before a restart refuses connections, because all ranks exit before any rank is restarted.
     """
     shared: dist.Store
     shared, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
@@ -84,14 +83,14 @@ def _join_store(world: World, timeout: timedelta) -> dist.Store:
         return shared
     host = os.environ["MASTER_ADDR"]
     if world.rank == 0:
-        own = dist.TCPStore(host, 0, world.size, is_master=True, timeout=timeout, wait_for_workers=False)
-        shared.set(_STORE_PORT, str(own.port))
-        return own
+        fresh = dist.TCPStore(host, 0, world.size, is_master=True, timeout=timeout, wait_for_workers=False)
+        shared.set(_STORE_PORT_KEY, str(fresh.port))
+        return fresh
     deadline = time.monotonic() + timeout.total_seconds()
     while True:
-        port = int(shared.get(_STORE_PORT))
+        port = int(shared.get(_STORE_PORT_KEY))
         try:
-            socket.create_connection((host, port), timeout=_ANSWER_S).close()
+            socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
         except OSError:
             if time.monotonic() > deadline:
                 raise
@@ -101,13 +100,13 @@ def _join_store(world: World, timeout: timedelta) -> dist.Store:
 
 
 def launched_world(device: Device) -> World:
-    """Where torchrun's environment puts this process, told without waiting for any other; a single one without it.
+    """The world described by torchrun's environment variables, without joining it; one process if not launched.
 
     Args:
-        device: `auto` takes CUDA where there is one.
+        device: `auto` uses CUDA if available.
 
     Raises:
-        UserError: CUDA was asked for and there is none, or there are more local ranks than GPUs.
+        UserError: CUDA was requested but is not available, or there are more local ranks than GPUs.
     """
     if not _is_launched():
         return World.alone(choose_device(device))
@@ -120,11 +119,11 @@ def choose_device(device: Device, local_rank: int = 0) -> torch.device:
     """The device of a local rank.
 
     Args:
-        device: `auto` takes CUDA where there is one.
-        local_rank: Number of the process on its machine: the number of its GPU.
+        device: `auto` uses CUDA if available.
+        local_rank: Rank of the process on its machine, which is also the index of its GPU.
 
     Raises:
-        UserError: There is no such GPU.
+        UserError: The machine has no GPU with that index.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not gpus):
@@ -138,22 +137,22 @@ def choose_device(device: Device, local_rank: int = 0) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leaves the process group, where there is one, and ends its threads."""
+    """Destroys the process group, if there is one, and stops its threads."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        # Models that stand in cycles of references hold groups, whose threads would be there when Python ends: at times
-        # one of them aborts the process then, after all is done (torch 2.13).
+        # Models in reference cycles keep process groups alive. Their threads would still run at interpreter exit and
+        # sometimes abort the process there (torch 2.13).
         gc.collect()
 
 
 @contextmanager
-def patient_group(world: World) -> Iterator[dist.ProcessGroup | None]:
-    """A group of all ranks that waits longer than `timeout_s`, for a rank's work that may take hours; all must call.
+def long_timeout_group(world: World) -> Iterator[dist.ProcessGroup | None]:
+    """Yields a group of all ranks with a timeout of days, for work of one rank that may take hours.
 
-    A rank that ends is noticed all the same: its connections break, and the launcher stops the others. Alone there is
-    nobody to wait for, and no group.
+    All ranks must call this. The failure of a rank is still noticed: its connections break, and the launcher stops the
+    other ranks. A single process needs no group and gets None.
     """
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE) if world.size > 1 else None
+    group = dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT) if world.size > 1 else None
     try:
         yield group
     finally:
@@ -161,20 +160,21 @@ def patient_group(world: World) -> Iterator[dist.ProcessGroup | None]:
             dist.destroy_process_group(group)
 
 
-def together(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Runs work that may fail on one rank only, and lets it fail on all: no rank is left waiting for another.
+def run_on_all_ranks(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs work on every rank and raises on all ranks if it fails on any, so that no rank waits for a failed one.
 
     Args:
-        world: Ranks; all must call.
-        work: Work without collective calls of its own.
-        group: Group that the ranks wait in for each other; None takes the run's own.
+        world: This process and the world size. All ranks must call this.
+        work: Work without collective operations.
+        group: Group to synchronize in; None uses the default group.
 
     Returns:
-        This rank's own result.
+        The result of this rank.
 
     Raises:
-        UserError: The first rank's (in rank order) user error.
-        RuntimeError: Another rank failed with another exception; a rank's own exception is raised as it is.
+        UserError: A rank failed with a user error; with several, the error of the lowest rank.
+        RuntimeError: Another rank failed with another exception. A rank that fails with an exception other than
+            `UserError` raises its own.
     """
     error: Exception | None = None
     result: T | None = None
@@ -195,19 +195,19 @@ def together(world: World, work: Callable[[], T], group: dist.ProcessGroup | Non
     return result  # type: ignore[return-value]
 
 
-def on_first_rank(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Runs work on rank 0 and hands its result, or its failure, to every rank.
+def run_on_rank0(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs work on rank 0 and broadcasts its result, or its failure, to all ranks.
 
     Args:
-        world: Ranks; all must call.
-        work: Work without collective calls of its own; its result is pickled between this run's own processes.
-        group: Group that the ranks wait in for rank 0; None takes the run's own.
+        world: This process and the world size. All ranks must call this.
+        work: Work without collective operations. Its result is pickled to be sent to the other ranks of the run.
+        group: Group to synchronize in; None uses the default group.
 
     Raises:
-        UserError: Rank 0's user error, on all ranks.
+        UserError: Rank 0 failed with a user error.
         RuntimeError: Rank 0 failed with another exception.
     """
-    result = together(world, work if world.rank == 0 else lambda: None, group)
+    result = run_on_all_ranks(world, work if world.rank == 0 else lambda: None, group)
     if world.size == 1:
         return result  # type: ignore[return-value]
     box = [result]
@@ -216,11 +216,11 @@ def on_first_rank(world: World, work: Callable[[], T], group: dist.ProcessGroup 
 
 
 def barrier(world: World, group: dist.ProcessGroup | None = None) -> None:
-    """Waits until every rank is here.
+    """Waits until all ranks have called this.
 
     Args:
-        world: Ranks.
-        group: Group that they wait in; None takes the run's own.
+        world: This process and the world size.
+        group: Group to synchronize in; None uses the default group.
     """
     if world.size > 1:
         dist.barrier(group)

@@ -13,7 +13,7 @@ import torch
 
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.neighbour_prior import clicks_of
@@ -76,7 +76,9 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Exam
     ranker = CatalogueRanker(loaded.model, collate, world, loaded.prior)
     size = min(_LOOKED_AT, loaded.config.runtime.eval_batch_size)
     # Whole sessions, also of a split whose sessions are judged by each of their prefixes.
-    reader = SessionReader(dataset.parts(split), num_items=loaded.catalogue.num_items, batch_size=size, collate=collate)
+    reader = SessionReader(
+        dataset.parts(split), num_items=loaded.catalogue.num_items, collate=collate, order=SamplingOrder(size)
+    )
     rows = _rows(dataset, split)
     for batch in islice(reader.batches(0), -(-_LOOKED_AT // size)):
         exclude = clicked_items(batch) if leaves_out_clicked(dataset) else None

@@ -22,16 +22,16 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
-from llmgr_rec.distributed.process_group import World, on_first_rank, patient_group
+from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.baselines import ItemNeighbours
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import Asked, asked_of_rank, build_neighbours, evaluation_mode
+from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
-from llmgr_rec.outputs import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ def build_priors(
         world: Ranks; all call together. Rank 0 builds and hands over, however long it takes.
         folder: Where rank 0 keeps them under names that tell what they were made of; None builds them anew.
     """
-    with patient_group(world) as group:
-        return on_first_rank(
+    with long_timeout_group(world) as group:
+        return run_on_rank0(
             world,
             lambda: [_kept(name, settings.kept, dataset, catalogue, folder) for name in settings.neighbours],
             group,
@@ -69,7 +69,7 @@ def _kept(name: str, kept: int, dataset: Dataset, catalogue: Catalogue, folder: 
         except UserError:
             logger.info("%s is damaged and is made again", file)
     prior = _prior(name, kept, dataset, catalogue)
-    with replaced(file) as partial:
+    with atomic_write(file) as partial:
         prior.save(partial)
     return prior
 

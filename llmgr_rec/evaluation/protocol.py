@@ -19,7 +19,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World
@@ -122,7 +122,9 @@ def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue, kept: int 
     if name == "text_knn":
         return TextKNN(texts_to_compare(catalogue), **limit)
     # Every rank reads all training rows, each of them once: prefixes of a session are no further evidence.
-    rows = SessionReader(dataset.parts("train"), num_items=catalogue.num_items, batch_size=_READ_ROWS, collate=as_it_is)
+    rows = SessionReader(
+        dataset.parts("train"), num_items=catalogue.num_items, collate=as_it_is, order=SamplingOrder(_READ_ROWS)
+    )
     sessions_SV = session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items)
     return ItemKNN(sessions_SV, **limit) if name == "item_knn" else SessionKNN(sessions_SV)
 
@@ -193,9 +195,8 @@ def split_reader(
     return SessionReader(
         dataset.parts(split),
         num_items=dataset.manifest.num_items,
-        batch_size=batch_size,
         collate=collate,
-        augment_prefixes=split in dataset.manifest.prefix_augmentation,
+        order=SamplingOrder(batch_size, augment_prefixes=split in dataset.manifest.prefix_augmentation),
     )
 
 

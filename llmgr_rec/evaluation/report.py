@@ -16,7 +16,7 @@ from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examp
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, in_table_order, prior_notes, read_metrics
-from llmgr_rec.outputs import replaced, require_writable
+from llmgr_rec.files import atomic_write, require_writable
 
 PAGE_NAME = "index.html"
 TABLE_NAME = "results.csv"
@@ -209,5 +209,5 @@ def _read_text(file: Path) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    with replaced(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.outputs import replaced, require_writable
+from llmgr_rec.files import atomic_write, require_writable
 
 FORMAT = "llmgr_rec.metrics"
 # In the order of the tables; other names follow them.
@@ -31,7 +31,7 @@ def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
         path: File to make, or a metrics file to replace.
         content: Results by split, then by model, beside what they were made of.
     """
-    with replaced(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps({"format": FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
 
 

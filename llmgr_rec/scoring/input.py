@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.schema import CATALOGUE_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
-from llmgr_rec.errors import UserError, near_miss
+from llmgr_rec.errors import UserError, did_you_mean
 
 Ints = NDArray[np.int64]
 UnknownItems = Literal["skip", "error"]
@@ -176,7 +176,7 @@ class SessionFiles:
         schema = metadata.schema.to_arrow_schema()
         for column in (ITEMS, *self.columns):
             if column not in schema.names:
-                raise UserError(f"{path} has no column {column}{near_miss(column, schema.names)}")
+                raise UserError(f"{path} has no column {column}{did_you_mean(column, schema.names)}")
             if len(schema.get_all_field_indices(column)) > 1:
                 raise UserError(f"{path} has more than one column {column}; keep one of them")
         holds_indices = (schema.metadata or {}).get(ITEMS_KIND_KEY) == ITEMS_KIND_INDEX

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.outputs import require_writable
+from llmgr_rec.files import require_writable
 from llmgr_rec.scoring.input import MANIFEST_NAME, Part
 
 SUCCESS_NAME = "_SUCCESS"

@@ -8,7 +8,7 @@ from llmgr_rec.cli import progress
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import BundleFiles, load_model
 from llmgr_rec.distributed.bundle_index import bundle_hash
-from llmgr_rec.distributed.process_group import World, barrier, init_distributed, on_first_rank, shutdown
+from llmgr_rec.distributed.process_group import World, barrier, init_distributed, run_on_rank0, shutdown
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
 from llmgr_rec.scoring.input import Part, SessionFiles
@@ -39,11 +39,11 @@ def score_run(request: ScoreRequest) -> Totals:
     runtime = bundle.config.runtime
     world = init_distributed(request.device or runtime.device, runtime.timeout_s, runtime.threads_per_rank)
     try:
-        missing: list[Part] = on_first_rank(world, lambda: _open(folder))
+        missing: list[Part] = run_on_rank0(world, lambda: _open(folder))
         if missing:
             _score(_load_scorer(request, bundle, settings, world), files, missing, folder)
         barrier(world)
-        totals = on_first_rank(world, folder.finish)
+        totals = run_on_rank0(world, folder.finish)
     finally:
         shutdown()
     return totals

@@ -32,8 +32,8 @@ from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.evaluation.protocol import build_neighbours
+from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.recommender import text_reader_of
-from llmgr_rec.outputs import replaced
 from llmgr_rec.recipes import load_config, save_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES
 from llmgr_rec.study.compare import ndcg
@@ -93,7 +93,7 @@ class Bench:
         if not file.is_file():
             cell = self._model_cell(variant, config) if variant.trains else self._baseline_cell(variant)
             # Studies of several seeds may run side by side, and all of them need the baselines.
-            with replaced(file) as partial:
+            with atomic_write(file) as partial:
                 np.savez_compressed(partial, **asdict(cell))
         with np.load(file) as stored:
             numbers = {name: float(stored[name]) for name in ("valid_ndcg", "seconds")}

@@ -12,7 +12,7 @@ import yaml
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL
-from llmgr_rec.errors import UserError, near_miss
+from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES
@@ -146,7 +146,7 @@ def load_study(name: str) -> Study:
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not file.is_file():
-        raise UserError(f"no experiment or YAML file named {name}{near_miss(name, study_names())}")
+        raise UserError(f"no experiment or YAML file named {name}{did_you_mean(name, study_names())}")
     try:
         content = _EachKeyOnce(file.read_text()).get_single_data()
     except yaml.YAMLError as error:
@@ -191,7 +191,7 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
     asked = [(variant.model, (*MODELS, *BASELINES)), *((name, BASELINES[1:]) for name in variant.blend)]
     for value, known in asked:
         if value not in known:
-            raise UserError(f"{where}: {value} is not known{near_miss(value, known)}")
+            raise UserError(f"{where}: {value} is not known{did_you_mean(value, known)}")
     if variant.blend and not variant.trains:
         raise UserError(f"{where}: blend is for models that are trained; leave it out")
     for setting, choices in variant.grid.items():
@@ -207,7 +207,7 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
 def _check_against(variant: Variant, names: Sequence[str], file: Path) -> None:
     """What a variant is compared with is another one of the study."""
     if variant.against and variant.against not in names:
-        hint = near_miss(variant.against, names)
+        hint = did_you_mean(variant.against, names)
         raise UserError(f"{file}: variant {variant.name}: against {variant.against} is none of its variants{hint}")
     if variant.against == variant.name:
         raise UserError(f"{file}: variant {variant.name}: it has no gain against itself; name another variant")
@@ -221,7 +221,7 @@ def _names(value: Any) -> tuple[str, ...]:
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in values:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key}{near_miss(str(key), known)}")
+            raise UserError(f"{where}: unknown key {key}{did_you_mean(str(key), known)}")
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:

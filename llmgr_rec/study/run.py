@@ -14,7 +14,7 @@ from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
 from llmgr_rec.evaluation.protocol import check_baselines
-from llmgr_rec.outputs import replaced, require_writable
+from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.study.cells import Bench, Cell
 from llmgr_rec.study.compare import METRICS, K, hit_rate_by_frequency, relative_gain
 from llmgr_rec.study.judge import targets_of
@@ -180,5 +180,5 @@ def _sd(values: Sequence[float]) -> float:
 
 
 def _write(file: Path, text: str) -> None:
-    with replaced(file) as partial:
+    with atomic_write(file) as partial:
         partial.write_text(text, encoding="utf-8")

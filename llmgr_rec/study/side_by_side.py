@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from llmgr_rec.cli import set_up_messages
+from llmgr_rec.cli import configure_logging
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 from llmgr_rec.study.cells import Bench
@@ -96,7 +96,7 @@ def _elsewhere(bench: Bench, study: Study, tasks: Sequence[Task], jobs: int) -> 
 
 
 def _begin() -> None:
-    set_up_messages()
+    configure_logging()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.distributed.durable import installed_versions, sync, write_synced
-from llmgr_rec.distributed.process_group import World, barrier, on_first_rank
+from llmgr_rec.distributed.process_group import World, barrier, run_on_rank0
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import fsync, installed_versions, write_and_fsync
 from llmgr_rec.training.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
 from llmgr_rec.training.deciding import deciding_settings
 from llmgr_rec.training.safe_reader import SafeReader
@@ -80,7 +80,7 @@ class CheckpointManager:
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint; one that is not complete is passed over."""
-        return on_first_rank(self._world, lambda: next(iter(self._complete()), None))
+        return run_on_rank0(self._world, lambda: next(iter(self._complete()), None))
 
     def check(self) -> None:
         """Refuses the newest complete checkpoint, where there is one, if it is damaged or not this run's.
@@ -88,7 +88,7 @@ class CheckpointManager:
         Raises:
             UserError: As from `load`; nothing is loaded.
         """
-        on_first_rank(self._world, lambda: [self._read_state(path) for path in self._complete()[:1]])
+        run_on_rank0(self._world, lambda: [self._read_state(path) for path in self._complete()[:1]])
 
     def save(
         self, step: int, model: nn.Module, optimizer: KeyedOptimizer | None, extra: Mapping[str, Any] | None = None
@@ -106,7 +106,7 @@ class CheckpointManager:
         """
         final = self._folder / f"step-{step:08d}"
         partial = final.with_name(final.name + ".tmp")
-        if not on_first_rank(self._world, lambda: self._prepare(final, partial)):
+        if not run_on_rank0(self._world, lambda: self._prepare(final, partial)):
             return
         tensors = model_tensors(model)
         if optimizer is not None:
@@ -123,7 +123,7 @@ class CheckpointManager:
             "versions": installed_versions(),
             "extra": dict(extra or {}),
         }
-        on_first_rank(self._world, lambda: self._complete_folder(partial, final, state))
+        run_on_rank0(self._world, lambda: self._complete_folder(partial, final, state))
 
     def load(self, model: nn.Module, optimizer: KeyedOptimizer | None, path: Path | None = None) -> dict[str, Any]:
         """Loads a checkpoint, written at any number of ranks, into a model and its optimizer.
@@ -144,7 +144,7 @@ class CheckpointManager:
         states = {} if optimizer is None else optimizer_tensors(optimizer, model)
         trains_tables = any(isinstance(value, ShardedTensor) for value in states.values())
         widths = column_widths(tensors) if trains_tables else None
-        chosen, state = on_first_rank(self._world, lambda: self._check(path, optimizer is not None, widths))
+        chosen, state = run_on_rank0(self._world, lambda: self._check(path, optimizer is not None, widths))
         tensors |= states
         try:
             dcp.load(tensors, storage_reader=SafeReader(chosen))
@@ -183,10 +183,10 @@ class CheckpointManager:
                 f"checkpoint {partial} lacks {missing[0]}, which another rank wrote elsewhere; "
                 "give an --output on storage that all ranks share"
             )
-        write_synced(partial / _STATE, json.dumps({**state, "files": files}, indent=1))
-        write_synced(partial / _COMPLETE, "")
+        write_and_fsync(partial / _STATE, json.dumps({**state, "files": files}, indent=1))
+        write_and_fsync(partial / _COMPLETE, "")
         partial.rename(final)
-        sync(self._folder)
+        fsync(self._folder)
         done = self._complete()
         ahead = [path for path in done if path.name > final.name]
         old = [path for path in done if path.name <= final.name][self._keep :]

@@ -14,12 +14,12 @@ from llmgr_rec.distributed.bundle_index import check_trained_on, is_complete, la
 from llmgr_rec.distributed.layout import Ranks, Sizes, lay_out
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import require_writable
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.build import contrast_weight, reads_item_text
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
-from llmgr_rec.outputs import require_writable
 from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity

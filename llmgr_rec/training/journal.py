@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmgr_rec.outputs import replaced
+from llmgr_rec.files import atomic_write
 
 
 class Journal:
@@ -45,7 +45,7 @@ class Journal:
             for line in self._path.read_text().splitlines()
             if (record := _parse(line)) and not (record["stage"] == stage and record["step"] > step)
         ]
-        with replaced(self._path) as partial:
+        with atomic_write(self._path) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept))
 
     def close(self) -> None:

@@ -18,16 +18,16 @@ from llmgr_rec.cli import progress
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.decoder_shards import is_cut
-from llmgr_rec.distributed.process_group import World, barrier, patient_group
+from llmgr_rec.distributed.process_group import World, barrier, long_timeout_group
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.distributed.shards import fill_table, held_rows, local_shards, table_parameters, write_rows
 from llmgr_rec.evaluation.protocol import evaluation_mode
+from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import encode_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
-from llmgr_rec.outputs import replaced
 
 # A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
 # not repeat, and what is dealt out to ranks.
@@ -70,7 +70,7 @@ class TextEncodings:
         mine = [start for index, start in enumerate(self._starts()) if index % world.size == world.rank]
         bar = progress(len(mine) * self._rows, "item text", "item")
         moments = torch.zeros(self.width + 2, dtype=torch.float64)
-        with patient_group(world) as group:
+        with long_timeout_group(world) as group:
             for start in mine:
                 moments += self._moments(self._encode_file(start, decoder, tokens))
                 bar.update(self._rows)
@@ -110,7 +110,7 @@ class TextEncodings:
         rows = tokens.select(items)
         encodings = encode_item_texts(decoder, rows, _ENCODE_BATCH)
         # Another run may be encoding the same.
-        with replaced(path) as partial:
+        with atomic_write(path) as partial:
             save_file({"encodings": encodings, "has_text": (rows.lengths > 0).float()}, partial)
         return encodings
 
@@ -190,7 +190,7 @@ def renew_texts(model: SessionRecommender | LLMGR, world: World) -> None:
         return
     reads_all = is_cut(reader)
     parts = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
-    with evaluation_mode(reader), patient_group(world) as group:
+    with evaluation_mode(reader), long_timeout_group(world) as group:
         for items in torch.arange(reader.texts.num_rows).split(_READ_ITEMS):
             start, stop = int(items[0]), int(items[-1]) + 1
             if reads_all or any(held_rows(part, start, stop) for part in parts):

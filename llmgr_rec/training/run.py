@@ -8,9 +8,9 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.distributed.process_group import World, init_distributed, on_first_rank, shutdown
+from llmgr_rec.distributed.process_group import World, init_distributed, run_on_rank0, shutdown
 from llmgr_rec.errors import UserError
-from llmgr_rec.outputs import replaced
+from llmgr_rec.files import atomic_write
 from llmgr_rec.recipes import save_config
 from llmgr_rec.training.checks import LOCK, RunRequest, check_run
 from llmgr_rec.training.journal import Journal
@@ -62,7 +62,7 @@ def _alone(output: Path, world: World) -> Iterator[None]:
     """
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / LOCK, timeout=0)
-    on_first_rank(world, lambda: _take(lock, output))
+    run_on_rank0(world, lambda: _take(lock, output))
     try:
         yield
     finally:
@@ -82,5 +82,5 @@ def _take(lock: BaseFileLock, output: Path) -> None:
 
 def _save_config(config: Config, path: Path) -> None:
     """Replaces the file whole: it marks the folder as a run, so it must never be half there."""
-    with replaced(path) as partial:
+    with atomic_write(path) as partial:
         save_config(config, partial)

@@ -17,7 +17,7 @@ from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import resolve_dtype
-from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
 from llmgr_rec.distributed.assembly import (
     assemble_decoder,
     assemble_llmgr,
@@ -272,22 +272,21 @@ def _reader(stage: StageName, context: RunContext) -> SessionReader:
     return SessionReader(
         context.dataset.parts("train"),
         num_items=manifest.num_items,
-        batch_size=stage_settings(config, stage).batch_size,
         collate=collate,
-        rank=world.rank,
-        world_size=world.size,
-        shuffle=True,
-        seed=config.seed,
-        augment_prefixes="train" in manifest.prefix_augmentation,
-        max_prefixes_per_pass=_max_prefixes_per_pass(stage, config),
-        whole_batches=collate.sampler is not None,
-        workers=config.runtime.reader_workers,
-        pin_memory=world.device.type == "cuda",
+        order=SamplingOrder(
+            stage_settings(config, stage).batch_size,
+            shuffle=True,
+            seed=config.seed,
+            augment_prefixes="train" in manifest.prefix_augmentation,
+            max_prefixes_per_pass=_max_prefixes_per_pass(stage, config),
+        ),
+        shard=DataShard(world.rank, world.size, with_global_batch=collate.sampler is not None),
+        prefetch=Prefetch(config.runtime.reader_workers, pin_memory=world.device.type == "cuda"),
     )
 
 
 def _max_prefixes_per_pass(stage: StageName, config: Config) -> int:
-    """Most prefixes of a session that are read in one pass: as many as clicks are read, or as a prompt shows nodes."""
+    """Prefixes of a session encoded in one pass: the clicks that the encoder sees, or the nodes that a prompt shows."""
     if stage == "sbr" and config.sbr.one_pass:
         return config.encoder.max_clicks
     if stage == "text":

@@ -11,7 +11,7 @@ from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator, LogUniformSampler
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
-from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
 
 from .files import random_sessions, write_items, write_part
 
@@ -132,14 +132,14 @@ def test_all_ranks_have_the_sample_of_one(catalogue: Catalogue, tmp_path: Path, 
         reader = SessionReader(
             [part],
             num_items=NUM_ITEMS,
-            batch_size=5,
             collate=collate,
-            rank=rank,
-            world_size=world_size,
-            shuffle=True,
-            augment_prefixes=mode in ("prefixes", "one_pass"),
-            max_prefixes_per_pass=3 if mode == "one_pass" else 0,
-            whole_batches=True,
+            order=SamplingOrder(
+                5,
+                shuffle=True,
+                augment_prefixes=mode in ("prefixes", "one_pass"),
+                max_prefixes_per_pass=3 if mode == "one_pass" else 0,
+            ),
+            shard=DataShard(rank, world_size, with_global_batch=True),
         )
         found = []
         for batch in reader.batches(0):
@@ -233,7 +233,7 @@ def test_no_session_sees_its_future(catalogue: Catalogue, tmp_path: Path) -> Non
     """Every prefix example holds the clicks before its target and nothing later."""
     part = write_part(tmp_path / "part-00000.parquet", [([0, 1, 2, 3], 4)])
     collate = Collator(catalogue, text="last_items", text_items=9, text_tokens=jagged([[i] for i in range(6)]))
-    reader = SessionReader([part], num_items=NUM_ITEMS, batch_size=1, collate=collate, augment_prefixes=True)
+    reader = SessionReader([part], num_items=NUM_ITEMS, collate=collate, order=SamplingOrder(1, augment_prefixes=True))
 
     for target, batch in enumerate(reader.batches(0), start=1):
         assert batch.targets_B.tolist() == [target]
@@ -246,7 +246,11 @@ def test_batches_come_whole_through_worker_processes(catalogue: Catalogue, tmp_p
 
     def read(workers: int) -> list[SessionBatch]:
         reader = SessionReader(
-            [part], num_items=NUM_ITEMS, batch_size=9, collate=collate, shuffle=True, workers=workers
+            [part],
+            num_items=NUM_ITEMS,
+            collate=collate,
+            order=SamplingOrder(9, shuffle=True),
+            prefetch=Prefetch(workers),
         )
         return list(reader.batches(0))
 

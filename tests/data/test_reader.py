@@ -1,7 +1,9 @@
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from threading import Semaphore, current_thread
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
 from llmgr_rec.data.row_groups import Recent, RowGroup
 from llmgr_rec.errors import UserError
 
@@ -27,6 +29,22 @@ def identity(raw: RawSessions) -> RawSessions:
     return raw
 
 
+def reader_of(
+    parts: list[Path],
+    num_items: int = NUM_ITEMS,
+    collate: Callable[[RawSessions], RawSessions] = identity,
+    **options: Any,
+) -> "SessionReader[RawSessions]":
+    """A reader whose options are given without the objects that group them."""
+    groups = [
+        kind(**{field.name: options.pop(field.name) for field in fields(kind) if field.name in options})
+        for kind in (SamplingOrder, DataShard, Prefetch)
+    ]
+    assert not options, options
+    order, shard, prefetch = groups
+    return SessionReader(parts, num_items=NUM_ITEMS, collate=collate, order=order, shard=shard, prefetch=prefetch)
+
+
 @pytest.fixture
 def sessions() -> list[Session]:
     return random_sessions(61, NUM_ITEMS)
@@ -37,7 +55,7 @@ def make(tmp_path: Path, sessions: list[Session]) -> Make:
     parts = write_parts(tmp_path / "train", sessions, [20, 1, 17])
 
     def make(**settings: object) -> "SessionReader[RawSessions]":
-        return SessionReader(parts, num_items=NUM_ITEMS, **{"batch_size": 7, "collate": identity, **settings})  # type: ignore[arg-type]
+        return reader_of(parts, **{"batch_size": 7, **settings})
 
     return make
 
@@ -101,7 +119,7 @@ def test_every_example_is_read_once_over_all_ranks(
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("max_prefixes_per_pass", [2, 100])
-def test_one_pass_batch_are_the_same_examples(
+def test_one_pass_gives_the_same_examples(
     make: Make, sessions: list[Session], world_size: int, max_prefixes_per_pass: int
 ) -> None:
     settings = {"shuffle": True, "augment_prefixes": True, "max_prefixes_per_pass": max_prefixes_per_pass}
@@ -136,7 +154,7 @@ def test_any_layout_gives_every_example_once(
     part = write_part(tmp_path / "part-00000.parquet", sessions, row_group_size)
 
     def make(**options: object) -> "SessionReader[RawSessions]":
-        return SessionReader([part], num_items=NUM_ITEMS, collate=identity, **options)  # type: ignore[arg-type]
+        return reader_of([part], **options)
 
     batches = global_batches(
         make, world_size, epoch, batch_size=batch_size, augment_prefixes=augment, shuffle=True, seed=1
@@ -248,12 +266,22 @@ def test_workers_do_not_change_the_batches(make: Make) -> None:
         ({"seed": 1}, "seed was 0, is 1"),
         ({"shuffle": True}, "shuffle was False, is True"),
         ({"augment_prefixes": True}, "augment_prefixes was False, is True"),
+        ({"augment_prefixes": True, "max_prefixes_per_pass": 4}, "augment_prefixes was False, is True"),
         ({"max_prefixes_per_pass": 4}, "max_prefixes_per_pass was 0, is 4"),
     ],
 )
 def test_resume_with_another_order_is_refused(make: Make, change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(**change).load_state_dict(make().state_dict())
+
+
+def test_a_state_with_the_former_name_of_a_setting_is_resumed(make: Make) -> None:
+    state = make(augment_prefixes=True, max_prefixes_per_pass=4).state_dict()
+    state["fingerprint"]["together"] = state["fingerprint"].pop("max_prefixes_per_pass")
+
+    make(augment_prefixes=True, max_prefixes_per_pass=4).load_state_dict(state)
+    with pytest.raises(UserError, match="max_prefixes_per_pass was 4, is 3"):
+        make(augment_prefixes=True, max_prefixes_per_pass=3).load_state_dict(state)
 
 
 def test_resume_with_other_files_is_refused(make: Make, tmp_path: Path) -> None:
@@ -268,13 +296,13 @@ def test_the_folder_may_move(make: Make, tmp_path: Path, sessions: list[Session]
     state = make().state_dict()
     parts = write_parts(tmp_path / "moved", sessions, [20, 1, 17])
 
-    SessionReader(parts, num_items=NUM_ITEMS, batch_size=7, collate=identity).load_state_dict(state)
+    reader_of(parts, batch_size=7).load_state_dict(state)
 
 
 @pytest.mark.parametrize("count", [100, 1000])
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, count: int) -> None:
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(count, NUM_ITEMS), row_group_size=10)
-    reader = SessionReader([part], num_items=NUM_ITEMS, batch_size=25, collate=identity, shuffle=True)
+    reader = reader_of([part], batch_size=25, shuffle=True)
 
     for raw in reader.batches(0):
         assert raw.items_L.untyped_storage().nbytes() == raw.items_L.nbytes
@@ -299,7 +327,7 @@ def test_each_row_group_is_decoded_once_an_epoch(make: Make, monkeypatch: pytest
 
 
 def open_reader(part: Path, **settings: object) -> "SessionReader[RawSessions]":
-    return SessionReader([part], num_items=NUM_ITEMS, batch_size=4, collate=identity, **settings)  # type: ignore[arg-type]
+    return reader_of([part], batch_size=4, **settings)
 
 
 @pytest.mark.parametrize("statistics", [True, False])
@@ -382,7 +410,7 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no sessions in .*valid"):
         open_reader(part)
     with pytest.raises(UserError, match="no sessions"):
-        SessionReader([], num_items=1, batch_size=1, collate=identity)
+        reader_of([], batch_size=1)
 
 
 def test_batch_size_must_be_positive(make: Make) -> None:

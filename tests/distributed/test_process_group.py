@@ -14,10 +14,10 @@ from llmgr_rec.distributed.process_group import (
     World,
     choose_device,
     init_distributed,
-    on_first_rank,
-    patient_group,
+    long_timeout_group,
+    run_on_all_ranks,
+    run_on_rank0,
     shutdown,
-    together,
 )
 from llmgr_rec.errors import UserError
 from tests.ranks import run_on_ranks
@@ -33,16 +33,16 @@ def fail_on_one(world: World) -> list[str]:
 
     seen = []
     for attempt in (
-        lambda: together(world, lambda: fail(1, UserError("table x is broken"))),
-        lambda: together(world, lambda: fail(1, ValueError("bug"))),
-        lambda: on_first_rank(world, lambda: fail(0, UserError("no file"))),
+        lambda: run_on_all_ranks(world, lambda: fail(1, UserError("table x is broken"))),
+        lambda: run_on_all_ranks(world, lambda: fail(1, ValueError("bug"))),
+        lambda: run_on_rank0(world, lambda: fail(0, UserError("no file"))),
     ):
         try:
             attempt()
         except (UserError, RuntimeError, ValueError) as error:
             seen.append(f"{type(error).__name__}: {error}")
-    assert together(world, lambda: world.rank) == world.rank
-    assert on_first_rank(world, lambda: os.getpid() if world.rank == 0 else None) is not None
+    assert run_on_all_ranks(world, lambda: world.rank) == world.rank
+    assert run_on_rank0(world, lambda: os.getpid() if world.rank == 0 else None) is not None
     return [*seen, f"{torch.get_num_threads()} thread, {world.rank} of {world.local_size}"]
 
 
@@ -63,19 +63,19 @@ def test_an_error_on_one_rank_is_an_error_on_all() -> None:
     ]
 
 
-def wait_for_slow_work(world: World, patient: bool) -> int:
+def wait_for_slow_work(world: World, long_timeout: bool) -> int:
     def work() -> int:
         time.sleep(3)
         return 7
 
-    if not patient:
-        return on_first_rank(world, work, dist.new_group(backend="gloo", timeout=timedelta(seconds=1)))
-    with patient_group(world) as group:
-        return on_first_rank(world, work, group)
+    if not long_timeout:
+        return run_on_rank0(world, work, dist.new_group(backend="gloo", timeout=timedelta(seconds=1)))
+    with long_timeout_group(world) as group:
+        return run_on_rank0(world, work, group)
 
 
 @pytest.mark.dist
-def test_a_patient_group_outlasts_work_that_takes_longer_than_ranks_wait() -> None:
+def test_a_long_timeout_group_waits_for_slow_work() -> None:
     assert run_on_ranks(wait_for_slow_work, 2, True) == [7, 7]
     with pytest.raises(RuntimeError, match=r"(?i)tim"):
         run_on_ranks(wait_for_slow_work, 2, False)

@@ -1,14 +1,14 @@
-"""Files that are replaced whole or not at all."""
+"""Atomic writes: a file is replaced as a whole or not at all."""
 
 import pytest
 
-from llmgr_rec.outputs import replaced
+from llmgr_rec.files import atomic_write
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     file = tmp_path / "new" / "table.csv"
     for text in ("first", "second"):
-        with replaced(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text(text)
             assert not file.exists() or file.read_text() == "first"
         assert file.read_text() == text
@@ -20,7 +20,7 @@ def test_a_file_stays_where_writing_fails(tmp_path):
     file.write_text("before")
 
     def fail() -> None:
-        with replaced(file) as partial:
+        with atomic_write(file) as partial:
             partial.write_text("ha")
             raise RuntimeError("disk full")
 
