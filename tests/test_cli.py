@@ -21,19 +21,19 @@ def test_a_user_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: items.parquet has no column title; add it\n"
 
 
-def test_other_ranks_let_the_first_one_speak(capsys, monkeypatch):
-    """They speak only if nobody has ended them in the meantime: then the error is their own."""
-    heard = []
-    monkeypatch.setattr("time.sleep", lambda seconds: heard.append((seconds, capsys.readouterr().err)))
+def test_other_ranks_wait_for_rank_0_to_report(capsys, monkeypatch):
+    """They print only if the launcher has not stopped them by then, because then the error is their own."""
+    waited = []
+    monkeypatch.setattr("time.sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stop:
         run_cli(_fail)
     assert stop.value.code == 2
-    assert heard == [(15.0, "")]
+    assert waited == [(15.0, "")]
     assert capsys.readouterr().err == "error: rank 1: items.parquet has no column title; add it\n"
 
 
-def test_a_full_disk_is_one_line_with_its_remedy(capsys, tmp_path):
+def test_a_full_disk_is_one_line_with_a_fix(capsys, tmp_path):
     def fill(argv):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "scores"))
 
@@ -47,7 +47,7 @@ def test_a_full_disk_is_one_line_with_its_remedy(capsys, tmp_path):
         run_cli(lambda argv: (tmp_path / "absent").open())
 
 
-def test_other_exceptions_keep_their_trace(monkeypatch):
+def test_other_exceptions_keep_their_stack_trace(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(ZeroDivisionError):
         run_cli(lambda argv: 1 / 0)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_a_missing_package_is_one_line(capsys):
     assert capsys.readouterr().err.startswith("error: package no_such_package is not installed in ")
 
 
-def test_a_missing_module_of_ours_keeps_its_trace():
+def test_a_missing_module_of_ours_keeps_its_stack_trace():
     with pytest.raises(ModuleNotFoundError):
         run_cli(lambda argv: __import__("llmgr_rec.no_such_module"))
 
@@ -72,7 +72,7 @@ def _parser():
     return parser
 
 
-def test_an_unknown_option_names_its_near_miss():
+def test_an_unknown_option_gets_a_suggestion():
     with pytest.raises(UserError, match=r"unknown option --outptu, did you mean output\?"):
         parse_args(_parser(), ["--outptu", "x"])
 

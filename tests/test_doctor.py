@@ -1,4 +1,4 @@
-"""What the doctor finds, and that it still speaks when torch is missing or broken."""
+"""Checks of the doctor, and that it still reports when torch is missing or broken."""
 
 import subprocess
 import sys
@@ -21,23 +21,23 @@ def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
     monkeypatch.setattr(doctor, "version_of", known.get)
 
 
-def test_this_environment_is_whole() -> None:
-    findings = by_name(doctor.examine(core=False))
+def test_this_environment_passes() -> None:
+    findings = by_name(doctor.run_checks(core=False))
     failed = {name: finding.found for name, finding in findings.items() if finding.status == "FAIL"}
     assert failed == {}
     assert {"torch", "fbgemm works", "gloo", "atomic rename", "smollm2", "torchx"} <= set(findings)
 
 
-def test_two_fbgemm_wheels_are_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_fbgemm_wheels_fail_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, torch="2.13.0", torchrec="1.8.0", fbgemm_gpu="1.8.0", fbgemm_gpu_cpu="1.8.0")
     finding = by_name(doctor.check_versions())["fbgemm"]
     assert finding.status == "FAIL"
-    assert "both write the same files" in finding.found
-    assert finding.remedy.startswith("pip uninstall -y fbgemm-gpu-cpu fbgemm-gpu && pip install --no-deps")
+    assert "both install the same files" in finding.found
+    assert finding.fix.startswith("pip uninstall -y fbgemm-gpu-cpu fbgemm-gpu && pip install --no-deps")
 
 
 @pytest.mark.parametrize(
-    ("versions", "name", "remedy"),
+    ("versions", "name", "fix"),
     [
         ({"torchrec": "1.8.0", "fbgemm_gpu_cpu": "1.8.0"}, "torch", "pip install --no-deps torch==2.13.0"),
         ({"torch": "2.13.0", "torchrec": "1.9.2"}, "torchrec", "pip install --no-deps torchrec==1.8.0"),
@@ -45,13 +45,13 @@ def test_two_fbgemm_wheels_are_told_with_the_remedy(monkeypatch: pytest.MonkeyPa
         ({"torch": "2.13.0", "fbgemm_gpu_cpu": "1.9.0"}, "fbgemm", "fbgemm-gpu-cpu==1.8.0"),
     ],
 )
-def test_other_versions_fail_with_the_line_that_mends_them(
-    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], name: str, remedy: str
+def test_other_versions_fail_with_the_command_that_fixes_them(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], name: str, fix: str
 ) -> None:
     install(monkeypatch, **versions)
     finding = by_name(doctor.check_versions())[name]
     assert finding.status == "FAIL"
-    assert remedy in finding.remedy
+    assert fix in finding.fix
 
 
 def test_a_cuda_build_without_its_libraries_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_a_cuda_build_without_its_libraries_names_the_variable(monkeypatch: pyte
     finding = by_name(doctor.check_torch_loads({}, "ImportError: libcublas.so.13: cannot open shared object file"))
     assert finding["torch loads"].status == "FAIL"
     assert "CUDA build" in finding["torch loads"].found
-    assert "TORCH_INDEX=" in finding["torch loads"].remedy
+    assert "TORCH_INDEX=" in finding["torch loads"].fix
 
 
 def test_a_gpu_with_the_wrong_wheels_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,34 +94,34 @@ def test_an_unwritable_cache_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LLMGR_CACHE", str(tmp_path / "file" / "cache"))
     finding = by_name(doctor.check_language_model())["model cache"]
     assert finding.status == "FAIL"
-    assert "LLMGR_CACHE" in finding.remedy
+    assert "LLMGR_CACHE" in finding.fix
 
 
-def test_a_probe_that_dies_is_a_finding() -> None:
+def test_a_probe_that_crashes_is_reported() -> None:
     assert doctor.probe("import os; os.abort()")[0] == {}
     assert doctor.probe("raise ImportError('no such library')") == ({}, "ImportError: no such library")
 
 
 def run_with_torch(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Runs the doctor as a program where `import torch` runs other code."""
+    """Runs the doctor in a process in which `import torch` runs the given code."""
     (folder / "torch.py").write_text(code)
     path = f"{folder}:{ROOT}"
     command = [sys.executable, "-m", "llmgr_rec.doctor", "--core"]
     return subprocess.run(command, cwd=folder, env={"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
 
 
-def test_it_speaks_when_torch_is_broken(tmp_path: Path) -> None:
+def test_it_reports_when_torch_is_broken(tmp_path: Path) -> None:
     done = run_with_torch(tmp_path, "raise ImportError('libtorch_cpu.so: cannot open shared object file')")
     assert done.returncode == 2
     assert "FAIL  torch loads    ImportError: libtorch_cpu.so" in done.stdout
-    assert "mend: pip install --no-deps --force-reinstall torch==2.13.0" in done.stdout
+    assert "fix: pip install --no-deps --force-reinstall torch==2.13.0" in done.stdout
     assert done.stderr == ""
 
 
-def test_it_speaks_when_torch_kills_its_process(tmp_path: Path) -> None:
+def test_it_reports_when_torch_kills_its_process(tmp_path: Path) -> None:
     done = run_with_torch(tmp_path, "import os; os._exit(139)")
     assert done.returncode == 2
-    assert "FAIL  torch loads    the child ended with code 139" in done.stdout
+    assert "FAIL  torch loads    the child process exited with code 139" in done.stdout
 
 
 def test_nothing_but_the_standard_library_is_needed() -> None:

@@ -1,11 +1,11 @@
-"""Messages that name what was likely meant."""
+"""Suggestions in messages about unknown names."""
 
 from llmgr_rec.errors import did_you_mean
 
 
-def test_a_likely_name_is_offered() -> None:
+def test_the_closest_name_is_suggested() -> None:
     assert did_you_mean("strnog", ["quickstart", "strong"]) == ", did you mean strong?"
 
 
-def test_all_names_are_told_where_none_is_near() -> None:
+def test_all_names_are_listed_if_none_is_close() -> None:
     assert did_you_mean("zzz", iter(["quickstart", "strong"])) == "; known: quickstart, strong"

@@ -1,4 +1,4 @@
-"""The builder of the environment: which Python it takes, what it says, and that a broken-off build is built anew."""
+"""Builder of the environment: choice of the interpreter, error messages, and rebuilding after an interrupted build."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The four things that a build runs, in order, each known by one of its words.
+# The four commands of a build in order, each identified by one of its words.
 ALL = ["venv", "-r", "--editable", "llmgr_rec.doctor"]
 
 
@@ -27,7 +27,7 @@ def builder() -> ModuleType:
 
 
 def fake_python(folder: Path, name: str, version: str, has_venv: bool = True) -> str:
-    """A program that answers the two questions that the builder asks a Python."""
+    """A program that prints a version, and fails on `import venv` if it has none."""
     folder.mkdir(exist_ok=True)
     program = folder / name
     answer = "exit 0" if has_venv else "exit 1"
@@ -36,7 +36,7 @@ def fake_python(folder: Path, name: str, version: str, has_venv: bool = True) ->
     return str(program)
 
 
-def test_an_old_python_is_passed_over(builder: ModuleType, tmp_path: Path) -> None:
+def test_an_old_python_is_skipped(builder: ModuleType, tmp_path: Path) -> None:
     old, new = fake_python(tmp_path, "old", "3.9"), fake_python(tmp_path, "new", "3.12")
     assert builder.find_python([str(tmp_path / "absent"), old, new], "") == new
 
@@ -47,23 +47,23 @@ def test_only_old_pythons_are_an_error_that_names_the_package(builder: ModuleTyp
         builder.find_python([old], "")
 
 
-def test_a_named_python_is_taken_or_refused(builder: ModuleType, tmp_path: Path) -> None:
+def test_a_requested_python_is_used_or_refused(builder: ModuleType, tmp_path: Path) -> None:
     good = fake_python(tmp_path, "good", "3.11")
     assert builder.find_python(["never-asked"], good) == good
     with pytest.raises(builder.SetupError, match="none called nowhere/python"):
         builder.find_python([good], "nowhere/python")
 
 
-def test_a_python_without_venv_is_passed_over_or_names_the_package(builder: ModuleType, tmp_path: Path) -> None:
+def test_a_python_without_venv_is_skipped_or_names_the_package(builder: ModuleType, tmp_path: Path) -> None:
     bare = fake_python(tmp_path, "bare", "3.11", has_venv=False)
     new = fake_python(tmp_path, "new", "3.12")
     assert builder.find_python([bare, new], "") == new
-    with pytest.raises(builder.SetupError, match="lacks the venv module; mend: apt install python3-venv"):
+    with pytest.raises(builder.SetupError, match="lacks the venv module; fix: apt install python3-venv"):
         builder.find_python([bare], "")
 
 
 class Installer:
-    """Plays venv, pip and the doctor."""
+    """Stands for venv, pip and the doctor."""
 
     def __init__(self, builder: ModuleType, venv: Path) -> None:
         self.builder, self.venv = builder, venv
@@ -101,7 +101,7 @@ def test_it_is_built_once(builder: ModuleType, tmp_path: Path, installer: Instal
 
 
 @pytest.mark.parametrize("failing", ALL)
-def test_a_build_that_broke_off_is_never_complete(
+def test_an_interrupted_build_is_never_complete(
     builder: ModuleType, tmp_path: Path, installer: Installer, failing: str
 ) -> None:
     installer.failing = failing
@@ -121,7 +121,7 @@ def test_another_lock_starts_from_an_empty_folder(builder: ModuleType, tmp_path:
     assert not (tmp_path / "venv" / "left-over").exists()
 
 
-def test_a_moved_environment_is_built_anew(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:
+def test_a_moved_environment_is_rebuilt(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:
     build(builder, tmp_path)
     stamp = json.loads((tmp_path / "venv" / "complete.json").read_text())
     (tmp_path / "venv" / "complete.json").write_text(json.dumps({**stamp, "path": "/elsewhere"}))
@@ -129,7 +129,7 @@ def test_a_moved_environment_is_built_anew(builder: ModuleType, tmp_path: Path, 
     assert installer.ran == ALL * 2
 
 
-def test_the_further_index_reaches_pip(
+def test_the_extra_index_is_passed_to_pip(
     builder: ModuleType, tmp_path: Path, installer: Installer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands: list[list[str]] = []

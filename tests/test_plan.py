@@ -150,7 +150,7 @@ def test_the_command_exits_with_2_and_helps_fast() -> None:
         [sys.executable, "-m", "llmgr_rec.plan", "--world_size", "0", "--num_items", "5"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert failed.returncode == 2

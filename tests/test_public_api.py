@@ -112,5 +112,5 @@ from llmgr_rec import Config, UserError
 assert not {HEAVY} & set(sys.modules), "with settings"
 assert "SessionRecommender" in dir(llmgr_rec)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -49,7 +49,8 @@ def test_exclude_seen_takes_auto_true_and_false(tmp_path, more, excludes):
 @pytest.mark.slow
 def test_killed_half_way_and_run_again_gives_the_same_bytes(tmp_path):
     source = write_sessions(tmp_path / "in.parquet", raw_sessions(400), row_group_size=50)
-    more = ("--part_rows", "20", "--batch_size", "8")
+    # Many small parts, so that the kill comes before the last one on a busy machine, too.
+    more = ("--part_rows", "5", "--batch_size", "8")
     main(words(source, tmp_path / "whole", *more))
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "llmgr_rec.score", *words(source, killed, *more)]
@@ -60,7 +61,7 @@ def test_killed_half_way_and_run_again_gives_the_same_bytes(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = len(list(killed.glob("part-*")))
-    assert 3 <= finished < 20
+    assert 3 <= finished < 80
     assert not (killed / "_SUCCESS").exists()
     main(words(source, killed, *more))
     assert all_bytes(killed) == all_bytes(tmp_path / "whole")

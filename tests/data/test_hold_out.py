@@ -17,7 +17,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.prepare import main
 from tests.data.prepare_inputs import Click, Prepared, Row, prepare, write_interactions, write_items
 
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 CLICKS = st.lists(
     st.tuples(
         st.sampled_from(["train_a", "train_b", "train_c", "valid_d", "test_e", "test_f"]),
@@ -153,7 +153,7 @@ def test_long_sessions_are_cut_after_the_items_have_left(tmp_path: Path) -> None
         (["--hold_out_items", "1"], "--hold_out_items is 1.0; give a share of the items"),
         (["--hold_out_items", "-0.1"], "--hold_out_items is -0.1"),
         (["--hold_out_items", "0.001"], "holds out none of 40 items; give a larger share or another --hold_out_seed"),
-        (["--hold_out_items", "0.999"], "leaves no train row.*lower --hold_out_items"),
+        (["--hold_out_items", "0.999"], "gives no train rows.*lower --hold_out_items"),
     ],
 )
 def test_a_share_that_cannot_work_is_refused(tmp_path: Path, words: list[str], message: str) -> None:

@@ -21,7 +21,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.prepare import main
 from tests.data.prepare_inputs import Click, Row, prepare, read, write_interactions, write_items
 
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 CLICKS = st.lists(
     st.tuples(st.sampled_from("abcdef"), st.sampled_from([f"i{n}" for n in range(9)]), st.integers(0, 12)),
     min_size=1,

@@ -138,7 +138,7 @@ def test_one_pass_gives_the_same_examples(
             assert raw.pass_offsets_P1.diff().max() <= max_prefixes_per_pass
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     count=st.integers(1, 40),
     row_group_size=st.integers(1, 12),

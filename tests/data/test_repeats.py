@@ -40,7 +40,7 @@ def distinct(users: int = 12, clicks: int = 9) -> list[Click]:
     return [(f"u{user}", f"i{(user + 3 * n) % 40}", n) for user in range(users) for n in range(clicks)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(clicks=CLICKS, split=st.sampled_from(SPLITS))
 def test_the_manifest_says_what_the_training_rows_show(
     tmp_path_factory: pytest.TempPathFactory, clicks: list[Click], split: dict[str, Any]

@@ -101,7 +101,7 @@ def test_min_rating(tmp_path: Path) -> None:
 
 def test_metadata_are_read_without_running_them(tmp_path: Path) -> None:
     meta = write(tmp_path / "m.json", "{'asin': __import__('os').mkdir('" + str(tmp_path / "ran") + "')}\n")
-    with pytest.raises(UserError, match=r"m\.json: line 1 is no Python literal"):
+    with pytest.raises(UserError, match=r"m\.json: line 1 is not a Python literal"):
         convert(2014, write(tmp_path / "r.json", json_lines(OLD_REVIEWS)), meta, tmp_path / "out")
     assert leftovers(tmp_path, "r.json", "m.json") == []
 
@@ -122,10 +122,10 @@ def _bad(tmp_path: Path, year: int, reviews: str, meta: str, suffix: str = "") -
             2014,
             json_lines(OLD_REVIEWS),
             json_lines(META_2018) + "{'a': nul}\n",
-            r"m\.json: line 4 is no Python literal",
+            r"m\.json: line 4 is not a Python literal",
         ),
-        (2018, json_lines(OLD_REVIEWS), META_2014, r"m\.json: line 1 is no JSON object"),
-        (2018, json_lines(OLD_REVIEWS), "[1]\n", r"m\.json: line 1 is no object but a list"),
+        (2018, json_lines(OLD_REVIEWS), META_2014, r"m\.json: line 1 is not a JSON object"),
+        (2018, json_lines(OLD_REVIEWS), "[1]\n", r"m\.json: line 1 is a list, not an object"),
         (2018, json_lines(OLD_REVIEWS), json_lines(META_2023), r"m\.json: line 1: asin is missing; .* of 2018\?"),
         (2018, json_lines(REVIEWS_2023), json_lines(META_2018), r"r\.json: row 1: reviewerID is missing"),
         (2018, json_lines(OLD_REVIEWS) + '{"asin": \n', json_lines(META_2018), r"r\.json: .*Malformed JSON"),

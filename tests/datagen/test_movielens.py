@@ -119,8 +119,8 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     [
         ("196\t242\t3\n", r"u\.data: line 5: Expected Number of Columns: 4 Found: 3"),
         ("196\t\t3\t881250949\n", r"u\.data: row 5: movieId is missing or empty \(1 rows"),
-        ("196\t242\t3\tyesterday\n", r"u\.data: row 5: timestamp is no number"),
-        ("196\t242\tgood\t881250949\n", r"u\.data: row 5: rating is no number"),
+        ("196\t242\t3\tyesterday\n", r"u\.data: row 5: timestamp is not a number"),
+        ("196\t242\tgood\t881250949\n", r"u\.data: row 5: rating is not a number"),
     ],
 )
 def test_bad_ratings_are_named_and_leave_nothing(tmp_path: Path, line: str, message: str) -> None:
@@ -133,7 +133,7 @@ def test_bad_ratings_are_named_and_leave_nothing(tmp_path: Path, line: str, mess
 def test_bad_films_are_named(tmp_path: Path) -> None:
     folder = _ml_100k(tmp_path / "in")
     write(folder / "u.item", "242|Kolya (1996)|24-Jan-1997\n")
-    with pytest.raises(UserError, match=r"u\.item: line 1: 3 fields where 24 belong"):
+    with pytest.raises(UserError, match=r"u\.item: line 1: 3 fields instead of 24"):
         convert(folder, tmp_path / "out")
     write(folder / "u.item", "242|Kolya (1996)|24-Jan-1997||x|" + _flags(1).replace("1", "yes") + "\n")
     with pytest.raises(UserError, match="genre flag"):
@@ -153,7 +153,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 
 
 def test_nothing_left_by_min_rating(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none of its 4 rows reaches --min_rating 9\.0"):
+    with pytest.raises(UserError, match=r"all 4 rows are below --min_rating 9\.0"):
         convert(_ml_100k(tmp_path / "in"), tmp_path / "out", min_rating=9.0)
     with pytest.raises(UserError, match="it has no rows"):
         convert(_ml_100k(tmp_path / "in", ""), tmp_path / "out")

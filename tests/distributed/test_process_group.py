@@ -103,7 +103,7 @@ def hang_or_fail(world: World, how: str) -> None:
     if how == "fail" and world.rank == 1:
         raise ValueError("rank 1 is broken")
     if how == "hang":
-        time.sleep(60)
+        time.sleep(200)
     dist.barrier()
 
 
@@ -111,10 +111,11 @@ def hang_or_fail(world: World, how: str) -> None:
 def test_ranks_of_tests_are_stopped_and_explained() -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="ValueError: rank 1 is broken"):
-        run_on_ranks(hang_or_fail, 2, "fail", timeout_s=60)
+        run_on_ranks(hang_or_fail, 2, "fail", timeout_s=200)
     with pytest.raises(RuntimeError, match="gave no answer"):
         run_on_ranks(hang_or_fail, 2, "hang", timeout_s=3)
-    assert time.monotonic() - start < 50
+    # Far below both waits, far above what a busy machine needs to start the ranks.
+    assert time.monotonic() - start < 120
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")

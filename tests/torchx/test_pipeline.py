@@ -28,7 +28,7 @@ def make_input(folder: Path) -> Path:
 
 
 class FakeSteps:
-    """Plays all commands: notes them and leaves their products."""
+    """Plays all commands: records them and writes their results."""
 
     def __init__(self, steps: Sequence[pipeline.Step], failing: str = "") -> None:
         self.steps = {shlex.join(step.command): step for step in steps}
@@ -40,8 +40,8 @@ class FakeSteps:
         self.ran.append(step.name)
         if step.name == self.failing:
             return 3
-        step.product.parent.mkdir(parents=True, exist_ok=True)
-        step.product.write_text("")
+        step.result.parent.mkdir(parents=True, exist_ok=True)
+        step.result.write_text("")
         return 0
 
 
@@ -71,7 +71,7 @@ def test_training_is_over_with_the_last_stage_that_the_settings_have(
 ) -> None:
     train = pipeline.plan_steps(tmp_path, tmp_path, config, 2, further)[1]
     assert train.name == "train"
-    assert train.product == tmp_path / "run" / "export" / stage / "bundle.json"
+    assert train.result == tmp_path / "run" / "export" / stage / "bundle.json"
 
 
 def test_a_mistake_in_settings_is_told_before_anything_is_made(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_where_the_trainer_works_is_not_for_its_arguments_to_say(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="this command's to give; leave them out after --"):
+    with pytest.raises(UserError, match="are set by this command; remove them after --"):
         pipeline.plan_steps(None, tmp_path, "quickstart", 2, ["--output", "elsewhere"])
 
 
@@ -111,16 +111,16 @@ def test_settings_that_were_edited_are_not_passed_over(tmp_path: Path, monkeypat
 
 def test_it_goes_on_after_the_step_that_failed(tmp_path: Path) -> None:
     steps = pipeline.plan_steps(None, tmp_path, "quickstart", 2)
-    with pytest.raises(UserError, match="step evaluate ended with code 3"):
+    with pytest.raises(UserError, match="step evaluate failed with exit code 3"):
         pipeline.run_steps(steps, FakeSteps(steps, failing="evaluate"))
     fake = FakeSteps(steps)
     pipeline.run_steps(steps, fake)
     assert fake.ran == ["evaluate", "score", "report"]
 
 
-def test_a_step_without_its_product_has_failed(tmp_path: Path) -> None:
+def test_a_step_without_its_result_has_failed(tmp_path: Path) -> None:
     steps = pipeline.plan_steps(tmp_path, tmp_path, "quickstart", 2)
-    with pytest.raises(UserError, match=r"step prepare left no .*manifest\.json"):
+    with pytest.raises(UserError, match=r"step prepare did not write .*manifest\.json"):
         pipeline.run_steps(steps, lambda command: 0)
 
 

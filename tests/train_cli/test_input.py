@@ -266,5 +266,5 @@ def test_two_ranks_say_it_once_and_wait_for_nobody(settings: Path, tmp_path: Pat
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1, done.stderr
     assert re.search(r"^error: stage sbr: table .* on 2 ranks", done.stderr, re.MULTILINE)
     assert "exitcode  : 2" in done.stderr
-    assert time.monotonic() - start < 120, "a rank waited for another"
+    assert time.monotonic() - start < 200, "a rank waited for another"
     assert list(tmp_path.iterdir()) == []

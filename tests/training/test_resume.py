@@ -81,15 +81,27 @@ def place(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Plac
 
 
 def killed_at_random(place: Place, run: Path, stage: str, ranks: int, rng: random.Random, *words: str) -> None:
-    """Runs the command and kills it in a stage, after a random step and a random moment more."""
-    step = rng.randint(*KILLS[stage])
-    moment = rng.uniform(0, 0.05)
-    with Trainer(place.command(run, *words), ranks, place.folder / f"{run.name}.log") as trainer:
-        trainer.wait_until(lambda: last_step(run, stage) >= step)
-        # Anywhere between two lines: within a step, or while a checkpoint is written.
-        trainer.wait_until(waits(moment))
-        trainer.kill()
-    assert not (run / "export" / stage).exists(), "it was killed too late to mean anything"
+    """Runs the command and kills it in a stage, a random moment after a random step.
+
+    On a busy machine the kill may come after the end of the stage; then it is tried again from the same state.
+    """
+    before = place.copy(run, f"{run.name}-before-{stage}") if run.exists() else None
+    for _ in range(5):
+        step = rng.randint(*KILLS[stage])
+        moment = rng.uniform(0, 0.05)
+        with Trainer(place.command(run, *words), ranks, place.folder / f"{run.name}.log") as trainer:
+            trainer.wait_until(lambda step=step: last_step(run, stage) >= step)
+            # Anywhere between two lines: within a step, or while a checkpoint is written.
+            trainer.wait_until(waits(moment))
+            trainer.kill()
+        if not (run / "export" / stage).exists():
+            if before is not None:
+                shutil.rmtree(before)
+            return
+        shutil.rmtree(run)
+        if before is not None:
+            shutil.copytree(before, run)
+    pytest.fail(f"stage {stage} ended before each kill")
 
 
 def waits(seconds: float) -> Callable[[], bool]:

@@ -57,7 +57,7 @@ def test_encodings_on_disk_are_those_of_the_reference(tmp_path: Path, ranks: int
 
 def encode_with_a_slow_rank(world: World, folder: str) -> None:
     """Rank 0 takes longer than the ranks' own group waits."""
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), None)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), None)
     if world.rank == 0:
         language.encode_item_texts = slowly(language.encode_item_texts)
     encode_catalogue(load_decoder("random-tiny", 1, "float32"), texts(), world, Path(folder), "hash")
@@ -65,7 +65,7 @@ def encode_with_a_slow_rank(world: World, folder: str) -> None:
 
 def slowly(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def wait_and_work(*args: Any) -> Tensor:
-        time.sleep(3)
+        time.sleep(4)
         return work(*args)
 
     return wait_and_work
