@@ -1,8 +1,8 @@
 # CPU image of the project: docker build -t llmgr-rec:latest .
-# It holds what TorchX needs of an image (bash, torchrun) and nothing of TorchX's own set-up.
+# Contains what TorchX needs in an image: bash and torchrun.
 FROM python:3.11-slim
 
-# Address of PyTorch's CPU wheel index: the default index serves a CUDA build of torch.
+# URL of PyTorch's CPU wheel index. The default index serves a CUDA build of torch.
 ARG TORCH_INDEX
 ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 LLMGR_CACHE=/opt/llmgr_cache
 
@@ -18,7 +18,7 @@ RUN pip install --no-deps --no-build-isolation .
 
 RUN useradd --create-home --uid 1000 llmgr && mkdir -p "$LLMGR_CACHE" /data && chown llmgr "$LLMGR_CACHE" /data
 USER llmgr
-# Converts the language model once, so that no pod has to, and fails here when the image could not train.
+# Converts the language model once instead of in each pod, and fails the build if the image cannot train.
 RUN cd /tmp && python -m llmgr_rec.doctor \
     && python -c "from llmgr_rec.data.pretrained import pretrained_folder; pretrained_folder('smollm2')"
 

@@ -1,16 +1,16 @@
-# `make demo` and `make test` need nothing but Python 3.11 with its venv module; the rest is installed into .venv.
+# `make demo` and `make test` need only Python 3.11 with its venv module; the rest is installed into .venv.
 #
-#   make demo    [DATA=folder] [RUN=runs/demo] [CONFIG=quickstart]   the whole path on real data, ends with the metrics
-#   make test    [ARGS="-k name"]      the tests, without those marked slow
-#   make test-all                      all tests, with the slow ones
+#   make demo    [DATA=folder] [RUN=runs/demo] [CONFIG=quickstart]   all steps on real data; prints the metrics
+#   make test    [ARGS="-k name"]      all tests except slow ones
+#   make test-all                      all tests, including slow ones
 #   make lint                          ruff, mypy, import-linter
-#   make venv    [LOCK=gpu]            .venv alone, from requirements/$(LOCK).txt
+#   make venv    [LOCK=gpu]            only .venv, from requirements/$(LOCK).txt
 #   make wheel                         dist/llmgr_rec-*.whl
-#   make clean                         removes what the targets above made, runs/ excepted
+#   make clean                         deletes what these targets made, except runs/
 #
-# DATA is a folder with interactions.parquet and items.parquet; without it the demo takes MovieLens-100K.
-# TORCH_INDEX is the address of PyTorch's CPU wheel index, for machines where plain `pip install torch` brings a CUDA
-# build: make demo TORCH_INDEX=<address>. It is asked beside the usual index, and only for building .venv.
+# DATA is a folder with interactions.parquet and items.parquet; the default is MovieLens-100K.
+# TORCH_INDEX is the URL of PyTorch's CPU wheel index, if `pip install torch` gives a CUDA build on this machine:
+# make demo TORCH_INDEX=<url>. It is an extra index, used only to build .venv.
 
 VENV ?= .venv
 LOCK ?= cpu
@@ -22,11 +22,11 @@ CONFIG ?= quickstart
 ARGS ?=
 
 BIN = $(VENV)/bin
-# One worker a core, a file's tests in one worker because they share what is costly to make.
-SPREAD = --numprocesses logical --maxprocesses 8 --dist loadfile
-# Children are started by name (torchrun by TorchX), so the environment's programs come first.
+# One worker per core. The tests of a file run in one worker, because they share expensive fixtures.
+XDIST = --numprocesses logical --maxprocesses 8 --dist loadfile
+# TorchX starts torchrun by name, so the programs of the environment come first.
 export PATH := $(abspath $(BIN)):$(PATH)
-# The locked packages and nothing else: no user site, no package folders of the caller.
+# Only the locked packages: no user site, no package folders of the caller.
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 
@@ -37,7 +37,7 @@ help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
 
 venv:
-	@command -v python3 >/dev/null || { echo "error: python3 is not installed; mend: apt install python3 python3-venv" >&2; exit 1; }
+	@command -v python3 >/dev/null || { echo "error: python3 is not installed; fix: apt install python3 python3-venv" >&2; exit 1; }
 	@python3 requirements/make_venv.py --venv "$(VENV)" --lock "requirements/$(LOCK).txt" \
 		--torch-index "$(TORCH_INDEX)" --python "$(PYTHON)"
 
@@ -45,10 +45,10 @@ demo: venv
 	@$(BIN)/python -m torchx_components.pipeline --data "$(DATA)" --output "$(RUN)" --config "$(CONFIG)"
 
 test: venv
-	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+	$(BIN)/python -m pytest $(XDIST) $(ARGS)
 
 test-all: venv
-	$(BIN)/python -m pytest $(SPREAD) -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest $(XDIST) -m "slow or not slow" $(ARGS)
 
 lint: venv
 	$(BIN)/python -m ruff check .

@@ -1,1 +1,1 @@
-"""Makes interactions.parquet and items.parquet: synthetic data and converters of public dumps (docs/data.md)."""
+"""Writes interactions.parquet and items.parquet: synthetic data, and converters of public data sets (docs/data.md)."""

@@ -2,7 +2,8 @@
 
     python -m datagen.amazon --year 2014 --reviews reviews_Beauty_5.json.gz --meta meta_Beauty.json.gz --output beauty
 
-Every review becomes an interaction. 2014 and 2018: seconds since 1970; 2023: milliseconds, items by parent_asin.
+Every review becomes an interaction. Timestamps are seconds since 1970 in 2014 and 2018, milliseconds in 2023. Items are
+identified by asin in 2014 and 2018, by parent_asin in 2023.
 """
 
 import ast
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Dump:
-    """Names of the fields of a year's dump."""
+    """Field names of the dump of a year."""
 
     user: str
     item: str
@@ -38,10 +39,10 @@ def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser("datagen.amazon", "Converts an Amazon review dump to interactions.parquet and items.parquet.")
     parser.add_argument("--year", type=int, required=True, help="release of the dump: 2014, 2018 or 2023")
-    parser.add_argument("--reviews", type=str, required=True, help="reviews, one JSON object a line (.gz too)")
-    parser.add_argument("--meta", type=str, required=True, help="metadata of the same category (.gz too)")
-    parser.add_argument("--min_rating", type=float | None, default=None, help="leave out lower ratings")
-    parser.add_argument("--output", type=str, required=True, help="folder to make")
+    parser.add_argument("--reviews", type=str, required=True, help="reviews, one JSON object per line, may be gzipped")
+    parser.add_argument("--meta", type=str, required=True, help="metadata of the same category, may be gzipped")
+    parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
+    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     convert(args.year, args.reviews, args.meta, args.output, args.min_rating)
@@ -53,14 +54,14 @@ def convert(
     """Converts a dump.
 
     Args:
-        year: 2014, 2018 or 2023.
-        reviews: File of reviews.
-        meta: File of metadata.
-        output: Folder to make.
-        min_rating: Leave out lower ratings.
+        year: Year of the release: 2014, 2018 or 2023.
+        reviews: File with reviews.
+        meta: File with metadata.
+        output: Output folder.
+        min_rating: Drop lower ratings.
 
     Raises:
-        UserError: A file is absent, damaged or of another year, or `output` is not empty.
+        UserError: A file is missing, damaged or of another year, or `output` is not empty.
     """
     from datagen.conversion import conversion
     from datagen.sources import json_sql, require_file
@@ -87,21 +88,21 @@ def _items(path: Path, year: int) -> Iterator["Item"]:
 
 
 def _record(line: str, year: int, where: str) -> dict[str, Any]:
-    """One record. The 2014 metadata are Python literals, which `literal_eval` reads without running anything."""
+    """Parses a record. The 2014 metadata are Python literals, which `literal_eval` parses without executing code."""
     try:
         record = ast.literal_eval(line) if year == 2014 else json.loads(line)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        kind = "Python literal (as the 2014 metadata are)" if year == 2014 else "JSON object"
-        raise UserError(f"{where} is no {kind}; check --year, or download the file again") from None
+        kind = "a Python literal (the format of the 2014 metadata)" if year == 2014 else "a JSON object"
+        raise UserError(f"{where} is not {kind}; check --year, or download the file again") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where} is no object but a {type(record).__name__}; check the file")
+        raise UserError(f"{where} is a {type(record).__name__}, not an object; check the file")
     return record
 
 
 def _texts(record: dict[str, Any], year: int) -> "Item":
     title = record.get("title")
     if isinstance(title, str) and "getTime" in title:
-        # Some titles of 2018 are a script of the page instead: no title is better than that.
+        # Some titles of 2018 are JavaScript of the web page.
         title = None
     brand = record.get("brand")
     if year == 2014:
@@ -116,7 +117,7 @@ def _texts(record: dict[str, Any], year: int) -> "Item":
 
 
 def _alternatives(paths: Any) -> str | None:
-    """Several category paths: "Beauty > Hair Care | Beauty > Tools"."""
+    """Alternative category paths: "Beauty > Hair Care | Beauty > Tools"."""
     if not isinstance(paths, list):
         return None
     return " | ".join(dict.fromkeys(path for path in map(_path, paths) if path)) or None
@@ -132,7 +133,7 @@ def _path(levels: Any) -> str | None:
 
 
 def _joined(text: Any) -> str | None:
-    """A description that is one string or a list of paragraphs."""
+    """A description, which is a string or a list of paragraphs."""
     if isinstance(text, list):
         return " ".join(part for part in text if isinstance(part, str)) or None
     return text if isinstance(text, str) else None

@@ -1,6 +1,6 @@
-"""Turns raw rows of any dump into the two contract files, out of core: what all converters share.
+"""Shared by all converters: writes interactions.parquet and items.parquet from raw rows, out of core.
 
-DuckDB reads, checks and sorts; it holds at most `_MEMORY` and spills the rest beside the output.
+DuckDB reads, checks and sorts the rows. Its memory is limited to `_MEMORY`; the rest spills next to the output.
 """
 
 import logging
@@ -23,10 +23,10 @@ from llmgr_rec.errors import UserError
 
 _MEMORY = "2GiB"
 _ITEM_BATCH = 1 << 14
-# What is taken off the ends of ids.
+# Stripped from both ends of ids.
 _BLANKS = " \t\n\r\f\v"
-_FRACTION = "TRY_CAST(time AS DOUBLE) <> round(TRY_CAST(time AS DOUBLE))"
-_NO_NUMBER = "NOT coalesce(isfinite(TRY_CAST({} AS DOUBLE)), false)"
+_IS_FRACTION = "TRY_CAST(time AS DOUBLE) <> round(TRY_CAST(time AS DOUBLE))"
+_NOT_A_NUMBER = "NOT coalesce(isfinite(TRY_CAST({} AS DOUBLE)), false)"
 
 _log = logging.getLogger(__name__)
 
@@ -34,10 +34,10 @@ Item = dict[str, str | None]
 
 
 class Conversion:
-    """One conversion under way; use `conversion(output)`.
+    """A conversion in progress. Create it with `conversion(output)`.
 
     Args:
-        folder: The unfinished output folder.
+        folder: Unfinished output folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,11 +47,11 @@ class Conversion:
         config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": _MEMORY,
             "temp_directory": str(scratch / "spill"),
-            # No look at the network for extensions: what is used here is part of the wheel.
+            # Never download extensions; those used here are in the wheel.
             "autoinstall_known_extensions": False,
         }
         self._database = duckdb.connect(str(scratch / "scratch.duckdb"), config=config)
-        # Dates without a zone are taken as UTC, whatever the machine's zone.
+        # Dates without a time zone are UTC, whatever the time zone of the machine.
         self._run("SET TimeZone = 'UTC'")
         columns = ", ".join(f"{name} VARCHAR" for name in ITEM_COLUMNS)
         self._run(f"CREATE TABLE items (place BIGINT, {columns})")
@@ -61,16 +61,16 @@ class Conversion:
         self._database.close()
 
     def sql_rows(self, source: Path, query: str) -> Iterator[dict[str, Any]]:
-        """Rows of a query one by one, as dictionaries.
+        """Yields the rows of a query as dictionaries.
 
         Args:
-            source: The file that is read, for messages.
+            source: File that the query reads, for messages.
             query: SQL.
 
         Raises:
             UserError: The file cannot be read.
         """
-        with _explained(source), self._database.cursor() as cursor:
+        with _user_errors(source), self._database.cursor() as cursor:
             for batch in cursor.sql(query).to_arrow_reader(_ITEM_BATCH):
                 yield from batch.to_pylist()
 
@@ -85,20 +85,20 @@ class Conversion:
         min_rating: float | None = None,
         dates: bool = False,
     ) -> None:
-        """Reads the interactions of a dump.
+        """Loads the interactions of a dump.
 
         Args:
-            source: The file, for messages.
+            source: Input file, for messages.
             table: DuckDB table expression with string columns.
             user: Name of the user column.
             item: Name of the item column.
-            time: Name of the time column: numbers of any unit; where some have fractions, all become millionths.
-            rating: Name of the rating column; needed with `min_rating`.
-            min_rating: Leave out rows rated lower.
-            dates: Whether times may be ISO dates and times instead; they become milliseconds since 1970 (UTC).
+            time: Name of the time column: numbers in any unit. If any has a fraction, all are converted to millionths.
+            rating: Name of the rating column; required with `min_rating`.
+            min_rating: Drop rows with a lower rating.
+            dates: Whether times may be ISO dates and times, which become milliseconds since 1970 (UTC).
 
         Raises:
-            UserError: A row lacks a value or holds one that is no number; nothing is left over.
+            UserError: A value is missing or not a number, or no row remains.
         """
         _log.info("reading %s", source)
         names = {"user_id": user, "item_id": item, "time": time}
@@ -107,39 +107,41 @@ class Conversion:
         selected = ", ".join(f"{identifier(column)} AS {name}" for name, column in names.items())
         self._run(f"CREATE TABLE raw AS SELECT row_number() OVER () AS place, {selected} FROM {table}", source)
         for name in ("user_id", "item_id"):
-            self._refuse(f"{_trimmed(name)} = '' OR {name} IS NULL", source, names[name], "is missing or empty")
+            self._check(f"{_trimmed(name)} = '' OR {name} IS NULL", source, names[name], "is missing or empty")
         number = "CAST(round(TRY_CAST(time AS DOUBLE)) AS BIGINT)"
-        # A decimal number is read through a double only where it is none of the exact ones.
-        kept_time = f"coalesce(TRY_CAST(time AS BIGINT), {number})"
+        # Integers are cast directly, because a double cannot represent all of them.
+        time_sql = f"coalesce(TRY_CAST(time AS BIGINT), {number})"
         if dates and self._value("SELECT count(TRY_CAST(time AS DOUBLE)) = 0 FROM raw"):
-            kept_time = "epoch_ms(TRY_CAST(time AS TIMESTAMPTZ))"
-            self._refuse("TRY_CAST(time AS TIMESTAMPTZ) IS NULL", source, time, "is no date like 2024-01-31T12:00:00Z")
+            time_sql = "epoch_ms(TRY_CAST(time AS TIMESTAMPTZ))"
+            self._check(
+                "TRY_CAST(time AS TIMESTAMPTZ) IS NULL", source, time, "is not a date like 2024-01-31T12:00:00Z"
+            )
         else:
-            self._refuse(_NO_NUMBER.format("time"), source, time, "is no number")
-            if self._value(f"SELECT count(*) FROM raw WHERE {_FRACTION}"):
-                _log.info("%s: %s has fractions, so times are kept in millionths", source, time)
-                kept_time = "CAST(round(TRY_CAST(time AS DOUBLE) * 1e6) AS BIGINT)"
-        kept = "true"
+            self._check(_NOT_A_NUMBER.format("time"), source, time, "is not a number")
+            if self._value(f"SELECT count(*) FROM raw WHERE {_IS_FRACTION}"):
+                _log.info("%s: %s has fractions, so times are converted to millionths", source, time)
+                time_sql = "CAST(round(TRY_CAST(time AS DOUBLE) * 1e6) AS BIGINT)"
+        condition = "true"
         if "rating" in names:
-            self._refuse(_NO_NUMBER.format("rating"), source, names["rating"], "is no number")
-            kept = f"CAST(rating AS DOUBLE) >= {min_rating!r}"
+            self._check(_NOT_A_NUMBER.format("rating"), source, names["rating"], "is not a number")
+            condition = f"CAST(rating AS DOUBLE) >= {min_rating!r}"
         self._run(
             f"CREATE TABLE interactions AS SELECT place, {_trimmed('user_id')} AS user_id, "
-            f"{_trimmed('item_id')} AS item_id, {kept_time} AS timestamp FROM raw WHERE {kept}",
+            f"{_trimmed('item_id')} AS item_id, {time_sql} AS timestamp FROM raw WHERE {condition}",
             source,
         )
         if not self._value("SELECT count(*) FROM interactions"):
             raw = self._value("SELECT count(*) FROM raw")
-            why = f"none of its {raw:,} rows reaches --min_rating {min_rating}" if raw else "it has no rows"
-            raise UserError(f"{source}: nothing to convert: {why}; check the file and the options")
+            reason = f"all {raw:,} rows are below --min_rating {min_rating}" if raw else "the file has no rows"
+            raise UserError(f"{source}: nothing to convert: {reason}; check the file and the options")
         self._run("DROP TABLE raw")
 
     def read_items(self, source: Path, items: Iterable[Item]) -> None:
-        """Reads the catalogue; of an item that comes twice the first row stays.
+        """Loads the catalogue. Of duplicate items, the first row is kept.
 
         Args:
-            source: The file, for messages.
-            items: Items with `item_id` and any of the text columns, texts as they come.
+            source: Input file, for messages.
+            items: Items with `item_id` and any of the text columns. Texts are cleaned here.
 
         Raises:
             UserError: An item has no id.
@@ -163,7 +165,7 @@ class Conversion:
                 bar.update(len(batch))
 
     def write(self) -> None:
-        """Writes both files: interactions grouped by user, oldest first, ties in the order of the dump."""
+        """Writes both files. Interactions are grouped by user, oldest first; ties are in the order of the input."""
         missing = self._value("SELECT count(DISTINCT item_id) FROM interactions ANTI JOIN items USING (item_id)")
         columns = ", ".join(ITEM_COLUMNS)
         nulls = ", ".join(f"NULL AS {name}" for name in ITEM_COLUMNS[1:])
@@ -176,7 +178,7 @@ class Conversion:
             "GROUP BY item_id) ORDER BY later, place",
         )
         rows = self._value("SELECT count(*) FROM interactions")
-        # Shorter ids first, so that numbers stand in their natural order.
+        # Shorter ids first, so that numbers are in numerical order.
         self._write(
             "interactions.parquet",
             interactions_schema(),
@@ -185,12 +187,12 @@ class Conversion:
         )
         users = self._value("SELECT count(DISTINCT user_id) FROM interactions")
         items = pq.read_metadata(self._folder / "items.parquet").num_rows
-        note = f" ({missing:,} of them named by interactions only, without text)" if missing else ""
+        note = f" ({missing:,} of them only in the interactions, without text)" if missing else ""
         _log.info("%s interactions, %s users, %s items%s", f"{rows:,}", f"{users:,}", f"{items:,}", note)
 
     def _write(self, name: str, schema: pa.Schema, query: str, rows: int | None = None) -> None:
         with (
-            _explained(self._folder / name),
+            _user_errors(self._folder / name),
             self._database.cursor() as cursor,
             pq.ParquetWriter(self._folder / name, schema) as writer,
             progress(rows, name, "row") as bar,
@@ -200,37 +202,37 @@ class Conversion:
                 bar.update(batch.num_rows)
 
     def _run(self, statement: str, source: Path | None = None) -> None:
-        with _explained(source or self._folder):
+        with _user_errors(source or self._folder):
             self._database.execute(statement)
 
     def _value(self, query: str) -> Any:
-        with _explained(self._folder):
+        with _user_errors(self._folder):
             return self._database.execute(query).fetchall()[0][0]
 
-    def _refuse(self, test: str, source: Path, column: str, what: str) -> None:
-        count = self._value(f"SELECT count(*) FROM raw WHERE {test}")
+    def _check(self, condition: str, source: Path, column: str, problem: str) -> None:
+        count = self._value(f"SELECT count(*) FROM raw WHERE {condition}")
         if count:
-            place = self._value(f"SELECT min(place) FROM raw WHERE {test}")
+            place = self._value(f"SELECT min(place) FROM raw WHERE {condition}")
             raise UserError(
-                f"{source}: row {place:,}: {column} {what} ({count:,} rows in all); correct or delete such rows, or "
-                "check that the file is of the kind you named"
+                f"{source}: row {place:,}: {column} {problem} ({count:,} rows in all); correct or delete such rows, or "
+                "check the format of the file"
             )
 
 
 def _trimmed(column: str) -> str:
-    """SQL of a text column without blanks at its ends."""
+    """SQL of a text column, stripped of leading and trailing white space."""
     return f"trim({column}, {quote(_BLANKS)})"
 
 
 @contextmanager
 def conversion(output: str | Path) -> Iterator[Conversion]:
-    """Yields a `Conversion` whose folder appears under `output` when the block ends well.
+    """Yields a `Conversion`; the output folder appears when the block succeeds.
 
     Args:
-        output: The folder to make.
+        output: Output folder.
 
     Raises:
-        UserError: `output` stands there already and is not empty.
+        UserError: `output` exists and is not empty.
     """
     with output_folder(output) as folder:
         work = Conversion(folder)
@@ -243,15 +245,15 @@ def conversion(output: str | Path) -> Iterator[Conversion]:
 
 
 @contextmanager
-def _explained(source: Path) -> Iterator[None]:
-    """Turns DuckDB's many-line errors into one line that names the file."""
+def _user_errors(source: Path) -> Iterator[None]:
+    """Converts the multi-line errors of DuckDB to one-line user errors that name the file."""
     try:
         yield
     except duckdb.Error as error:
         text = " ".join(str(error).split())
-        where = re.search(r"CSV Error on Line: (\d+)", text)
-        why = re.search(
+        line = re.search(r"CSV Error on Line: (\d+)", text)
+        reason = re.search(
             r"Expected Number of Columns: \d+ Found: \d+|Value with unterminated quote found|not utf-8 encoded", text
         )
-        what = f"line {where.group(1)}: {why.group(0)}" if where and why else text[:300].rstrip(". ")
+        what = f"line {line.group(1)}: {reason.group(0)}" if line and reason else text[:300].rstrip(". ")
         raise UserError(f"{source}: {what}; correct the file, or check its format and the free disk space") from None

@@ -1,10 +1,10 @@
-r"""Any delimited text file with a header line, columns named on the command line.
+r"""Converts delimited text files with a header line; the columns are named on the command line.
 
     python -m datagen.csv --interactions log.csv --user_column user --item_column sku --time_column at \
         --items products.csv --title_column name --output data/shop
 
-Times are numbers of any unit (millionths of it are written where some have fractions), or ISO dates and times (then
-milliseconds since 1970, UTC, are written).
+Times are numbers in any unit, or ISO dates and times. If any number has a fraction, all are converted to millionths.
+Dates are converted to milliseconds since 1970 (UTC).
 """
 
 import logging
@@ -24,22 +24,20 @@ _TEXTS = ("title", "category", "brand", "description")
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser("datagen.csv", "Converts delimited text to interactions.parquet and items.parquet.")
-    parser.add_argument("--interactions", type=str, required=True, help="file with a header line (.gz too)")
-    parser.add_argument("--user_column", type=str, required=True, help="column with the user or session")
-    parser.add_argument("--item_column", type=str, required=True, help="column with the item, in both files")
-    parser.add_argument("--time_column", type=str, required=True, help="column with numbers, or with ISO dates")
-    parser.add_argument("--rating_column", type=str | None, default=None, help="column that --min_rating looks at")
-    parser.add_argument("--min_rating", type=float | None, default=None, help="leave out lower ratings")
-    parser.add_argument("--items", type=str | None, default=None, help="file with the items; may be the same file")
+    parser.add_argument("--interactions", type=str, required=True, help="file with a header line, may be gzipped")
+    parser.add_argument("--user_column", type=str, required=True, help="user or session column")
+    parser.add_argument("--item_column", type=str, required=True, help="item column, in both files")
+    parser.add_argument("--time_column", type=str, required=True, help="time column: numbers, or ISO dates")
+    parser.add_argument("--rating_column", type=str | None, default=None, help="rating column, for --min_rating")
+    parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
+    parser.add_argument("--items", type=str | None, default=None, help="item file; may be the same file")
     parser.add_argument(
-        "--items_id_column", type=str | None, default=None, help="item column of --items, if named unlike"
+        "--items_id_column", type=str | None, default=None, help="item column of --items, if it has another name"
     )
     for name in _TEXTS:
-        parser.add_argument(
-            f"--{name}_column", type=str | None, default=None, help=f"column of --items with the {name}"
-        )
-    parser.add_argument("--delimiter", type=str, default=",", help="one character; 'tab' for a tabulator")
-    parser.add_argument("--output", type=str, required=True, help="folder to make")
+        parser.add_argument(f"--{name}_column", type=str | None, default=None, help=f"{name} column of --items")
+    parser.add_argument("--delimiter", type=str, default=",", help="one character; 'tab' for a tab")
+    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv).as_dict()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _convert(args)
@@ -50,16 +48,16 @@ def _convert(args: dict[str, Any]) -> None:
     from datagen.sources import require_file
 
     if (args["min_rating"] is None) != (args["rating_column"] is None):
-        raise UserError("--min_rating and --rating_column belong together; give both or neither")
+        raise UserError("--min_rating and --rating_column require each other; give both or neither")
     texts = {name: args[f"{name}_column"] for name in _TEXTS if args[f"{name}_column"] is not None}
     if (args["items"] is None) != (not texts):
         raise UserError(
             "--items needs at least one of --title_column, --category_column, --brand_column, "
-            "--description_column, and these need --items"
+            "--description_column, and these options need --items"
         )
     delimiter = {"tab": "\t", "\\t": "\t"}.get(args["delimiter"], args["delimiter"])
     if len(delimiter) != 1:
-        raise UserError(f"--delimiter {args['delimiter']!r} is not one character; use 'tab' for a tabulator")
+        raise UserError(f"--delimiter {args['delimiter']!r} is not one character; use 'tab' for a tab")
     interactions = require_file(args["interactions"], "--interactions")
     items = require_file(args["items"], "--items") if args["items"] is not None else None
     with conversion(args["output"]) as work:

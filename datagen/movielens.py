@@ -1,9 +1,9 @@
-"""MovieLens dumps: ml-100k, ml-1m and ml-10m, ml-20m to ml-latest, RecBole's atomic files.
+"""Converts MovieLens dumps: ml-100k, ml-1m and ml-10m, ml-20m to ml-latest, and RecBole's atomic files.
 
     python -m datagen.movielens --input ml-1m --output data/ml-1m
-    python -m datagen.movielens --output data/ml-100k          # the copy inside the installed wheel `recbole`
+    python -m datagen.movielens --output data/ml-100k          # the copy in the installed wheel `recbole`
 
-Every rating becomes an interaction. The title keeps its year, the genres become the category.
+Every rating becomes an interaction. The title includes the year; the genres become the category.
 """
 
 import csv
@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--input", type=str, default=_WHEEL, help=f"folder with {_EXPECTED}; 'recbole': ml-100k of the wheel recbole"
     )
-    parser.add_argument("--output", type=str, required=True, help="folder to make")
-    parser.add_argument("--min_rating", type=float | None, default=None, help="leave out lower ratings")
+    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
+    parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
     args = parse_args(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     convert(args.input, args.output, args.min_rating)
@@ -47,12 +47,12 @@ def convert(source: str | Path, output: str | Path, min_rating: float | None = N
     """Converts a dump.
 
     Args:
-        source: Its folder, or "recbole" for the copy in the wheel.
-        output: Folder to make.
-        min_rating: Leave out lower ratings.
+        source: Folder of the dump, or "recbole" for the copy in the wheel.
+        output: Output folder.
+        min_rating: Drop lower ratings.
 
     Raises:
-        UserError: The dump is absent or damaged, or `output` is not empty.
+        UserError: The dump is missing or damaged, or `output` is not empty.
     """
     from datagen.conversion import conversion
 
@@ -67,10 +67,10 @@ def convert(source: str | Path, output: str | Path, min_rating: float | None = N
 
 
 def wheel_folder() -> Path:
-    """Folder of ml-100k inside the installed wheel `recbole`, found without importing that package.
+    """Folder of ml-100k in the installed wheel `recbole`, found without importing the package.
 
     Raises:
-        UserError: The wheel is not installed, or carries no ml-100k.
+        UserError: The wheel is not installed, or has no ml-100k.
     """
     from importlib.util import find_spec
 
@@ -95,13 +95,13 @@ def _format_of(folder: Path) -> "Reader":
     atomic = sorted(path.name for path in folder.glob("*.inter"))
     if len(atomic) == 1:
         return _read_atomic
-    found = f"several .inter files ({', '.join(atomic)})" if atomic else "none of the files that are looked for"
-    raise UserError(f"--input {folder} holds {found}; it must hold {_EXPECTED}")
+    found = f"several .inter files ({', '.join(atomic)})" if atomic else "none of the expected files"
+    raise UserError(f"--input {folder} has {found}; it must have {_EXPECTED}")
 
 
 def _read_100k(work: "Conversion", folder: Path, min_rating: float | None) -> None:
     _read_ratings(work, folder / "u.data", "\t", header=False, min_rating=min_rating)
-    films = _films_100k(_partner(folder, "u.item"))
+    films = _films_100k(_item_file(folder, "u.item"))
     work.read_items(folder / "u.item", films)
 
 
@@ -117,13 +117,13 @@ def _films_100k(path: Path) -> Iterator["Item"]:
 
 def _read_dat(work: "Conversion", folder: Path, min_rating: float | None) -> None:
     _read_ratings(work, folder / "ratings.dat", "::", header=False, min_rating=min_rating)
-    path = _partner(folder, "movies.dat")
+    path = _item_file(folder, "movies.dat")
     work.read_items(path, (_film(*fields) for _, fields in _fields(path, "::", 3)))
 
 
 def _read_csv(work: "Conversion", folder: Path, min_rating: float | None) -> None:
     _read_ratings(work, folder / "ratings.csv", ",", header=True, min_rating=min_rating)
-    path = _partner(folder, "movies.csv")
+    path = _item_file(folder, "movies.csv")
     work.read_items(path, _films_csv(path))
 
 
@@ -134,7 +134,9 @@ def _films_csv(path: Path) -> Iterator["Item"]:
     rows = csv.DictReader(line for _, line in read_lines(path, "utf-8-sig"))
     for row in rows:
         if None in row or None in row.values():
-            raise UserError(f"{path}: line {rows.line_num}: another number of fields than the header; correct the line")
+            raise UserError(
+                f"{path}: line {rows.line_num}: the number of fields differs from the header; correct the line"
+            )
         yield _film(row["movieId"], row["title"], row.get("genres") or "")
 
 
@@ -149,7 +151,7 @@ def _read_atomic(work: "Conversion", folder: Path, min_rating: float | None) -> 
     table = delimited_sql(clicks, columns, "\t", header=True, quotes=False)
     work.read_interactions(clicks, table, "user_id", "item_id", "timestamp", "rating", min_rating)
 
-    items = _partner(folder, clicks.with_suffix(".item").name)
+    items = _item_file(folder, clicks.with_suffix(".item").name)
     names = _atomic_columns(read_header(items, "\t"))
     require_columns(items, names, {"RecBole item_id": "item_id"})
     lines = read_lines(items)
@@ -158,22 +160,22 @@ def _read_atomic(work: "Conversion", folder: Path, min_rating: float | None) -> 
 
 
 def _atomic_columns(header: list[str]) -> list[str]:
-    """Names without their RecBole types: `movie_title:token_seq` is movie_title."""
+    """Column names without their RecBole types: movie_title for `movie_title:token_seq`."""
     return [name.split(":")[0] for name in header]
 
 
 def _atomic_film(names: list[str], line: str, where: str) -> "Item":
     fields = line.split("\t")
     if len(fields) != len(names):
-        raise UserError(f"{where}: {len(fields)} fields where the header has {len(names)}; correct the line")
+        raise UserError(f"{where}: {len(fields)} fields, but the header has {len(names)}; correct the line")
     row = dict(zip(names, fields, strict=True))
     title = row.get("movie_title") or row.get("title") or ""
     year = row.get("release_year", "").strip()
-    # The film without a name has its title for a year; films for video have "V" there and the year in the title.
+    # The film without a name has its title as year. Films for video have "V" as year, and the year in the title.
     if year and year != title.strip():
         title = f"{title} ({year})"
     genres = row.get("class") or row.get("genre") or row.get("genres") or ""
-    # A token sequence is split by blanks, and no MovieLens genre but this one holds a blank.
+    # Tokens are separated by spaces; "(no genres listed)" is the only MovieLens genre that contains one.
     category = None if genres.strip() == _NO_GENRES else ", ".join(genres.split())
     return {"item_id": row["item_id"], "title": title, "category": category}
 
@@ -195,15 +197,15 @@ def _read_ratings(work: "Conversion", path: Path, delimiter: str, *, header: boo
     work.read_interactions(path, table, "userId", "movieId", "timestamp", "rating", min_rating)
 
 
-def _partner(folder: Path, name: str) -> Path:
+def _item_file(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise UserError(f"{path} is missing; the dump holds the titles there, unpack it whole")
+        raise UserError(f"{path} is missing, which has the titles; unpack the whole dump")
     return path
 
 
 def _fields(path: Path, delimiter: str, count: int) -> Iterator[tuple[int, list[str]]]:
-    """Numbered lines cut into fields; the old dumps are Latin-1, ml-10m is UTF-8."""
+    """Line numbers and fields of a file. The old dumps are Latin-1, ml-10m is UTF-8."""
     from datagen.sources import read_lines
 
     try:
@@ -214,9 +216,7 @@ def _fields(path: Path, delimiter: str, count: int) -> Iterator[tuple[int, list[
     for number, line in read_lines(path, encoding):
         fields = line.split(delimiter)
         if len(fields) != count:
-            raise UserError(
-                f"{path}: line {number}: {len(fields)} fields where {count} belong; download the file again"
-            )
+            raise UserError(f"{path}: line {number}: {len(fields)} fields instead of {count}; download the file again")
         yield number, fields
 
 

@@ -1,4 +1,4 @@
-"""The two files every program here writes, and the folder that appears only when both are whole."""
+"""The two output files of all programs in this package. Their folder appears only when both are complete."""
 
 import logging
 import os
@@ -21,24 +21,26 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def output_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path` that takes its name when the block ends well, and goes when it fails.
+    """Yields a temporary folder, which is renamed to `path` if the block succeeds and deleted if it fails.
 
     Args:
-        path: The folder to make. An empty folder may stand there already.
+        path: Output folder. May exist if it is empty.
 
     Raises:
-        UserError: `path` is a file, or a folder that holds something, or cannot be made.
+        UserError: `path` is a file or a folder that is not empty, or cannot be created.
     """
     final = Path(path)
     if final.exists() and not final.is_dir():
-        raise UserError(f"--output {final} is a file; name a folder that does not exist yet")
+        raise UserError(f"--output {final} is a file; give a folder that does not exist")
     if final.is_dir() and any(final.iterdir()):
-        raise UserError(f"--output {final} is not empty; name a new folder or delete this one first")
+        raise UserError(f"--output {final} is not empty; give a new folder or delete this one first")
     temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--output {final} cannot be made: {error.strerror}; check the path and its rights") from None
+        raise UserError(
+            f"--output {final} cannot be created: {error.strerror}; check the path and its permissions"
+        ) from None
     try:
         yield temporary
         os.replace(temporary, final)
@@ -61,7 +63,7 @@ def items_schema() -> "pa.Schema":
 
 
 def write_items(folder: Path, columns: dict[str, Any]) -> None:
-    """Writes items.parquet from columns (lists or Arrow arrays of equal length); a column not given is all null."""
+    """Writes items.parquet from columns (lists or Arrow arrays of equal length); missing columns are null."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

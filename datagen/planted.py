@@ -1,7 +1,7 @@
-"""A planted world: who follows whom by id, who follows whom by title, and what a perfect predictor could reach.
+"""Synthetic sessions with known transition rules by id and by title, and the hit rate of an optimal predictor.
 
 Shape suffixes: V items, G themes, F successors of an item in the transition table, B sessions of a chunk, L clicks of a
-chunk, B1 = B + 1 offsets, K best-ranked items.
+chunk, K top-ranked items.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 THEME_SIZE = 16
-"""Items of a theme at most: with the four table successors they fill a list of 20, so that a reader can hit always."""
+"""Maximum number of items per theme. With the four table successors they fill a list of 20, so HR@20 can reach 1."""
 SUCCESSOR_SHARES = (0.5, 0.25, 0.15, 0.1)
-"""How often each of the successors of the transition table is taken."""
+"""Probability of each successor in the transition table."""
 CHUNK_SESSIONS = 1 << 16
-"""Sessions made from one random stream. Part of the format of a seed: another value makes other sessions."""
+"""Sessions per random stream. Another value gives other sessions for the same seed."""
 SHORTEST_SESSION = 5
 
 
@@ -47,18 +47,18 @@ _MAKERS = _words("Acorn Bolt Crest Delta Everly Fable Grant Hollis Inkwell Juno 
 
 @dataclass(frozen=True)
 class Planted:
-    """The planted rules.
+    """Transition rules of the synthetic data.
 
     Attributes:
-        text_share: Probability that a step follows the title of the item before instead of the transition table.
-        mean_length: Mean clicks of a session.
-        seed: Seed of everything.
-        theme_V: The theme an item belongs to: the first word of its title.
-        pointer_V: The theme an item leads to: the last word of its title.
-        successors_VF: Table successors, distinct, likeliest first. Only common items are successors.
-        common: The items that are somebody's successor and may open a session; the others are rare.
+        text_share: Probability that a step follows the title of the previous item instead of the transition table.
+        mean_length: Mean clicks per session.
+        seed: Seed of all draws.
+        theme_V: Theme of each item, which is the first word of its title.
+        pointer_V: Theme of the items that follow each item by title, which is the last word of its title.
+        successors_VF: Distinct successors in the transition table, most likely first. All of them are common items.
+        common: Items that may be successors and first clicks. The others are rare.
         members_V: Items sorted by theme.
-        theme_offsets_G1: Where each theme starts in `members_V`.
+        theme_offsets_G1: Offset of each theme in `members_V`.
     """
 
     text_share: float
@@ -73,12 +73,12 @@ class Planted:
 
     @property
     def num_items(self) -> int:
-        """Items in the catalogue."""
+        """Number of items."""
         return len(self.theme_V)
 
     @property
     def theme_sizes_G(self) -> Ints:
-        """Items of each theme."""
+        """Number of items of each theme."""
         return np.diff(self.theme_offsets_G1)
 
 
@@ -86,12 +86,12 @@ def plant(items: int, mean_length: float, text_share: float, rare_share: float, 
     """Draws the rules.
 
     Args:
-        items: Catalogue size, at least 32.
-        mean_length: Mean clicks of a session, at least 2.
-        text_share: Share of the steps that only the title explains.
-        rare_share: Share of the items that the table never leads to and that never open a session: they are reached
-            through text only.
-        seed: Seed.
+        items: Number of items, at least 32.
+        mean_length: Mean clicks per session, at least 2.
+        text_share: Share of the steps that only titles explain.
+        rare_share: Share of items that are neither successors in the transition table nor first clicks, and so are
+            reached through titles only.
+        seed: Seed of all draws.
     """
     rng = np.random.default_rng([seed, 0])
     themes = -(-items // THEME_SIZE)
@@ -114,11 +114,11 @@ def plant(items: int, mean_length: float, text_share: float, rare_share: float, 
 
 
 def sessions(world: Planted, count: int) -> Iterator[tuple[Ints, Ints, Ints]]:
-    """Walks `count` sessions through the world, by chunks of `CHUNK_SESSIONS`.
+    """Draws `count` sessions in chunks of `CHUNK_SESSIONS`.
 
     Yields:
-        items_L (item numbers, session after session), offsets_B1 (where each session starts) and timestamps_L (seconds,
-        rising within a session).
+        items_L (item indices of all sessions, concatenated), offsets_B1 (offset of each session) and timestamps_L
+        (seconds, increasing within a session).
     """
     for chunk, first in enumerate(range(0, count, CHUNK_SESSIONS)):
         rng = np.random.default_rng([world.seed, 1, chunk])
@@ -128,7 +128,7 @@ def sessions(world: Planted, count: int) -> Iterator[tuple[Ints, Ints, Ints]]:
 def _chunk(world: Planted, size: int, rng: np.random.Generator) -> tuple[Ints, Ints, Ints]:
     shortest = min(SHORTEST_SESSION, int(world.mean_length))
     lengths_B = shortest + rng.poisson(world.mean_length - shortest, size=size)
-    # Longest first, so that the sessions still walking at step t are always a prefix: no masks in the loop.
+    # Longest first, so that the sessions still active at step t are a prefix, which needs no mask.
     order_B = np.argsort(-lengths_B, kind="stable")
     active_T = size - np.searchsorted(np.sort(lengths_B), np.arange(lengths_B.max()), side="right")
     walked_TB = np.zeros((len(active_T), size), dtype=np.int64)
@@ -146,7 +146,7 @@ def _chunk(world: Planted, size: int, rng: np.random.Generator) -> tuple[Ints, I
 
 
 def next_items(world: Planted, previous_B: Ints, rng: np.random.Generator) -> Ints:
-    """Draws the click after each of `previous_B`: by the title with probability `text_share`, else by the table."""
+    """Draws the click after each of `previous_B`, by title with probability `text_share`, else by the table."""
     by_text_B = rng.random(len(previous_B)) < world.text_share
     draw_B = rng.random(len(previous_B))
     pointer_B = world.pointer_V[previous_B]
@@ -157,7 +157,7 @@ def next_items(world: Planted, previous_B: Ints, rng: np.random.Generator) -> In
 
 
 def theme_word(theme: int) -> str:
-    """The word that names a theme in titles; unlike numbers give unlike words."""
+    """The word of a theme in titles; distinct for distinct numbers."""
     word = _NOUNS[theme % len(_NOUNS)]
     while theme := theme // len(_NOUNS):
         word += _NOUNS[theme % len(_NOUNS)].lower()
@@ -167,12 +167,12 @@ def theme_word(theme: int) -> str:
 def item_texts(world: Planted, shuffle_titles: bool) -> dict[str, list[str]]:
     """Columns of items.parquet.
 
-    Only the title carries the rule: "Harbor soft lamp and tray for Meadow" is of theme Harbor and leads to theme
-    Meadow. Category, brand and description are drawn apart from it: no side feature by id can stand in for reading.
+    Only the title follows the rules: "Harbor soft lamp and tray for Meadow" has theme Harbor and leads to theme Meadow.
+    Category, brand and description are independent of it, so side features cannot replace the title.
 
     Args:
         world: The rules.
-        shuffle_titles: Deals the same titles out to the items at random: the control where reading is of no use.
+        shuffle_titles: Randomly permutes the titles among the items, as a control in which titles are uninformative.
     """
     rng = np.random.default_rng([world.seed, 2])
     count = world.num_items
@@ -198,22 +198,22 @@ def item_texts(world: Planted, shuffle_titles: bool) -> dict[str, list[str]]:
 
 
 def oracle_hit_rate(world: Planted, count: int, k: int = 20) -> dict[str, float]:
-    """Expected HR@k at the last click of the sessions for perfect predictors that know more and more.
+    """Expected HR@k of the last click of the sessions, for optimal predictors with increasing knowledge.
 
-    All of them know the transition table. What they learn from, as in a leave-one-out split, are the clicks before the
-    last two of each session. A slot left over goes to an item not known to follow, and counts with its chance of being
-    right.
+    All predictors know the transition table. As in a leave-one-out split, they learn from all clicks except the last
+    two of each session. Remaining list positions are filled with random other items, which count with their probability
+    of being correct.
 
     Args:
         world: The rules.
-        count: Sessions, as given to `sessions`.
+        count: Number of sessions, as given to `sessions`.
         k: List length.
 
     Returns:
-        "table": the transition table alone; "pairs": also each text-made pair of items seen in training, which is what
-        co-occurrence counts (item-kNN, Markov chains) can know; "ids": also all that follows from these pairs by
-        flawless reasoning (who has a successor in common leads to the same theme), a bound that no model without text
-        can beat; "ids_and_text": reads titles.
+        Hit rate by predictor. "table": knows the transition table only. "pairs": also knows the pairs of the title rule
+        observed in training, as co-occurrence models do (item-kNN, Markov chains). "ids": also knows everything that
+        can be inferred from these pairs (items with a common successor lead to the same theme), an upper bound for
+        models without text. "ids_and_text": also knows the titles.
     """
     pairs, last_counts_V = _training_pairs(world, count)
     known = {
@@ -227,14 +227,14 @@ def oracle_hit_rate(world: Planted, count: int, k: int = 20) -> dict[str, float]
 
 
 def _training_pairs(world: Planted, count: int) -> tuple[Ints, Ints]:
-    """Distinct training pairs (item, next) of the text rule [2, P], and how often each item is last but one [V]."""
+    """Distinct training pairs (item, next item) of the title rule [2, P], and counts [V] as second-to-last click."""
     codes: list[Ints] = []
     last_counts_V = np.zeros(world.num_items, dtype=np.int64)
     for items_L, offsets_B1, _ in sessions(world, count):
         last_counts_V += np.bincount(items_L[offsets_B1[1:] - 2], minlength=world.num_items)
         trained_L = np.ones(len(items_L), dtype=bool)
         for back in (1, 2, 3):
-            # A pair starts at a click that has its successor before the two held-out clicks.
+            # The successor of a pair must be before the two held-out clicks.
             trained_L[np.maximum(offsets_B1[1:] - back, offsets_B1[:-1])] = False
         start = np.flatnonzero(trained_L)
         previous, following = items_L[start], items_L[start + 1]
@@ -247,7 +247,7 @@ def _training_pairs(world: Planted, count: int) -> tuple[Ints, Ints]:
 
 
 def _rank_in_theme(world: Planted) -> Ints:
-    """Place of each item among the members of its theme."""
+    """Rank of each item among the members of its theme."""
     rank_V = np.empty(world.num_items, dtype=np.int64)
     rank_V[world.members_V] = np.arange(world.num_items) - np.repeat(world.theme_offsets_G1[:-1], world.theme_sizes_G)
     return rank_V
@@ -260,12 +260,12 @@ def _seen_members(world: Planted, pairs: Ints) -> NDArray[np.bool_]:
 
 
 def _deducible_members(world: Planted, pairs: Ints) -> NDArray[np.bool_]:
-    """Which members of the theme an item leads to hang together with it in the graph of observed pairs."""
+    """Members of the next theme of each item that are connected to the item in the graph of observed pairs."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     count = world.num_items
-    # An item is two nodes: one that leads somewhere, one that is led to.
+    # Each item is two nodes: one as the first of a pair, one as the second.
     graph = coo_array(
         (np.ones(pairs.shape[1], dtype=np.int8), (pairs[0], pairs[1] + count)), shape=(2 * count, 2 * count)
     )
@@ -278,7 +278,7 @@ def _deducible_members(world: Planted, pairs: Ints) -> NDArray[np.bool_]:
 
 
 def _hit_rate(world: Planted, known: NDArray[np.bool_], k: int) -> Floats:
-    """Chance [V] that an item's successor stands in the best list of k, given the known members of its next theme."""
+    """Probability [V] that the best list of k has the item's successor, given the known members of its next theme."""
     sizes_V = world.theme_sizes_G[world.pointer_V]
     each_V = world.text_share / sizes_V
     follows_theme_VF = world.theme_V[world.successors_VF] == world.pointer_V[:, None]

@@ -1,4 +1,4 @@
-"""Reading dumps as they come: plain or gzipped text, delimited or one JSON object a line, with HTML in the texts."""
+"""Reads dumps: plain or gzipped text, delimited or one JSON object per line, with HTML in the texts."""
 
 import csv
 import gzip
@@ -14,14 +14,14 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
 def require_file(path: str | Path, option: str) -> Path:
-    """The path of an existing file.
+    """Checks that a file exists.
 
     Args:
-        path: As the user gave it.
-        option: The option it was given with, for the message.
+        path: Path of the file.
+        option: Command-line option that named it, for the message.
 
     Raises:
-        UserError: There is no such file.
+        UserError: The file does not exist.
     """
     file = Path(path)
     if not file.is_file():
@@ -30,14 +30,14 @@ def require_file(path: str | Path, option: str) -> Path:
 
 
 def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]:
-    """Lines of a text file that are not blank, with their numbers from 1; a name ending in .gz is decompressed.
+    """Yields the non-blank lines of a text file with their numbers from 1. Decompresses files named *.gz.
 
     Args:
-        path: The file.
-        encoding: Its encoding.
+        path: Path of the file.
+        encoding: Encoding of the file.
 
     Raises:
-        UserError: The file is cut off, not gzip though named so, or of another encoding.
+        UserError: The gzip data is damaged, or the file has another encoding.
     """
     number = 0
     try:
@@ -52,10 +52,10 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
 
 
 def clean_text(text: object) -> str | None:
-    """One line of plain text: HTML entities decoded, tags dropped, blanks collapsed; None where nothing is left.
+    """One line of plain text: HTML entities decoded, tags removed, white space collapsed; None if nothing is left.
 
     Args:
-        text: A string; None and anything else become None.
+        text: A string. Any other object gives None.
     """
     if not isinstance(text, str):
         return None
@@ -74,14 +74,14 @@ def identifier(name: str) -> str:
 
 
 def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header: bool, quotes: bool) -> str:
-    """A DuckDB table expression of a delimited file, all columns strings, empty fields null.
+    """A DuckDB table expression of a delimited file. All columns are strings; empty fields are null.
 
     Args:
-        path: The file.
-        columns: Names of all its columns, in order.
-        delimiter: What stands between fields, up to four bytes.
+        path: Path of the file.
+        columns: Names of all columns, in order.
+        delimiter: Field separator, up to four bytes.
         header: Whether the first line is a header.
-        quotes: Whether fields may stand in double quotes.
+        quotes: Whether fields may be quoted with double quotes.
     """
     types = ", ".join(f"{quote(name)}: 'VARCHAR'" for name in columns)
     # Blank lines before the header.
@@ -94,10 +94,10 @@ def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header:
 
 
 def json_sql(path: Path, fields: Sequence[str]) -> str:
-    """A DuckDB table expression of some fields of a file with one JSON object a line, all as strings.
+    """A DuckDB table expression of some fields of a file with one JSON object per line, all as strings.
 
     Args:
-        path: The file.
+        path: Path of the file.
         fields: Names of the fields.
     """
     types = ", ".join(f"{identifier(name)}: 'VARCHAR'" for name in fields)
@@ -108,40 +108,40 @@ def read_header(path: Path, delimiter: str) -> list[str]:
     """Column names of a delimited file.
 
     Args:
-        path: The file.
-        delimiter: One character.
+        path: Path of the file.
+        delimiter: Field separator, one character.
 
     Raises:
-        UserError: The file is empty, its lines cannot be told, or a name stands there twice, in whatever case.
+        UserError: The file is empty, its header cannot be parsed, or a name occurs twice, ignoring case.
     """
     first = next(read_lines(path, "utf-8-sig"), None)
     if first is None:
-        raise UserError(f"{path} is empty; give a file whose first line names the columns")
+        raise UserError(f"{path} is empty; give a file with a header line")
     try:
         names = [name.strip() for name in next(csv.reader([first[1]], delimiter=delimiter))]
     except csv.Error as error:
         raise UserError(f"{path}: line {first[0]}: {error}; end each line with a line feed") from None
-    # Columns are read by a database, to which case makes no difference.
+    # DuckDB ignores the case of column names.
     folded = [name.casefold() for name in names]
     for name in names:
         if folded.count(name.casefold()) > 1:
-            raise UserError(f"{path}: column {name!r} stands twice in the first line; rename one")
+            raise UserError(f"{path}: column {name!r} occurs twice in the header; rename one")
     return names
 
 
 def require_columns(path: Path, present: Sequence[str], wanted: dict[str, str]) -> None:
-    """Checks that the columns a user named are there.
+    """Checks that a file has the columns that the user named.
 
     Args:
-        path: The file, for the message.
-        present: Its columns.
-        wanted: Option to column name.
+        path: Path of the file, for the message.
+        present: Columns of the file.
+        wanted: Column name by command-line option.
 
     Raises:
-        UserError: One is not there; the message names the nearest one.
+        UserError: A column is missing. The message suggests the closest name.
     """
     for option, name in wanted.items():
         if name not in present:
             raise UserError(
-                f"{path} has no column {name!r} ({option}), or --delimiter is not right{did_you_mean(name, present)}"
+                f"{path} has no column {name!r} ({option}), or --delimiter is wrong{did_you_mean(name, present)}"
             )

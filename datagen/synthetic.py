@@ -1,9 +1,9 @@
-"""Synthetic sessions with two planted rules: one that ids can learn, one that only the titles tell.
+"""Synthetic sessions with two rules: one that ids can learn, and one that only titles reveal.
 
     python -m datagen.synthetic --output data/synthetic
 
 With probability 1 - text_share the next item comes from a table of four successors per item. With probability
-text_share it is drawn evenly among the up to 16 items whose title starts with the last word of the title before.
+text_share it is drawn uniformly from the up to 16 items whose title starts with the last word of the previous title.
 """
 
 import logging
@@ -17,30 +17,32 @@ from llmgr_rec.errors import UserError
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and writes the folder."""
     parser = make_parser("datagen.synthetic", "Writes synthetic interactions.parquet and items.parquet.")
-    parser.add_argument("--output", type=str, required=True, help="folder to make")
-    parser.add_argument("--sessions", type=int, default=2000, help="number of sessions (one user each)")
+    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
+    parser.add_argument("--sessions", type=int, default=2000, help="number of sessions, each of one user")
     parser.add_argument("--items", type=int, default=500, help="catalogue size, at least 32")
-    parser.add_argument("--mean_length", type=float, default=9.0, help="mean clicks of a session, at least 2")
+    parser.add_argument("--mean_length", type=float, default=9.0, help="mean clicks per session, at least 2")
     parser.add_argument(
         "--text_share", type=float, default=0.5, help="share of the steps that only titles explain, 0 to 1"
     )
     parser.add_argument(
         "--rare_share", type=float, default=0.3, help="share of the items reached through text only, 0 to 0.9"
     )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes")
+    parser.add_argument("--seed", type=int, default=0, help="seed; the same seed gives the same bytes")
     parser.add_argument(
-        "--shuffle_titles", action="store_true", help="control: same sessions, titles dealt out at random"
+        "--shuffle_titles", action="store_true", help="control: the same sessions with randomly permuted titles"
     )
-    parser.add_argument("--oracle", action="store_true", help="print the best reachable HR@20 with and without titles")
+    parser.add_argument(
+        "--oracle", action="store_true", help="print the maximum expected HR@20 with and without titles"
+    )
     args = parse_args(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Namespace has methods of its own (items, ...), so settings are read as a dictionary.
+    # A dictionary, because Namespace has methods named like settings (items).
     settings = args.as_dict()
     output, shuffle_titles, oracle = (settings.pop(name) for name in ("output", "shuffle_titles", "oracle"))
     generate(output, shuffle_titles=shuffle_titles, **settings)
     if oracle:
         rates = oracle_hit_rate(**settings)
-        print("best reachable HR@20: " + ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()))
+        print("maximum expected HR@20: " + ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()))
 
 
 def generate(

@@ -1,16 +1,16 @@
-"""`python -m llmgr_rec.prepare`: raw logs and an item file in, a data set folder out."""
+"""`python -m llmgr_rec.prepare`: makes a data set from interaction logs and an item file."""
 
 from collections.abc import Sequence
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 
-_DESCRIPTION = """Prepares a data set: filters (k-core), splits, and writes sessions as item indices, out of core."""
+_DESCRIPTION = """Prepares a data set: k-core filter, split, sessions as lists of item indices. Works out of core."""
 
-# Written bare on the command line, unlike the boolean settings that jsonargparse derives from a dataclass.
+# Flags without a value, unlike the boolean options that jsonargparse derives from a dataclass.
 _FLAGS = {
-    "split_prefix": "Predefined split by the start of the user or session name, even where there is a split column.",
-    "keep_unseen_items": "Keep catalogue items that no kept interaction names.",
+    "split_prefix": "Take the predefined split from the prefix of the user or session name, not from a column.",
+    "keep_unseen_items": "Keep catalogue items without interactions.",
 }
 
 
@@ -18,10 +18,10 @@ def main(argv: Sequence[str]) -> None:
     """Runs the entry point.
 
     Args:
-        argv: Command-line arguments without the program's name.
+        argv: Command-line arguments without the program name.
 
     Raises:
-        UserError: Arguments or input are wrong.
+        UserError: An argument or the input is invalid.
     """
     parser = make_parser("llmgr_rec.prepare", _DESCRIPTION)
     parser.add_class_arguments(PrepareSettings, skip=set(_FLAGS))
@@ -37,10 +37,11 @@ def main(argv: Sequence[str]) -> None:
     examples = ", ".join(f"{split} {manifest.num_examples[split]:,}" for split in manifest.prefix_augmentation)
     note = f" (with their prefixes: {examples} examples)" if examples else ""
     clicks = f"{manifest.num_clicks['kept']:,} of {manifest.num_clicks['read']:,} clicks kept"
-    out = manifest.held_out
+    counts = manifest.held_out
     held_out = (
-        f", {out['items']:,} items held out of training ({out['clicks']:,} clicks, {out['sessions']:,} sessions lost)"
-        if out
+        f", {counts['items']:,} items held out of training (without {counts['clicks']:,} clicks, "
+        f"{counts['sessions']:,} sessions)"
+        if counts
         else ""
     )
     print(f"{settings.output}: {clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}{held_out}")

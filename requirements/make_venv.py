@@ -1,7 +1,7 @@
-"""Builds a virtual environment from a full lock, once, and never leaves a half-built one that looks complete.
+"""Builds a virtual environment from a lock file. An interrupted build is never taken for a complete one.
 
-`make venv` calls it before every other target; when nothing changed it returns in a tenth of a second. It runs on any
-Python 3, so that an old one can still say what is missing: hence no annotations and no newer syntax here.
+The targets of the Makefile call it first. If nothing changed it returns in a tenth of a second. It runs on any
+Python 3, so that an old interpreter can report what is missing: no annotations and no newer syntax here.
 """
 
 import argparse
@@ -20,41 +20,42 @@ PROBE = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
 class SetupError(Exception):
-    """What the user can mend, in one line."""
+    """An error that the user can fix, in one line."""
 
 
-def find_python(candidates, named):
-    """The first interpreter that is new enough and can make virtual environments.
+def find_python(candidates, requested):
+    """Finds the first interpreter that is new enough and can create virtual environments.
 
     Args:
-        candidates: Program names, best first.
-        named: The one that the user asked for, or "" to choose among the candidates.
+        candidates: Program names, in order of preference.
+        requested: Interpreter requested by the user, or "" to choose among the candidates.
 
     Raises:
-        SetupError: There is none; the text says what to install.
+        SetupError: There is no such interpreter. The message says what to install.
     """
-    found, bare = [], ""
-    for name in [named] if named else candidates:
-        version = _ask(name, PROBE)
+    too_old, without_venv = [], ""
+    for name in [requested] if requested else candidates:
+        version = _run_code(name, PROBE)
         if version is None:
             continue
-        found.append("%s is %s" % (name, version))
         if tuple(int(part) for part in version.split(".")) < OLDEST:
+            too_old.append("%s is %s" % (name, version))
             continue
-        if _ask(name, "import venv, ensurepip") is None:
-            bare = bare or "%s (%s) lacks the venv module; mend: apt install python3-venv" % (name, version)
+        if _run_code(name, "import venv, ensurepip") is None:
+            error = "%s (%s) lacks the venv module; fix: apt install python3-venv" % (name, version)
+            without_venv = without_venv or error
             continue
         return name
-    if bare:
-        raise SetupError(bare)
+    if without_venv:
+        raise SetupError(without_venv)
     raise SetupError(
-        "Python 3.11 or newer is needed, found %s; mend: apt install python3.11 python3.11-venv, or give PYTHON=..."
-        % ("only " + ", ".join(found) if found else "none" + (" called " + named if named else ""))
+        "Python 3.11 or newer is needed, found %s; fix: apt install python3.11 python3.11-venv, or give PYTHON=..."
+        % ("only " + ", ".join(too_old) if too_old else "none" + (" called " + requested if requested else ""))
     )
 
 
-def _ask(program, code):
-    """What a Python program prints for a piece of code, None when it does not run."""
+def _run_code(program, code):
+    """Output of code run by an interpreter, or None if it fails."""
     try:
         done = subprocess.run([program, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     except OSError:
@@ -63,7 +64,7 @@ def _ask(program, code):
 
 
 def fingerprint(*paths):
-    """Hash of some files' contents."""
+    """Hash of the contents of files."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -72,7 +73,7 @@ def fingerprint(*paths):
 
 
 def read_stamp(venv):
-    """What a finished build wrote down; {} when none finished, or when the folder was moved since."""
+    """The stamp of a finished build; {} if none finished, or if the folder was moved."""
     try:
         with open(os.path.join(venv, "complete.json")) as file:
             stamp = json.load(file)
@@ -84,7 +85,7 @@ def read_stamp(venv):
 
 
 def write_stamp(venv, stamp):
-    """Marks a build as finished, all or nothing."""
+    """Marks a build as finished, atomically."""
     partial = os.path.join(venv, "complete.json.tmp")
     with open(partial, "w") as file:
         json.dump(dict(stamp, path=venv), file)
@@ -92,16 +93,16 @@ def write_stamp(venv, stamp):
 
 
 def build(venv, lock, torch_index, python):
-    """Brings the environment up to date with the lock and with this project's metadata.
+    """Updates the environment to the lock file and the metadata of this project.
 
     Args:
         venv: Absolute path of the environment.
-        lock: Path of the lock.
-        torch_index: Address of a further package index that has torch's CPU wheels, or "".
-        python: Interpreter that the user asked for, or "".
+        lock: Path of the lock file.
+        torch_index: URL of an extra package index with CPU wheels of torch, or "".
+        python: Interpreter requested by the user, or "".
 
     Raises:
-        SetupError: No fitting Python, a failed installation or a broken result.
+        SetupError: No suitable Python was found, the installation failed, or the result does not work.
     """
     wanted = {"lock": fingerprint(lock), "project": fingerprint(os.path.join(ROOT, "pyproject.toml"))}
     stamp = read_stamp(venv)
@@ -111,17 +112,17 @@ def build(venv, lock, torch_index, python):
         print("Building %s from %s with %s" % (venv, lock, found), flush=True)
         if os.path.isdir(venv):
             shutil.rmtree(venv)
-        _run([found, "-m", "venv", venv], "could not make %s" % venv)
-        further = ["--extra-index-url", torch_index] if torch_index else []
+        _run([found, "-m", "venv", venv], "could not create %s" % venv)
+        index = ["--extra-index-url", torch_index] if torch_index else []
         pip = [inner, "-m", "pip", "--disable-pip-version-check", "install"]
-        _run([*pip, "--no-deps", "-r", lock, *further], "pip could not install %s; see its message above" % lock)
+        _run([*pip, "--no-deps", "-r", lock, *index], "pip could not install %s; see its message above" % lock)
         stamp = {}
     if stamp.get("project") != wanted["project"]:
-        # "compat" puts this folder on the path as a whole, so that packages added later are found, too.
+        # "compat" adds this folder to the path, so that packages added later are found, too.
         pip = [inner, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         editable = ["--no-build-isolation", "--config-settings", "editable_mode=compat", "--editable", ROOT]
         _run([*pip, "--no-deps", *editable], "pip could not install this project")
-        _run([inner, "-m", "llmgr_rec.doctor", "--core"], "the environment does not work; the remedy stands above")
+        _run([inner, "-m", "llmgr_rec.doctor", "--core"], "the environment does not work; see the fix above")
         write_stamp(venv, wanted)
 
 
@@ -132,17 +133,17 @@ def _run(command, failure):
 
 
 def main():
-    """Builds the environment; one builder at a time, a second one waits and finds it finished."""
+    """Builds the environment. A second process waits for the first one and finds the environment finished."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--venv", default=os.path.join(ROOT, ".venv"), help="folder of the environment")
-    parser.add_argument("--lock", default=os.path.join("requirements", "cpu.txt"), help="lock to install")
-    parser.add_argument("--torch-index", default="", help="further package index, for torch's CPU wheels")
-    parser.add_argument("--python", default="", help="interpreter to build with, instead of the first fitting one")
+    parser.add_argument("--lock", default=os.path.join("requirements", "cpu.txt"), help="lock file to install")
+    parser.add_argument("--torch-index", default="", help="extra package index with CPU wheels of torch")
+    parser.add_argument("--python", default="", help="interpreter to use, instead of the first suitable one")
     args = parser.parse_args()
     venv = os.path.abspath(args.venv)
     try:
-        with open(venv + ".lock", "w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+        with open(venv + ".lock", "w") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
             build(venv, args.lock, args.torch_index, args.python)
     except (SetupError, OSError) as error:
         sys.exit("error: %s" % error)

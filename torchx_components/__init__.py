@@ -1,1 +1,1 @@
-"""TorchX components and the driver that runs them one after the other."""
+"""TorchX components, and a driver that runs all steps in sequence."""

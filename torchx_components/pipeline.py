@@ -1,11 +1,11 @@
-"""`python -m torchx_components.pipeline`: the whole way from logs to report, one documented command after the other.
+"""`python -m torchx_components.pipeline`: runs all steps from logs to report in sequence.
 
     python -m torchx_components.pipeline --output runs/demo
     python -m torchx_components.pipeline --data FOLDER --output runs/shop --config quickstart -- --llm.num_layers 6
 
-Every command is printed before it runs, so that each can be repeated by hand. A step whose result is there is skipped,
-an interrupted one is continued or repeated: the same command goes on where the last one stopped. TorchX itself has no
-runner for steps that follow each other; roles of one application start together.
+Each command is printed before it runs, so that it can be repeated by hand. A step whose result exists is skipped, and
+an interrupted step is resumed or repeated, so the same command continues where the last one stopped. TorchX has no
+runner for sequential steps: all roles of an application start at once.
 """
 
 import argparse
@@ -34,17 +34,17 @@ STOP_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Step:
-    """One command and the file that proves that it ended well.
+    """A command, and the file that marks it as complete.
 
     Args:
-        name: What the step is called.
+        name: Name of the step.
         command: Program and arguments.
-        product: Exists exactly when the step is complete, because every step renames its finished result into place.
+        result: File that exists if and only if the step is complete, because each step renames its finished result.
     """
 
     name: str
     command: list[str]
-    product: Path
+    result: Path
 
 
 def plan_steps(
@@ -53,21 +53,20 @@ def plan_steps(
     """All steps of a pipeline, in order.
 
     Args:
-        data: Folder with interactions.parquet and items.parquet; None takes MovieLens-100K.
-        output: Folder for everything that is made.
-        config: Recipe name or YAML file of the training.
-        ranks: Training processes on this machine.
-        train_arguments: Further arguments of the trainer.
+        data: Folder with interactions.parquet and items.parquet; None uses MovieLens-100K.
+        output: Folder for all results.
+        config: Recipe name or YAML file for training.
+        ranks: Number of training processes on this machine.
+        train_arguments: Further arguments of llmgr_rec.train.
 
     Raises:
-        UserError: A setting or an argument of the trainer is wrong.
+        UserError: A setting or a training argument is invalid.
     """
     arguments, settings = parse_arguments(["--config", config, *train_arguments])
     if arguments.output or arguments.dataset:
-        raise UserError("--output and --dataset of the trainer are this command's to give; leave them out after --")
+        raise UserError("--output and --dataset of the trainer are set by this command; remove them after --")
     last_stage = trained_stages(settings)[-1] if arguments.stage == "all" else arguments.stage
     dataset, run, metrics = output / "dataset", output / "run", output / "run" / "metrics.json"
-    shown = ("--dataset", dataset, "--scores", output / "scores")
     steps = []
     if data is None:
         data = output / "raw"
@@ -90,7 +89,11 @@ def plan_steps(
         ),
         Step(
             "report",
-            _module("llmgr_rec.report", "--run", run, *shown, "--output", output / "report"),
+            _module(
+                "llmgr_rec.report",
+                *("--run", run, "--dataset", dataset, "--scores", output / "scores"),
+                *("--output", output / "report"),
+            ),
             output / "report" / "index.html",
         ),
     ]
@@ -101,9 +104,9 @@ def _module(name: str, *arguments: str | Path) -> list[str]:
     return ["python", "-m", name, *map(str, arguments)]
 
 
-def _train_command(dataset: Path, run: Path, config: str, ranks: int, further: Sequence[str]) -> list[str]:
+def _train_command(dataset: Path, run: Path, config: str, ranks: int, more: Sequence[str]) -> list[str]:
     launch = ["torchx", "run", "-s", "local_cwd", "dist.ddp", "-j", f"1x{ranks}", "-m", "llmgr_rec.train", "--"]
-    arguments = ["--config", config, "--dataset", str(dataset), "--output", str(run), *further]
+    arguments = ["--config", config, "--dataset", str(dataset), "--output", str(run), *more]
     started = run.is_dir() and any(run.iterdir())
     return [*launch, *arguments, *(["--resume"] if started else [])]
 
@@ -113,31 +116,33 @@ def run_steps(steps: Sequence[Step], run: Callable[[Sequence[str]], int]) -> Non
 
     Args:
         steps: All steps in order.
-        run: Runs one command and returns its exit code.
+        run: Function that runs a command and returns its exit code.
 
     Raises:
         UserError: A step failed.
     """
     for number, step in enumerate(steps, start=1):
         title = f"[{number}/{len(steps)}] {step.name}"
-        if step.product.exists():
-            print(f"{title}: done already ({step.product})", flush=True)
+        if step.result.exists():
+            print(f"{title}: already done ({step.result})", flush=True)
             continue
         print(f"{title}\n  $ {shlex.join(step.command)}", flush=True)
         start = time.monotonic()
         code = run(step.command)
-        if code != 0 or not step.product.exists():
-            why = f"ended with code {code}" if code else f"left no {step.product}"
-            raise UserError(f"step {step.name} {why}; its messages stand above, the same command goes on from here")
+        if code != 0 or not step.result.exists():
+            failure = f"failed with exit code {code}" if code else f"did not write {step.result}"
+            raise UserError(
+                f"step {step.name} {failure}; see its messages above, run the same command again to continue"
+            )
         print(f"  {step.name} took {time.monotonic() - start:.0f} s", flush=True)
 
 
 def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs a command to its end; when this process is told to stop, the command is, too, and has time to tidy up."""
+    """Runs a command and returns its exit code. If this process is interrupted, the command is terminated first."""
     try:
         child = subprocess.Popen(command, env=environment)
     except FileNotFoundError:
-        raise UserError(f"program {command[0]} is not installed; python -m llmgr_rec.doctor tells the remedy") from None
+        raise UserError(f"program {command[0]} is not installed; run python -m llmgr_rec.doctor") from None
     try:
         return child.wait()
     except KeyboardInterrupt:
@@ -150,22 +155,26 @@ def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
 
 
 def child_environment(ranks: int) -> dict[str, str]:
-    """Environment of the steps: this interpreter's programs first, cores shared out, the terminal for progress bars."""
+    """Environment variables of the steps: program path, threads per rank, terminal for progress bars."""
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if sys.stderr.isatty():
-        # TorchX gives its children files for stdout and stderr; with this, their progress bars still reach the user.
+        # TorchX redirects stdout and stderr of its children to files, so progress bars need the terminal.
         environment.setdefault("LLMGR_TERMINAL", os.ttyname(sys.stderr.fileno()))
     return environment
 
 
 def claim_output(output: Path, settings: dict[str, str]) -> None:
-    """Makes the folder, or checks that what it holds was made with the same settings.
+    """Creates the folder, or checks that its content was made with the same settings.
+
+    Args:
+        output: Folder for all results.
+        settings: Data and settings of this run, by name.
 
     Raises:
-        UserError: The folder is something else, or was made from other data or settings.
+        UserError: The folder has other content, or was made from other data or settings.
     """
     note = output / "pipeline.json"
     if note.is_file():
@@ -175,12 +184,12 @@ def claim_output(output: Path, settings: dict[str, str]) -> None:
             name = changed[0]
             raise UserError(
                 f"{output} was made with {name} {before.get(name)}, not {settings[name]}; "
-                "name another folder (make demo RUN=...), or delete this one"
+                "give another folder (make demo RUN=...), or delete this one"
             )
         return
     require_writable(output, "RUN")
     if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} exists and was not made by this command; name another folder (make demo RUN=...)")
+        raise UserError(f"{output} exists and was not made by this command; give another folder (make demo RUN=...)")
     with atomic_write(note) as partial:
         partial.write_text(json.dumps(settings, indent=1))
 
@@ -189,11 +198,11 @@ def _check_input(data: Path | None) -> None:
     for name in INPUT_FILES if data else ():
         assert data is not None
         if not (data / name).is_file():
-            raise UserError(f"{data / name} does not exist; DATA is a folder with {' and '.join(INPUT_FILES)}")
+            raise UserError(f"{data / name} does not exist; DATA must be a folder with {' and '.join(INPUT_FILES)}")
 
 
-def _told_apart(config: str) -> str:
-    """A recipe's name; of a file also what it says, which may be edited between two calls."""
+def _identify_config(config: str) -> str:
+    """The name of a recipe; for a file also its hash, because it may be edited between two calls."""
     return f"{config} ({_fingerprint(Path(config))})" if Path(config).is_file() else config
 
 
@@ -210,30 +219,30 @@ def _stop(*_: object) -> None:
 
 
 def make_argument_parser() -> argparse.ArgumentParser:
-    """Arguments of the pipeline; what follows `--` goes to the trainer."""
+    """Parser of the command line before `--`; arguments after it go to the trainer."""
     parser = argparse.ArgumentParser(
         "python -m torchx_components.pipeline",
         description="Runs data, prepare, train, evaluate, score and report. Arguments after -- go to the trainer.",
     )
     parser.add_argument(
-        "--data", default="", help="folder with interactions.parquet and items.parquet; default MovieLens-100K"
+        "--data", default="", help="folder with interactions.parquet and items.parquet; default: MovieLens-100K"
     )
-    parser.add_argument("--output", required=True, help="folder for everything that is made")
+    parser.add_argument("--output", required=True, help="folder for all results")
     parser.add_argument("--config", default="quickstart", help="recipe name or YAML file")
-    parser.add_argument("--ranks", type=int, default=2, help="training processes")
+    parser.add_argument("--ranks", type=int, default=2, help="number of training processes")
     return parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Runs what is missing and prints the table.
+    """Runs the missing steps and prints the metrics.
 
     Raises:
-        UserError: Input, settings or a step are wrong.
+        UserError: The input or a setting is invalid, or a step failed.
     """
     words = list(argv)
-    cut = words.index("--") if "--" in words else len(words)
-    arguments = make_argument_parser().parse_args(words[:cut])
-    further = words[cut + 1 :]
+    separator = words.index("--") if "--" in words else len(words)
+    arguments = make_argument_parser().parse_args(words[:separator])
+    train_arguments = words[separator + 1 :]
     if arguments.ranks < 1:
         raise UserError(f"--ranks is {arguments.ranks}; give at least 1")
     data = Path(arguments.data) if arguments.data else None
@@ -243,10 +252,10 @@ def main(argv: Sequence[str]) -> None:
         "data": f"{data.resolve()} ({_fingerprint(*(data / name for name in INPUT_FILES))})"
         if data
         else "MovieLens-100K",
-        "config": _told_apart(arguments.config),
-        "training arguments": shlex.join(further) or "none",
+        "config": _identify_config(arguments.config),
+        "training arguments": shlex.join(train_arguments) or "none",
     }
-    steps = plan_steps(data, output, arguments.config, arguments.ranks, further)
+    steps = plan_steps(data, output, arguments.config, arguments.ranks, train_arguments)
     claim_output(output, settings)
     signal.signal(signal.SIGTERM, _stop)
     environment = child_environment(arguments.ranks)
@@ -254,8 +263,8 @@ def main(argv: Sequence[str]) -> None:
     metrics = read_metrics(output / "run" / "metrics.json")
     print("", format_table(metrics["test"]), *prior_notes(metrics.get("priors", {})), sep="\n")
     print(f"({metrics['count']:,} test sessions, {metrics['protocol']})\n")
-    for what, where in (("report", "report/index.html"), ("scores", "scores/"), ("trained run", "run/")):
-        print(f"{what + ':':<13}{output / where}")
+    for label, path in (("report", "report/index.html"), ("scores", "scores/"), ("trained run", "run/")):
+        print(f"{label + ':':<13}{output / path}")
 
 
 if __name__ == "__main__":

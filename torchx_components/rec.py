@@ -1,13 +1,13 @@
-"""TorchX components: each step of the way as an application for any TorchX scheduler.
+"""TorchX components: each step as an application for any TorchX scheduler.
 
-Installed, they are called by name; from a checkout, by file:
+If the package is installed they are called by name, from a checkout by file:
 
     torchx run -s local_cwd llmgr.train --nproc 2 -- --dataset DATASET --output RUN
     torchx run -s kubernetes torchx_components/rec.py:train --nnodes 4 -- --dataset /data/dataset --output /data/run
 
-TorchX 0.7.0 runs this file inside one of its own modules and reads the annotations as they stand: hence the old typing
-forms, no import of a neighbour and no `from __future__ import annotations`. Helpers have no return annotation, because
-whatever is annotated as an AppDef is taken for a component.
+TorchX 0.7.0 executes this file inside one of its own modules and evaluates the annotations itself. So this file uses
+the typing forms of Python 3.8, imports no other module of the package, and has no `from __future__ import annotations`.
+Helpers have no return annotation, because TorchX takes each function annotated with AppDef for a component.
 """
 
 from typing import Dict, List, Optional
@@ -15,13 +15,13 @@ from typing import Dict, List, Optional
 import torchx.specs as specs
 from torchx.components import dist
 
-# A rank that dies is restarted inside its pod. Without the second setting new ranks read the addresses of the old ones
-# from the agent's shared store, and two of five restarts fail or hang (measured with torch 2.13).
+# Dead ranks are restarted inside the pod. Without the second variable, new ranks read the addresses of dead ranks from
+# the store of the agent, and two of five restarts failed or hung (torch 2.13).
 RESTART_ENV = {"PET_MAX_RESTARTS": "2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def _torchrun(*args, **settings):  # type: ignore[no-untyped-def]
-    # Newer TorchX renames dist.ddp.
+    # Newer versions of TorchX rename dist.ddp.
     return getattr(dist, "torchrun", dist.ddp)(*args, **settings)
 
 
@@ -47,13 +47,13 @@ def prepare(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Turns interaction logs into a data set, in one process.
+    """Prepares a data set from interaction logs, in one process.
 
     Args:
         args: arguments for llmgr_rec.prepare (after --)
-        image: container image that holds llmgr_rec
-        cpu: CPUs
-        mem_mb: memory in MB; TorchX asks Kubernetes for 1024 MB less and sets it as the limit
+        image: container image with llmgr_rec
+        cpu: number of CPUs
+        mem_mb: memory limit in MB; TorchX requests 1024 MB less
         env: environment variables, as A=1,B=2
         mounts: shared storage, as type=volume,src=CLAIM,dst=/data
     """
@@ -74,21 +74,21 @@ def train(
     max_retries: int = 3,
     rdzv_port: int = 29500,
 ) -> specs.AppDef:
-    """Trains with torchrun: dead ranks restart in place, lost pods restart the job.
+    """Trains with torchrun. Dead ranks are restarted in their pod, lost pods restart the job.
 
     Args:
         args: arguments for llmgr_rec.train (after --)
-        nnodes: nodes, one pod each
-        nproc: ranks on each node; one for each GPU
-        image: container image that holds llmgr_rec
-        h: named resource of the cluster, wins over cpu, gpu and mem_mb
-        cpu: CPUs of each node
-        gpu: GPUs of each node
-        mem_mb: memory of each node in MB; TorchX asks Kubernetes for 1024 MB less and sets it as the limit
+        nnodes: number of nodes, one pod each
+        nproc: ranks per node; use one per GPU
+        image: container image with llmgr_rec
+        h: named resource of the cluster; overrides cpu, gpu and mem_mb
+        cpu: CPUs per node
+        gpu: GPUs per node
+        mem_mb: memory limit per node in MB; TorchX requests 1024 MB less
         env: environment variables, as A=1,B=2
         mounts: shared storage for data and checkpoints, as type=volume,src=CLAIM,dst=/data
-        max_retries: restarts of the whole job after a lost pod
-        rdzv_port: port on which the nodes find each other
+        max_retries: maximum number of job restarts after lost pods
+        rdzv_port: rendezvous port
     """
     return _torchrun(
         *args,
@@ -115,13 +115,13 @@ def evaluate(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Measures a run against the baselines, in one process.
+    """Evaluates a run and the baselines, in one process.
 
     Args:
         args: arguments for llmgr_rec.evaluate (after --)
-        image: container image that holds llmgr_rec
-        cpu: CPUs
-        mem_mb: memory in MB; TorchX asks Kubernetes for 1024 MB less and sets it as the limit
+        image: container image with llmgr_rec
+        cpu: number of CPUs
+        mem_mb: memory limit in MB; TorchX requests 1024 MB less
         env: environment variables, as A=1,B=2
         mounts: shared storage, as type=volume,src=CLAIM,dst=/data
     """
@@ -136,13 +136,13 @@ def score(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Scores a folder of sessions into a folder of top-K lists, in one process; run again, it goes on where it stopped.
+    """Writes top-K lists for a folder of sessions, in one process. An interrupted job continues when it is run again.
 
     Args:
         args: arguments for llmgr_rec.score (after --)
-        image: container image that holds llmgr_rec
-        cpu: CPUs
-        mem_mb: memory in MB; TorchX asks Kubernetes for 1024 MB less and sets it as the limit
+        image: container image with llmgr_rec
+        cpu: number of CPUs
+        mem_mb: memory limit in MB; TorchX requests 1024 MB less
         env: environment variables, as A=1,B=2
         mounts: shared storage, as type=volume,src=CLAIM,dst=/data
     """
@@ -157,13 +157,13 @@ def pipeline(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
 ) -> specs.AppDef:
-    """Runs the whole way, from logs to report, in one container; run again, it goes on after the last finished step.
+    """Runs all steps from logs to report in one container. Finished steps are skipped when it is run again.
 
     Args:
         args: arguments for torchx_components.pipeline (after --)
-        image: container image that holds llmgr_rec
-        cpu: CPUs
-        mem_mb: memory in MB; TorchX asks Kubernetes for 1024 MB less and sets it as the limit
+        image: container image with llmgr_rec
+        cpu: number of CPUs
+        mem_mb: memory limit in MB; TorchX requests 1024 MB less
         env: environment variables, as A=1,B=2
         mounts: shared storage, as type=volume,src=CLAIM,dst=/data
     """

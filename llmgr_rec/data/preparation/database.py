@@ -1,4 +1,4 @@
-"""A DuckDB database in a scratch file, with bounded memory: everything beyond it spills to disk."""
+"""A DuckDB database in a scratch file. Its memory is limited; what exceeds the limit spills to disk."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,19 @@ import pyarrow as pa
 
 from llmgr_rec.errors import UserError
 
-# Rows that leave DuckDB at a time.
+# Rows per batch of a streamed result.
 _BATCH_ROWS = 65536
 
 
 class Database:
     """A scratch database.
 
-    No step relies on the order in which DuckDB happens to keep rows: each query that needs an order asks for it. That
-    lets DuckDB run without order preservation, which saves memory.
+    Insertion order is not preserved, which saves memory. Each query that needs an order has an ORDER BY.
 
     Args:
-        folder: Existing folder for the database file and what spills.
+        folder: Existing folder for the database file and spilled data.
         memory_gb: Memory limit in GiB.
-        threads: Threads; 0 for one a core.
+        threads: Number of threads; 0 uses one per core.
     """
 
     def __init__(self, folder: Path, memory_gb: float, threads: int) -> None:
@@ -36,17 +35,17 @@ class Database:
         if threads:
             config["threads"] = threads
         self._connection = duckdb.connect(str(folder / "scratch.duckdb"), config=config)
-        # Times without a zone are not to be read by the machine's.
+        # Timestamps without a time zone are UTC, whatever the time zone of the machine.
         self._connection.execute("SET TimeZone = 'UTC'")
 
     def run(self, statement: str) -> list[tuple[Any, ...]]:
-        """Runs one statement to its end.
+        """Executes a statement.
 
         Args:
             statement: SQL.
 
         Returns:
-            All result rows; keep them few.
+            All rows of the result. Use `stream` for large results.
         """
         return self._connection.execute(statement).fetchall()
 
@@ -59,12 +58,12 @@ class Database:
         return self.run(query)[0][0]
 
     def stream(self, query: str) -> Iterator[pa.RecordBatch]:
-        """Result of a query in batches, without holding it as a whole.
+        """Yields the result of a query in batches, without holding all of it in memory.
 
         Args:
             query: SQL.
         """
-        # A cursor of its own, because DuckDB allows one open result a connection.
+        # A separate cursor, because DuckDB allows one open result per connection.
         with self._connection.cursor() as cursor:
             yield from cursor.sql(query).to_arrow_reader(_BATCH_ROWS)
 
@@ -74,23 +73,28 @@ class Database:
 
 
 @contextmanager
-def explained(doing: str) -> Iterator[None]:
-    """Turns what DuckDB and the file system report into a line for the user; errors in our SQL stay as they are.
+def user_errors(action: str) -> Iterator[None]:
+    """Converts errors of DuckDB and of the file system to one-line user errors.
+
+    Errors that point to a bug in the SQL of this package pass unchanged.
 
     Args:
-        doing: What was under way, as the start of the line.
+        action: Start of the message: what was being done.
+
+    Raises:
+        UserError: DuckDB ran out of memory, or a file could not be read or written.
     """
     try:
         yield
     except duckdb.OutOfMemoryException as error:
         raise UserError(
-            f"{doing}: DuckDB ran out of memory ({_first_line(error)}); raise --memory_gb or lower --threads"
+            f"{action}: DuckDB ran out of memory ({_first_line(error)}); raise --memory_gb or lower --threads"
         ) from None
     except (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException, duckdb.InternalException):
         raise
     except (duckdb.Error, OSError) as error:
         raise UserError(
-            f"{doing}: {_first_line(error)}; the file may be damaged (write or download it again) or the disk full"
+            f"{action}: {_first_line(error)}; the file may be damaged (write or download it again) or the disk full"
         ) from None
 
 

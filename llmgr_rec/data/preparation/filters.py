@@ -1,51 +1,51 @@
-"""Which clicks stay: the iterative k-core, and the catalogue that remains."""
+"""The iterative k-core filter, and the catalogue of the remaining items."""
 
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.errors import UserError
 
 
 def apply_core(database: Database, min_per_item: int, min_per_user: int) -> int:
-    """Deletes clicks of rare items and short users again and again until all that remain have enough.
+    """Deletes clicks of items and users with too few clicks, repeatedly, until all remaining ones have enough.
 
     Args:
         database: Scratch database with table events.
-        min_per_item: Fewest clicks of an item; 0 or 1 filters nothing.
-        min_per_user: Fewest clicks of a user; 0 or 1 filters nothing.
+        min_per_item: Minimum number of clicks per item; 0 or 1 disables the filter.
+        min_per_user: Minimum number of clicks per user; 0 or 1 disables the filter.
 
     Returns:
-        Clicks that remain.
+        Number of remaining clicks.
 
     Raises:
-        UserError: Nothing remains.
+        UserError: No click remains.
     """
     before = database.value("SELECT count(*) FROM events")
     if before == 0:
-        raise UserError("the input holds no click of a known item; check the item ids in both files")
-    limits = {column: least for column, least in (("item", min_per_item), ("user", min_per_user)) if least > 1}
-    deleted = sum(_delete_rare(database, column, least) for column, least in limits.items())
-    # With one limit alone a single pass is stable.
-    while deleted and len(limits) > 1:
-        deleted = sum(_delete_rare(database, column, least) for column, least in limits.items())
+        raise UserError("no click in the input names an item of the item file; check the item ids in both files")
+    minimums = {column: minimum for column, minimum in (("item", min_per_item), ("user", min_per_user)) if minimum > 1}
+    deleted = sum(_delete_rare(database, column, minimum) for column, minimum in minimums.items())
+    # With a single minimum, one pass is enough.
+    while deleted and len(minimums) > 1:
+        deleted = sum(_delete_rare(database, column, minimum) for column, minimum in minimums.items())
     after = int(database.value("SELECT count(*) FROM events"))
     if after == 0:
         raise UserError(
-            f"the k-core leaves none of {before:,} clicks: no group of users and items has {min_per_user} clicks a "
-            f"user and {min_per_item} an item; lower --min_interactions (0 switches it off)"
+            f"the k-core filter removes all {before:,} clicks: no set of users and items has {min_per_user} clicks per "
+            f"user and {min_per_item} per item; lower --min_interactions (0 disables the filter)"
         )
     return after
 
 
-def _delete_rare(database: Database, column: str, least: int) -> int:
-    rare = f'SELECT "{column}" FROM events GROUP BY "{column}" HAVING count(*) < {least}'
+def _delete_rare(database: Database, column: str, minimum: int) -> int:
+    rare = f'SELECT "{column}" FROM events GROUP BY "{column}" HAVING count(*) < {minimum}'
     return int(database.value(f'DELETE FROM events WHERE "{column}" IN ({rare})'))
 
 
 def number_items(database: Database, keep_unseen: bool) -> int:
-    """Makes table catalogue (key, index): the items that stay, numbered from 0 in the order of the item file.
+    """Creates table catalogue (key, index): the remaining items, numbered from 0 in the order of the item file.
 
     Args:
         database: Scratch database with tables items and events.
-        keep_unseen: Keep items that no click names.
+        keep_unseen: Keep items without clicks.
 
     Returns:
         Number of items.
@@ -57,8 +57,8 @@ def number_items(database: Database, keep_unseen: bool) -> int:
     return int(database.value("SELECT count(*) FROM catalogue"))
 
 
-def drop_silent_users(database: Database) -> None:
-    """Deletes the users that no click names any more.
+def drop_users_without_clicks(database: Database) -> None:
+    """Deletes users that have no clicks left.
 
     Args:
         database: Scratch database with tables users and events.

@@ -1,6 +1,6 @@
-"""Items that training never sees, so that what is recommended of them is recommended from their text.
+"""Items held out of training, to measure recommendations of items that are known by their text only.
 
-Shape suffixes: V items, U users of a block, L their clicks end to end.
+Shape suffixes: V items, U users of a block, L clicks of the block.
 """
 
 import numpy as np
@@ -14,20 +14,20 @@ Bools = npt.NDArray[np.bool_]
 
 
 def choose_held_out(database: Database, num_items: int, share: float, seed: int) -> Bools:
-    """Chooses items by the hash of their raw ids alone.
+    """Chooses the held-out items by a hash of their raw ids.
 
-    An item is held out where the last 8 bytes of md5("SEED:ITEM_ID"), the first of them the lowest, make a number below
-    share * 2^64. So neither the order of rows nor another item has a part in it, and a larger share holds out the same
-    items and more.
+    An item is held out if the last 8 bytes of md5("SEED:ITEM_ID"), as a little-endian integer, are below share * 2^64.
+    The choice does not depend on the order of rows or on other items, and a larger share adds items to the choice of a
+    smaller one.
 
     Args:
         database: Scratch database with tables items and catalogue.
-        num_items: Items in the catalogue.
-        share: Expected share of the items, 0 to below 1.
-        seed: Of the choice.
+        num_items: Number of items in the catalogue.
+        share: Expected share of held-out items, in [0, 1).
+        seed: Seed of the choice.
 
     Returns:
-        Whether each item is held out, [V].
+        Whether each item is held out, bool [V].
 
     Raises:
         UserError: The share is above 0, but no item is chosen.
@@ -35,7 +35,7 @@ def choose_held_out(database: Database, num_items: int, share: float, seed: int)
     held_out_V = np.zeros(num_items, np.bool_)
     if not share:
         return held_out_V
-    # md5, because it stays the same in every version of DuckDB.
+    # md5 is the same in all versions of DuckDB.
     chosen = database.stream(
         'SELECT c."index" FROM catalogue c JOIN items i USING (key) '
         f"WHERE md5_number_lower('{seed}:' || CAST(i.item_id AS VARCHAR)) < CAST({int(share * 2**64)} AS UBIGINT)"
@@ -50,11 +50,15 @@ def choose_held_out(database: Database, num_items: int, share: float, seed: int)
     return held_out_V
 
 
-class TrainingCut:
-    """Takes held-out items out of training sessions, and counts what that costs.
+class HeldOutFilter:
+    """Removes clicks on held-out items from training sessions, and counts what it removes.
 
     Args:
         held_out_V: Whether each item is held out.
+
+    Attributes:
+        clicks: Number of removed training clicks.
+        sessions: Number of training sessions left with fewer than two clicks.
     """
 
     def __init__(self, held_out_V: Bools) -> None:
@@ -63,23 +67,23 @@ class TrainingCut:
         self.sessions = 0
 
     def __call__(self, offsets_U1: Ints, items_L: Ints, end_U: Ints) -> tuple[Ints, Ints]:
-        """The training clicks of a block without held-out items.
+        """The training clicks of a block without those on held-out items.
 
         Args:
-            offsets_U1: Bounds of the users' clicks.
+            offsets_U1: Offsets of the users' clicks.
             items_L: Item indices.
-            end_U: One past each user's last training click.
+            end_U: Position after the last training click of each user.
 
         Returns:
-            Bounds [U + 1] and item indices of the clicks that stay; a user may be left with none.
+            Offsets [U + 1] and item indices of the remaining clicks. A user may have none.
         """
         start_U = offsets_U1[:-1]
-        # A row takes two clicks, a history and a target: what has fewer is no training session to begin with.
+        # A row needs a history and a target, so a session of one click is no training session.
         trains_U = end_U - start_U >= 2
         trains_L = np.arange(len(items_L)) < np.repeat(np.where(trains_U, end_U, start_U), np.diff(offsets_U1))
-        held_L = self.held_out_V[items_L]
-        stays_L = trains_L & ~held_L
-        stay_U = np.add.reduceat(stays_L.astype(np.int64), start_U)
-        self.clicks += int((trains_L & held_L).sum())
-        self.sessions += int((trains_U & (stay_U < 2)).sum())
-        return np.concatenate([[0], np.cumsum(stay_U)]).astype(np.int64), items_L[stays_L]
+        held_out_L = self.held_out_V[items_L]
+        kept_L = trains_L & ~held_out_L
+        kept_U = np.add.reduceat(kept_L.astype(np.int64), start_U)
+        self.clicks += int((trains_L & held_out_L).sum())
+        self.sessions += int((trains_U & (kept_U < 2)).sum())
+        return np.concatenate([[0], np.cumsum(kept_U)]).astype(np.int64), items_L[kept_L]

@@ -1,4 +1,4 @@
-"""Writes items.parquet: the catalogue with text, training counts and the ids of its side features."""
+"""Writes items.parquet: the catalogue with texts, training clicks and side feature ids."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,51 +15,52 @@ from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.schema import FEATURES, HELD_OUT, ROW_GROUP_ROWS, TEXT_COLUMNS, hash_item_ids, items_schema
 from llmgr_rec.data.words import words_of
 
-# A word of a single title tells no more than the item's id, one of many titles hardly anything.
-_FEWEST_TITLES = 2
-_MOST_TITLES = 0.1
+# Document frequency bounds of title words. A word of a single title identifies the item, a word of many titles carries
+# little information.
+_MIN_TITLES = 2
+_MAX_TITLE_SHARE = 0.1
 
 
 @dataclass
 class Vocabulary:
-    """Ids of feature values, numbered by first appearance.
+    """Ids of the values of a side feature, numbered by first occurrence.
 
     Args:
-        column: Text column that the values come from.
-        parse: The values that a text stands for.
-        wanted: Values that get an id; None gives one to each.
-        ids: Value -> id.
+        column: Text column of the values.
+        parse: Function from a text to its values.
+        allowed: Values that get an id; None allows all.
+        ids: Id of each value so far.
     """
 
     column: str
     parse: Callable[[str | None], list[str]]
-    wanted: set[str] | None = None
+    allowed: set[str] | None = None
     ids: dict[str, int] = field(default_factory=dict)
 
     def encode(self, texts: list[str | None]) -> list[list[int]]:
         """Ids of the values of each item.
 
         Args:
-            texts: The items' texts in the column.
+            texts: Texts of the items in the column.
         """
         known: dict[str | None, list[int]] = {}
         for text in texts:
             if text not in known:
-                values = [value for value in self.parse(text) if self.wanted is None or value in self.wanted]
+                values = [value for value in self.parse(text) if self.allowed is None or value in self.allowed]
                 known[text] = [self.ids.setdefault(value, len(self.ids)) for value in values]
         return [known[text] for text in texts]
 
 
 def category_paths(text: str | None) -> list[str]:
-    """The values that a category text stands for: every prefix of every path, without repeats.
+    """The values of a category text: every prefix of every path, without duplicates.
 
     Args:
-        text: Levels are split by " > ", alternatives by " | ", and by "," where an alternative has no levels (film
-            genres); "Beauty > Hair Care" gives "Beauty" and "Beauty > Hair Care".
+        text: Levels are separated by " > " and alternatives by " | ". An alternative without levels (film genres) is
+            also split at ",". "Beauty > Hair Care" gives "Beauty" and "Beauty > Hair Care".
     """
     values: dict[str, None] = {}
     for alternative in (text or "").split(" | "):
-        # A comma inside a path is part of a name ("Bath, Shower & Soap").
+        # In a path, a comma is part of a name ("Bath, Shower & Soap").
         if " > " in alternative:
             levels = [level.strip() for level in alternative.split(" > ") if level.strip()]
             values.update((" > ".join(levels[: depth + 1]), None) for depth in range(len(levels)))
@@ -69,17 +70,17 @@ def category_paths(text: str | None) -> list[str]:
 
 
 def brand_values(text: str | None) -> list[str]:
-    """The single brand, or nothing."""
+    """The brand as a list of one, or an empty list."""
     return [text.strip()] if text and text.strip() else []
 
 
 def title_words(text: str | None) -> list[str]:
-    """The words of a title, without repeats."""
+    """The words of a title, without duplicates."""
     return list(dict.fromkeys(words_of(text)))
 
 
-def telling_words(database: Database) -> set[str]:
-    """Words of at least two titles of the catalogue and of a tenth of them at most.
+def frequent_title_words(database: Database) -> set[str]:
+    """Words that occur in at least two titles of the catalogue and in at most a tenth of them.
 
     Args:
         database: Scratch database with tables items and catalogue.
@@ -90,7 +91,7 @@ def telling_words(database: Database) -> set[str]:
         num_items += batch.num_rows
         for title in batch.column(0).to_pylist():
             counts.update(title_words(title))
-    return {word for word, count in counts.items() if _FEWEST_TITLES <= count <= _MOST_TITLES * num_items}
+    return {word for word, count in counts.items() if _MIN_TITLES <= count <= _MAX_TITLE_SHARE * num_items}
 
 
 def catalogue_hash(database: Database) -> str:
@@ -116,16 +117,16 @@ def write_items(
         database: Scratch database with tables items and catalogue.
         path: File to write.
         item_id_type: string or int64.
-        train_count_V: Training clicks of each item.
-        held_out_V: Whether each item is held out of training; left out of the file if none is.
+        train_count_V: Number of training clicks of each item.
+        held_out_V: Whether each item is held out of training. The column is written only if an item is.
 
     Returns:
-        The side features present with the sizes of their vocabularies, and whether any item has a title or description.
+        Vocabulary size of each side feature that has values, and whether any item has a title or description.
     """
     vocabularies = {
         "category": Vocabulary("category", category_paths),
         "brand": Vocabulary("brand", brand_values),
-        "word": Vocabulary("title", title_words, telling_words(database)),
+        "word": Vocabulary("title", title_words, frequent_title_words(database)),
     }
     schema = items_schema(item_id_type, bool(held_out_V.any()))
     has_text = False

@@ -1,10 +1,10 @@
-"""Reads the raw files into three scratch tables and refuses what is wrong with single rows.
+"""Loads the input files into three scratch tables, and rejects invalid rows.
 
     users   key, name              a user or a session; key = number of its first row
     items   key, item_id, texts    the catalogue; key = row number in the item file
     events  user, item, time, row, phase   one click; row orders the clicks of a user that share a time
 
-Keys are row numbers, so an order by key is the order of the input, whatever order DuckDB works in.
+Keys are row numbers, so sorting by key restores the order of the input.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT"}
 
 
 def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
-    """Opens clicks and items by their footers alone.
+    """Opens clicks and items; reads only their footers.
 
     Args:
         settings: Settings of this run.
@@ -29,7 +29,7 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
         Source of the interactions or sessions, and of the items.
 
     Raises:
-        UserError: A file or column is missing, or of the wrong type.
+        UserError: A file or column is missing or has the wrong type.
     """
     split = split_column(settings)
     if settings.interactions is not None:
@@ -56,47 +56,47 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
 
 
 def split_column(settings: PrepareSettings) -> str | None:
-    """Name of the column that may hold the predefined split, None where no column does."""
+    """Name of the column with the predefined split; None if the split does not come from a column."""
     if settings.split != "predefined" or settings.split_prefix:
         return None
     return settings.split_column or "split"
 
 
 def load_items(database: Database, items: Source) -> None:
-    """Fills table items.
+    """Creates table items.
 
     Args:
         database: Scratch database.
         items: Source of the catalogue.
 
     Raises:
-        UserError: An item id is null, negative or there twice.
+        UserError: An item id is null, negative or a duplicate.
     """
     texts = ", ".join(
         f"CAST({column} AS VARCHAR) AS {column}" if column in items.types else f"CAST(NULL AS VARCHAR) AS {column}"
         for column in TEXT_COLUMNS
     )
-    _refuse_bad_values(database, items, ["item_id"])
+    _check_values(database, items, ["item_id"])
     id_type = _SQL_TYPES[items.types["item_id"]]
     database.run(
         f"CREATE TABLE items AS SELECT source_row AS key, CAST(item_id AS {id_type}) AS item_id, {texts} "
         f"FROM {items.sql()}"
     )
-    twice = database.run(
+    duplicates = database.run(
         "SELECT count(*) OVER (), item_id, keys[1], keys[2] FROM (SELECT item_id, list_sort(list(key)) AS keys "
         "FROM items WHERE item_id IN (SELECT item_id FROM items GROUP BY item_id HAVING count(*) > 1) "
         "GROUP BY item_id) ORDER BY keys[2] LIMIT 1"
     )
-    if twice:
-        count, item_id, first, second = twice[0]
+    if duplicates:
+        count, item_id, first, second = duplicates[0]
         raise UserError(
-            f"{items.locate(second)}: item_id {item_id!r} stands there again after {items.locate(first)} "
-            f"({count:,} ids stand there more than once); keep one row for each item"
+            f"{items.locate(second)}: item_id {item_id!r} is a duplicate of {items.locate(first)} "
+            f"({count:,} ids occur more than once); keep one row per item"
         )
 
 
 def load_interactions(database: Database, clicks: Source, settings: PrepareSettings) -> int:
-    """Fills tables users and events from rows (user_id, item_id, timestamp).
+    """Creates tables users and events from rows (user_id, item_id, timestamp).
 
     Args:
         database: Scratch database with table items.
@@ -109,7 +109,7 @@ def load_interactions(database: Database, clicks: Source, settings: PrepareSetti
     Raises:
         UserError: A value is null or negative, or an item is unknown.
     """
-    _refuse_bad_values(database, clicks, ["user_id", "item_id", "timestamp"])
+    _check_values(database, clicks, ["user_id", "item_id", "timestamp"])
     user_type, item_type = _SQL_TYPES[clicks.types["user_id"]], _SQL_TYPES[clicks.types["item_id"]]
     label = _label_sql(clicks, settings)
     database.run(
@@ -126,7 +126,7 @@ def load_interactions(database: Database, clicks: Source, settings: PrepareSetti
 
 
 def load_sessions(database: Database, clicks: Source, settings: PrepareSettings) -> int:
-    """Fills tables users and events from rows (session_id, items).
+    """Creates tables users and events from rows (session_id, items).
 
     Args:
         database: Scratch database with table items.
@@ -137,19 +137,19 @@ def load_sessions(database: Database, clicks: Source, settings: PrepareSettings)
         Clicks read.
 
     Raises:
-        UserError: A value is null, a session is there twice, or an item is unknown.
+        UserError: A value is null, a session id is a duplicate, or an item is unknown.
     """
     columns = ["session_id", "items"] + (["timestamp"] if "timestamp" in clicks.types else [])
-    _refuse_bad_values(database, clicks, columns)
+    _check_values(database, clicks, columns)
     name_type = _SQL_TYPES[clicks.types["session_id"]]
     database.run(
         f"CREATE TABLE users AS SELECT source_row AS key, CAST(session_id AS {name_type}) AS name FROM {clicks.sql()}"
     )
-    twice = database.run("SELECT name, max(key) FROM users GROUP BY name HAVING count(*) > 1 ORDER BY 2 LIMIT 1")
-    if twice:
+    duplicates = database.run("SELECT name, max(key) FROM users GROUP BY name HAVING count(*) > 1 ORDER BY 2 LIMIT 1")
+    if duplicates:
+        name, key = duplicates[0]
         raise UserError(
-            f"{clicks.locate(twice[0][1])}: session_id {twice[0][0]!r} stands there more than once; give each session "
-            "one row and one id"
+            f"{clicks.locate(key)}: session_id {name!r} occurs more than once; give each session one row and one id"
         )
     item_type = _SQL_TYPES[clicks.types["items"]]
     return _load_events(
@@ -163,9 +163,19 @@ def load_sessions(database: Database, clicks: Source, settings: PrepareSettings)
 
 
 def _load_events(database: Database, clicks: Source, settings: PrepareSettings, raw: str) -> int:
-    """Joins clicks with users and catalogue; `raw` yields name, item_id, time, row, place (input row) and label.
+    """Joins clicks with users and items into table events.
 
-    Returns the number of clicks read.
+    Args:
+        database: Scratch database with tables items and users.
+        clicks: Source of the clicks.
+        settings: Settings of this run.
+        raw: Query with columns name, item_id, time, row, place (row of the input) and label.
+
+    Returns:
+        Number of clicks read.
+
+    Raises:
+        UserError: An item or a split label is unknown.
     """
     database.run(
         f"CREATE TABLE missing AS SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
@@ -174,8 +184,8 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
     count, first = database.run("SELECT sum(clicks), arg_min(item_id, first) FROM missing")[0]
     if count and settings.missing_items == "error":
         raise UserError(
-            f"{settings.items}: column item_id lacks items that {count:,} clicks name, the first is {first!r}; "
-            "complete the file, or use --missing_items drop (leave those clicks out) or keep (items without text)"
+            f"{settings.items}: column item_id lacks the items of {count:,} clicks, the first is {first!r}; "
+            "complete the file, or use --missing_items drop (drop those clicks) or keep (items without text)"
         )
     if settings.missing_items == "keep":
         texts = ", ".join(f"NULL AS {column}" for column in TEXT_COLUMNS)
@@ -189,13 +199,13 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
         f"CREATE TABLE events AS SELECT {user} AS user, i.key AS item, r.time, r.row, "
         f"{_phase_sql(clicks, settings)} AS phase FROM ({raw}) r JOIN items i ON i.item_id = r.item_id {join}"
     )
-    _refuse_unknown_split(database, clicks, settings)
+    _check_split_labels(database, clicks, settings)
     dropped = count if count and settings.missing_items == "drop" else 0
     return int(database.value("SELECT count(*) FROM events")) + int(dropped)
 
 
-def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -> None:
-    """Raises a `UserError` at the first null, empty text and negative number of each column."""
+def _check_values(database: Database, source: Source, columns: list[str]) -> None:
+    """Raises a `UserError` if a column has a null, an empty string, a negative number or an invalid time."""
     tests: list[tuple[str, str, Callable[[str], str]]] = []
     for column in columns:
         tests.append((column, f"{column} IS NULL", lambda count: f"is null ({count} in all); fill or delete such rows"))
@@ -213,14 +223,20 @@ def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -
         if source.types[column] in ("timestamp", "date"):
             years = f"{column} NOT BETWEEN TIMESTAMP '1678-01-01' AND TIMESTAMP '2262-01-01'"
             tests.append(
-                (column, years, lambda count: f"is no time from 1678 to 2261 ({count} rows in all); correct it")
+                (
+                    column,
+                    years,
+                    lambda count: f"is not between the years 1678 and 2261 ({count} rows in all); correct it",
+                )
             )
         if source.types[column] == "string" and column != "items":
             tests.append(
                 (column, f"{column} = ''", lambda count: f"is empty ({count} in all); fill or delete such rows")
             )
         if source.types[column] == "int64":
-            tests.append((column, negative, lambda count: f"is negative ({count} rows in all); give numbers from 0 on"))
+            tests.append(
+                (column, negative, lambda count: f"is negative ({count} rows in all); give numbers of at least 0")
+            )
     selected = ", ".join(f"count(*) FILTER ({test}), min(source_row) FILTER ({test})" for _, test, _ in tests)
     results = database.run(f"SELECT {selected} FROM {source.sql()}")[0]
     for position, (column, _, message) in enumerate(tests):
@@ -229,7 +245,7 @@ def _refuse_bad_values(database: Database, source: Source, columns: list[str]) -
             raise UserError(f"{source.locate(row)}: column {column} {message(f'{count:,}')}")
 
 
-def _refuse_unknown_split(database: Database, clicks: Source, settings: PrepareSettings) -> None:
+def _check_split_labels(database: Database, clicks: Source, settings: PrepareSettings) -> None:
     place_column = "row" if settings.interactions else "user"
     count, place = database.run(f'SELECT count(*), min("{place_column}") FROM events WHERE phase IS NULL')[0]
     if not count:
@@ -237,11 +253,11 @@ def _refuse_unknown_split(database: Database, clicks: Source, settings: PrepareS
     column = split_column(settings)
     if column in clicks.types:
         words = ", ".join(_SPLIT_WORDS)
-        raise UserError(f"{clicks.locate(place)}: column {column} is none of {words} ({count:,} clicks); correct it")
+        raise UserError(f"{clicks.locate(place)}: column {column} is not one of {words} ({count:,} clicks); correct it")
     name = "user_id" if settings.interactions else "session_id"
     raise UserError(
         f"{clicks.locate(place)}: column {name} does not start with train_, valid_ or test_ ({count:,} clicks), and "
-        f"no column {column or 'split'} is read; name the column with --split_column, or use another --split"
+        f"there is no column {column or 'split'}; name the column with --split_column, or use another --split"
     )
 
 
@@ -251,7 +267,7 @@ def _label_sql(clicks: Source, settings: PrepareSettings) -> str:
 
 
 def _phase_sql(clicks: Source, settings: PrepareSettings) -> str:
-    """Phase of a click of relation r: 0 train, 1 valid, 2 test, NULL where the input does not tell."""
+    """SQL of the phase of a click of relation r: 0 train, 1 valid, 2 test, NULL if unknown."""
     if settings.split != "predefined":
         return "CAST(0 AS TINYINT)"
     if split_column(settings) in clicks.types:

@@ -1,4 +1,4 @@
-"""Writes the rows of a split into part files with row groups of one size."""
+"""Writes the rows of a split to part files with row groups of equal size."""
 
 import hashlib
 from pathlib import Path
@@ -11,10 +11,10 @@ from llmgr_rec.data.schema import PART_ROWS, ROW_GROUP_ROWS
 
 
 class PartWriter:
-    """Writer of part-00000.parquet, part-00001.parquet, ...; there is at least one part, empty if no row comes.
+    """Writes part-00000.parquet, part-00001.parquet and so on; at least one part, empty if there are no rows.
 
     Args:
-        folder: Folder of the split; is created.
+        folder: Folder of the split; created here.
         schema: Schema of the parts.
     """
 
@@ -31,7 +31,7 @@ class PartWriter:
         self.num_clicks = 0
 
     def write(self, columns: list[pa.Array]) -> None:
-        """Adds rows.
+        """Appends rows.
 
         Args:
             columns: Arrays in the order of the schema.
@@ -44,7 +44,7 @@ class PartWriter:
             self._flush(self._pending_rows - self._pending_rows % ROW_GROUP_ROWS)
 
     def close(self) -> None:
-        """Writes what is pending and closes the last part."""
+        """Writes the pending rows and closes the last part."""
         self._flush(self._pending_rows)
         self._part.close()
 
@@ -67,10 +67,10 @@ class PartWriter:
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Rows, size and content hash of a written Parquet file.
+    """Number of rows, size and SHA-256 hash of a Parquet file.
 
     Args:
-        path: The file.
+        path: Path of the file.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

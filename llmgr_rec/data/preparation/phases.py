@@ -1,8 +1,8 @@
-"""Which clicks are training, validation and test clicks (phases 0, 1, 2), by time or as the input says.
+"""Assigns clicks to phases: 0 training, 1 validation, 2 test, by time or by the input.
 
-The rows follow from the phases in one way for all protocols (see windows.py): a user's clicks of phase 0 are training,
-the last click of phase 1 is the validation target, the last click of phase 2 the test target, each with all that came
-before it as history. leave_one_out needs no phases here: it takes them from the position.
+All split protocols derive rows from phases in the same way (see windows.py): the clicks of phase 0 are training clicks,
+the last click of phase 1 is the validation target, and the last click of phase 2 is the test target, each with all
+clicks before it as history. leave_one_out needs no phases here, because it goes by position.
 """
 
 from llmgr_rec.data.preparation.database import Database
@@ -18,21 +18,21 @@ def assign_phases(database: Database, settings: PrepareSettings) -> dict[str, in
         settings: Settings of this run.
 
     Returns:
-        Last timestamp of the training and of the validation window; empty but for the temporal split.
+        Last timestamp of the training and the validation window for the temporal split; empty for other splits.
 
     Raises:
-        UserError: The cuts leave a split empty.
+        UserError: A split is empty.
     """
     if settings.split == "temporal":
         return _cut_by_time(database, settings)
     if settings.split == "predefined" and settings.valid_share > 0:
-        _carve_validation(database, settings.valid_share)
+        _move_newest_to_validation(database, settings.valid_share)
     return {}
 
 
 def _cut_by_time(database: Database, settings: PrepareSettings) -> dict[str, int]:
-    """Cuts at quantiles of the users' last clicks, so that the shares are shares of users."""
-    # Rounded, because 1 - 0.2 - 0.1 is a little above 0.7 and would take in one session more.
+    """Splits at quantiles of the users' last clicks, so that the shares are shares of users."""
+    # Rounded, because 1 - 0.2 - 0.1 is slightly above 0.7 and would include one more session.
     levels = [round(1 - share, 9) for share in (settings.test_share + settings.valid_share, settings.test_share)]
     last = "SELECT max(time) AS last FROM events GROUP BY user"
     train_end, valid_end = database.value(f"SELECT quantile_disc(last, {levels}) FROM ({last})")
@@ -49,8 +49,8 @@ def _cut_by_time(database: Database, settings: PrepareSettings) -> dict[str, int
     return {"train": int(train_end), "valid": int(valid_end)}
 
 
-def _carve_validation(database: Database, share: float) -> None:
-    """Moves the newest training sessions to validation, where the input marks none for it."""
+def _move_newest_to_validation(database: Database, share: float) -> None:
+    """Moves the newest training sessions to validation, unless the input has validation sessions."""
     if database.value("SELECT count(*) FROM events WHERE phase = 1"):
         return
     sessions = "SELECT user, max(time) AS last FROM events GROUP BY user HAVING max(phase) = 0 AND count(*) > 1"

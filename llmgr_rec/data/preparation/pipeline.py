@@ -1,4 +1,4 @@
-"""The steps of prepare in order, from checked inputs to a data set folder that appears whole or not at all."""
+"""The steps of prepare in order. The data set folder appears only when it is complete."""
 
 import os
 import shutil
@@ -11,11 +11,11 @@ import pyarrow as pa
 from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.preparation import filters, load, phases
-from llmgr_rec.data.preparation.database import Database, explained
-from llmgr_rec.data.preparation.hold_out import TrainingCut, choose_held_out
+from llmgr_rec.data.preparation.database import Database, user_errors
+from llmgr_rec.data.preparation.hold_out import HeldOutFilter, choose_held_out
 from llmgr_rec.data.preparation.items import catalogue_hash, write_items
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
-from llmgr_rec.data.preparation.rows import AS_GIVEN, SHUFFLED, RowBuilder, stream_blocks
+from llmgr_rec.data.preparation.rows import INPUT_ORDER, SHUFFLED, RowBuilder, stream_blocks
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.data.preparation.source import Source
 from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
@@ -29,13 +29,13 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
     """Makes a data set from raw logs.
 
     Args:
-        settings: What to read, how to filter and split it, where to write it.
+        settings: Settings of this run.
 
     Returns:
-        The manifest of the written data set.
+        The manifest of the data set.
 
     Raises:
-        UserError: Input or settings are wrong; nothing is left behind.
+        UserError: The input or the settings are invalid. Nothing is left on disk.
     """
     check_settings(settings)
     clicks, items = load.open_inputs(settings)
@@ -46,7 +46,7 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
         _make_folders(draft, scratch)
         database = Database(scratch, settings.memory_gb, settings.threads)
         try:
-            manifest = _fill(draft, database, settings, clicks, items)
+            manifest = _run_steps(draft, database, settings, clicks, items)
         finally:
             database.close()
         _publish(draft, output)
@@ -61,7 +61,7 @@ def _publish(draft: Path, output: Path) -> None:
         draft.rename(output)
     except OSError as error:
         raise UserError(
-            f"cannot give {draft} its name {output} ({error.strerror}); give an --output that does not exist yet"
+            f"cannot rename {draft} to {output} ({error.strerror}); give an --output that does not exist"
         ) from None
 
 
@@ -75,17 +75,17 @@ def _make_folders(*folders: Path) -> None:
             ) from None
 
 
-def _fill(draft: Path, database: Database, settings: PrepareSettings, clicks: Source, items: Source) -> Manifest:
-    """Runs all steps; one tick of the bar a step."""
+def _run_steps(draft: Path, database: Database, settings: PrepareSettings, clicks: Source, items: Source) -> Manifest:
+    """Runs all steps; each advances the progress bar by one."""
     with progress(6, "prepare", "step") as bar:
         bar.set_description("prepare: read items and clicks")
-        with explained(f"reading {settings.items}"):
+        with user_errors(f"reading {settings.items}"):
             load.load_items(database, items)
-        with explained(f"reading {settings.interactions or settings.sessions}"):
+        with user_errors(f"reading {settings.interactions or settings.sessions}"):
             read = (load.load_interactions if settings.interactions else load.load_sessions)(database, clicks, settings)
         bar.update()
         bar.set_description("prepare: k-core")
-        with explained("preparing"):
+        with user_errors("preparing"):
             num_clicks = {"read": read, "kept": _filter(database, settings)}
             bar.update()
             bar.set_description("prepare: split")
@@ -99,12 +99,10 @@ def _fill(draft: Path, database: Database, settings: PrepareSettings, clicks: So
 
 
 def _filter(database: Database, settings: PrepareSettings) -> int:
-    """Applies the k-core; returns the clicks that stay."""
-    least = settings.min_interactions
-    kept = filters.apply_core(
-        database, least, least if settings.min_session_length is None else settings.min_session_length
-    )
-    filters.drop_silent_users(database)
+    """Applies the k-core filter; returns the number of remaining clicks."""
+    per_item, per_session = settings.min_interactions, settings.min_session_length
+    kept = filters.apply_core(database, per_item, per_item if per_session is None else per_session)
+    filters.drop_users_without_clicks(database)
     return kept
 
 
@@ -120,14 +118,14 @@ def _write_files(
     writers = {split: PartWriter(draft / split, sessions_schema(digest)) for split in SPLITS}
     held_out_V = choose_held_out(database, num_items, settings.hold_out_items, settings.hold_out_seed)
     builder = RowBuilder(settings, held_out_V)
-    for order, splits in ((SHUFFLED, ("train",)), (AS_GIVEN, ("valid", "test"))):
+    for order, splits in ((SHUFFLED, ("train",)), (INPUT_ORDER, ("valid", "test"))):
         bar.set_description(f"prepare: write {' and '.join(splits)}")
         for block in stream_blocks(database, order):
             builder.write(block, {split: writers[split] for split in splits})
         for split in splits:
             writers[split].close()
         bar.update()
-    _refuse_empty(writers, settings)
+    _check_not_empty(writers, settings)
     bar.set_description("prepare: write items")
     item_id_type = pa.string() if items.types["item_id"] == "string" else pa.int64()
     features, has_text = write_items(database, draft / ITEMS_NAME, item_id_type, builder.train_count_V, held_out_V)
@@ -146,33 +144,33 @@ def _write_files(
         features=features,
         has_text=has_text,
         catalogue_hash=digest,
-        held_out=_held_out(settings, builder.cut),
+        held_out=_held_out_counts(settings, builder.held_out_filter),
         clicks_repeat=builder.clicks_repeat,
         files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},
     )
 
 
-def _held_out(settings: PrepareSettings, cut: TrainingCut) -> dict[str, float]:
+def _held_out_counts(settings: PrepareSettings, held_out_filter: HeldOutFilter) -> dict[str, float]:
     if not settings.hold_out_items:
         return {}
     return {
         "share": settings.hold_out_items,
         "seed": settings.hold_out_seed,
-        "items": int(cut.held_out_V.sum()),
-        "clicks": cut.clicks,
-        "sessions": cut.sessions,
+        "items": int(held_out_filter.held_out_V.sum()),
+        "clicks": held_out_filter.clicks,
+        "sessions": held_out_filter.sessions,
     }
 
 
-def _refuse_empty(writers: dict[str, PartWriter], settings: PrepareSettings) -> None:
-    """Training and test must have rows; validation may be switched off."""
-    needed = [
+def _check_not_empty(writers: dict[str, PartWriter], settings: PrepareSettings) -> None:
+    """Raises a `UserError` if a split has no rows, except for a validation split of share 0."""
+    required = [
         split for split in SPLITS if split != "valid" or settings.split == "leave_one_out" or settings.valid_share
     ]
-    for split in needed:
+    for split in required:
         if writers[split].num_rows == 0:
-            held_out = "lower --hold_out_items, or " if settings.hold_out_items and split == "train" else ""
+            advice = "lower --hold_out_items, or " if settings.hold_out_items and split == "train" else ""
             raise UserError(
-                f"the {settings.split} split leaves no {split} row: no session has a {split} click with a history that "
-                f"may serve it; {held_out}lower --min_interactions, or use another --split or other shares"
+                f"--split {settings.split} gives no {split} rows: no session has a {split} click with earlier clicks "
+                f"that may be its history; {advice}lower --min_interactions, or use another --split or other shares"
             )

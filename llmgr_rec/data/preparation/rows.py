@@ -1,4 +1,4 @@
-"""Streams users' clicks out of the scratch database in order, and writes the rows of the splits."""
+"""Streams the users' clicks from the scratch database in order, and writes the rows of the splits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,28 +8,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmgr_rec.data.preparation.database import Database
-from llmgr_rec.data.preparation.hold_out import Bools, TrainingCut
+from llmgr_rec.data.preparation.hold_out import Bools, HeldOutFilter
 from llmgr_rec.data.preparation.parts import PartWriter
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.preparation.windows import Ints, Windows, gather_ranges, has_repeats, make_windows, phase_ends
 from llmgr_rec.data.schema import SPLITS
 from llmgr_rec.errors import UserError
 
-# Order of users in the training files and in the others. The hash shuffles once, so that a reader that shuffles within
-# row groups mixes users of all times; md5 because it stays the same in every version of DuckDB.
+# SQL order of the users in the training files, and in the others. Training users are shuffled once by a hash, so that
+# shuffling within row groups mixes users of all times. md5 is the same in all versions of DuckDB.
 SHUFFLED = "md5_number_lower(CAST(name AS VARCHAR)), key"
-AS_GIVEN = "key"
+INPUT_ORDER = "key"
 
 
 @dataclass(frozen=True)
 class Block:
-    """The clicks of some users, complete and in order.
+    """All clicks of some users, in order.
 
     Args:
         names_U: Names of the users, string.
-        offsets_U1: Bounds of each user's clicks.
-        items_L: Item indices.
-        phases_L: Phases.
+        offsets_U1: Offsets of the users' clicks.
+        items_L: Item index of each click.
+        phases_L: Phase of each click.
     """
 
     names_U: pa.Array
@@ -39,11 +39,11 @@ class Block:
 
 
 def stream_blocks(database: Database, order: str) -> Iterator[Block]:
-    """All users with their clicks in order of (time, row).
+    """Yields all users with their clicks, sorted by (time, row).
 
     Args:
         database: Scratch database with tables users, events and catalogue.
-        order: `SHUFFLED` or `AS_GIVEN`.
+        order: `SHUFFLED` or `INPUT_ORDER`.
     """
     database.run(
         f"CREATE OR REPLACE TABLE places AS SELECT key, row_number() OVER (ORDER BY {order}) AS place FROM users"
@@ -57,11 +57,11 @@ def stream_blocks(database: Database, order: str) -> Iterator[Block]:
     for batch in clicks:
         columns = [column.to_numpy(zero_copy_only=False).astype(np.int64, copy=False) for column in batch.columns]
         joined = [np.concatenate(pair) for pair in zip(rest, columns, strict=True)]
-        # The last user of a batch may go on in the next one.
-        whole = int(np.searchsorted(joined[0], joined[0][-1], side="left"))
-        rest = [column[whole:] for column in joined]
-        if whole:
-            yield _block([column[:whole] for column in joined], names)
+        # The clicks of the last user may continue in the next batch.
+        complete = int(np.searchsorted(joined[0], joined[0][-1], side="left"))
+        rest = [column[complete:] for column in joined]
+        if complete:
+            yield _block([column[:complete] for column in joined], names)
     if len(rest[0]):
         yield _block(rest, names)
 
@@ -74,7 +74,7 @@ def _block(columns: list[Ints], names: "_Names") -> Block:
 
 
 class _Names:
-    """The users' names as a second stream, in the same order as their clicks: sorting them with each click is dear."""
+    """The users' names as a second stream in the order of the clicks. Sorting a name with each click is expensive."""
 
     def __init__(self, database: Database, order: str) -> None:
         self._batches = database.stream(f"SELECT CAST(name AS VARCHAR) AS name FROM users ORDER BY {order}")
@@ -91,7 +91,7 @@ class _Names:
 
 
 class RowBuilder:
-    """Turns blocks into rows and hands them to the writers of the splits.
+    """Makes rows of blocks and writes them to the splits.
 
     Args:
         settings: Settings of this run.
@@ -100,23 +100,23 @@ class RowBuilder:
 
     def __init__(self, settings: PrepareSettings, held_out_V: Bools) -> None:
         self._settings = settings
-        self.cut = TrainingCut(held_out_V)
+        self.held_out_filter = HeldOutFilter(held_out_V)
         self.train_count_V = np.zeros(len(held_out_V), np.int64)
         self.clicks_repeat = False
 
     def write(self, block: Block, writers: dict[str, PartWriter]) -> None:
-        """Writes a block's rows.
+        """Writes the rows of a block.
 
         Args:
             block: Users with their clicks.
-            writers: Writer of each split that is wanted.
+            writers: Writer of each split to write.
 
         Raises:
             UserError: The phases contradict the order of the clicks or the prefix augmentation.
         """
         positional = self._settings.split == "leave_one_out"
         if not positional:
-            _refuse_disorder(block)
+            _check_phase_order(block)
         ends_3U = phase_ends(block.offsets_U1, None if positional else block.phases_L)
         for split, writer in writers.items():
             if split == "train" and self._settings.hold_out_items:
@@ -125,15 +125,15 @@ class RowBuilder:
                 self._write_split(block, ends_3U, split, writer)
 
     def _without_held_out(self, block: Block, ends_3U: Ints) -> tuple[Block, Ints]:
-        """The training clicks that stay, as a block of its own, and where each user's end in it."""
-        offsets_U1, items_L = self.cut(block.offsets_U1, block.items_L, ends_3U[0])
-        left = Block(block.names_U, offsets_U1, items_L, np.zeros_like(items_L))
-        return left, np.stack([offsets_U1[1:]] * len(SPLITS))
+        """The training clicks without held-out items as a new block, and the phase ends of its users."""
+        offsets_U1, items_L = self.held_out_filter(block.offsets_U1, block.items_L, ends_3U[0])
+        remaining = Block(block.names_U, offsets_U1, items_L, np.zeros_like(items_L))
+        return remaining, np.stack([offsets_U1[1:]] * len(SPLITS))
 
     def _write_split(self, block: Block, ends_3U: Ints, split: str, writer: PartWriter) -> None:
         augmented = split in self._settings.augmented_splits
         if augmented and split != "train":
-            _refuse_seen_prefixes(block, ends_3U, SPLITS.index(split))
+            _check_no_earlier_split(block, ends_3U, SPLITS.index(split))
         windows = make_windows(
             block.offsets_U1,
             ends_3U,
@@ -144,16 +144,16 @@ class RowBuilder:
         writer.write(_table(block, windows))
         if split == "train":
             self._count(block, windows)
-            # The whole session, not the newest clicks that its row keeps; one repeat answers the question for good.
+            # Checks the whole session, not only the newest clicks that its row keeps.
             self.clicks_repeat = self.clicks_repeat or has_repeats(block.offsets_U1, block.items_L, ends_3U[0])
 
     def _count(self, block: Block, windows: Windows) -> None:
-        """Counts each training click that a row holds once."""
+        """Counts training clicks; a click that two rows share counts once."""
         start_R = windows.start_R + windows.continues_R
         clicks, _ = gather_ranges(block.items_L, start_R, windows.stop_R + 1)
-        # Not bincount: its work for each block would grow with the catalogue.
-        seen, counts = np.unique(clicks, return_counts=True)
-        self.train_count_V[seen] += counts
+        # Not bincount, whose cost per block grows with the catalogue.
+        items, counts = np.unique(clicks, return_counts=True)
+        self.train_count_V[items] += counts
 
 
 def _table(block: Block, windows: Windows) -> list[pa.Array]:
@@ -165,7 +165,7 @@ def _table(block: Block, windows: Windows) -> list[pa.Array]:
     ]
 
 
-def _refuse_disorder(block: Block) -> None:
+def _check_phase_order(block: Block) -> None:
     falls = np.diff(block.phases_L) < 0
     falls[block.offsets_U1[1:-1] - 1] = False
     if falls.any():
@@ -177,11 +177,11 @@ def _refuse_disorder(block: Block) -> None:
         )
 
 
-def _refuse_seen_prefixes(block: Block, ends_3U: Ints, phase: int) -> None:
+def _check_no_earlier_split(block: Block, ends_3U: Ints, phase: int) -> None:
     mixed = (ends_3U[phase - 1] > block.offsets_U1[:-1]) & (ends_3U[phase] > ends_3U[phase - 1])
     if mixed.any():
         name = block.names_U[int(np.argmax(mixed))].as_py()
         raise UserError(
-            f"--prefix_augmentation all would test on clicks of an earlier split: the {SPLITS[phase]} session {name!r} "
-            "begins in one; use train or none, or a split by whole sessions"
+            f"--prefix_augmentation all would evaluate on clicks of an earlier split: {SPLITS[phase]} session {name!r} "
+            "starts in one; use train or none, or a split by whole sessions"
         )

@@ -1,4 +1,4 @@
-"""Settings of prepare. Standard library only: `--help` must not wait for pyarrow or DuckDB."""
+"""Settings of prepare. Imports only the standard library, so that `--help` is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,38 +9,39 @@ from llmgr_rec.errors import UserError
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What to read, how to filter and split it, and where to write it.
+    """Input, filters, split and output of prepare.
 
     Args:
         items: Item catalogue: a Parquet file or a folder of them, with item_id, title and any of category, brand,
             description.
-        output: Data set folder to write; must be absent or empty.
+        output: Data set folder to write; must not exist or be empty.
         interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions.
         sessions: Parquet file or folder with session_id, items (list of item ids, oldest first) and, optionally,
             timestamp. Give this or interactions.
-        min_interactions: k of the iterative k-core: users and items with fewer interactions are dropped until all
-            have at least k; 0 or 1 switches it off.
-        min_session_length: k for users (sessions) alone, where it is to differ from that of items.
-        max_length: Longest history in clicks; of a longer one the newest clicks are kept.
-        long_sessions: What becomes of a training history above max_length: keep the newest clicks, or split it into
+        min_interactions: k of the iterative k-core filter: users and items with fewer interactions are dropped until
+            all have at least k; 0 or 1 disables it.
+        min_session_length: k for users (sessions), if it differs from k for items.
+        max_length: Maximum length of a history in clicks; the newest clicks of a longer history are kept.
+        long_sessions: How to treat a training history longer than max_length: keep the newest clicks, or split it into
             consecutive rows so that every click is predicted once.
-        split: leave_one_out (last click test, the one before validation), temporal (global time cuts) or predefined.
-        valid_share: Share of sessions for validation. temporal: sessions by their last click; predefined: newest
-            training sessions, taken only where the input marks none for validation. 0 for none.
+        split: leave_one_out (last click test, the one before validation), temporal (global points in time) or
+            predefined.
+        valid_share: Share of sessions for validation. temporal: sessions by their last click; predefined: the newest
+            training sessions, if the input has no validation sessions. 0 for none.
         test_share: Share of sessions for test in the temporal split, by their last click.
-        split_column: Column that holds train, valid or test for the predefined split; default: a column named split.
-        split_prefix: Predefined split by the start of the user or session name (train_, valid_, test_); default:
-            used where there is no split column.
-        prefix_augmentation: Splits whose rows stand for all their prefixes, each prefix with its next click as target.
-        missing_items: What to do with interactions whose item is not in the catalogue: stop, drop the interactions, or
+        split_column: Column with train, valid or test for the predefined split; default: a column named split.
+        split_prefix: Predefined split by the prefix of the user or session name (train_, valid_, test_); default:
+            used if there is no split column.
+        prefix_augmentation: Splits in which each prefix of a row is an example, with its next click as target.
+        missing_items: How to treat interactions whose item is not in the catalogue: stop, drop the interactions, or
             keep the item without text.
-        keep_unseen_items: Keep catalogue items that no kept interaction names.
-        hold_out_items: Share of the items that training never sees, 0 to below 1. Their clicks leave the training
-            sessions; validation and test sessions keep them, as history and as targets.
-        hold_out_seed: Seed of their choice, which depends on it and on the item ids alone.
-        memory_gb: Memory that DuckDB may use, in GiB; more spills to disk. The process needs about 0.5 GiB more.
-        threads: DuckDB threads; 0 for one a core.
-        temp_folder: Folder for spilled data; default: beside the output.
+        keep_unseen_items: Keep catalogue items without interactions.
+        hold_out_items: Share of items held out of training, at least 0 and below 1. Their clicks are removed from the
+            training sessions; validation and test sessions keep them, as history and as targets.
+        hold_out_seed: Seed of the choice of held-out items, which depends on the seed and the item ids only.
+        memory_gb: Memory limit of DuckDB, in GiB; what exceeds it spills to disk. The process needs about 0.5 GiB more.
+        threads: DuckDB threads; 0 for one per core.
+        temp_folder: Folder for spilled data; default: next to the output.
     """
 
     items: str
@@ -67,18 +68,18 @@ class PrepareSettings:
 
     @property
     def augmented_splits(self) -> list[str]:
-        """The splits whose rows stand for all their prefixes."""
+        """Splits in which each prefix of a row is an example."""
         return {"train": ["train"], "all": ["train", "valid", "test"], "none": []}[self.prefix_augmentation]
 
 
 def check_settings(settings: PrepareSettings) -> None:
-    """Refuses settings that cannot work, before anything is read.
+    """Validates settings before any input is read.
 
     Args:
         settings: Parsed settings.
 
     Raises:
-        UserError: Names the option and the remedy.
+        UserError: A setting is invalid, or the output exists and is not empty.
     """
     if (settings.interactions is None) == (settings.sessions is None):
         raise UserError("give exactly one of --interactions and --sessions")
@@ -90,10 +91,10 @@ def check_settings(settings: PrepareSettings) -> None:
         raise UserError(f"--min_session_length is {settings.min_session_length}; give 0 (no filter) or more")
     if not 0 <= settings.hold_out_items < 1:
         raise UserError(
-            f"--hold_out_items is {settings.hold_out_items}; give a share of the items, 0 or more and below 1"
+            f"--hold_out_items is {settings.hold_out_items}; give a share of the items, at least 0 and below 1"
         )
     if settings.memory_gb <= 0 or settings.threads < 0:
-        raise UserError("--memory_gb must be above 0 and --threads 0 (one a core) or more")
+        raise UserError("--memory_gb must be above 0 and --threads 0 (one per core) or more")
     _check_split(settings)
     output = Path(settings.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -104,15 +105,15 @@ def _check_split(settings: PrepareSettings) -> None:
     shares = {"valid_share": settings.valid_share, "test_share": settings.test_share}
     for name, share in shares.items():
         if not 0 <= share < 1:
-            raise UserError(f"--{name} is {share}; give a share of the sessions, 0 or more and below 1")
+            raise UserError(f"--{name} is {share}; give a share of the sessions, at least 0 and below 1")
     if settings.split == "temporal" and not (settings.test_share > 0 and sum(shares.values()) < 1):
         raise UserError("--split temporal needs --test_share above 0 and --valid_share + --test_share below 1")
     if settings.split_column and settings.split_prefix:
         raise UserError("give --split_column or --split_prefix, not both")
     if settings.split != "predefined" and (settings.split_column or settings.split_prefix):
-        raise UserError("--split_column and --split_prefix belong to --split predefined; add it or leave them out")
+        raise UserError("--split_column and --split_prefix require --split predefined; add it or remove them")
     if settings.split == "leave_one_out" and settings.prefix_augmentation == "all":
         raise UserError(
-            "--prefix_augmentation all would test on training clicks under --split leave_one_out; "
+            "--prefix_augmentation all would evaluate on training clicks with --split leave_one_out; "
             "use train or none, or a split by whole sessions (temporal, predefined)"
         )

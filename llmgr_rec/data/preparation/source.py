@@ -1,4 +1,4 @@
-"""Input files: found, opened and checked by their footers before a row is read."""
+"""Input files. Columns and types are checked by the Parquet footers, before rows are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from llmgr_rec.errors import UserError
 
 Kind = Literal["id", "time", "text", "id_list"]
+# Columns that DuckDB adds.
 _RESERVED = {"file_row_number", "file_index"}
-_NEEDED = {
+_EXPECTED_TYPES = {
     "id": "string or int64",
     "time": "int64 or a timestamp",
     "text": "string",
@@ -22,14 +23,13 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Source:
-    """One or several Parquet files read as one table, in the order of their names.
+    """One or more Parquet files read as one table, in the order of their names.
 
     Args:
         files: The files.
-        types: Column -> common type: string, int64, timestamp or date (of the elements, for a list). Absent optional
-            columns are not in it.
-        first_rows: Number of the first row of each file in the whole table.
-        row_groups: Rows of each row group of each file.
+        types: Type of each column present: string, int64, timestamp or date; for a list, of its elements.
+        first_rows: Row number in the table of the first row of each file.
+        row_groups: Number of rows of each row group of each file.
     """
 
     files: tuple[Path, ...]
@@ -39,14 +39,14 @@ class Source:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows of all files."""
         return sum(sum(groups) for groups in self.row_groups)
 
     def locate(self, row: int) -> str:
-        """Where a row stands, for an error message: file, row group and row in the file.
+        """Location of a row for an error message: file, row group and row within the file.
 
         Args:
-            row: Row number in the whole table.
+            row: Row number in the table.
         """
         file = int(np.searchsorted(self.first_rows, row, side="right")) - 1
         in_file = row - self.first_rows[file]
@@ -54,13 +54,13 @@ class Source:
         return f"{self.files[file]}, row group {group}, row {in_file}"
 
     def sql(self) -> str:
-        """A DuckDB table expression of the checked columns and of `source_row`, the row number in the whole table."""
-        # DuckDB reads every name as a glob pattern, so that its special characters stand in brackets here.
+        """A DuckDB table expression of the checked columns and `source_row`, the row number in the table."""
+        # DuckDB reads each name as a glob pattern; brackets escape its special characters.
         names = ("".join(f"[{c}]" if c in "*?[" else c for c in str(file)) for file in self.files)
         quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
         starts = ", ".join(f"{row}::BIGINT" for row in self.first_rows)
         columns = ", ".join(map(quote, self.types))
-        # A folder named category=Tea says nothing of the column; files may hold a column in different widths and units.
+        # A folder named category=Tea is not a partition. Files may have different integer widths and time units.
         options = "file_row_number=true, hive_partitioning=false, union_by_name=true"
         return (
             f"(SELECT {columns}, file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT) AS source_row "
@@ -72,22 +72,22 @@ def quote(name: str) -> str:
     """A column name as a DuckDB identifier.
 
     Args:
-        name: Any name.
+        name: Column name.
     """
     return '"' + name.replace('"', '""') + '"'
 
 
 def open_source(path: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
-    """Finds the files of an input and checks that each is Parquet with the right columns.
+    """Finds the files of an input and checks that each is a Parquet file with the right columns.
 
     Args:
         path: Parquet file, or folder of *.parquet files.
-        option: Option that named it, for messages.
-        required: Column -> kind; each must be there.
-        optional: Column -> kind; checked where present.
+        option: Command-line option that named the path, for messages.
+        required: Kind of each required column.
+        optional: Kind of each optional column.
 
     Raises:
-        UserError: Names file, column and remedy.
+        UserError: A file is missing or unreadable, or a column is missing or has the wrong type.
     """
     files = _find(Path(path), option)
     first_rows, row_groups, types = [], [], dict[str, str]()
@@ -98,8 +98,8 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
         if position and found != types:
             name = next(name for name in {**types, **found} if types.get(name) != found.get(name))
             raise UserError(
-                f"{file}: column {name} is {found.get(name, 'absent')} but {types.get(name, 'absent')} in {files[0]}; "
-                "write all files with the same columns and types"
+                f"{file}: column {name} is {found.get(name, 'missing')}, "
+                f"but {types.get(name, 'missing')} in {files[0]}; write all files with the same columns and types"
             )
         types = found
         groups = tuple(parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
@@ -118,7 +118,7 @@ def _find(path: Path, option: str) -> list[Path]:
         raise UserError(f"{path} does not exist; give a Parquet file or a folder of them to --{option}")
     files = sorted(file for file in path.glob("*.parquet") if file.is_file() and file.name[0] not in "._")
     if not files:
-        raise UserError(f"folder {path} holds no *.parquet file; give another one to --{option}")
+        raise UserError(f"folder {path} has no *.parquet file; give another one to --{option}")
     return files
 
 
@@ -137,27 +137,27 @@ def _column_types(
 ) -> dict[str, str]:
     types = {}
     for name in _RESERVED & set(schema.names):
-        raise UserError(f"{file}: column {name} has a name that the reader itself uses; rename it")
+        raise UserError(f"{file}: the name of column {name} is reserved; rename the column")
     for name, kind in {**required, **optional}.items():
-        places = schema.get_all_field_indices(name)
-        if len(places) > 1:
-            raise UserError(f"{file}: column {name} stands there {len(places)} times; keep one of them")
-        if not places:
+        indices = schema.get_all_field_indices(name)
+        if len(indices) > 1:
+            raise UserError(f"{file}: column {name} occurs {len(indices)} times; keep one of them")
+        if not indices:
             if name in optional:
                 continue
             raise UserError(f"{file}: column {name} is missing (it has {', '.join(schema.names)}); add or rename it")
         if alike := [other for other in schema.names if other != name and other.casefold() == name.casefold()]:
-            raise UserError(f"{file}: columns {name} and {alike[0]} differ in case alone; rename or drop one of them")
-        found = schema.field(places[0]).type
+            raise UserError(f"{file}: columns {name} and {alike[0]} differ only in case; rename or drop one of them")
+        found = schema.field(indices[0]).type
         common = _common_type(found, kind)
         if common is None:
-            raise UserError(f"{file}: column {name} is {found}, but must be {_NEEDED[kind]}; cast it")
+            raise UserError(f"{file}: column {name} is {found}, but must be {_EXPECTED_TYPES[kind]}; cast it")
         types[name] = common
     return types
 
 
 def _common_type(found: pa.DataType, kind: Kind) -> str | None:
-    """string, int64, timestamp or date, which stands for this type in this kind of column; None for a wrong type."""
+    """Type of a column of a given kind: string, int64, timestamp or date; None if the type is not allowed."""
     if kind == "id_list":
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
         return _common_type(found.value_type, "id") if is_list else None
@@ -165,7 +165,7 @@ def _common_type(found: pa.DataType, kind: Kind) -> str | None:
         found = found.value_type
     if pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found):
         return "string" if kind in ("id", "text") else None
-    # An all-null column of a text comes from writers that saw no value at all.
+    # Some writers give a text column without any value the type null.
     if pa.types.is_null(found):
         return "string" if kind == "text" else None
     if pa.types.is_integer(found) and found != pa.uint64():

@@ -1,6 +1,6 @@
-"""Rows (history, target) of each split, from users' clicks in time order and their phases. Vectorised over users.
+"""Rows (history, target) of each split, from the users' clicks in time order and their phases. Vectorized over users.
 
-Shape suffixes: U users of a block, L their clicks end to end, R rows.
+Shape suffixes: U users of a block, L clicks of the block (all users concatenated), R rows.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Windows:
-    """Rows of one split: history clicks [start, stop) and target click stop, as positions in a block of clicks.
+    """Rows of one split: history clicks [start, stop) and target click stop, as positions in a block.
 
     Args:
-        user_R: Position of the row's user in the block.
+        user_R: Position of the user in the block.
         start_R: First click of the history.
-        stop_R: Click after the history: the target.
+        stop_R: Click after the history, which is the target.
         continues_R: Whether the first click is also the target of another row of the same session and split.
     """
 
@@ -29,15 +29,15 @@ class Windows:
 
 
 def phase_ends(offsets_U1: Ints, phases_L: Ints | None) -> Ints:
-    """Where each user's training, validation and test clicks end.
+    """End of each user's training, validation and test clicks.
 
     Args:
-        offsets_U1: Bounds of the users' clicks; no user is empty.
-        phases_L: Phase of each click, never falling within a user; None for leave-one-out: the last click is test, the
+        offsets_U1: Offsets of the users' clicks. Each user has at least one.
+        phases_L: Phase of each click, non-decreasing within a user. None for leave-one-out: the last click is test, the
             one before it validation.
 
     Returns:
-        [3, U] ends: [p, u] is one past the user's last click of phase p or lower.
+        Ends, int64 [3, U]: [p, u] is the position after the last click of user u of phase p or lower.
     """
     starts, ends = offsets_U1[:-1], offsets_U1[1:]
     if phases_L is None:
@@ -49,16 +49,16 @@ def phase_ends(offsets_U1: Ints, phases_L: Ints | None) -> Ints:
 def make_windows(offsets_U1: Ints, ends_3U: Ints, phase: int, max_length: int, split_long: bool) -> Windows:
     """Rows of one split.
 
-    A user has a row in a split if one of its clicks has the split's phase and another click stands before it. The
-    target is the user's last click of the phase, the history all before it.
+    A user has a row in a split if it has a click of the phase of the split, and a click before that. The target is the
+    last click of the phase, and the history is all clicks before the target.
 
     Args:
-        offsets_U1: Bounds of the users' clicks.
+        offsets_U1: Offsets of the users' clicks.
         ends_3U: Result of `phase_ends`.
         phase: 0 train, 1 valid, 2 test.
-        max_length: Most clicks of a history; the newest stay.
-        split_long: Give the clicks before a cut history rows of their own, such that each click of the session but the
-            first is the target of exactly one prefix of one row.
+        max_length: Maximum number of clicks in a history; the newest are kept.
+        split_long: Make further rows of the clicks before a truncated history, so that each click of the session except
+            the first is the target of exactly one prefix of one row.
     """
     starts = offsets_U1[:-1]
     before = starts if phase == 0 else ends_3U[phase - 1]
@@ -75,12 +75,12 @@ def make_windows(offsets_U1: Ints, ends_3U: Ints, phase: int, max_length: int, s
 
 
 def has_repeats(offsets_U1: Ints, items_L: Ints, end_U: Ints) -> bool:
-    """Whether any user clicks an item twice before a given click.
+    """Whether any user clicks an item twice before a given position.
 
     Args:
-        offsets_U1: Bounds of the users' clicks.
+        offsets_U1: Offsets of the users' clicks.
         items_L: Item indices.
-        end_U: One past the last click of each user that counts.
+        end_U: Position after the last click of each user to consider.
     """
     user_L = np.repeat(np.arange(len(end_U)), np.diff(offsets_U1))
     counts_L = np.arange(len(items_L)) < end_U[user_L]
@@ -89,15 +89,15 @@ def has_repeats(offsets_U1: Ints, items_L: Ints, end_U: Ints) -> bool:
 
 
 def gather_ranges(values_L: Ints, start_R: Ints, stop_R: Ints) -> tuple[Ints, Ints]:
-    """Joins the ranges values[start:stop] end to end.
+    """Concatenates the ranges values[start:stop].
 
     Args:
         values_L: Values.
         start_R: First position of each range.
-        stop_R: One past its last position.
+        stop_R: Position after the last one of each range.
 
     Returns:
-        The values of all ranges, and their bounds [R + 1].
+        The values of all ranges, and their offsets [R + 1].
     """
     lengths_R = stop_R - start_R
     offsets_R1 = np.concatenate([[0], np.cumsum(lengths_R)]).astype(np.int64)
