@@ -1,10 +1,11 @@
-"""Turns raw sessions into the batch that the model takes: graphs, bags of features, candidates, text.
+"""Turns raw sessions into the batch of a model: session graphs, item features, candidates and texts.
 
-Shapes: B sessions, L clicks, N nodes, C candidates, V items in the catalogue.
+Shapes: B sessions, L clicks, N nodes, C candidates, V items in the catalogue, X items (nodes and candidates).
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,73 +23,105 @@ from llmgr_rec.data.prefixes import following_items
 
 ITEM_ID = "item_id"
 
-Candidates = Literal["none", "cached", "full", "sampled"]
-# Taken from the score of an item in a loss: its softmax is then 0 in any number format.
-_OUT_OF_SOFTMAX = 1e4
+CandidateSource = Literal["none", "cached", "full", "sampled"]
 TextPlace = Literal["none", "random_node", "last_items"]
+# Subtracted from the score of an item in a loss: its softmax is then 0 in any floating-point format.
+_OUT_OF_SOFTMAX = 1e4
+
+
+@dataclass(frozen=True)
+class CandidateItems:
+    """Items that a loss scores against each session, and whose features are collated after those of the nodes.
+
+    Items without training clicks are excluded from the softmax over the candidates: a candidate that is never correct
+    would be learned as such.
+
+    Args:
+        source: `none`; `cached`: the whole catalogue, but without features, because the model has all item vectors;
+            `full`: the whole catalogue; `sampled`: the targets of the batch and a log-uniform sample of the items by
+            popularity. If raw sessions carry the rows of all ranks, all ranks have the same sample.
+        num_draws: Draws of a sample. Duplicates are removed.
+    """
+
+    source: CandidateSource = "none"
+    num_draws: int = 0
+
+
+@dataclass(frozen=True)
+class RandomNodeText:
+    """Prompts show the text of one random node of the session, which becomes the target (node-context alignment).
+
+    Args:
+        tokens: Token ids of the text of each item, one row per item.
+        max_nodes: The node is drawn from this many last clicks, so that a prompt with as many nodes shows it; 0 draws
+            from all.
+    """
+
+    tokens: Jagged
+    max_nodes: int = 0
+
+
+@dataclass(frozen=True)
+class LastItemsText:
+    """Prompts show the texts of the last clicks of the session, oldest first.
+
+    Args:
+        tokens: Token ids of the text of each item, one row per item.
+        num_items: Number of clicks whose texts are shown.
+        separator: Token ids between two texts.
+    """
+
+    tokens: Jagged
+    num_items: int
+    separator: Sequence[int] = ()
+
+
+PromptText = RandomNodeText | LastItemsText
 
 
 class Collator:
-    """Makes batches; a function of its settings and the raw sessions alone, so any process may run it.
+    """Makes the batch of raw sessions. A function of its settings and the sessions only, so any process may run it.
 
     Args:
-        catalogue: The items.
-        side_features: Side features that get a bag beside the item id; the bags of a feature that the catalogue lacks
-            are empty.
-        candidates: Items whose vectors are looked up together with the nodes': none, none because the model has
-            all cached, the whole catalogue, or a sample (the targets of the batch and log-uniform draws over items by
-            falling popularity). Where raw sessions come with those of all ranks, every rank has the same sample. Items
-            that no training session holds have no part in a softmax over them: as candidates that are never right they
-            would be learned as such.
-        sampled_items: Draws of the sample; repeated ones count once.
-        text: What stands at the text place: nothing, the text of one node of the session, which then is the target
-            (node-context alignment), or the texts of the last clicks, oldest first.
-        text_items: Clicks whose texts are shown with `last_items`.
-        text_tokens: Token ids of each item's text, one row an item; needed unless `text` is none.
-        text_separator: Token ids between two texts with `last_items`.
-        max_nodes: With `random_node`, the node is drawn from this many last clicks, so that a prompt with so many nodes
-            shows it; 0 draws from all.
-        seed: Seed of the draws.
+        catalogue: Items and their side features.
+        side_features: Side features that are collated with the item ids. A feature that the catalogue lacks gets empty
+            bags.
+        candidates: Items that a loss scores.
+        text: Text shown in prompts; None for no text.
+        seed: Seed of the random draws.
     """
 
     def __init__(
         self,
         catalogue: Catalogue,
         side_features: Sequence[str] = (),
-        candidates: Candidates = "none",
-        sampled_items: int = 0,
-        text: TextPlace = "none",
-        text_items: int = 0,
-        text_tokens: Jagged | None = None,
-        text_separator: Sequence[int] = (),
-        max_nodes: int = 0,
+        candidates: CandidateItems = CandidateItems(),
+        text: PromptText | None = None,
         seed: int = 0,
     ) -> None:
-        if text != "none" and text_tokens is None:
-            raise ValueError(f"text is {text} but there are no text tokens")
         self.num_items = num_items = catalogue.num_items
         self.side_features = {name: catalogue.features.get(name, Jagged.empty(num_items)) for name in side_features}
         self.candidates = candidates
         self.sampler = (
-            LogUniformSampler(catalogue.train_count_V, sampled_items, seed) if candidates == "sampled" else None
+            LogUniformSampler(catalogue.train_count_V, candidates.num_draws, seed)
+            if candidates.source == "sampled"
+            else None
         )
         self.train_count_V = catalogue.train_count_V
         self.unseen_log_q_V = torch.empty(0)
-        if candidates in ("cached", "full") and (unseen_V := self.train_count_V == 0).any():
+        if candidates.source in ("cached", "full") and (unseen_V := self.train_count_V == 0).any():
             self.unseen_log_q_V = unseen_V.float() * _OUT_OF_SOFTMAX
         self.text = text
-        self.text_items = text_items
-        self.text_tokens = text_tokens or Jagged.empty(num_items)
-        self.separated_tokens = _prepend(self.text_tokens, text_separator)
-        self.separator_length = len(text_separator)
-        self.max_nodes = max_nodes
+        self._separated_tokens = (
+            _prepend(text.tokens, text.separator) if isinstance(text, LastItemsText) else Jagged.empty(0)
+        )
         self.seed = seed
 
     def __call__(self, raw: RawSessions) -> SessionBatch:
         """Makes the batch of this rank's sessions."""
         graph = build_graphs(raw.items_L, raw.offsets_B1, self.num_items)
         text_items_B = self._text_items(raw)
-        targets_B = text_items_B if self.text == "random_node" else raw.targets_B
+        targets_B = text_items_B if isinstance(self.text, RandomNodeText) else raw.targets_B
         candidates_C, log_q_C = self._candidates(raw, targets_B)
         items_X = torch.cat([graph.node_items_N, candidates_C])
         return SessionBatch(
@@ -110,9 +143,9 @@ class Collator:
         )
 
     def _candidates(self, raw: RawSessions, targets_B: Tensor) -> tuple[Tensor, Tensor]:
-        if self.candidates == "none":
+        if self.candidates.source == "none":
             return torch.empty(0, dtype=torch.int64), torch.empty(0)
-        if self.candidates == "cached":
+        if self.candidates.source == "cached":
             return torch.empty(0, dtype=torch.int64), self.unseen_log_q_V
         if self.sampler is None:
             return torch.arange(self.num_items), self.unseen_log_q_V
@@ -120,10 +153,10 @@ class Collator:
         return candidates_C, log_q_C + (self.train_count_V[candidates_C] == 0) * _OUT_OF_SOFTMAX
 
     def _all_targets(self, raw: RawSessions, targets_B: Tensor) -> Tensor:
-        """Targets of the whole global batch, where its rows are at hand; of this rank's else."""
+        """Targets of the global batch if its rows are available, else of this rank's slice."""
         if raw.whole is None:
             return targets_B
-        if self.text == "random_node":
+        if isinstance(self.text, RandomNodeText):
             return self._text_items(raw.whole)
         if raw.pass_offsets_P1.numel():
             return following_items(Jagged(raw.whole.items_L, raw.whole.offsets_B1), raw.whole.targets_B)
@@ -136,10 +169,13 @@ class Collator:
         return torch.where(targets_B >= 0, columns_B, -1)
 
     def item_features(self, items_X: Tensor) -> KeyedJaggedTensor:
-        """The bags of a list of items, [X] of them, under `item_id` and each side feature.
+        """Features of items: one bag per item for `item_id` and for each side feature.
 
         Args:
             items_X: Item indices, int64.
+
+        Returns:
+            Keys `item_id` and the side features, stride X.
         """
         values, lengths = {ITEM_ID: items_X}, {ITEM_ID: torch.ones_like(items_X)}
         for name, feature in self.side_features.items():
@@ -147,64 +183,64 @@ class Collator:
             values[name], lengths[name] = bags.values, bags.lengths
         return KeyedJaggedTensor(
             keys=list(values),
-            values=_joined(list(values.values())),
-            lengths=_joined(list(lengths.values())),
+            values=_concatenate(list(values.values())),
+            lengths=_concatenate(list(lengths.values())),
             stride=items_X.numel(),
         )
 
     def _text_items(self, raw: RawSessions) -> Tensor:
-        """Item whose text is shown, chosen by hash of (seed, epoch, row), so that no other row has a part in it."""
-        if self.text != "random_node":
+        """Item whose text is shown, chosen by a hash of (seed, epoch, row), so it does not depend on other rows."""
+        if not isinstance(self.text, RandomNodeText):
             return torch.full_like(raw.targets_B, -1)
         ends_B = raw.offsets_B1[1:]
         counts_B = ends_B - raw.offsets_B1[:-1]
-        if self.max_nodes:
-            counts_B = counts_B.clamp(max=self.max_nodes)
+        if self.text.max_nodes:
+            counts_B = counts_B.clamp(max=self.text.max_nodes)
         noise_B = hash_ints(raw.rows_B.numpy(), self.seed, raw.epoch)
         back_B = torch.from_numpy((noise_B % np.maximum(counts_B.numpy(), 1).astype(np.uint64)).astype(np.int64))
         padded = torch.cat([raw.items_L, torch.full((1,), -1)])
         return padded[torch.where(counts_B > 0, ends_B - 1 - back_B, raw.items_L.numel())]
 
     def _text(self, raw: RawSessions, text_items_B: Tensor) -> Jagged:
-        num_sessions = text_items_B.numel()
-        if self.text == "none":
-            return Jagged.empty(num_sessions)
-        if self.text == "random_node":
-            starts_B = self.text_tokens.offsets[text_items_B.clamp(min=0)]
-            ends_B = self.text_tokens.offsets[text_items_B + 1]
-            return self.text_tokens.gather(starts_B, (ends_B - starts_B).clamp(min=0))
+        """Token ids of the text of each session, one row per session."""
+        if self.text is None:
+            return Jagged.empty(text_items_B.numel())
+        if isinstance(self.text, RandomNodeText):
+            tokens = self.text.tokens
+            starts_B, ends_B = tokens.offsets[text_items_B.clamp(min=0)], tokens.offsets[text_items_B + 1]
+            return tokens.gather(starts_B, (ends_B - starts_B).clamp(min=0))
         sessions = Jagged(raw.items_L, raw.offsets_B1)
-        shown = sessions.lengths.clamp(max=self.text_items)
+        shown = sessions.lengths.clamp(max=self.text.num_items)
         items = sessions.gather(raw.offsets_B1[1:] - shown, shown)
-        tokens = self.separated_tokens
+        tokens = self._separated_tokens
         starts = tokens.offsets[items.values]
         ends = tokens.offsets[items.values + 1]
-        # The first text of a session goes without its separator.
-        starts[items.offsets[:-1][shown > 0]] += self.separator_length
+        # The first text of a session has no separator.
+        starts[items.offsets[:-1][shown > 0]] += len(self.text.separator)
         texts = tokens.gather(starts, ends - starts)
         return Jagged(texts.values, texts.offsets[items.offsets])
 
 
 class LogUniformSampler:
-    """Draws candidate items of which popular ones are likelier, and knows how likely each was.
+    """Log-uniform candidate sampler, with the expected counts for the logQ correction.
 
-    The item of popularity rank r (0 = most training occurrences) is drawn with probability
-    log((r + 2) / (r + 1)) / log(V + 1), the usual guess at Zipf-distributed frequencies.
+    The item of popularity rank r (0 = most training clicks) is drawn with probability
+    log((r + 2) / (r + 1)) / log(V + 1), an approximation of Zipf-distributed frequencies.
 
     Args:
-        train_count_V: Occurrences of each item in training sessions.
-        num_draws: Draws of a step, with replacement.
+        train_count_V: Number of training clicks of each item.
+        num_draws: Draws per step, with replacement.
         seed: Seed of the draws.
     """
 
     def __init__(self, train_count_V: Tensor, num_draws: int, seed: int) -> None:
         self._counts_V = train_count_V.numpy()
         self._total = max(int(self._counts_V.sum()), 1)
-        # Every rank and every reading process holds them, for catalogues of 10^8 items.
-        number = np.int32 if len(self._counts_V) < 1 << 31 else np.int64
-        self.by_rank_V = np.argsort(-self._counts_V, kind="stable").astype(number)
+        # int32 to save memory: each rank and each worker process holds these arrays, of up to 10^8 items.
+        dtype = np.int32 if len(self._counts_V) < 1 << 31 else np.int64
+        self.by_rank_V = np.argsort(-self._counts_V, kind="stable").astype(dtype)
         self._rank_V = np.empty_like(self.by_rank_V)
-        self._rank_V[self.by_rank_V] = np.arange(len(self.by_rank_V), dtype=number)
+        self._rank_V[self.by_rank_V] = np.arange(len(self.by_rank_V), dtype=dtype)
         self.num_draws = num_draws
         self.seed = seed
 
@@ -213,12 +249,12 @@ class LogUniformSampler:
 
         Args:
             targets_B: Items that must be among the candidates; -1 is ignored.
-            epoch: Number of the epoch.
-            step: Number of the global batch.
+            epoch: Epoch.
+            step: Global batch of the epoch.
 
         Returns:
-            Candidates in rising order without repetition, int64 [C], and the log of their expected count, float32 [C]:
-            as each stands once at most, that is the log of the chance to be drawn or to be a target.
+            Distinct candidates in increasing order, int64 [C], and the log of their expected counts, float32 [C]. As
+            candidates are distinct, that is the log of the probability to be drawn or to be a target.
         """
         generator = np.random.default_rng([self.seed % (1 << 64), epoch, step])
         num_items = len(self.by_rank_V)
@@ -226,19 +262,19 @@ class LogUniformSampler:
         ranks = np.minimum(np.exp(uniform * math.log(num_items + 1)).astype(np.int64) - 1, num_items - 1)
         targets = targets_B.numpy()
         targets = targets[targets >= 0]
-        # Numpy sorts with vector instructions; its own `unique` hashes first, which takes six times as long.
+        # numpy.sort is vectorized; numpy.unique hashes first, which takes six times as long.
         drawn = np.sort(np.concatenate([self.by_rank_V[ranks].astype(np.int64), targets]))
         candidates = drawn[np.diff(drawn, prepend=-1) > 0]
         drawn_C = np.log1p(1.0 / (self._rank_V[candidates] + 1.0)) / math.log(num_items + 1)
-        # Log of the chance that no draw, and no target, is the item.
+        # Log probability that neither a draw nor a target is the item.
         target_C = self._counts_V[candidates] / self._total
         log_absent_C = self.num_draws * _log_complement(drawn_C) + len(targets) * _log_complement(target_C)
         log_q_C = np.log(-np.expm1(log_absent_C))
         return torch.from_numpy(candidates), torch.from_numpy(log_q_C.astype(np.float32))
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    # Torch's own starts threads for large parts, which disturb those of the training beside it.
+def _concatenate(parts: Sequence[Tensor]) -> Tensor:
+    # Not torch.cat, which starts threads for large inputs; they would compete with the training threads.
     return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
 
 
@@ -247,15 +283,15 @@ def _log_complement(probability: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _prepend(tokens: Jagged, separator: Sequence[int]) -> Jagged:
-    """Rows of tokens, each with the separator in front."""
+    """Rows of tokens, each preceded by the separator."""
     if not separator:
         return tokens
     width = len(separator)
     offsets = tokens.offsets + width * torch.arange(tokens.num_rows + 1)
     values = torch.empty(int(offsets[-1]), dtype=tokens.values.dtype)
-    heads = offsets[:-1, None] + torch.arange(width)
-    is_head = torch.zeros(values.numel(), dtype=torch.bool)
-    is_head[heads.flatten()] = True
-    values[~is_head] = tokens.values
-    values[heads] = torch.tensor(separator, dtype=values.dtype)
+    positions = offsets[:-1, None] + torch.arange(width)
+    is_separator = torch.zeros(values.numel(), dtype=torch.bool)
+    is_separator[positions.flatten()] = True
+    values[~is_separator] = tokens.values
+    values[positions] = torch.tensor(separator, dtype=values.dtype)
     return Jagged(values, offsets)

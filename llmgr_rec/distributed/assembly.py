@@ -9,7 +9,15 @@ from transformers import PreTrainedModel
 
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import Candidates, Collator, TextPlace
+from llmgr_rec.data.collate import (
+    CandidateItems,
+    CandidateSource,
+    Collator,
+    LastItemsText,
+    PromptText,
+    RandomNodeText,
+    TextPlace,
+)
 from llmgr_rec.data.item_text import shuffle_texts, tokenize_items
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.pretrained import load_decoder, load_tokenizer, weights_hash
@@ -151,23 +159,24 @@ def make_collator(
         language: Whether a language model reads the batch.
         tokens: From `item_tokens`, where they are at hand; made when needed.
     """
-    text = text_place(config, purpose, language)
-    separator: list[int] = []
-    if text != "none":
-        tokens = item_tokens(config, catalogue) if tokens is None else tokens
-        separator = load_tokenizer(config.llm.name_or_path)(_TEXT_SEPARATOR, add_special_tokens=False)["input_ids"]
+    num_draws = config.text.drawn_items if purpose == "text" else config.loss.sampled_items
     return Collator(
         _controlled(config, catalogue),
         config.tables.side_features,
-        candidates=_candidates(config, catalogue, purpose),
-        sampled_items=config.text.drawn_items if purpose == "text" else config.loss.sampled_items,
-        text=text,
-        text_items=config.prompt.text_items,
-        text_tokens=tokens if text != "none" else None,
-        text_separator=separator,
-        max_nodes=config.prompt.max_nodes,
-        seed=config.seed,
+        CandidateItems(_candidate_source(config, catalogue, purpose), num_draws),
+        _prompt_text(config, catalogue, text_place(config, purpose, language), tokens),
+        config.seed,
     )
+
+
+def _prompt_text(config: Config, catalogue: Catalogue, place: TextPlace, tokens: Jagged | None) -> PromptText | None:
+    if place == "none":
+        return None
+    tokens = item_tokens(config, catalogue) if tokens is None else tokens
+    if place == "random_node":
+        return RandomNodeText(tokens, config.prompt.max_nodes)
+    separator = load_tokenizer(config.llm.name_or_path)(_TEXT_SEPARATOR, add_special_tokens=False)["input_ids"]
+    return LastItemsText(tokens, config.prompt.text_items, separator)
 
 
 def _controlled(config: Config, catalogue: Catalogue) -> Catalogue:
@@ -201,7 +210,7 @@ def caches_catalogue(config: Config, num_items: int, stage: Purpose) -> bool:
     )
 
 
-def _candidates(config: Config, catalogue: Catalogue, purpose: Purpose) -> Candidates:
+def _candidate_source(config: Config, catalogue: Catalogue, purpose: Purpose) -> CandidateSource:
     if purpose == "rank":
         return "none"
     if caches_catalogue(config, catalogue.num_items, purpose):

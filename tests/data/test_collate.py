@@ -9,7 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import Collator, LogUniformSampler
+from llmgr_rec.data.collate import CandidateItems, Collator, LastItemsText, LogUniformSampler, RandomNodeText
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
 
@@ -56,7 +56,7 @@ RAW = raw_sessions([[4, 1, 4], [], [2]], [0, 3, -1])
 
 
 def test_features_have_a_bag_for_each_node_then_each_candidate(catalogue: Catalogue) -> None:
-    batch = Collator(catalogue, ["category", "brand"], candidates="full")(RAW)
+    batch = Collator(catalogue, ["category", "brand"], candidates=CandidateItems("full"))(RAW)
 
     order = [4, 1, 2, *range(NUM_ITEMS)]
     assert batch.features.keys() == ["item_id", "category", "brand"]
@@ -67,7 +67,7 @@ def test_features_have_a_bag_for_each_node_then_each_candidate(catalogue: Catalo
 
 
 def test_whole_catalogue_needs_no_correction(catalogue: Catalogue) -> None:
-    batch = Collator(catalogue, candidates="full")(RAW)
+    batch = Collator(catalogue, candidates=CandidateItems("full"))(RAW)
 
     assert batch.candidates_C.tolist() == list(range(NUM_ITEMS))
     assert batch.log_q_C.numel() == 0
@@ -86,8 +86,8 @@ def test_without_candidates_and_text_their_places_are_empty(catalogue: Catalogue
 
 def test_a_batch_of_empty_sessions_is_a_batch(catalogue: Catalogue) -> None:
     tokens = jagged(TOKENS)
-    for text in ("none", "random_node", "last_items"):
-        collate = Collator(catalogue, ["category"], text=text, text_items=2, text_tokens=tokens)
+    for text in (None, RandomNodeText(tokens), LastItemsText(tokens, 2)):
+        collate = Collator(catalogue, ["category"], text=text)
         batch = collate(raw_sessions([[], []], [1, -1]))
         assert batch.features.stride() == 0
         assert as_lists(batch.text_tokens) == [[], []]
@@ -95,7 +95,7 @@ def test_a_batch_of_empty_sessions_is_a_batch(catalogue: Catalogue) -> None:
 
 
 def test_sampled_candidates_hold_the_targets_and_find_their_columns(catalogue: Catalogue) -> None:
-    batch = Collator(catalogue, ["category"], candidates="sampled", sampled_items=2)(RAW)
+    batch = Collator(catalogue, ["category"], candidates=CandidateItems("sampled", 2))(RAW)
 
     candidates = batch.candidates_C.tolist()
     assert candidates == sorted(set(candidates))
@@ -122,10 +122,8 @@ def test_all_ranks_have_the_sample_of_one(catalogue: Catalogue, tmp_path: Path, 
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(23, NUM_ITEMS))
     collate = Collator(
         catalogue,
-        candidates="sampled",
-        sampled_items=2,
-        text="random_node" if mode == "random_node" else "none",
-        text_tokens=jagged([[item] for item in range(NUM_ITEMS)]),
+        candidates=CandidateItems("sampled", 2),
+        text=RandomNodeText(jagged([[item] for item in range(NUM_ITEMS)])) if mode == "random_node" else None,
     )
 
     def samples(rank: int, world_size: int) -> list[tuple[list[int], list[float]]]:
@@ -174,7 +172,7 @@ def test_log_q_is_the_log_of_the_measured_frequency() -> None:
 
 
 def test_random_node_shows_the_text_of_an_item_of_the_session_and_asks_for_it(catalogue: Catalogue) -> None:
-    collate = Collator(catalogue, text="random_node", text_tokens=jagged(TOKENS))
+    collate = Collator(catalogue, text=RandomNodeText(jagged(TOKENS)))
     sessions = [[4, 1, 4, 5], [], [2], [3, 3]] * 20
     batch = collate(raw_sessions(sessions, [0] * len(sessions)))
 
@@ -191,7 +189,7 @@ def test_random_node_depends_on_the_row_not_on_its_neighbours(catalogue: Catalog
     def node(seed: int, epoch: int, row: int, others: int) -> int:
         raw = raw_sessions([session] * (others + 1), [0] * (others + 1), epoch=epoch)
         raw.rows_B = torch.arange(row - others, row + 1)
-        collate = Collator(catalogue, text="random_node", text_tokens=jagged(TOKENS), seed=seed)
+        collate = Collator(catalogue, text=RandomNodeText(jagged(TOKENS)), seed=seed)
         return int(collate(raw).text_items_B[-1])
 
     assert node(0, 0, 9, others=0) == node(0, 0, 9, others=5)
@@ -203,7 +201,7 @@ def test_random_node_depends_on_the_row_not_on_its_neighbours(catalogue: Catalog
 
 
 def test_random_node_is_among_the_clicks_that_the_prompt_shows(catalogue: Catalogue) -> None:
-    collate = Collator(catalogue, text="random_node", text_tokens=jagged(TOKENS), max_nodes=2)
+    collate = Collator(catalogue, text=RandomNodeText(jagged(TOKENS), max_nodes=2))
     batch = collate(raw_sessions([[0, 1, 2, 3]] * 50, [0] * 50))
 
     assert set(batch.text_items_B.tolist()) == {2, 3}
@@ -212,7 +210,7 @@ def test_random_node_is_among_the_clicks_that_the_prompt_shows(catalogue: Catalo
 @pytest.mark.parametrize("separator", [[], [7, 8]])
 def test_last_items_shows_the_texts_of_the_last_clicks(catalogue: Catalogue, separator: list[int]) -> None:
     sessions = [[0, 1, 2], [], [5], [3, 4], [1, 3, 1]]
-    collate = Collator(catalogue, text="last_items", text_items=2, text_tokens=jagged(TOKENS), text_separator=separator)
+    collate = Collator(catalogue, text=LastItemsText(jagged(TOKENS), 2, separator))
     batch = collate(raw_sessions(sessions, [0] * 5))
 
     def expected(session: list[int]) -> list[int]:
@@ -224,15 +222,10 @@ def test_last_items_shows_the_texts_of_the_last_clicks(catalogue: Catalogue, sep
     assert batch.targets_B.tolist() == [0] * 5
 
 
-def test_text_needs_tokens(catalogue: Catalogue) -> None:
-    with pytest.raises(ValueError, match="no text tokens"):
-        Collator(catalogue, text="last_items")
-
-
 def test_no_session_sees_its_future(catalogue: Catalogue, tmp_path: Path) -> None:
     """Every prefix example holds the clicks before its target and nothing later."""
     part = write_part(tmp_path / "part-00000.parquet", [([0, 1, 2, 3], 4)])
-    collate = Collator(catalogue, text="last_items", text_items=9, text_tokens=jagged([[i] for i in range(6)]))
+    collate = Collator(catalogue, text=LastItemsText(jagged([[i] for i in range(6)]), 9))
     reader = SessionReader([part], num_items=NUM_ITEMS, collate=collate, order=SamplingOrder(1, augment_prefixes=True))
 
     for target, batch in enumerate(reader.batches(0), start=1):
@@ -242,7 +235,7 @@ def test_no_session_sees_its_future(catalogue: Catalogue, tmp_path: Path) -> Non
 
 def test_batches_come_whole_through_worker_processes(catalogue: Catalogue, tmp_path: Path) -> None:
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(40, NUM_ITEMS))
-    collate = Collator(catalogue, ["category"], candidates="sampled", sampled_items=3)
+    collate = Collator(catalogue, ["category"], candidates=CandidateItems("sampled", 3))
 
     def read(workers: int) -> list[SessionBatch]:
         reader = SessionReader(

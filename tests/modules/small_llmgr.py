@@ -10,7 +10,7 @@ import torch
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.collate import CandidateItems, CandidateSource, Collator, LastItemsText, RandomNodeText, TextPlace
 from llmgr_rec.data.item_text import tokenize_texts
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes
@@ -84,12 +84,21 @@ def make_batch(
     return collator(**settings)(raw_sessions(sessions, targets, weights))
 
 
-def collator(**settings: Any) -> Collator:
-    """Collates batches with the whole catalogue as candidates unless told otherwise."""
-    return Collator(
-        catalogue(),
-        **{"side_features": ["category"], "candidates": "full", "text_tokens": item_tokens(), **settings},
-    )
+def collator(
+    candidates: CandidateSource = "full",
+    num_draws: int = 0,
+    text: TextPlace = "none",
+    text_items: int = 0,
+    **settings: Any,
+) -> Collator:
+    """Collates batches, by default with the whole catalogue as candidates."""
+    shown = {
+        "none": None,
+        "random_node": RandomNodeText(item_tokens()),
+        "last_items": LastItemsText(item_tokens(), text_items),
+    }
+    sources = {"catalogue": catalogue(), "side_features": ["category"], **settings}
+    return Collator(candidates=CandidateItems(candidates, num_draws), text=shown[text], **sources)
 
 
 def score(model: LLMGR, batch: SessionBatch) -> Scored:

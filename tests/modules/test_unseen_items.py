@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmgr_rec.data.collate import Collator, LogUniformSampler
+from llmgr_rec.data.collate import LogUniformSampler
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.losses import ranking_loss
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask
-from tests.modules.small_llmgr import NUM_ITEMS, catalogue, item_tokens, make_llmgr, raw_sessions
+from tests.modules.small_llmgr import NUM_ITEMS, catalogue, collator, make_llmgr, raw_sessions
 
 UNSEEN = [4, 8, 9]
 COUNTS = torch.arange(NUM_ITEMS) + 1
@@ -20,9 +20,8 @@ SESSIONS, TARGETS = ((1, 2, 3, 2), (7,), (5, 5, 6)), (0, 3, 11)
 
 
 def batch(candidates, train_count=COUNTS, text="none"):
-    settings = {"side_features": ["category"], "sampled_items": 64, "text": text, "text_tokens": item_tokens()}
     items = replace(catalogue(), train_count_V=train_count)
-    return Collator(items, candidates=candidates, **settings)(raw_sessions(SESSIONS, TARGETS))
+    return collator(candidates, 64, text, catalogue=items)(raw_sessions(SESSIONS, TARGETS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
