@@ -103,7 +103,7 @@ def test_ids_lose_the_same_blanks_in_both_files(tmp_path: Path) -> None:
         (LOG, ["--delimiter=;"], r"has no column 'who' .* --delimiter is wrong; known: at,who"),
         (LOG, ["--delimiter=ab"], r"--delimiter 'ab' is not one character"),
         (LOG, ["--min_rating=3"], r"--min_rating and --rating_column require each other"),
-        (LOG, ["--title_column=name"], r"these need --items"),
+        (LOG, ["--title_column=name"], r"these options need --items"),
         (LOG + ",u,a,1\n", [], r"log\.csv: row 5: at is not a number"),
         (LOG + "inf,u,a,1\n", [], r"log\.csv: row 5: at is not a number"),
         (LOG + "1e30,u,a,1\n", [], r"log\.csv: Conversion Error"),
@@ -115,7 +115,7 @@ def test_ids_lose_the_same_blanks_in_both_files(tmp_path: Path) -> None:
         ("at,who,sku,at\n", [], r"column 'at' occurs twice"),
         ("at,who,sku,Who\n", [], r"column 'who' occurs twice"),
         ("at,who,sku\r1,u,a\r2,u,b\r", [], r"log\.csv: line 1: .*; end each line with a line feed"),
-        ("at,who,sku\n", [], r"nothing to convert: it has no rows"),
+        ("at,who,sku\n", [], r"nothing to convert: the file has no rows"),
         ("", [], r"log\.csv is empty"),
     ],
 )

@@ -146,7 +146,7 @@ def test_bad_films_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
     write(tmp_path / "in/readme.txt", "x")
-    with pytest.raises(UserError, match=r"must hold u\.data and u\.item, ratings\.dat"):
+    with pytest.raises(UserError, match=r"must have u\.data and u\.item, ratings\.dat"):
         convert(tmp_path / "in", tmp_path / "out")
     with pytest.raises(UserError, match="is not a folder"):
         convert(tmp_path / "absent", tmp_path / "out")
@@ -155,7 +155,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 def test_nothing_left_by_min_rating(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"all 4 rows are below --min_rating 9\.0"):
         convert(_ml_100k(tmp_path / "in"), tmp_path / "out", min_rating=9.0)
-    with pytest.raises(UserError, match="it has no rows"):
+    with pytest.raises(UserError, match="the file has no rows"):
         convert(_ml_100k(tmp_path / "in", ""), tmp_path / "out")
 
 
