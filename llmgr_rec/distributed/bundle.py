@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import Config, DType
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, decoder_hash
@@ -31,7 +32,6 @@ from llmgr_rec.distributed.bundle_index import (
     resolve_bundle,
 )
 from llmgr_rec.distributed.decoder_shards import cut_like
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import fill_table, table_parameters
@@ -79,7 +79,7 @@ class Bundle:
     model: SessionRecommender | LLMGR
     config: Config
     catalogue: Catalogue
-    prior: NeighbourPrior | None = None
+    prior: Blend | None = None
 
 
 def load_bundle(path: Path | str, world: World | None = None, dtype: DType | None = None) -> Bundle:
@@ -148,7 +148,7 @@ def load_model(files: BundleFiles, world: World | None = None, dtype: DType | No
     left = _load_weights(model, folder, index)
     if left:
         raise UserError(f"bundle {folder} is damaged: nothing in it for {left[0]}; export it again")
-    prior = NeighbourPrior.load(folder / PRIOR) if PRIOR in index.files else None
+    prior = Blend.load(folder / PRIOR) if PRIOR in index.files else None
     if prior is not None and prior.similarity_VR.shape[0] != catalogue.num_items:
         raise UserError(f"bundle {folder} is damaged: {PRIOR} is of another catalogue; copy or export it again")
     return Bundle(folder, index.stage, model.eval(), config, catalogue, prior)

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import STAGES, Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Manifest
@@ -32,7 +33,6 @@ from llmgr_rec.distributed.bundle_index import (
     read_index,
 )
 from llmgr_rec.distributed.decoder_shards import gathered
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
 from llmgr_rec.distributed.shards import Shard, local_shards
 from llmgr_rec.errors import UserError
@@ -53,7 +53,7 @@ def export_bundle(
     folder: Path,
     world: World,
     trained_on: Manifest | None = None,
-    prior: NeighbourPrior | None = None,
+    prior: Blend | None = None,
 ) -> None:
     """Writes what a stage has made, self-contained but for the base language model.
 
@@ -211,7 +211,7 @@ def _finish(
     folder: Path,
     pieces: list[tuple[str, tuple[int, int], Piece]],
     trained_on: Manifest | None,
-    prior: NeighbourPrior | None,
+    prior: Blend | None,
 ) -> None:
     save_config(config, partial / CONFIG)
     templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}

@@ -1,7 +1,7 @@
 """The index of an exported model: what a bundle holds, whether it is complete, which one answers.
 
 RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
-catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), prior.npz (what neighbours add
+catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), blend.npz (what neighbours add
 to its scores, where it has a prior) and tables/<table>-r<row>-c<column>.safetensors.
 """
 
@@ -18,7 +18,7 @@ from llmgr_rec.errors import UserError
 FORMAT_VERSION = 1
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
-PRIOR = "prior.npz"
+PRIOR = "blend.npz"
 TENSOR = "weight"
 _HASH_BYTES = 1 << 22
 

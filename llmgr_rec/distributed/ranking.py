@@ -13,8 +13,8 @@ from scipy import sparse
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
@@ -58,7 +58,7 @@ class CatalogueRanker:
             none.
     """
 
-    def __init__(self, model: RanksItems, bags: MakesBags, world: World, prior: NeighbourPrior | None = None) -> None:
+    def __init__(self, model: RanksItems, bags: MakesBags, world: World, prior: Blend | None = None) -> None:
         self._world = world
         self._num_items = bags.num_items
         first = bags.num_items * world.rank // world.size
@@ -92,7 +92,7 @@ class CatalogueRanker:
             raise ValueError("a ranker with a prior needs the clicks of the sessions")
         return self._rank_with(self.added_by(self._prior, clicks), queries_BQ, k, exclude)
 
-    def added_by(self, prior: NeighbourPrior, clicks: Jagged) -> sparse.csr_array:
+    def added_by(self, prior: Blend, clicks: Jagged) -> sparse.csr_array:
         """What a prior adds to this rank's items, for the sessions of all ranks, [Y, R]; all ranks call together.
 
         Args:

@@ -8,11 +8,11 @@ Shapes: B sessions, L clicks, D places of a list before clicked items leave it, 
 
 import numpy as np
 
+from llmgr_rec.baselines.knn import Baseline
+from llmgr_rec.baselines.sparse_scores import Ints
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.evaluation.baselines import Baseline
-from llmgr_rec.evaluation.sparse_scores import Ints
 
 
 def leaves_out_clicked(dataset: Dataset) -> bool:

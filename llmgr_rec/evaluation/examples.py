@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.neighbour_prior import clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.errors import UserError

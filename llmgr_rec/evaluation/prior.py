@@ -17,18 +17,19 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from llmgr_rec.baselines.blend import Blend, clicks_of
+from llmgr_rec.baselines.knn import ItemNeighbors
+from llmgr_rec.baselines.registry import build_neighbors
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.baselines import ItemNeighbours
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.protocol import Asked, asked_of_rank, build_neighbours, evaluation_mode
+from llmgr_rec.evaluation.protocol import Asked, asked_of_rank, evaluation_mode
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
@@ -41,7 +42,7 @@ BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 def build_priors(
     settings: PriorConfig, dataset: Dataset, catalogue: Catalogue, world: World, folder: Path | None = None
-) -> list[NeighbourPrior]:
+) -> list[Blend]:
     """One prior of weight 1 for each neighbour baseline, from the training split or the items' text.
 
     Args:
@@ -59,13 +60,13 @@ def build_priors(
         )
 
 
-def _kept(name: str, kept: int, dataset: Dataset, catalogue: Catalogue, folder: Path | None) -> NeighbourPrior:
+def _kept(name: str, kept: int, dataset: Dataset, catalogue: Catalogue, folder: Path | None) -> Blend:
     if folder is None:
         return _prior(name, kept, dataset, catalogue)
     file = folder / f"{name}-{_key(name, kept, dataset)}.npz"
     if file.is_file():
         try:
-            return NeighbourPrior.load(file)
+            return Blend.load(file)
         except UserError:
             logger.info("%s is damaged and is made again", file)
     prior = _prior(name, kept, dataset, catalogue)
@@ -84,11 +85,11 @@ def _is_read(path: str) -> bool:
     return path.split("/")[0] not in ("valid", "test")
 
 
-def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> NeighbourPrior:
-    baseline = build_neighbours(name, dataset, catalogue, kept)
-    if not isinstance(baseline, ItemNeighbours):
+def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> Blend:
+    baseline = build_neighbors(name, dataset, catalogue, kept)
+    if not isinstance(baseline, ItemNeighbors):
         raise TypeError(f"{name} has no similarity of items")
-    return NeighbourPrior({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)
+    return Blend({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)
 
 
 def weight_sets(settings: PriorConfig) -> list[tuple[float, ...]]:
@@ -116,7 +117,7 @@ class Chosen:
 @torch.no_grad()
 def choose_weights(
     model: SessionRecommender | LLMGR,
-    priors: Sequence[NeighbourPrior],
+    priors: Sequence[Blend],
     weights: Sequence[tuple[float, ...]],
     dataset: Dataset,
     config: Config,

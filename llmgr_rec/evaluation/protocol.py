@@ -3,8 +3,7 @@
 Shapes: B sessions of this rank, Q columns of queries, K places of a ranked list.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llmgr_rec.baselines.blend import Blend, clicks_of
+from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.cli import progress
 from llmgr_rec.config import Config
 from llmgr_rec.data.batch import RawSessions, SessionBatch
@@ -21,25 +22,15 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.evaluation.baselines import Baseline, ItemKNN, Popularity, SessionKNN, session_matrix
 from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.text_neighbours import TEXT_FIELDS, TextKNN, has_words, texts_to_compare
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-
-BASELINES = ("popularity", "item_knn", "session_knn", "text_knn")
-# What stands beside every model unless something else is asked for: session-kNN takes its time on long logs, and not
-# every data set has text.
-USUAL_BASELINES = BASELINES[:2]
 
 # Rows read at a time where no model has to hold them.
 _READ_ROWS = 8192
@@ -53,7 +44,7 @@ def evaluate_model(
     config: Config,
     world: World,
     catalogue: Catalogue | None = None,
-    prior: NeighbourPrior | None = None,
+    prior: Blend | None = None,
 ) -> dict[str, Any]:
     """Ranks the whole catalogue for every session of a split and counts where the targets stand.
 
@@ -102,62 +93,6 @@ def evaluate_baseline(
         ids_BK = ranked_by(baseline, raw, metrics.depth, leave_out)
         metrics.update(torch.from_numpy(ids_BK), raw.targets_B, raw.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
-
-
-def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue, kept: int | None = None) -> Baseline:
-    """Makes a baseline from the training split, or from the items' text, alone.
-
-    Args:
-        name: One of `BASELINES`.
-        dataset: Prepared sessions.
-        catalogue: Their items.
-        kept: Most similar items kept of each item by item_knn and text_knn; None takes their defaults.
-
-    Raises:
-        UserError: It needs text, and no item has any.
-    """
-    if name == "popularity":
-        return Popularity(catalogue.train_count_V.numpy())
-    limit = {} if kept is None else {"neighbours": kept}
-    if name == "text_knn":
-        return TextKNN(texts_to_compare(catalogue), **limit)
-    # Every rank reads all training rows, each of them once: prefixes of a session are no further evidence.
-    rows = SessionReader(
-        dataset.parts("train"), num_items=catalogue.num_items, collate=as_it_is, order=SamplingOrder(_READ_ROWS)
-    )
-    sessions_SV = session_matrix(map(_with_target, rows.batches(0)), catalogue.num_items)
-    return ItemKNN(sessions_SV, **limit) if name == "item_knn" else SessionKNN(sessions_SV)
-
-
-def build_neighbours(name: str, dataset: Dataset, catalogue: Catalogue, kept: int | None = None) -> Baseline:
-    """Makes a baseline that stands beside a model; text_knn adds nothing, and says so, where no item has a word.
-
-    One recipe thus serves logs without text as well as shops; `build_baseline`, whose lists would be empty, refuses.
-
-    Args:
-        name: One of `BASELINES`.
-        dataset: Prepared sessions.
-        catalogue: Their items.
-        kept: As in `build_baseline`.
-    """
-    if name == "text_knn" and not has_words(texts := catalogue.texts(list(TEXT_FIELDS), required=False)):
-        logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalogue.file, ", ".join(TEXT_FIELDS))
-        return TextKNN(texts)
-    return build_baseline(name, dataset, catalogue, kept)
-
-
-def check_baselines(names: Iterable[str], catalogue: Catalogue) -> None:
-    """Refuses baselines that the data set has nothing for, before anything is trained or judged.
-
-    Args:
-        names: What is asked for; other names are none of its business.
-        catalogue: The items.
-
-    Raises:
-        UserError: One needs text, and no item has any.
-    """
-    if "text_knn" in names:
-        texts_to_compare(catalogue)
 
 
 def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:
@@ -256,18 +191,6 @@ def batches_of_rank(reader: SessionReader[T], world: World, description: str) ->
         yield batch if step < steps else replace(batch, weights_B=torch.zeros_like(batch.weights_B))
         bar.update(min(world.size * reader.order.batch_size, reader.num_examples - first * reader.order.batch_size))
     bar.close()
-
-
-def _with_target(raw: RawSessions) -> tuple[Any, Any]:
-    """A training session with its target as the last click, as arrays of items and offsets."""
-    sessions = len(raw.targets_B)
-    offsets_B1 = raw.offsets_B1 + torch.arange(sessions + 1)
-    items = torch.empty(int(offsets_B1[-1]), dtype=torch.int64)
-    is_target = torch.zeros(len(items), dtype=torch.bool)
-    is_target[offsets_B1[1:] - 1] = True
-    items[is_target] = raw.targets_B
-    items[~is_target] = raw.items_L
-    return items.numpy(), offsets_B1.numpy()
 
 
 def as_it_is(raw: RawSessions) -> RawSessions:

@@ -5,23 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.registry import BASELINES, DEFAULT_BASELINES, build_baseline, check_baselines
 from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
-from llmgr_rec.evaluation.protocol import (
-    BASELINES,
-    USUAL_BASELINES,
-    build_baseline,
-    check_baselines,
-    evaluate_baseline,
-    evaluate_model,
-)
+from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.results import MODEL_NAMES, refuse_foreign_output, write_metrics
 from llmgr_rec.recipes import load_config
 
@@ -66,7 +60,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     refuse_foreign_output(request.output)
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
     try:
-        names = request.models or [*USUAL_BASELINES, *bundles]
+        names = request.models or [*DEFAULT_BASELINES, *bundles]
         results: dict[str, dict[str, Any]] = {}
         priors: dict[str, dict[str, float]] = {}
         for name in (known for known in MODEL_NAMES if known in names):
@@ -98,7 +92,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
 
 def _evaluate_bundle(
     bundle: Path, request: EvaluationRequest, dataset: Dataset, catalogue: Catalogue, world: World
-) -> tuple[dict[str, Any], NeighbourPrior | None]:
+) -> tuple[dict[str, Any], Blend | None]:
     """The figures of an export, and the neighbours that it ranks with."""
     loaded = load_bundle(bundle, world)
     config = loaded.config

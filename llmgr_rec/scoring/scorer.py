@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmgr_rec.baselines.blend import Blend, clicks_of
+from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.evaluation.baselines import Popularity
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
@@ -120,7 +120,7 @@ class Scorer:
         collate: Collator,
         settings: ScoreSettings,
         world: World,
-        prior: NeighbourPrior | None = None,
+        prior: Blend | None = None,
     ) -> None:
         self._model = model
         self._catalogue = catalogue

@@ -23,15 +23,15 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from llmgr_rec import __version__
+from llmgr_rec.baselines.knn import Baseline
+from llmgr_rec.baselines.registry import build_neighbors
 from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.bundle_index import find_bundle
 from llmgr_rec.distributed.process_group import choose_device
-from llmgr_rec.evaluation.baselines import Baseline
 from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
-from llmgr_rec.evaluation.protocol import build_neighbours
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.recipes import load_config, save_config
@@ -146,7 +146,7 @@ class Bench:
     def _baseline(self, name: str) -> Baseline:
         if name not in self._baselines:
             # One that ranks alone and has no text to rank by was refused before: see `check_baselines`.
-            self._baselines[name] = build_neighbours(name, self.dataset, self.catalogue)
+            self._baselines[name] = build_neighbors(name, self.dataset, self.catalogue)
         return self._baselines[name]
 
     def _trained(self, model: str, config: Config) -> tuple[Path, float]:

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmgr_rec.baselines.blend import clicks_of
+from llmgr_rec.baselines.knn import Baseline, Neighbors
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.neighbour_prior import clicks_of
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import BEHIND_ALL, CatalogueRanker
-from llmgr_rec.evaluation.baselines import Baseline, Neighbours
 from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranked_by
 from llmgr_rec.evaluation.prior import places_by_weights
 from llmgr_rec.evaluation.protocol import as_it_is, asked_of_rank, split_reader
@@ -38,7 +38,7 @@ def judge_model(
     split: str,
     config: Config,
     catalogue: Catalogue,
-    neighbours: Sequence[Neighbours] = (),
+    neighbours: Sequence[Neighbors] = (),
     weights: Sequence[Sequence[float]] = ((),),
     reader_weights: Sequence[float] = (1.0,),
 ) -> Places:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from llmgr_rec.baselines.registry import BASELINES
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL
 from llmgr_rec.errors import UserError, did_you_mean
-from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
@@ -188,7 +188,7 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
         _mapping(values, "grid", where),
         str(values.get("against", "")),
     )
-    asked = [(variant.model, (*MODELS, *BASELINES)), *((name, BASELINES[1:]) for name in variant.blend)]
+    asked = [(variant.model, (*MODELS, *BASELINES)), *((name, tuple(BASELINES)[1:]) for name in variant.blend)]
     for value, known in asked:
         if value not in known:
             raise UserError(f"{where}: {value} is not known{did_you_mean(value, known)}")

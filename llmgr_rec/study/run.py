@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from llmgr_rec.baselines.registry import check_baselines
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
-from llmgr_rec.evaluation.protocol import check_baselines
 from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.study.cells import Bench, Cell
 from llmgr_rec.study.compare import METRICS, K, hit_rate_by_frequency, relative_gain

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmgr_rec.baselines.blend import Blend, combine
 from llmgr_rec.config import Config, neighbour_clicks, reader_weights
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, combine
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.evaluation.prior import Chosen, build_priors, choose_weights, weight_sets
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
-from llmgr_rec.training.rare_rows import RareRows
+from llmgr_rec.training.knn_smoothing import KnnSmoothing
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Settled:
     """
 
     clicks: float
-    prior: NeighbourPrior | None
+    prior: Blend | None
     told: dict[str, float]
 
 
@@ -48,7 +48,7 @@ def settle(
     catalogue: Catalogue,
     world: World,
     folder: Path | None = None,
-    rare_rows: RareRows | None = None,
+    rare_rows: KnnSmoothing | None = None,
 ) -> Settled:
     """Chooses what a trained model ranks best with, and leaves it so.
 
@@ -73,13 +73,13 @@ def settle(
     tried: dict[float, Chosen] = {}
     for clicks in numbers:
         if rare_rows:
-            rare_rows.draw(clicks)
+            rare_rows.apply(clicks)
         tried[clicks] = Chosen(weights[0], reader_numbers[0], 0.0)
         if is_chosen:
             tried[clicks] = choose_weights(model, priors, weights, dataset, config, catalogue, world, reader_numbers)
     clicks, best = max(tried.items(), key=lambda one: one[1].ndcg)
     if rare_rows and clicks != numbers[-1]:
-        rare_rows.draw(clicks)
+        rare_rows.apply(clicks)
     if text_reader is not None:
         text_reader.weight.fill_(best.reader)
     prior = combine(priors, best.neighbours) if priors else None

@@ -47,6 +47,7 @@ from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES, StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.knn_smoothing import KnnSmoothing
 from llmgr_rec.training.language import (
     TextEncodings,
     cache_catalogue,
@@ -56,7 +57,6 @@ from llmgr_rec.training.language import (
 )
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.optimizers import build_optimizer
-from llmgr_rec.training.rare_rows import RareRows
 from llmgr_rec.training.settle import settle
 
 logger = logging.getLogger(__name__)
@@ -168,14 +168,14 @@ def _with_clicks_drawn(stage: StageName, context: RunContext) -> Config:
     return replace(config, tables=replace(config.tables, neighbour_clicks=drawn))
 
 
-def _rare_rows(model: SessionRecommender | LLMGR, context: RunContext) -> RareRows:
+def _rare_rows(model: SessionRecommender | LLMGR, context: RunContext) -> KnnSmoothing:
     config, catalogue = context.config, context.catalogue
     if not isinstance(model, SessionRecommender):
         raise TypeError("stage sbr trains a session recommender")
     by_words = replace(config.prior, neighbours=["text_knn"])
     (near,) = build_priors(by_words, context.dataset, catalogue, context.world, context.run / _NEIGHBOURS)
     collate = make_collator(config, catalogue, "rank", language=False)
-    return RareRows(model, near.similarity_VR, catalogue.train_count_V, collate, context.world)
+    return KnnSmoothing(model, near.similarity_VR, catalogue.train_count_V, collate, context.world)
 
 
 def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[str, float]:

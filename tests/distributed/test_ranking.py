@@ -9,10 +9,10 @@ from scipy import sparse
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed import ranking
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.sharding import shard
@@ -65,13 +65,13 @@ def clicks_of(rank: int, count: int, num_items: int) -> Jagged:
     return Jagged.from_lengths(torch.randint(num_items, (int(lengths.sum()),), generator=draw), lengths)
 
 
-def prior_of(num_items: int) -> NeighbourPrior:
+def prior_of(num_items: int) -> Blend:
     """Few-bit numbers, so that sums are exact and ties are frequent."""
     draw = np.random.default_rng(num_items)
     size = min(num_items * 20, num_items**2)
     pairs = draw.integers(num_items, size=(2, size))
     similarity = sparse.csr_array((draw.integers(1, 9, size).astype(np.float32), tuple(pairs)), (num_items, num_items))
-    return NeighbourPrior({"item_knn": 1.0}, similarity, 0.5)
+    return Blend({"item_knn": 1.0}, similarity, 0.5)
 
 
 def dense_prior(clicks: Jagged, num_items: int, decay: float = 0.5) -> Tensor:
@@ -89,7 +89,7 @@ def plain_items(num_items: int) -> Tensor:
     return model.item_vectors(Bags(num_items).item_features(torch.arange(num_items))).detach()
 
 
-def plain_ranker(num_items: int, prior: NeighbourPrior | None = None) -> CatalogueRanker:
+def plain_ranker(num_items: int, prior: Blend | None = None) -> CatalogueRanker:
     model = Items(num_items)
     init_tables(model, 1, 0.1)
     return CatalogueRanker(model, Bags(num_items), World.alone(), prior)

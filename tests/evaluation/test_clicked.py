@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.evaluation.baselines import Popularity
 from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranked_by, ranking_rule, without_clicked
-from tests.evaluation.test_baselines import flat
+from tests.baselines.test_knn import flat
 from tests.small_run import small_run, without_repeats
 
 NUM_ITEMS = 12

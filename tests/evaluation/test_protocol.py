@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from llmgr_rec.baselines.knn import Baseline, ItemKNN
+from llmgr_rec.baselines.registry import BASELINES, build_baseline
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.baselines import Baseline, ItemKNN
-from llmgr_rec.evaluation.protocol import (
-    BASELINES,
-    as_it_is,
-    build_baseline,
-    evaluate_baseline,
-    evaluate_model,
-    session_queries,
-    split_reader,
-)
+from llmgr_rec.evaluation.protocol import as_it_is, evaluate_baseline, evaluate_model, session_queries, split_reader
 from llmgr_rec.modules.llmgr import LLMGR
 from tests.data.prepare_inputs import read
 from tests.ranks import run_on_ranks

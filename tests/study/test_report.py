@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from llmgr_rec.baselines.registry import BASELINES
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import MODELS
-from llmgr_rec.evaluation.protocol import BASELINES
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.experiments import main
 from llmgr_rec.study import cells

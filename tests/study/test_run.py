@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmgr_rec.baselines.registry import BASELINES, build_baseline
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
@@ -16,14 +17,7 @@ from llmgr_rec.distributed.ranking import BEHIND_ALL
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import clicked_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.protocol import (
-    BASELINES,
-    as_it_is,
-    build_baseline,
-    evaluate_baseline,
-    evaluate_model,
-    split_reader,
-)
+from llmgr_rec.evaluation.protocol import as_it_is, evaluate_baseline, evaluate_model, split_reader
 from llmgr_rec.experiments import main
 from llmgr_rec.study import cells
 from llmgr_rec.study.compare import hit_rate, ndcg

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from llmgr_rec.baselines.registry import build_baseline
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.protocol import build_baseline, evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
 from llmgr_rec.recipes import load_config, save_config
 from tests.ranks import run_on_ranks
 from tests.training.small_training import prepare, small_config, train

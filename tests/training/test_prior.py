@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmgr_rec.baselines.registry import build_baseline
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
@@ -25,7 +26,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation import prior as evaluation_prior
 from llmgr_rec.evaluation.examples import ranked_examples
 from llmgr_rec.evaluation.prior import build_priors
-from llmgr_rec.evaluation.protocol import build_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.llmgr import LLMGR
@@ -207,7 +208,7 @@ def test_a_run_that_was_stopped_while_it_exported_ends_with_the_same_bytes(
     assert not told(run.folder)
     train_run(run.request(resume=True))
     ours, theirs = (all_bytes(folder / "export/sbr") for folder in (run.folder, trained.folder))
-    assert ours["prior.npz"] == theirs["prior.npz"]
+    assert ours["blend.npz"] == theirs["blend.npz"]
     for kept in (ours, theirs):
         del kept["config.yaml"], kept["bundle.json"]
     assert ours == theirs
@@ -246,9 +247,9 @@ def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, built = small_run(), []
-    build = evaluation_prior.build_neighbours
+    build = evaluation_prior.build_neighbors
     monkeypatch.setattr(
-        evaluation_prior, "build_neighbours", lambda *words: built.append((words[0], words[3])) or build(*words)
+        evaluation_prior, "build_neighbors", lambda *words: built.append((words[0], words[3])) or build(*words)
     )
 
     def priors(kept: int = 5) -> list[np.ndarray]:

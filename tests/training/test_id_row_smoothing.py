@@ -13,6 +13,8 @@ from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
 
+from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
+from llmgr_rec.baselines.text_knn import texts_to_compare, tf_idf
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
@@ -21,12 +23,10 @@ from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.evaluation.text_neighbours import texts_to_compare, tf_idf
 from llmgr_rec.limits import check_limits
-from llmgr_rec.modules.rare_rows import NEIGHBOURS
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.recipes import load_config, save_config
-from llmgr_rec.training import rare_rows
+from llmgr_rec.training import knn_smoothing
 from llmgr_rec.training.checks import RunRequest, check_run
 from llmgr_rec.training.run import train_run
 from tests.data.prepare_inputs import edit_manifest
@@ -64,7 +64,7 @@ def train_case(
     config = config_of(Path(folder), clicks, beside)
     config.tables.sharding = sharding  # type: ignore[assignment]
     # Several ranges of rows.
-    rare_rows._LOOKUP_ITEMS = 64
+    knn_smoothing._LOOKUP_ITEMS = 64
     run = Path(folder, name)
     if world.rank == 0:
         run.mkdir(exist_ok=True)
@@ -119,7 +119,7 @@ def neighbours(catalogue: Catalogue, item: int, cosines_VV: Tensor) -> Tensor:
     cosines_V = cosines_VV[item].where(catalogue.train_count_V > 0, 0.0)
     cosines_V[item] = 0.0
     order_V = cosines_V.argsort(descending=True, stable=True)
-    return order_V[cosines_V[order_V] > 0][:NEIGHBOURS]
+    return order_V[cosines_V[order_V] > 0][:K_NEIGHBORS]
 
 
 def cosines(catalogue: Catalogue) -> Tensor:
@@ -221,7 +221,7 @@ def test_without_words_rows_stay_as_they_were_trained(trained: Trained) -> None:
     assert isinstance(model, SessionRecommender)
     before = {name: table.clone() for name, table in model.state_dict().items()}
     nothing_VV = sparse.csr_array((collate.num_items, collate.num_items), dtype=np.float32)
-    rare_rows.RareRows(model, nothing_VV, trained.catalogue.train_count_V, collate, ONE_RANK).draw(CLICKS)
+    knn_smoothing.KnnSmoothing(model, nothing_VV, trained.catalogue.train_count_V, collate, ONE_RANK).apply(CLICKS)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 

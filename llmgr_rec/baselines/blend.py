@@ -1,4 +1,4 @@
-"""What neighbour baselines add to a trained model's scores: one matrix of items, part of the bundle.
+"""The blend: what neighbor baselines add to a trained model's scores. One matrix of items, part of the bundle.
 
 Shapes: B sessions, L clicks, V items, R items of one range.
 """
@@ -11,14 +11,14 @@ from zipfile import BadZipFile
 import numpy as np
 from scipy import sparse
 
+from llmgr_rec.baselines.recency import recency_weights
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.recency import recency_weights
 from llmgr_rec.errors import UserError
 
 
 @dataclass(frozen=True)
-class NeighbourPrior:
+class Blend:
     """Adds to item j's score: sum over the clicks i of a session of decay^(clicks after i) * similarity(i, j).
 
     Args:
@@ -42,7 +42,7 @@ class NeighbourPrior:
         # Of one type with the similarity, which would otherwise be copied for each batch.
         return sparse.csr_array(weights_BV.astype(np.float32) @ self.similarity_VR)
 
-    def of_items(self, items: range) -> "NeighbourPrior":
+    def of_items(self, items: range) -> "Blend":
         """The part for a range of the items that are ranked; any item may be clicked.
 
         Args:
@@ -53,7 +53,7 @@ class NeighbourPrior:
         return replace(self, similarity_VR=sparse.csr_array(self.similarity_VR[:, items.start : items.stop]))
 
     def save(self, file: Path) -> None:
-        """Writes the prior, without pickles; the same prior makes the same bytes.
+        """Writes the blend, without pickles; the same blend makes the same bytes.
 
         Args:
             file: Name with the suffix npz.
@@ -69,7 +69,7 @@ class NeighbourPrior:
         )
 
     @classmethod
-    def load(cls, file: Path) -> "NeighbourPrior":
+    def load(cls, file: Path) -> "Blend":
         """Reads what `save` wrote.
 
         Raises:
@@ -91,24 +91,24 @@ class NeighbourPrior:
             ) from None
 
 
-def combine(priors: Sequence[NeighbourPrior], weights: Sequence[float]) -> NeighbourPrior:
-    """One prior of several, whose clicks all decay alike.
+def combine(blends: Sequence[Blend], weights: Sequence[float]) -> Blend:
+    """One blend of several, whose clicks all decay alike.
 
     Args:
-        priors: One baseline each, at weight 1; at least one.
+        blends: One baseline each, at weight 1; at least one.
         weights: The factor that each gets.
 
     Raises:
         ValueError: Their clicks decay differently.
     """
-    if len({prior.decay for prior in priors}) > 1:
-        raise ValueError("priors of different decays do not add up to one")
-    similarity_VV = sparse.csr_array(priors[0].similarity_VR.shape, dtype=np.float32)
-    for prior, weight in zip(priors, weights, strict=True):
+    if len({blend.decay for blend in blends}) > 1:
+        raise ValueError("blends of different decays do not add up to one")
+    similarity_VV = sparse.csr_array(blends[0].similarity_VR.shape, dtype=np.float32)
+    for blend, weight in zip(blends, weights, strict=True):
         if weight:
-            similarity_VV = similarity_VV + prior.similarity_VR * np.float32(weight)
-    named = {name: float(weight) for prior, weight in zip(priors, weights, strict=True) for name in prior.weights}
-    return NeighbourPrior(named, sparse.csr_array(similarity_VV), priors[0].decay)
+            similarity_VV = similarity_VV + blend.similarity_VR * np.float32(weight)
+    named = {name: float(weight) for blend, weight in zip(blends, weights, strict=True) for name in blend.weights}
+    return Blend(named, sparse.csr_array(similarity_VV), blends[0].decay)
 
 
 def clicks_of(batch: SessionBatch) -> Jagged:

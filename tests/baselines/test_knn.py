@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmgr_rec.evaluation import baselines, sparse_scores
-from llmgr_rec.evaluation.baselines import ItemKNN, Popularity, SessionKNN, session_matrix
-from llmgr_rec.evaluation.sparse_scores import cosine_similarity
+from llmgr_rec.baselines import knn, sparse_scores
+from llmgr_rec.baselines.knn import ItemKNN, Popularity, SessionKNN, session_matrix
+from llmgr_rec.baselines.sparse_scores import cosine_similarity
 
 sessions_of = st.lists(st.lists(st.integers(0, 14), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -80,7 +80,7 @@ def test_session_knn_equals_the_reference(train, queries, k, neighbours):
 def test_blocks_of_sessions_do_not_change_a_ranking(train, queries, block):
     whole = [knn(session_matrix([flat(train)], 15)).rank(*flat(queries), 5) for knn in (ItemKNN, SessionKNN)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "_BLOCK_SCORES", block)
+        patch.setattr(knn, "_BLOCK_SCORES", block)
         cut = [knn(session_matrix([flat(train)], 15)).rank(*flat(queries), 5) for knn in (ItemKNN, SessionKNN)]
     for one, other in zip(whole, cut, strict=True):
         np.testing.assert_array_equal(one[0], other[0])
@@ -102,7 +102,7 @@ def test_blocks_do_not_change_the_similarities(train, block):
 
 def test_neighbours_keep_the_most_similar():
     train = [[0, 1], [0, 1], [0, 2], [3, 4]]
-    kept = cosine_similarity(session_matrix([flat(train)], 5), neighbours=1).toarray()
+    kept = cosine_similarity(session_matrix([flat(train)], 5), k_neighbors=1).toarray()
     assert np.flatnonzero(kept[0]).tolist() == [1]
     assert np.count_nonzero(kept, axis=1).max() == 1
 

@@ -1,4 +1,4 @@
-"""Text-kNN: items whose words are like those of the clicked ones. The honest control of whatever reads item text.
+"""Text-kNN: items whose words are like those of the clicked ones. The control for models that read item text.
 
 It knows no interaction, so an item that training never saw is to it like any other; and it knows no language, so that
 what a language model adds is what it ranks better than this.
@@ -11,31 +11,31 @@ from collections.abc import Iterable
 import numpy as np
 from scipy import sparse
 
+from llmgr_rec.baselines.knn import DECAY, ItemNeighbors
+from llmgr_rec.baselines.sparse_scores import cosine_similarity
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.words import words_of
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.baselines import DECAY, ItemNeighbours
-from llmgr_rec.evaluation.sparse_scores import cosine_similarity
 
 TEXT_FIELDS = ("title", "category", "brand")
 
 
-class TextKNN(ItemNeighbours):
+class TextKNN(ItemNeighbors):
     """Cosine of the TF-IDF vectors of item texts; that of an item with itself is left out.
 
-    An item without words scores 0, and so does one that is not among the nearest neighbours of any click.
+    An item without words scores 0, and so does one that is not among the nearest neighbors of any click.
     """
 
-    def __init__(self, texts: list[str], decay: float = DECAY, neighbours: int = 300) -> None:
+    def __init__(self, texts: list[str], decay: float = DECAY, k_neighbors: int = 300) -> None:
         """Computes the similarities.
 
         Args:
             texts: Text of each item, empty where it has none.
             decay: Weight of a click relative to the click after it.
-            neighbours: Most similar items kept for each item, which bounds the memory (3.6 GB for a million items);
+            k_neighbors: Most similar items kept for each item, which bounds the memory (3.6 GB for a million items);
                 0 keeps all.
         """
-        super().__init__(cosine_similarity(tf_idf(texts), neighbours), decay)
+        super().__init__(cosine_similarity(tf_idf(texts), k_neighbors), decay)
 
 
 def tf_idf(texts: list[str]) -> sparse.csr_array:

@@ -7,26 +7,26 @@ import pytest
 import torch
 from scipy import sparse
 
+from llmgr_rec.baselines.blend import Blend, clicks_of, combine
+from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.distributed.bundle_index import read_index
-from llmgr_rec.distributed.neighbour_prior import NeighbourPrior, clicks_of, combine
 from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.baselines import ItemNeighbours
 from tests.modules.small_llmgr import raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
 
 SESSIONS = [[3, 5, 3, 9], [], [2], [0, 1, 2, 3, 4, 5, 6]]
 
 
-def prior(seed: int = 0, name: str = "item_knn", decay: float = 0.7) -> NeighbourPrior:
+def prior(seed: int = 0, name: str = "item_knn", decay: float = 0.7) -> Blend:
     dense = np.random.default_rng(seed).random((NUM_ITEMS, NUM_ITEMS)).astype(np.float32)
     dense[dense < 0.8] = 0
-    return NeighbourPrior({name: 1.0}, sparse.csr_array(dense), decay)
+    return Blend({name: 1.0}, sparse.csr_array(dense), decay)
 
 
 def clicks() -> Jagged:
@@ -36,7 +36,7 @@ def clicks() -> Jagged:
 
 def test_scores_are_those_of_the_baseline() -> None:
     given = prior()
-    baseline = ItemNeighbours(given.similarity_VR.astype(np.float64), given.decay)
+    baseline = ItemNeighbors(given.similarity_VR.astype(np.float64), given.decay)
     found = given.scores(clicks())
     assert found.dtype == np.float32
     expected = baseline.scores(clicks().values.numpy(), clicks().offsets.numpy()).toarray()
@@ -71,7 +71,7 @@ def test_a_batch_tells_its_clicks_in_order() -> None:
     assert torch.equal(clicks_of(batch).offsets, clicks().offsets)
 
 
-def same(one: NeighbourPrior, other: NeighbourPrior) -> bool:
+def same(one: Blend, other: Blend) -> bool:
     return (
         one.weights == other.weights
         and one.decay == other.decay
@@ -80,7 +80,7 @@ def same(one: NeighbourPrior, other: NeighbourPrior) -> bool:
     )
 
 
-def export(folder: Path, given: NeighbourPrior | None) -> Path:
+def export(folder: Path, given: Blend | None) -> Path:
     catalogue = Catalogue.load(small_run().dataset.path)
     model = assemble_recommender(config(), catalogue)
     init_tables(model, 1, 0.5)
@@ -95,20 +95,20 @@ def test_a_bundle_holds_the_prior_it_was_given(tmp_path: Path) -> None:
     assert loaded is not None
     assert same(loaded, given)
     np.testing.assert_array_equal(loaded.scores(clicks()).toarray(), given.scores(clicks()).toarray())
-    assert (bundles[0] / "prior.npz").read_bytes() == (bundles[1] / "prior.npz").read_bytes()
-    assert read_index(bundles[0]).files["prior.npz"] == (bundles[0] / "prior.npz").stat().st_size
+    assert (bundles[0] / "blend.npz").read_bytes() == (bundles[1] / "blend.npz").read_bytes()
+    assert read_index(bundles[0]).files["blend.npz"] == (bundles[0] / "blend.npz").stat().st_size
 
 
 def test_a_bundle_without_one_has_no_file(tmp_path: Path) -> None:
     bundle = export(tmp_path, None)
-    assert not (bundle / "prior.npz").exists()
+    assert not (bundle / "blend.npz").exists()
     assert load_bundle(bundle).prior is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "turned", "foreign", "other"])
 def test_a_damaged_prior_is_refused(tmp_path: Path, damage: str) -> None:
     bundle = export(tmp_path, prior())
-    file = bundle / "prior.npz"
+    file = bundle / "blend.npz"
     content = bytearray(file.read_bytes())
     if damage == "cut":
         file.write_bytes(content[:-100])
@@ -120,11 +120,11 @@ def test_a_damaged_prior_is_refused(tmp_path: Path, damage: str) -> None:
     else:
         file.unlink()
         smaller = sparse.csr_array((NUM_ITEMS - 1, NUM_ITEMS - 1), dtype=np.float32)
-        NeighbourPrior({"item_knn": 1.0}, smaller, 0.7).save(file)
+        Blend({"item_knn": 1.0}, smaller, 0.7).save(file)
         index = bundle / "bundle.json"
-        size = f'"prior.npz": {len(content)}'
+        size = f'"blend.npz": {len(content)}'
         assert size in index.read_text()
-        index.write_text(index.read_text().replace(size, f'"prior.npz": {file.stat().st_size}'))
+        index.write_text(index.read_text().replace(size, f'"blend.npz": {file.stat().st_size}'))
     with pytest.raises(UserError, match=r"prior\.npz") as caught:
         load_bundle(bundle)
     assert "damaged" in str(caught.value)

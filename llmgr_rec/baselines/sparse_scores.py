@@ -16,7 +16,7 @@ _BLOCK_PAIRS = 5_000_000
 _DIGITS = 12
 
 
-def cosine_similarity(features_FV: sparse.csr_array, neighbours: int = 0) -> sparse.csr_array:
+def cosine_similarity(features_FV: sparse.csr_array, k_neighbors: int = 0) -> sparse.csr_array:
     """Item-item cosine with an empty diagonal, computed in blocks of items.
 
     Memory is bounded by the blocks and by what is kept. Time grows with the sum over features of the squared number of
@@ -25,7 +25,7 @@ def cosine_similarity(features_FV: sparse.csr_array, neighbours: int = 0) -> spa
     Args:
         features_FV: What describes the items, a column each: sessions that hold them, words of their text. Not
             negative; a column of zeros is like nothing.
-        neighbours: Most similar items kept for each item (ties: lower index); 0 keeps all.
+        k_neighbors: Most similar items kept for each item (ties: lower index); 0 keeps all.
 
     Returns:
         Matrix [V, V] of cosines in (0, 1].
@@ -44,13 +44,13 @@ def cosine_similarity(features_FV: sparse.csr_array, neighbours: int = 0) -> spa
         near_UV.data *= scale_V[near_UV.indices]
         near_UV.data[near_UV.indices == rows_U] = 0
         near_UV.eliminate_zeros()
-        found.append(_nearest(near_UV, neighbours) if neighbours else near_UV)
+        found.append(_nearest(near_UV, k_neighbors) if k_neighbors else near_UV)
     return sparse.vstack(found, format="csr")
 
 
-def _nearest(near_UV: sparse.csr_array, neighbours: int) -> sparse.csr_array:
-    entries, place = best_entries(near_UV, neighbours)
-    kept = entries[place < neighbours]
+def _nearest(near_UV: sparse.csr_array, k_neighbors: int) -> sparse.csr_array:
+    entries, place = best_entries(near_UV, k_neighbors)
+    kept = entries[place < k_neighbors]
     rows_U = np.repeat(np.arange(near_UV.shape[0]), np.diff(near_UV.indptr))
     return sparse.csr_array((near_UV.data[kept], (rows_U[kept], near_UV.indices[kept])), shape=near_UV.shape)
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmgr_rec.baselines import sparse_scores
+from llmgr_rec.baselines.knn import ItemKNN
+from llmgr_rec.baselines.registry import build_baseline, check_baselines
+from llmgr_rec.baselines.text_knn import TextKNN, texts_to_compare
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation import sparse_scores
-from llmgr_rec.evaluation.baselines import ItemKNN
-from llmgr_rec.evaluation.protocol import build_baseline, check_baselines
-from llmgr_rec.evaluation.text_neighbours import TextKNN, texts_to_compare
+from tests.baselines.test_knn import flat, sessions_of
 from tests.data.prepare_inputs import Prepared, prepare, write_items
-from tests.evaluation.test_baselines import flat, sessions_of
 
 NUM_ITEMS = 15
 text_of = st.lists(st.sampled_from(["Red", "red", "soap", "for", "hair", "x"]), max_size=6).map(", ".join)
@@ -53,7 +53,7 @@ def test_text_knn_equals_the_reference(texts, queries, k):
 def test_the_nearest_neighbours_are_kept_whatever_the_blocks(texts, neighbours, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_scores, "_BLOCK_PAIRS", block)
-        kept = TextKNN(texts, neighbours=neighbours).similarity_VV.toarray()
+        kept = TextKNN(texts, k_neighbors=neighbours).similarity_VV.toarray()
     for item in range(NUM_ITEMS):
         near = np.round([cosine(texts, item, other) for other in range(NUM_ITEMS)], 12)
         best = np.argsort(-near, kind="stable")[:neighbours]
@@ -66,7 +66,7 @@ def test_similarities_are_held_a_block_at_a_time(monkeypatch):
     nearest = sparse_scores._nearest
     monkeypatch.setattr(sparse_scores, "_BLOCK_PAIRS", 1000)
     monkeypatch.setattr(sparse_scores, "_nearest", lambda near_UV, n: held.append(near_UV.nnz) or nearest(near_UV, n))
-    kept = TextKNN([f"tin {number}" for number in range(300)] + ["lid"], neighbours=7).similarity_VV
+    kept = TextKNN([f"tin {number}" for number in range(300)] + ["lid"], k_neighbors=7).similarity_VV
     # 300 items with a word in common are 89,700 pairs.
     assert 89_700 == sum(held) > 89 * max(held)
     assert max(held) <= 1000

@@ -2,13 +2,13 @@
 
 import torch
 
-from llmgr_rec.modules.rare_rows import draw_to_neighbours, neighbour_weights
+from llmgr_rec.baselines.knn_smoothing import neighbor_weights, smooth_rows
 
 
 def test_neighbours_share_by_their_squared_cosines():
     cosines_UN = torch.tensor([[0.8, 0.4, 0.0], [0.1, 0.0, 0.0], [0.0, 0.0, 0.0]])
     expected_UN = torch.tensor([[0.8, 0.2, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    torch.testing.assert_close(neighbour_weights(cosines_UN), expected_UN)
+    torch.testing.assert_close(neighbor_weights(cosines_UN), expected_UN)
 
 
 def test_rows_are_drawn_the_further_the_rarer_an_item_is():
@@ -16,7 +16,7 @@ def test_rows_are_drawn_the_further_the_rarer_an_item_is():
     rows_UC, near_UNC = torch.randn(6, 8, generator=generator), torch.randn(6, 2, 8, generator=generator)
     weights_UN = torch.tensor([[0.25, 0.75]] * 4 + [[0.0, 0.0]] * 2)
     count_U = torch.tensor([0, 1, 6, 10**9, 1, 0])
-    drawn_UC = draw_to_neighbours(rows_UC, near_UNC, weights_UN, count_U, 2.0)
+    drawn_UC = smooth_rows(rows_UC, near_UNC, weights_UN, count_U, 2.0)
     mean_UC = 0.25 * near_UNC[:, 0] + 0.75 * near_UNC[:, 1]
     torch.testing.assert_close(drawn_UC[0], mean_UC[0])
     torch.testing.assert_close(drawn_UC[1], (rows_UC[1] + 2 * mean_UC[1]) / 3)

@@ -1,19 +1,19 @@
 """Recommenders without training: popularity, item-kNN and session-kNN.
 
-Neighbours are often stronger on sparse shop data than plain neural models, so they stand beside every table.
+Nearest neighbors often rank better on sparse shop data than plain neural models, so every table of results has them.
 
 Shapes: B sessions, L clicks (sum of session lengths), V items, K places, S training sessions.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from llmgr_rec.data.recency import recency_weights
-from llmgr_rec.evaluation.sparse_scores import (
+from llmgr_rec.baselines.recency import recency_weights
+from llmgr_rec.baselines.sparse_scores import (
     Floats,
     Ints,
     blocks,
@@ -27,8 +27,9 @@ DECAY = 0.7
 _BLOCK_SCORES = 4_000_000
 
 
+@runtime_checkable
 class Baseline(Protocol):
-    """Anything that ranks the catalogue for a batch of sessions."""
+    """Anything that ranks the catalog for a batch of sessions."""
 
     def rank(self, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
         """Returns the k best items of each session with their scores; ties go to the lower index, -1 fills up."""
@@ -39,7 +40,7 @@ class Popularity:
     """The same list for everyone: items by number of training interactions."""
 
     def __init__(self, train_count_V: Ints) -> None:
-        """Orders the catalogue.
+        """Orders the catalog.
 
         Args:
             train_count_V: Training interactions of each item.
@@ -55,7 +56,8 @@ class Popularity:
         return np.tile(ids_K, (sessions, 1)), np.tile(scores_K, (sessions, 1))
 
 
-class Neighbours(Baseline, Protocol):
+@runtime_checkable
+class Neighbors(Baseline, Protocol):
     """A baseline that scores items."""
 
     def scores(self, items_L: Ints, offsets_B1: Ints) -> sparse.csr_array:
@@ -63,7 +65,7 @@ class Neighbours(Baseline, Protocol):
         ...
 
 
-class ItemNeighbours:
+class ItemNeighbors:
     """Ranks by how like the clicked items an item is, recent clicks counting more.
 
     score(j) = sum over the clicks i of a session of decay^(clicks after i) * similarity(i, j).
@@ -89,22 +91,22 @@ class ItemNeighbours:
         return _rank_in_blocks(self, items_L, offsets_B1, np.diff(self.similarity_VV.indptr), k)
 
 
-class ItemKNN(ItemNeighbours):
+class ItemKNN(ItemNeighbors):
     """Cosine of co-occurrence in training sessions.
 
     The similarity of i and j is the number of training sessions with both over the geometric mean of the numbers with
     each; that of an item with itself is left out.
     """
 
-    def __init__(self, sessions_SV: sparse.csr_array, decay: float = DECAY, neighbours: int = 0) -> None:
+    def __init__(self, sessions_SV: sparse.csr_array, decay: float = DECAY, k_neighbors: int = 0) -> None:
         """Computes the similarities.
 
         Args:
             sessions_SV: 1 where a training session holds an item, from `session_matrix`.
             decay: Weight of a click relative to the click after it.
-            neighbours: Most similar items kept for each item, which bounds the memory; 0 keeps all.
+            k_neighbors: Most similar items kept for each item, which bounds the memory; 0 keeps all.
         """
-        super().__init__(cosine_similarity(sessions_SV, neighbours), decay)
+        super().__init__(cosine_similarity(sessions_SV, k_neighbors), decay)
 
 
 class SessionKNN:
@@ -115,15 +117,15 @@ class SessionKNN:
     document frequency log(training sessions / sessions with it).
     """
 
-    def __init__(self, sessions_SV: sparse.csr_array, neighbours: int = 500, decay: float = DECAY) -> None:
+    def __init__(self, sessions_SV: sparse.csr_array, k_neighbors: int = 500, decay: float = DECAY) -> None:
         """Indexes the training sessions.
 
         Args:
             sessions_SV: 1 where a training session holds an item, from `session_matrix`.
-            neighbours: Most similar training sessions that count (ties: the later session).
+            k_neighbors: Most similar training sessions that count (ties: the later session).
             decay: Weight of a click relative to the click after it.
         """
-        self.neighbours = neighbours
+        self.k_neighbors = k_neighbors
         self.decay = decay
         self._sessions_SV = sessions_SV
         lengths_S = np.maximum(np.diff(sessions_SV.indptr), 1)
@@ -132,12 +134,12 @@ class SessionKNN:
         self._weighted_SV = (sessions_SV @ sparse.diags_array(np.log(sessions_SV.shape[0] / count_V))).tocsr()
 
     def scores(self, items_L: Ints, offsets_B1: Ints) -> sparse.csr_array:
-        """Score of every item, [B, V]; items of no neighbour are absent."""
+        """Score of every item, [B, V]; items of no neighbor are absent."""
         weights_BV = recency_weights(items_L, offsets_B1, self.decay, self._sessions_SV.shape[1])
         like_BS = sparse.coo_array(weights_BV @ self._like_VS)
         rows, columns = like_BS.coords
         order, place = order_in_rows(rows, -columns, np.round(like_BS.data, 12))
-        kept = order[place < self.neighbours]
+        kept = order[place < self.k_neighbors]
         nearest_BS = sparse.csr_array((like_BS.data[kept], (rows[kept], columns[kept])), shape=like_BS.shape)
         return (nearest_BS @ self._weighted_SV).tocsr()
 
@@ -151,7 +153,7 @@ def session_matrix(sessions: Iterable[tuple[Ints, Ints]], num_items: int) -> spa
 
     Args:
         sessions: Batches of (items_L, offsets_B1), each session with its target as the last click.
-        num_items: Items in the catalogue.
+        num_items: Items in the catalog.
 
     Returns:
         Matrix [S, V]; an item clicked twice in a session still counts 1.
@@ -169,7 +171,7 @@ def session_matrix(sessions: Iterable[tuple[Ints, Ints]], num_items: int) -> spa
 
 
 def _rank_in_blocks(
-    baseline: Neighbours, items_L: Ints, offsets_B1: Ints, entries_V: Ints, k: int
+    baseline: Neighbors, items_L: Ints, offsets_B1: Ints, entries_V: Ints, k: int
 ) -> tuple[Ints, Floats]:
     """Ranks as many sessions at a time as memory allows, where a click on an item costs `entries_V` entries."""
     is_empty_B = np.diff(offsets_B1) == 0
