@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llmgr_rec.distributed.shards import init_tables as init_tables
     from llmgr_rec.errors import UserError as UserError
     from llmgr_rec.modules.build import build_recommender as build_recommender
+    from llmgr_rec.modules.encoders import build_encoder as build_encoder
     from llmgr_rec.modules.item_tables import ItemTables as ItemTables
     from llmgr_rec.modules.llmgr import LLMGR as LLMGR
     from llmgr_rec.modules.losses import ranking_loss as ranking_loss
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from llmgr_rec.modules.recommender import SessionRecommender as SessionRecommender
     from llmgr_rec.modules.session_encoder import EncodedSessions as EncodedSessions
     from llmgr_rec.modules.session_encoder import SessionEncoder as SessionEncoder
-    from llmgr_rec.modules.session_encoder import build_encoder as build_encoder
-    from llmgr_rec.modules.session_encoder import register_encoder as register_encoder
     from llmgr_rec.recipes import load_config as load_config
 
 __version__ = "0.1.0"
@@ -68,7 +67,7 @@ _MODULES = {
     "TablesConfig": "config",
     "UserError": "errors",
     "World": "distributed.process_group",
-    "build_encoder": "modules.session_encoder",
+    "build_encoder": "modules.encoders",
     "build_graphs": "data.graph",
     "build_recommender": "modules.build",
     "export_bundle": "distributed.bundle_export",
@@ -78,7 +77,6 @@ _MODULES = {
     "load_config": "recipes",
     "load_weights": "distributed.bundle",
     "ranking_loss": "modules.losses",
-    "register_encoder": "modules.session_encoder",
     "shard": "distributed.sharding",
     "shutdown": "distributed.process_group",
 }

@@ -123,6 +123,22 @@ def add_run_argument(parser: "ArgumentParser") -> None:
     )
 
 
+def add_code_argument(parser: "ArgumentParser") -> None:
+    """Adds --allow_code; `split_code` reads its value."""
+    parser.add_argument(
+        "--allow_code",
+        type=str,
+        default="",
+        help="Packages, comma-separated, that the run's bundles may import their encoder or head from; needed only "
+        "where encoder.name or head.name is an import path.",
+    )
+
+
+def split_code(value: str) -> list[str]:
+    """The packages that --allow_code names."""
+    return [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+
+
 def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
     """Parses arguments.
 

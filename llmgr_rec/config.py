@@ -59,8 +59,9 @@ class EncoderConfig:
     What other values of dropout, score, temperature, steps and attention_layers cost is in docs/results/choices.md.
 
     Args:
-        name: Registered encoder; GC-SAN ranks best of the five with words and neighbours on Amazon Industrial
-            (docs/results/item-text-parts.md).
+        name: gcsan, srgnn, sasrec, gru4rec, stamp, or the import path of a class of your own, such as
+            my_package.encoders:MeanPool (docs/extending.md). GC-SAN ranks best of the five with words and neighbours on
+            Amazon Industrial (docs/results/item-text-parts.md).
         steps: Message-passing steps of the gated graph network.
         attention_layers: Self-attention blocks, after the graph network in GC-SAN (GC-SAN, SASRec).
         attention_heads: Heads in each self-attention block (GC-SAN, SASRec).
@@ -71,7 +72,7 @@ class EncoderConfig:
         temperature: Divisor of the cosine score; ignored for dot.
     """
 
-    name: Literal["gcsan", "srgnn", "sasrec", "gru4rec", "stamp"] = "gcsan"
+    name: str = "gcsan"
     steps: int = 1
     attention_layers: int = 1
     attention_heads: int = 1
@@ -113,7 +114,7 @@ class PromptConfig:
     """What the prompt holds.
 
     Args:
-        templates: Shipped template file name or path to a YAML file with the prompts of each task.
+        templates: Shipped template file name or path to a YAML file with the prompts of each task (docs/extending.md).
         node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
         node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
         max_nodes: Most recent nodes kept in the prompt, in soft tokens.
@@ -138,7 +139,8 @@ class HeadConfig:
     """Head that turns the language model's reading into item scores.
 
     Args:
-        name: linear is the paper's d2 x items matrix; tied projects to d1 and takes dot products with item vectors.
+        name: linear is the paper's d2 x items matrix; tied projects to d1 and takes dot products with item vectors; or
+            the import path of a class of your own (docs/extending.md).
         residual: Add the session recommender's own score to the head's.
         item_text: Add the projected text encoding of an item to its vector (tied head).
         text_only: An item's vector is its text alone, without its id row (tied head with item_text).
@@ -147,7 +149,7 @@ class HeadConfig:
             that the recommender knows by heart.
     """
 
-    name: Literal["tied", "linear"] = "tied"
+    name: str = "tied"
     residual: bool = True
     item_text: bool = True
     text_only: bool = False
@@ -200,14 +202,14 @@ class PriorConfig:
     """Neighbour baselines whose scores are added to a trained model's where it ranks, and never where it trains.
 
     Args:
-        neighbours: Baselines that every stage's export carries: item_knn (items of the same sessions) and text_knn
-            (items of the same words); none leaves the model alone.
+        neighbours: Baselines that every stage's export carries: item_knn (items of the same sessions), text_knn (items
+            of the same words) or the import path of your own (docs/extending.md); none leaves the model alone.
         kept: Most similar items kept of each item, which bounds memory: 8 bytes each, for every item and neighbour.
         weights: Factor of each neighbour's score beside the model's, in their order; empty chooses those with the best
             NDCG@20 on the validation sessions, for each stage anew.
     """
 
-    neighbours: list[Literal["item_knn", "text_knn"]] = field(default_factory=list)
+    neighbours: list[str] = field(default_factory=list)
     kept: int = 100
     weights: list[float] = field(default_factory=list)
 

@@ -8,9 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.cli import add_run_argument, is_rank0, make_parser, parse_args, run_cli
+from llmgr_rec.cli import (
+    add_code_argument,
+    add_run_argument,
+    is_rank0,
+    make_parser,
+    parse_args,
+    run_cli,
+    split_code,
+)
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.results import MODEL_NAMES
+from llmgr_rec.registry import is_import_path
 
 MODELS = tuple(MODEL_NAMES)
 
@@ -30,8 +39,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--models",
         type=str,
-        help=f"What to evaluate, of {','.join(MODELS)}; default popularity, item_knn and all that the run has trained.",
+        help=f"What to evaluate, of {','.join(MODELS)} and import paths of baselines, such as my_package.knn:Recent; "
+        "default popularity, item_knn and all that the run has trained.",
     )
+    add_code_argument(parser)
     parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
@@ -48,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
             models=split_names(arguments.models, "--models", MODELS) if arguments.models else None,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            allow_code=split_code(arguments.allow_code),
         )
     )
     if is_rank0():
@@ -61,14 +73,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:
-    """Names of a comma-separated option.
+    """Names of a comma-separated option, import paths among them.
 
     Raises:
         UserError: A name is not known.
     """
     names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
     for name in names:
-        if name not in known:
+        if name not in known and not is_import_path(name):
             raise UserError(f"{option} names {name}, which is not known{did_you_mean(name, known)}")
     if not names:
         raise UserError(f"{option} is empty; name some of {', '.join(known)}")

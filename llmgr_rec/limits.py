@@ -89,11 +89,6 @@ def check_limits(config: Config) -> None:
             raise UserError(f"setting {name} is {value}; {remedy}")
     if config.tables.dim % 4:
         raise UserError(f"setting tables.dim is {config.tables.dim}; give a multiple of 4, as tables need")
-    if config.encoder.name in ("gcsan", "sasrec") and config.tables.dim % config.encoder.attention_heads:
-        raise UserError(
-            f"setting encoder.attention_heads is {config.encoder.attention_heads}; "
-            f"give a number that divides tables.dim {config.tables.dim}"
-        )
     if not neighbour_clicks(config):
         raise UserError("setting tables.neighbour_clicks names no number; give at least one, such as 0")
     _check_head(config)
@@ -122,11 +117,6 @@ def _check_trainable(config: Config) -> None:
 
 def _check_head(config: Config) -> None:
     head = config.head
-    if head.text_only and not (head.name == "tied" and head.item_text):
-        raise UserError(
-            "setting head.text_only is true, but the head reads no item text; "
-            "set head.name to tied and head.item_text to true, or head.text_only to false"
-        )
     if head.apart and not head.residual:
         raise UserError(
             "setting head.apart is true, but without the session recommender's score there is nothing to train the "

@@ -35,9 +35,8 @@ def resolve(name: str, known: Mapping[str, T], what: str) -> T:
     """
     if not is_import_path(name):
         if name not in known:
-            raise UserError(
-                f"{what} is {name}, which is not known{did_you_mean(name, known)}; or give module:attribute"
-            )
+            near = did_you_mean(name, known)
+            raise UserError(f"{what} is {name}, which is neither known nor an import path module:attribute{near}")
         return known[name]
     module_name, attribute = _split(name, what)
     try:

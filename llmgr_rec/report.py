@@ -6,7 +6,7 @@ python -m llmgr_rec.report --run RUN --output FOLDER
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmgr_rec.cli import add_run_argument, make_parser, parse_args, run_cli
+from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.errors import UserError
 
 
@@ -28,6 +28,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dataset", type=str, help="Folder made by llmgr_rec.prepare; default the one that the metrics name."
     )
+    add_code_argument(parser)
     parser.add_argument("--sessions", type=int, default=6, help="Sessions to show, half of them hits; 0 shows none.")
     arguments = parse_args(parser, argv)
     if arguments.sessions < 0:
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
             scores=Path(arguments.scores) if arguments.scores else None,
             dataset=Path(arguments.dataset) if arguments.dataset else None,
             sessions=arguments.sessions,
+            allow_code=split_code(arguments.allow_code),
         )
     )
     print(f"wrote {page}")

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmgr_rec.cli import add_run_argument, is_rank0, make_parser, parse_args, run_cli
+from llmgr_rec.cli import (
+    add_code_argument,
+    add_run_argument,
+    is_rank0,
+    make_parser,
+    parse_args,
+    run_cli,
+    split_code,
+)
 from llmgr_rec.config import DType, StageName
 
 if TYPE_CHECKING:
@@ -42,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
         help="Clicks on items that the model does not know: leave out and count, or stop before anything is written.",
     )
     parser.add_argument("--stage", type=StageName, help="Model to score with; default the furthest.")
+    add_code_argument(parser)
     parser.add_argument("--max_length", type=int, default=50, help="Newest clicks that the model sees.")
     parser.add_argument("--part_rows", type=int, default=16384, help="Sessions of an output file.")
     parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
@@ -65,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
             part_rows=arguments.part_rows,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            allow_code=split_code(arguments.allow_code),
             llm_dtype=arguments.llm_dtype,
             llm_layers=arguments.llm_layers,
             llm_budget=arguments.llm_budget,

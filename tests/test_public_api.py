@@ -48,7 +48,6 @@ PUBLIC = [
     "load_config",
     "load_weights",
     "ranking_loss",
-    "register_encoder",
     "shard",
     "shutdown",
 ]

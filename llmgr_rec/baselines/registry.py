@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from scipy import sparse
 
-from llmgr_rec.baselines.knn import Baseline, ItemKNN, Popularity, SessionKNN, session_matrix
+from llmgr_rec.baselines.knn import Baseline, ItemKNN, ItemNeighbors, Popularity, SessionKNN, session_matrix
 from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN, has_words, texts_to_compare
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.catalogue import Catalogue
@@ -68,6 +68,8 @@ BASELINES: dict[str, BaselineBuilder] = {
     "session_knn": _session_knn,
     "text_knn": _text_knn,
 }
+# Those that are matrices of item similarities, which a bundle can carry.
+BLENDED = ("item_knn", "text_knn")
 # Evaluated beside every model unless others are asked for: session-kNN is slow on long logs, and not every data set
 # has text.
 DEFAULT_BASELINES = ("popularity", "item_knn")
@@ -87,6 +89,26 @@ def baseline_builder(name: str, what: str = "baseline") -> BaselineBuilder:
     if not callable(builder):
         raise UserError(f"{what} is {name}, which cannot be called; give a function or class of (dataset, catalog, k)")
     return builder
+
+
+def check_blended(names: Iterable[str]) -> None:
+    """Refuses baselines that a bundle cannot carry.
+
+    Args:
+        names: Of `BLENDED`, or import paths. What a function behind a path makes is seen when it is called only.
+
+    Raises:
+        UserError: There is no such baseline, or it has no matrix of item similarities.
+    """
+    for name in names:
+        if name in BLENDED:
+            continue
+        builder = baseline_builder(name, "setting prior.neighbours")
+        if name in BASELINES or (isinstance(builder, type) and not issubclass(builder, ItemNeighbors)):
+            raise UserError(
+                f"setting prior.neighbours names {name}, which has no matrix of item similarities; name "
+                f"{', '.join(BLENDED)} or a baseline derived from llmgr_rec.baselines.knn.ItemNeighbors"
+            )
 
 
 def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue, k_neighbors: int | None = None) -> Baseline:

@@ -3,6 +3,7 @@
 Shapes: R rows and C columns of a rectangle of a table.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from llmgr_rec.modules.groups import group_of
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.recipes import load_config
+from llmgr_rec.registry import require_allowed
 
 _LORA_FILE = "adapter_model.safetensors"
 
@@ -82,7 +84,9 @@ class Bundle:
     prior: Blend | None = None
 
 
-def load_bundle(path: Path | str, world: World | None = None, dtype: DType | None = None) -> Bundle:
+def load_bundle(
+    path: Path | str, world: World | None = None, dtype: DType | None = None, allow_code: Collection[str] = ()
+) -> Bundle:
     """Builds the model of a bundle.
 
     Args:
@@ -91,26 +95,30 @@ def load_bundle(path: Path | str, world: World | None = None, dtype: DType | Non
             bit, and results must not depend on the number of ranks. None makes a plain torch module, for which
             torch.distributed need not be initialised. All ranks call together.
         dtype: Number format of the base language model; None takes the run's.
+        allow_code: Modules and packages that the bundle may import its encoder and head from, where these are import
+            paths. What the process has imported already is allowed.
 
     Raises:
-        UserError: No complete bundle is there, it is damaged, or its base language model is not the one it was trained
-            with.
+        UserError: No complete bundle is there, it is damaged, it would import what is not allowed, or its base language
+            model is not the one it was trained with.
     """
-    return load_model(open_bundle(path), world, dtype)
+    return load_model(open_bundle(path, allow_code), world, dtype)
 
 
-def open_bundle(path: Path | str) -> BundleFiles:
+def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFiles:
     """Reads a bundle's index, settings and catalogue, and no weights.
 
     Args:
         path: A bundle or a run, see `resolve_bundle`.
+        allow_code: See `load_bundle`.
 
     Raises:
-        UserError: No complete bundle is there, or it is damaged.
+        UserError: No complete bundle is there, it is damaged, or it would import what is not allowed.
     """
     folder = resolve_bundle(Path(path))
     index = read_index(folder)
     config = load_config(folder / CONFIG)
+    check_bundle_code(config, folder, allow_code)
     config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
     catalogue = Catalogue.load(folder)
     if catalogue.hash != index.catalogue_hash:
@@ -152,6 +160,21 @@ def load_model(files: BundleFiles, world: World | None = None, dtype: DType | No
     if prior is not None and prior.similarity_VR.shape[0] != catalogue.num_items:
         raise UserError(f"bundle {folder} is damaged: {PRIOR} is of another catalogue; copy or export it again")
     return Bundle(folder, index.stage, model.eval(), config, catalogue, prior)
+
+
+def check_bundle_code(config: Config, folder: Path, allow_code: Collection[str]) -> None:
+    """Refuses a bundle that would import code which is not allowed; see `require_allowed`.
+
+    Args:
+        config: The bundle's settings.
+        folder: The bundle.
+        allow_code: As in `load_bundle`.
+
+    Raises:
+        UserError: It would.
+    """
+    names = {"encoder.name": config.encoder.name, "head.name": config.head.name}
+    require_allowed(names, allow_code, f"bundle {folder}")
 
 
 def load_weights(module: nn.Module, path: Path | str) -> list[str]:

@@ -15,7 +15,7 @@ from llmgr_rec.config import STAGES, StageName
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
 PRIOR = "blend.npz"
@@ -163,7 +163,10 @@ def read_index(folder: Path) -> BundleIndex:
         content: dict[str, Any] = json.loads(file.read_text())
         version = content.pop("format_version")
         if version != FORMAT_VERSION:
-            raise UserError(f"{file} has format version {version}, this program reads {FORMAT_VERSION}; update it")
+            raise UserError(
+                f"{file} has format version {version}, this version of llmgr_rec reads {FORMAT_VERSION}; train the "
+                "stage again, or use the version that wrote the bundle"
+            )
         content["tables"] = {name: (rows, cols) for name, (rows, cols) in content["tables"].items()}
         content["pieces"] = {name: [Piece(**piece) for piece in pieces] for name, pieces in content["pieces"].items()}
         index = BundleIndex(**content)

@@ -22,7 +22,7 @@ from llmgr_rec.distributed.assembly import caches_catalogue
 from llmgr_rec.distributed.decoder_shards import decoder_parameters
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.build import build_llmgr, build_recommender, build_task, reads_item_text
+from llmgr_rec.modules.build import build_llmgr, build_recommender, build_task, check_parts, reads_item_text
 from llmgr_rec.modules.groups import group_of, select_trainable
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.llmgr import LLMGR
@@ -123,6 +123,7 @@ def lay_out(config: Config, sizes: Sizes, ranks: Ranks) -> list[StageLayout]:
         UserError: Settings that do not go together, or a language model that is not to be had. Tables that do not fit
             are reported in the layout instead.
     """
+    check_parts(config)
     settings: dict[StageName, StageConfig] = {stage: getattr(config, stage) for stage in STAGES}
     return [
         _lay_out_stage(stage, settings[stage], config, sizes, ranks)

@@ -1,7 +1,7 @@
 """A few sessions with titles, for people to look at: what was clicked, what came next, what was recommended."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,15 +62,16 @@ def choose_examples(examples: Iterator[Example], hits: int, misses: int) -> list
     return found + missed
 
 
-def ranked_examples(bundle: Path, dataset: Dataset, split: str) -> Iterator[Example]:
+def ranked_examples(bundle: Path, dataset: Dataset, split: str, allow_code: Sequence[str] = ()) -> Iterator[Example]:
     """Ranks the first sessions of a split with a model, by the rule that it is judged by.
 
     Args:
         bundle: The model.
         dataset: Prepared sessions of the model's catalogue.
         split: Which sessions.
+        allow_code: As in `load_bundle`.
     """
-    loaded = load_bundle(bundle)
+    loaded = load_bundle(bundle, allow_code=allow_code)
     titles, world = _titles(loaded.catalogue), World.alone()
     collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
     ranker = CatalogueRanker(loaded.model, collate, world, loaded.prior)

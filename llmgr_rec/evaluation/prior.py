@@ -88,7 +88,10 @@ def _is_read(path: str) -> bool:
 def _prior(name: str, kept: int, dataset: Dataset, catalogue: Catalogue) -> Blend:
     baseline = build_neighbors(name, dataset, catalogue, kept)
     if not isinstance(baseline, ItemNeighbors):
-        raise TypeError(f"{name} has no similarity of items")
+        raise UserError(
+            f"setting prior.neighbours names {name}, which made a {type(baseline).__name__} without a matrix of item "
+            "similarities; derive it from llmgr_rec.baselines.knn.ItemNeighbors"
+        )
     return Blend({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)
 
 

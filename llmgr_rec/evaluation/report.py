@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class ReportRequest:
         scores: Output folder of score, for the sessions shown; None ranks a few sessions anew.
         dataset: Folder made by prepare; None takes the one that the metrics name, where it still is.
         sessions: Sessions to show, half of them hits.
+        allow_code: Packages that the run's bundle may import its encoder or head from.
     """
 
     run: Path
@@ -41,6 +42,7 @@ class ReportRequest:
     scores: Path | None = None
     dataset: Path | None = None
     sessions: int = 6
+    allow_code: Sequence[str] = ()
 
 
 def write_report(request: ReportRequest) -> Path:
@@ -184,7 +186,7 @@ def _examples(
         if bundle is None:
             return [], ""
         check_trained_on(bundle, dataset)
-        source, model = ranked_examples(bundle, dataset, split), MODEL_NAMES[answers_as(bundle)]
+        source, model = ranked_examples(bundle, dataset, split, request.allow_code), MODEL_NAMES[answers_as(bundle)]
     half = -(-request.sessions // 2)
     examples = choose_examples(source, half, request.sessions - half)
     found = sum(example.place > 0 for example in examples)

@@ -1,22 +1,23 @@
 """Evaluates a training run beside the baselines and writes metrics.json."""
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmgr_rec.baselines.blend import Blend
-from llmgr_rec.baselines.registry import BASELINES, DEFAULT_BASELINES, build_baseline, check_baselines
+from llmgr_rec.baselines.registry import DEFAULT_BASELINES, baseline_builder, build_baseline, check_baselines
 from llmgr_rec.config import Config, Device
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
+from llmgr_rec.distributed.bundle import check_bundle_code, load_bundle
+from llmgr_rec.distributed.bundle_index import CONFIG, STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.clicked import ranking_rule
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
-from llmgr_rec.evaluation.results import MODEL_NAMES, refuse_foreign_output, write_metrics
+from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
 from llmgr_rec.recipes import load_config
 
 
@@ -32,6 +33,7 @@ class EvaluationRequest:
         models: What to evaluate; None takes the baselines and all that the run has trained.
         batch_size: Sessions of a batch; None takes the run's setting.
         device: Where the models run; None takes the run's setting.
+        allow_code: Packages that bundles may import their encoder or head from.
     """
 
     run: Path
@@ -41,6 +43,7 @@ class EvaluationRequest:
     models: list[str] | None = None
     batch_size: int | None = None
     device: Device | None = None
+    allow_code: Sequence[str] = ()
 
 
 def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
@@ -55,16 +58,19 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     dataset = Dataset(request.dataset)
     catalogue = Catalogue.load(request.dataset)
     bundles = _bundles(request, dataset)
-    check_baselines(request.models or (), catalogue)
+    names = _in_order(request.models or [*DEFAULT_BASELINES, *bundles])
+    for name in names:
+        if name not in bundles:
+            baseline_builder(name, "--models")
+    check_baselines(names, catalogue)
     config = _config(request)
     refuse_foreign_output(request.output)
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
     try:
-        names = request.models or [*DEFAULT_BASELINES, *bundles]
         results: dict[str, dict[str, Any]] = {}
         priors: dict[str, dict[str, float]] = {}
-        for name in (known for known in MODEL_NAMES if known in names):
-            if name in BASELINES:
+        for name in names:
+            if name not in bundles:
                 baseline = build_baseline(name, dataset, catalogue)
                 results[name] = evaluate_baseline(baseline, dataset, request.split, catalogue, world)
             else:
@@ -94,7 +100,7 @@ def _evaluate_bundle(
     bundle: Path, request: EvaluationRequest, dataset: Dataset, catalogue: Catalogue, world: World
 ) -> tuple[dict[str, Any], Blend | None]:
     """The figures of an export, and the neighbours that it ranks with."""
-    loaded = load_bundle(bundle, world)
+    loaded = load_bundle(bundle, world, allow_code=request.allow_code)
     config = loaded.config
     if request.batch_size:
         runtime = dataclasses.replace(config.runtime, eval_batch_size=request.batch_size)
@@ -125,7 +131,13 @@ def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
     bundles = {name: found[name] for name in wanted if name in found}
     for bundle in bundles.values():
         check_trained_on(bundle, dataset)
+        check_bundle_code(load_config(bundle / CONFIG), bundle, request.allow_code)
     return bundles
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Each name once: those of `MODEL_NAMES` in their order, then import paths."""
+    return in_table_order(dict.fromkeys(names))
 
 
 def _config(request: EvaluationRequest) -> Config:

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.prompt_files import Task
-from llmgr_rec.modules.heads import LinearHead, TiedHead
+from llmgr_rec.modules.encoders import build_encoder, encoder_class
+from llmgr_rec.modules.heads import build_head, head_class
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.item_text import text_tables
@@ -17,7 +18,6 @@ from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_n
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.modules.session_encoder import build_encoder
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, TextTask
 from llmgr_rec.modules.text_reader import TextReader
 from llmgr_rec.stage_config import TrainableGroup
@@ -90,12 +90,7 @@ def build_llmgr(
         llm = config.llm
         language_model = LoraLanguageModel(decoder, llm.lora_rank, llm.lora_alpha, llm.lora_dropout, llm.recompute)
         d1, d2 = config.tables.dim, language_model.hidden_size
-        head: TiedHead | LinearHead
-        if config.head.name == "tied":
-            settings = config.head
-            head = TiedHead(d1, d2, settings.item_text, settings.residual, settings.text_only, settings.apart)
-        else:
-            head = LinearHead(d2, num_items, config.head.residual, config.head.apart)
+        head = build_head(config.head, d1, d2, num_items)
         return LLMGR(
             recommender,
             HybridEncoding(d1, d2, norm, config.controls.no_graph, config.controls.no_nodes),
@@ -148,9 +143,19 @@ def contrast_weight(config: Config) -> float:
     return config.align.contrastive_weight if told else 0.0
 
 
+def check_parts(config: Config) -> None:
+    """Refuses encoders and heads that are not there or cannot be built, before anything is built.
+
+    Raises:
+        UserError: A name or a setting of them is wrong.
+    """
+    encoder_class(config.encoder.name).check(config.encoder, config.tables.dim)
+    head_class(config.head.name).check(config.head)
+
+
 def reads_item_text(config: Config) -> bool:
     """Whether the head compares with text encodings of the items."""
-    return config.head.name == "tied" and config.head.item_text
+    return head_class(config.head.name).reads_text(config.head)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from llmgr_rec.modules.session_encoder import (
     click_counts,
     initialise_uniform,
     last_states,
-    register_encoder,
     segment_softmax,
     segment_sum,
 )
@@ -95,7 +94,6 @@ class AttentionBlock(nn.Module):
         return attended_XD + self.dropout(self.contract(self.expand(attended_XD).relu()))
 
 
-@register_encoder("gcsan")
 class GCSAN(SessionEncoder):
     """Session vector: a weighted sum of the last click's attention output and its graph-network state.
 
@@ -109,7 +107,7 @@ class GCSAN(SessionEncoder):
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__()
-        check_heads(config, dim)
+        self.check(config, dim)
         self.last_item_weight = config.last_item_weight
         self.dropout = nn.Dropout(config.dropout)
         self.graph_network = GatedGraph(dim, config.steps)
@@ -117,6 +115,11 @@ class GCSAN(SessionEncoder):
             AttentionBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
         )
         initialise_uniform(self, dim)
+
+    @classmethod
+    def check(cls, config: EncoderConfig, dim: int) -> None:
+        """Refuses attention that cannot be built; see `SessionEncoder.check`."""
+        check_heads(config, dim)
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""

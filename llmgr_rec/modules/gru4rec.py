@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.kernels.packed_sequences import PackedSequences
 from llmgr_rec.modules.causal_encoder import CausalEncoder
-from llmgr_rec.modules.session_encoder import initialise_uniform, register_encoder
+from llmgr_rec.modules.session_encoder import initialise_uniform
 
 
-@register_encoder("gru4rec")
 class GRU4Rec(CausalEncoder):
     """Session vector: the network's state after the last click, projected.
 

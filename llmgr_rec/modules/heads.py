@@ -1,36 +1,107 @@
-"""Heads: the language model's reading of a session becomes item scores.
+"""Heads: the language model's hidden state of a session becomes item scores; `HEADS` has them by name.
 
-Both heads give queries and items, so that full softmax, sampled softmax and top-K are the same code: a score is the
+A head gives queries and items, so that full softmax, sampled softmax and top-K are the same code: a score is the
 dot product of a query and an item. A residual head appends the session recommender's own queries and items, which
 adds the recommender's score to the head's.
 
-Shapes: B sessions, C items, V items of the catalogue, D = d1 columns, H = d2 hidden width, Q columns of both sides.
+Shapes: B sessions, C items, V items of the catalog, D = d1 columns, H = d2 hidden width, Q columns of both sides.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmgr_rec.config import HeadConfig
+from llmgr_rec.errors import UserError
+from llmgr_rec.registry import resolve_class
+
 # Beside a recommender's score a head starts at a tenth of unit variance, so tuning starts from its ranking.
 _RESIDUAL_START = 0.1
 
 
-def _start(residual: bool, apart: bool) -> float:
-    return _RESIDUAL_START if residual and not apart else 1.0
+def _start(config: HeadConfig) -> float:
+    return _RESIDUAL_START if config.residual and not config.apart else 1.0
 
 
-class _Head(nn.Module):
-    def __init__(self, d2: int, residual: bool, own_columns: int, apart: bool) -> None:
+class RankingHead(nn.Module, ABC):
+    """The interface of heads: a score is the dot product of a query and an item, so both have Q columns.
+
+    A class is built as `cls(config, d1, d2, num_items)`.
+
+    Args:
+        config: Head settings, of which a class uses those that it needs.
+        d1: Width of item vectors, in columns.
+        d2: Width of the language model's hidden states and of the text encodings, in columns.
+        num_items: Items of the catalog.
+        own_columns: Columns of the head's own queries and items, before those of the recommender are appended; None
+            stands for d1.
+
+    Attributes:
+        uses_text: Whether `items` is given text encodings.
+    """
+
+    uses_text: bool = False
+
+    def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int, own_columns: int | None = None) -> None:
         super().__init__()
+        self.check(config)
         self.d2 = d2
-        self.residual = residual
-        self.own_columns = own_columns
-        self.trained_columns = own_columns if apart else None
+        self.residual = config.residual
+        self.own_columns = d1 if own_columns is None else own_columns
+        self.trained_columns = self.own_columns if config.apart else None
+
+    @classmethod
+    def check(cls, config: HeadConfig) -> None:
+        """Refuses settings with which the head cannot be built, before a run starts.
+
+        Args:
+            config: Head settings.
+
+        Raises:
+            UserError: Settings do not go together; the message names them and how to fix them.
+        """
+        if config.text_only:
+            raise UserError(
+                "setting head.text_only is true, but the head reads no item text; "
+                "set head.name to tied and head.item_text to true, or head.text_only to false"
+            )
+
+    @classmethod
+    def reads_text(cls, config: HeadConfig) -> bool:
+        """Whether a head of these settings needs text encodings of the items."""
+        return False
+
+    @abstractmethod
+    def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
+        """Makes the queries.
+
+        Args:
+            hidden_BH: The language model's hidden state of each session.
+            recommender_queries_BD: The session recommender's queries; appended when residual, see `join`.
+
+        Returns:
+            Queries, [B, Q].
+        """
+
+    @abstractmethod
+    def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
+        """Makes the items' side.
+
+        Args:
+            item_rows_CD: The session recommender's item vectors; appended when residual, see `join`.
+            rows_CD: Bare rows of the id table.
+            text_CH: Text encodings of the items, from `standardise`; None unless `uses_text`.
+            ids_C: Item indices; None stands for the whole catalog in index order.
+
+        Returns:
+            Items, [C, Q].
+        """
 
     def standardise(self, hidden_XH: Tensor) -> Tensor:
-        """Brings hidden states to unit variance: their size differs a hundredfold between language models."""
+        """Scales hidden states to unit variance: their size differs a hundredfold between language models."""
         return functional.layer_norm(hidden_XH.float(), (self.d2,))
 
     def without_reading(self, recommender_queries_BD: Tensor) -> Tensor:
@@ -42,56 +113,56 @@ class _Head(nn.Module):
         if not self.residual:
             raise ValueError("a head that is not residual knows nothing of the recommender's score")
         own = recommender_queries_BD.new_zeros(recommender_queries_BD.shape[0], self.own_columns)
-        return self._join(own, recommender_queries_BD)
+        return self.join(own, recommender_queries_BD)
 
-    def _join(self, own: Tensor, recommender: Tensor) -> Tensor:
+    def join(self, own: Tensor, recommender: Tensor) -> Tensor:
+        """The head's own columns, followed by the recommender's where the head is residual."""
         return torch.cat([own, recommender.to(own.dtype)], dim=1) if self.residual else own
 
 
-class TiedHead(_Head):
-    """Projects the reading to d1 and compares it with item vectors: the id row plus the item's projected text.
+class TiedHead(RankingHead):
+    """Projects the hidden state to d1 and compares it with item vectors: the id row plus the item's projected text.
 
-    It has no weight of its own for any item, so it scales with the catalogue's tables and scores unseen items by text.
+    It has no weight of its own for any item, so it scales with the catalog's tables and scores unseen items by text.
 
     Args:
+        config: Head settings; item_text adds the projected text encoding to an item's vector, text_only leaves the id
+            row out.
         d1: Width of item vectors.
         d2: Width of the language model's hidden states and of the text encodings.
-        text: Add the projected text encoding to an item's vector.
-        residual: Add the session recommender's score.
-        text_only: An item's vector is its text alone, without its id row.
-        apart: Only the head's own score is trained.
+        num_items: Unused.
 
     Raises:
-        ValueError: Text alone shall tell items, and there is none.
+        UserError: An item is to be its text alone, and the head reads none.
     """
 
-    def __init__(
-        self, d1: int, d2: int, text: bool, residual: bool, text_only: bool = False, apart: bool = False
-    ) -> None:
-        super().__init__(d2, residual, d1, apart)
-        if text_only and not text:
-            raise ValueError("a head without text cannot tell items by text only")
-        self.text_only = text_only
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_start(residual, apart))))
+    def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int) -> None:
+        super().__init__(config, d1, d2, num_items)
+        self.text_only = config.text_only
+        self.uses_text = self.reads_text(config)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_start(config))))
         self.query = nn.Linear(d2, d1)
-        self.text = nn.Linear(d2, d1, bias=False) if text else None
+        self.text = nn.Linear(d2, d1, bias=False) if self.uses_text else None
         # Query components start at unit variance, both parts of an item at unit norm: scores start at unit variance.
         nn.init.normal_(self.query.weight, std=d2**-0.5)
         nn.init.zeros_(self.query.bias)
         if self.text is not None:
             nn.init.normal_(self.text.weight, std=(d1 * d2) ** -0.5)
 
+    @classmethod
+    def check(cls, config: HeadConfig) -> None:
+        """See `RankingHead.check`."""
+        if not config.item_text:
+            super().check(config)
+
+    @classmethod
+    def reads_text(cls, config: HeadConfig) -> bool:
+        """See `RankingHead.reads_text`."""
+        return config.item_text
+
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
-        """Makes the queries.
-
-        Args:
-            hidden_BH: The language model's reading of each session.
-            recommender_queries_BD: The session recommender's queries; read when residual.
-
-        Returns:
-            Queries, [B, Q].
-        """
-        return self._join(self.query(self.standardise(hidden_BH)) * self.log_scale.exp(), recommender_queries_BD)
+        """Makes the queries; see `RankingHead.queries`."""
+        return self.join(self.query(self.standardise(hidden_BH)) * self.log_scale.exp(), recommender_queries_BD)
 
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
         """Makes the items' side.
@@ -113,32 +184,32 @@ class TiedHead(_Head):
             if text_CH is None:
                 raise ValueError("the tied head was built with text, but no text encodings were given")
             parts_CD.append(self.text(text_CH))
-        return self._join(sum(parts_CD[1:], start=parts_CD[0]), item_rows_CD)
+        return self.join(sum(parts_CD[1:], start=parts_CD[0]), item_rows_CD)
 
 
-class LinearHead(_Head):
+class LinearHead(RankingHead):
     """The paper's f_out: a free weight vector and a bias for each item.
 
     Args:
+        config: Head settings.
+        d1: Unused.
         d2: Width of the language model's hidden states.
-        num_items: Items of the catalogue.
-        residual: Add the session recommender's score.
-        apart: Only the head's own score is trained.
+        num_items: Items of the catalog.
     """
 
-    def __init__(self, d2: int, num_items: int, residual: bool, apart: bool = False) -> None:
-        super().__init__(d2, residual, d2 + 1, apart)
+    def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int) -> None:
+        super().__init__(config, d1, d2, num_items, own_columns=d2 + 1)
         self.weight_VH = nn.Parameter(torch.empty(num_items, d2))
         self.bias_V = nn.Parameter(torch.zeros(num_items))
         # Small weights and not a small factor: AdamW moves every weight by about the learning rate, whatever its
         # gradient's size, and a factor would shrink what that does to a score.
-        nn.init.normal_(self.weight_VH, std=_start(residual, apart) * d2**-0.5)
+        nn.init.normal_(self.weight_VH, std=_start(config) * d2**-0.5)
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
         """Makes the queries; see `TiedHead.queries`. The last own column is the bias's factor."""
         own_BH = self.standardise(hidden_BH)
         own = torch.cat([own_BH, own_BH.new_ones(own_BH.shape[0], 1)], dim=1)
-        return self._join(own, recommender_queries_BD)
+        return self.join(own, recommender_queries_BD)
 
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
         """Makes the items' side.
@@ -154,4 +225,28 @@ class LinearHead(_Head):
         """
         weight_CH = self.weight_VH if ids_C is None else self.weight_VH.index_select(0, ids_C)
         bias_C = self.bias_V if ids_C is None else self.bias_V.index_select(0, ids_C)
-        return self._join(torch.cat([weight_CH, bias_C.unsqueeze(1)], dim=1), item_rows_CD)
+        return self.join(torch.cat([weight_CH, bias_C.unsqueeze(1)], dim=1), item_rows_CD)
+
+
+HEADS: dict[str, type[RankingHead]] = {"tied": TiedHead, "linear": LinearHead}
+
+
+def head_class(name: str) -> type[RankingHead]:
+    """The class that `head.name` stands for.
+
+    Args:
+        name: Key of `HEADS`, or the import path of a subclass of `RankingHead`, whose module is imported.
+
+    Raises:
+        UserError: There is no such class.
+    """
+    return resolve_class(name, HEADS, "setting head.name", RankingHead)  # type: ignore[type-abstract]
+
+
+def build_head(config: HeadConfig, d1: int, d2: int, num_items: int) -> RankingHead:
+    """Builds the head that the settings name; see `RankingHead` for the arguments.
+
+    Raises:
+        UserError: There is no such head, or it cannot be built with these settings.
+    """
+    return head_class(config.name)(config, d1, d2, num_items)

@@ -20,7 +20,7 @@ from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import Task
-from llmgr_rec.modules.heads import LinearHead, TiedHead
+from llmgr_rec.modules.heads import RankingHead
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.language_model import LoraLanguageModel
@@ -77,7 +77,7 @@ class LLMGR(nn.Module):
         recommender: SessionRecommender,
         hybrid: HybridEncoding,
         language_model: LoraLanguageModel,
-        head: TiedHead | LinearHead,
+        head: RankingHead,
         prompts: Mapping[Task, CompiledPrompt],
         text: EmbeddingBagCollection | None = None,
         node_source: Literal["table", "encoder"] = "table",
@@ -241,7 +241,7 @@ class LLMGR(nn.Module):
 
     @property
     def _reads_text(self) -> bool:
-        return getattr(self.head, "text", None) is not None
+        return self.head.uses_text
 
     def _head_texts(self, rows: ItemRows) -> Tensor | None:
         return self.head.standardise(rows.texts_XH) if self._reads_text and rows.texts_XH is not None else None

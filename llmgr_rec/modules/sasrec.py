@@ -10,12 +10,11 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.kernels.packed_sequences import PackedSequences
 from llmgr_rec.modules.causal_block import CausalBlock
 from llmgr_rec.modules.causal_encoder import CausalEncoder
-from llmgr_rec.modules.session_encoder import check_heads, register_encoder
+from llmgr_rec.modules.session_encoder import check_heads
 
 _INIT_STD = 0.02
 
 
-@register_encoder("sasrec")
 class SASRec(CausalEncoder):
     """Session vector: the state at the last click, with learned positions counted from the first click that is read.
 
@@ -32,7 +31,7 @@ class SASRec(CausalEncoder):
     """
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
-        check_heads(config, dim)
+        self.check(config, dim)
         super().__init__(config.max_clicks)
         self.position_TD = nn.Parameter(torch.empty(config.max_clicks, dim).normal_(std=_INIT_STD))
         self.dropout = nn.Dropout(config.dropout)
@@ -40,6 +39,11 @@ class SASRec(CausalEncoder):
             CausalBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
         )
         self.norm = nn.LayerNorm(dim)
+
+    @classmethod
+    def check(cls, config: EncoderConfig, dim: int) -> None:
+        """Refuses attention that cannot be built; see `SessionEncoder.check`."""
+        check_heads(config, dim)
 
     def states(self, nodes_ND: Tensor, packed: PackedSequences) -> Tensor:
         """A state for each packed click, [L, D]."""

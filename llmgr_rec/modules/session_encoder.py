@@ -1,12 +1,11 @@
-"""The interface of session encoders, their registry and the segment operations that they share.
+"""The interface of session encoders and the segment operations that they share; `encoders` has their names.
 
 Shapes: B sessions, N nodes (distinct items of a session, sessions one after another), D = d1 columns, K channels.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +29,29 @@ class EncodedSessions:
 
 
 class SessionEncoder(nn.Module, ABC):
-    """Reads session graphs: node vectors in, node states and session vectors out.
+    """Encodes session graphs: node vectors in, node states and session vectors out.
 
-    A session's result depends on that session alone, whatever else stands in the batch.
+    A session's result must depend on that session alone, whatever else is in the batch. A session without clicks gets
+    a vector of zeros. A class is built as `cls(config, dim)`: the encoder settings, of which it uses those that it
+    needs, and the width of item, node and session vectors, in columns.
 
     Attributes:
         supports_one_pass: Whether `encode_one_pass` is implemented: no state may depend on later clicks.
     """
 
     supports_one_pass: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, config: EncoderConfig, dim: int) -> None:
+        """Refuses settings with which the encoder cannot be built, before a run starts; by default none.
+
+        Args:
+            config: Encoder settings.
+            dim: Width of item, node and session vectors, in columns.
+
+        Raises:
+            UserError: A setting is out of range; the message names it and how to fix it.
+        """
 
     @abstractmethod
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
@@ -70,58 +83,6 @@ class SessionEncoder(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} reads sessions only as a whole, not their prefixes in one pass")
 
 
-_classes: dict[str, type[SessionEncoder]] = {}
-EncoderClass = TypeVar("EncoderClass", bound=type[SessionEncoder])
-
-
-def register_encoder(name: str) -> Callable[[EncoderClass], EncoderClass]:
-    """Makes an encoder class known to `build_encoder`.
-
-    Args:
-        name: Value of `EncoderConfig.name` that stands for it.
-
-    Returns:
-        A decorator for the class, which is built as `cls(config, dim)`.
-    """
-
-    def register(cls: EncoderClass) -> EncoderClass:
-        _classes[name] = cls
-        return cls
-
-    return register
-
-
-def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
-    """Builds the encoder that the settings name.
-
-    Args:
-        config: Encoder settings.
-        dim: Width of item, node and session vectors, in columns.
-
-    Returns:
-        A freshly initialised encoder.
-
-    Raises:
-        KeyError: No encoder is registered under `config.name`.
-    """
-    classes = _registered()
-    if config.name not in classes:
-        raise KeyError(f"no session encoder is registered as {config.name!r}; known: {sorted(classes)}")
-    return classes[config.name](config, dim)
-
-
-def prefix_encoders() -> list[str]:
-    """Names of the encoders that read all prefixes of a session in one pass."""
-    return sorted(name for name, encoder in _registered().items() if encoder.supports_one_pass)
-
-
-def _registered() -> dict[str, type[SessionEncoder]]:
-    # Imported here because these modules import this one for the interface; importing them registers them.
-    from llmgr_rec.modules import gcsan, gru4rec, sasrec, srgnn, stamp  # noqa: F401
-
-    return _classes
-
-
 def check_heads(config: EncoderConfig, dim: int) -> None:
     """Refuses attention that cannot be built.
 
@@ -130,12 +91,11 @@ def check_heads(config: EncoderConfig, dim: int) -> None:
     """
     if config.attention_layers < 1:
         raise UserError(
-            f"encoder.attention_layers is {config.attention_layers}: {config.name} needs at least 1; set it to 1"
+            f"setting encoder.attention_layers is {config.attention_layers}, and {config.name} needs 1 at least; give 1"
         )
     if config.attention_heads < 1 or dim % config.attention_heads:
         raise UserError(
-            f"encoder.attention_heads is {config.attention_heads}, which does not divide tables.dim {dim}; "
-            "choose a divisor of tables.dim"
+            f"setting encoder.attention_heads is {config.attention_heads}; give a number that divides tables.dim {dim}"
         )
 
 

@@ -15,12 +15,10 @@ from llmgr_rec.modules.session_encoder import (
     click_counts,
     initialise_uniform,
     last_states,
-    register_encoder,
     segment_sum,
 )
 
 
-@register_encoder("srgnn")
 class SRGNN(SessionEncoder):
     """Session vector from the last click's state and an attention over all clicks (eq. 6 and 7).
 

@@ -14,12 +14,10 @@ from llmgr_rec.modules.session_encoder import (
     click_counts,
     initialise_uniform,
     last_states,
-    register_encoder,
     segment_sum,
 )
 
 
-@register_encoder("stamp")
 class STAMP(SessionEncoder):
     """Session vector: the product of what the attended clicks and the last click become (eq. 3 to 9).
 

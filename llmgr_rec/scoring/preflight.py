@@ -3,6 +3,7 @@
 Nothing here waits for another rank or writes a file, so that a mistake ends the job on every rank at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,7 @@ class ScoreRequest:
         part_rows: Sessions of an output file.
         batch_size: Sessions of a batch; None takes the run's setting.
         device: Where the model runs; None takes the run's setting.
+        allow_code: Packages that the bundle may import its encoder or head from.
         llm_dtype: Number format of the language model; None takes the run's setting.
         llm_layers: First layers of the language model that are used; 0 uses all it was trained with.
         llm_budget: Share of each part's sessions that are routed to the language model, those of which the session
@@ -56,6 +58,7 @@ class ScoreRequest:
     part_rows: int = 16384
     batch_size: int | None = None
     device: Device | None = None
+    allow_code: Sequence[str] = ()
     llm_dtype: DType | None = None
     llm_layers: int = 0
     llm_budget: float | None = None
@@ -83,7 +86,7 @@ def preflight(request: ScoreRequest) -> BundleFiles:
     """
     for check_request in _CHECKS_OF_REQUEST:
         check_request(request)
-    bundle = open_bundle(_find_bundle(request))
+    bundle = open_bundle(_find_bundle(request), request.allow_code)
     for check_bundle in _CHECKS_OF_BUNDLE:
         check_bundle(request, bundle)
     return bundle

@@ -35,6 +35,7 @@ from llmgr_rec.evaluation.prior import BLEND_WEIGHTS
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.recipes import load_config, save_config
+from llmgr_rec.registry import modules_of
 from llmgr_rec.stage_config import RECOMMENDER_STAGES
 from llmgr_rec.study.compare import ndcg
 from llmgr_rec.study.judge import Places, judge_baseline, judge_model
@@ -123,7 +124,8 @@ class Bench:
         assert folder is not None
         if threads := config.runtime.threads_per_rank:
             torch.set_num_threads(threads)
-        bundle = load_bundle(folder)
+        # The study names this code itself.
+        bundle = load_bundle(folder, allow_code=modules_of([config.encoder.name, config.head.name]))
         neighbours: list[Any] = [self._baseline(name) for name in variant.blend]
         weights, readers = list(product(BLEND_WEIGHTS, repeat=len(neighbours))), [1.0]
         model = bundle.model.to(choose_device(config.runtime.device))

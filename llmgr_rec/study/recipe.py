@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llmgr_rec.baselines.registry import BASELINES
+from llmgr_rec.baselines.registry import BASELINES, baseline_builder
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import Config, PriorConfig
 from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.modules.build import check_parts
 from llmgr_rec.recipes import RECIPES, add_config_arguments, parse_with_config
+from llmgr_rec.registry import is_import_path
 from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 if TYPE_CHECKING:
@@ -99,6 +101,10 @@ class Study:
                 f"variant {variant.name}: an experiment adds neighbours by itself; leave {', '.join(priors)} out, and "
                 "give the variant a blend"
             )
+        try:
+            check_parts(config)
+        except UserError as error:
+            raise UserError(f"variant {variant.name}: {error}") from None
         config.prior = PriorConfig()
         if variant.model == "sbr":
             config.text.epochs = 0
@@ -188,9 +194,12 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
         _mapping(values, "grid", where),
         str(values.get("against", "")),
     )
-    asked = [(variant.model, (*MODELS, *BASELINES)), *((name, tuple(BASELINES)[1:]) for name in variant.blend)]
+    blended = [name for name in BASELINES if name != "popularity"]
+    asked = [(variant.model, [*MODELS, *BASELINES]), *((name, blended) for name in variant.blend)]
     for value, known in asked:
-        if value not in known:
+        if is_import_path(value):
+            baseline_builder(value, where)
+        elif value not in known:
             raise UserError(f"{where}: {value} is not known{did_you_mean(value, known)}")
     if variant.blend and not variant.trains:
         raise UserError(f"{where}: blend is for models that are trained; leave it out")

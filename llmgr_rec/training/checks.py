@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from llmgr_rec.baselines.registry import check_blended
 from llmgr_rec.config import STAGES, Config, StageName, neighbour_clicks, reader_weights, trained_stages
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
@@ -16,9 +17,9 @@ from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import require_writable
 from llmgr_rec.limits import check_limits
-from llmgr_rec.modules.build import contrast_weight, reads_item_text
+from llmgr_rec.modules.build import check_parts, contrast_weight, reads_item_text
+from llmgr_rec.modules.encoders import ENCODERS, encoder_class
 from llmgr_rec.modules.prompts import CompiledPrompt
-from llmgr_rec.modules.session_encoder import prefix_encoders
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES
@@ -77,6 +78,8 @@ def check_run(request: RunRequest) -> CheckedRun:
         UserError: Anything a user can mend.
     """
     check_limits(request.config)
+    check_parts(request.config)
+    check_blended(request.config.prior.neighbours)
     dataset = Dataset(request.dataset)
     catalogue = Catalogue.load(request.dataset)
     _check_sessions(dataset, catalogue)
@@ -265,7 +268,8 @@ def _check_contrast(config: Config) -> None:
 
 
 def _check_sbr_one_pass(config: Config, dataset: Dataset) -> None:
-    if config.encoder.name not in (able := prefix_encoders()):
+    if not encoder_class(config.encoder.name).supports_one_pass:
+        able = sorted(name for name, encoder in ENCODERS.items() if encoder.supports_one_pass)
         raise UserError(
             f"setting sbr.one_pass is true, but encoder.name is {config.encoder.name}, which reads each prefix of a "
             f"session for itself; set encoder.name to {' or '.join(able)}, or sbr.one_pass to false"

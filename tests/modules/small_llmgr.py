@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from llmgr_rec.config import EncoderConfig
+from llmgr_rec.config import EncoderConfig, HeadConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.collate import CandidateItems, CandidateSource, Collator, LastItemsText, RandomNodeText, TextPlace
@@ -16,7 +16,8 @@ from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes
 from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
 from llmgr_rec.data.prompt_files import Task, parse_template
-from llmgr_rec.modules.heads import LinearHead, TiedHead
+from llmgr_rec.modules.encoders import build_encoder
+from llmgr_rec.modules.heads import build_head
 from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.item_text import text_tables
@@ -24,7 +25,6 @@ from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_n
 from llmgr_rec.modules.llmgr import LLMGR, Scored
 from llmgr_rec.modules.prompts import compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.modules.session_encoder import build_encoder
 
 NUM_ITEMS = 12
 D1 = 8
@@ -138,7 +138,7 @@ def make_llmgr(
         recommender=recommender,
         hybrid=HybridEncoding(D1, width, embedding_norm, no_graph, no_nodes),
         language_model=language_model,
-        head=TiedHead(D1, width, True, residual) if head == "tied" else LinearHead(width, NUM_ITEMS, residual),
+        head=build_head(HeadConfig(name=head, residual=residual), D1, width, NUM_ITEMS),
         prompts={
             task: compile_prompt(parse_template(task, template, "test"), tokenizer, with_text or task == "align")
             for task, template in {**TEMPLATES, "behave": behave}.items()

@@ -8,9 +8,10 @@ from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.errors import UserError
+from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.gru4rec import GRU4Rec
 from llmgr_rec.modules.sasrec import SASRec
-from llmgr_rec.modules.session_encoder import SessionEncoder, build_encoder
+from llmgr_rec.modules.session_encoder import SessionEncoder
 from llmgr_rec.modules.stamp import STAMP
 from tests.modules.graphs import graphs_of, sessions_strategy
 from tests.modules.test_encoders import DIM, SESSIONS, double_encoder, node_vectors

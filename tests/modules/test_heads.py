@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmgr_rec.config import HeadConfig
 from llmgr_rec.modules.heads import LinearHead, TiedHead
 
 D1, D2, B, C = 16, 48, 32, 60
@@ -27,6 +28,14 @@ def inputs(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+def tied(text: bool, residual: bool) -> TiedHead:
+    return TiedHead(HeadConfig(item_text=text, residual=residual), D1, D2, C)
+
+
+def linear(residual: bool) -> LinearHead:
+    return LinearHead(HeadConfig(name="linear", residual=residual), D1, D2, C)
+
+
 def scores(head: TiedHead | LinearHead, x: dict[str, Tensor]) -> Tensor:
     return (
         head.queries(x["hidden"], x["recommender_queries"])
@@ -42,7 +51,7 @@ def standardised(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("residual", [False, True])
 def test_tied_scores_are_the_sum_of_their_parts(text: bool, residual: bool) -> None:
     torch.manual_seed(0)
-    head, x = TiedHead(D1, D2, text, residual), inputs()
+    head, x = tied(text, residual), inputs()
     queries = standardised(x["hidden"]) @ head.query.weight.T + head.query.bias
     items = functional.normalize(x["rows"], dim=1)
     if text:
@@ -56,7 +65,7 @@ def test_tied_scores_are_the_sum_of_their_parts(text: bool, residual: bool) -> N
 @pytest.mark.parametrize("residual", [False, True])
 def test_linear_scores_are_the_sum_of_their_parts(residual: bool) -> None:
     torch.manual_seed(0)
-    head, x = LinearHead(D2, C, residual), inputs()
+    head, x = linear(residual), inputs()
     torch.nn.init.normal_(head.bias_V)
     expected = standardised(x["hidden"]) @ head.weight_VH[x["ids"]].T + head.bias_V[x["ids"]]
     if residual:
@@ -65,7 +74,7 @@ def test_linear_scores_are_the_sum_of_their_parts(residual: bool) -> None:
 
 
 def test_linear_head_without_ids_takes_the_whole_catalogue() -> None:
-    head, x = LinearHead(D2, C, True), inputs()
+    head, x = linear(True), inputs()
     whole = head.items(x["item_rows"], x["rows"], None, None)
     torch.testing.assert_close(whole, head.items(x["item_rows"], x["rows"], None, torch.arange(C)))
 
@@ -73,7 +82,7 @@ def test_linear_head_without_ids_takes_the_whole_catalogue() -> None:
 @pytest.mark.parametrize("kind", ["tied", "linear"])
 def test_a_residual_head_starts_from_the_recommenders_ranking(kind: str) -> None:
     torch.manual_seed(0)
-    head = TiedHead(D1, D2, True, True) if kind == "tied" else LinearHead(D2, C, True)
+    head = tied(True, True) if kind == "tied" else linear(True)
     x = inputs()
     recommender = x["recommender_queries"] @ x["item_rows"].T
     added = scores(head, x) - recommender
@@ -84,7 +93,7 @@ def test_a_residual_head_starts_from_the_recommenders_ranking(kind: str) -> None
 @pytest.mark.parametrize("kind", ["tied", "linear"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_every_weight_gets_gradient(kind: str, residual: bool) -> None:
-    head = TiedHead(D1, D2, True, residual) if kind == "tied" else LinearHead(D2, C, residual)
+    head = tied(True, residual) if kind == "tied" else linear(residual)
     functional.cross_entropy(scores(head, inputs()), torch.arange(B)).backward()
     for name, parameter in head.named_parameters():
         assert parameter.grad is not None, name
@@ -94,7 +103,7 @@ def test_every_weight_gets_gradient(kind: str, residual: bool) -> None:
 @pytest.mark.parametrize("kind", ["tied", "linear"])
 def test_a_head_learns_beside_a_recommender_that_is_wrong(kind: str) -> None:
     torch.manual_seed(0)
-    head = TiedHead(D1, D2, True, True) if kind == "tied" else LinearHead(D2, C, True)
+    head = tied(True, True) if kind == "tied" else linear(True)
     x, targets = inputs(), torch.arange(B)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     for _ in range(150):
@@ -106,16 +115,16 @@ def test_a_head_learns_beside_a_recommender_that_is_wrong(kind: str) -> None:
 
 
 def test_a_tied_head_with_text_asks_for_text() -> None:
-    head, x = TiedHead(D1, D2, True, False), inputs()
+    head, x = tied(True, False), inputs()
     with pytest.raises(ValueError, match="text"):
         head.items(x["item_rows"], x["rows"], None, x["ids"])
 
 
 def test_tied_head_has_no_weight_for_an_item() -> None:
-    assert all(C not in parameter.shape for parameter in TiedHead(D1, D2, True, True).parameters())
+    assert all(C not in parameter.shape for parameter in tied(True, True).parameters())
 
 
 def test_half_precision_readings_are_accepted() -> None:
-    head, x = TiedHead(D1, D2, True, True), inputs()
+    head, x = tied(True, True), inputs()
     x["hidden"], x["text"] = x["hidden"].bfloat16(), x["text"].bfloat16()
     assert scores(head, x).dtype == torch.float32

@@ -9,10 +9,10 @@ from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.losses import ranking_loss
 from llmgr_rec.modules.recommender import SessionRecommender, normalise
-from llmgr_rec.modules.session_encoder import build_encoder
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
 from tests.modules.small_llmgr import one_pass_batch
 
