@@ -99,10 +99,13 @@ def combine(blends: Sequence[Blend], weights: Sequence[float]) -> Blend:
         weights: The factor that each gets.
 
     Raises:
-        ValueError: Their clicks decay differently.
+        UserError: Their clicks decay differently.
     """
     if len({blend.decay for blend in blends}) > 1:
-        raise ValueError("blends of different decays do not add up to one")
+        names = ", ".join(f"{name} ({blend.decay:g})" for blend in blends for name in blend.weights)
+        raise UserError(
+            f"baselines {names} cannot be blended together, because their decays differ; give them the same"
+        )
     similarity_VV = sparse.csr_array(blends[0].similarity_VR.shape, dtype=np.float32)
     for blend, weight in zip(blends, weights, strict=True):
         if weight:

@@ -61,7 +61,7 @@ def test_several_add_up_by_their_weights() -> None:
     nothing = combine([prior()], [0.0])
     assert nothing.weights == {"item_knn": 0.0}
     assert not nothing.scores(clicks()).toarray().any()
-    with pytest.raises(ValueError, match="different decays"):
+    with pytest.raises(UserError, match=r"item_knn \(0\.7\), item_knn \(0\.5\) cannot be blended"):
         combine([prior(), prior(decay=0.5)], [1.0, 1.0])
 
 
@@ -125,6 +125,6 @@ def test_a_damaged_prior_is_refused(tmp_path: Path, damage: str) -> None:
         size = f'"blend.npz": {len(content)}'
         assert size in index.read_text()
         index.write_text(index.read_text().replace(size, f'"blend.npz": {file.stat().st_size}'))
-    with pytest.raises(UserError, match=r"prior\.npz") as caught:
+    with pytest.raises(UserError, match=r"blend\.npz") as caught:
         load_bundle(bundle)
     assert "damaged" in str(caught.value)

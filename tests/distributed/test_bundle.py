@@ -219,6 +219,8 @@ def test_foreign_bundles_are_refused(exported: tuple[Path, list[tuple[Tensor, Te
     index = json.loads((tmp_path / "align/bundle.json").read_text())
     changes: list[tuple[dict[str, Any], str]] = [
         ({"format_version": 9}, "format version 9"),
+        # Of before: its neighbors stood in a file of another name, without which it would rank worse.
+        ({"format_version": 1}, "format version 1, this version of llmgr_rec reads 2; train the stage again"),
         ({"catalogue_hash": "other"}, "another catalogue"),
         ({"language_model": {"name": "random-tiny", "weights_hash": "other"}}, "other weights"),
         ({"surplus": 1}, "is damaged"),

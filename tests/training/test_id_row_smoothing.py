@@ -1,4 +1,4 @@
-"""Stage sbr draws rare items' id rows towards those of like words: on one rank and on two, and anew where asked."""
+"""Stage sbr smooths the id rows of cold items: on one rank and on two, and again where asked."""
 
 import json
 import shutil
@@ -98,7 +98,7 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    folder = tmp_path_factory.mktemp("rare-rows")
+    folder = tmp_path_factory.mktemp("id-row-smoothing")
     prepare(folder, sessions=150, items=200, mean_length=4)
     small_config(folder / "prompts.yaml")
     for size, sharding in ((1, "column_wise"), *((2, sharding) for sharding in SHARDINGS)):
@@ -110,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def trained_rows(trained: Trained) -> Tensor:
-    """The id rows before anything is drawn."""
+    """The id rows before anything is smoothed."""
     return Exported.read(trained.again(0.0) / "export/sbr").tables["item_id"]
 
 

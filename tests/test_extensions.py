@@ -1,0 +1,252 @@
+"""Parts outside the package: an encoder, a head and baselines by import path, through every command that uses them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.config import Config, EncoderConfig, HeadConfig
+from llmgr_rec.distributed.bundle import check_bundle_code, load_bundle
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluate import main as evaluate
+from llmgr_rec.experiments import main as experiments
+from llmgr_rec.modules.encoders import ENCODERS, build_encoder, encoder_class
+from llmgr_rec.modules.heads import HEADS, build_head
+from llmgr_rec.plan import main as plan
+from llmgr_rec.recipes import save_config
+from llmgr_rec.study.recipe import load_study
+from llmgr_rec.train import main as train
+from tests.small_run import config, small_run
+
+ROOT = Path(__file__).parents[1]
+# The encoder and the baseline as docs/extending.md shows them, and beside them a head and more baselines.
+SHOWN = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
+PARTS = (
+    "\n".join(SHOWN)
+    + """
+from llmgr_rec.modules.heads import RankingHead
+
+
+class PlainHead(RankingHead):
+    def __init__(self, config, d1, d2, num_items):
+        super().__init__(config, d1, d2, num_items)
+        self.query = nn.Linear(d2, d1)
+
+    def queries(self, hidden_BH, recommender_queries_BD):
+        return self.join(self.query(self.standardise(hidden_BH)), recommender_queries_BD)
+
+    def items(self, item_rows_CD, rows_CD, text_CH, ids_C):
+        assert text_CH is None
+        return self.join(rows_CD.float(), item_rows_CD)
+
+
+def together(dataset, catalog, k_neighbors):
+    return CoOccurrence(dataset, catalog, k_neighbors)
+
+
+def number(dataset, catalog, k_neighbors):
+    return 5
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with such an encoder, head and baseline, trained in a process that knows where they are."""
+    folder = tmp_path_factory.mktemp("extensions")
+    (folder / "outside").mkdir()
+    (folder / "outside" / "my_parts.py").write_text(PARTS)
+    settings = config()
+    settings.sbr.epochs = settings.behave.epochs = 1
+    settings.align.epochs = 0
+    save_config(settings, folder / "settings.yaml")
+    words = ["--config", folder / "settings.yaml", "--dataset", small_run().dataset.path, "--output", folder / "run"]
+    words += ["--encoder.name", "my_parts:MeanPool", "--head.name", "my_parts:PlainHead"]
+    words += ["--prior.neighbours", "[my_parts:CoOccurrence]"]
+    done = command(folder, "train", *map(str, words))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def command(folder: Path, name: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a command in a process of its own, in which the parts can be imported."""
+    paths = os.pathsep.join([str(ROOT), str(folder / "outside")])
+    return subprocess.run(
+        [sys.executable, "-m", f"llmgr_rec.{name}", *words],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.fixture
+def importable(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts can be imported, and have not been yet."""
+    monkeypatch.syspath_prepend(run.parent / "outside")
+    monkeypatch.delitem(sys.modules, "my_parts", raising=False)
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_run_with_parts_from_outside_is_evaluated(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "metrics.json"
+    models = "sbr,my_parts:together,llmgr,item_knn"
+    words = ["--run", run, "--dataset", small_run().dataset.path, "--output", output, "--models", models]
+    evaluate([*map(str, words), "--allow_code", "my_parts"])
+    content = json.loads(output.read_text())
+    assert list(content["test"]) == ["item_knn", "sbr", "llmgr", "my_parts:together"]
+    assert content["test"]["my_parts:together"] != content["test"]["item_knn"]
+    assert set(content["priors"]["sbr"]) == {"my_parts:CoOccurrence"}
+    assert all(metrics["hr@20"] > 0 for metrics in content["test"].values())
+
+
+def test_a_run_with_parts_from_outside_is_scored_where_its_code_is_allowed(run: Path, tmp_path: Path) -> None:
+    words = ["--run", str(run), "--input", str(small_run().dataset.path / "test"), "--output", str(tmp_path / "scores")]
+    refused = command(run.parent, "score", *words)
+    assert refused.returncode == 2
+    assert "setting encoder.name is my_parts:MeanPool, which would run code of module my_parts" in refused.stderr
+    assert "--allow_code my_parts" in refused.stderr
+    assert not (tmp_path / "scores").exists()
+    done = command(run.parent, "score", *words, "--allow_code", "my_parts")
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "scores").num_rows == 90
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize("stage", ["sbr", "behave"])
+def test_a_bundle_imports_only_what_is_allowed(run: Path, stage: str) -> None:
+    for allowed in ((), ("my_part",), ("my_parts.encoders",)):
+        with pytest.raises(UserError, match=r"encoder\.name is my_parts:MeanPool, which would run code"):
+            load_bundle(run / "export" / stage, allow_code=allowed)
+        assert "my_parts" not in sys.modules
+    bundle = load_bundle(run / "export" / stage, allow_code=["my_parts"])
+    encoder = bundle.model.get_submodule("encoder" if stage == "sbr" else "recommender.encoder")
+    assert type(encoder).__name__ == "MeanPool"
+    # Its code has run already, so nothing more would.
+    again = load_bundle(run / "export" / stage)
+    assert again.model.state_dict().keys() == bundle.model.state_dict().keys()
+
+
+def test_a_blend_is_loaded_without_the_code_that_made_it(run: Path) -> None:
+    blend = Blend.load(run / "export" / "sbr" / "blend.npz")
+    assert set(blend.weights) == {"my_parts:CoOccurrence"}
+
+
+@pytest.mark.usefixtures("importable")
+def test_evaluate_and_a_head_from_outside_are_refused_without_leave(run: Path, tmp_path: Path) -> None:
+    words = ["--run", run, "--dataset", small_run().dataset.path, "--output", tmp_path / "metrics.json"]
+    with pytest.raises(UserError, match="would run code of module my_parts"):
+        evaluate([*map(str, words)])
+    settings = Config(head=HeadConfig(name="my_parts:PlainHead"))
+    with pytest.raises(UserError, match=r"bundle B: setting head\.name is my_parts:PlainHead, which would run code"):
+        check_bundle_code(settings, Path("B"), ())
+    check_bundle_code(settings, Path("B"), ("my_parts",))
+    assert "my_parts" not in sys.modules
+
+
+@pytest.mark.usefixtures("importable")
+def test_an_experiment_compares_parts_from_outside(tmp_path: Path) -> None:
+    file = tmp_path / "outside.yaml"
+    file.write_text("""
+title: Parts from outside
+config: quickstart
+settings: {tables.dim: 8, sbr.epochs: 1, align.epochs: 0, behave.epochs: 0, runtime.device: cpu, \
+runtime.threads_per_rank: 1}
+variants:
+  GC-SAN: {model: sbr}
+  Mean: {model: sbr, settings: {encoder.name: "my_parts:MeanPool"}}
+  Mean and neighbors: {model: sbr, settings: {encoder.name: "my_parts:MeanPool"}, blend: ["my_parts:CoOccurrence"]}
+  Together: {model: "my_parts:together"}
+""")
+    output = tmp_path / "out"
+    experiments(
+        ["--recipe", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
+    )
+    found = json.loads((output / "outside.json").read_text())["variants"]
+    means = {name: variant["ndcg@20"]["mean"] for name, variant in found.items()}
+    assert len(set(means.values())) == 4
+    # The model is trained already, and this process has not imported its encoder.
+    sys.modules.pop("my_parts")
+    for cell in (output / "cells").iterdir():
+        cell.unlink()
+    experiments(
+        ["--recipe", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
+    )
+    again = json.loads((output / "outside.json").read_text())["variants"]
+    assert {name: variant["ndcg@20"]["mean"] for name, variant in again.items()} == means
+
+
+@pytest.mark.usefixtures("importable")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gcsam", r"encoder\.name is gcsam, which is neither .*, did you mean gcsan\?"),
+        ("no_such.parts:Mean", r"there is no module no_such; install it, or put its folder on PYTHONPATH"),
+        ("my_parts:MeanPol", r"my_parts has no MeanPol, did you mean MeanPool\?"),
+        ("my_parts:PlainHead", r"is no subclass of llmgr_rec\.modules\.session_encoder\.SessionEncoder; derive"),
+        ("my_parts:together", r"is no subclass of llmgr_rec\.modules\.session_encoder\.SessionEncoder; derive"),
+        ("my_parts:", r"is my_parts:, which is no import path; give module:attribute"),
+        ("my_parts:a.b", r"is my_parts:a\.b, which is no import path"),
+        ("../my_parts:MeanPool", r"which is no import path"),
+        ("broken:Mean", r"importing broken failed in .*broken\.py:2 \(NameError: .*missing.*\); correct that module"),
+        ("lacking:Mean", r"there is no module no_such_package; install it"),
+    ],
+)
+def test_a_wrong_name_is_told(run: Path, tmp_path: Path, name: str, message: str) -> None:
+    (run.parent / "outside" / "broken.py").write_text("value = 1\nmissing\n")
+    (run.parent / "outside" / "lacking.py").write_text("import no_such_package\n")
+    with pytest.raises(UserError, match=message):
+        build_encoder(EncoderConfig(name=name), 8)
+    with pytest.raises(UserError, match=message):
+        plan(["--num_items", "10", "--encoder.name", name])
+    words = ["--config", "quickstart", "--dataset", str(small_run().dataset.path), "--output", str(tmp_path / "run")]
+    with pytest.raises(UserError, match=message):
+        train([*words, "--encoder.name", name])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("importable")
+def test_wrong_heads_and_baselines_are_told(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"head\.name is tid, which is neither .*, did you mean tied\?"):
+        build_head(HeadConfig(name="tid"), 8, 16, 10)
+    with pytest.raises(UserError, match=r"head\.text_only is true, but the head reads no item text"):
+        build_head(HeadConfig(name="my_parts:PlainHead", text_only=True), 8, 16, 10)
+    dataset = str(small_run().dataset.path)
+    words = ["--run", str(run), "--dataset", dataset, "--output", str(tmp_path / "metrics.json"), "--models"]
+    for name, message in (
+        ("my_parts:togeter", r"--models is my_parts:togeter, but my_parts has no togeter, did you mean together\?"),
+        ("my_parts:number", r"baseline my_parts:number made a int without a method rank"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate([*words, name])
+    asked = ["--config", "quickstart", "--dataset", dataset, "--output", str(tmp_path / "run"), "--prior.neighbours"]
+    for name in ("popularity", "my_parts:MeanPool"):
+        with pytest.raises(UserError, match=rf"prior\.neighbours names {name}, which has no matrix of item"):
+            train([*asked, f"[{name}]"])
+
+
+def test_an_experiment_names_the_variant_whose_part_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    for line, message in (
+        ("{model: sbr, settings: {encoder.name: sasre}}", r"variant A: setting encoder\.name is sasre, .*sasrec\?"),
+        ('{model: "no_such:Thing"}', r"variant A is no_such:Thing, but there is no module no_such"),
+        ("{model: sbr, blend: [popularity]}", r"variant A: popularity is not known"),
+    ):
+        file.write_text(f"variants:\n  A: {line}\n")
+        with pytest.raises(UserError, match=message):
+            load_study(str(file))
+
+
+def test_the_settings_name_every_known_part() -> None:
+    assert EncoderConfig.__doc__
+    assert all(f"{name}," in EncoderConfig.__doc__ for name in ENCODERS)
+    assert HeadConfig.__doc__
+    assert all(f"{name} " in HeadConfig.__doc__ for name in HEADS)
+    assert encoder_class("llmgr_rec.modules.gcsan:GCSAN") is ENCODERS["gcsan"]
