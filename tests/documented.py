@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -67,12 +68,12 @@ def documented_pages() -> list[Path]:
 
 
 def documented_commands() -> Iterator[Command]:
-    """Commands of the documented pages and of the first lines of the recipes."""
+    """Commands of the documented pages and of the first lines of recipes and experiments."""
     for page in documented_pages():
         lines = [line for block in FENCE.findall(page.read_text()) for line in _lines(block)]
         for number, line in enumerate(lines, start=1):
             yield Command(f"{page.relative_to(ROOT)}-{number}", line)
-    for recipe in sorted((ROOT / "llmgr_rec" / "configs").rglob("*.yaml")):
+    for recipe in sorted((ROOT / "llmgr_rec").rglob("*.yaml")):
         for number, line in enumerate(RECIPE_COMMAND.findall(recipe.read_text()), start=1):
             yield Command(f"{recipe.relative_to(ROOT)}-{number}", line)
 
@@ -112,12 +113,18 @@ def check_module(name: str, arguments: Sequence[str], monkeypatch: pytest.Monkey
     if name in OTHER_MODULES:
         return
     assert name.split(".")[0] in OWN_PACKAGES, f"unknown module {name}"
-    module = importlib.import_module(name)
+    module = entry_point(name)
     with monkeypatch.context() as patch:
         _stop_after_parsing(patch)
         patch.setattr(sys, "argv", [name, *arguments])
         with pytest.raises(Parsed):
             module.main(list(arguments))
+
+
+def entry_point(name: str) -> ModuleType:
+    """The module that `python -m NAME` runs."""
+    found = importlib.import_module(name)
+    return importlib.import_module(f"{name}.__main__") if hasattr(found, "__path__") else found
 
 
 def _stop_after_parsing(patch: pytest.MonkeyPatch) -> None:

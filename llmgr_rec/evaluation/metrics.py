@@ -21,6 +21,19 @@ BUCKET_NAMES = ("0", "1-4", "5-8", "9-20", "21+")
 BY_FREQUENCY = "hr@20_by_train_count"
 
 
+def target_ranks(ids_BK: Tensor, targets_B: Tensor, depth: int) -> Tensor:
+    """Rank of each target in its list, from 0, int64 [B]; `depth` where it is not among the first `depth` items.
+
+    Args:
+        ids_BK: Item indices, best first; -1 where a list is shorter.
+        targets_B: Item that was clicked next.
+        depth: Items of a list that are looked at.
+    """
+    hits_BK = ids_BK[:, :depth] == targets_B[:, None]
+    # argmax of a boolean row is the first hit.
+    return torch.where(hits_BK.any(1), hits_BK.to(torch.int8).argmax(1), depth)
+
+
 class RankingMetrics:
     """Counts at which place of its ranked list each target stands.
 
@@ -52,9 +65,7 @@ class RankingMetrics:
             targets_B: Item that was clicked next.
             weights_B: Weight of each session; 0 for rows that only fill up a rank.
         """
-        hits_BK = ids_BK[:, : self.depth] == targets_B[:, None]
-        # argmax of a boolean row is the first hit; a row without one goes to the last column.
-        self.count(torch.where(hits_BK.any(1), hits_BK.to(torch.int8).argmax(1), self.depth), targets_B, weights_B)
+        self.count(target_ranks(ids_BK, targets_B, self.depth), targets_B, weights_B)
 
     def count(self, place_B: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
         """As `update`, with the places at hand.

@@ -1,14 +1,13 @@
 """Makes the prior that a trained model ranks with: neighbour baselines, weighted by what the validation sessions say.
 
-Shapes: B sessions of this rank, Q columns of queries, V items, N neighbours, W sets of their weights, X such sets at
-each weight of a language model that reads sessions.
+Shapes: B sessions of this rank, Q columns of queries, V items, N neighbours, W sets of their weights, T weights of a
+language model that reads sessions, X = T * W.
 """
 
 import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -102,23 +101,8 @@ def weight_sets(settings: PriorConfig) -> list[tuple[float, ...]]:
     return list(product(BLEND_WEIGHTS, repeat=len(settings.neighbours)))
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What of several weights ranks best.
-
-    Args:
-        neighbours: A weight for each neighbour.
-        reader: That of a language model which reads sessions as text.
-        ndcg: NDCG@20 with them on the validation sessions.
-    """
-
-    neighbours: tuple[float, ...]
-    reader: float
-    ndcg: float
-
-
 @torch.no_grad()
-def choose_weights(
+def validation_ndcg(
     model: SessionRecommender | LLMGR,
     priors: Sequence[Blend],
     weights: Sequence[tuple[float, ...]],
@@ -126,44 +110,44 @@ def choose_weights(
     config: Config,
     catalogue: Catalogue,
     world: World,
-    reader_weights: Sequence[float] = (1.0,),
-) -> Chosen:
-    """The weights of the best NDCG@20 on the validation sessions; of equals, the first.
+    text_weights: Sequence[float] = (1.0,),
+) -> list[float]:
+    """NDCG@20 on the validation sessions under each set of weights; the model reads the sessions once for all of them.
 
     Args:
-        model: Sharded or not; it is in its former mode again afterwards. A reader of sessions in it counts 1.
+        model: Sharded or not; it is in its former mode again afterwards. A text reader in it counts 1.
         priors: One baseline each, at weight 1; none leaves the model alone.
-        weights: Sets to choose from, each a weight for every prior.
+        weights: W sets, each a weight for every prior.
         dataset: Prepared sessions, some of them for validation.
         config: All settings.
         catalogue: The data set's items.
         world: Ranks; all call together, and all get the result.
-        reader_weights: Weights of that reader to choose from; the sessions are read once for all of them.
+        text_weights: T weights of that text reader.
+
+    Returns:
+        T * W values: all sets at the first text weight, then at the next.
     """
     collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     train_count_V = catalogue.train_count_V.to(world.device)
-    tried = list(product(reader_weights, weights))
-    metrics_X = [RankingMetrics(train_count_V) for _ in tried]
+    metrics_X = [RankingMetrics(train_count_V) for _ in range(len(text_weights) * len(weights))]
     with evaluation_mode(model):
         ranker = CatalogueRanker(model, collate, world)
         parts = [prior.of_items(ranker.items) for prior in priors]
-        for asked in asked_of_rank(model, collate, dataset, "valid", config, world, "weigh"):
+        for asked in asked_of_rank(model, collate, dataset, "valid", config, world, "select weights"):
             added = [ranker.added_by(part, clicks_of(asked.batch)) for part in parts]
-            places_XB = places_by_weights(ranker, model, asked, added, weights, reader_weights)
+            places_XB = _places_by_weights(ranker, model, asked, added, weights, text_weights)
             for places_B, metrics in zip(places_XB.to(world.device), metrics_X, strict=True):
                 metrics.count(places_B, asked.batch.targets_B, asked.batch.weights_B)
-    ndcg_X = [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_X]
-    best = int(np.argmax(ndcg_X))
-    return Chosen(tried[best][1], tried[best][0], ndcg_X[best])
+    return [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_X]
 
 
-def places_by_weights(
+def _places_by_weights(
     ranker: CatalogueRanker,
     model: SessionRecommender | LLMGR,
     asked: Asked,
     added: Sequence[sparse.csr_array],
     weights: Sequence[Sequence[float]],
-    reader_weights: Sequence[float],
+    text_weights: Sequence[float],
 ) -> Tensor:
     """Places of the targets under each set of weights, and each of them at each weight of a reader of sessions.
 
@@ -173,14 +157,14 @@ def places_by_weights(
         asked: Sessions with queries in which that reader counts 1.
         added: What each neighbour adds.
         weights: W sets of factors of what they add.
-        reader_weights: R factors of what the reader adds.
+        text_weights: T factors of what the text reader adds.
 
     Returns:
-        Places, int64 [R * W, B], on the CPU; all sets at the first of the reader's weights, then at the next.
+        Places, int64 [T * W, B], on the CPU; all sets at the first of the reader's weights, then at the next.
     """
     scaled, targets_B = asked.queries_BQ.clone(), asked.batch.targets_B
     found = []
-    for weight in reader_weights:
+    for weight in text_weights:
         if (text_reader := text_reader_of(model)) is not None:
             scaled[:, -text_reader.dim :] = asked.queries_BQ[:, -text_reader.dim :] * weight
         found.append(ranker.places(scaled, targets_B, added, weights, asked.exclude))

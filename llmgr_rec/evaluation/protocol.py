@@ -63,15 +63,35 @@ def evaluate_model(
         What `RankingMetrics.compute` gives.
     """
     catalogue = catalogue or Catalogue.load(dataset.path)
-    collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     metrics = RankingMetrics(catalogue.train_count_V.to(world.device))
+    for ids_BK, batch in ranked_lists(model, dataset, split, config, world, catalogue, prior):
+        metrics.update(ids_BK, batch.targets_B, batch.weights_B)
+    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+
+
+@torch.no_grad()
+def ranked_lists(
+    model: SessionRecommender | LLMGR,
+    dataset: Dataset,
+    split: str,
+    config: Config,
+    world: World,
+    catalogue: Catalogue,
+    prior: Blend | None = None,
+) -> Iterator[tuple[Tensor, SessionBatch]]:
+    """Ranks the whole catalogue for this rank's sessions of a split; see `evaluate_model` for the arguments.
+
+    Yields:
+        Item indices, int64 [B, K], best first, K = `RankingMetrics.depth`; -1 where a catalogue has fewer items. And
+        the batch of sessions, in the order of the split; rows of weight 0 only fill up a rank.
+    """
+    collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
     with evaluation_mode(model):
         ranker = CatalogueRanker(model, collate, world, prior)
         for asked in asked_of_rank(model, collate, dataset, split, config, world, f"evaluate {split}"):
             clicks = None if prior is None else clicks_of(asked.batch)
-            ids_BK, _ = ranker.rank(asked.queries_BQ, metrics.depth, asked.exclude, clicks)
-            metrics.update(ids_BK, asked.batch.targets_B, asked.batch.weights_B)
-    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+            ids_BK, _ = ranker.rank(asked.queries_BQ, RankingMetrics.depth, asked.exclude, clicks)
+            yield ids_BK, asked.batch
 
 
 def evaluate_baseline(
@@ -87,12 +107,19 @@ def evaluate_baseline(
         world: Ranks; all call together, and all get the result.
     """
     metrics = RankingMetrics(catalogue.train_count_V)
+    for ids_BK, raw in baseline_lists(baseline, dataset, split, world):
+        metrics.update(ids_BK, raw.targets_B, raw.weights_B)
+    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+
+
+def baseline_lists(
+    baseline: Baseline, dataset: Dataset, split: str, world: World
+) -> Iterator[tuple[Tensor, RawSessions]]:
+    """As `ranked_lists`, for a recommender without weights; see `evaluate_baseline` for the arguments."""
     reader = split_reader(dataset, split, _READ_ROWS, as_it_is)
     leave_out = leaves_out_clicked(dataset)
     for raw in batches_of_rank(reader, world, f"evaluate {split}"):
-        ids_BK = ranked_by(baseline, raw, metrics.depth, leave_out)
-        metrics.update(torch.from_numpy(ids_BK), raw.targets_B, raw.weights_B)
-    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+        yield torch.from_numpy(ranked_by(baseline, raw, RankingMetrics.depth, leave_out)), raw
 
 
 def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:

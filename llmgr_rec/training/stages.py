@@ -36,7 +36,6 @@ from llmgr_rec.distributed.reduce import take_from_first_rank
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.modules.build import build_task, contrast_weight, reads_item_text
 from llmgr_rec.modules.groups import group_of, select_trainable
@@ -47,7 +46,6 @@ from llmgr_rec.recipes import load_config
 from llmgr_rec.stage_config import RECOMMENDER_STAGES, StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager, Identity
 from llmgr_rec.training.journal import Journal
-from llmgr_rec.training.knn_smoothing import KnnSmoothing
 from llmgr_rec.training.language import (
     TextEncodings,
     cache_catalogue,
@@ -57,7 +55,7 @@ from llmgr_rec.training.language import (
 )
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.optimizers import build_optimizer
-from llmgr_rec.training.settle import settle
+from llmgr_rec.training.selection import select_on_validation
 
 logger = logging.getLogger(__name__)
 
@@ -146,15 +144,14 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     loop.run(position)
     renew_texts(inner, world)
     # After the last checkpoint, so that a resumed run does it once, too.
-    rare_rows = _rare_rows(inner, context) if stage == "sbr" and any(neighbour_clicks(config)) else None
-    kept = context.run / _NEIGHBOURS
-    settled = settle(stage, inner, config, context.dataset, context.catalogue, world, kept, rare_rows)
-    config = replace(config, tables=replace(config.tables, neighbour_clicks=settled.clicks))
+    cache = context.run / _NEIGHBOURS
+    selection = select_on_validation(stage, inner, config, context.dataset, context.catalogue, world, cache)
+    config = replace(config, tables=replace(config.tables, neighbour_clicks=selection.smoothing))
     folder, manifest = context.run / "export" / stage, context.dataset.manifest
-    export_bundle(inner, stage, config, context.catalogue, folder, world, manifest, settled.prior)
-    if settled.told:
-        # After the export, which a resumed run does not make again, so that nothing is told twice.
-        context.journal.write(stage, position.step, split="prior", **settled.told)
+    export_bundle(inner, stage, config, context.catalogue, folder, world, manifest, selection.prior)
+    if selection.metrics:
+        # After the export, which a resumed run does not make again, so that nothing is written twice.
+        context.journal.write(stage, position.step, split="prior", **selection.metrics)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.run / "export" / stage)
 
@@ -166,16 +163,6 @@ def _with_clicks_drawn(stage: StageName, context: RunContext) -> Config:
         return config
     drawn = load_config(latest_bundle(context.run / "export") / CONFIG).tables.neighbour_clicks
     return replace(config, tables=replace(config.tables, neighbour_clicks=drawn))
-
-
-def _rare_rows(model: SessionRecommender | LLMGR, context: RunContext) -> KnnSmoothing:
-    config, catalogue = context.config, context.catalogue
-    if not isinstance(model, SessionRecommender):
-        raise TypeError("stage sbr trains a session recommender")
-    by_words = replace(config.prior, neighbours=["text_knn"])
-    (near,) = build_priors(by_words, context.dataset, catalogue, context.world, context.run / _NEIGHBOURS)
-    collate = make_collator(config, catalogue, "rank", language=False)
-    return KnnSmoothing(model, near.similarity_VR, catalogue.train_count_V, collate, context.world)
 
 
 def _validation(model: SessionRecommender | LLMGR, context: RunContext) -> dict[str, float]:

@@ -31,13 +31,10 @@ from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.scoring.run import ScoreRequest, score_run
-from llmgr_rec.study.cells import Bench
-from llmgr_rec.study.compare import hit_rate, ndcg
-from llmgr_rec.study.recipe import Variant
 from llmgr_rec.training import stages
 from llmgr_rec.training.checks import RunRequest, check_run
 from llmgr_rec.training.run import train_run
-from llmgr_rec.training.settle import settle
+from llmgr_rec.training.selection import select_on_validation
 from tests.data.prepare_inputs import edit_manifest, prepare
 from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
@@ -90,20 +87,12 @@ def prior_weights(run: Path, stage: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("stage", "model"), [("sbr", "sbr"), ("behave", "llmgr")])
-def test_it_is_evaluated_as_an_experiment_judges_the_blend(
-    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, model: str
-) -> None:
-    monkeypatch.setattr(Bench, "_trained", lambda *_: (trained.folder, 0.0))
-    bench = Bench(tmp_path / "bench", Dataset(trained.dataset), "test")
-    cell = bench._model_cell(Variant("blend", model, blend=("item_knn",)), trained.config)
-    content = evaluate_run(EvaluationRequest(trained.folder, trained.dataset, "test", tmp_path / "metrics.json"))
-    assert content["priors"][model] == prior_weights(trained.folder, stage) == {"item_knn": cell.weights_N[0]}
-    assert cell.weights_N[0] > 0, "a blend of weight 0 shows nothing"
-    assert content["test"][model]["ndcg@20"] == pytest.approx(ndcg(cell.places_S).mean(), abs=1e-12)
-    assert content["test"][model]["hr@20"] == pytest.approx(hit_rate(cell.places_S).mean(), abs=1e-12)
+def test_what_was_selected_is_evaluated_and_recorded(trained: Run, tmp_path: Path, stage: str, model: str) -> None:
+    content = evaluate_run(EvaluationRequest(trained.folder, trained.dataset, "valid", tmp_path / "metrics.json"))
     record = next(line for line in told(trained.folder) if line["stage"] == stage)
-    assert record["item_knn"] == cell.weights_N[0]
-    assert record["ndcg@20"] == pytest.approx(cell.valid_ndcg, abs=1e-12)
+    assert content["priors"][model] == prior_weights(trained.folder, stage) == {"item_knn": record["item_knn"]}
+    assert record["item_knn"] > 0, "a blend of weight 0 shows nothing"
+    assert content["valid"][model]["ndcg@20"] == pytest.approx(record["ndcg@20"], abs=1e-12)
 
 
 def test_the_prior_changes_what_is_evaluated_and_not_what_is_validated(trained: Run) -> None:
@@ -217,15 +206,15 @@ def test_a_run_that_was_stopped_while_it_exported_ends_with_the_same_bytes(
 
 @pytest.fixture
 def caught_lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.INFO, "llmgr_rec.training.settle"):
+    with caplog.at_level(logging.INFO, "llmgr_rec.training.selection"):
         yield caplog
 
 
 def weighed(settings: PriorConfig, dataset: Dataset, world: World = ONE_RANK) -> tuple[Any, dict[str, float]]:
     bundle = load_bundle(small_run().run / "export/sbr", None if world is ONE_RANK else world)
     config = replace(bundle.config, prior=settings)
-    settled = settle("sbr", bundle.model, config, dataset, bundle.catalogue, world)
-    return settled.prior, settled.told
+    selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    return selection.prior, selection.metrics
 
 
 def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) -> None:
@@ -240,7 +229,7 @@ def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) 
     assert (item > 0).sum(axis=1).max() == 5
     np.testing.assert_allclose(prior.similarity_VR.toarray(), 0.25 * text + 3 * item, rtol=1e-6)
     (line,) = caught_lines.messages
-    assert line == "sbr: weights of neighbours: text_knn 0.25, item_knn 3 (as they were set)"
+    assert line == "sbr: weights of neighbors: text_knn 0.25, item_knn 3 (as set)"
 
 
 def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
@@ -273,10 +262,10 @@ def weighed_and_evaluated(world: World, run: Path, dataset: Dataset) -> tuple[An
     settings = PriorConfig(["item_knn", "text_knn"], 20)
     bundle = load_bundle(run / "export/sbr", world)
     config = replace(bundle.config, prior=settings)
-    settled = settle("sbr", bundle.model, config, dataset, bundle.catalogue, world)
-    assert settled.prior is not None
-    metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalogue, settled.prior)
-    return settled.prior.weights, settled.told, metrics
+    selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    assert selection.prior is not None
+    metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalogue, selection.prior)
+    return selection.prior.weights, selection.metrics, metrics
 
 
 @pytest.mark.dist

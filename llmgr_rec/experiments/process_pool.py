@@ -1,0 +1,123 @@
+"""Runs trials one after the other, or in several processes; what several trials need is trained first."""
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from llmgr_rec.cli import configure_logging
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.errors import UserError
+from llmgr_rec.experiments.experiment import Experiment, Variant
+from llmgr_rec.experiments.trial import TrialRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trial to run.
+
+    Args:
+        variant: Without a grid.
+        seed: Its seed.
+        of_grid: Names of the settings that a grid has given it.
+    """
+
+    variant: Variant
+    seed: int
+    of_grid: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        chosen = [f", {name} {self.variant.settings[name]}" for name in self.of_grid]
+        return f"{self.variant.name}{''.join(chosen)}, seed {self.seed}"
+
+
+def run_trials(runner: TrialRunner, experiment: Experiment, tasks: Sequence[Task], jobs: int) -> None:
+    """Runs every trial that is not on disk yet.
+
+    Args:
+        runner: Trains and evaluates.
+        experiment: What is compared.
+        tasks: The trials. Of those that share a session recommender the others wait until the first has trained it.
+        jobs: Processes; with one, everything runs in this process.
+
+    Raises:
+        UserError: The data set or a setting is not usable, or a process was killed.
+    """
+    missing = [task for task in tasks if not runner.has(experiment, task.variant, task.seed)]
+    finished = (
+        _in_this_process(runner, experiment, missing) if jobs == 1 else _in_pool(runner, experiment, missing, jobs)
+    )
+    for number, task in enumerate(finished, 1):
+        logger.info("%s: done, %d of %d", task, number, len(missing))
+
+
+def _in_this_process(runner: TrialRunner, experiment: Experiment, tasks: Sequence[Task]) -> Iterator[Task]:
+    for task in tasks:
+        logger.info("%s", task)
+        runner.trial(experiment, task.variant, task.seed)
+        yield task
+
+
+def _in_pool(runner: TrialRunner, experiment: Experiment, tasks: Sequence[Task], jobs: int) -> Iterator[Task]:
+    """The tasks in the order in which they finish."""
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(runner.recommender_of(experiment, task.variant, task.seed), []).append(task)
+    running: dict[Future[None], tuple[Task, list[Task]]] = {}
+    # Spawned: a forked copy of a process in which torch has started threads may hang.
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _initialize)
+
+    def start(task: Task, then: list[Task]) -> None:
+        running[pool.submit(_work, runner.folder, runner.dataset.path, runner.split, experiment, task)] = (task, then)
+
+    try:
+        for first, *others in groups.values():
+            start(first, others)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                task, then = running.pop(future)
+                future.result()
+                for other in then:
+                    start(other, [])
+                yield task
+    except BrokenProcessPool:
+        raise UserError(
+            f"one of {jobs} processes was killed, possibly out of memory; run the same command again to go on, "
+            "with fewer --jobs if need be"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _initialize() -> None:
+    configure_logging()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Exits when the process that started this one has ended, even if it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(folder: Path, dataset: Path, split: str, experiment: Experiment, task: Task) -> None:
+    """Runs a trial in a process of the pool, whose log lines name the trial."""
+    for handler in logging.getLogger("llmgr_rec").handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {task}: %(message)s", datefmt="%H:%M:%S"))
+    _runner(folder, dataset, split).trial(experiment, task.variant, task.seed)
+
+
+@cache
+def _runner(folder: Path, dataset: Path, split: str) -> TrialRunner:
+    """One runner per process, so that the catalogue is loaded once."""
+    return TrialRunner(folder, Dataset(dataset), split)

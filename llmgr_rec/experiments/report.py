@@ -1,0 +1,151 @@
+"""The table and the plots of an experiment."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from llmgr_rec.evaluation.metrics import BUCKET_NAMES, BY_FREQUENCY
+from llmgr_rec.experiments.compare import METRICS
+from llmgr_rec.experiments.experiment import Experiment
+
+_COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
+# A fixed salt: the same results give the same bytes.
+_STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "experiment"}
+# Gains up to here are drawn on a linear axis; over a backbone that knows nothing they are hundreds of times as large.
+_LINEAR = 2.0
+# Room of that part beside one for each power of ten.
+_LINEAR_ROOM = 3.0
+_COLD = BUCKET_NAMES[:3]
+_UNSEEN = BUCKET_NAMES[:1]
+
+
+def table(experiment: Experiment, results: Mapping[str, Any]) -> str:
+    """The figures as Markdown: mean and standard deviation over seeds, gains with paired 95 % intervals."""
+    reference = results["reference"]
+    is_own = _has_own(results)
+    # The columns of rare targets, each the sum of some buckets.
+    rare: dict[str, tuple[str, ...]] = {f"{_COLD[0]} to {_COLD[-1].split('-')[1]}": _COLD}
+    chance = ""
+    if unseen := _count(results["variants"][reference], _UNSEEN):
+        rare = {"0": _UNSEEN} | rare
+        chance = (
+            f" {unseen:,} targets have no training interaction; a list of 20 random items holds a target in "
+            f"{results['chance_hr@20']:.4f} of sessions."
+        )
+    titles = ["variant", "HR@20", "NDCG@20", "MRR@20", *(["against"] if is_own else [])]
+    titles += ["gain in HR", "gain in NDCG", "gain in MRR"]
+    titles += [*(f"HR@20, targets of {bounds} training interactions" for bounds in rare), "training, minutes"]
+    lines = [
+        f"### {experiment.title}",
+        "",
+        f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
+        f"{results['items']:,} items, full ranking, {results['ranking']}. Mean ± standard deviation over seeds; gains "
+        f"relative to {'the variant that each names' if is_own else reference}, with 95 % intervals of a paired "
+        f"bootstrap over sessions.{chance}",
+        "",
+        f"| {' | '.join(titles)} |",
+        "|---" * len(titles) + "|",
+    ]
+    for name, variant in results["variants"].items():
+        cells = [f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in METRICS]
+        is_reference = variant["against"] == name
+        if is_own:
+            cells.append("" if is_reference else variant["against"])
+        cells += ["" if is_reference else _gain(variant[metric]["gain"]) for metric in METRICS]
+        cells += [_hit_rate(variant, buckets) for buckets in rare.values()]
+        lines.append(f"| {' | '.join([name, *cells])} | {variant['training_minutes']:.1f} |")
+    return "\n".join([*lines, "", *_chosen(results)])
+
+
+def _has_own(results: Mapping[str, Any]) -> bool:
+    """Whether a variant's gain is computed against another one than the reference."""
+    return any(variant["against"] != results["reference"] for variant in results["variants"].values())
+
+
+def _chosen(results: Mapping[str, Any]) -> list[str]:
+    """What was chosen from each grid."""
+    lines = []
+    for name, variant in results["variants"].items():
+        if tried := variant["grid"]:
+            values = ", ".join(f"{setting} {value}" for setting, value in tried[0]["settings"].items())
+            lines.append(
+                f"- {name}: {values}, best of {len(tried)} by NDCG@20 on validation with one seed "
+                f"({tried[0]['valid_ndcg@20']:.4f}, worst {tried[-1]['valid_ndcg@20']:.4f})"
+            )
+    return [*lines, ""] if lines else []
+
+
+def _gain(gain: Mapping[str, float] | None) -> str:
+    if gain is None:
+        return "none"
+    return f"{gain['mean']:+.1%} [{gain['low']:+.1%} .. {gain['high']:+.1%}]"
+
+
+def _hit_rate(variant: Mapping[str, Any], buckets: Sequence[str]) -> str:
+    """HR@20 of the targets in some buckets together."""
+    count = _count(variant, buckets)
+    cells = [cell for name, cell in variant[BY_FREQUENCY].items() if name in buckets]
+    return f"{sum(cell['hr'] * cell['count'] for cell in cells) / count:.4f}" if count else "none"
+
+
+def _count(variant: Mapping[str, Any], buckets: Sequence[str]) -> int:
+    """Targets in some buckets."""
+    return int(sum(cell["count"] for name, cell in variant[BY_FREQUENCY].items() if name in buckets))
+
+
+def plot_gains(experiment: Experiment, results: Mapping[str, Any], file: Path) -> None:
+    """Relative gains, each over what the variant is compared with, with their intervals, as an SVG file."""
+    names = [name for name, variant in results["variants"].items() if name != variant["against"]]
+    labels = [_label(name, results) for name in names]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 1.2 + 0.42 * max(len(names), 1)))
+        panel = figure.subplots()
+        largest = 0.0
+        for shift, (metric, color) in enumerate(zip(METRICS, _COLORS, strict=True)):
+            found = [(row, results["variants"][name][metric]["gain"]) for row, name in enumerate(names)]
+            gains = [gain for _, gain in found if gain]
+            rows = [len(names) - 1 - row + 0.22 * (1 - shift) for row, gain in found if gain]
+            means = [gain["mean"] for gain in gains]
+            errors: Sequence[Sequence[float]] = [
+                [max(gain["mean"] - gain["low"], 0.0) for gain in gains],
+                [max(gain["high"] - gain["mean"], 0.0) for gain in gains],
+            ]
+            panel.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, color=color, label=metric.upper())
+            largest = max([largest, *means])
+        if largest > _LINEAR:
+            panel.set_xscale("symlog", linthresh=_LINEAR, linscale=_LINEAR_ROOM)
+        panel.axvline(0, color="#7f8c9a", linewidth=1)
+        panel.set_yticks(range(len(names)), labels[::-1])
+        panel.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
+        over = "the variant named below each" if _has_own(results) else results["reference"]
+        panel.set_xlabel(f"gain over {over}, with its 95 % interval")
+        panel.set_title(experiment.title, loc="left", fontsize=10)
+        panel.legend(frameon=False, loc="best")
+        figure.tight_layout()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _label(name: str, results: Mapping[str, Any]) -> str:
+    """A variant's name, with what it is compared with where that differs between variants."""
+    return f"{name}\nover {results['variants'][name]['against']}" if _has_own(results) else name
+
+
+def plot_cold(results: Mapping[str, Any], file: Path) -> None:
+    """HR@20 by training interactions of the target, a line for each variant, as an SVG file."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(8.4, 4))
+        panel = figure.subplots()
+        for name, variant in results["variants"].items():
+            cells = variant[BY_FREQUENCY]
+            known = [bucket for bucket in BUCKET_NAMES if bucket in cells]
+            rates = [cells[bucket]["hr"] for bucket in known]
+            panel.plot([BUCKET_NAMES.index(bucket) for bucket in known], rates, marker="o", markersize=4, label=name)
+        panel.set_xticks(range(len(BUCKET_NAMES)), BUCKET_NAMES)
+        panel.set_xlabel("training interactions of the item to be found")
+        panel.set_ylabel("HR@20")
+        panel.legend(frameon=False, fontsize=7)
+        figure.tight_layout()
+        figure.savefig(file, format="svg", metadata={"Date": None})

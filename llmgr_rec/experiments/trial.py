@@ -1,0 +1,160 @@
+"""Trials: a variant with a seed, trained and evaluated once, whichever experiments of a folder need it."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmgr_rec.baselines.registry import build_baseline
+from llmgr_rec.config import Config, neighbour_clicks, reader_weights
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.bundle import Bundle, load_bundle
+from llmgr_rec.distributed.bundle_index import find_bundle
+from llmgr_rec.distributed.process_group import World, choose_device
+from llmgr_rec.experiments.compare import ndcg
+from llmgr_rec.experiments.evaluate import TargetRanks, baseline_ranks, model_ranks
+from llmgr_rec.experiments.experiment import Experiment, Variant
+from llmgr_rec.experiments.runs import SharedRuns, training_inputs
+from llmgr_rec.files import atomic_write
+from llmgr_rec.registry import modules_of
+from llmgr_rec.training.selection import Selection, select_on_validation
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The result of a variant with a seed.
+
+    Args:
+        target_ranks_S: Rank of each session's target, from 0; see `evaluate.model_ranks`.
+        valid_ndcg: NDCG@20 on the validation sessions.
+        selected: What was selected on validation, by name: the weight of each neighbor and the like.
+        seconds: Seconds of training, those of shared runs included.
+    """
+
+    target_ranks_S: TargetRanks
+    valid_ndcg: float
+    selected: dict[str, float]
+    seconds: float
+
+    def save(self, file: Path) -> None:
+        """Writes the trial as npz, without pickles."""
+        names, values = list(self.selected), list(self.selected.values())
+        fields = asdict(self) | {"selected": np.array(names, np.str_), "selected_values": np.array(values, np.float64)}
+        np.savez_compressed(file, **fields)
+
+    @classmethod
+    def load(cls, file: Path) -> "Trial":
+        """Reads what `save` wrote."""
+        with np.load(file) as stored:
+            selected = dict(zip(stored["selected"].tolist(), stored["selected_values"].tolist(), strict=True))
+            return cls(stored["target_ranks_S"], float(stored["valid_ndcg"]), selected, float(stored["seconds"]))
+
+
+class TrialRunner:
+    """Trains and evaluates trials in a folder, or takes them from there.
+
+    Args:
+        folder: Where runs and trials are kept.
+        dataset: Prepared sessions.
+        split: Split that is evaluated.
+    """
+
+    def __init__(self, folder: Path, dataset: Dataset, split: str) -> None:
+        self.folder = folder
+        self.dataset = dataset
+        self.split = split
+        self.runs = SharedRuns(folder, dataset)
+
+    @cached_property
+    def catalogue(self) -> Catalogue:
+        """The data set's items."""
+        return Catalogue.load(self.dataset.path)
+
+    def trial(self, experiment: Experiment, variant: Variant, seed: int) -> Trial:
+        """The trial, from disk where it has been run before.
+
+        Raises:
+            UserError: The data set or a setting is not usable.
+        """
+        config = experiment.config_of(variant, seed)
+        file = self._file(variant, config)
+        if not file.is_file():
+            trial = self._run_model(variant.model, config) if variant.trains else self._run_baseline(variant.model)
+            # Another process may write the same one: experiments side by side share their baselines.
+            with atomic_write(file) as partial:
+                trial.save(partial)
+        return Trial.load(file)
+
+    def has(self, experiment: Experiment, variant: Variant, seed: int) -> bool:
+        """Whether the trial is on disk."""
+        return self._file(variant, experiment.config_of(variant, seed)).is_file()
+
+    def recommender_of(self, experiment: Experiment, variant: Variant, seed: int) -> str:
+        """Name of the run whose session recommender a trial is based on, or of the baseline that it is."""
+        if not variant.trains:
+            return variant.model
+        return self.runs.run_folder("sbr", experiment.config_of(variant, seed)).name
+
+    def _file(self, variant: Variant, config: Config) -> Path:
+        inputs: list[Any] = []
+        if variant.trains:
+            inputs = [training_inputs(variant.model, config), _selection_inputs(variant.model, config)]
+        return self.folder / "trials" / f"{self.runs.key(variant.model, self.split, *inputs)}.npz"
+
+    def _run_baseline(self, name: str) -> Trial:
+        baseline = build_baseline(name, self.dataset, self.catalogue)
+        valid_ndcg = float(ndcg(baseline_ranks(baseline, self.dataset, "valid")).mean())
+        return Trial(baseline_ranks(baseline, self.dataset, self.split), valid_ndcg, {}, 0.0)
+
+    def _run_model(self, model: str, config: Config) -> Trial:
+        run = self.runs.trained(model, config)
+        if threads := config.runtime.threads_per_rank:
+            torch.set_num_threads(threads)
+        bundle, selection = self._selected(run.folder, model, config)
+        ranks_S = model_ranks(bundle, self.dataset, self.split, self.catalogue)
+        metrics = dict(selection.metrics)
+        valid_ndcg = metrics.pop("ndcg@20", None)
+        if valid_ndcg is None:
+            valid_S = ranks_S if self.split == "valid" else model_ranks(bundle, self.dataset, "valid", self.catalogue)
+            valid_ndcg = float(ndcg(valid_S).mean())
+        return Trial(ranks_S, valid_ndcg, metrics, run.seconds)
+
+    def _selected(self, run: Path, model: str, config: Config) -> tuple[Bundle, Selection]:
+        """The model of a run with what is selected on validation under a variant's settings, as a run's stage does."""
+        folder = find_bundle(run / "export", model)
+        assert folder is not None
+        # The experiment names this code itself.
+        bundle = load_bundle(folder, allow_code=modules_of([config.encoder.name, config.head.name]))
+        device = choose_device(config.runtime.device)
+        settings = _with_selection_of(config, bundle)
+        selection = select_on_validation(
+            bundle.stage,
+            bundle.model.to(device),
+            settings,
+            self.dataset,
+            self.catalogue,
+            World.alone(device),
+            self.folder / "neighbors",
+        )
+        return replace(bundle, config=settings, prior=selection.prior), selection
+
+
+def _with_selection_of(config: Config, bundle: Bundle) -> Config:
+    """A bundle's settings, with those of a variant for what is selected after training."""
+    smoothing = config.tables.neighbour_clicks if bundle.stage == "sbr" else bundle.config.tables.neighbour_clicks
+    tables = replace(bundle.config.tables, neighbour_clicks=smoothing)
+    text = replace(bundle.config.text, score_weight=config.text.score_weight)
+    return replace(bundle.config, tables=tables, text=text, prior=config.prior)
+
+
+def _selection_inputs(model: str, config: Config) -> dict[str, Any]:
+    """What a model selects from after training, as JSON values."""
+    return {
+        "blend": asdict(config.prior),
+        "smoothing": neighbour_clicks(config),
+        "text_weights": reader_weights(config) if model == "text" else [],
+    }

@@ -1,1 +1,0 @@
-"""Experiments: matrices of training runs, each judged session by session and compared in pairs."""
