@@ -62,8 +62,8 @@ def run_stages(folder: Path, size: Size, steps: int, told: Callable[[str], None]
     run_module("datagen.synthetic", words)
     dataset, run = str(folder / "dataset"), folder / "run"
     train = ["--config", "quickstart", "--dataset", dataset, "--output", str(run), "--llm.name_or_path", "random-tiny"]
-    train += ["--sbr.epochs", "1", "--sbr.eval_every", "0", "--behave.eval_every", "0", "--runtime.log_every", "5"]
-    train += ["--prior.neighbours", "[]", "--align.max_steps", str(steps), "--behave.max_steps", str(steps)]
+    train += ["--sbr.epochs", "1", "--runtime.eval_every", "0", "--runtime.eval_every", "0", "--runtime.log_every", "5"]
+    train += ["--blend.neighbors", "[]", "--align.max_steps", str(steps), "--behave.max_steps", str(steps)]
     commands = {
         "prepare": ("llmgr_rec.prepare", prepare_arguments(folder)),
         **{stage: ("llmgr_rec.train", [*train, "--stage", stage]) for stage in ("sbr", "align", "behave")},

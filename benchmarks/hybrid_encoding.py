@@ -30,10 +30,10 @@ from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import Bundle, load_bundle
 from llmgr_rec.distributed.bundle_index import is_complete
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.hybrid import HybridEncoding
+from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, prompt_nodes
-from llmgr_rec.modules.recommender import Recommended
+from llmgr_rec.modules.recommender import RecommenderOutput
 
 STAGES: tuple[StageName, ...] = ("align", "behave")
 PROJECTED, RANDOM = "after projection", "after random projection"
@@ -151,11 +151,11 @@ def encode(bundle: Bundle, items_N: Tensor, seed: int) -> dict[str, Tensor]:
     return vectors | {SHUFFLED: vectors["before"][order]}
 
 
-def fresh_hybrid(trained: HybridEncoding, seed: int) -> HybridEncoding:
+def fresh_hybrid(trained: ProjectionAdapter, seed: int) -> ProjectionAdapter:
     """The same module as it is before training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return HybridEncoding(trained.nodes.in_features, trained.nodes.out_features, float(trained.embedding_norm))
+        return ProjectionAdapter(trained.nodes.in_features, trained.nodes.out_features, float(trained.embedding_norm))
 
 
 def single_clicks(items_B: Tensor) -> RawSessions:
@@ -171,14 +171,14 @@ def single_clicks(items_B: Tensor) -> RawSessions:
     )
 
 
-def node_vectors(model: LLMGR, seen: Recommended, batch: SessionBatch) -> Tensor:
+def node_vectors(model: LLMGR, seen: RecommenderOutput, batch: SessionBatch) -> Tensor:
     """What is projected at the node place of each session of one click, [B, D]."""
     nodes = prompt_nodes(batch.graph, model.node_order, model.max_nodes)
     vectors_ND = seen.rows_ND if model.node_source == "table" else seen.states_ND
     return vectors_ND.index_select(0, nodes.values)
 
 
-def node_states(model: LLMGR, hybrid: HybridEncoding, seen: Recommended, batch: SessionBatch) -> Tensor:
+def node_states(model: LLMGR, hybrid: ProjectionAdapter, seen: RecommenderOutput, batch: SessionBatch) -> Tensor:
     """The language model's hidden state at the node place of each session of one click, [B, H].
 
     Args:

@@ -19,10 +19,10 @@ from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, item_tokens, make_collator
 from llmgr_rec.distributed.shards import init_tables
-from llmgr_rec.modules.groups import select_trainable
+from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.stage_config import TrainableGroup
-from llmgr_rec.training.language import cache_catalogue
+from llmgr_rec.training.text_embeddings import cache_catalog
 from llmgr_rec.training.stages import StageName
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Setup:
                 nn.init.normal_(parameter, std=0.01)
         if fast.text_tables is not None:
             nn.init.normal_(fast.text_tables.embedding_bags["item_text"].weight)
-        cache_catalogue(fast, make_collator(config, catalogue, "rank", language=False), CPU)
+        cache_catalog(fast, make_collator(config, catalogue, "rank", language=False), CPU)
         plain = StraightforwardLLMGR.like(fast, assemble_decoder(config, CPU))
         for model in (fast, plain):
             select_trainable(model, TRAINABLE)

@@ -25,8 +25,8 @@ from benchmarks.harness import Side, Spread, benchmark_parser, rate_table, ratio
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.pretrained import num_decoder_layers, resolve_dtype
-from llmgr_rec.recipes import load_config
+from llmgr_rec.storage.pretrained import num_decoder_layers, resolve_dtype
+from llmgr_rec.config_file import load_config
 from llmgr_rec.scoring.routing import uncertainty
 from llmgr_rec.scoring.run import ScoreRequest, score_run
 

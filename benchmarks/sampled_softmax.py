@@ -101,17 +101,17 @@ def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -
     from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
     from llmgr_rec.distributed.sharding import shard
     from llmgr_rec.distributed.shards import init_tables
-    from llmgr_rec.modules.groups import group_of, select_trainable
+    from llmgr_rec.modules.param_groups import param_group, select_trainable
     from llmgr_rec.modules.tasks import SbrTask
     from llmgr_rec.training.optimizers import build_optimizer
 
     config = Config()
-    config.loss.full_softmax_max_items, config.loss.sampled_items = 0, args["sampled_items"]
+    config.loss.full_softmax_max_items, config.loss.num_negatives = 0, args["sampled_items"]
     config.tables.optimizer = args["optimizer"]
     parts, catalogue = write_split(folder / "train", args["sessions"], size, mean_length=9, seed=0)
     task = SbrTask(assemble_recommender(config, catalogue, "meta"), world.size)
     select_trainable(task, config.sbr.trainable)
-    model = shard(task, config.tables, world, lambda name: group_of(name) in config.sbr.trainable)
+    model = shard(task, config.tables, world, lambda name: param_group(name) in config.sbr.trainable)
     init_tables(model, config.seed, config.tables.init_std)
     reader = SessionReader(
         parts,
@@ -139,9 +139,9 @@ def compare_quality(folder: Path, args: dict[str, Any], threads: int) -> dict[st
         for loss, values in best.items():
             run = folder / f"{loss}-{seed}"
             words = ["--config", "quickstart", "--dataset", dataset, "--output", str(run), "--stage", "sbr"]
-            words += ["--prior.neighbours", "[]", "--seed", str(seed), "--sbr.epochs", str(args["epochs"])]
+            words += ["--blend.neighbors", "[]", "--seed", str(seed), "--sbr.epochs", str(args["epochs"])]
             words += ["--loss.full_softmax_max_items", "0" if loss == "sampled" else str(10**9)]
-            words += ["--loss.sampled_items", str(args["sampled_items"]), "--runtime.threads_per_rank", str(threads)]
+            words += ["--loss.num_negatives", str(args["sampled_items"]), "--runtime.threads_per_rank", str(threads)]
             run_module("llmgr_rec.train", words)
             values.append(best_validation(run))
     shares = [sampled / full for sampled, full in zip(best["sampled"], best["full"], strict=True)]

@@ -126,12 +126,12 @@ def _train(dataset: Dataset, run: Path, args: Any) -> Path:
         "prompt.templates": args.templates,
         # Encoding the items' texts takes minutes and has no part in what is compared.
         "head.item_text": "false",
-        "prior.neighbours": "[]",
+        "blend.neighbors": "[]",
         "sbr.max_steps": 50,
         "align.epochs": 0,
         "behave.max_steps": 20,
-        "behave.eval_every": 0,
-        "sbr.eval_every": 0,
+        "runtime.eval_every": 0,
+        "runtime.eval_every": 0,
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     subprocess.run([sys.executable, "-m", "llmgr_rec.train", *words], check=True, capture_output=True)

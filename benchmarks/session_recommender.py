@@ -128,7 +128,7 @@ def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path)
 
 def _ours(settings: "Settings") -> dict[str, list[str]]:
     """Arguments of our sides."""
-    from llmgr_rec.data.pretrained import resolve_dtype
+    from llmgr_rec.storage.pretrained import resolve_dtype
 
     sides = {SAME: settings.as_recbole()}
     if resolve_dtype("auto").itemsize == 2:

@@ -80,9 +80,9 @@ class Settings:
             "tables.init_std": self.initial_std,
             "sbr.lr": self.lr,
             # Adam: AdamW without decay, unclipped, at a constant rate.
-            "sbr.weight_decay": 0.0,
-            "sbr.clip_norm": 1e9,
-            "sbr.warmup": 0.0,
+            "optimizer.weight_decay": 0.0,
+            "optimizer.clip_norm": 1e9,
+            "optimizer.warmup": 0.0,
             "sbr.epochs": _FAR_AWAY * self.rounds,
         }
         return _words({**self._shared(), **own})

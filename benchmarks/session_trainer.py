@@ -11,9 +11,9 @@ from typing import Any, Final
 from benchmarks.turns_protocol import Epoch, Replies
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
-from llmgr_rec.recipes import add_config_arguments, parse_with_config
-from llmgr_rec.training.checks import RunRequest, check_run
-from llmgr_rec.training.journal import Journal
+from llmgr_rec.config_file import add_config_arguments, parse_with_config
+from llmgr_rec.training.preflight import RunRequest, check_run
+from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.stages import RunContext, run_stage
 
 STAGE: Final = "sbr"
@@ -23,7 +23,7 @@ class EnoughEpochs(Exception):
     """The other end wants no more."""
 
 
-class HaltingJournal(Journal):
+class HaltingJournal(MetricsLogger):
     """A run's journal, which the loop writes after the steps of an epoch and after its validation: there it halts.
 
     Args:

@@ -22,7 +22,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import Task
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
-from llmgr_rec.modules.recommender import Recommended
+from llmgr_rec.modules.recommender import RecommenderOutput
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LossAndParts
 
 
@@ -78,17 +78,17 @@ class PlainLanguageModel(nn.Module):
 class StraightforwardLLMGR(LLMGR):
     """LLMGR with prompts spliced in a loop and read whole."""
 
-    def read_nodes(
-        self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
+    def encode_nodes(
+        self, output: RecommenderOutput, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
     ) -> Tensor:
-        """Readings, float32 [B, H]; `pass_offsets_P1` is ignored, because each session has its own prompt."""
+        """Hidden states, float32 [B, H]; `pass_offsets_P1` is ignored, because each session has its own prompt."""
         prompt: Any = self.prompts[task]
-        vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
+        vectors_ND = output.rows_ND if self.node_source == "table" else output.states_ND
         embed = self.language_model.token_embedding
         prompts = []
         for session in range(nodes.num_rows):
             shown = nodes.values[nodes.offsets[session] : nodes.offsets[session + 1]]
-            soft_SH = self.hybrid.project(seen.sessions_BD[session : session + 1], vectors_ND[shown])
+            soft_SH = self.hybrid.project(output.sessions_BD[session : session + 1], vectors_ND[shown])
             pieces = [self._piece(prompt, segment, soft_SH, text, session) for segment in prompt.segments]
             pieces.insert(0, embed(prompt.prefix_P))
             prompts.append(torch.cat([piece.to(pieces[0].dtype) for piece in pieces]))
@@ -148,6 +148,6 @@ class PlainAlignTask(AlignTask):
         return loss, {"loss": loss.detach()}
 
 
-def _cross_entropy(llmgr: LLMGR, seen: Recommended, readings_BH: Tensor, batch: SessionBatch) -> Tensor:
+def _cross_entropy(llmgr: LLMGR, seen: RecommenderOutput, readings_BH: Tensor, batch: SessionBatch) -> Tensor:
     scores_BV = llmgr.queries(seen, readings_BH) @ llmgr.items(seen, batch).T
     return functional.cross_entropy(scores_BV, batch.targets_B)

@@ -49,7 +49,7 @@ class Comparison:
         if self.stage == "behave":
             return BehaveTask(setup.fast, one_pass=self.one_pass), PlainBehaveTask(setup.plain)
         align = setup.config.align
-        settings = (align.contrastive_weight, align.contrastive_temperature, align.hard_negatives)
+        settings = (contrast.weight, contrast.temperature, contrast.hard_negatives)
         return AlignTask(setup.fast, *settings), PlainAlignTask(setup.plain, *settings)
 
 

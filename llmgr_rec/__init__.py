@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llmgr_rec.config import Config as Config
     from llmgr_rec.config import EncoderConfig as EncoderConfig
     from llmgr_rec.config import TablesConfig as TablesConfig
+    from llmgr_rec.config_file import load_config as load_config
     from llmgr_rec.data.batch import RawSessions as RawSessions
     from llmgr_rec.data.batch import SessionBatch as SessionBatch
     from llmgr_rec.data.catalogue import Catalogue as Catalogue
@@ -36,11 +37,10 @@ if TYPE_CHECKING:
     from llmgr_rec.modules.item_tables import ItemTables as ItemTables
     from llmgr_rec.modules.llmgr import LLMGR as LLMGR
     from llmgr_rec.modules.losses import ranking_loss as ranking_loss
-    from llmgr_rec.modules.recommender import Recommended as Recommended
+    from llmgr_rec.modules.recommender import RecommenderOutput as RecommenderOutput
     from llmgr_rec.modules.recommender import SessionRecommender as SessionRecommender
     from llmgr_rec.modules.session_encoder import EncodedSessions as EncodedSessions
     from llmgr_rec.modules.session_encoder import SessionEncoder as SessionEncoder
-    from llmgr_rec.recipes import load_config as load_config
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _MODULES = {
     "Jagged": "data.jagged",
     "LLMGR": "modules.llmgr",
     "RawSessions": "data.batch",
-    "Recommended": "modules.recommender",
+    "RecommenderOutput": "modules.recommender",
     "SessionBatch": "data.batch",
     "SessionEncoder": "modules.session_encoder",
     "SessionGraph": "data.graph",

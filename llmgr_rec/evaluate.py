@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 
-    from llmgr_rec.evaluation.results import format_table, prior_notes
+    from llmgr_rec.evaluation.results import blend_notes, format_table
     from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 
     content = evaluate_run(
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if is_rank0():
         print(format_table(content[arguments.split]))
-        for note in prior_notes(content["priors"]):
+        for note in blend_notes(content["blends"]):
             print(note)
         print(
             f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items; {content['protocol']}; "

@@ -1,9 +1,9 @@
-"""`python -m llmgr_rec.plan`: what a run would shard where, what it needs and what it trains, before it is started.
+"""`python -m llmgr_rec.plan`: table sharding, memory and trained parameters of a run, before it is started.
 
     python -m llmgr_rec.plan --config paper --dataset DATASET --world_size 8
     python -m llmgr_rec.plan --num_items 100000000 --world_size 16 --tables.memory_per_rank_gb 64
 
-Needs neither data nor ranks. Exit code 2 where the tables do not fit, with the remedy.
+Needs neither data nor ranks. Exit code 2 if the tables do not fit, with the fix.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmgr_rec.cli import make_parser, run_cli
-from llmgr_rec.config import Config
+from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
-from llmgr_rec.recipes import add_config_arguments, parse_with_config
-from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 if TYPE_CHECKING:
-    from llmgr_rec.distributed.layout import Sizes, StageLayout
+    from llmgr_rec.training.memory_plan import CatalogSizes, StagePlan
 
 GIB = 1024**3
 # Side feature -> option that gives the size of its vocabulary.
@@ -30,14 +28,14 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: Something in the arguments or settings is wrong, or the tables do not fit.
     """
-    parser = make_parser("llmgr_rec.plan", "Shows what a run would shard where, what it needs and what it trains.")
+    parser = make_parser("llmgr_rec.plan", "Shows table sharding, memory and trained parameters of a run.")
     parser.add_argument("--dataset", type=str, help="Folder made by llmgr_rec.prepare.")
-    parser.add_argument("--num_items", type=int, help="Items of the catalogue, instead of a data set.")
+    parser.add_argument("--num_items", type=int, help="Items of the catalog, instead of a data set.")
     parser.add_argument("--num_categories", type=int, default=0, help="Categories, with --num_items.")
     parser.add_argument("--num_brands", type=int, default=0, help="Brands, with --num_items.")
     parser.add_argument("--num_words", type=int, default=0, help="Words of titles, with --num_items.")
     parser.add_argument("--world_size", type=int, default=1, help="Ranks of the run.")
-    parser.add_argument("--local_world_size", type=int, help="Ranks of one machine; default all, 8 at most.")
+    parser.add_argument("--local_world_size", type=int, help="Ranks per machine; default all, 8 at most.")
     add_config_arguments(parser)
     arguments, config = parse_with_config(parser, argv)
     if arguments.world_size < 1:
@@ -46,54 +44,55 @@ def main(argv: Sequence[str]) -> None:
     if local_size < 1 or arguments.world_size % local_size:
         raise UserError(
             f"--local_world_size {local_size} does not divide --world_size {arguments.world_size}; "
-            "give the ranks of one machine"
+            "give the ranks per machine"
         )
 
-    from llmgr_rec.distributed.layout import Ranks, lay_out
     from llmgr_rec.distributed.process_group import choose_device
+    from llmgr_rec.training.memory_plan import Ranks, plan_memory
 
     features = {name: getattr(arguments, option) for name, option in _FEATURE_SIZES.items()}
     sizes = _sizes(arguments.dataset, arguments.num_items, features)
     wanted = config.runtime.device
-    # A run on GPUs can be planned where there is none.
+    # A run on GPUs can be planned on a machine without one.
     device_type = choose_device(wanted).type if wanted == "auto" else wanted
-    layouts = lay_out(config, sizes, Ranks(arguments.world_size, local_size, device_type))
-    print(f"{sizes.num_items} items on {arguments.world_size} {device_type} ranks, {local_size} a machine")
-    for layout in layouts:
-        print("\n" + "\n".join(_lines(layout, config, sizes, arguments.world_size)))
-    for layout in layouts:
-        if layout.problem:
-            raise UserError(f"stage {layout.stage}: {layout.problem}")
+    plans = plan_memory(config, sizes, Ranks(arguments.world_size, local_size, device_type))
+    print(f"{sizes.num_items} items on {arguments.world_size} {device_type} ranks, {local_size} per machine")
+    for plan in plans:
+        print("\n" + "\n".join(_lines(plan, arguments.world_size)))
+    for plan in plans:
+        if plan.problem:
+            raise UserError(f"stage {plan.spec.stage}: {plan.problem}")
 
 
-def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int]) -> "Sizes":
-    from llmgr_rec.distributed.layout import Sizes
+def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int]) -> "CatalogSizes":
+    from llmgr_rec.training.memory_plan import CatalogSizes
 
     for name, size in features.items():
         if size < 0:
             raise UserError(f"--{_FEATURE_SIZES[name]} is {size}; give 0 or more")
     if (dataset is None) == (num_items is None):
-        raise UserError("give either --dataset DATASET or --num_items N, so that the size of the catalogue is known")
+        raise UserError("give either --dataset DATASET or --num_items N, so that the size of the catalog is known")
     if dataset is not None:
         from llmgr_rec.data.dataset import Dataset
 
         manifest = Dataset(Path(dataset)).manifest
-        return Sizes(
+        return CatalogSizes(
             manifest.num_items, {name: feature["num_embeddings"] for name, feature in manifest.features.items()}
         )
     if num_items is None or num_items < 1:
-        raise UserError(f"--num_items is {num_items}; a catalogue has at least 1 item")
-    return Sizes(num_items, {name: size for name, size in features.items() if size > 0})
+        raise UserError(f"--num_items is {num_items}; a catalog has at least 1 item")
+    return CatalogSizes(num_items, {name: size for name, size in features.items() if size > 0})
 
 
-def _lines(layout: "StageLayout", config: Config, sizes: "Sizes", world_size: int) -> list[str]:
+def _lines(plan: "StagePlan", world_size: int) -> list[str]:
+    spec, config = plan.spec, plan.spec.config
     limit = config.tables.memory_per_rank_gb
-    lines = [f"stage {layout.stage}, trains {', '.join(layout.trained_groups) or 'nothing'}"]
+    lines = [f"stage {spec.stage}, trains {', '.join(spec.trains)}"]
     lines.append(
-        f"  {'table':<12}{'rows':>12}{'columns':>9}  {'sharding':<16}{'ranks':<12}{'GiB a rank':>11}  optimizer"
+        f"  {'table':<12}{'rows':>12}{'columns':>9}  {'sharding':<16}{'ranks':<12}{'GiB per rank':>13}  optimizer"
     )
     totals: dict[int, int] = {}
-    for table in layout.tables:
+    for table in plan.tables:
         size = table.footprint
         for rank, held in table.bytes_per_rank.items():
             totals[rank] = totals.get(rank, 0) + held
@@ -101,27 +100,26 @@ def _lines(layout: "StageLayout", config: Config, sizes: "Sizes", world_size: in
         share = max(table.bytes_per_rank.values(), default=0) / GIB
         lines.append(
             f"  {size.table:<12}{size.rows:>12}{size.dim:>9}  {table.sharding or '-':<16}"
-            f"{_ranks(sorted(table.bytes_per_rank)):<12}{f'{share:.3f}' if table.sharding else '-':>11}  {state}"
+            f"{_ranks(sorted(table.bytes_per_rank)):<12}{f'{share:.3f}' if table.sharding else '-':>13}  {state}"
         )
-    if layout.problem:
-        lines.append(f"  DOES NOT FIT into {limit:g} GiB a rank")
+    if plan.problem:
+        lines.append(f"  DOES NOT FIT into {limit:g} GiB per rank")
     else:
         fullest = max(totals.values(), default=0) / GIB
         lines.append(f"  fits: the fullest rank holds {fullest:.3f} of {limit:g} GiB")
-    counts = ", ".join(f"{group} {number:,}" for group, number in sorted(layout.parameters.items()))
-    lines.append(f"  other parameters: {counts}; {layout.dense_bytes / GIB:.3f} GiB a rank with gradients and AdamW")
-    if (cut := layout.decoder_ranks) > 1:
-        lines.append(f"  the language model is cut over {cut} ranks; each layer is whole while it computes")
-    lines.append(f"  pipelined lookups: {', '.join(layout.pipelined) or 'NONE'}")
-    if layout.blocking:
-        lines.append(f"  lookups that wait: {', '.join(layout.blocking)}")
-    if layout.cached_bytes:
-        lines.append(f"  the catalogue's item vectors are cached: {layout.cached_bytes / GIB:.3f} GiB a rank")
-    columns = config.tables.dim + (config.text.dim if layout.stage != "sbr" and config.text.epochs else 0)
-    if layout.stage not in RECOMMENDER_STAGES:
-        columns = config.tables.dim + (columns if config.head.residual else 0)
-    ranking = 4 * columns * -(-sizes.num_items // world_size) / GIB
-    lines.append(f"  ranking holds item vectors of {ranking:.3f} GiB a rank")
+    counts = ", ".join(f"{group} {number:,}" for group, number in sorted(plan.parameters.items()))
+    lines.append(f"  dense parameters: {counts}; {plan.dense_bytes / GIB:.3f} GiB per rank with gradients and AdamW")
+    if plan.decoder_ranks > 1:
+        lines.append(
+            f"  the language model is sharded across {plan.decoder_ranks} ranks; each layer is whole while it computes"
+        )
+    lines.append(f"  pipelined lookups: {', '.join(plan.pipelined) or 'NONE'}")
+    if plan.blocking:
+        lines.append(f"  blocking lookups: {', '.join(plan.blocking)}")
+    if plan.cached_bytes:
+        lines.append(f"  cached item vectors: {plan.cached_bytes / GIB:.3f} GiB per rank")
+    ranking = 4 * spec.query_width * -(-spec.num_items // world_size) / GIB
+    lines.append(f"  item vectors for ranking: {ranking:.3f} GiB per rank")
     return lines
 
 

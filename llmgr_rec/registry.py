@@ -35,8 +35,9 @@ def resolve(name: str, known: Mapping[str, T], what: str) -> T:
     """
     if not is_import_path(name):
         if name not in known:
-            near = did_you_mean(name, known)
-            raise UserError(f"{what} is {name}, which is neither known nor an import path module:attribute{near}")
+            raise UserError(
+                f"{what} is {name}, which is neither known nor an import path module:attribute{did_you_mean(name, known)}"
+            )
         return known[name]
     module_name, attribute = _split(name, what)
     try:

@@ -15,19 +15,18 @@ from typing import TYPE_CHECKING, Literal
 
 from llmgr_rec.cli import is_rank0, make_parser, run_cli
 from llmgr_rec.config import Config, StageName
+from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
-from llmgr_rec.recipes import add_config_arguments, parse_with_config
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-# The recipe that ranks best, and the one that shows all stages where there is nothing but the bare command.
-DEFAULT_RECIPE = "strong"
+# Trains all stages in minutes where there is nothing but the bare command.
 BARE_RECIPE = "quickstart"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses arguments, checks everything that can be wrong, then trains.
+    """Parses arguments, runs the preflight, then trains.
 
     Raises:
         UserError: Something in arguments, data set, settings or run folder is wrong. It is raised on every rank before
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.resume and not (arguments.output or _launch()):
         raise UserError("--resume has nothing to continue; name the run folder with --output")
 
-    from llmgr_rec.training.checks import RunRequest
+    from llmgr_rec.training.preflight import RunRequest
     from llmgr_rec.training.run import train_run
 
     output = Path(arguments.output or _default_output())
@@ -62,7 +61,9 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
     Raises:
         UserError: An argument or setting is unknown, of the wrong type or out of its range.
     """
-    parser = make_parser("llmgr_rec.train", "Trains the session recommender and tunes the language model on it.")
+    parser = make_parser(
+        "llmgr_rec.train", "Trains the session recommender and, with a recipe that has one, a language model on it."
+    )
     parser.add_argument(
         "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
     )
@@ -76,13 +77,13 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
         help="Continue an interrupted run exactly where it stopped, with its own settings.",
     )
     add_config_arguments(parser)
-    return parse_with_config(parser, _with_default_settings(argv))
+    return parse_with_config(parser, _with_default_config(argv))
 
 
-def _with_default_settings(argv: Sequence[str]) -> list[str]:
-    """Without --config a run that is continued keeps its settings, and another one has those of a recipe."""
+def _with_default_config(argv: Sequence[str]) -> list[str]:
+    """Without --config a resumed run keeps its own settings, and the bare command takes `BARE_RECIPE`."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    # A value that is missing is for the real parser to tell.
+    # The real parser reports a missing value.
     parser.add_argument("--config", nargs="?", const="")
     parser.add_argument("--output", nargs="?", default="", const="")
     parser.add_argument("--resume", action="store_true")
@@ -91,11 +92,10 @@ def _with_default_settings(argv: Sequence[str]) -> list[str]:
         return list(argv)
     own = Path(given.output, "config.yaml")
     if given.resume and given.output and own.is_file():
-        settings = str(own)
-    else:
-        settings = DEFAULT_RECIPE if any(word.startswith("--") for word in argv) else BARE_RECIPE
-    # First, so that settings on the command line go over it.
-    return ["--config", settings, *argv]
+        return ["--config", str(own), *argv]
+    if not any(word.startswith("--") for word in argv):
+        return ["--config", BARE_RECIPE, *argv]
+    return list(argv)
 
 
 def _launch() -> str:

@@ -16,11 +16,11 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr
 from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.shards import init_tables
-from llmgr_rec.recipes import save_config
+from llmgr_rec.config_file import save_config
+from llmgr_rec.storage.model_factory import ModelFactory
 from tests.data.prepare_inputs import edit_manifest
 
 ONE_RANK = World.alone()
@@ -104,7 +104,9 @@ def small_run() -> SmallRun:
     dataset = prepare_small(folder)
     catalogue = Catalogue.load(dataset.path)
     settings = config()
-    model = assemble_llmgr(settings, catalogue, assemble_decoder(settings, torch.device("cpu")))
+    factory, cpu = ModelFactory(), torch.device("cpu")
+    spec = factory.spec("behave", settings, catalogue)
+    model = factory.build(spec, factory.language_parts(spec, catalogue, cpu), cpu)
     init_tables(model, 1, 0.5)
     run = folder / "run"
     run.mkdir()

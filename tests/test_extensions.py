@@ -15,12 +15,12 @@ from llmgr_rec.config import Config, EncoderConfig, HeadConfig
 from llmgr_rec.distributed.bundle import check_bundle_code, load_bundle
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
-from llmgr_rec.experiments.__main__ import main as experiments
-from llmgr_rec.experiments.experiment import load_experiment
+from llmgr_rec.experiments import main as experiments
 from llmgr_rec.modules.encoders import ENCODERS, build_encoder, encoder_class
 from llmgr_rec.modules.heads import HEADS, build_head
 from llmgr_rec.plan import main as plan
 from llmgr_rec.recipes import save_config
+from llmgr_rec.study.recipe import load_study
 from llmgr_rec.train import main as train
 from tests.small_run import config, small_run
 
@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(settings, folder / "settings.yaml")
     words = ["--config", folder / "settings.yaml", "--dataset", small_run().dataset.path, "--output", folder / "run"]
     words += ["--encoder.name", "my_parts:MeanPool", "--head.name", "my_parts:PlainHead"]
-    words += ["--prior.neighbours", "[my_parts:CoOccurrence]"]
+    words += ["--blend.neighbors", "[my_parts:CoOccurrence]"]
     done = command(folder, "train", *map(str, words))
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -157,28 +157,27 @@ def test_an_experiment_compares_parts_from_outside(tmp_path: Path) -> None:
     file.write_text("""
 title: Parts from outside
 config: quickstart
-settings: {tables.dim: 8, sbr.epochs: 1, align.epochs: 0, behave.epochs: 0, prior.neighbours: [], \
-runtime.device: cpu, runtime.threads_per_rank: 1}
+settings: {tables.dim: 8, sbr.epochs: 1, align.epochs: 0, behave.epochs: 0, runtime.device: cpu, \
+runtime.threads_per_rank: 1}
 variants:
   GC-SAN: {model: sbr}
   Mean: {model: sbr, settings: {encoder.name: "my_parts:MeanPool"}}
-  Mean and neighbors:
-    {model: sbr, settings: {encoder.name: "my_parts:MeanPool", prior.neighbours: ["my_parts:CoOccurrence"]}}
+  Mean and neighbors: {model: sbr, settings: {encoder.name: "my_parts:MeanPool"}, blend: ["my_parts:CoOccurrence"]}
   Together: {model: "my_parts:together"}
 """)
     output = tmp_path / "out"
     experiments(
-        ["--experiment", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
+        ["--recipe", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
     )
     found = json.loads((output / "outside.json").read_text())["variants"]
     means = {name: variant["ndcg@20"]["mean"] for name, variant in found.items()}
     assert len(set(means.values())) == 4
     # The model is trained already, and this process has not imported its encoder.
     sys.modules.pop("my_parts")
-    for trial in (output / "trials").iterdir():
-        trial.unlink()
+    for cell in (output / "cells").iterdir():
+        cell.unlink()
     experiments(
-        ["--experiment", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
+        ["--recipe", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
     )
     again = json.loads((output / "outside.json").read_text())["variants"]
     assert {name: variant["ndcg@20"]["mean"] for name, variant in again.items()} == means
@@ -227,7 +226,7 @@ def test_wrong_heads_and_baselines_are_told(run: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             evaluate([*words, name])
-    asked = ["--config", "quickstart", "--dataset", dataset, "--output", str(tmp_path / "run"), "--prior.neighbours"]
+    asked = ["--config", "quickstart", "--dataset", dataset, "--output", str(tmp_path / "run"), "--blend.neighbors"]
     for name in ("popularity", "my_parts:MeanPool"):
         with pytest.raises(UserError, match=rf"prior\.neighbours names {name}, which has no matrix of item"):
             train([*asked, f"[{name}]"])
@@ -238,11 +237,11 @@ def test_an_experiment_names_the_variant_whose_part_is_wrong(tmp_path: Path) -> 
     for line, message in (
         ("{model: sbr, settings: {encoder.name: sasre}}", r"variant A: setting encoder\.name is sasre, .*sasrec\?"),
         ('{model: "no_such:Thing"}', r"variant A is no_such:Thing, but there is no module no_such"),
-        ("{model: sbr, settings: {prior.neighbours: [popularity]}}", r"variant A: .* popularity, which has no matrix"),
+        ("{model: sbr, blend: [popularity]}", r"variant A: popularity is not known"),
     ):
         file.write_text(f"variants:\n  A: {line}\n")
         with pytest.raises(UserError, match=message):
-            load_experiment(str(file))
+            load_study(str(file))
 
 
 def test_the_settings_name_every_known_part() -> None:

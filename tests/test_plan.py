@@ -8,8 +8,8 @@ import time
 import pytest
 
 from llmgr_rec.config import Config, LLMConfig
-from llmgr_rec.data.pretrained import load_decoder
-from llmgr_rec.distributed.layout import FROZEN, Ranks, Sizes, StageLayout, lay_out
+from llmgr_rec.storage.pretrained import load_decoder
+from llmgr_rec.training.memory_plan import FROZEN, Ranks, Sizes, StageLayout, plan_memory
 from llmgr_rec.distributed.sharding import GIB
 from llmgr_rec.errors import UserError
 from llmgr_rec.plan import main
@@ -23,7 +23,7 @@ def settings() -> Config:
 
 
 def layouts(config: Config, sizes: Sizes, world_size: int = 2) -> dict[str, StageLayout]:
-    return {layout.stage: layout for layout in lay_out(config, sizes, Ranks(world_size, world_size, "cpu"))}
+    return {layout.stage: layout for layout in plan_memory(config, sizes, Ranks(world_size, world_size, "cpu"))}
 
 
 def test_a_hundred_million_items_are_planned_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,7 @@ def test_stages_train_and_keep_what_the_settings_say() -> None:
 def lora_parameters(config: Config) -> int:
     from torch import nn
 
-    from llmgr_rec.data.pretrained import load_decoder
+    from llmgr_rec.storage.pretrained import load_decoder
 
     linear = [
         part for part in load_decoder("random-tiny", config.llm.num_layers).modules() if isinstance(part, nn.Linear)
@@ -96,10 +96,10 @@ def test_a_language_model_that_is_cut_takes_its_part_of_memory(
 ) -> None:
     config, stage = settings(), "behave"
     if reads_sessions:
-        config.text.epochs, config.text.dim, stage = 1, 16, "text"
+        config.llm_text.epochs, config.text_encoder.dim, stage = 1, 16, "text"
         config.align.epochs = config.behave.epochs = 0
     whole = layouts(config, Sizes(1000), world_size=4)[stage]
-    config.llm.shard = True
+    config.llm.fsdp = True
     alone, cut = (layouts(config, Sizes(1000), world_size=size)[stage] for size in (1, 4))
     decoder = load_decoder("random-tiny", config.llm.num_layers, "float32")
     numbers = sum(parameter.numel() for parameter in decoder.parameters())
@@ -107,7 +107,7 @@ def test_a_language_model_that_is_cut_takes_its_part_of_memory(
     assert alone.dense_bytes == whole.dense_bytes
     assert cut.parameters == whole.parameters
     assert whole.dense_bytes - cut.dense_bytes == pytest.approx(0.75 * held, rel=1e-3)
-    main(["--num_items", "1000", "--world_size", "4", "--llm.shard", "true", *TINY])
+    main(["--num_items", "1000", "--world_size", "4", "--llm.fsdp", "true", *TINY])
     # In align and behave: the session recommender has no language model.
     assert capsys.readouterr().out.count("the language model is cut over 4 ranks") == 2
 
@@ -133,8 +133,8 @@ def test_table_wise_tables_lie_on_one_rank_each() -> None:
         (["--dataset", "nowhere"], "nowhere"),
         (["--num_items", "5", "--tables.dim", "30"], "setting tables.dim is 30; give a multiple of 4"),
         (["--num_items", "5", "--tables.lr", "-1"], "setting tables.lr is -1"),
-        ([*READER, "--text.dim", "126"], "setting text.dim is 126; give a multiple of 4"),
-        ([*READER, "--text.dim", "128"], "setting text.dim is 128, but random-tiny has 64 columns; give 64 at most"),
+        ([*READER, "--text_encoder.dim", "126"], "setting text_encoder.dim is 126; give a multiple of 4"),
+        ([*READER, "--text_encoder.dim", "128"], "setting text_encoder.dim is 128, but random-tiny has 64 columns; give 64 at most"),
         (["--num_items", "5", "--tables.dimm", "32"], "tables.dim"),
     ],
 )

@@ -29,7 +29,7 @@ PUBLIC = [
     "Jagged",
     "LLMGR",
     "RawSessions",
-    "Recommended",
+    "RecommenderOutput",
     "SessionBatch",
     "SessionEncoder",
     "SessionGraph",

@@ -9,7 +9,7 @@ from llmgr_rec import config as config_module
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
-from llmgr_rec.recipes import add_config_arguments, load_config, parse_with_config, recipe_names, save_config
+from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_names, save_config
 
 
 def _parse(*words):
@@ -56,8 +56,8 @@ def test_a_file_keeps_the_defaults_it_does_not_name(tmp_path):
         ("lllm: 3\n", "unknown setting lllm .*c.yaml"),
         ("llm:\n  num_layers: x\n", "setting llm.num_layers: .*x.*c.yaml"),
         (
-            "tables:\n  neighbour_clicks: [0, x]\n",
-            r"neighbour_clicks: Expected <class 'float'> or list\[float\]. Got value: \[0.0, 'x'\] \(in .*c.yaml",
+            "tables:\n  knn_smoothing: [0, x]\n",
+            r"knn_smoothing: Expected <class 'float'> or list\[float\]. Got value: \[0.0, 'x'\] \(in .*c.yaml",
         ),
         ("a: [\n", "c.yaml"),
     ],

@@ -24,7 +24,7 @@ from pathlib import Path
 from llmgr_rec.cli import run_cli
 from llmgr_rec.config import trained_stages
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.results import format_table, prior_notes, read_metrics
+from llmgr_rec.evaluation.results import format_table, blend_notes, read_metrics
 from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.train import parse_arguments
 
@@ -261,7 +261,7 @@ def main(argv: Sequence[str]) -> None:
     environment = child_environment(arguments.ranks)
     run_steps(steps, lambda command: run_command(command, environment))
     metrics = read_metrics(output / "run" / "metrics.json")
-    print("", format_table(metrics["test"]), *prior_notes(metrics.get("priors", {})), sep="\n")
+    print("", format_table(metrics["test"]), *blend_notes(metrics.get("blends", {})), sep="\n")
     print(f"({metrics['count']:,} test sessions, {metrics['protocol']})\n")
     for label, path in (("report", "report/index.html"), ("scores", "scores/"), ("trained run", "run/")):
         print(f"{label + ':':<13}{output / path}")

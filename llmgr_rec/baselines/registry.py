@@ -103,10 +103,10 @@ def check_blended(names: Iterable[str]) -> None:
     for name in names:
         if name in BLENDED:
             continue
-        builder = baseline_builder(name, "setting prior.neighbours")
+        builder = baseline_builder(name, "setting blend.neighbors")
         if name in BASELINES or (isinstance(builder, type) and not issubclass(builder, ItemNeighbors)):
             raise UserError(
-                f"setting prior.neighbours names {name}, which has no matrix of item similarities; name "
+                f"setting blend.neighbors names {name}, which has no matrix of item similarities; name "
                 f"{', '.join(BLENDED)} or a baseline derived from llmgr_rec.baselines.knn.ItemNeighbors"
             )
 

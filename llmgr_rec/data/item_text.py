@@ -36,23 +36,6 @@ def tokenize_items(
     return tokenize_texts(catalogue.texts(fields), tokenizer, max_tokens)
 
 
-def shuffle_texts(tokens: Jagged, seed: int) -> Jagged:
-    """Gives each item that has a text the text of another such item; items without one stay without.
-
-    Every text is given once, and none stays where it was, unless there is but one.
-
-    Args:
-        tokens: Ids of tokens or words, one row an item.
-        seed: Decides who gets whose.
-    """
-    with_text = torch.nonzero(tokens.lengths).flatten()
-    # One cycle through all of them in random order.
-    order = with_text[torch.from_numpy(np.random.default_rng(seed).permutation(len(with_text)))]
-    source_V = torch.arange(tokens.num_rows)
-    source_V[order] = order.roll(1)
-    return tokens.select(source_V)
-
-
 def tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Jagged:
     """Token ids of each text, without special tokens.
 

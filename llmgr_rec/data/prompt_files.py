@@ -119,7 +119,7 @@ def parse_template(task: Task, text: str, source: str) -> PromptTemplate:
 
 
 def _read(name_or_path: str) -> tuple[str, str]:
-    shipped = files("llmgr_rec.configs") / "prompts"
+    shipped = files("llmgr_rec.recipes") / "prompts"
     names = sorted(Path(str(entry)).stem for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
     if name_or_path in names:
         return f"{name_or_path}.yaml", (shipped / f"{name_or_path}.yaml").read_text(encoding="utf-8")

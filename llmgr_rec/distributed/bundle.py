@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmgr_rec.baselines.blend import Blend
-from llmgr_rec.config import Config, DType
+from llmgr_rec.config import Config, DType, StageName
+from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, decoder_hash
+from llmgr_rec.data.collate import Collator
 from llmgr_rec.distributed.bundle_export import dense_tensors, language_tensors, model_of
 from llmgr_rec.distributed.bundle_index import (
+    BLEND,
     CONFIG,
     INDEX,
     LANGUAGE,
     LORA,
-    PRIOR,
     PROMPTS,
     RECOMMENDER,
     TENSOR,
@@ -34,14 +35,16 @@ from llmgr_rec.distributed.bundle_index import (
 )
 from llmgr_rec.distributed.decoder_shards import cut_like
 from llmgr_rec.distributed.process_group import World, choose_device
+from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.distributed.shards import fill_table, table_parameters
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.groups import group_of
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.recipes import load_config
 from llmgr_rec.registry import require_allowed
+from llmgr_rec.storage.model_factory import ModelFactory
 
 _LORA_FILE = "adapter_model.safetensors"
 
@@ -54,13 +57,13 @@ class BundleFiles:
         path: Its folder.
         index: What it holds.
         config: All settings of the run; prompts are those of the bundle.
-        catalogue: The items.
+        catalog: The items.
     """
 
     path: Path
     index: BundleIndex
     config: Config
-    catalogue: Catalogue
+    catalog: Catalogue
 
 
 @dataclass(frozen=True)
@@ -69,44 +72,68 @@ class Bundle:
 
     Args:
         path: Its folder.
-        stage: Stage that it is the result of.
+        spec: Its model's spec, with all settings of the run; of those that were selected, the selected values.
         model: The model in eval mode, nothing of it trainable.
-        config: All settings of the run; of those to choose from, what was chosen.
-        catalogue: The items.
-        prior: What neighbours add to the model's scores; None for a model that ranks alone.
+        catalog: The items.
+        collate: Makes batches to rank for.
+        blend: Nearest-neighbor scores that are added to the model's; None adds none.
     """
 
     path: Path
-    stage: str
+    spec: ModelSpec
     model: SessionRecommender | LLMGR
-    config: Config
-    catalogue: Catalogue
-    prior: Blend | None = None
+    catalog: Catalogue
+    collate: Collator
+    blend: Blend | None = None
+
+    @property
+    def stage(self) -> StageName:
+        """Stage that it is the result of."""
+        return self.spec.stage
+
+    @property
+    def config(self) -> Config:
+        """All settings of the run."""
+        return self.spec.config
+
+    def ranking(self, batch_size: int | None = None) -> RankingModel:
+        """The model with everything that it needs to rank.
+
+        Args:
+            batch_size: Sessions per batch; None takes the run's setting.
+        """
+        size = batch_size or self.config.runtime.eval_batch_size
+        return RankingModel(self.model, self.collate, size, self.blend)
 
 
 def load_bundle(
-    path: Path | str, world: World | None = None, dtype: DType | None = None, allow_code: Collection[str] = ()
+    path: Path | str,
+    world: World | None = None,
+    dtype: DType | None = None,
+    allow_code: Collection[str] = (),
+    factory: ModelFactory | None = None,
 ) -> Bundle:
     """Builds the model of a bundle.
 
     Args:
-        path: A bundle, or a run (folder), of which the bundle that answers is taken; see `resolve_bundle`.
-        world: Ranks to shard the tables over, a single one too: sharded pooling differs from plain torch's in the last
-            bit, and results must not depend on the number of ranks. None makes a plain torch module, for which
-            torch.distributed need not be initialised. All ranks call together.
+        path: A bundle, or the folder of a run, of which the default bundle is taken; see `resolve_bundle`.
+        world: Ranks to shard the tables across, also a single one: sharded pooling differs from plain torch's in the
+            last bit, and results must not depend on the number of ranks. None makes a plain torch module, for which
+            torch.distributed need not be initialized. All ranks call together.
         dtype: Number format of the base language model; None takes the run's.
         allow_code: Modules and packages that the bundle may import its encoder and head from, where these are import
-            paths. What the process has imported already is allowed.
+            paths. Modules that the process has imported already are allowed.
+        factory: Builds the model; None takes the default.
 
     Raises:
         UserError: No complete bundle is there, it is damaged, it would import what is not allowed, or its base language
             model is not the one it was trained with.
     """
-    return load_model(open_bundle(path, allow_code), world, dtype)
+    return load_model(open_bundle(path, allow_code), world, dtype, factory)
 
 
 def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFiles:
-    """Reads a bundle's index, settings and catalogue, and no weights.
+    """Reads a bundle's index, settings and catalog, and no weights.
 
     Args:
         path: A bundle or a run, see `resolve_bundle`.
@@ -120,46 +147,55 @@ def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFil
     config = load_config(folder / CONFIG)
     check_bundle_code(config, folder, allow_code)
     config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
-    catalogue = Catalogue.load(folder)
-    if catalogue.hash != index.catalogue_hash:
-        raise UserError(f"bundle {folder} is damaged: items.parquet is another catalogue's; copy or export it again")
-    return BundleFiles(folder, index, config, catalogue)
+    catalog = Catalogue.load(folder)
+    if catalog.hash != index.catalogue_hash:
+        raise UserError(f"bundle {folder} is damaged: items.parquet is of another catalog; copy or export it again")
+    return BundleFiles(folder, index, config, catalog)
 
 
-def load_model(files: BundleFiles, world: World | None = None, dtype: DType | None = None) -> Bundle:
-    """Builds the model of an opened bundle.
+def load_model(
+    files: BundleFiles,
+    world: World | None = None,
+    dtype: DType | None = None,
+    factory: ModelFactory | None = None,
+) -> Bundle:
+    """Builds the model of an opened bundle; see `load_bundle` for the arguments.
 
     Args:
         files: From `open_bundle`.
-        world: See `load_bundle`.
-        dtype: See `load_bundle`.
+        world: Ranks.
+        dtype: Number format of the base language model.
+        factory: Builds the model.
 
     Raises:
         UserError: Weights are damaged, or the base language model is not the one it was trained with.
     """
-    folder, index, config, catalogue = files.path, files.index, files.config, files.catalogue
+    factory = factory or ModelFactory()
+    folder, index, config, catalog = files.path, files.index, files.config, files.catalog
+    if index.factory != factory.name:
+        raise UserError(
+            f"bundle {folder} was made by an experiment with controls {index.factory}; train a run without controls"
+            if index.factory
+            else f"bundle {folder} was made without controls, not with {factory.name}; train it again"
+        )
     if dtype is not None:
         config = replace(config, llm=replace(config.llm, dtype=dtype))
-    device = world.device if world else choose_device("cpu")
-    tables_device: torch.device | str = "meta" if world else device
-    model: SessionRecommender | LLMGR
+    spec = factory.spec(index.stage, config, catalog)
     if index.language_model:
-        _check_language_model(index, config, folder)
-        model = assemble_llmgr(config, catalogue, assemble_decoder(config, device), (), tables_device)
-    else:
-        model = assemble_recommender(config, catalogue, tables_device, index.stage == "text", device)
-    model.requires_grad_(False)
+        _check_language_model(index, factory.decoder_hash(config), folder)
+    device = world.device if world else choose_device("cpu")
+    language = factory.language_parts(spec, catalog, device)
+    model = factory.build(spec, language, "meta" if world else device).requires_grad_(False)
     if world:
         shard(model, config.tables, world, lambda name: False)
     else:
         model.to(device)
-    left = _load_weights(model, folder, index)
-    if left:
-        raise UserError(f"bundle {folder} is damaged: nothing in it for {left[0]}; export it again")
-    prior = Blend.load(folder / PRIOR) if PRIOR in index.files else None
-    if prior is not None and prior.similarity_VR.shape[0] != catalogue.num_items:
-        raise UserError(f"bundle {folder} is damaged: {PRIOR} is of another catalogue; copy or export it again")
-    return Bundle(folder, index.stage, model.eval(), config, catalogue, prior)
+    if missing := _load_weights(model, folder, index):
+        raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
+    blend = Blend.load(folder / BLEND) if BLEND in index.files else None
+    if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
+        raise UserError(f"bundle {folder} is damaged: {BLEND} is of another catalog; copy or export it again")
+    return Bundle(folder, spec, model.eval(), catalog, factory.collator(spec, catalog, "rank"), blend)
 
 
 def check_bundle_code(config: Config, folder: Path, allow_code: Collection[str]) -> None:
@@ -199,7 +235,7 @@ def _load_weights(model: SessionRecommender | LLMGR, folder: Path, index: Bundle
         left = _load_tables(model, folder, index)
         recommender = model.recommender if isinstance(model, LLMGR) else model
         missing = _load_dense(dense_tensors(recommender), folder, RECOMMENDER)
-        later = [name for name in missing if index.stage == "sbr" and group_of(name) == "text_encoder"]
+        later = [name for name in missing if index.stage == "sbr" and param_group(name) == "text_encoder"]
         left += later
         if first := next((name for name in missing if name not in later), None):
             raise UserError(
@@ -283,15 +319,9 @@ def _load_lora(model: LLMGR, folder: Path) -> list[str]:
     return [name for name in outcome.missing_keys if "lora_" in name]
 
 
-def _check_language_model(index: BundleIndex, config: Config, folder: Path) -> None:
-    name = index.language_model["name"]
-    if decoder_hash(config) != index.language_model["weights_hash"]:
-        if config.controls.random_llm:
-            raise UserError(
-                f"bundle {folder} was trained with weights drawn for {name} that cannot be drawn again here; "
-                f"use the versions of torch and transformers that {INDEX} in it names, and the former {name}"
-            )
+def _check_language_model(index: BundleIndex, weights_hash: str, folder: Path) -> None:
+    if weights_hash != index.language_model["weights_hash"]:
         raise UserError(
-            f"bundle {folder} was trained with other weights of the language model {name} than the ones found now; "
-            "put the former ones back"
+            f"bundle {folder} was trained with other weights of the language model {index.language_model['name']} than "
+            f"those found now; restore them ({INDEX} names the package versions)"
         )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,18 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmgr_rec.baselines.blend import Blend
-from llmgr_rec.config import STAGES, Config
+from llmgr_rec.config import STAGES, Config, StageName
+from llmgr_rec.config_file import save_config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.prompt_files import load_templates
 from llmgr_rec.data.schema import ITEMS_NAME
-from llmgr_rec.distributed.assembly import decoder_hash
 from llmgr_rec.distributed.bundle_index import (
+    BLEND,
     CONFIG,
     INDEX,
     LANGUAGE,
     LORA,
-    PRIOR,
     PROMPTS,
     RECOMMENDER,
     TENSOR,
@@ -39,7 +40,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.files import fsync, installed_versions
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.recipes import save_config
+from llmgr_rec.storage.model_factory import ModelFactory
 
 # Rows of a piece are limited so that a piece stays below this many bytes.
 _PIECE_BYTES = 2 * 1024**3
@@ -47,42 +48,54 @@ _PIECE_BYTES = 2 * 1024**3
 
 def export_bundle(
     module: nn.Module,
-    stage: str,
+    stage: StageName,
     config: Config,
-    catalogue: Catalogue,
+    catalog: Catalogue,
     folder: Path,
     world: World,
     trained_on: Manifest | None = None,
-    prior: Blend | None = None,
+    blend: Blend | None = None,
+    factory: ModelFactory | None = None,
 ) -> None:
-    """Writes what a stage has made, self-contained but for the base language model.
+    """Writes the result of a stage, self-contained but for the base language model.
 
-    Tables that a stage left as they were are hard links to the pieces of an earlier stage's bundle.
+    Tables that the stage did not change are hard links to the pieces of an earlier stage's bundle.
 
     Args:
-        module: The model, sharded or not, or anything around it.
+        module: The model, sharded or not, or any module around it.
         stage: The stage.
         config: All settings.
-        catalogue: The items.
-        folder: RUN/export/<stage>.
+        catalog: The items.
+        folder: RUN/export/STAGE.
         world: Ranks; all call together. Their storage is shared.
-        trained_on: Manifest of its data set. Where no training session holds an item twice, scoring leaves clicked
-            items out unless told otherwise; without it that is not known.
-        prior: What neighbours add to the model's scores where it ranks; rank 0's is written.
+        trained_on: Manifest of its data set. If no training session contains an item twice, scoring excludes clicked
+            items by default; without it, scoring excludes none.
+        blend: Nearest-neighbor scores that are added to the model's; rank 0's is written.
+        factory: Built the model; None takes the default.
 
     Raises:
         UserError: The folder holds a complete bundle already.
     """
-    model = model_of(module)
+    model, factory = model_of(module), factory or ModelFactory()
     partial = folder.with_name(folder.name + ".tmp")
     run_on_rank0(world, lambda: _prepare(folder, partial))
-    known = run_on_all_ranks(world, lambda: _known_pieces(folder, catalogue))
+    known = run_on_all_ranks(world, lambda: _known_pieces(folder, catalog))
     written = run_on_all_ranks(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
     pieces = _gather_pieces(written, world)
     weights = _gather_weights(model, world)
-    run_on_rank0(
-        world, lambda: _finish(model, weights, stage, config, catalogue, partial, folder, pieces, trained_on, prior)
-    )
+
+    def finish() -> None:
+        weights_hash = factory.decoder_hash(config) if isinstance(model, LLMGR) else ""
+        _write_weights(model, weights, config, partial)
+        _write_inputs(config, catalog, partial)
+        if blend is not None:
+            blend.save(partial / BLEND)
+        index = _index(model, stage, config, catalog, partial, pieces, weights_hash, trained_on)
+        index = replace(index, factory=factory.name)
+        (partial / INDEX).write_text(index.to_json())
+        _publish(partial, folder)
+
+    run_on_rank0(world, finish)
 
 
 def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
@@ -105,7 +118,7 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def language_tensors(model: LLMGR) -> dict[str, Tensor]:
     """Adapter and head, by name in the model."""
-    parts: dict[str, nn.Module] = {"hybrid": model.hybrid, "head": model.head}
+    parts: dict[str, nn.Module] = {"adapter": model.adapter, "head": model.head}
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in dense_tensors(module).items()}
 
 
@@ -201,51 +214,59 @@ def _gather_weights(model: LLMGR | SessionRecommender, world: World) -> dict[str
     }
 
 
-def _finish(
-    model: LLMGR | SessionRecommender,
-    weights: dict[str, dict[str, Tensor]],
-    stage: str,
-    config: Config,
-    catalogue: Catalogue,
-    partial: Path,
-    folder: Path,
-    pieces: list[tuple[str, tuple[int, int], Piece]],
-    trained_on: Manifest | None,
-    prior: Blend | None,
+def _write_weights(
+    model: LLMGR | SessionRecommender, weights: dict[str, dict[str, Tensor]], config: Config, partial: Path
 ) -> None:
+    _save(weights[RECOMMENDER], partial / RECOMMENDER)
+    if isinstance(model, LLMGR):
+        _save(weights[LANGUAGE], partial / LANGUAGE)
+        _save_lora(model, weights[LORA], partial / LORA, config.llm.name_or_path)
+
+
+def _write_inputs(config: Config, catalog: Catalogue, partial: Path) -> None:
+    """Settings, prompt templates and catalog."""
     save_config(config, partial / CONFIG)
     templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
     (partial / PROMPTS).write_text(yaml.safe_dump(templates, sort_keys=False, width=120))
-    shutil.copyfile(catalogue.file, partial / ITEMS_NAME)
-    _save(weights[RECOMMENDER], partial / RECOMMENDER)
+    shutil.copyfile(catalog.file, partial / ITEMS_NAME)
+
+
+def _index(
+    model: LLMGR | SessionRecommender,
+    stage: StageName,
+    config: Config,
+    catalog: Catalogue,
+    partial: Path,
+    pieces: list[tuple[str, tuple[int, int], Piece]],
+    weights_hash: str,
+    trained_on: Manifest | None,
+) -> BundleIndex:
     dims, language_model = {"d1": config.tables.dim}, {}
     if isinstance(model, LLMGR):
         dims["d2"] = model.language_model.hidden_size
-        language_model = {"name": config.llm.name_or_path, "weights_hash": decoder_hash(config)}
-        _save(weights[LANGUAGE], partial / LANGUAGE)
-        _save_lora(model, weights[LORA], partial / LORA, config.llm.name_or_path)
-    if prior is not None:
-        prior.save(partial / PRIOR)
-    files = {
-        str(path.relative_to(partial)): path.stat().st_size
-        for path in sorted(partial.rglob("*"))
-        if path.is_file() and path.parent.name != "tables"
-    }
-    index = BundleIndex(
+        language_model = {"name": config.llm.name_or_path, "weights_hash": weights_hash}
+    return BundleIndex(
         stage=stage,
-        catalogue_hash=catalogue.hash,
-        num_items=catalogue.num_items,
+        catalogue_hash=catalog.hash,
+        num_items=catalog.num_items,
         dims=dims,
         language_model=language_model,
         tables={table: shape for table, shape, _ in pieces},
         pieces={name: [piece for table, _, piece in pieces if table == name] for name, *_ in pieces},
-        files=files,
+        files={
+            str(path.relative_to(partial)): path.stat().st_size
+            for path in sorted(partial.rglob("*"))
+            if path.is_file() and path.parent.name != "tables"
+        },
         versions=installed_versions(),
         clicks_repeat=trained_on is None or trained_on.clicks_repeat,
-        features_hash=catalogue.features_hash,
+        features_hash=catalog.features_hash,
         sessions_hash=trained_on.sessions_hash if trained_on else "",
     )
-    (partial / INDEX).write_text(index.to_json())
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Syncs all files to disk, then gives the folder its final name."""
     # safetensors makes files that only their owner may read; they get the mode of any other new file.
     mode = (partial / INDEX).stat().st_mode
     for path in [*partial.rglob("*"), partial]:

@@ -1,8 +1,8 @@
 """The index of an exported model: what a bundle holds, whether it is complete, which one answers.
 
 RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
-catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), blend.npz (what neighbours add
-to its scores, where it has a prior) and tables/<table>-r<row>-c<column>.safetensors.
+catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), blend.npz (nearest-neighbor
+similarities, where it has a blend) and tables/<table>-r<row>-c<column>.safetensors.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ from llmgr_rec.errors import UserError
 FORMAT_VERSION = 2
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
-PRIOR = "blend.npz"
+BLEND = "blend.npz"
 TENSOR = "weight"
 _HASH_BYTES = 1 << 22
 
 # Stages whose export answers as each model, the furthest first.
 STAGES_OF_MODEL: dict[str, tuple[StageName, ...]] = {
     "sbr": ("sbr",),
-    "text": ("text",),
+    "llm_text": ("llm_text",),
     "llmgr": ("behave", "align"),
 }
 
@@ -68,9 +68,10 @@ class BundleIndex:
         clicks_repeat: Whether its training sessions hold an item twice; True where it was made before this was known.
         features_hash: Hash of its items with their side features; empty where it was made before this was known.
         sessions_hash: Hash of the sessions that it was trained on; empty where they are not known.
+        factory: Name of the model factory that built it; empty for the default one.
     """
 
-    stage: str
+    stage: StageName
     catalogue_hash: str
     num_items: int
     dims: dict[str, int]
@@ -82,6 +83,7 @@ class BundleIndex:
     clicks_repeat: bool = True
     features_hash: str = ""
     sessions_hash: str = ""
+    factory: str = ""
 
     def to_json(self) -> str:
         """The index as it stands in bundle.json."""

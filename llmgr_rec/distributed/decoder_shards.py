@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.language_model import LoraLanguageModel
-from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 
 
 def shard_decoders(module: nn.Module, world: World) -> None:
@@ -44,7 +44,7 @@ def shard_decoders(module: nn.Module, world: World) -> None:
             _cut(part.base, part, mesh)
             # Prompts are embedded before the language model itself is called.
             register_fsdp_forward_method(part, "embed")
-        elif isinstance(part, TextReader):
+        elif isinstance(part, TextSequenceEncoder):
             _cut(part.decoder, part.decoder, mesh)
             part.common_calls = lambda calls: _most(calls, world)
 
@@ -54,7 +54,7 @@ def decoder_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     for part in module.modules():
         if isinstance(part, LoraLanguageModel):
             yield from part.parameters()
-        elif isinstance(part, TextReader):
+        elif isinstance(part, TextSequenceEncoder):
             yield from part.decoder.parameters()
 
 

@@ -5,6 +5,7 @@ queries and items, K places, N added terms, P sets of their weights.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,21 +15,25 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.blended_ranks import BlendedScores
 from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
 
-# Place of a target that is left out: in no list, however few items there are.
-BEHIND_ALL = 1 << 30
+# Rank of a target that is itself excluded: in no list, however few items there are.
+EXCLUDED_RANK = 1 << 30
 # Items whose vectors are made at a time.
 _CHUNK = 8192
 # Stands for "this rank's scores are not numbers" in what the ranks exchange.
 _FAILED = -2
-# Most scores that are held at once where targets are placed.
-_PLACED_SCORES = 1 << 22
+# Most scores that are held at once for target ranks.
+_SCORES_AT_ONCE = 1 << 22
 
 
 class RanksItems(Protocol):
@@ -47,6 +52,34 @@ class MakesBags(Protocol):
         """Bags of a list of items."""
 
 
+@dataclass(frozen=True)
+class RankingModel:
+    """A model with everything that it needs to rank.
+
+    Args:
+        model: Sharded or not.
+        collate: Makes its batches, without candidates.
+        batch_size: Sessions per batch of one rank.
+        blend: Nearest-neighbor scores that are added to the model's; None adds none.
+    """
+
+    model: SessionRecommender | LLMGR
+    collate: Collator
+    batch_size: int
+    blend: Blend | None = None
+
+    def queries(self, batch: SessionBatch) -> Tensor:
+        """Query of each session of a batch, [B, Q]."""
+        if isinstance(self.model, SessionRecommender):
+            return self.model.queries(batch)
+        queries_BQ: Tensor = self.model(batch)
+        return queries_BQ
+
+    def ranker(self, world: World) -> "CatalogueRanker":
+        """Ranks the catalog with the present weights; all ranks call together."""
+        return CatalogueRanker(self.model, self.collate, world, self.blend)
+
+
 class CatalogueRanker:
     """Holds the vectors of this rank's range of items and ranks the whole catalogue together with the other ranks.
 
@@ -54,17 +87,17 @@ class CatalogueRanker:
         model: Its item vectors are made once, here; sharded models need all ranks to come here together.
         bags: Makes the bags of items.
         world: Ranks.
-        prior: What neighbours add to the model's scores; each rank keeps the part of its own items. On all ranks or on
-            none.
+        blend: Nearest-neighbor scores that are added to the model's; each rank keeps the part of its own items. On all
+            ranks or on none.
     """
 
-    def __init__(self, model: RanksItems, bags: MakesBags, world: World, prior: Blend | None = None) -> None:
+    def __init__(self, model: RanksItems, bags: MakesBags, world: World, blend: Blend | None = None) -> None:
         self._world = world
         self._num_items = bags.num_items
         first = bags.num_items * world.rank // world.size
         self.items = range(first, bags.num_items * (world.rank + 1) // world.size)
         self._items_RQ = _item_vectors(model, bags, self.items, world)
-        self._prior = None if prior is None else prior.of_items(self.items)
+        self._blend = None if blend is None else blend.of_items(self.items)
 
     @torch.no_grad()
     def rank(
@@ -76,7 +109,7 @@ class CatalogueRanker:
             queries_BQ: Queries; the number of sessions may differ between ranks.
             k: Places K; may exceed the number of items.
             exclude: Items that a session must not get, one row a session; on all ranks or on none.
-            clicks: What the sessions have clicked, oldest first, for the prior; without one they are not looked at.
+            clicks: What the sessions have clicked, oldest first, for the blend; unused without one.
 
         Returns:
             Item indices int64 [B, K] and scores float32 [B, K], best first, equal scores by lower index. Where fewer
@@ -84,28 +117,28 @@ class CatalogueRanker:
 
         Raises:
             UserError: A score is not a number; raised on every rank.
-            ValueError: K is less than 1, or there is a prior and no clicks.
+            ValueError: K is less than 1, or there is a blend and no clicks.
         """
-        if self._prior is None:
+        if self._blend is None:
             return self._rank_with(None, queries_BQ, k, exclude)
         if clicks is None:
-            raise ValueError("a ranker with a prior needs the clicks of the sessions")
-        return self._rank_with(self.added_by(self._prior, clicks), queries_BQ, k, exclude)
+            raise ValueError("a ranker with a blend needs the clicks of the sessions")
+        return self._rank_with(self.added_by(self._blend, clicks), queries_BQ, k, exclude)
 
-    def added_by(self, prior: Blend, clicks: Jagged) -> sparse.csr_array:
-        """What a prior adds to this rank's items, for the sessions of all ranks, [Y, R]; all ranks call together.
+    def added_by(self, blend: Blend, clicks: Jagged) -> sparse.csr_array:
+        """Scores that a blend adds to this rank's items, for the sessions of all ranks, [Y, R]; all ranks call together.
 
         Args:
-            prior: Its part for this rank's items.
+            blend: Its part for this rank's items.
             clicks: What this rank's sessions have clicked, oldest first.
         """
         if self._world.size == 1:
-            return prior.scores(clicks)
+            return blend.scores(clicks)
         longest = max(_gather_sizes(clicks.num_rows, clicks.offsets.device, self._world))
-        return prior.scores(self._gather_lists(clicks, longest))
+        return blend.scores(self._gather_lists(clicks, longest))
 
     @torch.no_grad()
-    def places(
+    def target_ranks(
         self,
         queries_BQ: Tensor,
         targets_B: Tensor,
@@ -113,15 +146,15 @@ class CatalogueRanker:
         weights_PN: Sequence[Sequence[float]] = ((),),
         exclude: Jagged | None = None,
     ) -> Tensor:
-        """How many items stand before each target, int64 [P, B], on the CPU; all ranks call together.
+        """Number of items that rank before each target, int64 [P, B], on the CPU; all ranks call together.
 
-        A target that is left out itself stands at `BEHIND_ALL`. Rows without a target (-1) get any place.
+        An excluded target has `EXCLUDED_RANK`. Rows without a target (-1) have an arbitrary rank.
 
         Args:
             queries_BQ: Queries.
             targets_B: The item that was clicked next.
-            added_NYR: What neighbours add to this rank's items, from `added_by`.
-            weights_PN: Factors of what each adds; each such set gives places of its own.
+            added_NYR: Scores added to this rank's items, from `added_by`.
+            weights_PN: Weights of the added scores; each set gives ranks of its own.
             exclude: Items that a session must not get; on all ranks or on none.
 
         Raises:
@@ -134,16 +167,16 @@ class CatalogueRanker:
             queries = _gather(_pad_rows(queries, longest), self._world).flatten(0, 1)
             targets = _gather(_pad_rows(targets, longest), self._world).flatten()
             exclude = None if exclude is None else self._gather_lists(exclude, longest)
-        rows = max(_PLACED_SCORES // -(-self._num_items // self._world.size), 1)
+        rows = max(_SCORES_AT_ONCE // -(-self._num_items // self._world.size), 1)
         found = []
         for start in range(0, queries.shape[0], rows):
             block = slice(start, start + rows)
             left_out = None if exclude is None else exclude.narrow(start, min(start + rows, queries.shape[0]))
             added = [added_YR[block] for added_YR in added_NYR]
-            found.append(self._places_of_block(queries[block], targets[block], added, weights_PN, left_out))
+            found.append(self._target_ranks_of_block(queries[block], targets[block], added, weights_PN, left_out))
         return torch.cat(found, dim=1)[:, own] if found else torch.empty(len(weights_PN), 0, dtype=torch.int64)
 
-    def _places_of_block(
+    def _target_ranks_of_block(
         self,
         queries: Tensor,
         targets: Tensor,
@@ -162,7 +195,7 @@ class CatalogueRanker:
         if own.isnan().any():
             raise UserError(NOT_NUMBERS)
         before = sum_over_ranks(torch.from_numpy(blended.count_ahead(own.numpy())), self._world)
-        return torch.where(own.isneginf(), BEHIND_ALL, before)
+        return torch.where(own.isneginf(), EXCLUDED_RANK, before)
 
     def _rank_with(
         self, added_YR: sparse.csr_array | None, queries_BQ: Tensor, k: int, exclude: Jagged | None

@@ -15,14 +15,10 @@ from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
-from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked
-from llmgr_rec.evaluation.protocol import session_queries
-from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.evaluation.exclusion import excludes_seen, seen_items
 
 PLACES = 20
 
@@ -72,19 +68,19 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str, allow_code: Sequ
         allow_code: As in `load_bundle`.
     """
     loaded = load_bundle(bundle, allow_code=allow_code)
-    titles, world = _titles(loaded.catalogue), World.alone()
-    collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
-    ranker = CatalogueRanker(loaded.model, collate, world, loaded.prior)
+    titles = _titles(loaded.catalog)
     size = min(_LOOKED_AT, loaded.config.runtime.eval_batch_size)
+    ranking = loaded.ranking(size)
+    ranker = ranking.ranker(World.alone())
     # Whole sessions, also of a split whose sessions are judged by each of their prefixes.
     reader = SessionReader(
-        dataset.parts(split), num_items=loaded.catalogue.num_items, collate=collate, order=SamplingOrder(size)
+        dataset.parts(split), num_items=loaded.catalog.num_items, collate=ranking.collate, order=SamplingOrder(size)
     )
     rows = _rows(dataset, split)
     for batch in islice(reader.batches(0), -(-_LOOKED_AT // size)):
-        exclude = clicked_items(batch) if leaves_out_clicked(dataset) else None
+        exclude = seen_items(batch) if excludes_seen(dataset) else None
         with torch.no_grad():
-            ids_BK, _ = ranker.rank(session_queries(loaded.model, batch), PLACES, exclude, clicks_of(batch))
+            ids_BK, _ = ranker.rank(ranking.queries(batch), PLACES, exclude, clicks_of(batch))
         for ids_K, (session_id, clicks, target) in zip(ids_BK.tolist(), rows, strict=False):
             yield _example(session_id, clicks, target, [item for item in ids_K if item >= 0], titles)
 

@@ -214,7 +214,7 @@ def _session(example: Example) -> str:
         f'<article class="session"><header><span>Session {escape(example.session_id)}</span>{verdict}</header>'
         f'<div class="columns"><section><h3>Clicks, oldest first</h3>{before}<ol start="{start}">{clicks}</ol>'
         f'<h3>Next click</h3><p class="target">{escape(example.target)}</p></section>'
-        f"<section><h3>Recommended</h3><ol>{items}</ol></section></div></article>"
+        f"<section><h3>RecommenderOutput</h3><ol>{items}</ol></section></div></article>"
     )
 
 

@@ -15,7 +15,7 @@ from llmgr_rec.evaluation.results import MODEL_NAMES, in_table_order
 
 STAGE_TITLES = {
     "sbr": "Session recommender",
-    "text": "Text encoder",
+    "llm_text": "GNN + LLM on text",
     "align": "Stage 1: alignment",
     "behave": "Stage 2: behaviour",
 }
@@ -25,10 +25,10 @@ _COLORS = {
     "session_knn": "#5f6b78",
     "text_knn": "#3f9c95",
     "sbr": "#2b6cb0",
-    "text": "#c2902b",
+    "llm_text": "#c2902b",
     "llmgr": "#d2552d",
 }
-_STAGE_COLORS = {"sbr": "#2b6cb0", "text": "#c2902b", "align": "#6b9e3f", "behave": "#d2552d"}
+_STAGE_COLORS = {"sbr": "#2b6cb0", "llm_text": "#c2902b", "align": "#6b9e3f", "behave": "#d2552d"}
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -1,4 +1,4 @@
-"""How a model is judged: every session of a split against the whole catalogue, whatever the number of ranks.
+"""Evaluation protocol: every session of a split against the whole catalog, on any number of ranks.
 
 Shapes: B sessions of this rank, Q columns of queries, K places of a ranked list.
 """
@@ -11,93 +11,73 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmgr_rec.baselines.blend import Blend, clicks_of
+from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.cli import progress
-from llmgr_rec.config import Config
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
-from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.evaluation.clicked import clicked_items, leaves_out_clicked, ranked_by
+from llmgr_rec.evaluation.exclusion import excludes_seen, ranked_by, seen_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender
 
 T = TypeVar("T")
 
-# Rows read at a time where no model has to hold them.
+# Rows per batch of a baseline.
 _READ_ROWS = 8192
 
 
 @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
 def evaluate_model(
-    model: SessionRecommender | LLMGR,
-    dataset: Dataset,
-    split: str,
-    config: Config,
-    world: World,
-    catalogue: Catalogue | None = None,
-    prior: Blend | None = None,
+    ranking: RankingModel, dataset: Dataset, split: str, world: World, train_count_V: Tensor
 ) -> dict[str, Any]:
-    """Ranks the whole catalogue for every session of a split and counts where the targets stand.
+    """Ranks the whole catalog for every session of a split and computes the metrics of the targets' ranks.
 
-    What a session has clicked is left out of its ranking where the data set's training sessions repeat no click.
+    Clicked items are excluded where the training sessions of the data set repeat no click.
 
     Args:
-        model: Sharded or not; it is in its former mode again afterwards.
+        ranking: The model; its mode is restored afterwards.
         dataset: Prepared sessions.
         split: train, valid or test.
-        config: All settings.
         world: Ranks; all call together, and all get the result.
-        catalogue: The data set's items, where they are at hand.
-        prior: What neighbours add to the model's scores.
+        train_count_V: Training clicks of each item.
 
     Returns:
-        What `RankingMetrics.compute` gives.
+        The result of `RankingMetrics.compute`.
     """
-    catalogue = catalogue or Catalogue.load(dataset.path)
-    metrics = RankingMetrics(catalogue.train_count_V.to(world.device))
-    for ids_BK, batch in ranked_lists(model, dataset, split, config, world, catalogue, prior):
+    metrics = RankingMetrics(train_count_V.to(world.device))
+    for ids_BK, batch in ranked_lists(ranking, dataset, split, world):
         metrics.update(ids_BK, batch.targets_B, batch.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
 
 @torch.no_grad()
 def ranked_lists(
-    model: SessionRecommender | LLMGR,
-    dataset: Dataset,
-    split: str,
-    config: Config,
-    world: World,
-    catalogue: Catalogue,
-    prior: Blend | None = None,
+    ranking: RankingModel, dataset: Dataset, split: str, world: World
 ) -> Iterator[tuple[Tensor, SessionBatch]]:
-    """Ranks the whole catalogue for this rank's sessions of a split; see `evaluate_model` for the arguments.
+    """Ranks the whole catalog for this rank's sessions of a split; see `evaluate_model` for the arguments.
 
     Yields:
-        Item indices, int64 [B, K], best first, K = `RankingMetrics.depth`; -1 where a catalogue has fewer items. And
-        the batch of sessions, in the order of the split; rows of weight 0 only fill up a rank.
+        Item indices, int64 [B, K], best first, K = `RankingMetrics.depth`; -1 where a catalog has fewer items. And the
+        batch of sessions, in the order of the split; rows of weight 0 are padding of a rank.
     """
-    collate = make_collator(config, catalogue, "rank", language=isinstance(model, LLMGR))
-    with evaluation_mode(model):
-        ranker = CatalogueRanker(model, collate, world, prior)
-        for asked in asked_of_rank(model, collate, dataset, split, config, world, f"evaluate {split}"):
-            clicks = None if prior is None else clicks_of(asked.batch)
-            ids_BK, _ = ranker.rank(asked.queries_BQ, RankingMetrics.depth, asked.exclude, clicks)
-            yield ids_BK, asked.batch
+    with evaluation_mode(ranking.model):
+        ranker = ranking.ranker(world)
+        for sessions in evaluation_batches(ranking, dataset, split, world, f"evaluate {split}"):
+            clicks = None if ranking.blend is None else clicks_of(sessions.batch)
+            ids_BK, _ = ranker.rank(sessions.queries_BQ, RankingMetrics.depth, sessions.exclude, clicks)
+            yield ids_BK, sessions.batch
 
 
+@torch.no_grad()
 def evaluate_baseline(
     baseline: Baseline, dataset: Dataset, split: str, catalogue: Catalogue, world: World
 ) -> dict[str, Any]:
-    """The same for a recommender without weights.
+    """`evaluate_model` for a recommender without training.
 
     Args:
         baseline: From `build_baseline`.
@@ -115,23 +95,16 @@ def evaluate_baseline(
 def baseline_lists(
     baseline: Baseline, dataset: Dataset, split: str, world: World
 ) -> Iterator[tuple[Tensor, RawSessions]]:
-    """As `ranked_lists`, for a recommender without weights; see `evaluate_baseline` for the arguments."""
-    reader = split_reader(dataset, split, _READ_ROWS, as_it_is)
-    leave_out = leaves_out_clicked(dataset)
+    """`ranked_lists` for a recommender without training; see `evaluate_baseline` for the arguments."""
+    reader = split_reader(dataset, split, _READ_ROWS, identity)
+    exclude = excludes_seen(dataset)
     for raw in batches_of_rank(reader, world, f"evaluate {split}"):
-        yield torch.from_numpy(ranked_by(baseline, raw, RankingMetrics.depth, leave_out)), raw
-
-
-def session_queries(model: SessionRecommender | LLMGR, batch: SessionBatch) -> Tensor:
-    """Query of each session, [B, Q], as the model answers it outside of training."""
-    if isinstance(model, SessionRecommender):
-        return model.queries(batch)
-    return model(batch)
+        yield torch.from_numpy(ranked_by(baseline, raw, RankingMetrics.depth, exclude)), raw
 
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Switches dropout off and, afterwards, back to what it was."""
+    """Puts a model into eval mode and restores its mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -163,13 +136,13 @@ def split_reader(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Sessions of a split that a model is to rank items for.
+class EvaluationBatch:
+    """Sessions of a split with the queries of a model.
 
     Args:
-        batch: The sessions, where the model computes.
-        queries_BQ: Its queries.
-        exclude: Items that a session must not get; None leaves nothing out.
+        batch: The sessions, on the device of the model.
+        queries_BQ: Their queries.
+        exclude: Items excluded per session; None excludes none.
     """
 
     batch: SessionBatch
@@ -177,39 +150,31 @@ class Asked:
     exclude: Jagged | None
 
 
-def asked_of_rank(
-    model: SessionRecommender | LLMGR,
-    collate: Collator,
-    dataset: Dataset,
-    split: str,
-    config: Config,
-    world: World,
-    description: str,
-) -> Iterator[Asked]:
-    """This rank's sessions of a split, by the rules that every model is judged by.
+def evaluation_batches(
+    ranking: RankingModel, dataset: Dataset, split: str, world: World, description: str
+) -> Iterator[EvaluationBatch]:
+    """This rank's sessions of a split, by the protocol that holds for every model.
 
     Args:
-        model: In eval mode.
-        collate: Makes batches to rank for.
+        ranking: The model, in eval mode.
         dataset: Prepared sessions.
         split: train, valid or test.
-        config: All settings.
         world: Ranks; all call together, and take every batch.
-        description: Heads the progress bar.
+        description: Title of the progress bar.
     """
-    leave_out = leaves_out_clicked(dataset)
-    reader = split_reader(dataset, split, config.runtime.eval_batch_size, collate)
+    exclude = excludes_seen(dataset)
+    reader = split_reader(dataset, split, ranking.batch_size, ranking.collate)
     for loaded in batches_of_rank(reader, world, description):
         batch = loaded.to(world.device)
-        yield Asked(batch, session_queries(model, batch), clicked_items(batch) if leave_out else None)
+        yield EvaluationBatch(batch, ranking.queries(batch), seen_items(batch) if exclude else None)
 
 
 def batches_of_rank(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:
-    """This rank's batches: whole ones dealt out in turn, as many to each rank.
+    """This rank's batches: whole batches in turn, the same number on each rank.
 
-    So a session shares its batch with the same others at any number of ranks: rounding depends on a batch's shape, and
-    a language model in bfloat16 makes it large enough to change the order of nearly equal items. A rank without a batch
-    in the last round goes along with one that counts nothing.
+    A session thus shares its batch with the same other sessions at any number of ranks: rounding depends on the shape of
+    a batch, and a language model in bfloat16 rounds enough to change the order of nearly equal items. A rank without a
+    batch in the last round repeats one with weights 0.
     """
     steps, bar = reader.steps_per_epoch, progress(reader.num_examples, description, "session")
     for first in range(0, steps, world.size):
@@ -220,6 +185,6 @@ def batches_of_rank(reader: SessionReader[T], world: World, description: str) ->
     bar.close()
 
 
-def as_it_is(raw: RawSessions) -> RawSessions:
-    """Collates nothing: for readers of sessions that need no graphs."""
+def identity(raw: RawSessions) -> RawSessions:
+    """Collate function of readers whose sessions need no graphs."""
     return raw

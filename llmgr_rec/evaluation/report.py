@@ -15,7 +15,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
-from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, in_table_order, prior_notes, read_metrics
+from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, blend_notes, in_table_order, read_metrics
 from llmgr_rec.files import atomic_write, require_writable
 
 PAGE_NAME = "index.html"
@@ -152,7 +152,7 @@ def _facts(metrics: Mapping[str, Any], models: Mapping[str, Any], dataset: Datas
         facts["Judged on"] = f"{metrics['count']:,} {metrics['split']} sessions"
         if rule := metrics.get("protocol"):
             facts["Ranking"] = rule
-        if notes := prior_notes(metrics.get("priors", {})):
+        if notes := blend_notes(metrics.get("blends", {})):
             facts["Neighbours added"] = "; ".join(notes)
         if stage := metrics.get("stages", {}).get("llmgr"):
             facts["LLMGR after"] = STAGE_TITLES.get(stage, stage)

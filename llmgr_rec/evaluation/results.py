@@ -16,7 +16,7 @@ MODEL_NAMES = {
     "session_knn": "Session-kNN",
     "text_knn": "Text-kNN",
     "sbr": "GNN",
-    "text": "GNN + text",
+    "llm_text": "GNN + LLM on text",
     "llmgr": "LLMGR",
 }
 METRICS = ("hr", "ndcg", "mrr")
@@ -79,15 +79,15 @@ def best_by_column(models: Mapping[str, Mapping[str, float]]) -> dict[str, float
     return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in COLUMNS}
 
 
-def prior_notes(priors: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """What stands beside a table of models that rank with neighbours.
+def blend_notes(blends: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Notes on the blends of the models in a table.
 
     Args:
-        priors: Weight of each neighbour baseline by model, from a metrics file.
+        blends: Weight of each nearest-neighbor score by model, from a metrics file.
     """
     return [
         f"{MODEL_NAMES.get(model, model)} with " + ", ".join(f"{name} x {weight:g}" for name, weight in weights.items())
-        for model, weights in priors.items()
+        for model, weights in blends.items()
     ]
 
 

@@ -1,6 +1,5 @@
 """Evaluates a training run beside the baselines and writes metrics.json."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +8,16 @@ from typing import Any
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.registry import DEFAULT_BASELINES, baseline_builder, build_baseline, check_baselines
 from llmgr_rec.config import Config, Device
+from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import check_bundle_code, load_bundle
 from llmgr_rec.distributed.bundle_index import CONFIG, STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.clicked import ranking_rule
+from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
-from llmgr_rec.recipes import load_config
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,14 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
     try:
         results: dict[str, dict[str, Any]] = {}
-        priors: dict[str, dict[str, float]] = {}
+        blends: dict[str, dict[str, float]] = {}
         for name in names:
             if name not in bundles:
                 baseline = build_baseline(name, dataset, catalogue)
                 results[name] = evaluate_baseline(baseline, dataset, request.split, catalogue, world)
             else:
-                results[name], prior = _evaluate_bundle(bundles[name], request, dataset, catalogue, world)
-                priors |= {name: dict(prior.weights)} if prior else {}
+                results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalogue, world)
+                blends |= {name: dict(blend.weights)} if blend else {}
     finally:
         shutdown()
     content = {
@@ -85,11 +84,11 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "split": request.split,
         "dataset": dataset.manifest.catalogue_hash,
         "dataset_path": str(request.dataset.resolve()),
-        "protocol": f"full catalogue, ties by lower index, {ranking_rule(dataset)}",
+        "protocol": f"full catalog, ties by lower index, {ranking_rule(dataset)}",
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
         "bundles": {name: bundle_hash(bundle) for name, bundle in bundles.items() if name in results},
-        "priors": priors,
+        "blends": blends,
     }
     if world.rank == 0:
         write_metrics(request.output, content)
@@ -99,16 +98,11 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
 def _evaluate_bundle(
     bundle: Path, request: EvaluationRequest, dataset: Dataset, catalogue: Catalogue, world: World
 ) -> tuple[dict[str, Any], Blend | None]:
-    """The figures of an export, and the neighbours that it ranks with."""
+    """The metrics of a bundle, and its blend."""
     loaded = load_bundle(bundle, world, allow_code=request.allow_code)
-    config = loaded.config
-    if request.batch_size:
-        runtime = dataclasses.replace(config.runtime, eval_batch_size=request.batch_size)
-        config = dataclasses.replace(config, runtime=runtime)
-    # Side features and texts as the model knows them: preparing anew numbers words otherwise.
-    items = dataclasses.replace(loaded.catalogue, train_count_V=catalogue.train_count_V)
-    metrics = evaluate_model(loaded.model, dataset, request.split, config, world, items, loaded.prior)
-    return metrics, loaded.prior
+    ranking = loaded.ranking(request.batch_size)
+    metrics = evaluate_model(ranking, dataset, request.split, world, catalogue.train_count_V)
+    return metrics, loaded.blend
 
 
 def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:

@@ -12,31 +12,29 @@ from torch import Tensor
 
 from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import Bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.evaluation.metrics import RankingMetrics, target_ranks
-from llmgr_rec.evaluation.protocol import as_it_is, baseline_lists, ranked_lists, split_reader
+from llmgr_rec.evaluation.protocol import baseline_lists, identity, ranked_lists, split_reader
 
 TargetRanks = NDArray[np.int32]
 _READ_ROWS = 8192
 
 
-def model_ranks(bundle: Bundle, dataset: Dataset, split: str, catalogue: Catalogue) -> TargetRanks:
-    """Rank of each session's target over the whole catalogue, from 0, [S].
+def model_ranks(bundle: Bundle, dataset: Dataset, split: str) -> TargetRanks:
+    """Rank of each session's target over the whole catalog, from 0, [S].
 
     Args:
-        bundle: The model, on the device where it computes, and the neighbors that it is blended with.
+        bundle: The model, on the device where it computes, with its blend.
         dataset: Prepared sessions.
         split: train, valid or test.
-        catalogue: The data set's items.
 
     Returns:
         Ranks in the order of the split; `RankingMetrics.depth` for a target that is not in its list.
     """
     world = World.alone(next(bundle.model.parameters()).device)
-    return _ranks(ranked_lists(bundle.model, dataset, split, bundle.config, world, catalogue, bundle.prior))
+    return _ranks(ranked_lists(bundle.ranking(), dataset, split, world))
 
 
 def baseline_ranks(baseline: Baseline, dataset: Dataset, split: str) -> TargetRanks:
@@ -46,7 +44,7 @@ def baseline_ranks(baseline: Baseline, dataset: Dataset, split: str) -> TargetRa
 
 def targets_of(dataset: Dataset, split: str) -> NDArray[np.int64]:
     """Target of each session of a split, in the order of the ranks, [S]."""
-    batches = split_reader(dataset, split, _READ_ROWS, as_it_is).batches(0)
+    batches = split_reader(dataset, split, _READ_ROWS, identity).batches(0)
     return np.concatenate([raw.targets_B.numpy()[raw.weights_B.numpy() > 0] for raw in batches])
 
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llmgr_rec.baselines.registry import BASELINES, baseline_builder, check_blended
+from llmgr_rec.baselines.registry import BASELINES, baseline_builder
 from llmgr_rec.cli import make_parser
-from llmgr_rec.config import Config
+from llmgr_rec.config import STAGES, Config, trained_stages
+from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL
 from llmgr_rec.errors import UserError, did_you_mean
-from llmgr_rec.modules.build import check_parts
-from llmgr_rec.recipes import add_config_arguments, parse_with_config
+from llmgr_rec.experiments.controls import CONTROLS
+from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.registry import is_import_path
-from llmgr_rec.stage_config import RECOMMENDER_STAGES
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "configs"
 MODELS = tuple(STAGES_OF_MODEL)
 _EXPERIMENT_KEYS = ("title", "reference", "config", "settings", "variants")
-_VARIANT_KEYS = ("model", "settings", "grid", "against")
+_VARIANT_KEYS = ("model", "settings", "controls", "grid", "against")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Variant:
         name: As it is shown.
         model: Model that is evaluated: that of a stage, or a baseline without training.
         settings: Dotted settings over those of the experiment.
+        controls: Parts of the model that are disabled or broken, some of `CONTROLS`.
         grid: Values to select from on validation, by dotted setting; all combinations are tried.
         against: Name of the variant that its gain is computed against; empty takes the experiment's reference.
     """
@@ -43,6 +44,7 @@ class Variant:
     name: str
     model: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    controls: tuple[str, ...] = ()
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     against: str = ""
 
@@ -92,18 +94,20 @@ class Experiment:
         words = [word for name, value in chosen.items() for word in (f"--{name}", _word(value))]
         try:
             config = parse_with_config(_settings_parser(), ["--config", self.config, *words])[1]
-            check_parts(config)
-            check_blended(config.prior.neighbours)
+            for stage in trained_stages(config):
+                ModelSpec(stage, config, num_items=1, num_embeddings={}).check()
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from None
-        if variant.model == "sbr":
-            config.text.epochs = 0
-        if variant.model in RECOMMENDER_STAGES:
-            config.align.epochs = config.behave.epochs = 0
-        if variant.model == "text" and not config.text.epochs:
-            raise UserError(f"variant {variant.name}: its text encoder is trained by stage text; give it text.epochs 4")
-        if variant.model == "llmgr" and not (config.align.epochs or config.behave.epochs):
-            raise UserError(f"variant {variant.name}: align.epochs and behave.epochs are 0; give model: sbr instead")
+        if not variant.trains:
+            return config
+        own = STAGES_OF_MODEL[variant.model]
+        for stage in (stage for stage in STAGES if stage != "sbr" and stage not in own):
+            config.stage(stage).epochs = 0
+        if variant.model != "sbr" and not any(config.stage(stage).epochs for stage in own):
+            names = " and ".join(f"{stage}.epochs" for stage in sorted(own))
+            raise UserError(
+                f"variant {variant.name}: model {variant.model} needs epochs, but {names} is 0; give it some"
+            )
         return config
 
 
@@ -180,6 +184,7 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
         name,
         str(values.get("model", "llmgr")),
         _mapping(values, "settings", where),
+        _controls(values.get("controls") or [], where),
         _mapping(values, "grid", where),
         str(values.get("against", "")),
     )
@@ -193,9 +198,20 @@ def _variant(name: str, values: Mapping[str, Any], file: Path) -> Variant:
             raise UserError(f"{where}: grid needs a list of values for {setting}, such as [64, 128]")
     if variant.settings and not variant.trains:
         raise UserError(f"{where}: settings are for models that are trained; leave them out")
+    if variant.controls and not variant.trains:
+        raise UserError(f"{where}: controls are for models that are trained; leave them out")
     if variant.grid and not variant.trains:
         raise UserError(f"{where}: grid is for models that are trained; leave it out")
     return variant
+
+
+def _controls(names: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(names, list):
+        raise UserError(f"{where}: controls is {names!r}, not a list such as [random_llm]")
+    for name in names:
+        if name not in CONTROLS:
+            raise UserError(f"{where}: control {name} is not known{did_you_mean(str(name), CONTROLS)}")
+    return tuple(names)
 
 
 def _check_against(variant: Variant, names: Sequence[str], file: Path) -> None:

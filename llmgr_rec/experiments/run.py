@@ -12,7 +12,7 @@ from llmgr_rec.baselines.registry import check_baselines
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.clicked import ranking_rule
+from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.experiments.compare import METRICS, K, hit_rate_by_frequency, relative_gain
 from llmgr_rec.experiments.evaluate import targets_of
 from llmgr_rec.experiments.experiment import Experiment, Variant, load_experiment

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 from llmgr_rec.baselines.registry import build_baseline
-from llmgr_rec.config import Config, neighbour_clicks, reader_weights
+from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import Bundle, load_bundle
 from llmgr_rec.distributed.bundle_index import find_bundle
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.experiments.compare import ndcg
+from llmgr_rec.experiments.controls import factory_of
 from llmgr_rec.experiments.evaluate import TargetRanks, baseline_ranks, model_ranks
 from llmgr_rec.experiments.experiment import Experiment, Variant
 from llmgr_rec.experiments.runs import SharedRuns, training_inputs
 from llmgr_rec.files import atomic_write
-from llmgr_rec.registry import modules_of
 from llmgr_rec.training.selection import Selection, select_on_validation
 
 
@@ -83,7 +83,7 @@ class TrialRunner:
         config = experiment.config_of(variant, seed)
         file = self._file(variant, config)
         if not file.is_file():
-            trial = self._run_model(variant.model, config) if variant.trains else self._run_baseline(variant.model)
+            trial = self._run_model(variant, config) if variant.trains else self._run_baseline(variant.model)
             # Another process may write the same one: experiments side by side share their baselines.
             with atomic_write(file) as partial:
                 trial.save(partial)
@@ -97,12 +97,13 @@ class TrialRunner:
         """Name of the run whose session recommender a trial is based on, or of the baseline that it is."""
         if not variant.trains:
             return variant.model
-        return self.runs.run_folder("sbr", experiment.config_of(variant, seed)).name
+        return self.runs.run_folder("sbr", experiment.config_of(variant, seed), variant.controls).name
 
     def _file(self, variant: Variant, config: Config) -> Path:
         inputs: list[Any] = []
         if variant.trains:
-            inputs = [training_inputs(variant.model, config), _selection_inputs(variant.model, config)]
+            training = training_inputs(variant.model, config, variant.controls)
+            inputs = [training, _selection_inputs(variant.model, config)]
         return self.folder / "trials" / f"{self.runs.key(variant.model, self.split, *inputs)}.npz"
 
     def _run_baseline(self, name: str) -> Trial:
@@ -110,51 +111,53 @@ class TrialRunner:
         valid_ndcg = float(ndcg(baseline_ranks(baseline, self.dataset, "valid")).mean())
         return Trial(baseline_ranks(baseline, self.dataset, self.split), valid_ndcg, {}, 0.0)
 
-    def _run_model(self, model: str, config: Config) -> Trial:
-        run = self.runs.trained(model, config)
+    def _run_model(self, variant: Variant, config: Config) -> Trial:
+        run = self.runs.trained(variant.model, config, variant.controls)
         if threads := config.runtime.threads_per_rank:
             torch.set_num_threads(threads)
-        bundle, selection = self._selected(run.folder, model, config)
-        ranks_S = model_ranks(bundle, self.dataset, self.split, self.catalogue)
+        bundle, selection = self._selected(run.folder, variant, config)
+        ranks_S = model_ranks(bundle, self.dataset, self.split)
         metrics = dict(selection.metrics)
         valid_ndcg = metrics.pop("ndcg@20", None)
         if valid_ndcg is None:
-            valid_S = ranks_S if self.split == "valid" else model_ranks(bundle, self.dataset, "valid", self.catalogue)
+            valid_S = ranks_S if self.split == "valid" else model_ranks(bundle, self.dataset, "valid")
             valid_ndcg = float(ndcg(valid_S).mean())
         return Trial(ranks_S, valid_ndcg, metrics, run.seconds)
 
-    def _selected(self, run: Path, model: str, config: Config) -> tuple[Bundle, Selection]:
-        """The model of a run with what is selected on validation under a variant's settings, as a run's stage does."""
-        folder = find_bundle(run / "export", model)
+    def _selected(self, run: Path, variant: Variant, config: Config) -> tuple[Bundle, Selection]:
+        """A run's bundle with what validation selects under a variant's settings, as a stage of a run does."""
+        folder = find_bundle(run / "export", variant.model)
         assert folder is not None
-        # The experiment names this code itself.
-        bundle = load_bundle(folder, allow_code=modules_of([config.encoder.name, config.head.name]))
+        bundle = load_bundle(folder, factory=factory_of(variant.model, variant.controls))
         device = choose_device(config.runtime.device)
-        settings = _with_selection_of(config, bundle)
+        bundle.model.to(device)
         selection = select_on_validation(
             bundle.stage,
-            bundle.model.to(device),
-            settings,
+            bundle.ranking(),
+            _with_selection_of(config, bundle),
             self.dataset,
             self.catalogue,
             World.alone(device),
             self.folder / "neighbors",
         )
-        return replace(bundle, config=settings, prior=selection.prior), selection
+        return replace(bundle, blend=selection.blend), selection
 
 
 def _with_selection_of(config: Config, bundle: Bundle) -> Config:
-    """A bundle's settings, with those of a variant for what is selected after training."""
-    smoothing = config.tables.neighbour_clicks if bundle.stage == "sbr" else bundle.config.tables.neighbour_clicks
-    tables = replace(bundle.config.tables, neighbour_clicks=smoothing)
-    text = replace(bundle.config.text, score_weight=config.text.score_weight)
-    return replace(bundle.config, tables=tables, text=text, prior=config.prior)
+    """A bundle's settings, with those of a variant for whatever is selected after training."""
+    smoothing = config.tables.knn_smoothing if bundle.stage == "sbr" else bundle.config.tables.knn_smoothing
+    return replace(
+        bundle.config,
+        tables=replace(bundle.config.tables, knn_smoothing=smoothing),
+        text_encoder=replace(bundle.config.text_encoder, score_weight=config.text_encoder.score_weight),
+        blend=config.blend,
+    )
 
 
 def _selection_inputs(model: str, config: Config) -> dict[str, Any]:
     """What a model selects from after training, as JSON values."""
     return {
-        "blend": asdict(config.prior),
-        "smoothing": neighbour_clicks(config),
-        "text_weights": reader_weights(config) if model == "text" else [],
+        "blend": asdict(config.blend),
+        "smoothing": config.tables.knn_smoothing,
+        "text_weights": config.text_encoder.score_weight if model == "llm_text" else [],
     }

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmgr_rec.config import HeadConfig
-from llmgr_rec.errors import UserError
 from llmgr_rec.registry import resolve_class
 
 # Beside a recommender's score a head starts at a tenth of unit variance, so tuning starts from its ranking.
@@ -23,7 +22,7 @@ _RESIDUAL_START = 0.1
 
 
 def _start(config: HeadConfig) -> float:
-    return _RESIDUAL_START if config.residual and not config.apart else 1.0
+    return _RESIDUAL_START if config.residual and not config.separate_loss else 1.0
 
 
 class RankingHead(nn.Module, ABC):
@@ -51,7 +50,7 @@ class RankingHead(nn.Module, ABC):
         self.d2 = d2
         self.residual = config.residual
         self.own_columns = d1 if own_columns is None else own_columns
-        self.trained_columns = self.own_columns if config.apart else None
+        self.trained_columns = self.own_columns if config.separate_loss else None
 
     @classmethod
     def check(cls, config: HeadConfig) -> None:
@@ -63,11 +62,6 @@ class RankingHead(nn.Module, ABC):
         Raises:
             UserError: Settings do not go together; the message names them and how to fix them.
         """
-        if config.text_only:
-            raise UserError(
-                "setting head.text_only is true, but the head reads no item text; "
-                "set head.name to tied and head.item_text to true, or head.text_only to false"
-            )
 
     @classmethod
     def reads_text(cls, config: HeadConfig) -> bool:
@@ -104,14 +98,14 @@ class RankingHead(nn.Module, ABC):
         """Scales hidden states to unit variance: their size differs a hundredfold between language models."""
         return functional.layer_norm(hidden_XH.float(), (self.d2,))
 
-    def without_reading(self, recommender_queries_BD: Tensor) -> Tensor:
+    def recommender_only(self, recommender_queries_BD: Tensor) -> Tensor:
         """Queries that give the recommender's score alone on the same items, [B, Q].
 
         Raises:
             ValueError: The head does not add that score.
         """
         if not self.residual:
-            raise ValueError("a head that is not residual knows nothing of the recommender's score")
+            raise ValueError("a head without residual does not add the recommender's score")
         own = recommender_queries_BD.new_zeros(recommender_queries_BD.shape[0], self.own_columns)
         return self.join(own, recommender_queries_BD)
 
@@ -126,19 +120,14 @@ class TiedHead(RankingHead):
     It has no weight of its own for any item, so it scales with the catalog's tables and scores unseen items by text.
 
     Args:
-        config: Head settings; item_text adds the projected text encoding to an item's vector, text_only leaves the id
-            row out.
+        config: Head settings; item_text adds the projected text embedding to an item's vector.
         d1: Width of item vectors.
         d2: Width of the language model's hidden states and of the text encodings.
         num_items: Unused.
-
-    Raises:
-        UserError: An item is to be its text alone, and the head reads none.
     """
 
     def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int) -> None:
         super().__init__(config, d1, d2, num_items)
-        self.text_only = config.text_only
         self.uses_text = self.reads_text(config)
         self.log_scale = nn.Parameter(torch.tensor(math.log(_start(config))))
         self.query = nn.Linear(d2, d1)
@@ -148,12 +137,6 @@ class TiedHead(RankingHead):
         nn.init.zeros_(self.query.bias)
         if self.text is not None:
             nn.init.normal_(self.text.weight, std=(d1 * d2) ** -0.5)
-
-    @classmethod
-    def check(cls, config: HeadConfig) -> None:
-        """See `RankingHead.check`."""
-        if not config.item_text:
-            super().check(config)
 
     @classmethod
     def reads_text(cls, config: HeadConfig) -> bool:
@@ -179,12 +162,12 @@ class TiedHead(RankingHead):
         Raises:
             ValueError: The head was built with text and there is none.
         """
-        parts_CD = [] if self.text_only else [functional.normalize(rows_CD.float(), dim=1)]
+        own_CD = functional.normalize(rows_CD.float(), dim=1)
         if self.text is not None:
             if text_CH is None:
-                raise ValueError("the tied head was built with text, but no text encodings were given")
-            parts_CD.append(self.text(text_CH))
-        return self.join(sum(parts_CD[1:], start=parts_CD[0]), item_rows_CD)
+                raise ValueError("the tied head was built with text, but no text embeddings were given")
+            own_CD = own_CD + self.text(text_CH)
+        return self.join(own_CD, item_rows_CD)
 
 
 class LinearHead(RankingHead):

@@ -147,7 +147,7 @@ def mean_embedding_norm(decoder: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def encode_item_texts(
+def embed_item_texts(
     decoder: PreTrainedModel,
     tokens: Jagged,
     batch_size: int,

@@ -7,8 +7,8 @@ Shapes: B sessions, G prompts that several of them share, N nodes, C candidates,
 width, Q columns of queries and items.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,13 +20,12 @@ from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_files import Task
+from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.heads import RankingHead
-from llmgr_rec.modules.hybrid import HybridEncoding
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, one_pass_nodes, prompt_nodes
-from llmgr_rec.modules.recommender import Recommended, SessionRecommender
-from llmgr_rec.stage_config import TrainableGroup
+from llmgr_rec.modules.recommender import RecommenderOutput, SessionRecommender
 
 torch.fx.wrap("embed_tokens")
 torch.fx.wrap("prompt_nodes")
@@ -38,34 +37,19 @@ def embed_tokens(language_model: LoraLanguageModel, tokens_X: Tensor) -> Tensor:
     return language_model.embed(tokens_X)
 
 
-@dataclass
-class Scored:
-    """Both sides of the score of a batch.
-
-    Args:
-        queries_BQ: One query a session.
-        items_CQ: Scored items: the batch's candidates, or the whole catalogue where it is cached.
-    """
-
-    queries_BQ: Tensor
-    items_CQ: Tensor
-
-
 class LLMGR(nn.Module):
     """The whole model.
 
     Args:
         recommender: The pre-trained session recommender.
-        hybrid: Puts its vectors among token embeddings.
-        language_model: Reads the prompts.
-        head: Turns readings into queries, and items into vectors to compare with.
+        adapter: Puts its vectors among token embeddings, as soft tokens.
+        language_model: Encodes the prompts.
+        head: Turns hidden states into queries, and items into the vectors that they are compared with.
         prompts: A compiled prompt for each task that is used.
         text: Text encodings of the items, see `text_tables`; needed by a head with item text.
         node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
         node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
         max_nodes: Newest nodes kept in a prompt; 0 keeps all.
-        trainable: Parameter groups that train. A recommender of which nothing trains runs without gradient and without
-            dropout.
     """
 
     rows_VD: Tensor | None
@@ -75,7 +59,7 @@ class LLMGR(nn.Module):
     def __init__(
         self,
         recommender: SessionRecommender,
-        hybrid: HybridEncoding,
+        adapter: ProjectionAdapter,
         language_model: LoraLanguageModel,
         head: RankingHead,
         prompts: Mapping[Task, CompiledPrompt],
@@ -83,11 +67,10 @@ class LLMGR(nn.Module):
         node_source: Literal["table", "encoder"] = "table",
         node_order: NodeOrder = "clicks",
         max_nodes: int = 20,
-        trainable: Collection[TrainableGroup] = (),
     ) -> None:
         super().__init__()
         self.recommender = recommender
-        self.hybrid = hybrid
+        self.adapter = adapter
         self.language_model = language_model
         self.head = head
         self.prompts = PromptSet(prompts)
@@ -95,16 +78,14 @@ class LLMGR(nn.Module):
         self.node_source = node_source
         self.node_order: NodeOrder = node_order
         self.max_nodes = max_nodes
-        self.trains_recommender = bool({"tables", "encoder"} & set(trainable))
         # Buffers, so that they move with the model; not persistent, because they are made from the tables.
         for name in ("item_rows_VD", "rows_VD", "text_VH"):
             self.register_buffer(name, None, persistent=False)
 
     def train(self, mode: bool = True) -> "LLMGR":
-        """Switches training mode, but never of a frozen recommender: its dropout would blur what it has learned."""
+        """Switches training mode of all but the session recommender, which is frozen and runs without dropout."""
         super().train(mode)
-        if not self.trains_recommender:
-            self.recommender.eval()
+        self.recommender.eval()
         return self
 
     def forward(self, batch: SessionBatch, task: Task = "behave") -> Tensor:
@@ -112,29 +93,29 @@ class LLMGR(nn.Module):
 
         Args:
             batch: Sessions, with or without candidates.
-            task: Whose prompt is read.
+            task: Task whose prompt is encoded.
         """
-        seen = self.look_up(batch)
-        return self.queries(seen, self.read(seen, batch, task))
+        output = self.look_up(batch)
+        return self.queries(output, self.encode(output, batch, task))
 
-    def look_up(self, batch: SessionBatch) -> Recommended:
-        """What the session recommender makes of a batch; without gradient where it is frozen."""
-        with torch.set_grad_enabled(self.trains_recommender and torch.is_grad_enabled()):
+    def look_up(self, batch: SessionBatch) -> RecommenderOutput:
+        """The session recommender's output for a batch, without gradient."""
+        with torch.no_grad():
             return self.recommender(batch)
 
-    def read(self, seen: Recommended, batch: SessionBatch, task: Task) -> Tensor:
-        """The language model's reading of each session, [B, H].
+    def encode(self, output: RecommenderOutput, batch: SessionBatch, task: Task) -> Tensor:
+        """Hidden state of the last token of each session's prompt, [B, H].
 
         Args:
-            seen: From `look_up`.
+            output: From `look_up`.
             batch: The same batch.
-            task: Whose prompt is read.
+            task: Task whose prompt is encoded.
         """
-        return self.read_nodes(
-            seen, prompt_nodes(batch.graph, self.node_order, self.max_nodes), batch.text_tokens, task
+        return self.encode_nodes(
+            output, prompt_nodes(batch.graph, self.node_order, self.max_nodes), batch.text_tokens, task
         )
 
-    def read_prefixes(self, seen: Recommended, batch: SessionBatch, task: Task) -> Tensor:
+    def encode_one_pass(self, output: RecommenderOutput, batch: SessionBatch, task: Task) -> Tensor:
         """The same readings from prompts that growing prefixes of a session share, [B, H].
 
         They are the same as long as no session is longer than a prompt shows: of a longer one, the prefixes that share
@@ -142,9 +123,9 @@ class LLMGR(nn.Module):
         rows of the item tables, and not for states of the session encoder; the graph token is each prefix's own.
 
         Args:
-            seen: From `look_up`.
+            output: From `look_up`.
             batch: The same batch, which says what shares a prompt.
-            task: Whose prompt is read.
+            task: Task whose prompt is encoded.
 
         Raises:
             ValueError: Nodes are encoder states or distinct items, both of which depend on later clicks.
@@ -154,36 +135,36 @@ class LLMGR(nn.Module):
                 "prefixes share a prompt only where nodes are rows of the item tables in order of the clicks"
             )
         nodes = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
-        return self.read_nodes(seen, nodes, batch.text_tokens, task, batch.pass_offsets_P1)
+        return self.encode_nodes(output, nodes, batch.text_tokens, task, batch.pass_offsets_P1)
 
-    def read_nodes(
-        self, seen: Recommended, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
+    def encode_nodes(
+        self, output: RecommenderOutput, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
     ) -> Tensor:
-        """Reads prompts with given nodes.
+        """Encodes prompts with given nodes.
 
         Args:
-            seen: From `look_up`.
+            output: From `look_up`.
             nodes: Global node index of each shown node, one row a prompt.
             text: Token ids of the text place, one row a session.
-            task: Whose prompt is read.
+            task: Task whose prompt is encoded.
             pass_offsets_P1: First session of each pass; None where each session has a prompt of its own.
 
         Returns:
-            Readings, float32 [B, H].
+            Hidden states, float32 [B, H].
         """
         packed = self.prompts(task, nodes, text, pass_offsets_P1)
-        vectors_ND = seen.rows_ND if self.node_source == "table" else seen.states_ND
-        embeddings_XH = self.hybrid(
+        vectors_ND = output.rows_ND if self.node_source == "table" else output.states_ND
+        embeddings_XH = self.adapter(
             embed_tokens(self.language_model, packed.token_ids_X),
             packed.soft_rows_X,
-            seen.sessions_BD,
+            output.sessions_BD,
             vectors_ND.index_select(0, nodes.values),
         )
         return self.language_model(embeddings_XH, packed)
 
-    def queries(self, seen: Recommended, readings_BH: Tensor) -> Tensor:
-        """Queries of sessions that were looked up and read, [B, Q]."""
-        return self.head.queries(readings_BH, seen.queries_BQ)
+    def queries(self, output: RecommenderOutput, hidden_BH: Tensor) -> Tensor:
+        """Queries from hidden states, [B, Q]."""
+        return self.head.queries(hidden_BH, output.queries_BQ)
 
     def recommender_queries(self, batch: SessionBatch) -> Tensor:
         """Queries whose scores are those of the session recommender alone, without the language model, [B, Q].
@@ -191,16 +172,16 @@ class LLMGR(nn.Module):
         Raises:
             ValueError: The head does not add the recommender's score.
         """
-        return self.head.without_reading(self.look_up(batch).queries_BQ)
+        return self.head.recommender_only(self.look_up(batch).queries_BQ)
 
-    def items(self, seen: Recommended, batch: SessionBatch) -> Tensor:
+    def items(self, output: RecommenderOutput, batch: SessionBatch) -> Tensor:
         """Items' side of the score: the cached catalogue, or the batch's candidates, [C, Q]."""
         if self.item_rows_VD is not None and self.rows_VD is not None:
             return self.head.items(self.item_rows_VD, self.rows_VD, self.text_VH, None)
         text_CH = None
-        if self._reads_text:
-            text_CH = self.head.standardise(self._texts(batch.features)[seen.rows_ND.shape[0] :])
-        return self.head.items(seen.candidates_CQ, seen.candidate_ids_CD, text_CH, batch.candidates_C)
+        if self._uses_text:
+            text_CH = self.head.standardise(self._texts(batch.features)[output.rows_ND.shape[0] :])
+        return self.head.items(output.candidates_CQ, output.candidate_ids_CD, text_CH, batch.candidates_C)
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """Items' side of the score for any items, [C, Q]: for ranking, where item vectors are made once.
@@ -219,32 +200,27 @@ class LLMGR(nn.Module):
             features: A bag for each item.
         """
         rows = self.recommender.rows(features)
-        return replace(rows, texts_XH=self._texts(features)) if self._reads_text else rows
+        return replace(rows, texts_XH=self._texts(features)) if self._uses_text else rows
 
-    def cache_catalogue(self, rows: ItemRows) -> None:
-        """Keeps the inputs of all items' vectors, for training with the catalogue's tables frozen.
+    def cache_catalog(self, rows: ItemRows) -> None:
+        """Caches the inputs of all item vectors, whose tables are frozen.
 
-        Then batches need no candidates: each step scores the whole catalogue without looking it up again.
+        Batches then need no candidates: each step scores the whole catalog without looking it up again.
 
         Args:
             rows: All items as `rows` looks them up, in item order.
-
-        Raises:
-            ValueError: The recommender trains, so that the cache would go stale.
         """
-        if self.trains_recommender:
-            raise ValueError("the catalogue cannot be cached while the recommender trains")
         with torch.no_grad():
             self.item_rows_VD = self.recommender.as_items(rows)
             self.text_VH = self._head_texts(rows)
         self.rows_VD = rows.ids_XD.detach()
 
     @property
-    def _reads_text(self) -> bool:
+    def _uses_text(self) -> bool:
         return self.head.uses_text
 
     def _head_texts(self, rows: ItemRows) -> Tensor | None:
-        return self.head.standardise(rows.texts_XH) if self._reads_text and rows.texts_XH is not None else None
+        return self.head.standardise(rows.texts_XH) if self._uses_text and rows.texts_XH is not None else None
 
     def _texts(self, features: KeyedJaggedTensor) -> Tensor:
         if self.text_tables is None:

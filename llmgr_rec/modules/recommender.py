@@ -17,7 +17,7 @@ from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.modules.item_tables import ItemRows, ItemTables
 from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
-from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 
 torch.fx.wrap("encode_one_pass")
 torch.fx.wrap("normalise")
@@ -31,7 +31,7 @@ def encode_one_pass(
 
 
 @dataclass
-class Recommended:
+class RecommenderOutput:
     """All that one lookup of a batch gives.
 
     Args:
@@ -70,7 +70,7 @@ class SessionRecommender(nn.Module):
         score: Literal["dot", "cosine"],
         temperature: float,
         text_tables: EmbeddingBagCollection | None = None,
-        text_encoder: TextReader | None = None,
+        text_encoder: TextSequenceEncoder | None = None,
     ) -> None:
         super().__init__()
         self.item_tables = item_tables
@@ -80,7 +80,7 @@ class SessionRecommender(nn.Module):
         self.text_tables = text_tables
         self.text_encoder = text_encoder
 
-    def forward(self, batch: SessionBatch, one_pass: bool = False) -> Recommended:
+    def forward(self, batch: SessionBatch, one_pass: bool = False) -> RecommenderOutput:
         """Encodes the sessions and prepares the candidates from one lookup.
 
         Args:
@@ -102,7 +102,7 @@ class SessionRecommender(nn.Module):
         if self.text_encoder is not None:
             read = self.text_encoder(rows.texts_XH, batch)
             queries_BQ, candidates_CQ = torch.cat([queries_BQ, read[0]], 1), torch.cat([candidates_CQ, read[1]], 1)
-        return Recommended(
+        return RecommenderOutput(
             queries_BQ=queries_BQ,
             candidates_CQ=candidates_CQ,
             states_ND=encoded.states_ND,
@@ -171,6 +171,6 @@ class SessionRecommender(nn.Module):
         return normalise(vectors_CD) if self.score == "cosine" else vectors_CD
 
 
-def text_reader_of(model: nn.Module) -> TextReader | None:
-    """The language model that reads sessions as text beside a recommender's encoder, where it has one."""
+def text_encoder_of(model: nn.Module) -> TextSequenceEncoder | None:
+    """The text sequence encoder of a model; None without one."""
     return model.text_encoder if isinstance(model, SessionRecommender) else None

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.modules.llmgr import LLMGR, Scored
+from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.losses import ranking_loss, structure_loss
 from llmgr_rec.modules.prompts import prompt_nodes
-from llmgr_rec.modules.recommender import Recommended, SessionRecommender
+from llmgr_rec.modules.recommender import RecommenderOutput, SessionRecommender
 
 torch.fx.wrap("ranking_loss")
 torch.fx.wrap("structure_loss")
@@ -51,12 +51,12 @@ class SbrTask(nn.Module):
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch with candidates, and its parts without gradient."""
-        seen = self.recommender(batch, self.one_pass)
-        loss = _ranking(Scored(seen.queries_BQ, seen.candidates_CQ), batch, self.world_size, self.loss_dtype)
+        output = self.recommender(batch, self.one_pass)
+        loss = _ranking(output.queries_BQ, output.candidates_CQ, batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 
-class TextTask(nn.Module):
+class LLMTextTask(nn.Module):
     """Training of the text encoder: next-item ranking by its score alone, whatever the session encoder would say.
 
     Args:
@@ -81,7 +81,7 @@ class TextTask(nn.Module):
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch with candidates, and its parts without gradient."""
         queries_BK, candidates_CK = self.recommender.read_texts(batch)
-        loss = _ranking(Scored(queries_BK, candidates_CK), batch, self.world_size, self.loss_dtype)
+        loss = _ranking(queries_BK, candidates_CK, batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 
@@ -102,9 +102,9 @@ class BehaveTask(nn.Module):
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and its parts without gradient."""
-        seen = self.llmgr.look_up(batch)
-        readings_BH = _read(self.llmgr, seen, batch, self.one_pass)
-        loss = _ranking(_trained(self.llmgr, seen, readings_BH, batch), batch, self.world_size)
+        output = self.llmgr.look_up(batch)
+        hidden_BH = _encode(self.llmgr, output, batch, self.one_pass)
+        loss = _ranking(*_trained(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
         return loss, {"loss": loss.detach()}
 
 
@@ -144,23 +144,23 @@ class AlignTask(nn.Module):
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and its parts without gradient."""
-        seen = self.llmgr.look_up(batch)
-        readings_BH = self.llmgr.read(seen, batch, "align")
-        context = _ranking(_trained(self.llmgr, seen, readings_BH, batch), batch, self.world_size)
+        output = self.llmgr.look_up(batch)
+        hidden_BH = self.llmgr.encode(output, batch, "align")
+        context = _ranking(*_trained(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
         if self.contrastive_weight == 0:
             return context, {"loss": context.detach()}
-        structure = self._structure(seen, batch)
+        structure = self._structure(output, batch)
         loss = context + self.contrastive_weight * structure
         return loss, {"loss": loss.detach(), "context": context.detach(), "structure": structure.detach()}
 
-    def _structure(self, seen: Recommended, batch: SessionBatch) -> Tensor:
+    def _structure(self, output: RecommenderOutput, batch: SessionBatch) -> Tensor:
         nodes = prompt_nodes(batch.graph, self.llmgr.node_order, self.llmgr.max_nodes)
-        graphs_BH = self.llmgr.read_nodes(seen, nodes, batch.text_tokens, "structure_graph")
-        nodes_BH = self.llmgr.read_nodes(seen, nodes, batch.text_tokens, "structure_nodes")
+        graphs_BH = self.llmgr.encode_nodes(output, nodes, batch.text_tokens, "structure_graph")
+        nodes_BH = self.llmgr.encode_nodes(output, nodes, batch.text_tokens, "structure_nodes")
         hard = []
         for number in range(self.hard_negatives):
             corrupted = _corrupt(nodes, batch, number, self.contrastive_group)
-            hard.append(self.llmgr.read_nodes(seen, corrupted, batch.text_tokens, "structure_nodes"))
+            hard.append(self.llmgr.encode_nodes(output, corrupted, batch.text_tokens, "structure_nodes"))
         return structure_loss(
             graphs_BH,
             nodes_BH,
@@ -173,20 +173,22 @@ class AlignTask(nn.Module):
         )
 
 
-def _read(llmgr: LLMGR, seen: Recommended, batch: SessionBatch, one_pass: bool) -> Tensor:
-    return llmgr.read_prefixes(seen, batch, "behave") if one_pass else llmgr.read(seen, batch, "behave")
+def _encode(llmgr: LLMGR, output: RecommenderOutput, batch: SessionBatch, one_pass: bool) -> Tensor:
+    return llmgr.encode_one_pass(output, batch, "behave") if one_pass else llmgr.encode(output, batch, "behave")
 
 
-def _trained(llmgr: LLMGR, seen: Recommended, readings_BH: Tensor, batch: SessionBatch) -> Scored:
+def _trained(llmgr: LLMGR, output: RecommenderOutput, hidden_BH: Tensor, batch: SessionBatch) -> tuple[Tensor, Tensor]:
     """Both sides of the score that is trained: the head's own, or with the recommender's."""
     own = slice(llmgr.head.trained_columns)
-    return Scored(llmgr.queries(seen, readings_BH)[:, own], llmgr.items(seen, batch)[:, own])
+    return llmgr.queries(output, hidden_BH)[:, own], llmgr.items(output, batch)[:, own]
 
 
-def _ranking(scored: Scored, batch: SessionBatch, world_size: int, dtype: torch.dtype | None = None) -> Tensor:
+def _ranking(
+    queries_BQ: Tensor, items_CQ: Tensor, batch: SessionBatch, world_size: int, dtype: torch.dtype | None = None
+) -> Tensor:
     return ranking_loss(
-        scored.queries_BQ,
-        scored.items_CQ,
+        queries_BQ,
+        items_CQ,
         batch.target_columns_B,
         batch.weights_B,
         batch.global_size,

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.config import Device, DType, StageName
-from llmgr_rec.data.pretrained import num_decoder_layers
+from llmgr_rec.config import PROMPT_STAGES, Device, DType, StageName
 from llmgr_rec.distributed.bundle import BundleFiles, open_bundle
 from llmgr_rec.distributed.bundle_index import answering_bundle, is_complete
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
 from llmgr_rec.scoring.output import OUTPUT_COLUMNS
 from llmgr_rec.scoring.routing import Routing
-from llmgr_rec.stage_config import RECOMMENDER_STAGES
+from llmgr_rec.storage.pretrained import num_decoder_layers
 
 
 @dataclass(frozen=True)
@@ -117,11 +116,15 @@ def _check_budget(request: ScoreRequest) -> None:
 
 
 def _check_has_language_model(request: ScoreRequest, bundle: BundleFiles) -> None:
-    if bundle.index.stage not in RECOMMENDER_STAGES:
+    if bundle.index.stage in PROMPT_STAGES:
         return
     if request.routing.routes_all and not request.llm_layers and not request.llm_dtype:
         return
-    held = "a language model that they do not steer" if bundle.index.stage == "text" else "no language model"
+    held = (
+        "a text sequence encoder, to which they do not apply"
+        if bundle.index.stage == "llm_text"
+        else "no language model"
+    )
     raise UserError(f"{bundle.path} holds {held}; leave the --llm_ options out, or give another --stage")
 
 
@@ -142,7 +145,7 @@ def _check_list_has_entropy(request: ScoreRequest, bundle: BundleFiles) -> None:
 
 
 def _check_num_layers(request: ScoreRequest, bundle: BundleFiles) -> None:
-    if bundle.index.stage in RECOMMENDER_STAGES:
+    if bundle.index.stage not in PROMPT_STAGES:
         return
     layers = num_decoder_layers(bundle.config.llm.name_or_path, bundle.config.llm.num_layers)
     if not 0 <= request.llm_layers <= layers:

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 from llmgr_rec.cli import progress
-from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.bundle import BundleFiles, load_model
 from llmgr_rec.distributed.bundle_index import bundle_hash
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, run_on_rank0, shutdown
@@ -32,7 +31,7 @@ def score_run(request: ScoreRequest) -> Totals:
             is written.
     """
     bundle = preflight(request)
-    files = SessionFiles(request.input, request.passed_columns, bundle.catalogue, request.unknown_items)
+    files = SessionFiles(request.input, request.passed_columns, bundle.catalog, request.unknown_items)
     _check_rows(files)
     settings = _settings(request, bundle)
     folder = ScoreFolder(request.output, _job(request, bundle, files, settings), files.parts(request.part_rows))
@@ -75,7 +74,7 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
         "model": {
             "stage": bundle.index.stage,
             "sha256": bundle_hash(bundle.path, bundle.index),
-            "catalogue": bundle.catalogue.hash,
+            "catalogue": bundle.catalog.hash,
         },
     }
 
@@ -85,8 +84,7 @@ def _load_scorer(request: ScoreRequest, bundle: BundleFiles, settings: ScoreSett
     loaded = load_model(bundle, world, request.llm_dtype)
     if isinstance(loaded.model, LLMGR):
         prepare_for_inference(loaded.model.language_model, request.llm_layers)
-    collate = make_collator(loaded.config, loaded.catalogue, "rank", language=isinstance(loaded.model, LLMGR))
-    return Scorer(loaded.model, loaded.catalogue, collate, settings, world, loaded.prior)
+    return Scorer(loaded, settings, world)
 
 
 def _score(scorer: Scorer, files: SessionFiles, missing: list[Part], folder: ScoreFolder) -> None:

@@ -13,18 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmgr_rec.baselines.blend import Blend, clicks_of
+from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.bundle import Bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogueRanker
 from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
 from llmgr_rec.scoring.input import Part, PartSessions, SessionFiles
 from llmgr_rec.scoring.output import ScoreFolder
@@ -102,37 +100,29 @@ class _RankedPart:
 
 
 class Scorer:
-    """Ranks the catalogue for the sessions of many parts.
+    """Ranks the catalog for the sessions of many parts.
 
     Args:
-        model: The trained model.
-        catalogue: Its items.
-        collate: Makes batches for ranking.
-        settings: What decides the output.
+        bundle: The trained model; its blend is added whether the language model or the session recommender scores.
+        settings: Settings that decide the output.
         world: Ranks; all go through the same parts, each with its share of the batches, and rank 0 writes.
-        prior: What neighbours add to the scores, whoever answers: language model or session recommender.
     """
 
     def __init__(
         self,
-        model: SessionRecommender | LLMGR,
-        catalogue: Catalogue,
-        collate: Collator,
+        bundle: Bundle,
         settings: ScoreSettings,
         world: World,
-        prior: Blend | None = None,
     ) -> None:
-        self._model = model
-        self._catalogue = catalogue
-        self._collate = collate
+        self._ranking = bundle.ranking(settings.batch_size)
+        self._catalog = bundle.catalog
         self._settings = settings
-        # Lists hold no more, whatever is asked for.
-        self._k = min(settings.k, catalogue.num_items)
+        # A list cannot hold more items than the catalog.
+        self._k = min(settings.k, bundle.catalog.num_items)
         self._world = world
-        self._prior = prior
-        self._fallback = Popularity(catalogue.train_count_V.numpy())
-        self._routes = isinstance(model, LLMGR) and not settings.routing.routes_all
-        self._has_language_model = isinstance(model, LLMGR) or text_reader_of(model) is not None
+        self._fallback = Popularity(bundle.catalog.train_count_V.numpy())
+        self._routes = bundle.spec.encodes_prompts and not settings.routing.routes_all
+        self._has_language_model = bundle.spec.has_language_model
 
     @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
     def run(
@@ -147,10 +137,10 @@ class Scorer:
             on_rows: Told of sessions as they are ranked.
         """
         with (
-            evaluation_mode(self._model),
+            evaluation_mode(self._ranking.model),
             WriteBehind[_RankedPart](lambda ranked: self._write(ranked, folder), _WRITE_BEHIND) as out,
         ):
-            ranker = CatalogueRanker(self._model, self._collate, self._world, self._prior)
+            ranker = self._ranking.ranker(self._world)
             current: _RankedPart | None = None
             for element in read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD):
                 if isinstance(element, _RankBatch):
@@ -191,7 +181,7 @@ class Scorer:
             clicks = all_clicks.select(rows if rows.numel() else torch.from_numpy(order_S[:1]))
             yield _RankBatch(
                 rows=rows,
-                batch=self._collate(self._raw(clicks)),
+                batch=self._ranking.collate(self._raw(clicks)),
                 exclude=clicks if self._settings.exclude_seen else None,
                 sessions=min(size * world.size, len(order_S) - first),
                 routed=routed,
@@ -215,16 +205,17 @@ class Scorer:
         device = self._world.device
         batch = step.batch.to(device)
         exclude = None if step.exclude is None else step.exclude.to(device)
-        clicks = None if self._prior is None else clicks_of(batch)
+        clicks = None if self._ranking.blend is None else clicks_of(batch)
         ids_BK, scores_BK = ranker.rank(self._queries(batch, step.routed), self._k, exclude, clicks)
         ranked.ids_RK[step.rows] = ids_BK[: step.rows.numel()].cpu()
         ranked.scores_RK[step.rows] = scores_BK[: step.rows.numel()].float().cpu()
 
     def _queries(self, batch: SessionBatch, routed: bool) -> Tensor:
         """Queries of a batch, [B, Q]."""
-        if isinstance(self._model, LLMGR):
-            return self._model(batch) if routed else self._model.recommender_queries(batch)
-        return self._model.queries(batch)
+        model = self._ranking.model
+        if isinstance(model, LLMGR) and not routed:
+            return model.recommender_queries(batch)
+        return self._ranking.queries(batch)
 
     def _complete(self, ranker: CatalogueRanker, ranked: _RankedPart) -> None:
         """Gives every rank all lists of a part, and reranks the sessions that are routed to the language model."""
@@ -259,7 +250,7 @@ class Scorer:
         # A catalogue may have fewer than K items to offer.
         offered_RK = ids_RK >= 0
         offsets = pa.array(np.concatenate([[0], np.cumsum(offered_RK.sum(1))]), type=pa.int32())
-        item_ids = self._catalogue.item_ids.take(pa.array(ids_RK[offered_RK]))
+        item_ids = self._catalog.item_ids.take(pa.array(ids_RK[offered_RK]))
         lists = {
             "item_ids": pa.ListArray.from_arrays(offsets, item_ids),
             "scores": pa.ListArray.from_arrays(offsets, pa.array(scores_RK[offered_RK], type=pa.float32())),

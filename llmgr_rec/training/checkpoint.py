@@ -25,12 +25,12 @@ from llmgr_rec.distributed.process_group import World, barrier, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import fsync, installed_versions, write_and_fsync
 from llmgr_rec.training.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
-from llmgr_rec.training.deciding import deciding_settings
+from llmgr_rec.training.fingerprint import fingerprint
 from llmgr_rec.training.safe_reader import SafeReader
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 _STATE, _COMPLETE = "state.json", "COMPLETE"
 _FOLDER = re.compile(r"step-(\d{8})")
 
@@ -51,7 +51,7 @@ class Identity:
 
     @classmethod
     def of(cls, stage: StageName, catalogue: str, config: Config, device: torch.device) -> "Identity":
-        """Identity of a stage under some settings, of which those count that decide what is computed.
+        """Identity of a stage: stage, catalog and config fingerprint.
 
         Args:
             stage: Stage name.
@@ -59,7 +59,7 @@ class Identity:
             config: All settings.
             device: Where the stage computes, which decides what `auto` is for a number format.
         """
-        return cls(stage, catalogue, deciding_settings(stage, config, device))
+        return cls(stage, catalogue, fingerprint(stage, config, device))
 
 
 class CheckpointManager:

@@ -12,16 +12,15 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from llmgr_rec.cli import progress
-from llmgr_rec.config import RuntimeConfig
+from llmgr_rec.config import RuntimeConfig, StageConfig
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.reduce import mean_over_ranks
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.tasks import LossAndParts
-from llmgr_rec.stage_config import StageConfig
 from llmgr_rec.training.checkpoint import CheckpointManager
-from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import CosineSchedule
 
 logger = logging.getLogger(__name__)
@@ -59,11 +58,12 @@ class StageLoop:
         model: The stage's task, sharded.
         optimizer: From `build_optimizer`.
         reader: Training examples.
-        settings: The stage's settings.
+        settings: Schedule of the stage.
+        warmup: Share of the steps in warm-up, 0 to 1.
         runtime: Use of the machine.
         seed: Seed of dropout and of every other random choice in the steps.
         world: Ranks.
-        journal: Receives metrics.
+        metrics: Receives metrics.
         checkpoints: Newest states, for resuming.
         best: Best state by validation, for export.
         validate: Computes validation metrics of the present weights; all ranks call it together. None where the data
@@ -75,10 +75,11 @@ class StageLoop:
     optimizer: CombinedOptimizer
     reader: SessionReader
     settings: StageConfig
+    warmup: float
     runtime: RuntimeConfig
     seed: int
     world: World
-    journal: Journal
+    metrics: MetricsLogger
     checkpoints: CheckpointManager
     best: CheckpointManager
     validate: Callable[[], dict[str, float]] | None
@@ -86,7 +87,7 @@ class StageLoop:
     def __post_init__(self) -> None:
         steps = self.settings.epochs * self.reader.steps_per_epoch
         self._total_steps = min(steps, self.settings.max_steps) if self.settings.max_steps else steps
-        self._schedule = CosineSchedule(self.optimizer, self._total_steps, self.settings.warmup)
+        self._schedule = CosineSchedule(self.optimizer, self._total_steps, self.warmup)
         self._bar = progress(self._total_steps, self.name, "step")
 
     def run(self, position: Position) -> None:
@@ -111,7 +112,7 @@ class StageLoop:
             state = self.checkpoints.load(self.model, self.optimizer)
             self.reader.load_state_dict(state["reader"])
             position = Position(**state["position"])
-        self.journal.rewind(self.name, position.step)
+        self.metrics.rewind(self.name, position.step)
         logger.info("%s resumes after step %d", self.name, position.step)
         return position
 
@@ -156,7 +157,7 @@ class StageLoop:
     def _end_epoch(self, position: Position) -> None:
         position.epoch += 1
         position.epoch_step = 0
-        every = self.settings.eval_every
+        every = self.runtime.eval_every
         last = position.step >= self._total_steps
         if every and (last or position.epoch % every == 0):
             self._validate(position)
@@ -166,7 +167,7 @@ class StageLoop:
         if self.validate is None:
             return
         metrics = self.validate()
-        self.journal.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
+        self.metrics.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
         if metrics[SELECTION_METRIC] > position.best:
             position.best, position.stale = metrics[SELECTION_METRIC], 0
             self.best.save(position.step, self.model, None, {"position": asdict(position)})
@@ -204,7 +205,7 @@ class StageLoop:
             )
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
         self._say(position.step, means["loss"])
-        self.journal.write(
+        self.metrics.write(
             self.name,
             position.step,
             epoch=position.epoch,

@@ -9,19 +9,18 @@ from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from llmgr_rec.config import TablesConfig
+from llmgr_rec.config import Config, StageConfig
 from llmgr_rec.distributed.decoder_shards import cut_groups
-from llmgr_rec.modules.groups import group_of
-from llmgr_rec.stage_config import StageConfig
+from llmgr_rec.modules.param_groups import param_group
 
 
-def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) -> CombinedOptimizer:
+def build_optimizer(model: nn.Module, stage: StageConfig, config: Config) -> CombinedOptimizer:
     """Optimizer over everything the stage trains.
 
     Args:
         model: The stage's task inside DistributedModelParallel, trainable groups already selected.
-        stage: Learning rate, weight decay and clipping of the dense parameters (AdamW, as in the paper).
-        tables: Learning rate of tables that no fused optimizer updates (adam on CPU).
+        stage: Learning rate of the dense parameters (AdamW, as in the paper).
+        config: Their weight decay and clipping; learning rate of tables that no fused optimizer updates (adam on CPU).
 
     Returns:
         Groups named "" (fused), "dense" and "tables" (only where tables are trained by a dense Adam). Optimizer state
@@ -32,17 +31,17 @@ def build_optimizer(model: nn.Module, stage: StageConfig, tables: TablesConfig) 
         for name, parameter in in_backward_optimizer_filter(model.named_parameters())
         if parameter.requires_grad
     }
-    tables_by_name = {name: parameter for name, parameter in trained.items() if group_of(name) == "tables"}
+    tables_by_name = {name: parameter for name, parameter in trained.items() if param_group(name) == "tables"}
     dense_by_name = {name: parameter for name, parameter in trained.items() if name not in tables_by_name}
     groups: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     if dense_by_name:
         adamw = KeyedOptimizerWrapper(
-            dense_by_name, lambda p: optim.AdamW(_apart(p), lr=stage.lr, weight_decay=stage.weight_decay)
+            dense_by_name, lambda p: optim.AdamW(_apart(p), lr=stage.lr, weight_decay=config.optimizer.weight_decay)
         )
         _init_state(adamw)
-        groups.append(("dense", _clipped(adamw, stage.clip_norm)))
+        groups.append(("dense", _clipped(adamw, config.optimizer.clip_norm)))
     if tables_by_name:
-        adam = KeyedOptimizerWrapper(tables_by_name, lambda p: optim.Adam(p, lr=tables.lr))
+        adam = KeyedOptimizerWrapper(tables_by_name, lambda p: optim.Adam(p, lr=config.tables.lr))
         _init_state(adam)
         groups.append(("tables", adam))
     return CombinedOptimizer(groups)

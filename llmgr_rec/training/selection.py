@@ -1,38 +1,50 @@
-"""Selects on the validation sessions what a trained stage is exported with, where the settings leave a choice.
+"""Selection on validation sessions, after a stage is trained: whatever its settings leave to choose.
 
-After stage sbr that is the smoothing of cold items' id rows, after stage text the weight of a language model that reads
-sessions, and after every stage the weights of the neighbors blended with the model. They are selected jointly: the best
-value of one depends on the others.
+After stage sbr that is the strength of cold-item smoothing, after stage llm_text the weight of the text sequence
+encoder's score, and after every stage the weights of the blend. They are selected jointly, by NDCG@20: the best value
+of one depends on the others.
+
+Shapes: B sessions of this rank, Q columns of queries, T text weights, W sets of blend weights, X = T * W.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from llmgr_rec.baselines.blend import Blend, combine
-from llmgr_rec.config import Config, neighbour_clicks, reader_weights
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from llmgr_rec.baselines.blend import Blend, clicks_of, combine
+from llmgr_rec.config import BlendConfig, Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.prior import build_priors, validation_ndcg, weight_sets
+from llmgr_rec.distributed.ranking import CatalogueRanker, RankingModel
+from llmgr_rec.distributed.reduce import sum_over_ranks
+from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.evaluation.protocol import EvaluationBatch, evaluation_batches, evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
+from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
 from llmgr_rec.training.knn_smoothing import KnnSmoothing
+from llmgr_rec.training.neighbors import neighbor_scores
 
 logger = logging.getLogger(__name__)
+
+# Weights of a nearest-neighbor score beside the model's logits. For several scores all combinations are tried.
+BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination of what is selected.
+    """One combination of values.
 
     Args:
-        smoothing: Smoothing strength of cold items' id rows, in clicks (`tables.neighbour_clicks`).
-        text_weight: Weight of the score of a language model that reads sessions as text; 1 where there is none.
-        blend_weights: Weight of each neighbor baseline, in the order of `prior.neighbours`.
+        smoothing: Strength of cold-item smoothing, in clicks.
+        text_weight: Weight of the text sequence encoder's score; 1 without one.
+        blend_weights: Weight of each nearest-neighbor score, in the order of `blend.neighbors`.
     """
 
     smoothing: float
@@ -42,12 +54,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The values that the settings leave to choose from, at least one of each.
+    """The values to choose from, at least one of each.
 
     Args:
         smoothing: Smoothing strengths, in clicks.
-        text_weights: Weights of a language model's score.
-        blend_weights: Sets of weights, each with one for every neighbor baseline.
+        text_weights: Weights of the text sequence encoder's score.
+        blend_weights: Sets of weights, one weight per nearest-neighbor score.
     """
 
     smoothing: list[float]
@@ -57,8 +69,8 @@ class SearchSpace:
     @classmethod
     def of(cls, model: SessionRecommender | LLMGR, config: Config) -> "SearchSpace":
         """The search space of a model under its settings."""
-        text_weights = [1.0] if text_reader_of(model) is None else reader_weights(config)
-        return cls(neighbour_clicks(config), text_weights, weight_sets(config.prior))
+        text_weights = config.text_encoder.score_weight if text_encoder_of(model) else [1.0]
+        return cls(config.tables.knn_smoothing, text_weights, _weight_sets(config.blend))
 
     def candidates(self) -> list[Candidate]:
         """All combinations."""
@@ -70,118 +82,170 @@ class Selection:
     """What a trained stage is exported with.
 
     Args:
-        smoothing: Smoothing strength of cold items' id rows, in clicks, which the model has been given.
-        prior: What neighbors add to the model's scores; None adds nothing.
-        metrics: Weight of each neighbor; `text_reader`, the weight of a language model that reads sessions, where there
-            is one; `ndcg@20` on the validation sessions, where there were several candidates; and `neighbour_clicks`,
-            where there were several smoothing strengths.
+        smoothing: Strength of cold-item smoothing, in clicks, which is applied to the model.
+        blend: Nearest-neighbor scores that are added to the model's; None adds none.
+        metrics: Weight of each nearest-neighbor score; `text_encoder`, the weight of the text sequence encoder's score,
+            if there is one; `ndcg@20` on the validation sessions, if there were several candidates; and
+            `knn_smoothing`, if there were several smoothing strengths.
     """
 
     smoothing: float
-    prior: Blend | None
+    blend: Blend | None
     metrics: dict[str, float]
 
 
 def select_on_validation(
     stage: str,
-    model: SessionRecommender | LLMGR,
+    ranking: RankingModel,
     config: Config,
     dataset: Dataset,
-    catalogue: Catalogue,
+    catalog: Catalogue,
     world: World,
     folder: Path | None = None,
 ) -> Selection:
-    """Selects the candidate with the best validation NDCG@20, and leaves the model with it applied.
+    """Selects the candidate with the best validation NDCG@20, the first of equals, and applies it to the model.
 
     A single candidate is applied without an evaluation.
 
     Args:
         stage: Stage that the model is the result of.
-        model: The model with its final weights, as they were trained.
-        config: All settings. After stage sbr `tables.neighbour_clicks` is the one number that was selected there.
+        ranking: The model with its final weights as trained, without a blend.
+        config: All settings. After stage sbr, `tables.knn_smoothing` is the one strength that was selected there.
         dataset: Prepared sessions.
-        catalogue: Their items.
+        catalog: Their items.
         world: Ranks; all call together, and all get the result.
-        folder: Where neighbors are cached for later stages; None caches none.
+        folder: Folder that caches nearest neighbors for later stages; None caches none.
     """
-    priors = build_priors(config.prior, dataset, catalogue, world, folder) if config.prior.neighbours else []
-    knn_smoothing = None
-    if isinstance(model, SessionRecommender) and stage == "sbr" and any(neighbour_clicks(config)):
-        knn_smoothing = _knn_smoothing(model, config, dataset, catalogue, world, folder)
+    model, blend = ranking.model, config.blend
+    scores = neighbor_scores(blend.neighbors, blend.k_neighbors, dataset, catalog, world, folder)
+    smoothing = None
+    if stage == "sbr" and any(config.tables.knn_smoothing):
+        smoothing = _smoothing(ranking, blend.k_neighbors, dataset, catalog, world, folder)
     space = SearchSpace.of(model, config)
     candidates, ndcg = space.candidates(), {}
     if len(candidates) > 1:
-        ndcg = _search(space, model, priors, config, dataset, catalogue, world, knn_smoothing)
-    # Of equals the first.
+        ndcg = _search(space, ranking, scores, dataset, catalog, world, smoothing)
     best = max(candidates, key=lambda candidate: ndcg.get(candidate, 0.0))
-    _apply(best, model, knn_smoothing)
-    prior = combine(priors, best.blend_weights) if priors else None
-    selection = Selection(best.smoothing, prior, _metrics(best, ndcg, prior, text_reader_of(model) is not None))
+    _apply(best, model, smoothing)
+    blended = combine(scores, best.blend_weights) if scores else None
+    selection = Selection(best.smoothing, blended, _metrics(best, ndcg, blended, text_encoder_of(model) is not None))
     if world.rank == 0:
-        _log(stage, selection, ndcg if knn_smoothing else {})
+        _log(stage, selection, ndcg if smoothing else {})
     return selection
 
 
-def _knn_smoothing(
-    model: SessionRecommender, config: Config, dataset: Dataset, catalogue: Catalogue, world: World, folder: Path | None
+def _weight_sets(blend: BlendConfig) -> list[tuple[float, ...]]:
+    """The given set of weights, or all of the grid; one empty set without nearest-neighbor scores."""
+    if blend.weights:
+        return [tuple(blend.weights)]
+    return list(product(BLEND_WEIGHTS, repeat=len(blend.neighbors)))
+
+
+def _smoothing(
+    ranking: RankingModel,
+    k_neighbors: int,
+    dataset: Dataset,
+    catalog: Catalogue,
+    world: World,
+    folder: Path | None,
 ) -> KnnSmoothing:
-    by_words = replace(config.prior, neighbours=["text_knn"])
-    (near,) = build_priors(by_words, dataset, catalogue, world, folder)
-    collate = make_collator(config, catalogue, "rank", language=False)
-    return KnnSmoothing(model, near.similarity_VR, catalogue.train_count_V, collate, world)
+    if not isinstance(ranking.model, SessionRecommender):
+        raise TypeError("cold-item smoothing is for session recommenders")
+    (by_words,) = neighbor_scores(["text_knn"], k_neighbors, dataset, catalog, world, folder)
+    return KnnSmoothing(ranking.model, by_words.similarity_VR, catalog.train_count_V, ranking.collate, world)
 
 
 def _search(
     space: SearchSpace,
-    model: SessionRecommender | LLMGR,
-    priors: Sequence[Blend],
-    config: Config,
+    ranking: RankingModel,
+    scores: Sequence[Blend],
     dataset: Dataset,
-    catalogue: Catalogue,
+    catalog: Catalogue,
     world: World,
-    knn_smoothing: KnnSmoothing | None,
+    smoothing: KnnSmoothing | None,
 ) -> dict[Candidate, float]:
-    """Validation NDCG@20 of every candidate; one pass over the validation sessions for each smoothing strength.
+    """Validation NDCG@20 of every candidate; one pass over the validation sessions per smoothing strength.
 
-    The model is left with the last smoothing strength and text weight 1, so the caller has to apply a candidate.
+    The model keeps the last smoothing strength and text weight 1, so the caller has to apply a candidate.
     """
     ndcg: dict[Candidate, float] = {}
-    for smoothing in space.smoothing:
-        # Text weights are tried by scaling queries in which the text reader counts 1.
-        _apply(Candidate(smoothing, 1.0, ()), model, knn_smoothing)
-        found = validation_ndcg(
-            model, priors, space.blend_weights, dataset, config, catalogue, world, space.text_weights
+    for strength in space.smoothing:
+        # Text weights are tried by scaling queries that were computed with text weight 1.
+        _apply(Candidate(strength, 1.0, ()), ranking.model, smoothing)
+        found = _validation_ndcg(
+            ranking, scores, space.blend_weights, space.text_weights, dataset, catalog.train_count_V, world
         )
         pairs = product(space.text_weights, space.blend_weights)
-        ndcg |= {Candidate(smoothing, *pair): value for pair, value in zip(pairs, found, strict=True)}
+        ndcg |= {Candidate(strength, *pair): value for pair, value in zip(pairs, found, strict=True)}
     return ndcg
 
 
-def _apply(candidate: Candidate, model: SessionRecommender | LLMGR, knn_smoothing: KnnSmoothing | None) -> None:
-    """Gives the model a candidate's smoothing and text weight; both replace what was applied before."""
-    if knn_smoothing:
-        knn_smoothing.apply(candidate.smoothing)
-    if (text_reader := text_reader_of(model)) is not None:
-        text_reader.weight.fill_(candidate.text_weight)
+@torch.no_grad()
+def _validation_ndcg(
+    ranking: RankingModel,
+    scores: Sequence[Blend],
+    blend_weights: Sequence[tuple[float, ...]],
+    text_weights: Sequence[float],
+    dataset: Dataset,
+    train_count_V: Tensor,
+    world: World,
+) -> list[float]:
+    """NDCG@20 for each text weight and, within it, for each set of blend weights; the model runs once for all."""
+    metrics_X = [RankingMetrics(train_count_V.to(world.device)) for _ in product(text_weights, blend_weights)]
+    with evaluation_mode(ranking.model):
+        ranker = ranking.ranker(world)
+        local_scores = [score.of_items(ranker.items) for score in scores]
+        for sessions in evaluation_batches(ranking, dataset, "valid", world, "select on validation"):
+            added = [ranker.added_by(score, clicks_of(sessions.batch)) for score in local_scores]
+            ranks_XB = _target_ranks(ranker, ranking.model, sessions, added, blend_weights, text_weights)
+            for ranks_B, metrics in zip(ranks_XB.to(world.device), metrics_X, strict=True):
+                metrics.count(ranks_B, sessions.batch.targets_B, sessions.batch.weights_B)
+    return [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_X]
+
+
+def _target_ranks(
+    ranker: CatalogueRanker,
+    model: SessionRecommender | LLMGR,
+    sessions: EvaluationBatch,
+    added: Sequence[sparse.csr_array],
+    blend_weights: Sequence[Sequence[float]],
+    text_weights: Sequence[float],
+) -> Tensor:
+    """Ranks of the targets, int64 [X, B], on the CPU: all sets of blend weights at the first text weight, and so on."""
+    scaled_BQ, encoder = sessions.queries_BQ.clone(), text_encoder_of(model)
+    found = []
+    for weight in text_weights:
+        if encoder is not None:
+            scaled_BQ[:, -encoder.dim :] = sessions.queries_BQ[:, -encoder.dim :] * weight
+        found.append(ranker.target_ranks(scaled_BQ, sessions.batch.targets_B, added, blend_weights, sessions.exclude))
+    return torch.cat(found)
+
+
+def _apply(candidate: Candidate, model: SessionRecommender | LLMGR, smoothing: KnnSmoothing | None) -> None:
+    """Applies a candidate's smoothing and text weight to the model, in place of those applied before."""
+    if smoothing:
+        smoothing.apply(candidate.smoothing)
+    if (encoder := text_encoder_of(model)) is not None:
+        encoder.weight.fill_(candidate.text_weight)
 
 
 def _metrics(
-    best: Candidate, ndcg: Mapping[Candidate, float], prior: Blend | None, has_text_reader: bool
+    best: Candidate, ndcg: Mapping[Candidate, float], blend: Blend | None, has_text_encoder: bool
 ) -> dict[str, float]:
-    metrics = dict(prior.weights) if prior else {}
-    if has_text_reader:
-        metrics["text_reader"] = best.text_weight
+    metrics = dict(blend.weights) if blend else {}
+    if has_text_encoder:
+        metrics["text_encoder"] = best.text_weight
     if ndcg:
         metrics["ndcg@20"] = ndcg[best]
     if len({candidate.smoothing for candidate in ndcg}) > 1:
-        metrics["neighbour_clicks"] = best.smoothing
+        metrics["knn_smoothing"] = best.smoothing
     return metrics
 
 
 def _log(stage: str, selection: Selection, ndcg: Mapping[Candidate, float]) -> None:
-    """Logs what was selected, and how; of smoothing strengths also the best NDCG@20 of each that was tried."""
+    """Logs the selection; of smoothing strengths also the best NDCG@20 of each that was tried."""
     metrics = selection.metrics
-    how = f"validation ndcg@20 {metrics['ndcg@20']:.4f}" if "ndcg@20" in metrics else "as set"
+    how = f"validation NDCG@20 {metrics['ndcg@20']:.4f}" if "ndcg@20" in metrics else "as set"
     if ndcg:
         best_of: dict[float, float] = {}
         for candidate, value in ndcg.items():
@@ -189,9 +253,9 @@ def _log(stage: str, selection: Selection, ndcg: Mapping[Candidate, float]) -> N
         others = "".join(
             f", {value:.4f} with {strength:g}" for strength, value in best_of.items() if strength != selection.smoothing
         )
-        logger.info("%s: smoothing strength in clicks: %g (%s%s)", stage, selection.smoothing, how, others)
-    if selection.prior:
-        named = ", ".join(f"{name} {weight:g}" for name, weight in selection.prior.weights.items())
-        logger.info("%s: weights of neighbors: %s (%s)", stage, named, how)
-    if "text_reader" in metrics:
-        logger.info("%s: weight of the language model's score: %g (%s)", stage, metrics["text_reader"], how)
+        logger.info("%s: smoothing strength of cold items %g (%s%s)", stage, selection.smoothing, how, others)
+    if selection.blend:
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in selection.blend.weights.items())
+        logger.info("%s: blend weights %s (%s)", stage, weights, how)
+    if "text_encoder" in metrics:
+        logger.info("%s: weight of the text sequence encoder %g (%s)", stage, metrics["text_encoder"], how)

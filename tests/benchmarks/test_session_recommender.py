@@ -15,7 +15,7 @@ from benchmarks.turns_protocol import Epoch, Trainer, TrainerFailed
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
-from llmgr_rec.recipes import add_config_arguments, parse_with_config
+from llmgr_rec.config_file import add_config_arguments, parse_with_config
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(
@@ -114,7 +114,7 @@ def test_both_sides_are_told_the_same():
     assert ours.sbr.batch_size == theirs["train_batch_size"] == 512
     assert ours.tables.optimizer == theirs["learner"] == "adam"
     assert ours.sbr.lr == ours.tables.lr == theirs["learning_rate"]
-    assert ours.sbr.weight_decay == theirs["weight_decay"] == 0
+    assert ours.optimizer.weight_decay == theirs["weight_decay"] == 0
     assert ours.seed == theirs["seed"] == 7
     assert theirs["loss_type"] == "CE"
     assert theirs["train_neg_sample_args"] is None

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import scoring, tuning, utilisation
 from benchmarks.straightforward import PlainAlignTask, PlainBehaveTask, StraightforwardLLMGR
-from llmgr_rec.data.pretrained import load_decoder
-from llmgr_rec.modules.groups import select_trainable
+from llmgr_rec.storage.pretrained import load_decoder
+from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask
 from tests.modules.small_llmgr import make_batch, make_llmgr
 from tests.modules.test_llmgr import cache

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmgr_rec.data import pretrained
-from llmgr_rec.data.pretrained import (
+from llmgr_rec.storage.pretrained import (
     cache_folder,
     load_decoder,
     load_tokenizer,

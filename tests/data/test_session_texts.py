@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.session_texts import closed, drop_tokens, item_texts, last_places, newest, session_texts
+from llmgr_rec.data.session_tokens import closed, drop_tokens, item_texts, last_places, newest, session_texts
 
 END = 9
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.pretrained import load_tokenizer
+from llmgr_rec.storage.pretrained import load_tokenizer
 from llmgr_rec.distributed.assembly import (
     Purpose,
     assemble_decoder,

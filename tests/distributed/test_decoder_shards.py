@@ -17,8 +17,8 @@ from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules import text_reader
 from llmgr_rec.modules.build import build_recommender
-from llmgr_rec.modules.groups import group_of, select_trainable
-from llmgr_rec.modules.tasks import TextTask
+from llmgr_rec.modules.param_groups import param_group, select_trainable
+from llmgr_rec.modules.tasks import LLMTextTask
 from llmgr_rec.training.optimizers import build_optimizer
 from tests.modules.small_llmgr import NUM_ITEMS, collator, make_llmgr, raw_sessions
 from tests.modules.test_text_reader import COLUMNS, SESSIONS, TARGETS, batch, reader_of
@@ -119,11 +119,11 @@ def test_weights_that_are_loaded_are_read() -> None:
 def clip(world: World) -> tuple[float, float, float]:
     """Norm of a whole gradient before and after a step, and the one that was told."""
     config = Config()
-    config.tables.dim, config.text.clip_norm = 16, 0.5
+    config.tables.dim, config.optimizer.clip_norm = 16, 0.5
     recommender = build_recommender(config, NUM_ITEMS, {"category": 3}, "meta", reader_of())
-    task = TextTask(recommender, world.size)
+    task = LLMTextTask(recommender, world.size)
     select_trainable(task, ["text_encoder"])
-    model = shard(task, config.tables, world, lambda name: group_of(name) == "text_encoder", cut_decoders=True)
+    model = shard(task, config.tables, world, lambda name: param_group(name) == "text_encoder", cut_decoders=True)
     init_tables(model, 0, 0.1)
     optimizer = build_optimizer(model, config.text, config.tables)
     optimizer.zero_grad()

@@ -2,9 +2,9 @@
 
 import pytest
 
+from llmgr_rec.config_file import load_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.experiments.experiment import Variant, experiment_names, load_experiment
-from llmgr_rec.recipes import load_config
 
 
 @pytest.mark.parametrize("name", experiment_names())
@@ -16,7 +16,7 @@ def test_every_shipped_experiment_loads(name):
 def test_settings_of_a_variant_override_those_of_the_experiment(tmp_path):
     file = tmp_path / "e.yaml"
     file.write_text(
-        "settings: {sbr.epochs: 3, tables.dim: 32, behave.one_pass: true, prompt.templates: compact}\n"
+        "settings: {sbr.epochs: 3, tables.dim: 32, prompt.one_pass: true, prompt.templates: compact}\n"
         "variants:\n  a: {model: sbr}\n  b: {settings: {sbr.epochs: 4}}\n"
     )
     experiment = load_experiment(str(file))
@@ -24,22 +24,22 @@ def test_settings_of_a_variant_override_those_of_the_experiment(tmp_path):
     assert (first.sbr.epochs, second.sbr.epochs, second.tables.dim, second.seed) == (3, 4, 32, 7)
     assert (first.align.epochs, first.behave.epochs) == (0, 0)
     assert (second.align.epochs, second.behave.epochs) == (1, 1)
-    assert second.behave.one_pass
+    assert second.prompt.one_pass
     assert experiment.reference == "a"
 
 
 def test_a_variant_is_blended_as_its_settings_say(tmp_path):
     file = tmp_path / "e.yaml"
     file.write_text(
-        "config: strong\nvariants:\n  a: {model: sbr}\n  b: {model: sbr, settings: {prior.neighbours: []}}\n"
-        "  c: {model: sbr, settings: {prior.neighbours: [item_knn], prior.weights: [2.0]}}\n"
+        "config: default\nvariants:\n  a: {model: sbr}\n  b: {model: sbr, settings: {blend.neighbors: []}}\n"
+        "  c: {model: sbr, settings: {blend.neighbors: [item_knn], blend.weights: [2.0]}}\n"
     )
     experiment = load_experiment(str(file))
-    inherited, alone, given = (experiment.config_of(variant, seed=0).prior for variant in experiment.variants)
-    assert inherited == load_config("strong").prior
-    assert inherited.neighbours == ["item_knn", "text_knn"]
-    assert alone.neighbours == []
-    assert (given.neighbours, given.weights) == (["item_knn"], [2.0])
+    inherited, alone, given = (experiment.config_of(variant, seed=0).blend for variant in experiment.variants)
+    assert inherited == load_config("default").blend
+    assert inherited.neighbors == ["item_knn", "text_knn"]
+    assert alone.neighbors == []
+    assert (given.neighbors, given.weights) == (["item_knn"], [2.0])
 
 
 def test_a_variant_is_compared_with_the_one_it_names_or_with_the_reference(tmp_path):
@@ -107,8 +107,11 @@ def test_a_grid_has_a_point_for_each_combination():
             "variants: {a: {model: item_knn, settings: {sbr.epochs: 3}}}\n",
             "variant a: settings are for models that are",
         ),
-        ("variants: {a: {settings: {prior.neighbours: [item_knm]}}}\n", "variant a: .*item_knm"),
+        ("variants: {a: {settings: {blend.neighbors: [item_knm]}}}\n", "variant a: .*item_knm"),
         ("variants: {a: {model: sbr, blend: item_knn}}\n", "variant a: unknown key blend"),
+        ("variants: {a: {controls: [random_lm]}}\n", "control random_lm is not known, did you mean random_llm"),
+        ("variants: {a: {controls: random_llm}}\n", "variant a: controls is 'random_llm', not a list"),
+        ("variants: {a: {model: item_knn, controls: [random_llm]}}\n", "variant a: controls are for models that are"),
         ("variants: [\n", "is not YAML"),
         ("settings: [tables.lr]\nvariants: {a: {}}\n", r": settings is \['tables.lr'\], not names with values"),
         ("variants: {a: 3}\n", "variant a is 3, not names with values"),

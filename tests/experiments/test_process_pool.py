@@ -21,12 +21,12 @@ from tests.small_run import small_run
 
 EXPERIMENT = """\
 title: In parallel
-settings: {prior.neighbours: [], tables.dim: 8, sbr.epochs: 1, runtime.device: cpu, runtime.threads_per_rank: 1}
+settings: {blend.neighbors: [], tables.dim: 8, sbr.epochs: 1, runtime.device: cpu, runtime.threads_per_rank: 1}
 variants:
   Popularity: {model: popularity}
   GNN: {model: sbr}
-  GNN + item-kNN: {model: sbr, settings: {prior.neighbours: [item_knn]}}
-  Smoothed: {model: sbr, settings: {tables.neighbour_clicks: 2.0}}
+  GNN + item-kNN: {model: sbr, settings: {blend.neighbors: [item_knn]}}
+  Smoothed: {model: sbr, settings: {tables.knn_smoothing: [2.0]}}
 """
 
 

@@ -136,7 +136,7 @@ def test_text_knn_beside_a_model_adds_nothing_to_a_log_without_words(tmp_path, c
     """One experiment serves click logs as well as shops."""
     ids = [f"i{number}" for number in range(30)]
     dataset = log(tmp_path, items=str(write_items(tmp_path / "items.parquet", ids, title=["-"] * 30)))
-    one, both = ({"prior.neighbours": names} for names in (["item_knn"], ["item_knn", "text_knn"]))
+    one, both = ({"blend.neighbors": names} for names in (["item_knn"], ["item_knn", "text_knn"]))
     variants = {"one": {"model": "sbr", "settings": one}, "both": {"model": "sbr", "settings": both}}
     experiment = (
         SMALL.split("variants:")[0].replace("reference: GNN", "reference: one") + f"variants: {json.dumps(variants)}"

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from llmgr_rec.baselines.registry import BASELINES, build_baseline
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.bundle_index import read_index
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import BASELINES, build_baseline, evaluate_baseline, evaluate_model
 from llmgr_rec.experiments import runs, trial
 from llmgr_rec.experiments.__main__ import main
 from llmgr_rec.experiments.compare import hit_rate, ndcg
@@ -22,13 +21,13 @@ EXPERIMENT = """\
 title: Small
 reference: GNN
 settings:
-  prior.neighbours: []
+  blend.neighbors: []
   tables.dim: 8
   llm.name_or_path: random-tiny
   llm.num_layers: 1
   llm.lora_rank: 2
   prompt.templates: compact
-  behave.one_pass: true
+  prompt.one_pass: true
   sbr.epochs: 2
   align.max_steps: 2
   behave.max_steps: 3
@@ -37,9 +36,9 @@ settings:
 variants:
   Item-kNN: {model: item_knn}
   GNN: {model: sbr}
-  GNN + item-kNN: {model: sbr, settings: {prior.neighbours: [item_knn]}}
+  GNN + item-kNN: {model: sbr, settings: {blend.neighbors: [item_knn]}}
   LLMGR: {}
-  LLMGR, no stage 1: {settings: {align.epochs: 0}}
+  LLMGR, random weights: {controls: [random_llm]}
 """
 
 
@@ -65,10 +64,12 @@ def test_an_experiment_trains_each_thing_once_and_goes_on(tmp_path, monkeypatch,
     main(words(tmp_path, output))
     assert len(trained) == 6
     results = json.loads((output / "small.json").read_text())
-    assert list(results["variants"]) == ["Item-kNN", "GNN", "GNN + item-kNN", "LLMGR", "LLMGR, no stage 1"]
+    assert list(results["variants"]) == ["Item-kNN", "GNN", "GNN + item-kNN", "LLMGR", "LLMGR, random weights"]
     assert results["variants"]["GNN"]["ndcg@20"]["gain"] == {"mean": 0, "low": 0, "high": 0}
     assert len(results["variants"]["LLMGR"]["hr@20"]["seeds"]) == 2
     assert results["variants"]["LLMGR"]["training_minutes"] > results["variants"]["GNN"]["training_minutes"] > 0
+    means = [results["variants"][name]["mrr@20"]["mean"] for name in ("LLMGR", "LLMGR, random weights")]
+    assert means[0] != means[1]
     text = (output / "small.md").read_text()
     assert text in capsys.readouterr().out
     assert all(f"| {name} |" in text for name in results["variants"])
@@ -176,23 +177,23 @@ title: Text encoder
 reference: GNN
 settings:
   tables.dim: 8
-  prior.neighbours: [item_knn]
+  blend.neighbors: [item_knn]
   llm.name_or_path: random-tiny
   llm.num_layers: 1
   prompt.max_text_tokens: 24
   sbr.epochs: 1
-  text.max_steps: 2
-  text.dim: 8
-  text.epochs: 1
+  llm_text.max_steps: 2
+  text_encoder.dim: 8
+  llm_text.epochs: 1
   align.epochs: 0
   behave.epochs: 0
   runtime.device: cpu
   runtime.threads_per_rank: 1
 variants:
   GNN: {model: sbr}
-  Text: {model: text}
-  Text at 0: {model: text, settings: {text.score_weight: 0.0}}
-  Text at 0 or 64: {model: text, settings: {text.score_weight: [64.0, 0.0]}}
+  Text: {model: llm_text}
+  Text at 0: {model: llm_text, settings: {text_encoder.score_weight: [0.0]}}
+  Text at 0 or 64: {model: llm_text, settings: {text_encoder.score_weight: [64.0, 0.0]}}
 """
 
 
@@ -208,7 +209,7 @@ def test_the_weight_of_a_text_encoder_is_selected_together_with_those_of_neighbo
     found = json.loads((tmp_path / "out" / "text.json").read_text())["variants"]
     assert {name: [*one["selected"][0]] for name, one in found.items()} == {
         "GNN": ["item_knn"],
-        **{name: ["item_knn", "text_reader"] for name in ("Text", "Text at 0", "Text at 0 or 64")},
+        **{name: ["item_knn", "text_encoder"] for name in ("Text", "Text at 0", "Text at 0 or 64")},
     }
     # The eight weights of item-kNN at each weight of the text encoder's score.
     assert [len(one) for one in searched] == [8, 6 * 8, 8, 2 * 8]

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
+from llmgr_rec.training.checks import RunRequest
 
 from llmgr_rec.config import Config
 from llmgr_rec.data.dataset import Dataset
@@ -27,19 +28,19 @@ from llmgr_rec.experiments.compare import ndcg
 from llmgr_rec.experiments.experiment import load_experiment
 from llmgr_rec.experiments.runs import SharedRuns
 from llmgr_rec.experiments.trial import TrialRunner
-from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.run import train_run
 from tests.small_run import prepare_small, small_run, write_log
 
 
-def run_of(folder, model, **settings):
+def run_of(folder, model, controls=(), **settings):
     """Name of the run in which a model is trained under some settings, such as llm__num_layers=2."""
     config = Config()
-    config.text.epochs = int(model == "text")
+    config.llm_text.epochs = int(model == "text")
     for name, value in settings.items():
         part, _, setting = name.partition("__")
         setattr(getattr(config, part), setting, value)
-    return SharedRuns(folder, small_run().dataset).run_folder(model, config).name
+    return SharedRuns(folder, small_run().dataset).run_folder(model, config, controls).name
 
 
 def test_a_run_is_named_by_what_its_model_reads(tmp_path):
@@ -47,37 +48,43 @@ def test_a_run_is_named_by_what_its_model_reads(tmp_path):
         return run_of(tmp_path, model, **settings) != run_of(tmp_path, model)
 
     text_settings = ({"llm__num_layers": 2}, {"llm__name_or_path": "random-tiny"})
-    text_settings += ({"prompt__max_text_tokens": 8}, {"prompt__text_fields": ["title"]}, {"text__clicks": 7})
+    text_settings += ({"prompt__max_text_tokens": 8}, {"prompt__text_fields": ["title"]}, {"text_encoder__max_clicks": 7})
     for change in text_settings:
-        assert changes("text", **change)
+        assert changes("llm_text", **change)
         assert not changes("sbr", **change)
     for change in ({"llm__lora_rank": 4}, {"prompt__max_nodes": 4}):
         assert changes("llmgr", **change)
-        assert not changes("text", **change)
-    assert changes("sbr", sbr__one_pass=True)
+        assert not changes("llm_text", **change)
+    for model, controls in (("llm_text", ["random_llm"]), ("llm_text", ["shuffled_text"]), ("sbr", ["shuffled_words"])):
+        assert changes(model, controls=controls)
+        assert changes("llmgr", controls=controls)
+        assert changes("sbr", controls=controls) == (model == "sbr")
+    assert changes("llmgr", controls=["no_graph"])
+    assert not changes("llm_text", controls=["no_graph"])
+    assert changes("sbr", encoder__one_pass=True)
     assert changes("llmgr", align__epochs=0)
-    assert not changes("llmgr", text__clicks=7)
+    assert not changes("llmgr", text_encoder__max_clicks=7)
     assert run_of(tmp_path, "llmgr", align__epochs=0, align__lr=1.0) == run_of(tmp_path, "llmgr", align__epochs=0)
 
 
 def test_what_is_selected_after_training_is_no_part_of_the_name_of_a_run(tmp_path):
-    blend = {"prior__neighbours": ["item_knn"], "prior__weights": [2.0], "prior__kept": 7}
-    for model in ("sbr", "text", "llmgr"):
+    blend = {"blend__neighbors": ["item_knn"], "blend__weights": [2.0], "blend__k_neighbors": 7}
+    for model in ("sbr", "llm_text", "llmgr"):
         plain = run_of(tmp_path, model)
         assert run_of(tmp_path, model, **blend) == plain
-        assert run_of(tmp_path, model, text__score_weight=1.0) == plain
-        assert run_of(tmp_path, model, tables__neighbour_clicks=[0.0]) == plain
-    assert run_of(tmp_path, "sbr", tables__neighbour_clicks=2.0) == run_of(tmp_path, "sbr")
+        assert run_of(tmp_path, model, text_encoder__score_weight=[1.0]) == plain
+        assert run_of(tmp_path, model, tables__knn_smoothing=[0.0]) == plain
+    assert run_of(tmp_path, "sbr", tables__knn_smoothing=[2.0]) == run_of(tmp_path, "sbr")
 
 
 def test_later_stages_go_on_from_the_recommender_as_it_was_smoothed(tmp_path):
-    for model in ("text", "llmgr"):
-        names = [run_of(tmp_path, model, tables__neighbour_clicks=clicks) for clicks in (0.0, 1.0, 2.0, [0.0, 2.0])]
+    for model in ("llm_text", "llmgr"):
+        names = [run_of(tmp_path, model, tables__knn_smoothing=strengths) for strengths in ([0.0], [1.0], [2.0], [0.0, 2.0])]
         # Of several strengths the one is selected that is best with the neighbors.
-        blended = {"prior__neighbours": ["item_knn"]}
-        names += [run_of(tmp_path, model, tables__neighbour_clicks=[0.0, 2.0], **blended)]
+        blended = {"blend__neighbors": ["item_knn"]}
+        names += [run_of(tmp_path, model, tables__knn_smoothing=[0.0, 2.0], **blended)]
         assert len({*names}) == 5
-        assert run_of(tmp_path, model, tables__neighbour_clicks=2.0, **blended) == names[2]
+        assert run_of(tmp_path, model, tables__knn_smoothing=[2.0], **blended) == names[2]
 
 
 def test_a_later_stage_with_another_smoothing_strength_trains_no_recommender_anew(tmp_path, monkeypatch):
@@ -91,7 +98,7 @@ def test_a_later_stage_with_another_smoothing_strength_trains_no_recommender_ane
     monkeypatch.setattr(runs, "train_run", lambda request: trained.append(request.output.name) or train(request))
     shared = SharedRuns(tmp_path, small_run().dataset)
     plain = load_bundle(shared.trained("sbr", config).folder / "export" / "sbr").model.state_dict()
-    config = replace(config, tables=replace(config.tables, neighbour_clicks=2.0))
+    config = replace(config, tables=replace(config.tables, knn_smoothing=[2.0]))
     full = shared.trained("llmgr", config).folder
     assert [name.split("-")[0] for name in trained] == ["sbr", "smoothed", "full"]
     assert not (tmp_path / "runs" / trained[1] / "metrics.jsonl").exists(), "the recommender was trained again"
@@ -113,7 +120,7 @@ def test_an_edited_prompt_file_is_another_one(tmp_path):
 
 def test_a_trial_has_the_figures_of_a_run_with_its_settings(tmp_path):
     settings = "tables.dim: 8, sbr.epochs: 2, runtime.device: cpu, runtime.threads_per_rank: 1"
-    selected = "prior.neighbours: [item_knn, text_knn], tables.neighbour_clicks: [0.0, 2.0]"
+    selected = "blend.neighbors: [item_knn, text_knn], tables.knn_smoothing: [0.0, 2.0]"
     file = tmp_path / "blend.yaml"
     file.write_text(f"settings: {{{settings}}}\nvariants: {{blend: {{model: sbr, settings: {{{selected}}}}}}}\n")
     experiment, dataset = load_experiment(str(file)), small_run().dataset
@@ -124,9 +131,9 @@ def test_a_trial_has_the_figures_of_a_run_with_its_settings(tmp_path):
     found = evaluate_run(EvaluationRequest(run, dataset.path, "test", tmp_path / "metrics.json", ["sbr"]))
     assert ndcg(trial.target_ranks_S).mean() == pytest.approx(found["test"]["sbr"]["ndcg@20"], abs=1e-9)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (record,) = (line for line in records if line.get("split") == "prior")
+    (record,) = (line for line in records if line.get("split") == "selection")
     assert trial.valid_ndcg == pytest.approx(record["ndcg@20"], abs=1e-9)
-    assert trial.selected == {name: record[name] for name in ("item_knn", "text_knn", "neighbour_clicks")}
+    assert trial.selected == {name: record[name] for name in ("item_knn", "text_knn", "knn_smoothing")}
 
 
 def test_what_was_trained_on_other_texts_or_sessions_of_the_same_items_is_not_taken(tmp_path):
@@ -185,7 +192,7 @@ def test_an_experiment_waits_for_a_run_that_another_one_trains(tmp_path, monkeyp
     (tmp_path / "locks").mkdir()
     lock = FileLock(tmp_path / "locks" / run.name)
     with ThreadPoolExecutor(1) as pool, lock:
-        found = pool.submit(shared._train, run, Config())
+        found = pool.submit(shared._train, run, Config(), ModelFactory())
         time.sleep(0.5)
         assert not found.done()
         (run / "seconds").write_text("3.5")
@@ -195,7 +202,7 @@ def test_an_experiment_waits_for_a_run_that_another_one_trains(tmp_path, monkeyp
 
 def test_an_untrained_recommender_may_be_smoothed(tmp_path):
     file = tmp_path / "untrained.yaml"
-    file.write_text("variants: {blank: {model: sbr, settings: {sbr.epochs: 0, tables.neighbour_clicks: 2.0}}}\n")
+    file.write_text("variants: {blank: {model: sbr, settings: {sbr.epochs: 0, tables.knn_smoothing: [2.0]}}}\n")
     output = str(tmp_path / "out")
     main(["--experiment", str(file), "--dataset", str(small_run().dataset.path), "--output", output, "--seeds", "0"])
     assert json.loads((tmp_path / "out" / "untrained.json").read_text())["variants"].keys() == {"blank"}

@@ -11,7 +11,7 @@ import torch
 from llmgr_rec.config import Config
 from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 from llmgr_rec.scoring.run import ScoreRequest, score_run
-from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.run import train_run
 from tests.training.small_training import numbers, small_config, small_dataset
 
@@ -23,7 +23,7 @@ ENCODERS = ("gcsan", "srgnn", "sasrec", "gru4rec", "stamp")
 def whole_config(folder: Path) -> Config:
     """The language stages, with neighbours."""
     config = small_config(folder / "prompts.yaml")
-    config.prior.neighbours = ["item_knn", "text_knn"]
+    config.blend.neighbors = ["item_knn", "text_knn"]
     return config
 
 
@@ -57,7 +57,7 @@ def test_all_stages_train_alike(trained: dict[str, Path]) -> None:
 def test_every_session_encoder_trains_alike(tmp_path: Path, encoder: str) -> None:
     config = small_config(tmp_path / "prompts.yaml")
     config.encoder.name = encoder  # type: ignore[assignment]
-    config.sbr.one_pass = encoder in ("sasrec", "gru4rec")
+    config.encoder.one_pass = encoder in ("sasrec", "gru4rec")
     on_cpu = numbers(train_on("cpu", tmp_path, config, "sbr"))
     on_gpu = numbers(train_on("cuda", tmp_path, config, "sbr"))
     for name in (name for name in on_cpu if name.endswith("/loss")):

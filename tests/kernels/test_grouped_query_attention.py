@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llmgr_rec.data.pretrained import load_decoder
+from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.kernels import grouped_query_attention as module_under_test
 from llmgr_rec.kernels.grouped_query_attention import (
     GROUPED_QUERY_ATTENTION,

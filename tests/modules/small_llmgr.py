@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -14,15 +14,15 @@ from llmgr_rec.data.collate import CandidateItems, CandidateSource, Collator, La
 from llmgr_rec.data.item_text import tokenize_texts
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes
-from llmgr_rec.data.pretrained import load_decoder, load_tokenizer
+from llmgr_rec.storage.pretrained import load_decoder, load_tokenizer
 from llmgr_rec.data.prompt_files import Task, parse_template
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.heads import build_head
-from llmgr_rec.modules.hybrid import HybridEncoding
+from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.item_text import text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
-from llmgr_rec.modules.llmgr import LLMGR, Scored
+from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
 
@@ -101,10 +101,17 @@ def collator(
     return Collator(candidates=CandidateItems(candidates, num_draws), text=shown[text], **sources)
 
 
-def score(model: LLMGR, batch: SessionBatch) -> Scored:
+class QueriesAndItems(NamedTuple):
+    """Both sides of the score of a batch: queries [B, Q] and the scored items [C, Q]."""
+
+    queries_BQ: torch.Tensor
+    items_CQ: torch.Tensor
+
+
+def score(model: LLMGR, batch: SessionBatch) -> QueriesAndItems:
     """Queries and scored items of a batch, from one lookup as in training."""
-    seen = model.look_up(batch)
-    return Scored(model.queries(seen, model.read(seen, batch, "behave")), model.items(seen, batch))
+    output = model.look_up(batch)
+    return QueriesAndItems(model.queries(output, model.encode(output, batch, "behave")), model.items(output, batch))
 
 
 def make_llmgr(
@@ -136,7 +143,7 @@ def make_llmgr(
         torch.nn.init.normal_(text.embedding_bags["item_text"].weight)
     return LLMGR(
         recommender=recommender,
-        hybrid=HybridEncoding(D1, width, embedding_norm, no_graph, no_nodes),
+        hybrid=ProjectionAdapter(D1, width, embedding_norm, no_graph, no_nodes),
         language_model=language_model,
         head=build_head(HeadConfig(name=head, residual=residual), D1, width, NUM_ITEMS),
         prompts={

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from llmgr_rec.modules.groups import group_of, select_trainable
+from llmgr_rec.modules.param_groups import param_group, select_trainable
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from llmgr_rec.modules.groups import group_of, select_trainable
     ],
 )
 def test_group_of(name: str, group: str | None) -> None:
-    assert group_of(name) == group
+    assert param_group(name) == group
 
 
 def model() -> nn.Module:

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from llmgr_rec.modules.hybrid import HybridEncoding
+from llmgr_rec.modules.adapter import ProjectionAdapter
 
 
 def make(**settings):
     torch.manual_seed(0)
-    return HybridEncoding(d1=4, d2=6, embedding_norm=2.5, **settings)
+    return ProjectionAdapter(d1=4, d2=6, embedding_norm=2.5, **settings)
 
 
 def test_soft_tokens_stand_at_their_places_and_others_stay():

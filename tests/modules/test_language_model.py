@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, GPTJConfig, MistralConfig, Qwen3Config
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.pretrained import load_decoder
+from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.modules.language_model import (
     LoraLanguageModel,
-    encode_item_texts,
+    embed_item_texts,
     mean_embedding_norm,
 )
 from llmgr_rec.modules.prompts import CompiledPrompt
@@ -242,7 +242,7 @@ def test_item_texts_are_mean_readings_of_each_text_alone():
     tokens = Jagged.from_lengths(
         torch.tensor([token for row in rows for token in row]), torch.tensor([len(row) for row in rows])
     )
-    encodings_VH = encode_item_texts(decoder, tokens, batch_size=2)
+    encodings_VH = embed_item_texts(decoder, tokens, batch_size=2)
     for row, encoding in zip(rows, encodings_VH, strict=True):
         expected = torch.zeros(64)
         if row:

@@ -15,7 +15,7 @@ def whole_catalogue():
 
 
 def cache(model):
-    model.cache_catalogue(model.rows(whole_catalogue()))
+    model.cache_catalog(model.rows(whole_catalogue()))
 
 
 @pytest.mark.parametrize("head", ["tied", "linear"])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.modules.groups import select_trainable
+from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.prompts import one_pass_nodes, prompt_nodes
 from llmgr_rec.modules.tasks import BehaveTask
 from tests.modules.small_llmgr import make_llmgr, one_pass_batch

@@ -110,4 +110,4 @@ def test_groups_that_one_pass_cannot_read_are_refused() -> None:
 
 
 def test_the_encoders_that_can_are_known_by_name() -> None:
-    assert sorted(name for name, encoder in ENCODERS.items() if encoder.supports_one_pass) == ["gru4rec", "sasrec"]
+    assert sorted(name for name, encoder in ENCODERS.items() if encoder.reads_prefixes) == ["gru4rec", "sasrec"]

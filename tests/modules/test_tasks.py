@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.modules.groups import group_of, select_trainable
+from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.prompts import prompt_nodes
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, _corrupt
 from tests.modules.small_llmgr import make_batch, make_llmgr, score
@@ -170,13 +170,13 @@ def _train_sharded(world, kind):
     make = align_batch if kind == "align" else lambda: make_batch(SESSIONS, TARGETS)
     sharded = shard(task, TablesConfig(), world, trained=lambda name: False)
     before = _values(sharded)
-    dense = [p for name, p in sharded.named_parameters() if group_of(name) in ("adapter", "lora", "head")]
+    dense = [p for name, p in sharded.named_parameters() if param_group(name) in ("adapter", "lora", "head")]
     optimizer = torch.optim.AdamW(dense, lr=1e-2)
     pipeline = TrainPipelineSparseDist(sharded, optimizer, world.device)
     batches = iter([make() for _ in range(4)])
     losses = [float(pipeline.progress(batches)["loss"]) for _ in range(4)]
     after = _values(sharded)
-    moved = Counter((group_of(name), not torch.equal(before[name], after[name])) for name in before)
+    moved = Counter((param_group(name), not torch.equal(before[name], after[name])) for name in before)
     return losses, dict(moved), len(pipeline._pipelined_modules)
 
 

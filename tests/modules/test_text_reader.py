@@ -7,27 +7,27 @@ from torch.nn import functional
 from llmgr_rec.config import Config
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.pretrained import load_decoder
-from llmgr_rec.data.session_texts import closed, item_texts, last_places, session_texts
+from llmgr_rec.storage.pretrained import load_decoder
+from llmgr_rec.data.session_tokens import closed, item_texts, last_places, session_texts
 from llmgr_rec.modules import text_reader
 from llmgr_rec.modules.build import build_recommender
-from llmgr_rec.modules.groups import select_trainable
-from llmgr_rec.modules.tasks import TextTask
-from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.modules.param_groups import select_trainable
+from llmgr_rec.modules.tasks import LLMTextTask
+from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from tests.modules.small_llmgr import NUM_ITEMS, collator, raw_sessions
 
 COLUMNS, CLICKS = 8, 3
 SESSIONS, TARGETS = [[1, 2, 3, 2], [7], [5, 5, 6], []], [0, 4, 11, 2]
 
 
-def reader_of(dropout: float = 0.0) -> TextReader:
+def reader_of(dropout: float = 0.0) -> TextSequenceEncoder:
     """With different texts for all items but one, which has none."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 7, (NUM_ITEMS,), generator=generator)
     lengths[9] = 0
     texts = Jagged.from_lengths(torch.randint(5, 200, (int(lengths.sum()),), generator=generator), lengths)
     torch.manual_seed(0)
-    reader = TextReader(load_decoder("random-tiny", 2, "float32"), closed(texts, 3), COLUMNS, CLICKS, dropout)
+    reader = TextSequenceEncoder(load_decoder("random-tiny", 2, "float32"), closed(texts, 3), COLUMNS, CLICKS, dropout)
     reader.whiten(torch.arange(NUM_ITEMS))
     with torch.no_grad():
         reader.session_projection.weight.add_(0.3 * torch.randn(COLUMNS, COLUMNS))
@@ -38,7 +38,7 @@ def batch() -> SessionBatch:
     return collator()(raw_sessions(SESSIONS, TARGETS))
 
 
-def plain_query(reader: TextReader, session: list[int]) -> torch.Tensor:
+def plain_query(reader: TextSequenceEncoder, session: list[int]) -> torch.Tensor:
     """One session read by itself."""
     if not session:
         return torch.zeros(COLUMNS)
@@ -137,17 +137,17 @@ def test_dropout_blurs_training_alone() -> None:
 
 def test_more_columns_than_the_decoder_has_are_refused() -> None:
     with pytest.raises(ValueError, match="more than the 64"):
-        TextReader(load_decoder("random-tiny", 1, "float32"), Jagged.empty(1), 65, CLICKS, 0.0)
+        TextSequenceEncoder(load_decoder("random-tiny", 1, "float32"), Jagged.empty(1), 65, CLICKS, 0.0)
 
 
 def test_the_task_trains_the_text_encoder_and_nothing_else() -> None:
     settings = Config()
     settings.tables.dim = 16
-    task = TextTask(build_recommender(settings, NUM_ITEMS, {"category": 3}, text_encoder=reader_of()))
+    task = LLMTextTask(build_recommender(settings, NUM_ITEMS, {"category": 3}, text_encoder=reader_of()))
     trained = select_trainable(task, ["text_encoder"])
     assert {name.split(".")[1] for name in trained} == {"text_encoder"}
     loss, _ = task.train()(batch())
     loss.backward()
     assert {name for name, parameter in task.named_parameters() if parameter.grad is not None} == set(trained)
     with pytest.raises(ValueError, match="without a text encoder"):
-        TextTask(build_recommender(settings, NUM_ITEMS, {"category": 3}))
+        LLMTextTask(build_recommender(settings, NUM_ITEMS, {"category": 3}))

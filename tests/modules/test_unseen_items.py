@@ -58,7 +58,7 @@ def test_a_stage_does_not_see_the_text_of_unseen_items(stage, candidates):
             full = batch("full")
             rows = model.recommender.item_tables.rows(full.features)
             texts_VH = model.text_tables.embedding_bags["item_text"].weight
-            model.cache_catalogue(ItemRows(rows.vectors_XD[-NUM_ITEMS:], rows.ids_XD[-NUM_ITEMS:], texts_VH))
+            model.cache_catalog(ItemRows(rows.vectors_XD[-NUM_ITEMS:], rows.ids_XD[-NUM_ITEMS:], texts_VH))
         return task(batch(candidates, train_count, text))[0].item()
 
     before, before_plain = loss(COUNTS), loss(ALL_SEEN)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmgr_rec.modules.groups import select_trainable
+from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.tasks import BehaveTask
 from tests.modules.small_llmgr import make_batch, make_llmgr, one_pass_batch
 

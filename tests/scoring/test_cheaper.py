@@ -10,7 +10,7 @@ import pytest
 
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
-from llmgr_rec.recipes import load_config, save_config
+from llmgr_rec.config_file import load_config, save_config
 from llmgr_rec.scoring.run import ScoreRequest, score_run
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
 from tests.scoring.test_run import request

@@ -10,7 +10,7 @@ import pytest
 
 from llmgr_rec.cli import run_cli
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.recipes import save_config
+from llmgr_rec.config_file import save_config
 from llmgr_rec.train import main
 from tests.ranks import run_on_ranks
 from tests.training.small_training import small_config, small_dataset, train
@@ -30,7 +30,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("settings")
     config = small_config(folder / "prompts.yaml")
     config.sbr.max_steps = config.align.max_steps = config.behave.max_steps = 3
-    config.align.eval_every = config.behave.eval_every = 0
+    config.runtime.eval_every = config.runtime.eval_every = 0
     config.runtime.checkpoint_every = 2
     save_config(config, folder / "small.yaml")
     return folder / "small.yaml"
@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, settings: Path) -> Path:
 
 
 def finish(world: World, settings: str, run: str, dataset: str) -> None:
-    from llmgr_rec.recipes import load_config
+    from llmgr_rec.config_file import load_config
 
     Path(run).mkdir()
     shutil.copy(settings, Path(run, "config.yaml"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec import train
-from llmgr_rec.recipes import load_config, save_config
+from llmgr_rec.config_file import load_config, save_config
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
     PART,
@@ -120,14 +120,14 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--sbr.batch_size", "-1"], r"setting sbr\.batch_size is -1; give 1 or more"),
         (["--behave.batch_size", "0"], r"setting behave\.batch_size is 0; give 1 or more"),
         (["--head.text_only=true", "--head.item_text=false"], r"text_only is true, but the head reads no item text"),
-        (["--head.apart=true", "--head.residual=false"], r"head\.apart is true, .*; set head\.residual to true"),
+        (["--head.separate_loss=true", "--head.residual=false"], r"head\.apart is true, .*; set head\.residual to true"),
         (["--sbr.lr", "0"], r"setting sbr\.lr is 0\.0; give a number above 0"),
         (["--align.lr=-0.1"], r"setting align\.lr is -0\.1; give a number above 0"),
         (["--sbr.lr", ".nan"], r"setting sbr\.lr is nan; give a finite number"),
         (["--tables.lr", ".inf"], r"setting tables\.lr is inf; give a finite number"),
         (["--sbr.epochs", "-1"], r"setting sbr\.epochs is -1; give 0 or more"),
         (["--sbr.max_steps", "-1"], r"setting sbr\.max_steps is -1; give 0 or more"),
-        (["--sbr.warmup", "1.5"], r"setting sbr\.warmup is 1\.5; give a share from 0 to 1"),
+        (["--optimizer.warmup", "1.5"], r"setting sbr\.warmup is 1\.5; give a share from 0 to 1"),
         (["--encoder.dropout", "1"], r"setting encoder\.dropout is 1\.0; give a probability from 0 to below 1"),
         (["--sbr.trainable", "[]"], r"setting sbr\.trainable is empty; name"),
         (["--sbr.trainable", "[lora]"], r"setting sbr\.trainable names lora, which stage sbr does not train; name"),
@@ -143,19 +143,19 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--tables.dim", "0"], r"setting tables\.dim is 0; give 4 or more"),
         (["--encoder.attention_heads", "3"], r"setting encoder\.attention_heads is 3; give a number that divides"),
         (
-            ["--sbr.one_pass", "true", "--encoder.name", "stamp"],
+            ["--encoder.one_pass", "true", "--encoder.name", "stamp"],
             r"sbr\.one_pass is true, but encoder\.name is stamp, .*; set encoder\.name to gru4rec or sasrec, or",
         ),
         (
-            ["--behave.one_pass", "true", "--prompt.node_source", "encoder"],
+            ["--prompt.one_pass", "true", "--prompt.node_source", "encoder"],
             r"one_pass is true, but prompt\.node_source is encoder, .* later clicks; set prompt\.node_source to table",
         ),
         (
-            ["--behave.one_pass", "true", "--prompt.node_order", "unique"],
+            ["--prompt.one_pass", "true", "--prompt.node_order", "unique"],
             r"one_pass is true, but prompt\.node_order is unique, .* later clicks; set prompt\.node_order to clicks",
         ),
         (
-            ["--behave.one_pass", "true", "--prompt.templates", "nodes-last.yaml"],
+            ["--prompt.one_pass", "true", "--prompt.templates", "nodes-last.yaml"],
             r"one_pass is true, but the first place .* nodes-last\.yaml is not \{nodes\}, .* to compact",
         ),
         (["--runtime.log_every", "0"], r"setting runtime\.log_every is 0; give 1 or more"),

@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.training.checks import LOCK
+from llmgr_rec.training.preflight import LOCK
 from llmgr_rec.training.run import _alone
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
@@ -91,7 +91,7 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
         (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
         (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
         (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),
-        (["sbr", "align"], [], ["--head.apart", "true"], r"head\.apart is True, but stage align .* trained with False"),
+        (["sbr", "align"], [], ["--head.separate_loss", "true"], r"head\.apart is True, but stage align .* trained with False"),
         (
             ["sbr", "align"],
             [],

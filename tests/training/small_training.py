@@ -14,7 +14,7 @@ from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.bundle_index import is_complete
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.stages import RunContext, run_stage, stage_settings
 
 PROMPTS = """\
@@ -76,7 +76,7 @@ def small_config(prompts: Path) -> Config:
     for stage in STAGES:
         stage_settings(config, stage).epochs = 1
         stage_settings(config, stage).batch_size = BATCH
-    config.text.epochs = 0
+    config.llm_text.epochs = 0
     config.runtime.device = "cpu"
     config.runtime.threads_per_rank = 1
     config.runtime.log_every = 1
@@ -86,7 +86,7 @@ def small_config(prompts: Path) -> Config:
 
 def train(world: World, config: Config, run: Path, dataset: Path, resume: bool = False) -> None:
     """Trains what is missing in a run folder, as `train_run` does, but in a process group that stands already."""
-    journal = Journal(run, enabled=world.rank == 0)
+    journal = MetricsLogger(run, enabled=world.rank == 0)
     context = RunContext(config, Dataset(dataset), Catalogue.load(dataset), run, world, journal, resume)
     for stage in STAGES:
         if not is_complete(run / "export" / stage) and (stage == "sbr" or stage_settings(config, stage).epochs):

@@ -285,6 +285,8 @@ def test_identity_knows_the_number_format_that_auto_stands_for(monkeypatch: pyte
     assert found("behave", True) == {"llm.dtype": "float32"}
 
 
+
+
 def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
     config = Config()
     before = Identity.of("behave", "c", config, CPU)
@@ -300,7 +302,7 @@ def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:
 def test_a_checkpoint_does_not_depend_on_a_prior() -> None:
     config = Config()
     before = Identity.of("sbr", "c", config, CPU)
-    config.prior.neighbours, config.prior.kept, config.prior.weights = ["item_knn"], 7, [2.0]
+    config.blend.neighbors, config.blend.k_neighbors, config.blend.weights = ["item_knn"], 7, [2.0]
     assert Identity.of("sbr", "c", config, CPU) == before
     assert not any(name.startswith("prior") for name in before.settings)
 

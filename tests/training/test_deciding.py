@@ -41,15 +41,15 @@ def test_a_recommender_does_not_depend_on_the_language_model_unless_it_reads_ses
 @pytest.mark.parametrize(
     ("stage", "some", "others"),
     [
-        ("sbr", {"tables.dim", "encoder.name", "controls.shuffled_words"}, {"llm.lora_rank", "text.dim"}),
-        ("align", {"encoder.score", "llm.lora_rank", "head.apart"}, {"prompt.text_fields", "text.dim"}),
+        ("sbr", {"tables.dim", "encoder.name", "controls.shuffled_words"}, {"llm.lora_rank", "text_encoder.dim"}),
+        ("align", {"encoder.score", "llm.lora_rank", "head.separate_loss"}, {"prompt.text_fields", "text_encoder.dim"}),
         ("behave", {"llm.lora_rank", "llm.num_layers"}, {"llm.dtype", "prompt.max_nodes", "prompt.max_text_tokens"}),
     ],
 )
 def test_later_stages_keep_what_gives_weights_their_meaning(stage: str, some: set[str], others: set[str]) -> None:
     names = set(settings_taken_over(stage, Config()))
     assert some <= names
-    assert not names & (others | {"tables.lr", "encoder.dropout", "llm.shard", "seed"})
+    assert not names & (others | {"tables.lr", "encoder.dropout", "llm.fsdp", "seed"})
 
 
 def test_what_is_drawn_by_the_seed_keeps_it() -> None:

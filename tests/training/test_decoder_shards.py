@@ -13,7 +13,7 @@ from llmgr_rec.config import Config
 from llmgr_rec.distributed.decoder_shards import is_cut
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.training import stages
-from llmgr_rec.training.journal import Journal
+from llmgr_rec.training.metrics_logger import MetricsLogger
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
 from tests.training.small_training import numbers, records, small_config, train
@@ -35,7 +35,7 @@ def base_config(folder: Path) -> Config:
 def lora(folder: Path) -> Config:
     config = base_config(folder)
     # Clipped in every step.
-    config.behave.clip_norm = 0.01
+    config.optimizer.clip_norm = 0.01
     return config
 
 
@@ -77,7 +77,7 @@ def train_cases(world: World, folder: str, name: str, cut: bool, cases: list[str
 
         stages.export_bundle = watched_export  # type: ignore[assignment]
         config, run = CASES[case](Path(folder)), Path(folder, f"{name}-{case}")
-        config.llm.shard = cut
+        config.llm.fsdp = cut
         if world.rank == 0:
             run.mkdir(exist_ok=True)
         train(world, config, run, Path(folder, "dataset"), resume=True)
@@ -86,12 +86,12 @@ def train_cases(world: World, folder: str, name: str, cut: bool, cases: list[str
 
 def stop(world: World, folder: str, name: str, cut: bool) -> None:
     """Trains cases up to the middle of a stage, past a checkpoint."""
-    write = Journal.write
+    write = MetricsLogger.write
     for case, stage in STOPS.items():
-        Journal.write = stop_at(stage, STOP_AT, write)  # type: ignore[method-assign]
+        MetricsLogger.write = stop_at(stage, STOP_AT, write)  # type: ignore[method-assign]
         with pytest.raises(Interrupted):
             train_cases(world, folder, name, cut, [case])
-        Journal.write = write  # type: ignore[method-assign]
+        MetricsLogger.write = write  # type: ignore[method-assign]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.run import train_run
 from tests.training.small_training import small_config, small_dataset
 
@@ -29,7 +29,7 @@ def test_no_step_moves_the_id_row_of_a_held_out_item(tmp_path, full_softmax_max_
     for epochs in (0, 1):
         config = small_config(tmp_path / "prompts.yaml")
         config.loss.full_softmax_max_items = full_softmax_max_items
-        config.loss.sampled_items = 256
+        config.loss.num_negatives = 256
         config.sbr.epochs, config.align.epochs, config.behave.epochs = epochs, 0, 0
         train_run(RunRequest(config, tmp_path / "dataset", tmp_path / str(epochs), "sbr", False))
         state = load_bundle(tmp_path / str(epochs) / "export" / "sbr").model.state_dict()

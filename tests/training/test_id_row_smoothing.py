@@ -25,9 +25,9 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.recipes import load_config, save_config
+from llmgr_rec.config_file import load_config, save_config
 from llmgr_rec.training import knn_smoothing
-from llmgr_rec.training.checks import RunRequest, check_run
+from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.run import train_run
 from tests.data.prepare_inputs import edit_manifest
 from tests.modules.small_llmgr import raw_sessions
@@ -47,8 +47,8 @@ def config_of(folder: Path, clicks: float | list[float] = CLICKS, beside: Neighb
     config = small_config(folder / "prompts.yaml")
     config.align.epochs = config.behave.epochs = 0
     config.tables.side_features = []
-    config.tables.neighbour_clicks = clicks
-    config.prior.neighbours = list(beside)
+    config.tables.knn_smoothing = clicks
+    config.blend.neighbors = list(beside)
     return config
 
 
@@ -190,10 +190,10 @@ def test_of_several_numbers_the_one_that_ranks_best_is_taken(trained: Trained, b
         found, single = Exported.read(run / "export/sbr"), trained.again(best_first[0], beside=beside)
         expected = Exported.read(single / "export/sbr")
         torch.testing.assert_close(found.tables["item_id"], expected.tables["item_id"], atol=1e-6, rtol=1e-5)
-        assert load_config(run / "export/sbr/config.yaml").tables.neighbour_clicks == best_first[0]
+        assert load_config(run / "export/sbr/config.yaml").tables.knn_smoothing == best_first[0]
         assert valid_ndcg(trained, run) == pytest.approx(quality[best_first[0]], abs=1e-9)
         (line,) = told(run)
-        assert line["neighbour_clicks"] == best_first[0]
+        assert line["knn_smoothing"] == best_first[0]
         assert line["ndcg@20"] == pytest.approx(quality[best_first[0]], abs=1e-9)
 
 
@@ -233,7 +233,7 @@ def later_stage(trained: Trained, clicks: float | list[float]) -> RunRequest:
 
 @pytest.mark.parametrize("clicks", [3.0, [0.0, 3.0]])
 def test_a_later_stage_does_not_take_another_number(trained: Trained, clicks: float | list[float]) -> None:
-    message = f"setting tables.neighbour_clicks is {clicks}, but stage sbr in .* has drawn rows by 2.0; give that"
+    message = f"setting tables.knn_smoothing is {clicks}, but stage sbr in .* has drawn rows by 2.0; give that"
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         check_run(later_stage(trained, clicks))
 
@@ -243,8 +243,8 @@ def test_a_later_stage_takes_the_number_that_was_chosen(trained: Trained, tmp_pa
     run = tmp_path / "run"
     shutil.copytree(request.output, run)
     train_run(replace(request, output=run))
-    assert load_config(run / "config.yaml").tables.neighbour_clicks == [0.0, CLICKS]
-    assert load_config(run / "export/behave/config.yaml").tables.neighbour_clicks == CLICKS
+    assert load_config(run / "config.yaml").tables.knn_smoothing == [0.0, CLICKS]
+    assert load_config(run / "export/behave/config.yaml").tables.knn_smoothing == CLICKS
     assert not told(run)
 
 
@@ -253,7 +253,7 @@ def test_without_validation_sessions_one_number_must_be_given(trained: Trained, 
     shutil.copytree(trained.folder / "dataset", dataset)
     edit_manifest(dataset, lambda values: values["num_sessions"].update(valid=0))
     request = RunRequest(config_of(trained.folder, [0.0, 2.0]), dataset, tmp_path / "run", "sbr", resume=False)
-    with pytest.raises(UserError, match=r"neighbour_clicks names several numbers, but .*dataset has no validation"):
+    with pytest.raises(UserError, match=r"knn_smoothing names several numbers, but .*dataset has no validation"):
         check_run(request)
     check_run(replace(request, config=config_of(trained.folder, [2.0])))
 
@@ -269,6 +269,6 @@ def test_without_validation_sessions_one_number_must_be_given(trained: Trained, 
 )
 def test_a_mistake_in_the_setting_is_named(clicks: float | list[float], message: str) -> None:
     config = Config()
-    config.tables.neighbour_clicks = clicks
-    with pytest.raises(UserError, match=f"setting tables.neighbour_clicks {message}"):
+    config.tables.knn_smoothing = clicks
+    with pytest.raises(UserError, match=f"setting tables.knn_smoothing {message}"):
         check_limits(config)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llmgr_rec.recipes import save_config
-from llmgr_rec.training.checks import RunRequest
-from llmgr_rec.training.journal import Journal
+from llmgr_rec.config_file import save_config
+from llmgr_rec.training.preflight import RunRequest
+from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.run import train_run
 from tests.training.small_training import small_config, small_dataset
 
@@ -18,7 +18,7 @@ def lines(run: Path) -> list[dict[str, object]]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    journal = Journal(tmp_path, enabled=True)
+    journal = MetricsLogger(tmp_path, enabled=True)
     for step in (1, 2, 3):
         journal.write("sbr", step, loss=step / 10)
     journal.write("sbr", 3, split="valid", **{"ndcg@20": 0.5, "hr@20_by_train_count": {"0": {"hr": None}}})
@@ -42,13 +42,13 @@ def test_records_are_lines_and_tensorboard_events(run: Path) -> None:
 
 
 def test_rewinding_takes_back_one_stage(run: Path) -> None:
-    Journal(run, enabled=True).rewind("sbr", 2)
+    MetricsLogger(run, enabled=True).rewind("sbr", 2)
     assert [(line["stage"], line["step"]) for line in lines(run)] == [("sbr", 1), ("sbr", 2), ("behave", 1)]
 
 
 def test_rewinding_to_the_end_keeps_everything(run: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    Journal(run, enabled=True).rewind("sbr", 3)
+    MetricsLogger(run, enabled=True).rewind("sbr", 3)
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -56,7 +56,7 @@ def test_rewinding_to_the_end_keeps_everything(run: Path) -> None:
 def test_a_line_cut_short_by_a_kill_is_dropped(run: Path, torn: str) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(torn)
-    journal = Journal(run, enabled=True)
+    journal = MetricsLogger(run, enabled=True)
     journal.rewind("behave", 1)
     journal.write("behave", 2, loss=1.0)
     assert [(line["stage"], line["step"]) for line in lines(run)][-2:] == [("behave", 1), ("behave", 2)]
@@ -65,12 +65,12 @@ def test_a_line_cut_short_by_a_kill_is_dropped(run: Path, torn: str) -> None:
 
 def test_other_ranks_write_nothing(run: Path, tmp_path: Path) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    other = Journal(run, enabled=False)
+    other = MetricsLogger(run, enabled=False)
     other.write("sbr", 9, loss=1.0)
     other.rewind("sbr", 0)
     other.close()
     assert (run / "metrics.jsonl").read_bytes() == before
-    Journal(tmp_path / "new", enabled=False).write("sbr", 1)
+    MetricsLogger(tmp_path / "new", enabled=False).write("sbr", 1)
     assert not (tmp_path / "new").exists()
 
 
@@ -78,7 +78,7 @@ def test_a_stage_begun_again_leaves_nothing_of_an_attempt_that_died(tmp_path: Pa
     config = small_config(tmp_path / "prompts.yaml")
     config.sbr.max_steps, config.align.epochs, config.behave.epochs = 2, 0, 0
     run = tmp_path / "run"
-    dead = Journal(run, enabled=True)
+    dead = MetricsLogger(run, enabled=True)
     dead.write("sbr", 9, loss=9.0)
     dead.close()
     save_config(config, run / "config.yaml")
@@ -87,5 +87,5 @@ def test_a_stage_begun_again_leaves_nothing_of_an_attempt_that_died(tmp_path: Pa
 
 
 def test_there_may_be_nothing_to_rewind(tmp_path: Path) -> None:
-    Journal(tmp_path, enabled=True).rewind("sbr", 0)
+    MetricsLogger(tmp_path, enabled=True).rewind("sbr", 0)
     assert not (tmp_path / "metrics.jsonl").exists()

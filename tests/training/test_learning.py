@@ -18,7 +18,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
-from llmgr_rec.recipes import load_config, save_config
+from llmgr_rec.config_file import load_config, save_config
 from tests.ranks import run_on_ranks
 from tests.training.small_training import prepare, small_config, train
 
@@ -44,7 +44,7 @@ def learner(prompts: Path) -> Config:
     config.prompt.max_text_tokens, config.prompt.text_fields = 8, ["title"]
     config.sbr.epochs, config.sbr.batch_size = 6, 256
     config.align.epochs = 0
-    config.behave.epochs, config.behave.batch_size, config.behave.lr, config.behave.eval_every = 3, 128, 5e-3, 0
+    config.behave.epochs, config.behave.batch_size, config.behave.lr, config.runtime.eval_every = 3, 128, 5e-3, 0
     config.runtime.log_every, config.runtime.eval_batch_size = 50, 512
     return config
 

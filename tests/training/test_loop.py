@@ -68,7 +68,7 @@ def stop_within_epoch(config: Config) -> None:
 
 
 def seldom(config: Config) -> None:
-    config.sbr.epochs, config.sbr.eval_every = 3, 2
+    config.sbr.epochs, config.runtime.eval_every = 3, 2
     config.runtime.log_every, config.runtime.checkpoint_every, config.runtime.keep_checkpoints = 5, 8, 3
 
 
@@ -78,7 +78,7 @@ def seldom_but_every_step_logged(config: Config) -> None:
 
 
 def without_validation(config: Config) -> None:
-    config.sbr.epochs, config.sbr.eval_every = 2, 0
+    config.sbr.epochs, config.runtime.eval_every = 2, 0
     config.runtime.keep_checkpoints = 1
 
 

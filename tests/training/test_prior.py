@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.baselines.registry import build_baseline
-from llmgr_rec.config import Config, PriorConfig
+from llmgr_rec.config import Config, BlendConfig
 from llmgr_rec.data.catalogue import Catalogue
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
@@ -32,7 +32,7 @@ from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.scoring.run import ScoreRequest, score_run
 from llmgr_rec.training import stages
-from llmgr_rec.training.checks import RunRequest, check_run
+from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.run import train_run
 from llmgr_rec.training.selection import select_on_validation
 from tests.data.prepare_inputs import edit_manifest, prepare
@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Ru
     config = small_config(folder / "prompts.yaml")
     config.align.epochs = 0
     config.behave.max_steps = 2
-    config.prior.neighbours = ["item_knn"]
+    config.blend.neighbors = ["item_knn"]
     run = Run(config, small_dataset, folder / "run")
     train_run(run.request())
     return run
@@ -83,7 +83,7 @@ def told(run: Path) -> list[dict[str, Any]]:
 def prior_weights(run: Path, stage: str) -> dict[str, float]:
     prior = load_bundle(run / "export" / stage).prior
     assert prior is not None
-    return dict(prior.weights)
+    return dict(blend.weights)
 
 
 @pytest.mark.parametrize(("stage", "model"), [("sbr", "sbr"), ("behave", "llmgr")])
@@ -210,7 +210,7 @@ def caught_lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCapture
         yield caplog
 
 
-def weighed(settings: PriorConfig, dataset: Dataset, world: World = ONE_RANK) -> tuple[Any, dict[str, float]]:
+def weighed(settings: BlendConfig, dataset: Dataset, world: World = ONE_RANK) -> tuple[Any, dict[str, float]]:
     bundle = load_bundle(small_run().run / "export/sbr", None if world is ONE_RANK else world)
     config = replace(bundle.config, prior=settings)
     selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalogue, world)
@@ -219,9 +219,9 @@ def weighed(settings: PriorConfig, dataset: Dataset, world: World = ONE_RANK) ->
 
 def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) -> None:
     shared = small_run()
-    settings = PriorConfig(["text_knn", "item_knn"], 5, [0.25, 3.0])
+    settings = BlendConfig(["text_knn", "item_knn"], 5, [0.25, 3.0])
     prior, figures = weighed(settings, shared.dataset)
-    assert prior.weights == figures == {"text_knn": 0.25, "item_knn": 3.0}
+    assert blend.weights == figures == {"text_knn": 0.25, "item_knn": 3.0}
     text, item = (
         build_baseline(name, shared.dataset, shared.catalogue, 5).similarity_VV.toarray()  # type: ignore[attr-defined]
         for name in settings.neighbours
@@ -242,7 +242,7 @@ def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
     )
 
     def priors(kept: int = 5) -> list[np.ndarray]:
-        settings = PriorConfig(["item_knn", "text_knn"], kept)
+        settings = BlendConfig(["item_knn", "text_knn"], kept)
         made = build_priors(settings, shared.dataset, shared.catalogue, ONE_RANK, tmp_path / "kept")
         return [prior.similarity_VR.toarray() for prior in made]
 
@@ -259,13 +259,13 @@ def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
 
 
 def weighed_and_evaluated(world: World, run: Path, dataset: Dataset) -> tuple[Any, ...]:
-    settings = PriorConfig(["item_knn", "text_knn"], 20)
+    settings = BlendConfig(["item_knn", "text_knn"], 20)
     bundle = load_bundle(run / "export/sbr", world)
     config = replace(bundle.config, prior=settings)
     selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalogue, world)
     assert selection.prior is not None
     metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalogue, selection.prior)
-    return selection.prior.weights, selection.metrics, metrics
+    return selection.blend.weights, selection.metrics, metrics
 
 
 @pytest.mark.dist
@@ -279,15 +279,15 @@ def test_two_ranks_weigh_and_rank_as_one() -> None:
 @pytest.mark.parametrize(
     ("prior", "message"),
     [
-        (PriorConfig(["item_knn"], 0), r"setting prior\.kept is 0; give 1 or more"),
-        (PriorConfig(["item_knn", "item_knn"]), "names item_knn, item_knn; name each neighbour once"),
-        (PriorConfig(["item_knn"], weights=[1.0, 2.0]), "has 2 numbers, but prior.neighbours names item_knn; give one"),
-        (PriorConfig(weights=[1.0]), "has 1 numbers, but prior.neighbours names nothing"),
-        (PriorConfig(["item_knn"], weights=[-1.0]), r"prior\.weights is -1.0; give 0 or more"),
-        (PriorConfig(["item_knn"], weights=[float("nan")]), r"prior\.weights is nan; give a finite number"),
+        (BlendConfig(["item_knn"], 0), r"setting prior\.kept is 0; give 1 or more"),
+        (BlendConfig(["item_knn", "item_knn"]), "names item_knn, item_knn; name each neighbour once"),
+        (BlendConfig(["item_knn"], weights=[1.0, 2.0]), "has 2 numbers, but blend.neighbors names item_knn; give one"),
+        (BlendConfig(weights=[1.0]), "has 1 numbers, but blend.neighbors names nothing"),
+        (BlendConfig(["item_knn"], weights=[-1.0]), r"prior\.weights is -1.0; give 0 or more"),
+        (BlendConfig(["item_knn"], weights=[float("nan")]), r"prior\.weights is nan; give a finite number"),
     ],
 )
-def test_a_mistake_in_the_settings_is_named(prior: PriorConfig, message: str) -> None:
+def test_a_mistake_in_the_settings_is_named(prior: BlendConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_limits(Config(prior=prior))
 
@@ -300,7 +300,7 @@ def test_without_validation_sessions_weights_must_be_given(trained: Run, tmp_pat
     with pytest.raises(UserError, match=r"prior\.weights is empty, but .*dataset has no validation sessions"):
         train_run(trained.request(dataset=dataset, output=output, stage="sbr"))
     assert not output.exists()
-    given = replace(trained.config, prior=PriorConfig(["item_knn"], weights=[2.0]))
+    given = replace(trained.config, prior=BlendConfig(["item_knn"], weights=[2.0]))
     check_run(trained.request(config=given, dataset=dataset, output=output, stage="sbr"))
 
 
@@ -314,15 +314,15 @@ def test_a_data_set_without_words_trains_as_if_words_said_nothing(
         pa.table({"item_id": [f"i{number}" for number in range(9)], "title": pa.nulls(9, pa.string())}), items
     )
     dataset = prepare(tmp_path, clicks, items=str(items)).dataset
-    prior = PriorConfig(["item_knn", "text_knn"])
+    prior = BlendConfig(["item_knn", "text_knn"])
     bundles = []
     for name, drawn in (("plain", 0.0), ("drawn", 2.0)):
-        config = replace(trained.config, prior=prior, tables=replace(trained.config.tables, neighbour_clicks=drawn))
+        config = replace(trained.config, prior=prior, tables=replace(trained.config.tables, knn_smoothing=drawn))
         train_run(RunRequest(config, dataset.path, tmp_path / name, "sbr", resume=False))
         bundles.append(load_bundle(tmp_path / name / "export/sbr"))
     assert "no item has a word in title, category, brand, so text_knn adds nothing" in caplog.text
     plain, drawn = bundles
     assert plain.prior is not None
-    assert plain.prior.weights["text_knn"] == 0
+    assert plain.blend.weights["text_knn"] == 0
     for name, tensor in plain.model.state_dict().items():
         assert torch.equal(drawn.model.state_dict()[name], tensor), name

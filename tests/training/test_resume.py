@@ -13,8 +13,8 @@ import torch
 
 from llmgr_rec.config import Config
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.recipes import load_config, save_config
-from llmgr_rec.training.journal import Journal
+from llmgr_rec.config_file import load_config, save_config
+from llmgr_rec.training.metrics_logger import MetricsLogger
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
 from tests.training.killing import Trainer
@@ -219,17 +219,17 @@ def stop_and_go(world: World, settings: str, folder: str, dataset: str) -> None:
     for name, stops in (("whole", []), ("stopped", [("sbr", 3), ("sbr", 18), ("align", 3), ("behave", 9)])):
         run = Path(folder, name)
         run.mkdir()
-        write = Journal.write
+        write = MetricsLogger.write
         for stage, step in stops:
-            Journal.write = stop_at(stage, step, write)  # type: ignore[method-assign]
+            MetricsLogger.write = stop_at(stage, step, write)  # type: ignore[method-assign]
             with pytest.raises(Interrupted):
                 train(world, config, run, Path(dataset), resume=True)
-        Journal.write = write  # type: ignore[method-assign]
+        MetricsLogger.write = write  # type: ignore[method-assign]
         train(world, config, run, Path(dataset), resume=True)
 
 
 def stop_at(stage: str, step: int, write: Callable[..., None]) -> Callable[..., None]:
-    def stopping(self: Journal, now: str, at: int, **values: Any) -> None:
+    def stopping(self: MetricsLogger, now: str, at: int, **values: Any) -> None:
         write(self, now, at, **values)
         if (now, at) == (stage, step):
             raise Interrupted

@@ -23,7 +23,7 @@ def whole_epochs(folder: Path, one_pass: bool) -> Config:
     config.encoder.name, config.encoder.max_clicks = "sasrec", CLICKS
     config.encoder.attention_layers = config.encoder.attention_heads = 2
     config.align.epochs = config.behave.epochs = 0
-    config.sbr.epochs, config.sbr.one_pass, config.sbr.batch_size = EPOCHS, one_pass, ROWS if one_pass else EXAMPLES
+    config.sbr.epochs, config.encoder.one_pass, config.sbr.batch_size = EPOCHS, one_pass, ROWS if one_pass else EXAMPLES
     return config
 
 

@@ -52,7 +52,7 @@ def adam(folder: Path) -> Config:
 def everything_trains(folder: Path) -> Config:
     """No group is frozen in stage 2, text stands in the prompt, and losses are over sampled items."""
     config = base_config(folder)
-    config.loss.full_softmax_max_items, config.loss.sampled_items = 20, 16
+    config.loss.full_softmax_max_items, config.loss.num_negatives = 20, 16
     config.encoder.name = "srgnn"
     config.align.epochs = 0
     config.behave.trainable = ["tables", "encoder", "adapter", "lora", "head"]
@@ -72,8 +72,8 @@ def parts_train(folder: Path) -> Config:
     config.align.epochs = 0
     config.behave.trainable = ["encoder", "adapter"]
     # And in several parts sessions of more than two or three clicks.
-    config.behave.one_pass, config.prompt.max_nodes = True, 2
-    config.sbr.one_pass, config.encoder.max_clicks = True, 3
+    config.prompt.one_pass, config.prompt.max_nodes = True, 2
+    config.encoder.one_pass, config.encoder.max_clicks = True, 3
     return config
 
 

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.pretrained import load_decoder
+from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.modules.language_model import encode_item_texts
+from llmgr_rec.modules.language_model import embed_item_texts
 from llmgr_rec.training import language
-from llmgr_rec.training.language import TextEncodings, encode_catalogue
+from llmgr_rec.training.text_embeddings import TextEmbeddings, embed_catalog
 from tests.ranks import run_on_ranks
 
 ITEMS = 23
@@ -39,7 +39,7 @@ def standardized(encodings_VH: Tensor) -> Tensor:
 def encodings_of(world: World, run: str) -> torch.Tensor:
     language._MIN_ROWS = 4
     decoder = load_decoder("random-tiny", 1, "float32")
-    found = encode_catalogue(decoder, texts(), world, Path(run), "hash")
+    found = embed_catalog(decoder, texts(), world, Path(run), "hash")
     left, right = found.read(range(9), range(64)), found.read(range(9, ITEMS), range(64))
     assert torch.equal(found.read(range(3, 15), range(8, 20)), torch.cat([left, right])[3:15, 8:20])
     return torch.cat([left, right])
@@ -49,7 +49,7 @@ def encodings_of(world: World, run: str) -> torch.Tensor:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_encodings_on_disk_are_those_of_the_reference(tmp_path: Path, ranks: int) -> None:
     decoder = load_decoder("random-tiny", 1, "float32")
-    expected = standardized(encode_item_texts(decoder, texts(), ITEMS))
+    expected = standardized(embed_item_texts(decoder, texts(), ITEMS))
     for found in run_on_ranks(encodings_of, ranks, str(tmp_path)):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert len(list(tmp_path.rglob("items-*.safetensors"))) == 6
@@ -59,8 +59,8 @@ def encode_with_a_slow_rank(world: World, folder: str) -> None:
     """Rank 0 takes longer than the ranks' own group waits."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), None)
     if world.rank == 0:
-        language.encode_item_texts = slowly(language.encode_item_texts)
-    encode_catalogue(load_decoder("random-tiny", 1, "float32"), texts(), world, Path(folder), "hash")
+        language.embed_item_texts = slowly(language.embed_item_texts)
+    embed_catalog(load_decoder("random-tiny", 1, "float32"), texts(), world, Path(folder), "hash")
 
 
 def slowly(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -80,7 +80,7 @@ def test_finished_files_are_not_encoded_again(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(language, "_MIN_ROWS", 4)
     decoder = load_decoder("random-tiny", 1, "float32")
     one = World.alone()
-    first = encode_catalogue(decoder, texts(), one, tmp_path, "hash").read(range(ITEMS), range(64))
-    monkeypatch.setattr(language, "encode_item_texts", lambda *_: pytest.fail("encoded again"))
-    again: TextEncodings = encode_catalogue(decoder, texts(), one, tmp_path, "hash")
+    first = embed_catalog(decoder, texts(), one, tmp_path, "hash").read(range(ITEMS), range(64))
+    monkeypatch.setattr(language, "embed_item_texts", lambda *_: pytest.fail("encoded again"))
+    again: TextEmbeddings = embed_catalog(decoder, texts(), one, tmp_path, "hash")
     assert torch.equal(again.read(range(ITEMS), range(64)), first)

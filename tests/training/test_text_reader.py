@@ -20,10 +20,10 @@ from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.recommender import text_reader_of
-from llmgr_rec.modules.text_reader import TextReader
+from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from llmgr_rec.score import main as score
 from llmgr_rec.scoring.run import ScoreRequest, score_run
-from llmgr_rec.training.checks import RunRequest
+from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.loop import StageLoop
 from llmgr_rec.training.run import train_run
 from tests.small_run import ONE_RANK
@@ -38,7 +38,7 @@ def reader_config(folder: Path) -> Config:
     config.prompt.max_text_tokens = 24
     config.text = replace(config.text, epochs=2, dim=16, clicks=4, drawn_items=24, batch_size=40, lr=1e-3)
     config.align.epochs = config.behave.epochs = 0
-    config.prior.neighbours = ["item_knn", "text_knn"]
+    config.blend.neighbors = ["item_knn", "text_knn"]
     config.runtime.checkpoint_every = 2
     return config
 
@@ -92,8 +92,8 @@ def test_its_weight_is_the_best_on_the_validation_sessions(run: Path) -> None:
 
 def test_at_a_weight_of_zero_the_session_recommender_ranks_as_without_it(tmp_path: Path) -> None:
     config, dataset = reader_config(tmp_path), Dataset(small_dataset())
-    config.tables.neighbour_clicks = 2.0
-    config.text.score_weight = 0.0
+    config.tables.knn_smoothing = 2.0
+    config.text_encoder.score_weight = 0.0
     folder = train(tmp_path, "run", config)
     found = []
     for stage in ("sbr", "text"):
@@ -156,9 +156,9 @@ def test_other_weights_or_texts_make_another_reader(run: Path, tmp_path: Path) -
         config = reader_config(tmp_path)
         setattr(config.controls, name, True)
         other = load_bundle(train(tmp_path, name, config)).model.text_encoder
-        assert isinstance(other, TextReader)
+        assert isinstance(other, TextSequenceEncoder)
         own = load_bundle(run).model.text_encoder
-        assert isinstance(own, TextReader)
+        assert isinstance(own, TextSequenceEncoder)
         assert torch.equal(other.texts.values, own.texts.values) == (name == "random_llm")
         assert not torch.equal(other.mean_H, own.mean_H)
 
@@ -174,29 +174,29 @@ def no_later_stage(config: Config) -> None:
 
 
 def no_clicks(config: Config) -> None:
-    config.text.clicks = 0
+    config.text_encoder.max_clicks = 0
 
 
 def no_weight(config: Config) -> None:
-    config.text.score_weight = []
+    config.text_encoder.score_weight = []
 
 
 def a_negative_weight(config: Config) -> None:
-    config.text.score_weight = [1.0, -1.0]
+    config.text_encoder.score_weight = [1.0, -1.0]
 
 
 def everything_dropped(config: Config) -> None:
-    config.text.dropout = 1.0
+    config.text_encoder.dropout = 1.0
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (no_later_stage, "text.epochs is 2, but stage behave does not go on from stage text; set behave.epochs to 0"),
-        (no_weight, "text.score_weight names no number; give at least one, such as 1"),
-        (a_negative_weight, "text.score_weight is -1.0; give 0 or more"),
-        (no_clicks, "text.clicks is 0; give 1 or more"),
-        (everything_dropped, "text.dropout is 1.0; give a probability from 0 to below 1"),
+        (no_weight, "text_encoder.score_weight names no number; give at least one, such as 1"),
+        (a_negative_weight, "text_encoder.score_weight is -1.0; give 0 or more"),
+        (no_clicks, "text_encoder.max_clicks is 0; give 1 or more"),
+        (everything_dropped, "text_encoder.dropout is 1.0; give a probability from 0 to below 1"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(
@@ -210,8 +210,8 @@ def test_settings_that_do_not_go_together_are_named(
 
 def test_more_columns_than_the_language_model_has_are_refused_before_training(tmp_path: Path) -> None:
     config = reader_config(tmp_path)
-    config.text.dim = 100
-    with pytest.raises(UserError, match=r"text.dim is 100, but random-tiny has 64 columns; give 64 at most"):
+    config.text_encoder.dim = 100
+    with pytest.raises(UserError, match=r"text_encoder.dim is 100, but random-tiny has 64 columns; give 64 at most"):
         train(tmp_path, "run", config)
     assert not (tmp_path / "run").exists()
 

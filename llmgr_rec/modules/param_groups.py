@@ -1,21 +1,23 @@
 """Parameter groups: which part of the model a parameter belongs to, and switching parts on and off."""
 
 from collections.abc import Collection
+from typing import Literal
 
 from torch import nn
 
-from llmgr_rec.stage_config import TrainableGroup
+ParamGroup = Literal["tables", "encoder", "text_encoder", "adapter", "lora", "head"]
 
-_GROUP_OF_PART: dict[str, TrainableGroup] = {
+
+_GROUP_OF_PART: dict[str, ParamGroup] = {
     "item_tables": "tables",
     "encoder": "encoder",
     "text_encoder": "text_encoder",
-    "hybrid": "adapter",
+    "adapter": "adapter",
     "head": "head",
 }
 
 
-def group_of(parameter_name: str) -> TrainableGroup | None:
+def param_group(parameter_name: str) -> ParamGroup | None:
     """Names the group of a parameter.
 
     Wrappers (a task, DistributedDataParallel, DistributedModelParallel) may stand before the part's own name.
@@ -37,7 +39,7 @@ def group_of(parameter_name: str) -> TrainableGroup | None:
     return None
 
 
-def select_trainable(module: nn.Module, groups: Collection[TrainableGroup]) -> list[str]:
+def select_trainable(module: nn.Module, groups: Collection[ParamGroup]) -> list[str]:
     """Lets the parameters of some groups train and freezes all others.
 
     Sharded tables ignore `requires_grad`: they also need an optimizer of learning rate 0, see the sharding code.
@@ -51,7 +53,7 @@ def select_trainable(module: nn.Module, groups: Collection[TrainableGroup]) -> l
     """
     names = []
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(group_of(name) in groups)
+        parameter.requires_grad_(param_group(name) in groups)
         if parameter.requires_grad:
             names.append(name)
     return names

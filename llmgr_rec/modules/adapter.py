@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class HybridEncoding(nn.Module):
+class ProjectionAdapter(nn.Module):
     """Projection adapter d1 -> d2 and the insertion of its results.
 
     The paper writes one W_in for nodes and graph. Here each has its own: a node carries one item and the graph vector
@@ -20,16 +20,12 @@ class HybridEncoding(nn.Module):
         d1: Width of item and session vectors.
         d2: Hidden width of the language model.
         embedding_norm: Mean Euclidean norm of its token embeddings.
-        no_graph: Graph tokens say nothing of the session: all are the projection of a vector of ones, which is learned.
-        no_nodes: The same of node tokens.
     """
 
     embedding_norm: Tensor
 
-    def __init__(self, d1: int, d2: int, embedding_norm: float, no_graph: bool = False, no_nodes: bool = False) -> None:
+    def __init__(self, d1: int, d2: int, embedding_norm: float) -> None:
         super().__init__()
-        self.no_graph = no_graph
-        self.no_nodes = no_nodes
         self.nodes = nn.Linear(d1, d2, bias=False)
         self.graph = nn.Linear(d1, d2, bias=False)
         self.log_gain_2 = nn.Parameter(torch.zeros(2))
@@ -48,10 +44,6 @@ class HybridEncoding(nn.Module):
         Returns:
             Soft tokens, [S, H].
         """
-        if self.no_graph:
-            graph_CD = torch.ones_like(graph_CD)
-        if self.no_nodes:
-            nodes_MD = torch.ones_like(nodes_MD)
         lengths_2 = self.log_gain_2.exp() * self.embedding_norm
         graph_CH = functional.normalize(self.graph(graph_CD), dim=1) * lengths_2[0]
         nodes_MH = functional.normalize(self.nodes(nodes_MD), dim=1) * lengths_2[1]

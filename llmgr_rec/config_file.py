@@ -1,4 +1,4 @@
-"""Settings as files: shipped recipes by name, YAML in and out, dotted overrides from the command line."""
+"""Config files: recipes by name, YAML in and out, dotted overrides from the command line."""
 
 import os
 from collections.abc import Sequence
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, parse_args
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, settings
 from llmgr_rec.errors import UserError, did_you_mean
-from llmgr_rec.limits import check_limits
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-RECIPES = Path(__file__).parent / "configs"
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def add_config_arguments(parser: "ArgumentParser") -> None:
@@ -22,9 +21,12 @@ def add_config_arguments(parser: "ArgumentParser") -> None:
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file with settings, or a shipped recipe: {', '.join(recipe_names())}.",
+        help=f"YAML file with settings, or a recipe: {', '.join(recipe_names())}.",
     )
     parser.add_class_arguments(Config, None)
+    for one in settings(Config()):
+        unit = f" Unit: {one.info.unit}." if one.info.unit else ""
+        parser._option_string_actions[f"--{one.name}"].help = f"{one.info.help}{unit}"
 
 
 def parse_with_config(parser: "ArgumentParser", argv: Sequence[str]) -> tuple["Namespace", Config]:
@@ -35,7 +37,7 @@ def parse_with_config(parser: "ArgumentParser", argv: Sequence[str]) -> tuple["N
     """
     namespace = parse_args(parser, _resolve_recipes(argv))
     config = _build(Config, namespace)
-    check_limits(config)
+    config.validate()
     return namespace, config
 
 
@@ -48,7 +50,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     Raises:
         UserError: The file is absent, or a key or value in it is not known; the nearest known key is named.
     """
-    parser = make_parser("llmgr_rec.recipes", "Reads settings.")
+    parser = make_parser("llmgr_rec.config_file", "Reads settings.")
     add_config_arguments(parser)
     return parse_with_config(parser, ["--config", str(path)])[1]
 

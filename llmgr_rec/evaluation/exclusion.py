@@ -1,9 +1,9 @@
-"""Whether a ranking leaves out what its session has clicked already: the training sessions decide, for all alike.
+"""Exclusion of seen items: whether a ranking contains items that its session has clicked, decided by the training data.
 
-Where no training session repeats a click, a clicked item is never the right answer, and whoever ranks by likeness puts
-just these first. Where sessions repeat clicks, clicked items are answers like others.
+If no training session repeats a click, a seen item is never the target, and similarity-based rankings put just these
+first. If sessions repeat clicks, seen items are candidates like all others.
 
-Shapes: B sessions, L clicks, D places of a list before clicked items leave it, K places after.
+Shapes: B sessions, L clicks, D positions of a list before exclusion, K positions after.
 """
 
 import numpy as np
@@ -15,40 +15,40 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 
 
-def leaves_out_clicked(dataset: Dataset) -> bool:
-    """Whether items that a session has clicked are left out of its ranking when it is judged."""
+def excludes_seen(dataset: Dataset) -> bool:
+    """Whether evaluation excludes the items that a session has clicked from its ranking."""
     return not dataset.manifest.clicks_repeat
 
 
 def ranking_rule(dataset: Dataset) -> str:
-    """What `leaves_out_clicked` says, in the words that stand beside every table."""
-    if leaves_out_clicked(dataset):
-        return "clicked items left out: no training session repeats one"
+    """`excludes_seen` in the words that accompany every table."""
+    if excludes_seen(dataset):
+        return "clicked items excluded: no training session repeats one"
     return "no item excluded"
 
 
-def clicked_items(batch: SessionBatch) -> Jagged:
+def seen_items(batch: SessionBatch) -> Jagged:
     """The distinct items that each session of a batch has clicked."""
     return Jagged(batch.graph.node_items_N, batch.graph.node_offsets_B1)
 
 
-def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, leave_out_clicked: bool) -> Ints:
+def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, exclude_seen: bool) -> Ints:
     """The K best items of each session by a baseline, best first; -1 fills up, [B, K].
 
     Args:
         baseline: Ranks the whole catalogue, clicked items too.
         sessions: What was clicked.
         k: Places K.
-        leave_out_clicked: Whether clicked items make room for those behind them.
+        exclude_seen: Whether clicked items make room for those behind them.
     """
     items_L, offsets_B1 = sessions.items_L.numpy(), sessions.offsets_B1.numpy()
-    if not leave_out_clicked:
+    if not exclude_seen:
         return baseline.rank(items_L, offsets_B1, k)[0]
     longest = int(np.diff(offsets_B1).max(initial=0))
-    return without_clicked(baseline.rank(items_L, offsets_B1, k + longest)[0], items_L, offsets_B1, k)
+    return without_seen(baseline.rank(items_L, offsets_B1, k + longest)[0], items_L, offsets_B1, k)
 
 
-def without_clicked(ids_BD: Ints, items_L: Ints, offsets_B1: Ints, k: int) -> Ints:
+def without_seen(ids_BD: Ints, items_L: Ints, offsets_B1: Ints, k: int) -> Ints:
     """The first K items of each list that its session has not clicked, in their order; -1 fills up, [B, K].
 
     Args:

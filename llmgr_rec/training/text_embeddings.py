@@ -1,6 +1,7 @@
-"""Item text for the language stages: encoded once for a run, laid into the sharded text table, cached for the loss.
+"""Text embeddings of the items: computed once per run, written into the sharded text table, cached for the loss.
 
-Shapes: V items of the catalogue, D = d1 columns, H = d2 hidden width of the language model.
+Shapes: V items of the catalog, C items, D = d1 columns, H = d2 hidden width of the language model, K columns of the
+text sequence encoder.
 """
 
 import hashlib
@@ -25,28 +26,28 @@ from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.item_text import ITEM_TEXT
-from llmgr_rec.modules.language_model import encode_item_texts
+from llmgr_rec.modules.language_model import embed_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender, text_reader_of
+from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
 
-# A file holds this many items at least, and there are this many files at most: a file is what an interrupted run does
-# not repeat, and what is dealt out to ranks.
+# A file holds at least this many items, and there are at most this many files. A file is the unit that an interrupted
+# run does not repeat, and that is assigned to a rank.
 _MIN_ROWS = 512
 _MAX_FILES = 256
-_READ_ITEMS = 4096
-_ENCODE_BATCH = 64
+_ENCODE_ITEMS = 4096
+_BATCH_SIZE = 64
 _LOOKUP_ITEMS = 8192
 
 
-class TextEncodings:
-    """Text encodings of all items on disk, standardised as they are read.
+class TextEmbeddings:
+    """Text embeddings of all items on disk, standardized as they are read.
 
-    Hidden states of a decoder share a large common direction, so raw encodings all look alike to a dot product. They
-    are centred on the catalogue's mean and scaled to a root mean square norm of 1. Items without tokens stay at zero.
+    Hidden states of a decoder share a large common direction, so raw embeddings all look alike to a dot product. They
+    are centered on the mean of the catalog and scaled to a root mean square norm of 1. Items without tokens stay zero.
 
     Args:
-        folder: Where the encodings lie, in files of consecutive items; ranks share it.
-        num_items: Size V of the catalogue.
+        folder: Folder of the embeddings, in files of consecutive items; shared by the ranks.
+        num_items: Size V of the catalog.
         width: Hidden width H.
     """
 
@@ -58,8 +59,8 @@ class TextEncodings:
         self._mean_H = torch.zeros(width)
         self._scale = 1.0
 
-    def encode(self, decoder: PreTrainedModel, tokens: Jagged, world: World) -> None:
-        """Encodes what is not on disk yet, files dealt out over the ranks, and finds what standardises them.
+    def compute(self, decoder: PreTrainedModel, tokens: Jagged, world: World) -> None:
+        """Computes what is not on disk yet, files distributed over the ranks, and the mean and scale of all.
 
         Args:
             decoder: The bare pre-trained decoder.
@@ -72,7 +73,7 @@ class TextEncodings:
         moments = torch.zeros(self.width + 2, dtype=torch.float64)
         with long_timeout_group(world) as group:
             for start in mine:
-                moments += self._moments(self._encode_file(start, decoder, tokens))
+                moments += self._moments(self._embed_file(start, decoder, tokens))
                 bar.update(self._rows)
             bar.close()
             barrier(world, group)
@@ -83,16 +84,16 @@ class TextEncodings:
         barrier(world)
 
     def read(self, rows: range, cols: range) -> Tensor:
-        """Standardised encodings of a rectangle, float32 [rows, cols]."""
+        """Standardized embeddings of a rectangle, float32 [rows, cols]."""
         pieces = []
+        columns = slice(cols.start, cols.stop)
         for start in self._starts():
             low, high = max(rows.start, start), min(rows.stop, start + self._rows, self._num_items)
             if low < high:
                 with safe_open(self._path(start), framework="pt") as file:
-                    values = file.get_slice("encodings")[low - start : high - start, cols.start : cols.stop]
+                    centered = file.get_slice("embeddings")[low - start : high - start, columns] - self._mean_H[columns]
                     has_text = file.get_slice("has_text")[low - start : high - start]
-                ready = (values - self._mean_H[cols.start : cols.stop]) / self._scale
-                pieces.append(ready * has_text.unsqueeze(1))
+                pieces.append(centered / self._scale * has_text.unsqueeze(1))
         return torch.cat(pieces)
 
     def _starts(self) -> range:
@@ -101,53 +102,53 @@ class TextEncodings:
     def _path(self, start: int) -> Path:
         return self._folder / f"items-{start:09d}.safetensors"
 
-    def _encode_file(self, start: int, decoder: PreTrainedModel, tokens: Jagged) -> Tensor:
+    def _embed_file(self, start: int, decoder: PreTrainedModel, tokens: Jagged) -> Tensor:
         path = self._path(start)
         if path.exists():
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("encodings")
+                return file.get_tensor("embeddings")
         items = torch.arange(start, min(start + self._rows, self._num_items))
         rows = tokens.select(items)
-        encodings = encode_item_texts(decoder, rows, _ENCODE_BATCH)
-        # Another run may be encoding the same.
+        embeddings = embed_item_texts(decoder, rows, _BATCH_SIZE)
+        # Another run may be computing the same file.
         with atomic_write(path) as partial:
-            save_file({"encodings": encodings, "has_text": (rows.lengths > 0).float()}, partial)
-        return encodings
+            save_file({"embeddings": embeddings, "has_text": (rows.lengths > 0).float()}, partial)
+        return embeddings
 
     @staticmethod
-    def _moments(encodings: Tensor) -> Tensor:
-        exact = encodings[encodings.any(dim=1)].double()
+    def _moments(embeddings: Tensor) -> Tensor:
+        exact = embeddings[embeddings.any(dim=1)].double()
         return torch.cat([exact.sum(0), exact.square().sum().view(1), torch.tensor([float(len(exact))])])
 
 
-def encode_catalogue(
-    decoder: PreTrainedModel, tokens: Jagged, world: World, folder: Path, language_model_hash: str
-) -> TextEncodings:
-    """Text encodings of the catalogue, kept under a name that tells what they were made of.
+def embed_catalog(
+    decoder: PreTrainedModel, tokens: Jagged, world: World, folder: Path, weights_hash: str
+) -> TextEmbeddings:
+    """Text embeddings of the catalog, stored under a hash of everything that they depend on.
 
     Args:
         decoder: The bare pre-trained decoder.
         tokens: Token ids of each item's text.
         world: Ranks; all call together.
-        folder: Where encodings are kept; runs may share it.
-        language_model_hash: Hash of the decoder's weights.
+        folder: Folder of embeddings; runs may share it.
+        weights_hash: Hash of the decoder's weights.
     """
-    recipe = json.dumps([language_model_hash, decoder.config.num_hidden_layers, str(decoder.dtype)])
-    digest = hashlib.sha256(recipe.encode())
+    inputs = json.dumps([weights_hash, decoder.config.num_hidden_layers, str(decoder.dtype)])
+    digest = hashlib.sha256(inputs.encode())
     digest.update(tokens.values.numpy().tobytes())
     digest.update(tokens.offsets.numpy().tobytes())
     width = decoder.get_input_embeddings().weight.shape[1]
-    encodings = TextEncodings(folder / digest.hexdigest()[:16], tokens.num_rows, width)
-    encodings.encode(decoder, tokens, world)
-    return encodings
+    embeddings = TextEmbeddings(folder / digest.hexdigest()[:16], tokens.num_rows, width)
+    embeddings.compute(decoder, tokens, world)
+    return embeddings
 
 
 def fill_text_table(model: nn.Module, read: Callable[[range, range], Tensor]) -> None:
-    """Writes vectors of items into whatever this rank holds of the text table.
+    """Writes item vectors into what this rank holds of the text table.
 
     Args:
         model: Sharded or not.
-        read: Gives the values of a rectangle of the table, such as `TextEncodings.read`; see `fill_table`.
+        read: Returns the values of a rectangle of the table, such as `TextEmbeddings.read`; see `fill_table`.
     """
     for parameter in table_parameters(model):
         if f".{ITEM_TEXT}." in parameter:
@@ -155,46 +156,45 @@ def fill_text_table(model: nn.Module, read: Callable[[range, range], Tensor]) ->
 
 
 @torch.no_grad()
-def cache_catalogue(llmgr: LLMGR, collator: Collator, device: torch.device) -> None:
-    """Looks every item up once and keeps the result for the loss; see `LLMGR.cache_catalogue`.
+def cache_catalog(llmgr: LLMGR, collator: Collator, device: torch.device) -> None:
+    """Looks up every item once and caches the result for the loss; see `LLMGR.cache_catalog`.
 
     Args:
         llmgr: The model, sharded; all ranks call together.
         collator: Makes the bags of items.
-        device: Where the model is.
+        device: Device of the model.
     """
     vectors, ids, texts = [], [], []
     for items in torch.arange(collator.num_items).split(_LOOKUP_ITEMS):
-        features = collator.item_features(items).to(device)
-        rows = llmgr.rows(features)
+        rows = llmgr.rows(collator.item_features(items).to(device))
         vectors.append(rows.vectors_XD)
         ids.append(rows.ids_XD)
         if rows.texts_XH is not None:
             texts.append(rows.texts_XH)
-    llmgr.cache_catalogue(ItemRows(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None))
+    llmgr.cache_catalog(ItemRows(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None))
 
 
 @torch.no_grad()
-def renew_texts(model: SessionRecommender | LLMGR, world: World) -> None:
-    """Where a language model reads sessions, writes the items as it reads them now into the text table.
+def refresh_item_vectors(model: SessionRecommender | LLMGR, world: World) -> None:
+    """Encodes all items by the text sequence encoder's present weights and writes them into its table.
 
-    Every rank reads every item of the rows that it holds a part of; all items where the language model is cut over
-    ranks, which then read together.
+    Every rank encodes the items of the rows that it holds a part of; all items if the language model is sharded across
+    ranks, which then encode together.
 
     Args:
-        model: Sharded or not; one without such a reader stays as it is.
-        world: Ranks; all call together, and wait for the one that reads most.
+        model: Sharded or not; a model without a text sequence encoder stays as it is.
+        world: Ranks; all call together, and wait for the slowest one.
     """
-    reader = text_reader_of(model)
-    if reader is None:
+    encoder = text_encoder_of(model)
+    if encoder is None:
         return
-    reads_all = is_cut(reader)
-    parts = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
-    with evaluation_mode(reader), long_timeout_group(world) as group:
-        for items in torch.arange(reader.texts.num_rows).split(_READ_ITEMS):
+    encodes_all = is_cut(encoder)
+    shards = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
+    with evaluation_mode(encoder), long_timeout_group(world) as group:
+        for items in torch.arange(encoder.texts.num_rows).split(_ENCODE_ITEMS):
             start, stop = int(items[0]), int(items[-1]) + 1
-            if reads_all or any(held_rows(part, start, stop) for part in parts):
-                vectors_CK = reader.item_vectors(items)
-                for part in parts:
-                    write_rows(part, start, vectors_CK)
+            if encodes_all or any(held_rows(shard, start, stop) for shard in shards):
+                vectors_CK = encoder.item_vectors(items)
+                for shard in shards:
+                    write_rows(shard, start, vectors_CK)
         barrier(world, group)

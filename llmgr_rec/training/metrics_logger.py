@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics.jsonl and TensorBoard events, written by the first rank."""
+"""Metrics of a run: metrics.jsonl and TensorBoard events, written by rank 0."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,15 @@ from typing import Any
 from llmgr_rec.files import atomic_write
 
 
-class Journal:
+class MetricsLogger:
     """Appends records to RUN/metrics.jsonl and mirrors their numbers to RUN/tensorboard."""
 
     def __init__(self, run: Path, enabled: bool) -> None:
-        """Opens the journal.
+        """Opens the log.
 
         Args:
             run: Run folder.
-            enabled: False on all ranks but the first; then every call does nothing.
+            enabled: False on all ranks but rank 0; then every call does nothing.
         """
         self._path = run / "metrics.jsonl"
         self._enabled = enabled
@@ -26,7 +26,7 @@ class Journal:
             self._writer = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, stage: str, step: int, **values: Any) -> None:
-        """Adds one record; it is on disk when the call returns."""
+        """Adds one record; the line is in the file when the call returns."""
         if not self._enabled:
             return
         with self._path.open("a") as file:

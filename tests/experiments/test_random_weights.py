@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from llmgr_rec.data import random_weights
-from llmgr_rec.data.pretrained import load_decoder, weights_hash
-from llmgr_rec.data.random_weights import draw_decoder, drawn_weights_hash
 from llmgr_rec.errors import UserError
+from llmgr_rec.experiments import controls
+from llmgr_rec.experiments.controls import draw_decoder, drawn_weights_hash
+from llmgr_rec.storage.pretrained import load_decoder, weights_hash
 
 
 def drawn(seed=0, dtype="float32", num_layers=1):
@@ -73,5 +73,5 @@ def test_the_hash_overlooks_the_last_bits_alone(monkeypatch, factor, same):
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(factor)
-    monkeypatch.setattr(random_weights, "draw_decoder", lambda *_, **__: decoder)
+    monkeypatch.setattr(controls, "draw_decoder", lambda *_, **__: decoder)
     assert (drawn_weights_hash.__wrapped__("random-tiny", 0) == before) == same

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.session_texts import Texts, drop_tokens, item_texts, last_places, newest, session_texts
+from llmgr_rec.data.session_tokens import Texts, drop_tokens, item_texts, last_places, newest, session_texts
 from llmgr_rec.modules.normalise import normalise
 from llmgr_rec.modules.prompts import one_pass_nodes
 
@@ -37,7 +37,7 @@ _CPU = torch.device("cpu")
 _IDLE = Jagged(torch.zeros(1, dtype=torch.int64), torch.tensor([0, 1]))
 
 
-class TextReader(nn.Module):
+class TextSequenceEncoder(nn.Module):
     """Scores an item by the cosine of its text's reading with that of the session's last texts.
 
     Args:
@@ -129,8 +129,8 @@ class TextReader(nn.Module):
 
     def prefix_queries(self, batch: SessionBatch) -> Tensor:
         """The same of growing prefixes, each group of which is read once, from the first click that they share."""
-        trunk = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
-        shown = Jagged(batch.graph.node_items_N.index_select(0, trunk.values), trunk.offsets).to(_CPU)
+        nodes = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
+        shown = Jagged(batch.graph.node_items_N.index_select(0, nodes.values), nodes.offsets).to(_CPU)
         return self._as_queries(session_texts(self.texts, shown))
 
     def read(self, texts: Texts) -> Tensor:

@@ -1,0 +1,288 @@
+"""ModelSpec: the model of a training stage. Planning, training, bundle loading and scoring all build from it."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmgr_rec.config import PROMPT_STAGES, Config, StageName
+from llmgr_rec.data.collate import CandidateSource, TextPlace
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.prompt_files import Task
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.adapter import ProjectionAdapter
+from llmgr_rec.modules.encoders import build_encoder, encoder_class
+from llmgr_rec.modules.heads import build_head, head_class
+from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.item_text import text_tables
+from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.param_groups import ParamGroup
+from llmgr_rec.modules.prompts import CompiledPrompt
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LLMTextTask, SbrTask
+from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
+
+# What a batch is for: training of the stage, or ranking with its model.
+Purpose = Literal["train", "rank"]
+
+_TRAINS: dict[StageName, tuple[ParamGroup, ...]] = {
+    "sbr": ("tables", "encoder"),
+    "align": ("adapter", "head"),
+    "behave": ("adapter", "lora", "head"),
+    "llm_text": ("text_encoder",),
+}
+
+
+@dataclass(frozen=True)
+class LanguageParts:
+    """What a stage's model needs of a language model.
+
+    Args:
+        decoder: The bare decoder, on the device of the model or on `meta`; building changes it in place.
+        prompts: A compiled prompt per task; read by the stages align and behave.
+        item_tokens: Token ids of each item's text with the token that ends it, one row per item; read by llm_text.
+        embedding_norm: Mean norm of the decoder's token embeddings; None computes it.
+    """
+
+    decoder: PreTrainedModel
+    prompts: Mapping[Task, CompiledPrompt]
+    item_tokens: Jagged
+    embedding_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which parts the model of a stage has, how wide they are and what trains.
+
+    Args:
+        stage: Stage.
+        config: All settings.
+        num_items: Size V of the catalog.
+        num_embeddings: Vocabulary size of each side feature that the catalog has.
+    """
+
+    stage: StageName
+    config: Config
+    num_items: int
+    num_embeddings: Mapping[str, int]
+
+    @property
+    def trains(self) -> tuple[ParamGroup, ...]:
+        """Parameter groups that the stage trains; all others stay bit-identical."""
+        return _TRAINS[self.stage]
+
+    @property
+    def encodes_prompts(self) -> bool:
+        """Whether it is LLMGR, whose language model encodes prompts with soft tokens."""
+        return self.stage in PROMPT_STAGES
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether a language model encodes sessions as the texts of their items."""
+        return self.stage == "llm_text"
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether any part of the model is a language model."""
+        return self.encodes_prompts or self.encodes_text
+
+    @property
+    def head_has_text(self) -> bool:
+        """Whether the head adds embeddings of item texts to item vectors."""
+        return self.encodes_prompts and head_class(self.config.head.name).reads_text(self.config.head)
+
+    @property
+    def needs_item_text(self) -> bool:
+        """Whether training needs the texts of the items."""
+        in_prompt = self.stage == "align" or (self.encodes_prompts and self.config.prompt.text_items > 0)
+        return self.encodes_text or self.head_has_text or in_prompt
+
+    @property
+    def caches_catalog(self) -> bool:
+        """Whether training keeps the vectors of all items, because their tables are frozen and the catalog is small."""
+        return self.encodes_prompts and self.num_items <= self.config.loss.full_softmax_max_items
+
+    @property
+    def query_width(self) -> int:
+        """Columns of a query and of an item's side of the score, while it ranks."""
+        d1 = self.config.tables.dim
+        if self.encodes_prompts:
+            return d1 + (d1 if self.config.head.residual else 0)
+        return d1 + (self.config.text_encoder.dim if self.encodes_text else 0)
+
+    @property
+    def num_negatives(self) -> int:
+        """Negatives per step of a sampled softmax."""
+        return self.config.text_encoder.num_negatives if self.encodes_text else self.config.loss.num_negatives
+
+    @property
+    def max_prefixes_per_pass(self) -> int:
+        """Most prefixes of a session that training encodes in one pass; 0 encodes each prefix separately."""
+        if self.stage == "sbr" and self.config.encoder.one_pass:
+            return self.config.encoder.max_clicks
+        if self.stage == "behave" and self.config.prompt.one_pass:
+            return self.config.prompt.max_nodes or sys.maxsize
+        return self.config.text_encoder.max_clicks if self.encodes_text else 0
+
+    def candidates(self, purpose: Purpose) -> CandidateSource:
+        """Items whose vectors a batch looks up beside its nodes."""
+        if purpose == "rank":
+            return "none"
+        if self.caches_catalog:
+            return "cached"
+        most = self.num_negatives if self.encodes_text else self.config.loss.full_softmax_max_items
+        return "full" if self.num_items <= most else "sampled"
+
+    def text_place(self, purpose: Purpose) -> TextPlace:
+        """What stands at {text} in a batch's prompts."""
+        if self.stage == "align" and purpose == "train":
+            return "random_node"
+        return "last_items" if self.encodes_prompts and self.config.prompt.text_items else "none"
+
+    def check(self) -> None:
+        """Checks that the parts which the settings name exist and can be built with them.
+
+        Raises:
+            UserError: A name or a setting of encoder or head is wrong.
+        """
+        encoder_class(self.config.encoder.name).check(self.config.encoder, self.config.tables.dim)
+        if self.encodes_prompts:
+            head_class(self.config.head.name).check(self.config.head)
+
+    def build(
+        self, language: LanguageParts | None = None, tables_device: torch.device | str = "cpu"
+    ) -> SessionRecommender | LLMGR:
+        """The model with fresh weights that depend on the settings and their seed only.
+
+        Args:
+            language: Parts of the language model; needed where the model has one.
+            tables_device: Device of the embedding tables; `meta` leaves the memory to the sharder.
+
+        Raises:
+            UserError: Settings that do not go together.
+            ValueError: The model has a language model and there are no parts of one.
+        """
+        if not self.has_language_model:
+            return self._recommender(tables_device)
+        if language is None:
+            raise ValueError(f"stage {self.stage} needs a language model")
+        if self.encodes_prompts:
+            return self._llmgr(language, tables_device)
+        return self._recommender(tables_device, self._text_encoder(language))
+
+    def build_task(
+        self, model: SessionRecommender | LLMGR, world_size: int = 1, loss_dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """What the stage trains: the model with the loss around it.
+
+        Args:
+            model: From `build`.
+            world_size: Number of ranks, over which gradients are averaged.
+            loss_dtype: Number format of the query-item products in the stages sbr and llm_text, see `ranking_loss`.
+
+        Raises:
+            TypeError: The model is of another stage.
+        """
+        config = self.config
+        if isinstance(model, LLMGR) != self.encodes_prompts:
+            raise TypeError(f"stage {self.stage} does not train a {type(model).__name__}")
+        if isinstance(model, SessionRecommender):
+            if self.encodes_text:
+                return LLMTextTask(model, world_size, loss_dtype)
+            return SbrTask(model, world_size, loss_dtype, config.encoder.one_pass)
+        if self.stage == "align":
+            contrast = config.contrast
+            return AlignTask(
+                model, contrast.weight, contrast.temperature, contrast.hard_negatives, world_size=world_size
+            )
+        return BehaveTask(model, world_size, config.prompt.one_pass)
+
+    def _recommender(
+        self, tables_device: torch.device | str, text_encoder: TextSequenceEncoder | None = None
+    ) -> SessionRecommender:
+        config, device = self.config, torch.device(tables_device)
+        sizes = {name: self.num_embeddings[name] for name in config.tables.side_features if name in self.num_embeddings}
+        with _seeded(config.seed):
+            # Before the tables, which draw random numbers where they are not on meta.
+            encoder = build_encoder(config.encoder, config.tables.dim)
+            return SessionRecommender(
+                ItemTables(self.num_items, sizes, config.tables.dim, device),
+                encoder,
+                config.encoder.score,
+                config.encoder.temperature,
+                text_tables(self.num_items, text_encoder.dim, device) if text_encoder else None,
+                text_encoder,
+            )
+
+    def _text_encoder(self, language: LanguageParts) -> TextSequenceEncoder:
+        config, decoder = self.config, language.decoder
+        width = decoder.get_input_embeddings().weight.shape[1]
+        if config.text_encoder.dim > width:
+            raise UserError(
+                f"setting text_encoder.dim is {config.text_encoder.dim}, but {config.llm.name_or_path} has {width} "
+                f"columns; give {width} at most"
+            )
+        if config.llm.recompute:
+            decoder.activation_checkpointing_enable({"use_reentrant": False})
+        settings = config.text_encoder
+        encoder = TextSequenceEncoder(
+            decoder, language.item_tokens, settings.dim, settings.max_clicks, settings.dropout
+        )
+        return encoder.to(decoder.device)
+
+    def _llmgr(self, language: LanguageParts, tables_device: torch.device | str) -> LLMGR:
+        config, decoder = self.config, language.decoder
+        recommender = self._recommender(tables_device)
+        norm = language.embedding_norm
+        norm = mean_embedding_norm(decoder) if norm is None else norm
+        with _seeded(config.seed):
+            llm = config.llm
+            language_model = LoraLanguageModel(
+                decoder, llm.lora_rank, llm.lora_alpha, llm.lora_dropout, recompute=llm.recompute
+            )
+            d1, d2 = config.tables.dim, language_model.hidden_size
+            head = build_head(config.head, d1, d2, self.num_items)
+            return LLMGR(
+                recommender,
+                ProjectionAdapter(d1, d2, norm),
+                language_model,
+                head,
+                language.prompts,
+                text_tables(self.num_items, d2, torch.device(tables_device)) if self.head_has_text else None,
+                config.prompt.node_source,
+                config.prompt.node_order,
+                config.prompt.max_nodes,
+            )
+
+
+def build_recommender(
+    config: Config, num_items: int, num_embeddings: Mapping[str, int], tables_device: torch.device | str = "cpu"
+) -> SessionRecommender:
+    """The session recommender with fresh weights that depend on the settings and their seed only.
+
+    Args:
+        config: All settings.
+        num_items: Size V of the catalog.
+        num_embeddings: Vocabulary size of each side feature that the catalog has.
+        tables_device: Device of the item tables; `meta` leaves the memory to the sharder.
+
+    Raises:
+        UserError: Settings that do not go together.
+    """
+    recommender = ModelSpec("sbr", config, num_items, num_embeddings).build(tables_device=tables_device)
+    assert isinstance(recommender, SessionRecommender)
+    return recommender
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Fresh weights are equal on all ranks and independent of earlier random draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

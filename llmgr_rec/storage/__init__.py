@@ -1,0 +1,1 @@
+"""Files: pretrained models, table I/O, checkpoints and bundles."""

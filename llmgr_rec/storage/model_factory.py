@@ -1,0 +1,165 @@
+"""From settings and files to models and collators. Everything that builds a model asks a `ModelFactory`."""
+
+from dataclasses import replace
+from typing import get_args
+
+import torch
+from transformers import AutoModel, PreTrainedModel
+
+from llmgr_rec.config import Config, StageName
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.collate import CandidateItems, Collator, LastItemsText, PromptText, RandomNodeText
+from llmgr_rec.data.item_text import tokenize_items
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.prompt_files import Task, load_templates
+from llmgr_rec.data.session_tokens import closed
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
+from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.pretrained import (
+    RANDOM_TINY,
+    decoder_config,
+    load_decoder,
+    load_tokenizer,
+    resolve_dtype,
+    weights_hash,
+)
+
+# Between two item texts in a prompt.
+_TEXT_SEPARATOR = "; "
+# Ends an item's text where sessions are encoded as text.
+_TEXT_END = "\n"
+
+
+class ModelFactory:
+    """Loads what the model of a stage needs and builds it. A subclass may replace any part, as experiments do."""
+
+    @property
+    def name(self) -> str:
+        """What a subclass changes. A bundle is only loaded by a factory of the name that it was made with."""
+        return ""
+
+    def spec(self, stage: StageName, config: Config, catalog: Catalogue) -> ModelSpec:
+        """The model of a stage for a catalog."""
+        return ModelSpec(stage, config, catalog.num_items, catalog.num_embeddings)
+
+    def build(
+        self, spec: ModelSpec, language: LanguageParts | None, tables_device: torch.device | str
+    ) -> SessionRecommender | LLMGR:
+        """The model with fresh weights; see `ModelSpec.build`."""
+        return spec.build(language, tables_device)
+
+    def language_parts(self, spec: ModelSpec, catalog: Catalogue, device: torch.device) -> LanguageParts | None:
+        """What the model needs of its language model; None without one.
+
+        Args:
+            spec: The model.
+            catalog: Items.
+            device: Device of the decoder.
+
+        Raises:
+            UserError: Weights, tokenizer or templates are not available, or an item has no text.
+        """
+        config = spec.config
+        if not spec.has_language_model:
+            return None
+        if spec.encodes_prompts:
+            decoder = self.decoder(config, device)
+            return LanguageParts(decoder, self.prompts(config), Jagged.empty(spec.num_items))
+        # All of its weights train, so they are float32; a GPU computes in bfloat16 all the same.
+        decoder = self.decoder(replace(config, llm=replace(config.llm, dtype="float32")), device)
+        end = load_tokenizer(config.llm.name_or_path)(_TEXT_END, add_special_tokens=False)["input_ids"]
+        return LanguageParts(decoder, {}, closed(self.item_tokens(config, catalog), end[-1]))
+
+    def decoder(self, config: Config, device: torch.device) -> PreTrainedModel:
+        """The bare pre-trained decoder.
+
+        Raises:
+            UserError: It is not available.
+        """
+        llm = config.llm
+        return load_decoder(llm.name_or_path, llm.num_layers, llm.dtype, device)
+
+    def decoder_hash(self, config: Config) -> str:
+        """Hash of the decoder's weights, however many layers are kept.
+
+        Raises:
+            UserError: They are not available.
+        """
+        return weights_hash(config.llm.name_or_path)
+
+    def prompts(self, config: Config) -> dict[Task, CompiledPrompt]:
+        """The prompt of each task as token ids.
+
+        Raises:
+            UserError: Template file or tokenizer is not usable.
+        """
+        tokenizer = load_tokenizer(config.llm.name_or_path)
+        return {
+            task: compile_prompt(template, tokenizer, with_text=task != "behave" or config.prompt.text_items > 0)
+            for task, template in load_templates(config.prompt.templates).items()
+        }
+
+    def item_tokens(self, config: Config, catalog: Catalogue) -> Jagged:
+        """Token ids of every item's text, [V] rows.
+
+        Raises:
+            UserError: No item has text.
+        """
+        tokenizer = load_tokenizer(config.llm.name_or_path)
+        return tokenize_items(catalog, tokenizer, list(config.prompt.text_fields), config.prompt.max_text_tokens)
+
+    def collator(
+        self, spec: ModelSpec, catalog: Catalogue, purpose: Purpose, item_tokens: Jagged | None = None
+    ) -> Collator:
+        """The collator that makes a model's batches.
+
+        Args:
+            spec: The model.
+            catalog: Items.
+            purpose: Training of the stage, or ranking (no candidates: item vectors are made separately).
+            item_tokens: From `item_tokens`, where they are at hand; made when needed.
+
+        Raises:
+            UserError: The prompts show item text and no item has any.
+        """
+        return Collator(
+            catalog,
+            spec.config.tables.side_features,
+            CandidateItems(spec.candidates(purpose), spec.num_negatives),
+            self._prompt_text(spec, catalog, purpose, item_tokens),
+            spec.config.seed,
+        )
+
+    def _prompt_text(
+        self, spec: ModelSpec, catalog: Catalogue, purpose: Purpose, item_tokens: Jagged | None
+    ) -> PromptText | None:
+        config, place = spec.config, spec.text_place(purpose)
+        if place == "none":
+            return None
+        tokens = self.item_tokens(config, catalog) if item_tokens is None else item_tokens
+        if place == "random_node":
+            return RandomNodeText(tokens, config.prompt.max_nodes)
+        separator = load_tokenizer(config.llm.name_or_path)(_TEXT_SEPARATOR, add_special_tokens=False)["input_ids"]
+        return LastItemsText(tokens, config.prompt.text_items, separator)
+
+
+def meta_language_parts(spec: ModelSpec) -> LanguageParts | None:
+    """`ModelFactory.language_parts` without weights or texts: for planning, the parts have their shapes alone.
+
+    Raises:
+        UserError: The language model's configuration is not available.
+    """
+    llm = spec.config.llm
+    if not spec.has_language_model:
+        return None
+    dtype = "float32" if spec.encodes_text else llm.dtype
+    if llm.name_or_path == RANDOM_TINY:
+        decoder = load_decoder(RANDOM_TINY, llm.num_layers, dtype).to("meta")
+    else:
+        settings = decoder_config(llm.name_or_path, llm.num_layers)
+        with torch.device("meta"):
+            decoder = AutoModel.from_config(settings).to(resolve_dtype(dtype))
+    prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
+    return LanguageParts(decoder, prompts, Jagged.empty(spec.num_items), embedding_norm=1.0)

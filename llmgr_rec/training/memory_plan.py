@@ -1,0 +1,235 @@
+"""Memory plan of a run on given ranks, made without data, memory or a process group: models are built on meta.
+
+Sizes are bytes unless named otherwise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import fx, nn
+from torchrec.distributed.train_pipeline.tracing import Tracer
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableShardingSpec, ShardingPlan
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from llmgr_rec.config import Config, StageName, trained_stages
+from llmgr_rec.distributed.decoder_shards import decoder_parameters
+from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.item_tables import ItemRows
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.modules.param_groups import param_group, select_trainable
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.model_factory import meta_language_parts
+
+FROZEN = "frozen"
+_FLOAT_BYTES = 4
+_CACHES = ("item_rows_VD", "rows_VD", "text_VH")
+# A trained dense parameter has its value, its gradient and AdamW's two moments, all float32.
+_TRAINED_BYTES = 4 * _FLOAT_BYTES
+
+
+@dataclass(frozen=True)
+class CatalogSizes:
+    """Sizes of a catalog.
+
+    Args:
+        num_items: Items.
+        num_embeddings: Vocabulary size of each side feature.
+    """
+
+    num_items: int
+    num_embeddings: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks of a run.
+
+    Args:
+        size: Number of ranks.
+        local_size: Ranks per machine.
+        device_type: `cpu` or `cuda`.
+    """
+
+    size: int
+    local_size: int
+    device_type: str
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """Placement of one table.
+
+    Args:
+        footprint: Its size.
+        sharding: Sharding type; empty if no plan was found.
+        bytes_per_rank: Rows and optimizer state on each rank that holds a part.
+    """
+
+    footprint: Footprint
+    sharding: str
+    bytes_per_rank: dict[int, int]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Plan of one stage.
+
+    Args:
+        spec: The stage's model.
+        tables: Its tables.
+        problem: Why the tables cannot be sharded; empty if they can.
+        parameters: Number of dense parameters by parameter group; those that do not train in this stage are FROZEN.
+        pipelined: Lookups that a training pipeline overlaps with computation.
+        blocking: Lookups that it cannot overlap.
+        dense_bytes: Memory of the dense parameters on every rank, gradients and optimizer state included; of a
+            language model that is sharded across ranks, one rank's shard.
+        cached_bytes: Memory of the cached item vectors on every rank.
+        decoder_ranks: Ranks that the language model is sharded across; 1 if each holds all of it, or there is none.
+    """
+
+    spec: ModelSpec
+    tables: list[TablePlan]
+    problem: str
+    parameters: dict[str, int]
+    pipelined: list[str]
+    blocking: list[str]
+    dense_bytes: int
+    cached_bytes: int
+    decoder_ranks: int
+
+
+def plan_memory(
+    config: Config, sizes: CatalogSizes, ranks: Ranks, stages: Sequence[StageName] | None = None
+) -> list[StagePlan]:
+    """Plans the stages of a run.
+
+    Args:
+        config: All settings.
+        sizes: The catalog.
+        ranks: Ranks of the run.
+        stages: Stages to plan; None plans all that the settings train.
+
+    Raises:
+        UserError: Settings that do not go together, or a language model that is not available. Tables that do not fit
+            are reported in the plan instead.
+    """
+    return [
+        _plan_stage(ModelSpec(stage, config, sizes.num_items, sizes.num_embeddings), ranks)
+        for stage in (trained_stages(config) if stages is None else stages)
+    ]
+
+
+def _plan_stage(spec: ModelSpec, ranks: Ranks) -> StagePlan:
+    config = spec.config
+    task = spec.build_task(_meta_model(spec))
+    select_trainable(task, spec.trains)
+    decoder_ranks = ranks.size if config.llm.fsdp and any(True for _ in decoder_parameters(task)) else 1
+    parameters, dense_bytes = _count(task, decoder_ranks)
+    pipelined, blocking = _trace(task)
+
+    def trained(name: str) -> bool:
+        return param_group(name) in spec.trains
+
+    tables, problem = footprints(task, config.tables, trained), ""
+    try:
+        plan = plan_tables(task, config.tables, ranks.size, ranks.local_size, ranks.device_type, trained)
+        table_plans = [_table_plan(footprint, plan) for footprint in tables]
+    except UserError as error:
+        problem = str(error)
+        table_plans = [TablePlan(footprint, "", {}) for footprint in tables]
+    cached = (buffer for name, buffer in task.named_buffers() if name.endswith(_CACHES))
+    return StagePlan(
+        spec=spec,
+        tables=table_plans,
+        problem=problem,
+        parameters=parameters,
+        pipelined=pipelined,
+        blocking=blocking,
+        dense_bytes=dense_bytes,
+        cached_bytes=sum(buffer.numel() * _FLOAT_BYTES for buffer in cached),
+        decoder_ranks=decoder_ranks,
+    )
+
+
+def _meta_model(spec: ModelSpec) -> SessionRecommender | LLMGR:
+    model = spec.build(meta_language_parts(spec), "meta").to("meta")
+    if isinstance(model, LLMGR) and spec.caches_catalog:
+        rows_VD = torch.empty(spec.num_items, spec.config.tables.dim, device="meta")
+        width = model.language_model.hidden_size
+        texts_VH = torch.empty(spec.num_items, width, device="meta") if spec.head_has_text else None
+        model.cache_catalog(ItemRows(rows_VD, rows_VD, texts_VH))
+    return model
+
+
+def _count(task: nn.Module, decoder_ranks: int) -> tuple[dict[str, int], int]:
+    """Parameters outside of tables by group, and their memory on a rank that holds one of the decoder's parts."""
+    counts: dict[str, int] = {}
+    size = 0
+    cut = set(decoder_parameters(task))
+    for name, parameter in task.named_parameters():
+        if "embedding_bags" in name.split("."):
+            continue
+        group = str(param_group(name)) if parameter.requires_grad else FROZEN
+        counts[group] = counts.get(group, 0) + parameter.numel()
+        held = -(-parameter.numel() // decoder_ranks) if parameter in cut else parameter.numel()
+        size += held * (_TRAINED_BYTES if parameter.requires_grad else parameter.element_size())
+    return counts, size
+
+
+def _table_plan(footprint: Footprint, plan: ShardingPlan) -> TablePlan:
+    path = footprint.parameter.rsplit(".embedding_bags.", 1)[0]
+    parameter = cast(EmbeddingModuleShardingPlan, plan.plan[path])[footprint.table]
+    spec = cast(EnumerableShardingSpec, parameter.sharding_spec)
+    bytes_per_rank: dict[int, int] = {}
+    for shard in spec.shards:
+        rank = shard.placement.rank()
+        share = shard.shard_sizes[0] * shard.shard_sizes[1] / (footprint.rows * footprint.dim)
+        own = round(share * (footprint.weight_bytes + footprint.state_bytes))
+        bytes_per_rank[rank] = bytes_per_rank.get(rank, 0) + own
+    return TablePlan(footprint, parameter.sharding_type, bytes_per_rank)
+
+
+def _trace(task: nn.Module) -> tuple[list[str], list[str]]:
+    """Table lookups that TorchRec's pipeline can and cannot move ahead: their input must come straight from the batch.
+
+    The same symbolic trace and rule as TorchRec's own, which needs the model sharded and ranks to shard it over.
+    """
+    collections = {name for name, module in task.named_modules() if isinstance(module, EmbeddingBagCollection)}
+    graph = _LookupTracer(leaf_modules=_leaves(task)).trace(task)
+    pipelined: list[str] = []
+    blocking: list[str] = []
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in collections:
+            (pipelined if all(_from_batch(argument) for argument in node.args) else blocking).append(str(node.target))
+    return sorted(set(pipelined)), sorted(set(blocking))
+
+
+class _LookupTracer(Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, EmbeddingBagCollection) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _leaves(task: nn.Module) -> list[str]:
+    """The largest modules that hold no tables."""
+
+    def holds_tables(module: nn.Module) -> bool:
+        return any(isinstance(part, EmbeddingBagCollection) for part in module.modules())
+
+    leaves = []
+    for name, module in task.named_modules():
+        parent = task.get_submodule(name.rpartition(".")[0]) if name else None
+        if parent is not None and holds_tables(parent) and not holds_tables(module):
+            leaves.append(name)
+    return leaves
+
+
+def _from_batch(argument: object) -> bool:
+    if not isinstance(argument, fx.Node):
+        return False
+    if argument.op == "placeholder":
+        return True
+    return argument.op == "call_function" and argument.target is getattr and _from_batch(argument.args[0])

@@ -1,0 +1,81 @@
+"""Nearest-neighbor similarities of a data set's items, cached in a run folder."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.knn import ItemNeighbors
+from llmgr_rec.baselines.registry import build_neighbors
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
+from llmgr_rec.errors import UserError
+from llmgr_rec.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+def neighbor_scores(
+    names: Sequence[str],
+    k_neighbors: int,
+    dataset: Dataset,
+    catalog: Catalogue,
+    world: World,
+    folder: Path | None = None,
+) -> list[Blend]:
+    """The scores of each nearest-neighbor baseline by itself, with weight 1.
+
+    Args:
+        names: Baselines, from the training split or the items' text.
+        k_neighbors: Most similar items kept per item.
+        dataset: Prepared sessions.
+        catalog: Their items.
+        world: Ranks; all call together. Rank 0 computes and broadcasts, however long it takes.
+        folder: Folder where rank 0 caches them; None caches nothing.
+    """
+    if not names:
+        return []
+    with long_timeout_group(world) as group:
+        return run_on_rank0(
+            world, lambda: [_cached(name, k_neighbors, dataset, catalog, folder) for name in names], group
+        )
+
+
+def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalogue, folder: Path | None) -> Blend:
+    if folder is None:
+        return _compute(name, k_neighbors, dataset, catalog)
+    file = folder / f"{name}-{_key(name, k_neighbors, dataset)}.npz"
+    if file.is_file():
+        try:
+            return Blend.load(file)
+        except UserError:
+            logger.info("%s is damaged and is computed again", file)
+    scores = _compute(name, k_neighbors, dataset, catalog)
+    with atomic_write(file) as partial:
+        scores.save(partial)
+    return scores
+
+
+def _key(name: str, k_neighbors: int, dataset: Dataset) -> str:
+    """Hash of a baseline's settings and of the files that it may read: all but those of validation and test."""
+    files = {
+        path: entry.sha256
+        for path, entry in dataset.manifest.files.items()
+        if path.split("/")[0] not in ("valid", "test")
+    }
+    return hashlib.sha256(json.dumps([name, k_neighbors, files], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _compute(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalogue) -> Blend:
+    baseline = build_neighbors(name, dataset, catalog, k_neighbors)
+    if not isinstance(baseline, ItemNeighbors):
+        raise UserError(
+            f"setting blend.neighbors names {name}, which made a {type(baseline).__name__} without a matrix of item "
+            "similarities; derive it from llmgr_rec.baselines.knn.ItemNeighbors"
+        )
+    return Blend({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)

@@ -1,0 +1,289 @@
+"""Preflight of a run: every rank finds all user errors by itself, before any rank waits for another."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llmgr_rec.baselines.registry import check_blended
+from llmgr_rec.config import STAGES, Config, StageName, trained_stages
+from llmgr_rec.config_file import load_config
+from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.row_groups import RowGroups
+from llmgr_rec.distributed.bundle_index import check_trained_on, is_complete, latest_bundle, read_index
+from llmgr_rec.distributed.process_group import World, launched_world
+from llmgr_rec.errors import UserError
+from llmgr_rec.files import require_writable
+from llmgr_rec.modules.encoders import ENCODERS, encoder_class
+from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
+from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.training.checkpoint import CheckpointManager, Identity
+from llmgr_rec.training.fingerprint import inherited_settings
+from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
+
+# File in a run folder that a process locks while it trains there.
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What the user asks for.
+
+    Args:
+        config: All settings.
+        dataset: Folder made by prepare.
+        output: Run folder.
+        stage: One stage, or all in order.
+        resume: Continue what is in the run folder.
+        launch: Name of the launch, the same on all ranks and after every restart by the launcher; empty without one.
+        text_embeddings: Folder of text embeddings of the items, which runs may share; None keeps them in the run folder.
+        factory: Builds the models.
+    """
+
+    config: Config
+    dataset: Path
+    output: Path
+    stage: Literal["all", StageName]
+    resume: bool
+    launch: str = ""
+    text_embeddings: Path | None = None
+    factory: ModelFactory = field(default_factory=ModelFactory)
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that may start.
+
+    Args:
+        dataset: Prepared sessions.
+        catalog: Their items.
+        stages: Stages to train, in order, without those that are complete.
+    """
+
+    dataset: Dataset
+    catalog: Catalogue
+    stages: list[StageName]
+
+
+def check_run(request: RunRequest) -> CheckedRun:
+    """Checks everything that a run reads and the folder that it writes to, and changes nothing.
+
+    Args:
+        request: What the user asks for.
+
+    Raises:
+        UserError: Anything that the user can fix.
+    """
+    request.config.validate()
+    check_blended(request.config.blend.neighbors)
+    dataset = Dataset(request.dataset)
+    catalog = Catalogue.load(request.dataset)
+    _check_sessions(dataset, catalog)
+    stages = _stages_to_run(request)
+    _check_output(request.output)
+    if _complete_stages(request.output):
+        _check_same_data(latest_bundle(request.output / "export"), dataset, catalog)
+    if stages:
+        _check_order(request, stages)
+        _check_earlier_stage(request, stages[0])
+        _check_selection(request.config, stages, dataset)
+    for stage in stages:
+        spec = request.factory.spec(stage, request.config, catalog)
+        spec.check()
+        _check_checkpoints(request, spec, catalog)
+        _check_one_pass(request, spec, dataset)
+        _check_contrast(spec)
+        _check_item_text(spec, dataset, catalog)
+    _check_memory(request.config, stages, catalog)
+    return CheckedRun(dataset, catalog, stages)
+
+
+def _check_sessions(dataset: Dataset, catalog: Catalogue) -> None:
+    if catalog.hash != dataset.manifest.catalogue_hash:
+        raise UserError(
+            f"{dataset.items_path} is not the catalog of manifest.json; "
+            "make the data set again with python -m llmgr_rec.prepare"
+        )
+    for split in ("train", "valid"):
+        groups = RowGroups(dataset.parts(split), num_items=catalog.num_items, by_click=False)
+        if split == "train" and not groups.num_examples:
+            raise UserError(f"{dataset.path} has no training sessions; prepare the data set from more interactions")
+
+
+def _stages_to_run(request: RunRequest) -> list[StageName]:
+    """Stages in order, without those that are complete (on resume) or have no epochs."""
+    wanted = [stage for stage in STAGES if request.stage in ("all", stage)]
+    done = _complete_stages(request.output)
+    if not request.resume and (again := [stage for stage in wanted if stage in done]):
+        raise UserError(
+            f"stage {again[0]} of {request.output} is complete already; "
+            "give another --output, or --resume to train the missing stages"
+        )
+    trained = trained_stages(request.config)
+    if request.stage != "all" and request.stage not in trained:
+        raise UserError(f"setting {request.stage}.epochs is 0, so --stage {request.stage} has nothing to train")
+    return [stage for stage in wanted if stage not in done and stage in trained]
+
+
+def _complete_stages(output: Path) -> set[StageName]:
+    return {stage for stage in STAGES if is_complete(output / "export" / stage)}
+
+
+def _check_output(output: Path) -> None:
+    """The folder is absent, empty or a run, and is writable."""
+    require_writable(output)
+    files = [path for path in output.iterdir() if path.name != LOCK] if output.exists() else []
+    if files and not (output / "config.yaml").is_file():
+        raise UserError(f"output folder {output} is not empty and is no training run; give another --output")
+
+
+def _check_order(request: RunRequest, stages: Sequence[StageName]) -> None:
+    """A stage starts from the stages before it, and never from a later one."""
+    output, first, done = request.output, stages[0], _complete_stages(request.output)
+    started = [stage for stage in stages if (output / "checkpoints" / stage).exists()]
+    if not request.resume and (started or (request.stage == "all" and (output / "config.yaml").exists())):
+        raise UserError(f"{output} holds a run already; add --resume to continue it, or give another --output")
+    position = STAGES.index(first)
+    earlier = [stage for stage in trained_stages(request.config) if STAGES.index(stage) < position]
+    if missing := [stage for stage in earlier if stage not in done]:
+        skip = "" if missing[0] == "sbr" else f", or leave it out with --{missing[0]}.epochs 0"
+        raise UserError(
+            f"stage {first} starts from stage {missing[-1]}, which is not complete in {output}; "
+            f"train it first with --stage {missing[0]}{skip}"
+        )
+    if later := [stage for stage in STAGES[position + 1 :] if stage in done]:
+        raise UserError(
+            f"stage {first} comes before stage {later[0]}, which is complete in {output}; give another --output"
+        )
+
+
+def _check_same_data(bundle: Path, dataset: Dataset, catalog: Catalogue) -> None:
+    """Complete stages were trained on these sessions and items, and on the same words, brands and categories."""
+    check_trained_on(bundle, dataset)
+    if read_index(bundle).features_hash not in ("", catalog.features_hash):
+        raise UserError(
+            f"{bundle} was trained on the same items with other words, brands or categories than {catalog.file}; "
+            "give the data set it was trained on, or another --output"
+        )
+
+
+def _check_earlier_stage(request: RunRequest, first: StageName) -> None:
+    """The bundle that the first stage starts from holds the same model."""
+    if first == "sbr":
+        return
+    config, output = request.config, request.output
+    bundle = latest_bundle(output / "export")
+    index, before = read_index(bundle), load_config(bundle / "config.yaml")
+    then = inherited_settings(index.stage, before)
+    for name, now in inherited_settings(index.stage, config).items():
+        if now != then[name]:
+            raise UserError(
+                f"setting {name} is {now}, but stage {index.stage} in {output} was trained with {then[name]}; "
+                "give the same setting, or another --output"
+            )
+    if first == "llm_text" and index.stage != "sbr":
+        raise UserError(
+            f"stage llm_text starts from stage sbr, but stage {index.stage} is complete in {output}; "
+            "give another --output"
+        )
+    (strength,) = before.tables.knn_smoothing
+    if strength not in config.tables.knn_smoothing:
+        raise UserError(
+            f"setting tables.knn_smoothing is {config.tables.knn_smoothing}, but stage sbr in {output} was exported with "
+            f"strength {strength:g}; give [{strength:g}], or another --output"
+        )
+    if index.language_model and request.factory.decoder_hash(config) != index.language_model["weights_hash"]:
+        raise UserError(
+            f"setting llm.name_or_path is {config.llm.name_or_path}, whose weights are not those of "
+            f"{index.language_model['name']} that stage {index.stage} in {output} was trained with; "
+            "give the same model, or another --output"
+        )
+
+
+def _check_selection(config: Config, stages: Sequence[StageName], dataset: Dataset) -> None:
+    """Whatever is selected has validation sessions to be selected on."""
+    if dataset.manifest.num_sessions["valid"]:
+        return
+    if config.blend.neighbors and not config.blend.weights:
+        raise UserError(
+            f"setting blend.weights is empty, but {dataset.path} has no validation sessions to choose them on; give "
+            "one weight for each of blend.neighbors, or prepare the data set with another --split"
+        )
+    several = []
+    if "sbr" in stages and len(config.tables.knn_smoothing) > 1:
+        several.append("tables.knn_smoothing")
+    if "llm_text" in stages and len(config.text_encoder.score_weight) > 1:
+        several.append("text_encoder.score_weight")
+    if several:
+        raise UserError(
+            f"setting {several[0]} has several values, but {dataset.path} has no validation sessions to "
+            "choose on; give one, or prepare the data set with another --split"
+        )
+
+
+def _check_checkpoints(request: RunRequest, spec: ModelSpec, catalog: Catalogue) -> None:
+    """The checkpoint that a stage would resume from belongs to it."""
+    folder = request.output / "checkpoints" / spec.stage / "steps"
+    device = launched_world(request.config.runtime.device).device
+    identity = Identity.of(spec.stage, catalog.features_hash, request.config, device)
+    CheckpointManager(folder, 1, World.alone(), identity).check()
+
+
+def _check_one_pass(request: RunRequest, spec: ModelSpec, dataset: Dataset) -> None:
+    """Encoder or templates allow training in one pass, and the data set has whole sessions."""
+    config = spec.config
+    if not spec.max_prefixes_per_pass or spec.encodes_text:
+        return
+    name = "encoder.one_pass" if spec.stage == "sbr" else "prompt.one_pass"
+    if spec.stage == "sbr" and not encoder_class(config.encoder.name).supports_one_pass:
+        able = sorted(key for key, encoder in ENCODERS.items() if encoder.supports_one_pass)
+        raise UserError(
+            f"setting {name} is true, but encoder {config.encoder.name} is not causal; "
+            f"set encoder.name to {' or '.join(able)}, or {name} to false"
+        )
+    if spec.stage == "behave" and not request.factory.prompts(config)["behave"].supports_one_pass:
+        raise UserError(
+            f"setting {name} is true, but the first place of template behave in {config.prompt.templates} is not "
+            f"{{nodes}}, so prefixes of a session cannot share a prompt; set prompt.templates to compact, or {name} "
+            "to false"
+        )
+    if "train" not in dataset.manifest.prefix_augmentation:
+        raise UserError(
+            f"setting {name} is true, but the training rows of {dataset.path} are prefixes already; set {name} to false"
+        )
+
+
+def _check_contrast(spec: ModelSpec) -> None:
+    """Every rank has sessions to contrast."""
+    if spec.stage != "align" or not spec.config.contrast.weight:
+        return
+    ranks, sessions = launched_world(spec.config.runtime.device).size, spec.config.align.batch_size
+    if sessions < 2 * ranks:
+        raise UserError(
+            f"setting align.batch_size is {sessions}, which gives a rank fewer than two sessions to contrast; "
+            f"give {2 * ranks} or more ({CONTRASTIVE_GROUP * ranks} contrasts {CONTRASTIVE_GROUP} on each), or set "
+            "contrast.weight to 0"
+        )
+
+
+def _check_item_text(spec: ModelSpec, dataset: Dataset, catalog: Catalogue) -> None:
+    """Items have text where a stage needs it."""
+    if not spec.needs_item_text:
+        return
+    if not dataset.manifest.has_text:
+        raise UserError(
+            f"{dataset.items_path} has no titles, which stage {spec.stage} needs; prepare with an items file that has a "
+            f"column title, or set {spec.stage}.epochs to 0"
+        )
+    catalog.texts(list(spec.config.prompt.text_fields))
+
+
+def _check_memory(config: Config, stages: Sequence[StageName], catalog: Catalogue) -> None:
+    """The models of the stages can be built, and their tables fit on the ranks."""
+    world = launched_world(config.runtime.device)
+    sizes = CatalogSizes(catalog.num_items, catalog.num_embeddings)
+    for plan in plan_memory(config, sizes, Ranks(world.size, world.local_size, world.device.type), stages):
+        if plan.problem:
+            raise UserError(f"stage {plan.spec.stage}: {plan.problem}")
