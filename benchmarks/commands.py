@@ -69,7 +69,7 @@ def prepare_synthetic(folder: Path, sessions: int, items: int, seed: int = 0) ->
 
 
 def prepare_arguments(folder: Path) -> list[str]:
-    """Arguments that prepare FOLDER/raw into FOLDER/dataset, the catalogue as large as it was made."""
+    """Arguments that prepare FOLDER/raw into FOLDER/dataset, the catalog as large as it was made."""
     raw = folder / "raw"
     files = ["--interactions", str(raw / "interactions.parquet"), "--items", str(raw / "items.parquet")]
     return [*files, "--output", str(folder / "dataset"), "--min_interactions", "0", "--keep_unseen_items"]

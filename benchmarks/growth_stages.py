@@ -18,7 +18,7 @@ class Size:
 
     Args:
         sessions: Sessions.
-        items: Items of the catalogue.
+        items: Items of the catalog.
         ranks: Processes.
     """
 

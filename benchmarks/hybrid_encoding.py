@@ -5,7 +5,7 @@ python -m benchmarks.hybrid_encoding --run RUN
 ```
 
 Each item stands alone in a prompt. Its node vector is compared with its soft token, and with the language model's
-hidden state at that place: linear CKA, and the share of nearest neighbours that both have. Beside them stand the same
+hidden state at that place: linear CKA, and the share of nearest neighbors that both have. Beside them stand the same
 for a projection that was never trained, and for rows in random order, which is what chance gives.
 
 Shapes: N items, B sessions of one click each, D = d1 columns, H = d2 hidden width.
@@ -18,22 +18,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from llmgr_rec.distributed.assembly import make_collator
 from torch import Tensor
 
 from benchmarks.harness import benchmark_parser, set_threads, write_report
-from benchmarks.similarity import MIN_ITEMS, half_samples, interval, linear_cka, shared_neighbours
+from benchmarks.similarity import MIN_ITEMS, half_samples, interval, linear_cka, shared_neighbors
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.config import StageName
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import Bundle, load_bundle
-from llmgr_rec.distributed.bundle_index import is_complete
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, prompt_nodes
 from llmgr_rec.modules.recommender import RecommenderOutput
+from llmgr_rec.storage.bundle import Bundle, load_bundle
+from llmgr_rec.storage.bundle_index import is_complete
 
 STAGES: tuple[StageName, ...] = ("align", "behave")
 PROJECTED, RANDOM = "after projection", "after random projection"
@@ -68,18 +68,18 @@ def main(argv: Sequence[str]) -> None:
     parser = benchmark_parser("hybrid_encoding", "Compares node vectors before and after hybrid encoding.")
     parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
     parser.add_argument("--items", type=int, default=2000, help="Most items compared, drawn from those in training.")
-    parser.add_argument("--neighbours", type=str, default="10,50", help="Nearest neighbours that are compared.")
+    parser.add_argument("--neighbors", type=str, default="10,50", help="Nearest neighbors that are compared.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws and of the random projection.")
     args = parse_args(parser, argv).as_dict()
     set_threads(args["threads"])
-    counts = _numbers(args["neighbours"])
+    counts = _numbers(args["neighbors"])
     stages = [stage for stage in STAGES if is_complete(Path(args["run"]) / "export" / stage)]
     if not stages:
         raise UserError(f"{args['run']} has no finished stage {' or '.join(STAGES)}; train one with llmgr_rec.train")
     results: dict[str, Any] = {}
     for stage in stages:
         bundle = load_bundle(Path(args["run"]) / "export" / stage, dtype="float32")
-        items_N = choose_items(bundle.catalogue, args["items"], max(counts), args["seed"])
+        items_N = choose_items(bundle.catalog, args["items"], max(counts), args["seed"])
         vectors = encode(bundle, items_N, args["seed"])
         results[stage] = {"items": len(items_N), "ways": compare(vectors, counts, args["seed"])}
     print(table(results))
@@ -89,26 +89,26 @@ def main(argv: Sequence[str]) -> None:
     print(f"written: {file}")
 
 
-def choose_items(catalogue: Catalogue, most: int, neighbours: int, seed: int) -> Tensor:
+def choose_items(catalog: Catalog, most: int, neighbors: int, seed: int) -> Tensor:
     """Items to compare, [N], in rising order: vectors of those without a training interaction are as they were drawn.
 
     Args:
-        catalogue: The items.
+        catalog: The items.
         most: Largest number of them.
-        neighbours: Most nearest neighbours that are asked for.
+        neighbors: Most nearest neighbors that are asked for.
         seed: Of the draw.
 
     Raises:
         UserError: There are too few.
     """
-    seen = torch.nonzero(catalogue.train_count_V > 0).flatten()
+    seen = torch.nonzero(catalog.train_count_V > 0).flatten()
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(seen)))
     items_N = seen[order[:most]].sort().values
-    fewest = max(MIN_ITEMS, neighbours + 2)
+    fewest = max(MIN_ITEMS, neighbors + 2)
     if len(items_N) < fewest:
         raise UserError(
-            f"{len(items_N)} items to compare, of {len(seen)} with training interactions, are too few for {neighbours} "
-            f"neighbours, which need {fewest}; raise --items or lower --neighbours"
+            f"{len(items_N)} items to compare, of {len(seen)} with training interactions, are too few for {neighbors} "
+            f"neighbors, which need {fewest}; raise --items or lower --neighbors"
         )
     return items_N
 
@@ -137,7 +137,7 @@ def encode(bundle: Bundle, items_N: Tensor, seed: int) -> dict[str, Tensor]:
         raise UserError(f"template behave of {bundle.path} has no {{nodes}}; give a run whose prompts show nodes")
     hybrids = {PROJECTED: model.hybrid, RANDOM: fresh_hybrid(model.hybrid, seed)}
     states = {PROJECTED: READ, RANDOM: READ_RANDOM}
-    collate = make_collator(config, bundle.catalogue, "rank", language=True)
+    collate = make_collator(config, bundle.catalog, "rank", language=True)
     parts: dict[str, list[Tensor]] = {name: [] for name in ("before", *WAYS[:-1])}
     for items_B in items_N.split(_BATCH):
         batch = collate(single_clicks(items_B))
@@ -206,7 +206,7 @@ def compare(vectors: Mapping[str, Tensor], counts: Sequence[int], seed: int) -> 
 
     Args:
         vectors: From `encode`.
-        counts: Numbers of nearest neighbours.
+        counts: Numbers of nearest neighbors.
         seed: Of the half-samples.
     """
     before_ND = vectors["before"]
@@ -217,7 +217,7 @@ def compare(vectors: Mapping[str, Tensor], counts: Sequence[int], seed: int) -> 
         spread = interval(linear_cka(before_ND, after_NH, halves_RN).numpy())
         measures = {"cka": Likeness(float(linear_cka(before_ND, after_NH)), *spread)}
         for k in counts:
-            share_N = shared_neighbours(before_ND, after_NH, k)
+            share_N = shared_neighbors(before_ND, after_NH, k)
             means_R = halves_RN @ share_N / halves_RN.sum(1)
             measures[f"overlap@{k}"] = Likeness(float(share_N.mean()), *interval(means_R.numpy()))
         found[way] = {name: asdict(likeness) for name, likeness in measures.items()}
@@ -237,7 +237,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], file: Path) -> None:
-    """Draws a panel for each measure, the ways one below the other and the stages in colours, as an SVG file."""
+    """Draws a panel for each measure, the ways one below the other and the stages in colors, as an SVG file."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -276,7 +276,7 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or numbers[0] < 1:
-        raise UserError(f"--neighbours is {text}; give numbers from 1 with commas between them, such as 10,50")
+        raise UserError(f"--neighbors is {text}; give numbers from 1 with commas between them, such as 10,50")
     return numbers
 
 

@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, item_tokens, make_collator
+from llmgr_rec.stage_config import TrainableGroup
 from torch import nn
 
 from benchmarks.straightforward import StraightforwardLLMGR
 from datagen.synthetic import generate
 from llmgr_rec.config import Config
 from llmgr_rec.data.batch import SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, item_tokens, make_collator
-from llmgr_rec.distributed.shards import init_tables
-from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.stage_config import TrainableGroup
-from llmgr_rec.training.text_embeddings import cache_catalog
+from llmgr_rec.modules.param_groups import select_trainable
+from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.stages import StageName
+from llmgr_rec.training.text_embeddings import cache_catalog
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -84,14 +84,14 @@ class Setup:
     Args:
         config: Settings.
         dataset: Prepared sessions.
-        catalogue: Their items.
+        catalog: Their items.
         fast: The product's model.
         plain: The straightforward one.
     """
 
     config: Config
     dataset: Dataset
-    catalogue: Catalogue
+    catalog: Catalog
     fast: LLMGR
     plain: StraightforwardLLMGR
 
@@ -99,20 +99,20 @@ class Setup:
     def make(cls, config: Config, dataset: Dataset) -> "Setup":
         """Fresh models; LoRA and head have weights that matter, so that every gradient does."""
         torch.manual_seed(config.seed)
-        catalogue = Catalogue.load(dataset.path)
-        fast = assemble_llmgr(config, catalogue, assemble_decoder(config, CPU), TRAINABLE)
+        catalog = Catalog.load(dataset.path)
+        fast = assemble_llmgr(config, catalog, assemble_decoder(config, CPU), TRAINABLE)
         init_tables(fast, config.seed, config.tables.init_std)
         for name, parameter in fast.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)
         if fast.text_tables is not None:
             nn.init.normal_(fast.text_tables.embedding_bags["item_text"].weight)
-        cache_catalog(fast, make_collator(config, catalogue, "rank", language=False), CPU)
+        cache_catalog(fast, make_collator(config, catalog, "rank", language=False), CPU)
         plain = StraightforwardLLMGR.like(fast, assemble_decoder(config, CPU))
         for model in (fast, plain):
             select_trainable(model, TRAINABLE)
             model.train()
-        return cls(config, dataset, catalogue, fast, plain)
+        return cls(config, dataset, catalog, fast, plain)
 
     def batches(self, stage: StageName, count: int, one_pass: bool = False, skip: int = 0) -> list[SessionBatch]:
         """Training batches.
@@ -123,11 +123,11 @@ class Setup:
             one_pass: Whole sessions with a target at every click, in place of one example a session.
             skip: Batches left out at the start.
         """
-        tokens = item_tokens(self.config, self.catalogue) if stage == "align" else None
+        tokens = item_tokens(self.config, self.catalog) if stage == "align" else None
         reader: SessionReader[SessionBatch] = SessionReader(
             self.dataset.parts("train"),
-            num_items=self.catalogue.num_items,
-            collate=make_collator(self.config, self.catalogue, stage, language=True, tokens=tokens),
+            num_items=self.catalog.num_items,
+            collate=make_collator(self.config, self.catalog, stage, language=True, tokens=tokens),
             order=SamplingOrder(
                 self.config.behave.batch_size,
                 shuffle=True,

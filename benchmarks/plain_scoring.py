@@ -8,13 +8,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from llmgr_rec.distributed.assembly import assemble_decoder, make_collator
 
 from benchmarks.straightforward import StraightforwardLLMGR
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import lengths_to_offsets
-from llmgr_rec.distributed.assembly import assemble_decoder, make_collator
-from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.storage.bundle import load_bundle
 
 
 @torch.no_grad()
@@ -35,10 +35,10 @@ def score_plainly(bundle_path: Path, source: Path, output: Path, k: int, batch_s
     bundle = load_bundle(bundle_path)
     if not isinstance(bundle.model, LLMGR):
         raise TypeError(f"{bundle_path} holds no language model")
-    collate = make_collator(bundle.config, bundle.catalogue, "rank", language=True)
-    items_VQ = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalogue.num_items)))
+    collate = make_collator(bundle.config, bundle.catalog, "rank", language=True)
+    items_VQ = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalog.num_items)))
     model = StraightforwardLLMGR.like(bundle.model, assemble_decoder(bundle.config, torch.device("cpu"))).eval()
-    item_ids = bundle.catalogue.item_ids.to_pylist()
+    item_ids = bundle.catalog.item_ids.to_pylist()
     rows = pq.read_table(source, columns=["session_id", "items"]).to_pylist()
     answers = []
     for start in range(0, len(rows), batch_size):

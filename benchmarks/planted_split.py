@@ -1,4 +1,4 @@
-"""A prepared split and its catalogue made straight from the planted world, without the titles of millions of items."""
+"""A prepared split and its catalog made straight from the planted world, without the titles of millions of items."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 
 from datagen import planted
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.preparation.parts import PartWriter
 from llmgr_rec.data.schema import ITEMS_NAME, sessions_schema
@@ -17,18 +17,18 @@ _TEXT_SHARE, _RARE_SHARE = 0.5, 0.3
 _NUM_CATEGORIES, _NUM_BRANDS = 300, 2000
 
 
-def write_split(folder: Path, sessions: int, items: int, mean_length: float, seed: int) -> tuple[list[Path], Catalogue]:
+def write_split(folder: Path, sessions: int, items: int, mean_length: float, seed: int) -> tuple[list[Path], Catalog]:
     """Writes the part files of a split as `llmgr_rec.prepare` does.
 
     Args:
         folder: Folder to make.
         sessions: Rows.
-        items: Size of the catalogue.
+        items: Size of the catalog.
         mean_length: Mean clicks of a row's list; the target comes on top of it.
         seed: Seed of the sessions and of the side features.
 
     Returns:
-        The part files, and the catalogue with one category and one brand an item.
+        The part files, and the catalog with one category and one brand an item.
     """
     world = planted.plant(items, mean_length + 1, _TEXT_SHARE, _RARE_SHARE, seed)
     counts_V = np.zeros(items, dtype=np.int64)
@@ -46,14 +46,14 @@ def write_split(folder: Path, sessions: int, items: int, mean_length: float, see
         writer.write([names, pa.ListArray.from_arrays(offsets, pa.array(items_L[is_click])), pa.array(items_L[ends_B])])
         done += size
     writer.close()
-    return sorted(folder.glob("part-*.parquet")), _catalogue(folder.parent / ITEMS_NAME, counts_V, seed)
+    return sorted(folder.glob("part-*.parquet")), _catalog(folder.parent / ITEMS_NAME, counts_V, seed)
 
 
-def _catalogue(file: Path, counts_V: np.ndarray, seed: int) -> Catalogue:
+def _catalog(file: Path, counts_V: np.ndarray, seed: int) -> Catalog:
     generator = torch.Generator().manual_seed(seed)
     ones_V = torch.ones(len(counts_V), dtype=torch.int64)
     features = {
         name: Jagged.from_lengths(torch.randint(size, (len(counts_V),), generator=generator), ones_V)
         for name, size in (("category", _NUM_CATEGORIES), ("brand", _NUM_BRANDS))
     }
-    return Catalogue(file, pa.array(np.arange(len(counts_V))), torch.from_numpy(counts_V), features)
+    return Catalog(file, pa.array(np.arange(len(counts_V))), torch.from_numpy(counts_V), features)

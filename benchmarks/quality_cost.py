@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Side, Spread, benchmark_parser, rate_table, ratio, set_threads, take_turns, write_report
 from llmgr_rec.cli import parse_args, run_cli
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.storage.pretrained import num_decoder_layers, resolve_dtype
 from llmgr_rec.config_file import load_config
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.scoring.routing import uncertainty
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+from llmgr_rec.storage.pretrained import num_decoder_layers, resolve_dtype
 
 K = 20
 BUDGETS = (0.0, 0.1, 0.25, 0.5)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
     run, dataset = Path(args.run), Dataset(Path(args.dataset))
     with TemporaryDirectory() as folder:
         source = _input(dataset, args.sessions, Path(folder) / "input.parquet")
-        results = measure(list(modes(run)), run, source, Catalogue.load(dataset.path), args.rounds, Path(folder))
+        results = measure(list(modes(run)), run, source, Catalog.load(dataset.path), args.rounds, Path(folder))
     print(table(results))
     write_report(args.output, args.as_dict(), results)
     file = Path(args.plot) if args.plot else Path(args.output).with_suffix(".svg")
@@ -93,7 +93,7 @@ def modes(run: Path) -> Iterator[Mode]:
 
 
 def measure(
-    chosen: Sequence[Mode], run: Path, source: Path, catalogue: Catalogue, rounds: int, work: Path
+    chosen: Sequence[Mode], run: Path, source: Path, catalog: Catalog, rounds: int, work: Path
 ) -> dict[str, Any]:
     """Scores the sessions in every way in turn, and judges each way's last output.
 
@@ -101,7 +101,7 @@ def measure(
         chosen: The ways; the first one is what the others are compared with.
         run: Run folder.
         source: Sessions with their targets.
-        catalogue: The items.
+        catalog: The items.
         rounds: Turns of each way.
         work: Folder for outputs.
 
@@ -112,7 +112,7 @@ def measure(
     rates = take_turns([Side(mode.name, _scoring(mode, run, source, work)) for mode in chosen], rounds, warm_up=0)
     speeds = rate_table(rates)
     outputs = {mode.name: pq.read_table(work / _folder(mode)) for mode in chosen}
-    gains = {name: ndcg(output, catalogue) for name, output in outputs.items()}
+    gains = {name: ndcg(output, catalog) for name, output in outputs.items()}
     first = chosen[0].name
     results = {}
     for mode in chosen:
@@ -144,14 +144,14 @@ def _folder(mode: Mode) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in mode.name)
 
 
-def ndcg(output: pa.Table, catalogue: Catalogue) -> NDArray[np.float64]:
+def ndcg(output: pa.Table, catalog: Catalog) -> NDArray[np.float64]:
     """NDCG of each scored session, 0 where the target is not in the list, [S].
 
     Args:
         output: Lists of raw item ids, with the target's item index.
-        catalogue: The items.
+        catalog: The items.
     """
-    targets_S = np.asarray(catalogue.item_ids.take(output["target"].combine_chunks()).to_pylist(), dtype=object)
+    targets_S = np.asarray(catalog.item_ids.take(output["target"].combine_chunks()).to_pylist(), dtype=object)
     lists = output["item_ids"].to_pylist()
     places = (ids.index(target) if target in ids else -1 for ids, target in zip(lists, targets_S, strict=True))
     return np.array([0.0 if place < 0 else 1 / np.log2(place + 2) for place in places])

@@ -24,7 +24,7 @@ from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.errors import UserError
 
 if TYPE_CHECKING:
-    from llmgr_rec.data.catalogue import Catalogue
+    from llmgr_rec.data.catalog import Catalog
     from llmgr_rec.data.reader import SessionReader
 
 READ, PLAIN_READ = "Parquet to offsets and values", "Parquet to lists"
@@ -40,7 +40,7 @@ class Settings:
 
     Args:
         sessions: Rows of the split.
-        items: Size of the catalogue.
+        items: Size of the catalog.
         mean_length: Mean clicks of a row's list.
         batch_size: Sessions of a batch.
     """
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
     parser = benchmark_parser("reader", "Compares the reader and its graphs with a plain loop over sessions.")
     parser.add_argument("--sessions", type=int, default=400_000, help="Rows of the split.")
-    parser.add_argument("--items", type=int, default=50_000, help="Size of the catalogue.")
+    parser.add_argument("--items", type=int, default=50_000, help="Size of the catalog.")
     parser.add_argument("--mean_length", type=float, default=9.0, help="Mean clicks of a row's list.")
     parser.add_argument("--batch_size", type=int, default=2048, help="Sessions of a batch.")
     parser.add_argument("--steps", type=int, default=100, help="Training steps a stage; 0 leaves the waiting out.")
@@ -82,7 +82,7 @@ def compare(folder: Path, settings: Settings, rounds: int) -> dict[str, Any]:
     from benchmarks.planted_split import write_split
     from llmgr_rec.data.row_groups import RowGroups
 
-    parts, catalogue = write_split(
+    parts, catalog = write_split(
         folder / "split" / "train", settings.sessions, settings.items, settings.mean_length, seed=0
     )
     groups = RowGroups(parts, num_items=settings.items, by_click=False)
@@ -100,7 +100,7 @@ def compare(folder: Path, settings: Settings, rounds: int) -> dict[str, Any]:
     def build_plainly() -> float:
         return sum(plain_graphs.build(next(plain_batches)).nodes_BM.shape[0] for _ in range(_PLAIN_BATCHES))
 
-    readers = {name: _decoded_reader(parts, catalogue, settings.batch_size, sides) for name, sides in _SIDES.items()}
+    readers = {name: _decoded_reader(parts, catalog, settings.batch_size, sides) for name, sides in _SIDES.items()}
     check_graphs(readers[BATCH], batches=2)
     sides = [Side(READ, read), Side(PLAIN_READ, read_plainly), Side(PLAIN_BATCH, build_plainly)]
     sides += [Side(name, partial(_walk, reader)) for name, reader in readers.items()]
@@ -119,18 +119,18 @@ _SIDES: dict[str, tuple[str, ...]] = {BATCH: ("category", "brand"), BARE_BATCH: 
 
 
 def _decoded_reader(
-    parts: list[Path], catalogue: "Catalogue", batch_size: int, sides: Sequence[str]
+    parts: list[Path], catalog: "Catalog", batch_size: int, sides: Sequence[str]
 ) -> "SessionReader[Any]":
     """A reader whose row groups are in memory, so that what it takes is the making of batches alone."""
     from llmgr_rec.data.collate import Collator
     from llmgr_rec.data.reader import SamplingOrder, SessionReader
     from llmgr_rec.data.row_groups import RowGroups
 
-    collate = Collator(catalogue, sides)
+    collate = Collator(catalog, sides)
     reader = SessionReader(
-        parts, num_items=catalogue.num_items, collate=collate, order=SamplingOrder(batch_size, shuffle=True)
+        parts, num_items=catalog.num_items, collate=collate, order=SamplingOrder(batch_size, shuffle=True)
     )
-    reader.groups = RowGroups(parts, num_items=catalogue.num_items, by_click=False, keep=len(reader.groups))
+    reader.groups = RowGroups(parts, num_items=catalog.num_items, by_click=False, keep=len(reader.groups))
     for number in range(len(reader.groups)):
         reader.groups[number]
     return reader
@@ -166,7 +166,7 @@ def waiting_shares(folder: Path, steps: int, sessions: int = 4000, items: int = 
         folder: Where data and run go.
         steps: Training steps a stage.
         sessions: Sessions of the data set.
-        items: Size of its catalogue.
+        items: Size of its catalog.
     """
     dataset, run = prepare_synthetic(folder, sessions, items), folder / "run"
     model = language_model()

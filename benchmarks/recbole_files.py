@@ -26,7 +26,7 @@ _READ_ROWS = 8192
 def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: int) -> Dataset:
     """Writes some rows of a data set as a data set.
 
-    The catalogue stays whole, so the task is as large as it was.
+    The catalog stays whole, so the task is as large as it was.
 
     Args:
         dataset: The data set.
@@ -74,7 +74,7 @@ def _write_rows(dataset: Dataset, split: str, folder: Path, most: int, seed: int
 
 
 def write_atomic_files(dataset: Dataset, folder: Path) -> dict[str, int]:
-    """Writes training and validation examples as RecBole's atomic files, and the whole catalogue beside them.
+    """Writes training and validation examples as RecBole's atomic files, and the whole catalog beside them.
 
     They are the examples that the product's own reader hands out. Items are named by their index.
 

@@ -1,4 +1,4 @@
-"""Sampled softmax: training steps over catalogues of growing size, and what the sample costs in quality.
+"""Sampled softmax: training steps over catalogs of growing size, and what the sample costs in quality.
 
 ```sh
 python -m benchmarks.sampled_softmax
@@ -40,10 +40,10 @@ def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
     parser = benchmark_parser("sampled_softmax", "Measures training with a softmax over sampled items.")
     parser.add_argument(
-        "--sizes", type=list[int], default=[100_000, 1_000_000, 10_000_000], help="Catalogue sizes; [] measures none."
+        "--sizes", type=list[int], default=[100_000, 1_000_000, 10_000_000], help="Catalog sizes; [] measures none."
     )
     parser.add_argument("--optimizer", type=str, default="adagrad", help="As the setting tables.optimizer.")
-    parser.add_argument("--sessions", type=int, default=200_000, help="Training sessions at each catalogue size.")
+    parser.add_argument("--sessions", type=int, default=200_000, help="Training sessions at each catalog size.")
     parser.add_argument("--batch_size", type=int, default=512, help="Sessions of a step.")
     parser.add_argument("--sampled_items", type=int, default=8192, help="Draws of a step.")
     parser.add_argument("--seeds", type=int, default=3, help="Seeds of the comparison in quality; 0 leaves it out.")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     if args["optimizer"] not in ("adagrad", "rowwise_adagrad", "sgd"):
         raise UserError(f"--optimizer is {args['optimizer']}; fused ones are adagrad, rowwise_adagrad and sgd")
     if args["sizes"] and min(args["sizes"]) < 32:
-        raise UserError(f"--sizes holds {min(args['sizes'])}; a catalogue has 32 items or more")
+        raise UserError(f"--sizes holds {min(args['sizes'])}; a catalog has 32 items or more")
     threads = set_threads(args["threads"])
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="llmgr-softmax-") as folder:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare_sizes(folder: Path, args: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Steps a second at each catalogue size; all models are in memory together and take turns."""
+    """Steps a second at each catalog size; all models are in memory together and take turns."""
     from llmgr_rec.distributed.process_group import init_distributed, shutdown
 
     world = init_distributed("cpu", timeout_s=600, threads=threads)
@@ -93,30 +93,30 @@ def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -
     """What trains a fresh session recommender some steps further whenever it is called, and its candidates a step."""
     from itertools import count
 
+    from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
     from benchmarks.planted_split import write_split
     from llmgr_rec.config import Config
     from llmgr_rec.data.reader import SamplingOrder, SessionReader
-    from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
     from llmgr_rec.distributed.sharding import shard
-    from llmgr_rec.distributed.shards import init_tables
     from llmgr_rec.modules.param_groups import param_group, select_trainable
     from llmgr_rec.modules.tasks import SbrTask
+    from llmgr_rec.storage.table_io import init_tables
     from llmgr_rec.training.optimizers import build_optimizer
 
     config = Config()
     config.loss.full_softmax_max_items, config.loss.num_negatives = 0, args["sampled_items"]
     config.tables.optimizer = args["optimizer"]
-    parts, catalogue = write_split(folder / "train", args["sessions"], size, mean_length=9, seed=0)
-    task = SbrTask(assemble_recommender(config, catalogue, "meta"), world.size)
+    parts, catalog = write_split(folder / "train", args["sessions"], size, mean_length=9, seed=0)
+    task = SbrTask(assemble_recommender(config, catalog, "meta"), world.size)
     select_trainable(task, config.sbr.trainable)
     model = shard(task, config.tables, world, lambda name: param_group(name) in config.sbr.trainable)
     init_tables(model, config.seed, config.tables.init_std)
     reader = SessionReader(
         parts,
         num_items=size,
-        collate=make_collator(config, catalogue, "sbr", language=False),
+        collate=make_collator(config, catalog, "sbr", language=False),
         order=SamplingOrder(args["batch_size"], shuffle=True),
     )
     pipeline = TrainPipelineSparseDist(model, build_optimizer(model, config.sbr, config.tables), world.device)
@@ -132,7 +132,7 @@ def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -
 
 
 def compare_quality(folder: Path, args: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Best validation NDCG@20 of stage sbr after equal epochs, with the whole catalogue and with a sample of it."""
+    """Best validation NDCG@20 of stage sbr after equal epochs, with the whole catalog and with a sample of it."""
     dataset = args["dataset"] or str(prepare_synthetic(folder, sessions=10_000, items=12_000))
     best: dict[str, list[float]] = {"full": [], "sampled": []}
     for seed in range(args["seeds"]):

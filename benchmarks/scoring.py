@@ -22,7 +22,7 @@ from benchmarks.language_setup import add_language_arguments, open_dataset
 from benchmarks.plain_scoring import score_plainly
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 
 OURS, PLAIN = "llmgr_rec", "straightforward"
 K = 20
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"  scores differ by at most {same['score']:.1e}; {same['same_lists']} of {same['lists']} lists are the same,"
     )
-    print(f"  {same['same_but_ties']} but for neighbours whose scores differ by less than {TOLERANCE:g}")
+    print(f"  {same['same_but_ties']} but for neighbors whose scores differ by less than {TOLERANCE:g}")
     results = {"sessions_per_s": rate_table(rates), "ratio": asdict(gain), "agreement": same}
     write_report(args.output, args.as_dict(), results)
 

@@ -126,7 +126,7 @@ class Settings:
         return {"model": _MODELS[self.encoder], "dataset": NAME, "threads": self.threads, "config": config}
 
     def _recbole_model(self) -> dict[str, Any]:
-        # Without negatives, as the softmax is over the whole catalogue.
+        # Without negatives, as the softmax is over the whole catalog.
         both = {"step": self.steps, "loss_type": "CE", "train_neg_sample_args": None, "embedding_size": self.dim}
         if self.encoder == "srgnn":
             return both

@@ -10,10 +10,10 @@ from typing import Any, Final
 
 from benchmarks.turns_protocol import Epoch, Replies
 from llmgr_rec.cli import make_parser, run_cli
-from llmgr_rec.distributed.process_group import init_distributed, shutdown
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
-from llmgr_rec.training.preflight import RunRequest, check_run
+from llmgr_rec.distributed.process_group import init_distributed, shutdown
 from llmgr_rec.training.metrics_logger import MetricsLogger
+from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
 
 STAGE: Final = "sbr"
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         request.output.mkdir(parents=True)
         journal = HaltingJournal(request.output, replies, checked.dataset.manifest.num_examples["train"])
         # There is nothing to resume, but a loop that looks for it calls the journal right before its first step.
-        context = RunContext(config, checked.dataset, checked.catalogue, request.output, world, journal, resume=True)
+        context = RunContext(config, checked.dataset, checked.catalog, request.output, world, journal, resume=True)
         run_stage(STAGE, context)
     except EnoughEpochs:
         journal.close()

@@ -1,4 +1,4 @@
-"""How alike two sets of vectors of the same items are: CKA, shared neighbours, and intervals of both over items.
+"""How alike two sets of vectors of the same items are: CKA, shared neighbors, and intervals of both over items.
 
 Shapes: N items, D and H columns of the two sets, R half-samples.
 """
@@ -19,7 +19,7 @@ _NO_VARIANCE = 1e-20
 
 
 def linear_cka(first_ND: Tensor, second_NH: Tensor, halves_RN: Tensor | None = None) -> Tensor:
-    """Linear centred kernel alignment: 1 where one set is a rotation and scaling of the other, 0 where unrelated.
+    """Linear centered kernel alignment: 1 where one set is a rotation and scaling of the other, 0 where unrelated.
 
     CKA is that of Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited". HSIC in it is the
     unbiased estimate of Song et al. 2012, "Feature Selection via Dependence Maximization": the plain one calls sets of
@@ -41,14 +41,14 @@ def linear_cka(first_ND: Tensor, second_NH: Tensor, halves_RN: Tensor | None = N
 
 
 def _gram(vectors_ND: Tensor) -> Tensor:
-    """Products of different items, [N, N], of vectors that are centred and, before that, scaled to length 1 on average.
+    """Products of different items, [N, N], of vectors that are centered and, before that, scaled to length 1 on average.
 
     HSIC centres by itself; to do it here too keeps a large common part from costing digits.
     """
     vectors_ND = vectors_ND.double()
     length = vectors_ND.square().sum(1).mean().sqrt().clamp(min=1e-30)
-    centred_ND = (vectors_ND - vectors_ND.mean(0)) / length
-    return (centred_ND @ centred_ND.T).fill_diagonal_(0)
+    centered_ND = (vectors_ND - vectors_ND.mean(0)) / length
+    return (centered_ND @ centered_ND.T).fill_diagonal_(0)
 
 
 def _hsic(first_NN: Tensor, second_NN: Tensor, ones_RN: Tensor) -> Tensor:
@@ -61,13 +61,13 @@ def _hsic(first_NN: Tensor, second_NN: Tensor, ones_RN: Tensor) -> Tensor:
     return (both_R + sums_R - cross_R) / (size_R * (size_R - 3))
 
 
-def shared_neighbours(first_ND: Tensor, second_NH: Tensor, k: int) -> Tensor:
-    """Share of an item's nearest neighbours by cosine that are its nearest in both sets, float64 [N].
+def shared_neighbors(first_ND: Tensor, second_NH: Tensor, k: int) -> Tensor:
+    """Share of an item's nearest neighbors by cosine that are its nearest in both sets, float64 [N].
 
     Args:
         first_ND: Vectors.
         second_NH: Other vectors of the same items.
-        k: Neighbours; an item is none of its own. By chance k / (N - 1) of them are shared.
+        k: Neighbors; an item is none of its own. By chance k / (N - 1) of them are shared.
     """
     both_NN = _nearest(first_ND, k) & _nearest(second_NH, k)
     return both_NN.sum(1).double() / k
@@ -85,7 +85,7 @@ def half_samples(count: int, resamples: int, seed: int) -> Tensor:
     """Random halves of the items, in place of the bootstrap's samples with repeats.
 
     A mean varies as much between halves drawn without repeats as the bootstrap says (Efron 1982, "The Jackknife, the
-    Bootstrap and Other Resampling Plans", on half-sampling). Repeats would be neighbours of themselves and make sets
+    Bootstrap and Other Resampling Plans", on half-sampling). Repeats would be neighbors of themselves and make sets
     look alike that are not.
 
     Args:

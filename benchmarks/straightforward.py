@@ -2,7 +2,7 @@
 
 Every session gets a prompt of its own: whole, with the instruction in it, spliced together piece by piece in a loop
 over the batch, padded to the longest, and read by transformers and PEFT as they come. One prompt has one target, scores
-of the whole catalogue are one matrix, and the loss is torch's cross-entropy.
+of the whole catalog are one matrix, and the loss is torch's cross-entropy.
 
 Shapes: B sessions, T tokens of the longest prompt, V items, D = d1 columns, H = d2 hidden width.
 """
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.prompt_files import Task
+from llmgr_rec.data.prompt_templates import Task
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import RecommenderOutput

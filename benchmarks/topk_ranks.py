@@ -1,4 +1,4 @@
-"""Checks on several ranks that lists merged from shards of the catalogue are those over all of it.
+"""Checks on several ranks that lists merged from shards of the catalog are those over all of it.
 
 ```sh
 python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.topk_ranks ITEMS DIM QUERIES K
@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
-from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.kernels.topk import top_k
 
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
         items_RQ = torch.randint(-3, 4, (items, dim), generator=generator).float()
         queries_BQ = torch.randint(-3, 4, (queries, dim), generator=generator).float()[world.rank :: world.size]
         vectors = _Vectors(items_RQ, items)
-        merged = CatalogueRanker(vectors, vectors, world).rank(queries_BQ, k)
+        merged = CatalogRanker(vectors, vectors, world).rank(queries_BQ, k)
         if not all(map(torch.equal, merged, top_k(queries_BQ, items_RQ, k))):
             raise RuntimeError(f"rank {world.rank}: lists merged from shards are not those over all items")
     finally:

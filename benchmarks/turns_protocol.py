@@ -31,7 +31,7 @@ class Epoch:
         examples: Training examples.
         seconds: From the first batch to the end of the last step; validation is not in it.
         loss: Mean training loss.
-        ndcg: NDCG@20 over the whole catalogue after it, on the validation examples.
+        ndcg: NDCG@20 over the whole catalog after it, on the validation examples.
         validated: Validation examples.
     """
 

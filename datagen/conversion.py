@@ -137,7 +137,7 @@ class Conversion:
         self._run("DROP TABLE raw")
 
     def read_items(self, source: Path, items: Iterable[Item]) -> None:
-        """Loads the catalogue. Of duplicate items, the first row is kept.
+        """Loads the catalog. Of duplicate items, the first row is kept.
 
         Args:
             source: Input file, for messages.

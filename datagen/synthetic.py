@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser("datagen.synthetic", "Writes synthetic interactions.parquet and items.parquet.")
     parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
     parser.add_argument("--sessions", type=int, default=2000, help="number of sessions, each of one user")
-    parser.add_argument("--items", type=int, default=500, help="catalogue size, at least 32")
+    parser.add_argument("--items", type=int, default=500, help="catalog size, at least 32")
     parser.add_argument("--mean_length", type=float, default=9.0, help="mean clicks per session, at least 2")
     parser.add_argument(
         "--text_share", type=float, default=0.5, help="share of the steps that only titles explain, 0 to 1"

@@ -14,23 +14,18 @@ if TYPE_CHECKING:
     from llmgr_rec.config_file import load_config as load_config
     from llmgr_rec.data.batch import RawSessions as RawSessions
     from llmgr_rec.data.batch import SessionBatch as SessionBatch
-    from llmgr_rec.data.catalogue import Catalogue as Catalogue
+    from llmgr_rec.data.catalog import Catalog as Catalog
     from llmgr_rec.data.collate import Collator as Collator
     from llmgr_rec.data.dataset import Dataset as Dataset
     from llmgr_rec.data.graph import SessionGraph as SessionGraph
     from llmgr_rec.data.graph import build_graphs as build_graphs
     from llmgr_rec.data.jagged import Jagged as Jagged
     from llmgr_rec.data.reader import SessionReader as SessionReader
-    from llmgr_rec.distributed.bundle import Bundle as Bundle
-    from llmgr_rec.distributed.bundle import load_bundle as load_bundle
-    from llmgr_rec.distributed.bundle import load_weights as load_weights
-    from llmgr_rec.distributed.bundle_export import export_bundle as export_bundle
     from llmgr_rec.distributed.process_group import World as World
     from llmgr_rec.distributed.process_group import init_distributed as init_distributed
     from llmgr_rec.distributed.process_group import shutdown as shutdown
-    from llmgr_rec.distributed.ranking import CatalogueRanker as CatalogueRanker
+    from llmgr_rec.distributed.ranking import CatalogRanker as CatalogRanker
     from llmgr_rec.distributed.sharding import shard as shard
-    from llmgr_rec.distributed.shards import init_tables as init_tables
     from llmgr_rec.errors import UserError as UserError
     from llmgr_rec.modules.build import build_recommender as build_recommender
     from llmgr_rec.modules.encoders import build_encoder as build_encoder
@@ -41,14 +36,19 @@ if TYPE_CHECKING:
     from llmgr_rec.modules.recommender import SessionRecommender as SessionRecommender
     from llmgr_rec.modules.session_encoder import EncodedSessions as EncodedSessions
     from llmgr_rec.modules.session_encoder import SessionEncoder as SessionEncoder
+    from llmgr_rec.storage.bundle import Bundle as Bundle
+    from llmgr_rec.storage.bundle import load_bundle as load_bundle
+    from llmgr_rec.storage.bundle import load_weights as load_weights
+    from llmgr_rec.storage.bundle_export import export_bundle as export_bundle
+    from llmgr_rec.storage.table_io import init_tables as init_tables
 
 __version__ = "0.1.0"
 
 # Where each public name lives; the imports above tell type checkers the same.
 _MODULES = {
-    "Bundle": "distributed.bundle",
-    "Catalogue": "data.catalogue",
-    "CatalogueRanker": "distributed.ranking",
+    "Bundle": "storage.bundle",
+    "Catalog": "data.catalog",
+    "CatalogRanker": "distributed.ranking",
     "Collator": "data.collate",
     "Config": "config",
     "Dataset": "data.dataset",
@@ -69,13 +69,13 @@ _MODULES = {
     "World": "distributed.process_group",
     "build_encoder": "modules.encoders",
     "build_graphs": "data.graph",
-    "build_recommender": "modules.build",
-    "export_bundle": "distributed.bundle_export",
+    "build_recommender": "modules.model_spec",
+    "export_bundle": "storage.bundle_export",
     "init_distributed": "distributed.process_group",
-    "init_tables": "distributed.shards",
-    "load_bundle": "distributed.bundle",
+    "init_tables": "storage.table_io",
+    "load_bundle": "storage.bundle",
     "load_config": "recipes",
-    "load_weights": "distributed.bundle",
+    "load_weights": "storage.bundle",
     "ranking_loss": "modules.losses",
     "shard": "distributed.sharding",
     "shutdown": "distributed.process_group",

@@ -1,4 +1,4 @@
-"""`python -m llmgr_rec.evaluate`: ranks the whole catalogue for every test session, beside popularity and item-kNN.
+"""`python -m llmgr_rec.evaluate`: ranks the whole catalog for every test session, beside popularity and item-kNN.
 
 python -m llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
 torchrun --nproc_per_node 2 -m -- llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: Something in arguments, run or data set is wrong. It is raised on every rank before any rank
             waits for another.
     """
-    parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and the baselines over the full catalogue.")
+    parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and the baselines over the full catalog.")
     add_run_argument(parser)
     parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Sessions to judge by.")
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 
+    from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
     from llmgr_rec.evaluation.results import blend_notes, format_table
-    from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
 
     content = evaluate_run(
         EvaluationRequest(

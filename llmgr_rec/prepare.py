@@ -10,7 +10,7 @@ _DESCRIPTION = """Prepares a data set: k-core filter, split, sessions as lists o
 # Flags without a value, unlike the boolean options that jsonargparse derives from a dataclass.
 _FLAGS = {
     "split_prefix": "Take the predefined split from the prefix of the user or session name, not from a column.",
-    "keep_unseen_items": "Keep catalogue items without interactions.",
+    "keep_unseen_items": "Keep catalog items without interactions.",
 }
 
 

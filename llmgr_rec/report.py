@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.sessions < 0:
         raise UserError(f"--sessions is {arguments.sessions}; give 0 or more")
 
-    from llmgr_rec.evaluation.report import ReportRequest, write_report
+    from llmgr_rec.evaluation.report_page import ReportRequest, write_report
 
     page = write_report(
         ReportRequest(

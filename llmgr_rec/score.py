@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: Something in arguments, run, input or output folder is wrong. It is raised on every rank before any
             rank waits for another, and before anything is written.
     """
-    parser = make_parser("llmgr_rec.score", "Ranks the catalogue for every session of a folder of Parquet files.")
+    parser = make_parser("llmgr_rec.score", "Ranks the catalog for every session of a folder of Parquet files.")
     add_run_argument(parser)
     parser.add_argument(
         "--input",
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
     arguments = parse_args(parser, argv)
 
-    from llmgr_rec.scoring.run import ScoreRequest, score_run
+    from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 
     totals = score_run(
         ScoreRequest(

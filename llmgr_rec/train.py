@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--resume has nothing to continue; name the run folder with --output")
 
     from llmgr_rec.training.preflight import RunRequest
-    from llmgr_rec.training.run import train_run
+    from llmgr_rec.training.train_run import train_run
 
     output = Path(arguments.output or _default_output())
     stages = train_run(
@@ -106,7 +106,7 @@ def _launch() -> str:
 
 def _is_restarted(output: Path) -> bool:
     """Whether the launcher has restarted this very run, which then goes on without being asked to."""
-    from llmgr_rec.training.run import LAUNCH
+    from llmgr_rec.training.train_run import LAUNCH
 
     note = output / LAUNCH
     return bool(_launch()) and note.is_file() and note.read_text() == _launch()

@@ -2,7 +2,7 @@
 
 import torch
 
-import llmgr_rec.distributed.bundle
+import llmgr_rec.storage.bundle
 
 # Threads made before the fork would be missing in the ranks.
 torch.set_num_threads(1)

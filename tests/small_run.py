@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import torch
 
 from llmgr_rec.config import Config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.config_file import save_config
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.distributed.bundle_export import export_bundle
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.shards import init_tables
-from llmgr_rec.config_file import save_config
+from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.table_io import init_tables
 from tests.data.prepare_inputs import edit_manifest
 
 ONE_RANK = World.alone()
@@ -35,8 +35,8 @@ class SmallRun:
     run: Path
 
     @property
-    def catalogue(self) -> Catalogue:
-        return Catalogue.load(self.dataset.path)
+    def catalog(self) -> Catalog:
+        return Catalog.load(self.dataset.path)
 
 
 def config() -> Config:
@@ -53,7 +53,7 @@ def config() -> Config:
 
 
 def write_log(folder: Path, seed: int = 0, first_item: int = 0) -> tuple[Path, Path]:
-    """Clicks of a slowly drifting random walk, so that neighbours in the catalogue occur together, and their items."""
+    """Clicks of a slowly drifting random walk, so that neighbors in the catalog occur together, and their items."""
     rng = np.random.default_rng(seed)
     users, items, times = [], [], []
     for user in range(90):
@@ -102,17 +102,17 @@ def small_run() -> SmallRun:
     """The shared data set and run, with exports of stage sbr and of stage behave."""
     folder = Path(_folder().name)
     dataset = prepare_small(folder)
-    catalogue = Catalogue.load(dataset.path)
+    catalog = Catalog.load(dataset.path)
     settings = config()
     factory, cpu = ModelFactory(), torch.device("cpu")
-    spec = factory.spec("behave", settings, catalogue)
-    model = factory.build(spec, factory.language_parts(spec, catalogue, cpu), cpu)
+    spec = factory.spec("behave", settings, catalog)
+    model = factory.build(spec, factory.language_parts(spec, catalog, cpu), cpu)
     init_tables(model, 1, 0.5)
     run = folder / "run"
     run.mkdir()
     save_config(settings, run / "config.yaml")
-    export_bundle(model.recommender, "sbr", settings, catalogue, run / "export" / "sbr", ONE_RANK)
-    export_bundle(model, "behave", settings, catalogue, run / "export" / "behave", ONE_RANK)
+    export_bundle(model.recommender, "sbr", settings, catalog, run / "export" / "sbr", ONE_RANK)
+    export_bundle(model, "behave", settings, catalog, run / "export" / "behave", ONE_RANK)
     return SmallRun(dataset, run)
 
 

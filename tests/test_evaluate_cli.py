@@ -30,10 +30,10 @@ def test_writes_all_models_and_prints_the_table(tmp_path, capsys):
     assert {"hr@5", "hr@10", "hr@20", "ndcg@20", "mrr@5"} <= set(content["test"]["llmgr"])
     assert content["count"] == 90
     assert content["split"] == "test"
-    assert content["dataset"] == small_run().dataset.manifest.catalogue_hash
+    assert content["dataset"] == small_run().dataset.manifest.catalog_hash
     assert content["stages"] == {"sbr": "sbr", "llmgr": "behave"}
     assert list(tmp_path.rglob("*.tmp*")) == []
-    assert content["protocol"] == "full catalogue, ties by lower index, no item excluded"
+    assert content["protocol"] == "full catalog, ties by lower index, no item excluded"
     printed = capsys.readouterr().out
     assert content["protocol"] in printed
     best = max(models["hr@20"] for models in content["test"].values())
@@ -44,7 +44,7 @@ def test_writes_all_models_and_prints_the_table(tmp_path, capsys):
 def test_says_that_clicked_items_are_left_out(tmp_path, capsys):
     output = tmp_path / "metrics.json"
     main(arguments(output, dataset=without_repeats().path, models="item_knn"))
-    rule = "full catalogue, ties by lower index, clicked items left out: no training session repeats one"
+    rule = "full catalog, ties by lower index, clicked items left out: no training session repeats one"
     assert json.loads(output.read_text())["protocol"] == rule
     assert rule in capsys.readouterr().out
 
@@ -89,14 +89,14 @@ def test_a_run_without_export_is_refused(tmp_path):
         main(arguments(tmp_path / "metrics.json", run=run_with(tmp_path / "sbr", "sbr"), models="llmgr"))
 
 
-def test_a_dataset_of_another_catalogue_is_refused(tmp_path):
+def test_a_dataset_of_another_catalog_is_refused(tmp_path):
     other = prepare_small(tmp_path, first_item=7)
-    with pytest.raises(UserError, match="another catalogue"):
+    with pytest.raises(UserError, match="another catalog"):
         main(arguments(tmp_path / "metrics.json", dataset=other.path))
 
 
 def test_a_dataset_of_other_training_sessions_is_refused(tmp_path):
-    """The catalogue is the same, so nothing else would tell that the model has learned what it is tested on."""
+    """The catalog is the same, so nothing else would tell that the model has learned what it is tested on."""
     shared = small_run()
     index = run_with(tmp_path / "run", "sbr") / "export" / "sbr" / "bundle.json"
     index.unlink()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from llmgr_rec.study.recipe import load_study
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import Config, EncoderConfig, HeadConfig
-from llmgr_rec.distributed.bundle import check_bundle_code, load_bundle
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
 from llmgr_rec.experiments import main as experiments
@@ -20,7 +20,7 @@ from llmgr_rec.modules.encoders import ENCODERS, build_encoder, encoder_class
 from llmgr_rec.modules.heads import HEADS, build_head
 from llmgr_rec.plan import main as plan
 from llmgr_rec.recipes import save_config
-from llmgr_rec.study.recipe import load_study
+from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
 from llmgr_rec.train import main as train
 from tests.small_run import config, small_run
 
@@ -39,7 +39,7 @@ class PlainHead(RankingHead):
         self.query = nn.Linear(d2, d1)
 
     def queries(self, hidden_BH, recommender_queries_BD):
-        return self.join(self.query(self.standardise(hidden_BH)), recommender_queries_BD)
+        return self.join(self.query(self.standardize(hidden_BH)), recommender_queries_BD)
 
     def items(self, item_rows_CD, rows_CD, text_CH, ids_C):
         assert text_CH is None
@@ -228,7 +228,7 @@ def test_wrong_heads_and_baselines_are_told(run: Path, tmp_path: Path) -> None:
             evaluate([*words, name])
     asked = ["--config", "quickstart", "--dataset", dataset, "--output", str(tmp_path / "run"), "--blend.neighbors"]
     for name in ("popularity", "my_parts:MeanPool"):
-        with pytest.raises(UserError, match=rf"prior\.neighbours names {name}, which has no matrix of item"):
+        with pytest.raises(UserError, match=rf"prior\.neighbors names {name}, which has no matrix of item"):
             train([*asked, f"[{name}]"])
 
 

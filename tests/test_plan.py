@@ -8,11 +8,11 @@ import time
 import pytest
 
 from llmgr_rec.config import Config, LLMConfig
-from llmgr_rec.storage.pretrained import load_decoder
-from llmgr_rec.training.memory_plan import FROZEN, Ranks, Sizes, StageLayout, plan_memory
 from llmgr_rec.distributed.sharding import GIB
 from llmgr_rec.errors import UserError
 from llmgr_rec.plan import main
+from llmgr_rec.storage.pretrained import load_decoder
+from llmgr_rec.training.memory_plan import FROZEN, Ranks, Sizes, StageLayout, plan_memory
 
 TINY = ["--llm.name_or_path", "random-tiny"]
 READER = ["--num_items", "5", "--config", "reader", *TINY]
@@ -68,7 +68,7 @@ def test_stages_train_and_keep_what_the_settings_say() -> None:
     assert align.parameters[FROZEN] == behave.parameters[FROZEN] + behave.parameters["lora"]
     assert behave.parameters["lora"] == lora_parameters(config)
     assert not any(layout.problem or layout.blocking for layout in found.values())
-    # A small frozen catalogue is cached, so its text is not looked up while training.
+    # A small frozen catalog is cached, so its text is not looked up while training.
     assert behave.pipelined == ["llmgr.recommender.item_tables.ebc"]
     assert behave.cached_bytes == 4 * 1000 * (64 + 64 + 64)
 
@@ -84,7 +84,7 @@ def lora_parameters(config: Config) -> int:
     return sum(config.llm.lora_rank * (part.in_features + part.out_features) for part in linear)
 
 
-def test_a_large_catalogue_looks_its_text_up() -> None:
+def test_a_large_catalog_looks_its_text_up() -> None:
     behave = layouts(settings(), Sizes(300_000))["behave"]
     assert behave.pipelined == ["llmgr.recommender.item_tables.ebc", "llmgr.text_tables"]
     assert behave.cached_bytes == 0
@@ -134,7 +134,10 @@ def test_table_wise_tables_lie_on_one_rank_each() -> None:
         (["--num_items", "5", "--tables.dim", "30"], "setting tables.dim is 30; give a multiple of 4"),
         (["--num_items", "5", "--tables.lr", "-1"], "setting tables.lr is -1"),
         ([*READER, "--text_encoder.dim", "126"], "setting text_encoder.dim is 126; give a multiple of 4"),
-        ([*READER, "--text_encoder.dim", "128"], "setting text_encoder.dim is 128, but random-tiny has 64 columns; give 64 at most"),
+        (
+            [*READER, "--text_encoder.dim", "128"],
+            "setting text_encoder.dim is 128, but random-tiny has 64 columns; give 64 at most",
+        ),
         (["--num_items", "5", "--tables.dimm", "32"], "tables.dim"),
     ],
 )

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 # Whoever changes this list changes what other people's code may rely on.
 PUBLIC = [
     "Bundle",
-    "Catalogue",
-    "CatalogueRanker",
+    "Catalog",
+    "CatalogRanker",
     "Collator",
     "Config",
     "Dataset",

@@ -8,8 +8,8 @@ from docstring_parser import parse as parse_docstring
 from llmgr_rec import config as config_module
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import Config
-from llmgr_rec.errors import UserError
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_names, save_config
+from llmgr_rec.errors import UserError
 
 
 def _parse(*words):

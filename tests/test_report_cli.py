@@ -60,7 +60,7 @@ def test_run_and_output_are_enough(run, tmp_path, capsys):
 
 def test_sessions_shown_are_ranked_by_the_rule_they_are_judged_by(run, tmp_path):
     pages = [report(run, tmp_path / "plain"), report(run, tmp_path / "left-out", "--dataset", without_repeats().path)]
-    assert "full catalogue, ties by lower index, no item excluded" in pages[0]
+    assert "full catalog, ties by lower index, no item excluded" in pages[0]
     assert pages[0].split("<article")[1:] != pages[1].split("<article")[1:]
     for example in itertools.islice(ranked_examples(run / "export" / "sbr", without_repeats(), "test"), 40):
         assert not set(example.clicks) & set(example.recommended)

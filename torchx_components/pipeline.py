@@ -24,7 +24,7 @@ from pathlib import Path
 from llmgr_rec.cli import run_cli
 from llmgr_rec.config import trained_stages
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.results import format_table, blend_notes, read_metrics
+from llmgr_rec.evaluation.results import blend_notes, format_table, read_metrics
 from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.train import parse_arguments
 

@@ -93,7 +93,7 @@ def best_entries(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Ints]:
 
 
 def top_k(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
-    """Best k columns of each row; absent entries score 0 and follow by index, -1 fills up short catalogues."""
+    """Best k columns of each row; absent entries score 0 and follow by index, -1 fills up short catalogs."""
     scores_BV.sum_duplicates()
     rows_count, num_items = scores_BV.shape
     entries, place = best_entries(scores_BV, k)
@@ -105,7 +105,7 @@ def top_k(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
     scores_BK[rows, place] = np.round(scores_BV.data[entries], _DIGITS)
     for row in np.flatnonzero(ids_BK[:, -1] < 0):
         found = int((ids_BK[row] >= 0).sum())
-        # Among the 2k lowest indices at least k are not in the list yet, if the catalogue has that many.
+        # Among the 2k lowest indices at least k are not in the list yet, if the catalog has that many.
         unrelated = np.setdiff1d(np.arange(min(2 * k, num_items)), ids_BK[row, :found])[: k - found]
         ids_BK[row, found : found + len(unrelated)] = unrelated
         scores_BK[row, found : found + len(unrelated)] = 0.0

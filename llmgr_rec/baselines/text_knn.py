@@ -13,7 +13,7 @@ from scipy import sparse
 
 from llmgr_rec.baselines.knn import DECAY, ItemNeighbors
 from llmgr_rec.baselines.sparse_scores import cosine_similarity
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.words import words_of
 from llmgr_rec.errors import UserError
 
@@ -66,19 +66,19 @@ def has_words(texts: Iterable[str]) -> bool:
     return any(map(words_of, texts))
 
 
-def texts_to_compare(catalogue: Catalogue) -> list[str]:
+def texts_to_compare(catalog: Catalog) -> list[str]:
     """Title, category and brand of each item; empty where it has none of them.
 
     Args:
-        catalogue: The items.
+        catalog: The items.
 
     Raises:
         UserError: No item has a word in them.
     """
-    texts = catalogue.texts(list(TEXT_FIELDS), required=False)
+    texts = catalog.texts(list(TEXT_FIELDS), required=False)
     if not has_words(texts):
         raise UserError(
-            f"{catalogue.file}: no item has a word in {', '.join(TEXT_FIELDS)}, by which text_knn ranks; prepare the "
+            f"{catalog.file}: no item has a word in {', '.join(TEXT_FIELDS)}, by which text_knn ranks; prepare the "
             "data set with an item file that has text, or leave text_knn out"
         )
     return texts

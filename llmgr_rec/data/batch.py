@@ -1,6 +1,6 @@
 """Sessions as they come from the reader, and the batch that the model takes.
 
-Shapes: B sessions, P passes, L clicks, N nodes, C candidates, V items in the catalogue.
+Shapes: B sessions, P passes, L clicks, N nodes, C candidates, V items in the catalog.
 """
 
 from dataclasses import dataclass, field, replace
@@ -60,7 +60,7 @@ class SessionBatch(Pipelineable):
         graph: Session graphs; its nodes are the first N bags.
         targets_B: Item to be predicted, int64; -1 where there is none.
         target_columns_B: Column of the target among the scored items, int64: its place in `candidates_C`, or the item
-            index itself where the whole catalogue is scored; -1 where there is no target.
+            index itself where the whole catalog is scored; -1 where there is no target.
         weights_B: Weight in the loss, float32; 0 marks a filler row.
         rows_B: Row number in the split, int64; -1 for a filler row.
         candidates_C: Item index of each candidate, int64; empty where item vectors are cached elsewhere.
@@ -71,7 +71,7 @@ class SessionBatch(Pipelineable):
         global_size: Real rows of the global batch, over all ranks.
         step: Number of the global batch in its epoch.
         epoch: Number of the epoch.
-        num_items: Size V of the catalogue.
+        num_items: Size V of the catalog.
         pass_offsets_P1: First session of each pass, see `RawSessions`.
     """
 

@@ -1,6 +1,6 @@
 """Turns raw sessions into the batch of a model: session graphs, item features, candidates and texts.
 
-Shapes: B sessions, L clicks, N nodes, C candidates, V items in the catalogue, X items (nodes and candidates).
+Shapes: B sessions, L clicks, N nodes, C candidates, V items in the catalog, X items (nodes and candidates).
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.hashing import hash_ints
 from llmgr_rec.data.jagged import Jagged
@@ -37,8 +37,8 @@ class CandidateItems:
     would be learned as such.
 
     Args:
-        source: `none`; `cached`: the whole catalogue, but without features, because the model has all item vectors;
-            `full`: the whole catalogue; `sampled`: the targets of the batch and a log-uniform sample of the items by
+        source: `none`; `cached`: the whole catalog, but without features, because the model has all item vectors;
+            `full`: the whole catalog; `sampled`: the targets of the batch and a log-uniform sample of the items by
             popularity. If raw sessions carry the rows of all ranks, all ranks have the same sample.
         num_draws: Draws of a sample. Duplicates are removed.
     """
@@ -83,8 +83,8 @@ class Collator:
     """Makes the batch of raw sessions. A function of its settings and the sessions only, so any process may run it.
 
     Args:
-        catalogue: Items and their side features.
-        side_features: Side features that are collated with the item ids. A feature that the catalogue lacks gets empty
+        catalog: Items and their side features.
+        side_features: Side features that are collated with the item ids. A feature that the catalog lacks gets empty
             bags.
         candidates: Items that a loss scores.
         text: Text shown in prompts; None for no text.
@@ -93,21 +93,21 @@ class Collator:
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        catalog: Catalog,
         side_features: Sequence[str] = (),
         candidates: CandidateItems = CandidateItems(),
         text: PromptText | None = None,
         seed: int = 0,
     ) -> None:
-        self.num_items = num_items = catalogue.num_items
-        self.side_features = {name: catalogue.features.get(name, Jagged.empty(num_items)) for name in side_features}
+        self.num_items = num_items = catalog.num_items
+        self.side_features = {name: catalog.features.get(name, Jagged.empty(num_items)) for name in side_features}
         self.candidates = candidates
         self.sampler = (
-            LogUniformSampler(catalogue.train_count_V, candidates.num_draws, seed)
+            LogUniformSampler(catalog.train_count_V, candidates.num_draws, seed)
             if candidates.source == "sampled"
             else None
         )
-        self.train_count_V = catalogue.train_count_V
+        self.train_count_V = catalog.train_count_V
         self.unseen_log_q_V = torch.empty(0)
         if candidates.source in ("cached", "full") and (unseen_V := self.train_count_V == 0).any():
             self.unseen_log_q_V = unseen_V.float() * _OUT_OF_SOFTMAX

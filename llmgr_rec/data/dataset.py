@@ -32,7 +32,7 @@ class Manifest:
     """What a prepared data set holds.
 
     Args:
-        num_items: Items in the catalogue.
+        num_items: Items in the catalog.
         num_sessions: Rows of each split.
         num_examples: Targets to predict in each split: rows, or prefixes where the split is prefix-augmented.
         split: Split protocol: leave_one_out, temporal or predefined.
@@ -41,7 +41,7 @@ class Manifest:
         prefix_augmentation: Splits whose rows stand for all their prefixes.
         features: Side features present, each {"num_embeddings": size of its vocabulary}.
         has_text: Whether any item has a title or a description.
-        catalogue_hash: Hash of the item ids in index order.
+        catalog_hash: Hash of the item ids in index order.
         files: Relative path -> rows, bytes and content hash.
         cuts: Last timestamp of the training and of the validation window, in the input's unit (nanoseconds for Arrow
             timestamps); empty but for the temporal split.
@@ -63,7 +63,7 @@ class Manifest:
     prefix_augmentation: list[str]
     features: dict[str, dict[str, int]]
     has_text: bool
-    catalogue_hash: str
+    catalog_hash: str
     files: dict[str, FileEntry]
     cuts: dict[str, int] = field(default_factory=dict)
     num_clicks: dict[str, int] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Dataset:
 
     @property
     def items_path(self) -> Path:
-        """The catalogue file."""
+        """The catalog file."""
         return self.path / ITEMS_NAME
 
     def parts(self, split: str) -> list[Path]:
@@ -149,6 +149,9 @@ def _parse(values: Any, file: Path) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}; {_REMEDY}")
+    # The name of this field in data sets of version 0.1.
+    if "catalogue_hash" in values:
+        values["catalog_hash"] = values.pop("catalogue_hash")
     try:
         needed = [entry.name for entry in fields(Manifest) if entry.default is entry.default_factory is MISSING]
         missing = [name for name in needed if name not in values]

@@ -97,7 +97,7 @@ def build_graphs(items_L: Tensor, offsets_B1: Tensor, num_items: int) -> Session
         items_L: Item index of each click, oldest first, 0 .. num_items - 1, int64 on the CPU.
         offsets_B1: First click of each session, int64 [B + 1], beginning with 0 and ending with L; a session may be
             empty.
-        num_items: Size V of the catalogue.
+        num_items: Size V of the catalog.
 
     Raises:
         ValueError: The product of sessions, distinct items and clicks is beyond 2^63, so that keys do not fit into 64
@@ -108,7 +108,7 @@ def build_graphs(items_L: Tensor, offsets_B1: Tensor, num_items: int) -> Session
     click_bits = num_clicks.bit_length()
     known, num_known = items, num_items
     if (max(num_sessions, 1) * num_items) << click_bits > 1 << 63:
-        # Large batches of large catalogues: items are numbered by what the batch holds of them.
+        # Large batches of large catalogs: items are numbered by what the batch holds of them.
         distinct, known = np.unique(items, return_inverse=True)
         num_known = len(distinct)
     if (max(num_sessions, 1) * num_known) << click_bits > 1 << 63:

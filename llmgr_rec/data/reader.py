@@ -116,7 +116,7 @@ class SessionReader(Generic[T]):
 
     Args:
         parts: Part files of the split.
-        num_items: Number of items V in the catalogue; item indices are checked against it.
+        num_items: Number of items V in the catalog; item indices are checked against it.
         collate: Makes a batch of the raw sessions. Runs in the worker processes, or in the prefetching thread.
         order: Batch size and order of the examples.
         shard: This rank's part of the data.

@@ -87,7 +87,7 @@ class RowGroups:
 
     Args:
         parts: Part files of the split; read in sorted order.
-        num_items: Size V of the catalogue; every index must be below it.
+        num_items: Size V of the catalog; every index must be below it.
         by_click: Whether each click of a row stands for an example (prefix augmentation), or each row for one.
         keep: Decoded row groups kept in memory.
 
@@ -171,7 +171,7 @@ class RowGroups:
         if low < 0 or high >= self.num_items:
             raise UserError(
                 f"{place}: column {column} holds item index {low if low < 0 else high}, "
-                f"but the catalogue has items 0 to {self.num_items - 1}; {_REMEDY}"
+                f"but the catalog has items 0 to {self.num_items - 1}; {_REMEDY}"
             )
 
 

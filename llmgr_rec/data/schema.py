@@ -24,14 +24,14 @@ HELD_OUT = "held_out"
 # Parquet schema metadata of the parts: a scorer tells indices from raw ids by it.
 ITEMS_KIND_KEY = b"llmgr_rec.items"
 ITEMS_KIND_INDEX = b"index"
-CATALOGUE_HASH_KEY = b"llmgr_rec.catalogue_hash"
+CATALOG_HASH_KEY = b"llmgr_rec.catalogue_hash"
 
 
-def sessions_schema(catalogue_hash: str) -> pa.Schema:
+def sessions_schema(catalog_hash: str) -> pa.Schema:
     """Schema of the part files of a split.
 
     Args:
-        catalogue_hash: Hash of the catalogue whose indices `items` and `target` hold.
+        catalog_hash: Hash of the catalog whose indices `items` and `target` hold.
     """
     return pa.schema(
         [
@@ -39,7 +39,7 @@ def sessions_schema(catalogue_hash: str) -> pa.Schema:
             pa.field("items", pa.list_(pa.int64()), nullable=False),
             pa.field("target", pa.int64(), nullable=False),
         ],
-        metadata={ITEMS_KIND_KEY: ITEMS_KIND_INDEX, CATALOGUE_HASH_KEY: catalogue_hash.encode()},
+        metadata={ITEMS_KIND_KEY: ITEMS_KIND_INDEX, CATALOG_HASH_KEY: catalog_hash.encode()},
     )
 
 
@@ -63,7 +63,7 @@ def items_schema(item_id_type: pa.DataType, with_held_out: bool = False) -> pa.S
 
 
 def hash_item_ids(batches: Iterable[pa.Array]) -> str:
-    """Hash of a catalogue: sha256 over the item ids in index order, each as UTF-8 text closed by a zero byte.
+    """Hash of a catalog: sha256 over the item ids in index order, each as UTF-8 text closed by a zero byte.
 
     Args:
         batches: Arrays of ids, string or int64, in index order.

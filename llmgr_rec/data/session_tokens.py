@@ -39,7 +39,7 @@ def item_texts(texts: Jagged, items: Tensor) -> Texts:
     """Items alone, read at their ends.
 
     Args:
-        texts: From `closed`, one row an item of the catalogue.
+        texts: From `closed`, one row an item of the catalog.
         items: Which items.
     """
     tokens = texts.select(items)
@@ -50,7 +50,7 @@ def session_texts(texts: Jagged, clicks: Jagged) -> Texts:
     """Sessions, read after each click: X = L.
 
     Args:
-        texts: From `closed`, one row an item of the catalogue.
+        texts: From `closed`, one row an item of the catalog.
         clicks: Items of each session, oldest first.
     """
     by_click = texts.select(clicks.values)

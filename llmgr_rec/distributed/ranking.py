@@ -1,4 +1,4 @@
-"""Exact top-K over a catalogue whose item vectors are spread over the ranks: the whole table is never in one place.
+"""Exact top-K over a catalog whose item vectors are spread over the ranks: the whole table is never in one place.
 
 Shapes: B sessions of this rank, X = most sessions of any rank, W ranks, Y = W * X, R items of this rank, Q columns of
 queries and items, K places, N added terms, P sets of their weights.
@@ -18,8 +18,8 @@ from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.blended_ranks import BlendedScores
 from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
@@ -75,13 +75,13 @@ class RankingModel:
         queries_BQ: Tensor = self.model(batch)
         return queries_BQ
 
-    def ranker(self, world: World) -> "CatalogueRanker":
+    def ranker(self, world: World) -> "CatalogRanker":
         """Ranks the catalog with the present weights; all ranks call together."""
-        return CatalogueRanker(self.model, self.collate, world, self.blend)
+        return CatalogRanker(self.model, self.collate, world, self.blend)
 
 
-class CatalogueRanker:
-    """Holds the vectors of this rank's range of items and ranks the whole catalogue together with the other ranks.
+class CatalogRanker:
+    """Holds the vectors of this rank's range of items and ranks the whole catalog together with the other ranks.
 
     Args:
         model: Its item vectors are made once, here; sharded models need all ranks to come here together.

@@ -28,7 +28,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
 from llmgr_rec.config import TablesConfig
-from llmgr_rec.distributed.decoder_shards import shard_decoders
+from llmgr_rec.distributed.fsdp import fully_shard_decoders
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 
@@ -109,7 +109,7 @@ def shard(
             (`apply_optimizer_in_backward`) keeps it.
         world: Ranks.
         trained: Whether a table trains, by the qualified name of its parameter; all others stay bit-identical.
-        cut_decoders: Cut the language model over the ranks too, see `shard_decoders`.
+        cut_decoders: Cut the language model over the ranks too, see `fully_shard_decoders`.
 
     Returns:
         The sharded model. Values of tables on the meta device are not yet set: see `shards.init_tables`.
@@ -123,7 +123,7 @@ def shard(
         # torch's own Adam on unsharded tables.
         warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel")
     if cut_decoders:
-        shard_decoders(module, world)
+        fully_shard_decoders(module, world)
     with _without_log():
         return DistributedModelParallel(
             module,

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import torch
 
 from llmgr_rec.baselines.blend import clicks_of
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
-from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import excludes_seen, seen_items
+from llmgr_rec.storage.bundle import load_bundle
 
 PLACES = 20
 
@@ -63,7 +63,7 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str, allow_code: Sequ
 
     Args:
         bundle: The model.
-        dataset: Prepared sessions of the model's catalogue.
+        dataset: Prepared sessions of the model's catalog.
         split: Which sessions.
         allow_code: As in `load_bundle`.
     """
@@ -100,12 +100,12 @@ def scored_examples(scores: Path, dataset: Dataset, split: str, known: Collectio
     if not (scores / "_SUCCESS").is_file():
         raise UserError(f"--scores {scores} is no complete output of llmgr_rec.score (no _SUCCESS); score again")
     job = json.loads((scores / "_manifest.json").read_text(encoding="utf-8"))
-    if job["model"]["catalogue"] != dataset.manifest.catalogue_hash:
-        raise UserError(f"--scores {scores} are of another catalogue than {dataset.path}; give the model's data set")
+    if job["model"]["catalog"] != dataset.manifest.catalog_hash:
+        raise UserError(f"--scores {scores} are of another catalog than {dataset.path}; give the model's data set")
     if job["model"]["sha256"] not in known:
         raise UserError(f"--scores {scores} were made by a model of another run; score with this one")
-    catalogue = Catalogue.load(dataset.path)
-    titles = _titles(catalogue)
+    catalog = Catalog.load(dataset.path)
+    titles = _titles(catalog)
     known = {session_id: (clicks, target) for session_id, clicks, target in islice(_rows(dataset, split), _LOOKED_AT)}
     wanted = pa.array(list(known), pa.string())
     seen = 0
@@ -116,7 +116,7 @@ def scored_examples(scores: Path, dataset: Dataset, split: str, known: Collectio
             table["session_id"].cast(pa.string()).to_pylist(), table["item_ids"].to_pylist(), strict=True
         ):
             seen += 1
-            items = catalogue.index_of(pa.array(item_ids[:PLACES], catalogue.item_ids.type)).tolist()
+            items = catalog.index_of(pa.array(item_ids[:PLACES], catalog.item_ids.type)).tolist()
             yield _example(session_id, *known[session_id], items, titles)
         if seen >= len(known):
             break
@@ -134,9 +134,9 @@ def _example(session_id: str, clicks: list[int], target: int, items: list[int], 
     )
 
 
-def _titles(catalogue: Catalogue) -> list[str]:
-    ids = catalogue.item_ids.to_pylist()
-    return [title or f"item {item_id}" for title, item_id in zip(catalogue.titles(), ids, strict=True)]
+def _titles(catalog: Catalog) -> list[str]:
+    ids = catalog.item_ids.to_pylist()
+    return [title or f"item {item_id}" for title, item_id in zip(catalog.titles(), ids, strict=True)]
 
 
 def _rows(dataset: Dataset, split: str) -> Iterator[tuple[str, list[int], int]]:

@@ -36,7 +36,7 @@ def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, exclude_seen: b
     """The K best items of each session by a baseline, best first; -1 fills up, [B, K].
 
     Args:
-        baseline: Ranks the whole catalogue, clicked items too.
+        baseline: Ranks the whole catalog, clicked items too.
         sessions: What was clicked.
         k: Places K.
         exclude_seen: Whether clicked items make room for those behind them.

@@ -181,7 +181,7 @@ def _error_note(content: ReportContent) -> str:
     error = (rate * (1 - rate) / count) ** 0.5 if count else 0.0
     return (
         f'<p class="soft">Best value of each column in bold. {count:,} {escape(content.split)} sessions, the whole '
-        f"catalogue ranked for each, equal scores by lower item index. Standard error of the best HR@20: {error:.4f}; "
+        f"catalog ranked for each, equal scores by lower item index. Standard error of the best HR@20: {error:.4f}; "
         "differences below about twice that may be chance.</p>"
     )
 

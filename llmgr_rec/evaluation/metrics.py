@@ -61,7 +61,7 @@ class RankingMetrics:
         """Counts one batch.
 
         Args:
-            ids_BK: Item indices, best first; -1 where a catalogue has fewer than K items.
+            ids_BK: Item indices, best first; -1 where a catalog has fewer than K items.
             targets_B: Item that was clicked next.
             weights_B: Weight of each session; 0 for rows that only fill up a rank.
         """

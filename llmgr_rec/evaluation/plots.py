@@ -17,7 +17,7 @@ STAGE_TITLES = {
     "sbr": "Session recommender",
     "llm_text": "GNN + LLM on text",
     "align": "Stage 1: alignment",
-    "behave": "Stage 2: behaviour",
+    "behave": "Stage 2: behavior",
 }
 _COLORS = {
     "popularity": "#b8c0c9",

@@ -15,13 +15,13 @@ from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.cli import progress
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
+from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import RankingModel
-from llmgr_rec.distributed.reduce import sum_over_ranks
 from llmgr_rec.evaluation.exclusion import excludes_seen, ranked_by, seen_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
 
@@ -75,7 +75,7 @@ def ranked_lists(
 
 @torch.no_grad()
 def evaluate_baseline(
-    baseline: Baseline, dataset: Dataset, split: str, catalogue: Catalogue, world: World
+    baseline: Baseline, dataset: Dataset, split: str, catalog: Catalog, world: World
 ) -> dict[str, Any]:
     """`evaluate_model` for a recommender without training.
 
@@ -83,10 +83,10 @@ def evaluate_baseline(
         baseline: From `build_baseline`.
         dataset: Prepared sessions.
         split: train, valid or test.
-        catalogue: The data set's items.
+        catalog: The data set's items.
         world: Ranks; all call together, and all get the result.
     """
-    metrics = RankingMetrics(catalogue.train_count_V)
+    metrics = RankingMetrics(catalog.train_count_V)
     for ids_BK, raw in baseline_lists(baseline, dataset, split, world):
         metrics.update(ids_BK, raw.targets_B, raw.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_args(parser, argv)
     seeds = _numbers(arguments.seeds)
 
-    from llmgr_rec.experiments.run import ExperimentRequest, run_experiment
+    from llmgr_rec.experiments.run_experiment import ExperimentRequest, run_experiment
 
     folders = Path(arguments.dataset), Path(arguments.output)
     request = ExperimentRequest(arguments.experiment, *folders, seeds, arguments.split, arguments.jobs)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from llmgr_rec.config import Config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.adapter import ProjectionAdapter
@@ -97,13 +97,13 @@ class ControlledFactory(ModelFactory):
             return super().decoder_hash(config)
         return drawn_weights_hash(config.llm.name_or_path, config.seed)
 
-    def item_tokens(self, config: Config, catalog: Catalogue) -> Jagged:
+    def item_tokens(self, config: Config, catalog: Catalog) -> Jagged:
         """Token ids of every item's text, or of another item's under `shuffled_text`, [V] rows."""
         tokens = super().item_tokens(config, catalog)
         return shuffle_texts(tokens, config.seed) if "shuffled_text" in self.controls else tokens
 
     def collator(
-        self, spec: ModelSpec, catalog: Catalogue, purpose: Purpose, item_tokens: Jagged | None = None
+        self, spec: ModelSpec, catalog: Catalog, purpose: Purpose, item_tokens: Jagged | None = None
     ) -> Collator:
         """The collator that makes a model's batches, with other items' words under `shuffled_words`."""
         if "shuffled_words" in self.controls and "word" in catalog.features:
@@ -190,7 +190,7 @@ def drawn_weights_hash(name: str, seed: int) -> str:
     """sha256 that tells the weights of `draw_decoder` from others, whatever layers are kept.
 
     It covers names, shapes, and sign and magnitude of some weights, as one layer is drawn: another seed, architecture,
-    initialisation or random generator changes it. Bits beyond that differ between processors, on which a model must be
+    initialization or random generator changes it. Bits beyond that differ between processors, on which a model must be
     found to be the same.
 
     Args:

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llmgr_rec.baselines.registry import BASELINES, baseline_builder
+from llmgr_rec.baselines.builders import BASELINES, baseline_builder
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import STAGES, Config, trained_stages
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
-from llmgr_rec.distributed.bundle_index import STAGES_OF_MODEL
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.experiments.controls import CONTROLS
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.registry import is_import_path
+from llmgr_rec.storage.bundle_index import STAGES_OF_MODEL
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

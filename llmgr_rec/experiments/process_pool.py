@@ -119,5 +119,5 @@ def _work(folder: Path, dataset: Path, split: str, experiment: Experiment, task:
 
 @cache
 def _runner(folder: Path, dataset: Path, split: str) -> TrialRunner:
-    """One runner per process, so that the catalogue is loaded once."""
+    """One runner per process, so that the catalog is loaded once."""
     return TrialRunner(folder, Dataset(dataset), split)

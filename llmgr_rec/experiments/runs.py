@@ -21,14 +21,14 @@ from llmgr_rec import __version__
 from llmgr_rec.config import STAGES, BlendConfig, Config, trained_stages
 from llmgr_rec.config_file import load_config, save_config
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle_index import CONFIG, STAGES_OF_MODEL
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.experiments.controls import effective_controls, factory_of
 from llmgr_rec.files import atomic_write
+from llmgr_rec.storage.bundle_index import CONFIG, STAGES_OF_MODEL
+from llmgr_rec.storage.fingerprint import fingerprint
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.training.fingerprint import fingerprint
 from llmgr_rec.training.preflight import RunRequest
-from llmgr_rec.training.run import train_run
+from llmgr_rec.training.train_run import train_run
 
 
 @dataclass(frozen=True)

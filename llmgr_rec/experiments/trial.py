@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmgr_rec.baselines.registry import build_baseline
+from llmgr_rec.baselines.builders import build_baseline
 from llmgr_rec.config import Config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import Bundle, load_bundle
-from llmgr_rec.distributed.bundle_index import find_bundle
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.experiments.compare import ndcg
 from llmgr_rec.experiments.controls import factory_of
-from llmgr_rec.experiments.evaluate import TargetRanks, baseline_ranks, model_ranks
 from llmgr_rec.experiments.experiment import Experiment, Variant
 from llmgr_rec.experiments.runs import SharedRuns, training_inputs
+from llmgr_rec.experiments.target_ranks import TargetRanks, baseline_ranks, model_ranks
 from llmgr_rec.files import atomic_write
+from llmgr_rec.storage.bundle import Bundle, load_bundle
+from llmgr_rec.storage.bundle_index import find_bundle
 from llmgr_rec.training.selection import Selection, select_on_validation
 
 
@@ -70,9 +70,9 @@ class TrialRunner:
         self.runs = SharedRuns(folder, dataset)
 
     @cached_property
-    def catalogue(self) -> Catalogue:
+    def catalog(self) -> Catalog:
         """The data set's items."""
-        return Catalogue.load(self.dataset.path)
+        return Catalog.load(self.dataset.path)
 
     def trial(self, experiment: Experiment, variant: Variant, seed: int) -> Trial:
         """The trial, from disk where it has been run before.
@@ -107,7 +107,7 @@ class TrialRunner:
         return self.folder / "trials" / f"{self.runs.key(variant.model, self.split, *inputs)}.npz"
 
     def _run_baseline(self, name: str) -> Trial:
-        baseline = build_baseline(name, self.dataset, self.catalogue)
+        baseline = build_baseline(name, self.dataset, self.catalog)
         valid_ndcg = float(ndcg(baseline_ranks(baseline, self.dataset, "valid")).mean())
         return Trial(baseline_ranks(baseline, self.dataset, self.split), valid_ndcg, {}, 0.0)
 
@@ -136,7 +136,7 @@ class TrialRunner:
             bundle.ranking(),
             _with_selection_of(config, bundle),
             self.dataset,
-            self.catalogue,
+            self.catalog,
             World.alone(device),
             self.folder / "neighbors",
         )

@@ -14,7 +14,7 @@ of any target score. Only the few items with a term are added up and compared fo
 "Ahead" means >= for items with an index below the target's and > for those above it, so both counts are made for the
 two sides apart.
 
-The catalogue may be cut into ranges of items, such as one on each rank of a distributed run. The target's scores add up
+The catalog may be cut into ranges of items, such as one on each rank of a distributed run. The target's scores add up
 over ranges (those without the target give 0), and so do the counts:
 
     own_WB  = sum over ranges of range.target_scores()
@@ -40,7 +40,7 @@ class BlendedScores:
     Args:
         scores_BR: The model's scores, float32; -inf for excluded items.
         terms_NBR: The N terms, float32; each item at most once a row.
-        targets_B: Target items, counted over the whole catalogue; a target may lie outside of the range.
+        targets_B: Target items, counted over the whole catalog; a target may lie outside of the range.
         weights_WN: Weights of the terms in each blend.
         first_item: Index of the range's first item.
     """

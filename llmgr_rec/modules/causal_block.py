@@ -12,7 +12,7 @@ _WIDENING = 4
 
 
 class CausalBlock(nn.Module):
-    """Self-attention, then a feed-forward net with GELU, each normalised before and with a residual connection.
+    """Self-attention, then a feed-forward net with GELU, each normalized before and with a residual connection.
 
     What `nn.TransformerEncoderLayer` computes with `norm_first`, from the same initial values and with dropout at the
     same places (attention weights, its projection, the hidden layer, the result); that one takes padded sessions and

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.modules.session_encoder import initialise_uniform
+from llmgr_rec.modules.session_encoder import initialize_uniform
 
 
 class GatedGraph(nn.Module):
     """Exchanges messages along session edges and updates each node like a GRU.
 
     A node takes the mean message of its predecessors and the mean message of its successors (eq. 1 with the adjacency
-    normalised over distinct edges, as in the authors' code). The update is theirs too: the reset gate multiplies the
+    normalized over distinct edges, as in the authors' code). The update is theirs too: the reset gate multiplies the
     projected state, which is the standard GRU cell and needs two matrix products, where eq. 4 as printed needs three.
 
     Args:
@@ -30,7 +30,7 @@ class GatedGraph(nn.Module):
         self.message = nn.Parameter(torch.empty(2, dim, dim))
         self.message_bias = nn.Parameter(torch.empty(2 * dim))
         self.update = nn.GRUCell(2 * dim, dim)
-        initialise_uniform(self, dim)
+        initialize_uniform(self, dim)
 
     def reset_parameters(self) -> None:
         """Draws the message matrices anew, as TorchRec and FSDP ask of modules that were built on the meta device."""

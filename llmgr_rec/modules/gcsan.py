@@ -17,7 +17,7 @@ from llmgr_rec.modules.session_encoder import (
     SessionEncoder,
     check_heads,
     click_counts,
-    initialise_uniform,
+    initialize_uniform,
     last_states,
     segment_softmax,
     segment_sum,
@@ -114,7 +114,7 @@ class GCSAN(SessionEncoder):
         self.blocks = nn.ModuleList(
             AttentionBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
         )
-        initialise_uniform(self, dim)
+        initialize_uniform(self, dim)
 
     @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.kernels.packed_sequences import PackedSequences
 from llmgr_rec.modules.causal_encoder import CausalEncoder
-from llmgr_rec.modules.session_encoder import initialise_uniform
+from llmgr_rec.modules.session_encoder import initialize_uniform
 
 
 class GRU4Rec(CausalEncoder):
@@ -24,7 +24,7 @@ class GRU4Rec(CausalEncoder):
         self.dropout = nn.Dropout(config.dropout)
         self.network = nn.GRU(dim, dim, batch_first=True)
         self.read_out = nn.Linear(dim, dim)
-        initialise_uniform(self, dim)
+        initialize_uniform(self, dim)
 
     def states(self, nodes_ND: Tensor, packed: PackedSequences) -> Tensor:
         """A state for each packed click, [L, D]."""

@@ -87,14 +87,14 @@ class RankingHead(nn.Module, ABC):
         Args:
             item_rows_CD: The session recommender's item vectors; appended when residual, see `join`.
             rows_CD: Bare rows of the id table.
-            text_CH: Text encodings of the items, from `standardise`; None unless `uses_text`.
+            text_CH: Text encodings of the items, from `standardize`; None unless `uses_text`.
             ids_C: Item indices; None stands for the whole catalog in index order.
 
         Returns:
             Items, [C, Q].
         """
 
-    def standardise(self, hidden_XH: Tensor) -> Tensor:
+    def standardize(self, hidden_XH: Tensor) -> Tensor:
         """Scales hidden states to unit variance: their size differs a hundredfold between language models."""
         return functional.layer_norm(hidden_XH.float(), (self.d2,))
 
@@ -145,7 +145,7 @@ class TiedHead(RankingHead):
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
         """Makes the queries; see `RankingHead.queries`."""
-        return self.join(self.query(self.standardise(hidden_BH)) * self.log_scale.exp(), recommender_queries_BD)
+        return self.join(self.query(self.standardize(hidden_BH)) * self.log_scale.exp(), recommender_queries_BD)
 
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
         """Makes the items' side.
@@ -153,7 +153,7 @@ class TiedHead(RankingHead):
         Args:
             item_rows_CD: The session recommender's item vectors; read when residual.
             rows_CD: Bare rows of the id table.
-            text_CH: Text encodings of the items, from `standardise`; read when the head was built with text.
+            text_CH: Text encodings of the items, from `standardize`; read when the head was built with text.
             ids_C: Unused: this head has no weights of its own for an item.
 
         Returns:
@@ -190,7 +190,7 @@ class LinearHead(RankingHead):
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
         """Makes the queries; see `TiedHead.queries`. The last own column is the bias's factor."""
-        own_BH = self.standardise(hidden_BH)
+        own_BH = self.standardize(hidden_BH)
         own = torch.cat([own_BH, own_BH.new_ones(own_BH.shape[0], 1)], dim=1)
         return self.join(own, recommender_queries_BD)
 
@@ -201,7 +201,7 @@ class LinearHead(RankingHead):
             item_rows_CD: The session recommender's item vectors; read when residual.
             rows_CD: Unused: this head's weights are its own.
             text_CH: Unused.
-            ids_C: Item indices whose weights to take; None takes the whole catalogue in index order.
+            ids_C: Item indices whose weights to take; None takes the whole catalog in index order.
 
         Returns:
             Items, [C, Q].

@@ -18,7 +18,7 @@ from llmgr_rec.kernels.fused_lora import fuse_lora
 from llmgr_rec.kernels.grouped_query_attention import use_grouped_query_attention
 from llmgr_rec.kernels.packed_attention import PackedMask
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
-from llmgr_rec.modules.read_out import read_out_last_layer
+from llmgr_rec.modules.last_token_layer import compute_last_token_only
 
 
 class LoraLanguageModel(nn.Module):
@@ -52,7 +52,7 @@ class LoraLanguageModel(nn.Module):
         super().__init__()
         decoder.requires_grad_(False)
         self.packs_prompts = use_grouped_query_attention(decoder)
-        self._reads_out = self.packs_prompts and read_out_last_layer(decoder)
+        self._last_token_only = self.packs_prompts and compute_last_token_only(decoder)
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
@@ -121,7 +121,7 @@ class LoraLanguageModel(nn.Module):
         prefix = packed.prefix_P.numel()
         tokens_X = torch.arange(packed.num_tokens, device=embeddings_XH.device)
         masks = {"packed_mask": PackedMask.of(packed, tokens_X)}
-        if self._reads_out:
+        if self._last_token_only:
             masks["last_layer_mask"] = PackedMask.of(packed, packed.output_token_C)
         prefix_positions_P = torch.arange(prefix, device=tokens_X.device)
         hidden_1ZH = self.base(
@@ -132,7 +132,7 @@ class LoraLanguageModel(nn.Module):
             use_cache=False,
             **masks,
         ).last_hidden_state
-        return hidden_1ZH[0] if self._reads_out else hidden_1ZH[0].index_select(0, prefix + packed.output_token_C)
+        return hidden_1ZH[0] if self._last_token_only else hidden_1ZH[0].index_select(0, prefix + packed.output_token_C)
 
     def _precision(self) -> AbstractContextManager[object]:
         dtype = self.base.dtype

@@ -19,7 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.prompt_files import Task
+from llmgr_rec.data.prompt_templates import Task
 from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.heads import RankingHead
 from llmgr_rec.modules.item_tables import ItemRows
@@ -175,12 +175,12 @@ class LLMGR(nn.Module):
         return self.head.recommender_only(self.look_up(batch).queries_BQ)
 
     def items(self, output: RecommenderOutput, batch: SessionBatch) -> Tensor:
-        """Items' side of the score: the cached catalogue, or the batch's candidates, [C, Q]."""
+        """Items' side of the score: the cached catalog, or the batch's candidates, [C, Q]."""
         if self.item_rows_VD is not None and self.rows_VD is not None:
             return self.head.items(self.item_rows_VD, self.rows_VD, self.text_VH, None)
         text_CH = None
         if self._uses_text:
-            text_CH = self.head.standardise(self._texts(batch.features)[output.rows_ND.shape[0] :])
+            text_CH = self.head.standardize(self._texts(batch.features)[output.rows_ND.shape[0] :])
         return self.head.items(output.candidates_CQ, output.candidate_ids_CD, text_CH, batch.candidates_C)
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
@@ -220,7 +220,7 @@ class LLMGR(nn.Module):
         return self.head.uses_text
 
     def _head_texts(self, rows: ItemRows) -> Tensor | None:
-        return self.head.standardise(rows.texts_XH) if self._uses_text and rows.texts_XH is not None else None
+        return self.head.standardize(rows.texts_XH) if self._uses_text and rows.texts_XH is not None else None
 
     def _texts(self, features: KeyedJaggedTensor) -> Tensor:
         if self.text_tables is None:

@@ -1,4 +1,4 @@
-"""Losses: ranking by softmax over the catalogue or a sample of it, and the structure-aware contrast.
+"""Losses: ranking by softmax over the catalog or a sample of it, and the structure-aware contrast.
 
 Shapes: B sessions, C candidate columns, Q columns of queries and items, H = d2 hidden width, R hard negatives a row.
 
@@ -36,7 +36,7 @@ def ranking_loss(
         global_size: Real rows of the global batch, over all ranks.
         world_scale: Number of ranks. Gradients are averaged over ranks, so a sum over this rank's rows times
             world_scale / global_size makes that average the mean over the global batch.
-        log_q_C: Log of the expected count of each candidate in the sample; None or empty for the full catalogue.
+        log_q_C: Log of the expected count of each candidate in the sample; None or empty for the full catalog.
         dtype: Number format of scores, probabilities and their products; None takes the queries'. bfloat16 rounds a
             score by up to 1 in 256, sums stay in the queries' format.
 

@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 from llmgr_rec.config import PROMPT_STAGES, Config, StageName
 from llmgr_rec.data.collate import CandidateSource, TextPlace
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.prompt_files import Task
+from llmgr_rec.data.prompt_templates import Task
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.encoders import build_encoder, encoder_class
 from llmgr_rec.modules.heads import build_head, head_class
 from llmgr_rec.modules.item_tables import ItemTables
-from llmgr_rec.modules.item_text import text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.param_groups import ParamGroup
@@ -27,6 +26,7 @@ from llmgr_rec.modules.prompts import CompiledPrompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LLMTextTask, SbrTask
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
+from llmgr_rec.modules.text_table import text_tables
 
 # What a batch is for: training of the stage, or ranking with its model.
 Purpose = Literal["train", "rank"]
@@ -207,7 +207,8 @@ class ModelSpec:
         self, tables_device: torch.device | str, text_encoder: TextSequenceEncoder | None = None
     ) -> SessionRecommender:
         config, device = self.config, torch.device(tables_device)
-        sizes = {name: self.num_embeddings[name] for name in config.tables.side_features if name in self.num_embeddings}
+        wanted: list[str] = [name for name in config.tables.side_features if name in self.num_embeddings]
+        sizes = {name: self.num_embeddings[name] for name in wanted}
         with _seeded(config.seed):
             # Before the tables, which draw random numbers where they are not on meta.
             encoder = build_encoder(config.encoder, config.tables.dim)

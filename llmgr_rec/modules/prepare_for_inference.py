@@ -3,7 +3,7 @@
 from torch import nn
 
 from llmgr_rec.modules.language_model import LoraLanguageModel
-from llmgr_rec.modules.read_out import read_out_last_layer
+from llmgr_rec.modules.last_token_layer import compute_last_token_only
 
 
 def prepare_for_inference(model: LoraLanguageModel, num_layers: int = 0) -> None:
@@ -26,4 +26,4 @@ def prepare_for_inference(model: LoraLanguageModel, num_layers: int = 0) -> None
             raise ValueError(f"the first {num_layers} layers cannot be kept")
         del layers[num_layers:]
         model.base.config.get_text_config(decoder=True).num_hidden_layers = num_layers
-        read_out_last_layer(model.base)
+        compute_last_token_only(model.base)

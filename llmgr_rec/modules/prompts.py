@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.prompt_files import PromptTemplate, Task
+from llmgr_rec.data.prompt_templates import PromptTemplate, Task
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
 
 NodeOrder = Literal["clicks", "unique"]
@@ -109,8 +109,8 @@ def compile_prompt(
 ) -> CompiledPrompt:
     """Turns a template into token ids.
 
-    The prompt starts with whatever the tokenizer puts in front of a text (LLaMA's <s>). Constants are tokenised each by
-    itself, so a layout never re-tokenises.
+    The prompt starts with whatever the tokenizer puts in front of a text (LLaMA's <s>). Constants are tokenized each by
+    itself, so a layout never re-tokenizes.
 
     Args:
         template: The template.

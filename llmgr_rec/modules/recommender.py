@@ -15,12 +15,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.modules.item_tables import ItemRows, ItemTables
-from llmgr_rec.modules.normalise import normalise
+from llmgr_rec.modules.normalize import normalize
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 
 torch.fx.wrap("encode_one_pass")
-torch.fx.wrap("normalise")
+torch.fx.wrap("normalize")
 
 
 def encode_one_pass(
@@ -165,10 +165,10 @@ class SessionRecommender(nn.Module):
         return torch.cat([items_CD, rows.texts_XH], 1)
 
     def _as_query(self, sessions_BD: Tensor) -> Tensor:
-        return normalise(sessions_BD) / self.temperature if self.score == "cosine" else sessions_BD
+        return normalize(sessions_BD) / self.temperature if self.score == "cosine" else sessions_BD
 
     def _as_item(self, vectors_CD: Tensor) -> Tensor:
-        return normalise(vectors_CD) if self.score == "cosine" else vectors_CD
+        return normalize(vectors_CD) if self.score == "cosine" else vectors_CD
 
 
 def text_encoder_of(model: nn.Module) -> TextSequenceEncoder | None:

@@ -20,7 +20,7 @@ class SASRec(CausalEncoder):
 
     So no state depends on later clicks, and all prefixes of a session are read in one pass.
 
-    Blocks are normalised before each part: deeper ones train without warm-up.
+    Blocks are normalized before each part: deeper ones train without warm-up.
 
     Args:
         config: Encoder settings; dropout applies to the vectors that enter and inside the blocks.

@@ -99,7 +99,7 @@ def check_heads(config: EncoderConfig, dim: int) -> None:
         )
 
 
-def initialise_uniform(module: nn.Module, dim: int) -> None:
+def initialize_uniform(module: nn.Module, dim: int) -> None:
     """Draws every parameter from uniform(-1/sqrt(dim), 1/sqrt(dim)), as the SR-GNN and GC-SAN authors do."""
     bound = dim**-0.5
     for parameter in module.parameters():

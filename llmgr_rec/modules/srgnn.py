@@ -13,7 +13,7 @@ from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
     SessionEncoder,
     click_counts,
-    initialise_uniform,
+    initialize_uniform,
     last_states,
     segment_sum,
 )
@@ -37,7 +37,7 @@ class SRGNN(SessionEncoder):
         self.attend_node = nn.Linear(dim, dim, bias=False)
         self.attend_score = nn.Linear(dim, 1, bias=False)
         self.read_out = nn.Linear(2 * dim, dim, bias=False)
-        initialise_uniform(self, dim)
+        initialize_uniform(self, dim)
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""

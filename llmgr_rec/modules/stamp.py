@@ -12,7 +12,7 @@ from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
     SessionEncoder,
     click_counts,
-    initialise_uniform,
+    initialize_uniform,
     last_states,
     segment_sum,
 )
@@ -37,7 +37,7 @@ class STAMP(SessionEncoder):
         self.attend_score = nn.Linear(dim, 1, bias=False)
         self.memory = nn.Linear(dim, dim)
         self.last = nn.Linear(dim, dim)
-        initialise_uniform(self, dim)
+        initialize_uniform(self, dim)
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""

@@ -86,7 +86,7 @@ class LLMTextTask(nn.Module):
 
 
 class BehaveTask(nn.Module):
-    """Stage 2, behaviour pattern modelling: the next item from the session's graph and nodes.
+    """Stage 2, behavior pattern modeling: the next item from the session's graph and nodes.
 
     Args:
         llmgr: The model.

@@ -2,7 +2,7 @@
 
 Its score is added to that of the session encoder. The same decoder reads sessions and items, each at the token that
 closes a text. What it makes of both is whitened as the items were before training, so that the cosine starts as nearest
-neighbours do, and a projection of each side learns from there. Items are read with gradient while it trains; to rank,
+neighbors do, and a projection of each side learns from there. Items are read with gradient while it trains; to rank,
 their vectors lie in the table of text encodings, which is filled anew whenever the decoder has changed. To read a
 session as the texts of its items, and items by the same model, is Recformer's (Li et al., Text Is All You Need, arXiv
 2305.13731); to ask a causal decoder after every click, and to start from its whitened readings, is ours.
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.session_tokens import Texts, drop_tokens, item_texts, last_places, newest, session_texts
-from llmgr_rec.modules.normalise import normalise
+from llmgr_rec.modules.normalize import normalize
 from llmgr_rec.modules.prompts import one_pass_nodes
 
 # Where the factor of the cosine starts to learn.
@@ -87,8 +87,8 @@ class TextSequenceEncoder(nn.Module):
         """
         states_CH = self.read(item_texts(self.texts, items))
         self.mean_H.copy_(states_CH.mean(0))
-        centred_CH = (states_CH - self.mean_H) / math.sqrt(states_CH.shape[0])
-        _, deviations, directions = torch.linalg.svd(centred_CH, full_matrices=False)
+        centered_CH = (states_CH - self.mean_H) / math.sqrt(states_CH.shape[0])
+        _, deviations, directions = torch.linalg.svd(centered_CH, full_matrices=False)
         scales = deviations[: self.dim] + _LEAST * deviations[0] + _ROUNDING * states_CH.norm(dim=1).mean()
         self.map_HK.zero_()
         self.map_HK[:, : scales.numel()] = directions[: self.dim].T / scales
@@ -115,7 +115,7 @@ class TextSequenceEncoder(nn.Module):
         Args:
             items: Item indices.
         """
-        return normalise(self.item_projection(self._read_whitened(item_texts(self.texts, items.cpu()))))
+        return normalize(self.item_projection(self._read_whitened(item_texts(self.texts, items.cpu()))))
 
     def queries(self, batch: SessionBatch) -> Tensor:
         """Queries of sessions after their last click, [B, K]; zeros without one."""
@@ -157,7 +157,7 @@ class TextSequenceEncoder(nn.Module):
         return torch.cat(found)[torch.argsort(torch.cat(places)).to(device)]
 
     def _as_queries(self, texts: Texts) -> Tensor:
-        return normalise(self.session_projection(self._read_whitened(texts))) * self.log_scale.exp() * self.weight
+        return normalize(self.session_projection(self._read_whitened(texts))) * self.log_scale.exp() * self.weight
 
     def _read_whitened(self, texts: Texts) -> Tensor:
         if self.training:

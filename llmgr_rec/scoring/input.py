@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.schema import CATALOGUE_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.schema import CATALOG_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
 from llmgr_rec.errors import UserError, did_you_mean
 
 Ints = NDArray[np.int64]
@@ -82,7 +82,7 @@ class PartSessions:
         table: Columns that go into the output as they are, R rows.
         items_L: Item index of each known click, oldest first.
         offsets: First click of each session, [R + 1]; a session may be empty.
-        unknown_items: Clicks on items that the catalogue lacks; they are left out.
+        unknown_items: Clicks on items that the catalog lacks; they are left out.
     """
 
     table: pa.Table
@@ -97,16 +97,16 @@ class SessionFiles:
     Args:
         path: A Parquet file, or a folder with some at any depth; names that begin with `.` or `_` are passed over.
         columns: Input columns that go into the output, `session_id` first.
-        catalogue: Items of the model.
+        catalog: Items of the model.
         unknown_items: Whether a click on an unknown item is left out or an error.
 
     Raises:
         UserError: No sessions, an unreadable file, or a column that is absent or of the wrong type.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str], catalogue: Catalogue, unknown_items: UnknownItems) -> None:
+    def __init__(self, path: Path, columns: Sequence[str], catalog: Catalog, unknown_items: UnknownItems) -> None:
         self.columns = list(columns)
-        self._catalogue = catalogue
+        self._catalog = catalog
         self._unknown_items = unknown_items
         self._schema: pa.Schema | None = None
         self.files = [self._open(file, name) for file, name in _find_files(path)]
@@ -191,14 +191,14 @@ class SessionFiles:
         if not isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
             raise UserError(f"{path}: column {ITEMS} is {kind}, not a list of item ids")
         if holds_indices:
-            theirs = schema.metadata.get(CATALOGUE_HASH_KEY, b"").decode()
-            if theirs != self._catalogue.hash:
+            theirs = schema.metadata.get(CATALOG_HASH_KEY, b"").decode()
+            if theirs != self._catalog.hash:
                 raise UserError(
-                    f"{path} holds item indices of another catalogue ({theirs[:12]}, the model's is "
-                    f"{self._catalogue.hash[:12]}); score the data set that the model was trained on, or raw item ids"
+                    f"{path} holds item indices of another catalog ({theirs[:12]}, the model's is "
+                    f"{self._catalog.hash[:12]}); score the data set that the model was trained on, or raw item ids"
                 )
         else:
-            self._catalogue_takes(kind.value_type, path)
+            self._catalog_takes(kind.value_type, path)
         chosen = pa.schema([schema.field(column) for column in self.columns])
         self._schema = self._schema or chosen
         for ours, now in zip(self._schema, chosen, strict=True):
@@ -208,13 +208,13 @@ class SessionFiles:
                     "write it as one type in all files"
                 )
 
-    def _catalogue_takes(self, kind: pa.DataType, path: Path) -> None:
+    def _catalog_takes(self, kind: pa.DataType, path: Path) -> None:
         try:
-            self._catalogue.index_of(pa.array([], type=kind))
+            self._catalog.index_of(pa.array([], type=kind))
         except UserError:
-            known = self._catalogue.item_ids.type
+            known = self._catalog.item_ids.type
             raise UserError(
-                f"{path}: column {ITEMS} holds {kind}, but the catalogue's item ids are {known}; cast them to {known}"
+                f"{path}: column {ITEMS} holds {kind}, but the catalog's item ids are {known}; cast them to {known}"
             ) from None
 
     def _read_group(self, file: InputFile, number: int) -> pa.Table:
@@ -244,23 +244,23 @@ class SessionFiles:
             raise UserError(f"{where}: column {ITEMS} holds {clicks.null_count} null item ids; leave them out")
         if file.holds_indices:
             return self._checked_indices(np.array(clicks, dtype=np.int64), where), offsets, 0
-        items = self._catalogue.index_of(clicks)
+        items = self._catalog.index_of(clicks)
         known = items >= 0
         if self._unknown_items == "error" and not known.all():
             first = clicks[int(np.argmin(known))].as_py()
             raise UserError(
-                f"{where}: column {ITEMS} holds {int((~known).sum())} items that the catalogue lacks, the first is "
+                f"{where}: column {ITEMS} holds {int((~known).sum())} items that the catalog lacks, the first is "
                 f"{first!r}; leave them out, or pass --unknown_items skip"
             )
         before = np.concatenate([[0], np.cumsum(known)])
         return items[known], before[offsets], int((~known).sum())
 
     def _checked_indices(self, items: Ints, where: str) -> Ints:
-        if len(items) and (items.min() < 0 or items.max() >= self._catalogue.num_items):
+        if len(items) and (items.min() < 0 or items.max() >= self._catalog.num_items):
             wrong = items.min() if items.min() < 0 else items.max()
             raise UserError(
-                f"{where}: column {ITEMS} holds item index {wrong}, but the catalogue has items 0 to "
-                f"{self._catalogue.num_items - 1}; make the data set again with python -m llmgr_rec.prepare"
+                f"{where}: column {ITEMS} holds item index {wrong}, but the catalog has items 0 to "
+                f"{self._catalog.num_items - 1}; make the data set again with python -m llmgr_rec.prepare"
             )
         return items
 

@@ -17,16 +17,16 @@ from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.bundle import Bundle
+from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import CatalogueRanker
-from llmgr_rec.distributed.reduce import sum_over_ranks
+from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
 from llmgr_rec.scoring.input import Part, PartSessions, SessionFiles
 from llmgr_rec.scoring.output import ScoreFolder
 from llmgr_rec.scoring.routing import ROUTE_ALL, Routing, uncertainty
+from llmgr_rec.storage.bundle import Bundle
 
 # Batches made ready while the model works, and parts that wait for the disk.
 _READ_AHEAD = 4
@@ -200,8 +200,8 @@ class Scorer:
             global_size=len(lengths),
         )
 
-    def _rank(self, ranker: CatalogueRanker, step: _RankBatch, ranked: _RankedPart) -> None:
-        """Ranks the catalogue for a batch and keeps the lists in its part."""
+    def _rank(self, ranker: CatalogRanker, step: _RankBatch, ranked: _RankedPart) -> None:
+        """Ranks the catalog for a batch and keeps the lists in its part."""
         device = self._world.device
         batch = step.batch.to(device)
         exclude = None if step.exclude is None else step.exclude.to(device)
@@ -217,7 +217,7 @@ class Scorer:
             return model.recommender_queries(batch)
         return self._ranking.queries(batch)
 
-    def _complete(self, ranker: CatalogueRanker, ranked: _RankedPart) -> None:
+    def _complete(self, ranker: CatalogRanker, ranked: _RankedPart) -> None:
         """Gives every rank all lists of a part, and reranks the sessions that are routed to the language model."""
         self._sum_over_ranks(ranked)
         if not self._routes:
@@ -247,7 +247,7 @@ class Scorer:
         empty_R = ranked.is_empty_R
         nothing = np.zeros(0, np.int64)
         ids_RK[empty_R], scores_RK[empty_R] = self._fallback.rank(nothing, np.zeros(2, np.int64), self._k)
-        # A catalogue may have fewer than K items to offer.
+        # A catalog may have fewer than K items to offer.
         offered_RK = ids_RK >= 0
         offsets = pa.array(np.concatenate([[0], np.cumsum(offered_RK.sum(1))]), type=pa.int32())
         item_ids = self._catalog.item_ids.take(pa.array(ids_RK[offered_RK]))

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import CandidateItems, Collator, LastItemsText, PromptText, RandomNodeText
-from llmgr_rec.data.item_text import tokenize_items
+from llmgr_rec.data.item_tokens import tokenize_items
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.prompt_files import Task, load_templates
+from llmgr_rec.data.prompt_templates import Task, load_templates
 from llmgr_rec.data.session_tokens import closed
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
@@ -40,7 +40,7 @@ class ModelFactory:
         """What a subclass changes. A bundle is only loaded by a factory of the name that it was made with."""
         return ""
 
-    def spec(self, stage: StageName, config: Config, catalog: Catalogue) -> ModelSpec:
+    def spec(self, stage: StageName, config: Config, catalog: Catalog) -> ModelSpec:
         """The model of a stage for a catalog."""
         return ModelSpec(stage, config, catalog.num_items, catalog.num_embeddings)
 
@@ -50,7 +50,7 @@ class ModelFactory:
         """The model with fresh weights; see `ModelSpec.build`."""
         return spec.build(language, tables_device)
 
-    def language_parts(self, spec: ModelSpec, catalog: Catalogue, device: torch.device) -> LanguageParts | None:
+    def language_parts(self, spec: ModelSpec, catalog: Catalog, device: torch.device) -> LanguageParts | None:
         """What the model needs of its language model; None without one.
 
         Args:
@@ -101,7 +101,7 @@ class ModelFactory:
             for task, template in load_templates(config.prompt.templates).items()
         }
 
-    def item_tokens(self, config: Config, catalog: Catalogue) -> Jagged:
+    def item_tokens(self, config: Config, catalog: Catalog) -> Jagged:
         """Token ids of every item's text, [V] rows.
 
         Raises:
@@ -111,7 +111,7 @@ class ModelFactory:
         return tokenize_items(catalog, tokenizer, list(config.prompt.text_fields), config.prompt.max_text_tokens)
 
     def collator(
-        self, spec: ModelSpec, catalog: Catalogue, purpose: Purpose, item_tokens: Jagged | None = None
+        self, spec: ModelSpec, catalog: Catalog, purpose: Purpose, item_tokens: Jagged | None = None
     ) -> Collator:
         """The collator that makes a model's batches.
 
@@ -133,7 +133,7 @@ class ModelFactory:
         )
 
     def _prompt_text(
-        self, spec: ModelSpec, catalog: Catalogue, purpose: Purpose, item_tokens: Jagged | None
+        self, spec: ModelSpec, catalog: Catalog, purpose: Purpose, item_tokens: Jagged | None
     ) -> PromptText | None:
         config, place = spec.config, spec.text_place(purpose)
         if place == "none":

@@ -241,9 +241,9 @@ def _smollm2_folder() -> Path:
 
 
 def _convert_smollm2(source: Path, target: Path) -> None:
-    """Dequantises the GGUF to float32 safetensors: reading it takes half a minute, so it is done once.
+    """Dequantizes the GGUF to float32 safetensors: reading it takes half a minute, so it is done once.
 
-    A GGUF-loaded model counts as quantised and refuses `save_pretrained`, so its weights are moved into a plain one.
+    A GGUF-loaded model counts as quantized and refuses `save_pretrained`, so its weights are moved into a plain one.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -252,12 +252,12 @@ def _convert_smollm2(source: Path, target: Path) -> None:
     unfinished = target.with_name(f"{target.name}.tmp-{os.getpid()}")
     try:
         with _quiet_transformers():
-            quantised = AutoModelForCausalLM.from_pretrained(
+            quantized = AutoModelForCausalLM.from_pretrained(
                 source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32, local_files_only=True
             )
-            settings = {k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"}
+            settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
             plain = LlamaForCausalLM(LlamaConfig.from_dict(settings))
-            plain.load_state_dict(quantised.state_dict())
+            plain.load_state_dict(quantized.state_dict())
             plain.save_pretrained(unfinished)
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE, local_files_only=True)
             tokenizer.save_pretrained(unfinished)

@@ -15,11 +15,11 @@ from llmgr_rec.cli import progress
 from llmgr_rec.config import RuntimeConfig, StageConfig
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.reader import SessionReader
+from llmgr_rec.distributed.collectives import mean_over_ranks
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.reduce import mean_over_ranks
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.tasks import LossAndParts
-from llmgr_rec.training.checkpoint import CheckpointManager
+from llmgr_rec.storage.checkpoint import CheckpointManager
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import CosineSchedule
 

@@ -14,7 +14,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableSh
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from llmgr_rec.config import Config, StageName, trained_stages
-from llmgr_rec.distributed.decoder_shards import decoder_parameters
+from llmgr_rec.distributed.fsdp import decoder_parameters
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.item_tables import ItemRows

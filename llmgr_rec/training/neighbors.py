@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.builders import build_neighbors
 from llmgr_rec.baselines.knn import ItemNeighbors
-from llmgr_rec.baselines.registry import build_neighbors
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
 from llmgr_rec.errors import UserError
@@ -24,7 +24,7 @@ def neighbor_scores(
     names: Sequence[str],
     k_neighbors: int,
     dataset: Dataset,
-    catalog: Catalogue,
+    catalog: Catalog,
     world: World,
     folder: Path | None = None,
 ) -> list[Blend]:
@@ -46,7 +46,7 @@ def neighbor_scores(
         )
 
 
-def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalogue, folder: Path | None) -> Blend:
+def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, folder: Path | None) -> Blend:
     if folder is None:
         return _compute(name, k_neighbors, dataset, catalog)
     file = folder / f"{name}-{_key(name, k_neighbors, dataset)}.npz"
@@ -71,7 +71,7 @@ def _key(name: str, k_neighbors: int, dataset: Dataset) -> str:
     return hashlib.sha256(json.dumps([name, k_neighbors, files], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _compute(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalogue) -> Blend:
+def _compute(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog) -> Blend:
     baseline = build_neighbors(name, dataset, catalog, k_neighbors)
     if not isinstance(baseline, ItemNeighbors):
         raise UserError(

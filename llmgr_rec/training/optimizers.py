@@ -10,7 +10,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimiz
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from llmgr_rec.config import Config, StageConfig
-from llmgr_rec.distributed.decoder_shards import cut_groups
+from llmgr_rec.distributed.fsdp import shard_groups
 from llmgr_rec.modules.param_groups import param_group
 
 
@@ -67,7 +67,7 @@ def _apart(parameters: list[Tensor]) -> list[dict[str, Any]]:
 
 def _clipped(optimizer: KeyedOptimizerWrapper, norm: float) -> GradientClippingOptimizer:
     """Clips the norm of the whole gradient: of what is cut over ranks, each rank's part counts once."""
-    cut = cut_groups(optimizer.params.values())
+    cut = shard_groups(optimizer.params.values())
     return GradientClippingOptimizer(
         optimizer, GradientClipping.NORM, norm, enable_global_grad_clip=bool(cut), param_to_pgs=cut
     )

@@ -5,22 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.baselines.registry import check_blended
+from llmgr_rec.baselines.builders import check_blended
 from llmgr_rec.config import STAGES, Config, StageName, trained_stages
 from llmgr_rec.config_file import load_config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.row_groups import RowGroups
-from llmgr_rec.distributed.bundle_index import check_trained_on, is_complete, latest_bundle, read_index
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import require_writable
 from llmgr_rec.modules.encoders import ENCODERS, encoder_class
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
+from llmgr_rec.storage.bundle_index import check_trained_on, is_complete, latest_bundle, read_index
+from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
+from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.training.checkpoint import CheckpointManager, Identity
-from llmgr_rec.training.fingerprint import inherited_settings
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
 
 # File in a run folder that a process locks while it trains there.
@@ -63,7 +63,7 @@ class CheckedRun:
     """
 
     dataset: Dataset
-    catalog: Catalogue
+    catalog: Catalog
     stages: list[StageName]
 
 
@@ -79,7 +79,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     request.config.validate()
     check_blended(request.config.blend.neighbors)
     dataset = Dataset(request.dataset)
-    catalog = Catalogue.load(request.dataset)
+    catalog = Catalog.load(request.dataset)
     _check_sessions(dataset, catalog)
     stages = _stages_to_run(request)
     _check_output(request.output)
@@ -100,8 +100,8 @@ def check_run(request: RunRequest) -> CheckedRun:
     return CheckedRun(dataset, catalog, stages)
 
 
-def _check_sessions(dataset: Dataset, catalog: Catalogue) -> None:
-    if catalog.hash != dataset.manifest.catalogue_hash:
+def _check_sessions(dataset: Dataset, catalog: Catalog) -> None:
+    if catalog.hash != dataset.manifest.catalog_hash:
         raise UserError(
             f"{dataset.items_path} is not the catalog of manifest.json; "
             "make the data set again with python -m llmgr_rec.prepare"
@@ -159,7 +159,7 @@ def _check_order(request: RunRequest, stages: Sequence[StageName]) -> None:
         )
 
 
-def _check_same_data(bundle: Path, dataset: Dataset, catalog: Catalogue) -> None:
+def _check_same_data(bundle: Path, dataset: Dataset, catalog: Catalog) -> None:
     """Complete stages were trained on these sessions and items, and on the same words, brands and categories."""
     check_trained_on(bundle, dataset)
     if read_index(bundle).features_hash not in ("", catalog.features_hash):
@@ -223,7 +223,7 @@ def _check_selection(config: Config, stages: Sequence[StageName], dataset: Datas
         )
 
 
-def _check_checkpoints(request: RunRequest, spec: ModelSpec, catalog: Catalogue) -> None:
+def _check_checkpoints(request: RunRequest, spec: ModelSpec, catalog: Catalog) -> None:
     """The checkpoint that a stage would resume from belongs to it."""
     folder = request.output / "checkpoints" / spec.stage / "steps"
     device = launched_world(request.config.runtime.device).device
@@ -268,7 +268,7 @@ def _check_contrast(spec: ModelSpec) -> None:
         )
 
 
-def _check_item_text(spec: ModelSpec, dataset: Dataset, catalog: Catalogue) -> None:
+def _check_item_text(spec: ModelSpec, dataset: Dataset, catalog: Catalog) -> None:
     """Items have text where a stage needs it."""
     if not spec.needs_item_text:
         return
@@ -280,7 +280,7 @@ def _check_item_text(spec: ModelSpec, dataset: Dataset, catalog: Catalogue) -> N
     catalog.texts(list(spec.config.prompt.text_fields))
 
 
-def _check_memory(config: Config, stages: Sequence[StageName], catalog: Catalogue) -> None:
+def _check_memory(config: Config, stages: Sequence[StageName], catalog: Catalog) -> None:
     """The models of the stages can be built, and their tables fit on the ranks."""
     world = launched_world(config.runtime.device)
     sizes = CatalogSizes(catalog.num_items, catalog.num_embeddings)

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from llmgr_rec.baselines.blend import Blend, clicks_of, combine
 from llmgr_rec.config import BlendConfig, Config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import CatalogueRanker, RankingModel
-from llmgr_rec.distributed.reduce import sum_over_ranks
+from llmgr_rec.distributed.ranking import CatalogRanker, RankingModel
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import EvaluationBatch, evaluation_batches, evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
-from llmgr_rec.training.knn_smoothing import KnnSmoothing
+from llmgr_rec.training.id_row_smoothing import KnnSmoothing
 from llmgr_rec.training.neighbors import neighbor_scores
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def select_on_validation(
     ranking: RankingModel,
     config: Config,
     dataset: Dataset,
-    catalog: Catalogue,
+    catalog: Catalog,
     world: World,
     folder: Path | None = None,
 ) -> Selection:
@@ -145,7 +145,7 @@ def _smoothing(
     ranking: RankingModel,
     k_neighbors: int,
     dataset: Dataset,
-    catalog: Catalogue,
+    catalog: Catalog,
     world: World,
     folder: Path | None,
 ) -> KnnSmoothing:
@@ -160,7 +160,7 @@ def _search(
     ranking: RankingModel,
     scores: Sequence[Blend],
     dataset: Dataset,
-    catalog: Catalogue,
+    catalog: Catalog,
     world: World,
     smoothing: KnnSmoothing | None,
 ) -> dict[Candidate, float]:
@@ -204,7 +204,7 @@ def _validation_ndcg(
 
 
 def _target_ranks(
-    ranker: CatalogueRanker,
+    ranker: CatalogRanker,
     model: SessionRecommender | LLMGR,
     sessions: EvaluationBatch,
     added: Sequence[sparse.csr_array],

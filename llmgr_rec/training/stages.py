@@ -11,19 +11,15 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import load_config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
-from llmgr_rec.distributed.bundle import load_weights
-from llmgr_rec.distributed.bundle_export import export_bundle
-from llmgr_rec.distributed.bundle_index import CONFIG, latest_bundle
+from llmgr_rec.distributed.collectives import broadcast_from_rank0
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import RankingModel
-from llmgr_rec.distributed.reduce import take_from_first_rank
 from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import init_tables, zero_rows
 from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
@@ -31,9 +27,13 @@ from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
+from llmgr_rec.storage.bundle import load_weights
+from llmgr_rec.storage.bundle_export import export_bundle
+from llmgr_rec.storage.bundle_index import CONFIG, latest_bundle
+from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import resolve_dtype
-from llmgr_rec.training.checkpoint import CheckpointManager, Identity
+from llmgr_rec.storage.table_io import init_tables, zero_rows
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import build_optimizer
@@ -72,7 +72,7 @@ class RunContext:
 
     config: Config
     dataset: Dataset
-    catalog: Catalogue
+    catalog: Catalog
     run: Path
     world: World
     metrics: MetricsLogger
@@ -199,7 +199,7 @@ def _whiten(text_encoder: TextSequenceEncoder, spec: ModelSpec, world: World) ->
     items: Tensor = torch.randperm(spec.num_items, generator=generator)[:_WHITENING_ITEMS]
     text_encoder.whiten(items)
     for statistic in (text_encoder.mean_H, text_encoder.map_HK):
-        take_from_first_rank(statistic, world)
+        broadcast_from_rank0(statistic, world)
 
 
 def _warn_of_small_groups(config: Config, world: World) -> None:

@@ -18,17 +18,17 @@ from transformers import PreTrainedModel
 from llmgr_rec.cli import progress
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.decoder_shards import is_cut
+from llmgr_rec.distributed.collectives import sum_over_ranks
+from llmgr_rec.distributed.fsdp import is_sharded
 from llmgr_rec.distributed.process_group import World, barrier, long_timeout_group
-from llmgr_rec.distributed.reduce import sum_over_ranks
-from llmgr_rec.distributed.shards import fill_table, held_rows, local_shards, table_parameters, write_rows
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.item_tables import ItemRows
-from llmgr_rec.modules.item_text import ITEM_TEXT
 from llmgr_rec.modules.language_model import embed_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
+from llmgr_rec.modules.text_table import ITEM_TEXT
+from llmgr_rec.storage.table_io import fill_table, held_rows, local_shards, table_parameters, write_rows
 
 # A file holds at least this many items, and there are at most this many files. A file is the unit that an interrupted
 # run does not repeat, and that is assigned to a rank.
@@ -188,7 +188,7 @@ def refresh_item_vectors(model: SessionRecommender | LLMGR, world: World) -> Non
     encoder = text_encoder_of(model)
     if encoder is None:
         return
-    encodes_all = is_cut(encoder)
+    encodes_all = is_sharded(encoder)
     shards = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
     with evaluation_mode(encoder), long_timeout_group(world) as group:
         for items in torch.arange(encoder.texts.num_rows).split(_ENCODE_ITEMS):

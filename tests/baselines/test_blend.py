@@ -5,18 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
 from scipy import sparse
 
 from llmgr_rec.baselines.blend import Blend, clicks_of, combine
 from llmgr_rec.baselines.knn import ItemNeighbors
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
-from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.bundle_export import export_bundle
-from llmgr_rec.distributed.bundle_index import read_index
-from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
+from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.storage.bundle_export import export_bundle
+from llmgr_rec.storage.bundle_index import read_index
+from llmgr_rec.storage.table_io import init_tables
 from tests.modules.small_llmgr import raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
 
@@ -66,7 +66,7 @@ def test_several_add_up_by_their_weights() -> None:
 
 
 def test_a_batch_tells_its_clicks_in_order() -> None:
-    batch = make_collator(config(), small_run().catalogue, "rank", language=False)(raw_sessions(SESSIONS, [1, 1, 1, 1]))
+    batch = make_collator(config(), small_run().catalog, "rank", language=False)(raw_sessions(SESSIONS, [1, 1, 1, 1]))
     assert torch.equal(clicks_of(batch).values, clicks().values)
     assert torch.equal(clicks_of(batch).offsets, clicks().offsets)
 
@@ -81,10 +81,10 @@ def same(one: Blend, other: Blend) -> bool:
 
 
 def export(folder: Path, given: Blend | None) -> Path:
-    catalogue = Catalogue.load(small_run().dataset.path)
-    model = assemble_recommender(config(), catalogue)
+    catalog = Catalog.load(small_run().dataset.path)
+    model = assemble_recommender(config(), catalog)
     init_tables(model, 1, 0.5)
-    export_bundle(model, "sbr", config(), catalogue, folder / "sbr", ONE_RANK, prior=given)
+    export_bundle(model, "sbr", config(), catalog, folder / "sbr", ONE_RANK, prior=given)
     return folder / "sbr"
 
 

@@ -50,7 +50,7 @@ def test_item_knn_equals_the_reference(train, queries, k):
         assert len(set(ids_K.tolist())) == k
 
 
-def session_knn_reference(train, session, num_items, decay, neighbours):
+def session_knn_reference(train, session, num_items, decay, neighbors):
     """Scores of all items, straight from the definition."""
     count = Counter(item for other in train for item in set(other))
     likeness = []
@@ -59,7 +59,7 @@ def session_knn_reference(train, session, num_items, decay, neighbours):
         if shared:
             likeness.append((-round(shared / math.sqrt(len(set(other))), 12), -number))
     scores = np.zeros(num_items)
-    for negative, number in sorted(likeness)[:neighbours]:
+    for negative, number in sorted(likeness)[:neighbors]:
         for item in set(train[-number]):
             scores[item] -= negative * math.log(len(train) / count[item])
     return scores
@@ -67,11 +67,11 @@ def session_knn_reference(train, session, num_items, decay, neighbours):
 
 @given(sessions_of, sessions_of, st.integers(1, 15), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
-def test_session_knn_equals_the_reference(train, queries, k, neighbours):
-    knn = SessionKNN(session_matrix([flat(train)], 15), neighbours, decay=0.7)
+def test_session_knn_equals_the_reference(train, queries, k, neighbors):
+    knn = SessionKNN(session_matrix([flat(train)], 15), neighbors, decay=0.7)
     _, scores = knn.rank(*flat(queries), k)
     for session, scores_K in zip(queries, scores, strict=True):
-        expected = session_knn_reference(train, session, 15, 0.7, neighbours)
+        expected = session_knn_reference(train, session, 15, 0.7, neighbors)
         np.testing.assert_allclose(scores_K, np.sort(expected)[::-1][:k], atol=1e-9)
 
 
@@ -100,7 +100,7 @@ def test_blocks_do_not_change_the_similarities(train, block):
         sparse_scores._BLOCK_PAIRS = before
 
 
-def test_neighbours_keep_the_most_similar():
+def test_neighbors_keep_the_most_similar():
     train = [[0, 1], [0, 1], [0, 2], [3, 4]]
     kept = cosine_similarity(session_matrix([flat(train)], 5), k_neighbors=1).toarray()
     assert np.flatnonzero(kept[0]).tolist() == [1]

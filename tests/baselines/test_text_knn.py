@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.baselines import sparse_scores
+from llmgr_rec.baselines.builders import build_baseline, check_baselines
 from llmgr_rec.baselines.knn import ItemKNN
-from llmgr_rec.baselines.registry import build_baseline, check_baselines
 from llmgr_rec.baselines.text_knn import TextKNN, texts_to_compare
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.errors import UserError
 from tests.baselines.test_knn import flat, sessions_of
 from tests.data.prepare_inputs import Prepared, prepare, write_items
@@ -50,13 +50,13 @@ def test_text_knn_equals_the_reference(texts, queries, k):
 
 @given(texts_of, st.integers(1, 6), st.integers(1, 60))
 @settings(max_examples=30, deadline=None)
-def test_the_nearest_neighbours_are_kept_whatever_the_blocks(texts, neighbours, block):
+def test_the_nearest_neighbors_are_kept_whatever_the_blocks(texts, neighbors, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_scores, "_BLOCK_PAIRS", block)
-        kept = TextKNN(texts, k_neighbors=neighbours).similarity_VV.toarray()
+        kept = TextKNN(texts, k_neighbors=neighbors).similarity_VV.toarray()
     for item in range(NUM_ITEMS):
         near = np.round([cosine(texts, item, other) for other in range(NUM_ITEMS)], 12)
-        best = np.argsort(-near, kind="stable")[:neighbours]
+        best = np.argsort(-near, kind="stable")[:neighbors]
         assert np.flatnonzero(kept[item]).tolist() == sorted(best[near[best] > 0])
         np.testing.assert_allclose(kept[item, best], near[best], atol=1e-11)
 
@@ -101,10 +101,10 @@ def test_an_unseen_item_with_a_text_like_the_clicked_ones_is_ranked_first(tmp_pa
     titles = [f"{KINDS[number % 4]} no {number}" for number in range(40)]
     unseen = [item["index"] for item in kinds_log(tmp_path, hold_out_items=0.2).items if not item["train_count"]]
     assert len(unseen) > 3
-    catalogue = Catalogue.load(tmp_path / "dataset")
+    catalog = Catalog.load(tmp_path / "dataset")
     for item in unseen:
         seen = [other for other in range(item % 4, 40, 4) if other not in unseen][:3]
-        texts = texts_to_compare(catalogue)
+        texts = texts_to_compare(catalog)
         texts[item] = " ".join(titles[other] for other in seen)
         ids, _ = TextKNN(texts).rank(*flat([seen]), 3)
         assert ids[0, 0] == item
@@ -112,11 +112,11 @@ def test_an_unseen_item_with_a_text_like_the_clicked_ones_is_ranked_first(tmp_pa
 
 def test_text_finds_held_out_targets_where_co_occurrence_cannot(tmp_path):
     dataset = kinds_log(tmp_path, hold_out_items=0.2).dataset
-    catalogue = Catalogue.load(dataset.path)
-    text, item = (build_baseline(name, dataset, catalogue) for name in ("text_knn", "item_knn"))
+    catalog = Catalog.load(dataset.path)
+    text, item = (build_baseline(name, dataset, catalog) for name in ("text_knn", "item_knn"))
     assert isinstance(text, TextKNN)
     assert isinstance(item, ItemKNN)
-    unseen = np.flatnonzero(catalogue.train_count_V.numpy() == 0)
+    unseen = np.flatnonzero(catalog.train_count_V.numpy() == 0)
     for target in unseen:
         session = flat([[other for other in range(target % 4, 40, 4) if other not in unseen]])
         assert item.scores(*session).toarray()[0, target] == 0
@@ -126,18 +126,18 @@ def test_text_finds_held_out_targets_where_co_occurrence_cannot(tmp_path):
 def test_a_data_set_without_text_is_refused(tmp_path):
     titles = {"title": pa.nulls(40, pa.string()), "description": ["described"] * 40}
     dataset = kinds_log(tmp_path, columns=titles).dataset
-    catalogue = Catalogue.load(dataset.path)
+    catalog = Catalog.load(dataset.path)
     message = r"items\.parquet: no item has a word in title, category, brand, by which text_knn ranks; prepare"
     with pytest.raises(UserError, match=message):
-        build_baseline("text_knn", dataset, catalogue)
+        build_baseline("text_knn", dataset, catalog)
     with pytest.raises(UserError, match=message):
-        check_baselines(["sbr", "text_knn"], catalogue)
-    check_baselines(["sbr", "item_knn"], catalogue)
+        check_baselines(["sbr", "text_knn"], catalog)
+    check_baselines(["sbr", "item_knn"], catalog)
 
 
 def test_items_without_text_score_0_beside_items_with_a_brand_alone(tmp_path):
     brands = {"title": pa.nulls(40, pa.string()), "brand": ["A", "B", None, "A"] * 10}
     dataset = kinds_log(tmp_path, columns=brands).dataset
-    scores = build_baseline("text_knn", dataset, Catalogue.load(dataset.path)).scores(*flat([[0], [2]])).toarray()
+    scores = build_baseline("text_knn", dataset, Catalog.load(dataset.path)).scores(*flat([[0], [2]])).toarray()
     assert np.flatnonzero(scores[0]).tolist() == [item for item in range(1, 40) if item % 4 in (0, 3)]
     assert not scores[1].any()

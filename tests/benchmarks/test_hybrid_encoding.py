@@ -6,35 +6,35 @@ from dataclasses import replace
 
 import pytest
 import torch
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, make_collator
 
 from benchmarks import hybrid_encoding
 from benchmarks.hybrid_encoding import PROJECTED, RANDOM, READ, SHUFFLED, WAYS
-from benchmarks.similarity import shared_neighbours
+from benchmarks.similarity import shared_neighbors
 from llmgr_rec.cli import run_cli
 from llmgr_rec.config import Config
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, make_collator
-from llmgr_rec.distributed.bundle import Bundle, load_bundle
-from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
+from llmgr_rec.storage.bundle import Bundle, load_bundle
+from llmgr_rec.storage.table_io import init_tables
 from tests.small_run import config, run_with, small_run
 from tests.training.small_training import PROMPTS
 
 
 def bundle_of(settings: Config) -> Bundle:
-    catalogue = small_run().catalogue
-    model = assemble_llmgr(settings, catalogue, assemble_decoder(settings, torch.device("cpu")))
+    catalog = small_run().catalog
+    model = assemble_llmgr(settings, catalog, assemble_decoder(settings, torch.device("cpu")))
     init_tables(model, 1, 0.5)
-    return Bundle(small_run().run, "behave", model.eval(), settings, catalogue)
+    return Bundle(small_run().run, "behave", model.eval(), settings, catalog)
 
 
 def items_of(bundle: Bundle) -> torch.Tensor:
-    return torch.nonzero(bundle.catalogue.train_count_V > 0).flatten()
+    return torch.nonzero(bundle.catalog.train_count_V > 0).flatten()
 
 
 def test_each_exported_stage_has_its_table_report_and_plot(tmp_path, capsys):
     run = run_with(tmp_path / "run", "sbr", "behave")
     output = tmp_path / "out.json"
-    words = ["--run", str(run), "--items", "40", "--neighbours", "5,10", "--threads", "1", "--output", str(output)]
+    words = ["--run", str(run), "--items", "40", "--neighbors", "5,10", "--threads", "1", "--output", str(output)]
     hybrid_encoding.main(words)
     results = json.loads(output.read_text())["results"]
     assert list(results) == ["behave"]
@@ -60,7 +60,7 @@ def test_what_stands_before_and_after_is_of_the_same_items_in_their_order(source
     bundle = bundle_of(settings)
     items_N = items_of(bundle)
     vectors = hybrid_encoding.encode(bundle, items_N, seed=0)
-    collate = make_collator(settings, bundle.catalogue, "rank", language=True)
+    collate = make_collator(settings, bundle.catalog, "rank", language=True)
     for row in (0, 7, len(items_N) - 1):
         seen = bundle.model.look_up(collate(hybrid_encoding.single_clicks(items_N[row : row + 1])))
         expected_D = (seen.rows_ND if source == "table" else seen.states_ND)[0]
@@ -84,7 +84,7 @@ def test_a_state_at_a_node_is_the_reading_of_a_prompt_that_ends_there(tmp_path):
         bundle = bundle_of(settings)
         items_N = items_of(bundle)
         states[name] = hybrid_encoding.encode(bundle, items_N, seed=0)[READ]
-        collate = make_collator(settings, bundle.catalogue, "rank", language=True)
+        collate = make_collator(settings, bundle.catalog, "rank", language=True)
         batch = collate(hybrid_encoding.single_clicks(items_N))
         reading_NH = bundle.model.read(bundle.model.look_up(batch), batch, "behave")
         assert torch.allclose(states[name], reading_NH, atol=1e-5) == (name == "ends")
@@ -93,7 +93,7 @@ def test_a_state_at_a_node_is_the_reading_of_a_prompt_that_ends_there(tmp_path):
 
 
 @torch.no_grad()
-def test_a_projection_that_keeps_or_loses_the_neighbours_is_told():
+def test_a_projection_that_keeps_or_loses_the_neighbors_is_told():
     bundle = bundle_of(config())
     weight_HD = bundle.model.hybrid.nodes.weight
     items_N = items_of(bundle)
@@ -102,7 +102,7 @@ def test_a_projection_that_keeps_or_loses_the_neighbours_is_told():
     for weights_HD in (kept_HD, kept_HD * (torch.arange(weight_HD.shape[1]) < 1)):
         weight_HD.copy_(weights_HD)
         vectors = hybrid_encoding.encode(bundle, items_N, seed=0)
-        shares.append(shared_neighbours(vectors["before"], vectors[PROJECTED], 5).mean().item())
+        shares.append(shared_neighbors(vectors["before"], vectors[PROJECTED], 5).mean().item())
     assert shares[0] == pytest.approx(1, abs=1e-3)
     assert shares[1] < 0.5
 
@@ -110,11 +110,11 @@ def test_a_projection_that_keeps_or_loses_the_neighbours_is_told():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--neighbours", "0"], "--neighbours is 0; give numbers from 1"),
-        (["--neighbours", "x"], "--neighbours is x; give numbers from 1"),
+        (["--neighbors", "0"], "--neighbors is 0; give numbers from 1"),
+        (["--neighbors", "x"], "--neighbors is x; give numbers from 1"),
         (
-            ["--neighbours", "500"],
-            "are too few for 500 neighbours, which need 502; raise --items or lower --neighbours",
+            ["--neighbors", "500"],
+            "are too few for 500 neighbors, which need 502; raise --items or lower --neighbors",
         ),
         (["--items", "20"], "20 items to compare"),
     ],

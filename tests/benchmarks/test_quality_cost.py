@@ -13,10 +13,10 @@ from tests.small_run import small_run
 
 
 def test_ndcg_counts_the_place_of_the_target():
-    catalogue = small_run().catalogue
-    ids = catalogue.item_ids.to_pylist()
+    catalog = small_run().catalog
+    ids = catalog.item_ids.to_pylist()
     output = pa.table({"target": [2, 0, 5], "item_ids": [[ids[2], ids[1]], [ids[1], ids[0]], [ids[1], ids[2]]]})
-    np.testing.assert_allclose(ndcg(output, catalogue), [1, 1 / math.log2(3), 0])
+    np.testing.assert_allclose(ndcg(output, catalog), [1, 1 / math.log2(3), 0])
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_the_sessions():

@@ -36,12 +36,12 @@ def test_another_session_gives_another_graph(other):
 
 
 def test_a_written_split_is_what_the_plain_reader_reads(tmp_path):
-    parts, catalogue = write_split(tmp_path / "d" / "train", sessions=300, items=64, mean_length=9, seed=0)
+    parts, catalog = write_split(tmp_path / "d" / "train", sessions=300, items=64, mean_length=9, seed=0)
     sessions, targets = plain_graphs.read_rows(parts, first_groups=1)
     groups = RowGroups(parts, num_items=64, by_click=False)
     assert groups[0].items.values.tolist() == [item for session in sessions for item in session]
     assert groups[0].targets_R.tolist() == targets
-    assert catalogue.train_count_V.sum() == sum(map(len, sessions)) + len(targets)
+    assert catalog.train_count_V.sum() == sum(map(len, sessions)) + len(targets)
     assert sum(map(len, sessions)) / len(sessions) == pytest.approx(9, abs=0.5)
 
 
@@ -59,8 +59,8 @@ def test_table_has_a_row_for_each_side(tmp_path):
 
 
 def test_unlike_graphs_are_refused(tmp_path, monkeypatch):
-    parts, catalogue = write_split(tmp_path / "d" / "train", sessions=100, items=64, mean_length=9, seed=0)
-    decoded = reader._decoded_reader(parts, catalogue, 50, ())
+    parts, catalog = write_split(tmp_path / "d" / "train", sessions=100, items=64, mean_length=9, seed=0)
+    decoded = reader._decoded_reader(parts, catalog, 50, ())
     check_graphs(decoded, batches=2)
     build = plain_graphs.build
     monkeypatch.setattr(plain_graphs, "build", lambda sessions: build([[1]] * 50))

@@ -44,7 +44,7 @@ def test_the_best_validation_counts(tmp_path):
     ("words", "message"),
     [
         (["--optimizer", "adam"], "--optimizer is adam; fused ones are adagrad, rowwise_adagrad and sgd"),
-        (["--sizes", "[5]"], "--sizes holds 5; a catalogue has 32 items or more"),
+        (["--sizes", "[5]"], "--sizes holds 5; a catalog has 32 items or more"),
     ],
 )
 def test_a_bad_argument_is_one_line(monkeypatch, capsys, words, message):

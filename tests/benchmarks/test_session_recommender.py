@@ -13,9 +13,9 @@ from benchmarks.session_recommender import DEFAULT, PEER, ROUNDED, SAME, check_c
 from benchmarks.session_settings import Settings
 from benchmarks.turns_protocol import Epoch, Trainer, TrainerFailed
 from llmgr_rec.cli import make_parser, run_cli
+from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
-from llmgr_rec.config_file import add_config_arguments, parse_with_config
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(
@@ -72,7 +72,7 @@ def test_recbole_gets_every_prefix_of_a_training_row_and_validation_rows_whole(d
     assert counts == {"train": len(expected), "valid": len(whole)}
 
 
-def test_recbole_knows_the_whole_catalogue(dataset, tmp_path):
+def test_recbole_knows_the_whole_catalog(dataset, tmp_path):
     write_atomic_files(dataset, tmp_path)
     lines = (tmp_path / NAME / f"{NAME}.item").read_text().splitlines()
     assert lines == ["item_id:token", *map(str, range(dataset.manifest.num_items))]

@@ -1,4 +1,4 @@
-"""CKA and shared neighbours: what they must say of sets whose likeness is known, and intervals that hold it."""
+"""CKA and shared neighbors: what they must say of sets whose likeness is known, and intervals that hold it."""
 
 from itertools import permutations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.similarity import half_samples, interval, linear_cka, shared_neighbours
+from benchmarks.similarity import half_samples, interval, linear_cka, shared_neighbors
 
 
 def draw(*shape, seed=0):
@@ -19,8 +19,8 @@ def test_rotation_scale_and_shift_of_all_leave_sets_alike(seed):
     into_DH = torch.linalg.qr(draw(9, 9, seed=seed + 50)).Q[:6]
     turned_NH = 7.5 * vectors_ND @ into_DH
     assert linear_cka(vectors_ND, turned_NH + draw(9, seed=1)).item() == pytest.approx(1)
-    assert shared_neighbours(vectors_ND, turned_NH, 5).eq(1).all()
-    assert shared_neighbours(vectors_ND, vectors_ND, 5).eq(1).all()
+    assert shared_neighbors(vectors_ND, turned_NH, 5).eq(1).all()
+    assert shared_neighbors(vectors_ND, vectors_ND, 5).eq(1).all()
     assert linear_cka(vectors_ND, -turned_NH).item() == pytest.approx(1)
 
 
@@ -31,9 +31,9 @@ def test_both_are_symmetric_and_within_their_bounds(seed):
     cka = linear_cka(first_ND, second_NH)
     assert 0.1 < cka < 1
     assert torch.allclose(cka, linear_cka(second_NH, first_ND))
-    share_N = shared_neighbours(first_ND, second_NH, 6)
+    share_N = shared_neighbors(first_ND, second_NH, 6)
     assert 0.2 < share_N.mean() < 1
-    assert torch.equal(share_N, shared_neighbours(second_NH, first_ND, 6))
+    assert torch.equal(share_N, shared_neighbors(second_NH, first_ND, 6))
 
 
 def test_rows_in_random_order_are_alike_by_chance_only():
@@ -42,7 +42,7 @@ def test_rows_in_random_order_are_alike_by_chance_only():
     for seed in range(20):
         order_N = torch.from_numpy(np.random.default_rng(seed).permutation(200))
         ckas.append(linear_cka(vectors_ND, vectors_ND[order_N]).item())
-        shares.append(shared_neighbours(vectors_ND, vectors_ND[order_N], 10).mean().item())
+        shares.append(shared_neighbors(vectors_ND, vectors_ND[order_N], 10).mean().item())
     assert np.mean(ckas) == pytest.approx(0, abs=0.01)
     assert np.mean(shares) == pytest.approx(10 / 199, abs=0.005)
 

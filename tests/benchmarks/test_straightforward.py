@@ -6,11 +6,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from benchmarks import scoring, tuning, utilisation
+from benchmarks import scoring, tuning, utilization
 from benchmarks.straightforward import PlainAlignTask, PlainBehaveTask, StraightforwardLLMGR
-from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask
+from llmgr_rec.storage.pretrained import load_decoder
 from tests.modules.small_llmgr import make_batch, make_llmgr
 from tests.modules.test_llmgr import cache
 from tests.training.small_training import small_dataset
@@ -90,8 +90,8 @@ def test_tuning_reports_ratio_and_agreement(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_utilisation_reports_shares_of_the_peak(tmp_path):
-    results = run(utilisation, tmp_path)
+def test_utilization_reports_shares_of_the_peak(tmp_path):
+    results = run(utilization, tmp_path)
     assert 0 < results["shares"]["training"]["median"] < 1
     assert 0 < results["shares"]["scoring"]["median"] < 1
     assert "aten::mm" in results["profiles"]["training"]

@@ -1,4 +1,4 @@
-"""Small part files and catalogues written by the contract, without prepare."""
+"""Small part files and catalogs written by the contract, without prepare."""
 
 from collections.abc import Sequence
 from pathlib import Path

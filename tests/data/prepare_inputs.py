@@ -29,7 +29,7 @@ def write_interactions(path: Path, clicks: list[Click], **more: list[Any]) -> Pa
 
 
 def write_items(path: Path, item_ids: list[Any], **more: list[Any]) -> Path:
-    """A catalogue with titles; more columns by name, which may replace the titles."""
+    """A catalog with titles; more columns by name, which may replace the titles."""
     columns = {"item_id": pa.array(item_ids), "title": pa.array([f"title of {item}" for item in item_ids], pa.string())}
     pq.write_table(pa.table(columns | {name: pa.array(values) for name, values in more.items()}), path)
     return path

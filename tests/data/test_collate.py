@@ -8,7 +8,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import CandidateItems, Collator, LastItemsText, LogUniformSampler, RandomNodeText
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
@@ -21,8 +21,8 @@ TOKENS = [[10], [11, 11], [12, 12, 12], [], [14, 14], [15]]
 
 
 @pytest.fixture(scope="module")
-def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
-    return Catalogue.load(write_items(tmp_path_factory.mktemp("items"), NUM_ITEMS, category_ids=CATEGORIES))
+def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
+    return Catalog.load(write_items(tmp_path_factory.mktemp("items"), NUM_ITEMS, category_ids=CATEGORIES))
 
 
 def raw_sessions(sessions: list[list[int]], targets: list[int], epoch: int = 0, step: int = 0) -> RawSessions:
@@ -55,8 +55,8 @@ def bags(features: KeyedJaggedTensor, key: str) -> list[list[int]]:
 RAW = raw_sessions([[4, 1, 4], [], [2]], [0, 3, -1])
 
 
-def test_features_have_a_bag_for_each_node_then_each_candidate(catalogue: Catalogue) -> None:
-    batch = Collator(catalogue, ["category", "brand"], candidates=CandidateItems("full"))(RAW)
+def test_features_have_a_bag_for_each_node_then_each_candidate(catalog: Catalog) -> None:
+    batch = Collator(catalog, ["category", "brand"], candidates=CandidateItems("full"))(RAW)
 
     order = [4, 1, 2, *range(NUM_ITEMS)]
     assert batch.features.keys() == ["item_id", "category", "brand"]
@@ -66,16 +66,16 @@ def test_features_have_a_bag_for_each_node_then_each_candidate(catalogue: Catalo
     assert bags(batch.features, "brand") == [[]] * len(order)
 
 
-def test_whole_catalogue_needs_no_correction(catalogue: Catalogue) -> None:
-    batch = Collator(catalogue, candidates=CandidateItems("full"))(RAW)
+def test_whole_catalog_needs_no_correction(catalog: Catalog) -> None:
+    batch = Collator(catalog, candidates=CandidateItems("full"))(RAW)
 
     assert batch.candidates_C.tolist() == list(range(NUM_ITEMS))
     assert batch.log_q_C.numel() == 0
     assert batch.target_columns_B.tolist() == batch.targets_B.tolist() == [0, 3, -1]
 
 
-def test_without_candidates_and_text_their_places_are_empty(catalogue: Catalogue) -> None:
-    batch = Collator(catalogue)(RAW)
+def test_without_candidates_and_text_their_places_are_empty(catalog: Catalog) -> None:
+    batch = Collator(catalog)(RAW)
 
     assert batch.features.keys() == ["item_id"]
     assert (batch.candidates_C.numel(), batch.log_q_C.numel()) == (0, 0)
@@ -84,18 +84,18 @@ def test_without_candidates_and_text_their_places_are_empty(catalogue: Catalogue
     assert as_lists(batch.text_tokens) == [[], [], []]
 
 
-def test_a_batch_of_empty_sessions_is_a_batch(catalogue: Catalogue) -> None:
+def test_a_batch_of_empty_sessions_is_a_batch(catalog: Catalog) -> None:
     tokens = jagged(TOKENS)
     for text in (None, RandomNodeText(tokens), LastItemsText(tokens, 2)):
-        collate = Collator(catalogue, ["category"], text=text)
+        collate = Collator(catalog, ["category"], text=text)
         batch = collate(raw_sessions([[], []], [1, -1]))
         assert batch.features.stride() == 0
         assert as_lists(batch.text_tokens) == [[], []]
         assert batch.to(torch.device("cpu")).num_sessions == 2
 
 
-def test_sampled_candidates_hold_the_targets_and_find_their_columns(catalogue: Catalogue) -> None:
-    batch = Collator(catalogue, ["category"], candidates=CandidateItems("sampled", 2))(RAW)
+def test_sampled_candidates_hold_the_targets_and_find_their_columns(catalog: Catalog) -> None:
+    batch = Collator(catalog, ["category"], candidates=CandidateItems("sampled", 2))(RAW)
 
     candidates = batch.candidates_C.tolist()
     assert candidates == sorted(set(candidates))
@@ -106,7 +106,7 @@ def test_sampled_candidates_hold_the_targets_and_find_their_columns(catalogue: C
     assert bags(batch.features, "category")[3:] == [CATEGORIES[item] for item in candidates]
 
 
-def test_draws_depend_on_seed_epoch_and_step_not_on_the_rank(catalogue: Catalogue) -> None:
+def test_draws_depend_on_seed_epoch_and_step_not_on_the_rank(catalog: Catalog) -> None:
     counts = torch.arange(1000, 0, -1)
 
     def draws(targets: list[int], epoch: int, step: int, seed: int = 0) -> set[int]:
@@ -118,10 +118,10 @@ def test_draws_depend_on_seed_epoch_and_step_not_on_the_rank(catalogue: Catalogu
 
 
 @pytest.mark.parametrize("mode", ["rows", "prefixes", "one_pass", "random_node"])
-def test_all_ranks_have_the_sample_of_one(catalogue: Catalogue, tmp_path: Path, mode: str) -> None:
+def test_all_ranks_have_the_sample_of_one(catalog: Catalog, tmp_path: Path, mode: str) -> None:
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(23, NUM_ITEMS))
     collate = Collator(
-        catalogue,
+        catalog,
         candidates=CandidateItems("sampled", 2),
         text=RandomNodeText(jagged([[item] for item in range(NUM_ITEMS)])) if mode == "random_node" else None,
     )
@@ -171,8 +171,8 @@ def test_log_q_is_the_log_of_the_measured_frequency() -> None:
         assert seen[item] / steps == pytest.approx(math.exp(log), abs=0.04)
 
 
-def test_random_node_shows_the_text_of_an_item_of_the_session_and_asks_for_it(catalogue: Catalogue) -> None:
-    collate = Collator(catalogue, text=RandomNodeText(jagged(TOKENS)))
+def test_random_node_shows_the_text_of_an_item_of_the_session_and_asks_for_it(catalog: Catalog) -> None:
+    collate = Collator(catalog, text=RandomNodeText(jagged(TOKENS)))
     sessions = [[4, 1, 4, 5], [], [2], [3, 3]] * 20
     batch = collate(raw_sessions(sessions, [0] * len(sessions)))
 
@@ -183,13 +183,13 @@ def test_random_node_shows_the_text_of_an_item_of_the_session_and_asks_for_it(ca
     assert set(shown[::4]) == {4, 1, 5}
 
 
-def test_random_node_depends_on_the_row_not_on_its_neighbours(catalogue: Catalogue) -> None:
+def test_random_node_depends_on_the_row_not_on_its_neighbors(catalog: Catalog) -> None:
     session = [0, 1, 2, 3, 4, 5]
 
     def node(seed: int, epoch: int, row: int, others: int) -> int:
         raw = raw_sessions([session] * (others + 1), [0] * (others + 1), epoch=epoch)
         raw.rows_B = torch.arange(row - others, row + 1)
-        collate = Collator(catalogue, text=RandomNodeText(jagged(TOKENS)), seed=seed)
+        collate = Collator(catalog, text=RandomNodeText(jagged(TOKENS)), seed=seed)
         return int(collate(raw).text_items_B[-1])
 
     assert node(0, 0, 9, others=0) == node(0, 0, 9, others=5)
@@ -200,17 +200,17 @@ def test_random_node_depends_on_the_row_not_on_its_neighbours(catalogue: Catalog
     assert len(counts) == NUM_ITEMS
 
 
-def test_random_node_is_among_the_clicks_that_the_prompt_shows(catalogue: Catalogue) -> None:
-    collate = Collator(catalogue, text=RandomNodeText(jagged(TOKENS), max_nodes=2))
+def test_random_node_is_among_the_clicks_that_the_prompt_shows(catalog: Catalog) -> None:
+    collate = Collator(catalog, text=RandomNodeText(jagged(TOKENS), max_nodes=2))
     batch = collate(raw_sessions([[0, 1, 2, 3]] * 50, [0] * 50))
 
     assert set(batch.text_items_B.tolist()) == {2, 3}
 
 
 @pytest.mark.parametrize("separator", [[], [7, 8]])
-def test_last_items_shows_the_texts_of_the_last_clicks(catalogue: Catalogue, separator: list[int]) -> None:
+def test_last_items_shows_the_texts_of_the_last_clicks(catalog: Catalog, separator: list[int]) -> None:
     sessions = [[0, 1, 2], [], [5], [3, 4], [1, 3, 1]]
-    collate = Collator(catalogue, text=LastItemsText(jagged(TOKENS), 2, separator))
+    collate = Collator(catalog, text=LastItemsText(jagged(TOKENS), 2, separator))
     batch = collate(raw_sessions(sessions, [0] * 5))
 
     def expected(session: list[int]) -> list[int]:
@@ -222,10 +222,10 @@ def test_last_items_shows_the_texts_of_the_last_clicks(catalogue: Catalogue, sep
     assert batch.targets_B.tolist() == [0] * 5
 
 
-def test_no_session_sees_its_future(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_no_session_sees_its_future(catalog: Catalog, tmp_path: Path) -> None:
     """Every prefix example holds the clicks before its target and nothing later."""
     part = write_part(tmp_path / "part-00000.parquet", [([0, 1, 2, 3], 4)])
-    collate = Collator(catalogue, text=LastItemsText(jagged([[i] for i in range(6)]), 9))
+    collate = Collator(catalog, text=LastItemsText(jagged([[i] for i in range(6)]), 9))
     reader = SessionReader([part], num_items=NUM_ITEMS, collate=collate, order=SamplingOrder(1, augment_prefixes=True))
 
     for target, batch in enumerate(reader.batches(0), start=1):
@@ -233,9 +233,9 @@ def test_no_session_sees_its_future(catalogue: Catalogue, tmp_path: Path) -> Non
         assert batch.graph.node_items_N.tolist() == batch.text_tokens.values.tolist() == list(range(target))
 
 
-def test_batches_come_whole_through_worker_processes(catalogue: Catalogue, tmp_path: Path) -> None:
+def test_batches_come_whole_through_worker_processes(catalog: Catalog, tmp_path: Path) -> None:
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(40, NUM_ITEMS))
-    collate = Collator(catalogue, ["category"], candidates=CandidateItems("sampled", 3))
+    collate = Collator(catalog, ["category"], candidates=CandidateItems("sampled", 3))
 
     def read(workers: int) -> list[SessionBatch]:
         reader = SessionReader(

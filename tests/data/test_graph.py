@@ -88,7 +88,7 @@ def test_keys_that_would_need_more_than_64_bits_are_made_of_the_items_of_the_bat
         assert torch.equal(one, other)
 
 
-def test_item_indices_of_huge_catalogues_do_not_collide() -> None:
+def test_item_indices_of_huge_catalogs_do_not_collide() -> None:
     num_items = 1 << 40
     batch = graph([[num_items - 1, 0], [num_items - 1, 1, num_items - 1]], num_items)
 

@@ -2,8 +2,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.item_text import tokenize_items, tokenize_texts
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.item_tokens import tokenize_items, tokenize_texts
 from llmgr_rec.errors import UserError
 from llmgr_rec.storage.pretrained import load_tokenizer
 
@@ -18,7 +18,7 @@ def rows(tokens, tokenizer):
     return [tokenizer.decode(tokens.values[start:end]) for start, end in bounds]
 
 
-def make_catalogue(folder, titles):
+def make_catalog(folder, titles):
     count = len(titles)
     table = pa.table(
         {
@@ -34,17 +34,17 @@ def make_catalogue(folder, titles):
         }
     )
     pq.write_table(table, folder / "items.parquet")
-    return Catalogue.load(folder)
+    return Catalog.load(folder)
 
 
-def test_items_are_tokenised_in_order(tmp_path, tokenizer):
-    tokens = tokenize_items(make_catalogue(tmp_path, ["Soap", "Oil"]), tokenizer, ["title", "brand"], 64)
+def test_items_are_tokenized_in_order(tmp_path, tokenizer):
+    tokens = tokenize_items(make_catalog(tmp_path, ["Soap", "Oil"]), tokenizer, ["title", "brand"], 64)
     assert rows(tokens, tokenizer) == ["Soap, Acme", "Oil"]
 
 
 def test_an_item_without_text_is_named(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"items\.parquet.*no text in title.*'i1'"):
-        tokenize_items(make_catalogue(tmp_path, ["Soap", None]), tokenizer, ["title"], 64)
+        tokenize_items(make_catalog(tmp_path, ["Soap", None]), tokenizer, ["title"], 64)
 
 
 def test_texts_are_cut_and_may_be_empty(tokenizer):

@@ -175,7 +175,7 @@ def test_contract_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for part in result.dataset.parts(split):
             file = pq.ParquetFile(part)
             assert file.schema_arrow.metadata[b"llmgr_rec.items"] == b"index"
-            assert file.schema_arrow.metadata[b"llmgr_rec.catalogue_hash"] == manifest.catalogue_hash.encode()
+            assert file.schema_arrow.metadata[b"llmgr_rec.catalog_hash"] == manifest.catalog_hash.encode()
             assert file.schema_arrow.types == [pa.string(), pa.list_(pa.int64()), pa.int64()]
             groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
             assert all(group.num_rows <= 4 for group in groups)
@@ -186,7 +186,7 @@ def test_contract_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         content = (result.dataset.path / name).read_bytes()
         assert (entry.bytes, entry.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     ids = b"".join(item_id.encode() + b"\0" for item_id in result.ids)
-    assert manifest.catalogue_hash == hashlib.sha256(ids).hexdigest()
+    assert manifest.catalog_hash == hashlib.sha256(ids).hexdigest()
     # Shuffled for training, as given for the rest.
     assert [row[0] for row in result.rows["test"]] == [f"u{n}" for n in range(21)]
     assert [row[0] for row in result.rows["train"]] != [f"u{n}" for n in range(21)]
@@ -244,7 +244,7 @@ def test_category_paths(text: str | None, paths: list[str]) -> None:
     assert category_paths(text) == paths
 
 
-def test_a_catalogue_without_text_has_none(tmp_path: Path) -> None:
+def test_a_catalog_without_text_has_none(tmp_path: Path) -> None:
     ids = [f"i{n}" for n in range(5)]
     items = write_items(tmp_path / "items.parquet", ids, title=pa.nulls(5, pa.string()))
     manifest = prepare(tmp_path, SMALL, items=str(items)).dataset.manifest
@@ -253,7 +253,7 @@ def test_a_catalogue_without_text_has_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["drop", "keep"])
-def test_items_missing_from_the_catalogue_are_dropped_or_kept(tmp_path: Path, policy: str) -> None:
+def test_items_missing_from_the_catalog_are_dropped_or_kept(tmp_path: Path, policy: str) -> None:
     items = write_items(tmp_path / "items.parquet", ["i4", "i1", "i0", "i2"])
     result = prepare(tmp_path, SMALL, items=str(items), missing_items=policy)
     assert result.ids == ["i4", "i1", "i0", "i2"] + (["i3"] if policy == "keep" else [])

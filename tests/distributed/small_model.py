@@ -10,7 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import init_tables, local_shards
+from llmgr_rec.storage.table_io import init_tables, local_shards
 
 NUM_ITEMS, NUM_CATEGORIES, DIM, TEXT_DIM = 103, 11, 16, 24
 

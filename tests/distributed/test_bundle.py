@@ -10,22 +10,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, make_collator
 from torch import Tensor
 
 from llmgr_rec.config import Config, LLMConfig, PromptConfig, TablesConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Manifest
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_recommender, make_collator
-from llmgr_rec.distributed.bundle import load_bundle, load_weights
-from llmgr_rec.distributed.bundle_export import export_bundle
-from llmgr_rec.distributed.bundle_index import is_complete, latest_bundle, read_index, resolve_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.bundle import load_bundle, load_weights
+from llmgr_rec.storage.bundle_export import export_bundle
+from llmgr_rec.storage.bundle_index import is_complete, latest_bundle, read_index, resolve_bundle
+from llmgr_rec.storage.table_io import init_tables
 from tests.ranks import run_on_ranks
 
 NUM_ITEMS = 37
@@ -40,7 +40,7 @@ def config() -> Config:
     )
 
 
-def write_catalogue(folder: Path) -> None:
+def write_catalog(folder: Path) -> None:
     folder.mkdir()
     table = {
         "index": pa.array(range(NUM_ITEMS), pa.int64()),
@@ -56,7 +56,7 @@ def write_catalogue(folder: Path) -> None:
     pq.write_table(pa.table(table), folder / "items.parquet")
 
 
-def sessions(catalogue: Catalogue) -> SessionBatch:
+def sessions(catalog: Catalog) -> SessionBatch:
     raw = RawSessions(
         items_L=torch.tensor([3, 5, 3, 9, 36, 0, 1, 2]),
         offsets_B1=torch.tensor([0, 4, 5, 8]),
@@ -65,7 +65,7 @@ def sessions(catalogue: Catalogue) -> SessionBatch:
         rows_B=torch.arange(3),
         global_size=3,
     )
-    return make_collator(config(), catalogue, "rank", language=True)(raw)
+    return make_collator(config(), catalog, "rank", language=True)(raw)
 
 
 def manifest() -> Manifest:
@@ -80,17 +80,17 @@ def manifest() -> Manifest:
         prefix_augmentation=[],
         features={},
         has_text=True,
-        catalogue_hash="",
+        catalog_hash="",
         files={},
         clicks_repeat=False,
     )
 
 
 @torch.no_grad()
-def answers(model: SessionRecommender | LLMGR, catalogue: Catalogue) -> tuple[Tensor, Tensor]:
+def answers(model: SessionRecommender | LLMGR, catalog: Catalog) -> tuple[Tensor, Tensor]:
     """Queries of some sessions and vectors of all items."""
-    batch = sessions(catalogue)
-    collator = make_collator(config(), catalogue, "rank", language=False)
+    batch = sessions(catalog)
+    collator = make_collator(config(), catalog, "rank", language=False)
     queries = model(batch) if isinstance(model, LLMGR) else model.queries(batch)
     return queries, model.item_vectors(collator.item_features(torch.arange(NUM_ITEMS)))
 
@@ -106,38 +106,38 @@ def shaken(model: torch.nn.Module) -> None:
 
 def export_rank(world: World, dataset: str, run: str) -> list[tuple[Tensor, Tensor]]:
     """Exports a recommender, then a language stage that starts from it; returns their answers."""
-    catalogue = Catalogue.load(dataset)
+    catalog = Catalog.load(dataset)
     found = []
-    recommender = assemble_recommender(config(), catalogue, "meta").eval()
+    recommender = assemble_recommender(config(), catalog, "meta").eval()
     shard(recommender, config().tables, world, lambda name: True)
     init_tables(recommender, 5, 0.1)
     shaken(recommender)
-    found.append(answers(recommender, catalogue))
-    export_bundle(recommender, "sbr", config(), catalogue, Path(run, "export/sbr"), world)
-    llmgr = assemble_llmgr(config(), catalogue, assemble_decoder(config(), CPU), (), "meta").eval()
+    found.append(answers(recommender, catalog))
+    export_bundle(recommender, "sbr", config(), catalog, Path(run, "export/sbr"), world)
+    llmgr = assemble_llmgr(config(), catalog, assemble_decoder(config(), CPU), (), "meta").eval()
     model = shard(llmgr, config().tables, world, lambda name: False)
     init_tables(llmgr, 77, 0.1)
     shaken(llmgr)
     left = load_weights(model, latest_bundle(Path(run, "export")))
     assert "text_tables.embedding_bags.item_text.weight" in left
     assert not any("recommender" in name for name in left), left
-    found.append(answers(llmgr, catalogue))
-    export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world, manifest())
+    found.append(answers(llmgr, catalog))
+    export_bundle(llmgr, "align", config(), catalog, Path(run, "export/align"), world, manifest())
     with pytest.raises(UserError, match="already"):
-        export_bundle(llmgr, "align", config(), catalogue, Path(run, "export/align"), world)
+        export_bundle(llmgr, "align", config(), catalog, Path(run, "export/align"), world)
     return found
 
 
 def load_rank(world: World, run: str) -> list[tuple[Tensor, Tensor]]:
     bundles = [load_bundle(f"{run}/export/{stage}", world) for stage in ("sbr", "align")]
-    return [answers(bundle.model, bundle.catalogue) for bundle in bundles]
+    return [answers(bundle.model, bundle.catalog) for bundle in bundles]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[Tensor, Tensor]]]:
     """A run exported by two ranks, and the answers of the models that were exported."""
     folder = tmp_path_factory.mktemp("bundle")
-    write_catalogue(folder / "dataset")
+    write_catalog(folder / "dataset")
     results = run_on_ranks(export_rank, 2, str(folder / "dataset"), str(folder / "run"))
     for first, second in zip(results[0], results[1], strict=True):
         torch.testing.assert_close(first, second, atol=0, rtol=0)
@@ -151,7 +151,7 @@ def test_plain_torch_gives_the_answers_of_the_sharded_model(exported: tuple[Path
     for stage, answer in zip(("sbr", "align"), expected, strict=True):
         bundle = load_bundle(run / "export" / stage)
         assert bundle.stage == stage
-        torch.testing.assert_close(answers(bundle.model, bundle.catalogue), answer, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(answers(bundle.model, bundle.catalog), answer, atol=1e-5, rtol=1e-5)
         assert not any(parameter.requires_grad for parameter in bundle.model.parameters())
     assert load_bundle(run).stage == "align", "a run means its furthest bundle"
     assert resolve_bundle(run / "export") == run / "export/align"
@@ -221,7 +221,7 @@ def test_foreign_bundles_are_refused(exported: tuple[Path, list[tuple[Tensor, Te
         ({"format_version": 9}, "format version 9"),
         # Of before: its neighbors stood in a file of another name, without which it would rank worse.
         ({"format_version": 1}, "format version 1, this version of llmgr_rec reads 2; train the stage again"),
-        ({"catalogue_hash": "other"}, "another catalogue"),
+        ({"catalog_hash": "other"}, "another catalog"),
         ({"language_model": {"name": "random-tiny", "weights_hash": "other"}}, "other weights"),
         ({"surplus": 1}, "is damaged"),
     ]
@@ -233,7 +233,7 @@ def test_foreign_bundles_are_refused(exported: tuple[Path, list[tuple[Tensor, Te
     (tmp_path / "align/bundle.json").write_text(json.dumps(former))
     assert read_index(tmp_path / "align").clicks_repeat, "a bundle of before reads as one with repeats"
     wider = Config(tables=TablesConfig(dim=32), llm=config().llm)
-    model = assemble_recommender(wider, Catalogue.load(exported[0] / "export/sbr"))
+    model = assemble_recommender(wider, Catalog.load(exported[0] / "export/sbr"))
     with pytest.raises(UserError, match=r"37, 16\) rows and columns in table item_id, the model \(37, 32\)"):
         load_weights(model, exported[0] / "export/sbr")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec.config import STAGES
-from llmgr_rec.distributed.bundle_index import (
+from llmgr_rec.storage.bundle_index import (
     INDEX,
     STAGES_OF_MODEL,
     answering_bundle,

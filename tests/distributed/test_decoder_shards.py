@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from llmgr_rec.modules.build import build_recommender
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmgr_rec.config import Config
-from llmgr_rec.distributed.decoder_shards import decoder_parameters, is_cut, shard_decoders
+from llmgr_rec.distributed.fsdp import decoder_parameters, fully_shard_decoders, is_sharded
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules import text_reader
-from llmgr_rec.modules.build import build_recommender
 from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.tasks import LLMTextTask
+from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.optimizers import build_optimizer
 from tests.modules.small_llmgr import NUM_ITEMS, collator, make_llmgr, raw_sessions
 from tests.modules.test_text_reader import COLUMNS, SESSIONS, TARGETS, batch, reader_of
@@ -32,17 +32,17 @@ def cut_model(world: World) -> dict[str, bool]:
     untold = make_llmgr()
     untold.language_model.base._no_split_modules = None
     with pytest.raises(UserError, match=r"llm\.shard is true, but LlamaModel .*; set llm\.shard to false"):
-        shard_decoders(untold, world)
+        fully_shard_decoders(untold, world)
     model = make_llmgr()
     names = [name for name, _ in model.named_parameters()]
     decoder = {id(parameter) for parameter in decoder_parameters(model)}
     expected = [id(parameter) in decoder for parameter in model.parameters()]
-    shard_decoders(model, world)
+    fully_shard_decoders(model, world)
     assert [name for name, _ in model.named_parameters()] == names
     found = {name: isinstance(parameter, DTensor) for name, parameter in model.named_parameters()}
     assert list(found.values()) == expected
-    assert is_cut(model)
-    assert not is_cut(model.recommender)
+    assert is_sharded(model)
+    assert not is_sharded(model.recommender)
     held = torch.tensor(sum(value.to_local().numel() for value in model.parameters() if isinstance(value, DTensor)))
     dist.all_reduce(held)
     assert int(held) == sum(value.numel() for value in decoder_parameters(model))
@@ -58,8 +58,8 @@ def test_the_language_model_is_cut_and_nothing_else() -> None:
 
 def test_alone_nothing_is_cut() -> None:
     model = make_llmgr()
-    shard_decoders(model, World.alone())
-    assert not is_cut(model)
+    fully_shard_decoders(model, World.alone())
+    assert not is_sharded(model)
 
 
 def read_unlike(world: World) -> None:
@@ -69,7 +69,7 @@ def read_unlike(world: World) -> None:
     plain = deepcopy(reader)
     calls: list[int] = []
     reader.decoder.register_forward_hook(lambda *_: calls.append(1))
-    shard_decoders(reader, world)
+    fully_shard_decoders(reader, world)
     items = [torch.arange(NUM_ITEMS), torch.tensor([3]), torch.empty(0, dtype=torch.int64)][world.rank]
     factors = torch.arange(1.0, 1 + COLUMNS)
     for model in (reader, plain):
@@ -100,7 +100,7 @@ def read_changed(world: World) -> None:
     """Weights that are written through the state of a decoder are those that it reads with from then on."""
     reader, items = reader_of().requires_grad_(True), torch.arange(NUM_ITEMS)
     plain = deepcopy(reader)
-    shard_decoders(reader, world)
+    fully_shard_decoders(reader, world)
     with torch.no_grad():
         # Without a backward pass, the embedding and the norm stay whole after a call.
         before = reader.item_vectors(items)

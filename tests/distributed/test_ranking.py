@@ -14,12 +14,12 @@ from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed import ranking
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import CatalogueRanker
+from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels import topk
 from llmgr_rec.kernels.topk import top_k
+from llmgr_rec.storage.table_io import init_tables
 from tests.distributed.small_model import collection
 from tests.ranks import run_on_ranks
 
@@ -89,10 +89,10 @@ def plain_items(num_items: int) -> Tensor:
     return model.item_vectors(Bags(num_items).item_features(torch.arange(num_items))).detach()
 
 
-def plain_ranker(num_items: int, prior: Blend | None = None) -> CatalogueRanker:
+def plain_ranker(num_items: int, prior: Blend | None = None) -> CatalogRanker:
     model = Items(num_items)
     init_tables(model, 1, 0.1)
-    return CatalogueRanker(model, Bags(num_items), World.alone(), prior)
+    return CatalogRanker(model, Bags(num_items), World.alone(), prior)
 
 
 def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
@@ -106,15 +106,15 @@ def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tenso
     return torch.where(values.isneginf(), -1, ids), values
 
 
-def rank_with_prior(world: World, sizes: list[int], catalogues: list[int]) -> list[tuple[Tensor, ...]]:
+def rank_with_prior(world: World, sizes: list[int], catalogs: list[int]) -> list[tuple[Tensor, ...]]:
     # Many blocks of queries and of items.
     topk._QUERY_BLOCK, topk._CPU_ITEM_BLOCK = 4, 128
     answers: list[tuple[Tensor, ...]] = []
-    for num_items in catalogues:
+    for num_items in catalogs:
         model = Items(num_items, "meta")
         shard(model, TablesConfig(dim=DIM), world, lambda name: True)
         init_tables(model, 1, 0.1)
-        ranker = CatalogueRanker(model, Bags(num_items), world, prior_of(num_items))
+        ranker = CatalogRanker(model, Bags(num_items), world, prior_of(num_items))
         queries = queries_of(world.rank, sizes[world.rank])
         clicks = clicks_of(world.rank, sizes[world.rank], num_items)
         answers.append((*ranker.rank(queries, K, None, clicks), *ranker.rank(queries, K, clicks, clicks)))
@@ -124,9 +124,9 @@ def rank_with_prior(world: World, sizes: list[int], catalogues: list[int]) -> li
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_prior_is_added_to_the_scores_before_anything_is_ranked(ranks: int) -> None:
-    sizes, catalogues = [11, 3][:ranks], [3001, 101, 3, 1]
-    answers = run_on_ranks(rank_with_prior, ranks, sizes, catalogues)
-    for number, num_items in enumerate(catalogues):
+    sizes, catalogs = [11, 3][:ranks], [3001, 101, 3, 1]
+    answers = run_on_ranks(rank_with_prior, ranks, sizes, catalogs)
+    for number, num_items in enumerate(catalogs):
         items = plain_items(num_items)
         for rank, size in enumerate(sizes):
             clicks = clicks_of(rank, size, num_items)
@@ -152,7 +152,7 @@ def placed(world: World, sizes: list[int], num_items: int) -> list[Tensor]:
     model = Items(num_items, "meta")
     shard(model, TablesConfig(dim=DIM), world, lambda name: True)
     init_tables(model, 1, 0.1)
-    ranker = CatalogueRanker(model, Bags(num_items), world)
+    ranker = CatalogRanker(model, Bags(num_items), world)
     size = sizes[world.rank]
     clicks = clicks_of(world.rank, size, num_items)
     prior = prior_of(num_items).of_items(ranker.items)
@@ -168,7 +168,7 @@ def placed(world: World, sizes: list[int], num_items: int) -> list[Tensor]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_places_are_those_of_the_whole_catalogue_at_any_number_of_ranks(ranks: int) -> None:
+def test_places_are_those_of_the_whole_catalog_at_any_number_of_ranks(ranks: int) -> None:
     sizes, num_items = [11, 4][:ranks], 101
     answers = run_on_ranks(placed, ranks, sizes, num_items)
     for rank, size in enumerate(sizes):
@@ -185,7 +185,7 @@ def test_places_are_those_of_the_whole_catalogue_at_any_number_of_ranks(ranks: i
                 order = total.argsort(dim=1, descending=True, stable=True)
                 expected = (order == targets_B1).float().argmax(1)
                 left_out = total.gather(1, targets_B1).squeeze(1).isneginf()
-                assert torch.equal(places, torch.where(left_out, ranking.BEHIND_ALL, expected))
+                assert torch.equal(places, torch.where(left_out, ranking.EXCLUDED_RANK, expected))
             assert len(found.unique(dim=0)) == len(PLACED_WEIGHTS)
 
 
@@ -194,13 +194,13 @@ def test_a_ranker_with_a_prior_asks_for_clicks() -> None:
         plain_ranker(101, prior_of(101)).rank(queries_of(0, 4), K)
 
 
-def rank_on_ranks(world: World, sizes: list[int], catalogues: list[int]) -> list[tuple[Tensor, ...]]:
+def rank_on_ranks(world: World, sizes: list[int], catalogs: list[int]) -> list[tuple[Tensor, ...]]:
     answers: list[tuple[Tensor, ...]] = []
-    for num_items in catalogues:
+    for num_items in catalogs:
         model = Items(num_items, "meta")
         shard(model, TablesConfig(dim=DIM), world, lambda name: True)
         init_tables(model, 1, 0.1)
-        ranker = CatalogueRanker(model, Bags(num_items), world)
+        ranker = CatalogRanker(model, Bags(num_items), world)
         queries = queries_of(world.rank, sizes[world.rank])
         plain = ranker.rank(queries, K)
         limited = ranker.rank(queries, K, winners(plain[0], 2))
@@ -215,9 +215,9 @@ def rank_on_ranks(world: World, sizes: list[int], catalogues: list[int]) -> list
 
 @pytest.mark.dist
 def test_two_ranks_with_uneven_batches_equal_one() -> None:
-    sizes, catalogues = [5, 2], [9001, 101, 3, 1]
-    answers = run_on_ranks(rank_on_ranks, 2, sizes, catalogues)
-    for number, num_items in enumerate(catalogues):
+    sizes, catalogs = [5, 2], [9001, 101, 3, 1]
+    answers = run_on_ranks(rank_on_ranks, 2, sizes, catalogs)
+    for number, num_items in enumerate(catalogs):
         ranker = plain_ranker(num_items)
         for rank, size in enumerate(sizes):
             ids, scores, limited_ids, limited_scores = answers[rank][number]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.sharding import column_width, plan_tables
-from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
+from llmgr_rec.storage.table_io import init_tables
 from tests.distributed.small_model import (
     SmallModel,
     assemble,

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.shards import fill_table, init_tables, local_shards, table_parameters
+from llmgr_rec.storage.table_io import fill_table, init_tables, local_shards, table_parameters
 from tests.distributed.small_model import (
     NUM_ITEMS,
     TEXT_DIM,
@@ -65,7 +65,7 @@ def test_initial_values_follow_seed_and_std() -> None:
     assert values.std().item() == pytest.approx(0.5, rel=0.02)
     assert values.mean().item() == pytest.approx(0.0, abs=0.01)
     assert len(values.unique(dim=0)) == 20_000
-    # A catalogue that grows keeps the values of its old rows.
+    # A catalog that grows keeps the values of its old rows.
     small = collection({"item_id": 9_000}, 12, {"item_id": "item_id"}, "cpu")
     init_tables(small, 0, 0.5)
     assert torch.equal(next(local_shards(small)).tensor, values[:9_000])

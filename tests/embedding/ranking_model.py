@@ -22,7 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from llmgr_rec import (
-    Catalogue,
+    Catalog,
     Collator,
     EncoderConfig,
     ItemTables,
@@ -95,7 +95,7 @@ def session_part() -> SessionRecommender:
 def own_collator() -> Collator:
     """Collates sessions of the made-up items, which have no side features."""
     ids = pa.array(range(NUM_ITEMS))
-    return Collator(Catalogue(Path("items.parquet"), ids, torch.ones(NUM_ITEMS, dtype=torch.int64)))
+    return Collator(Catalog(Path("items.parquet"), ids, torch.ones(NUM_ITEMS, dtype=torch.int64)))
 
 
 def traffic(

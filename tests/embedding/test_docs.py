@@ -15,7 +15,7 @@ import pytest
 
 import llmgr_rec
 from llmgr_rec import SessionRecommender, World, init_distributed, load_bundle
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from tests.ranks import run_on_ranks
 from tests.small_run import run_with
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 from llmgr_rec import (
-    Catalogue,
+    Catalog,
     Collator,
     EncoderConfig,
     SessionRecommender,
@@ -26,7 +26,7 @@ from llmgr_rec import (
     load_weights,
     shard,
 )
-from llmgr_rec.distributed.shards import unwrapped_name
+from llmgr_rec.storage.table_io import unwrapped_name
 from tests.distributed.small_model import assemble, shard_list
 from tests.embedding.ranking_model import (
     NUM_ITEMS,
@@ -171,21 +171,21 @@ def session_vectors(session: SessionRecommender, collator: Collator) -> Tensor:
     return session.eval().encode(batch.features, batch.graph).sessions_BD
 
 
-def bundle_collator(catalogue: Catalogue) -> Collator:
-    return Collator(catalogue, config().tables.side_features)
+def bundle_collator(catalog: Catalog) -> Collator:
+    return Collator(catalog, config().tables.side_features)
 
 
 def train_jointly(world: World, bundle: str, joint: str, into: Literal["model", "part"]) -> Joint:
     """Loads a bundle into the nested part of a sharded model, trains the whole and exports the part."""
-    catalogue = Catalogue.load(bundle)
-    session = build_recommender(config(), catalogue.num_items, catalogue.num_embeddings, "meta")
+    catalog = Catalog.load(bundle)
+    session = build_recommender(config(), catalog.num_items, catalog.num_embeddings, "meta")
     model = shard(RankingModel(session), TablesConfig(), world, lambda table: True)
     init_tables(model, seed=99, std=0.3)
     left = load_weights(model if into == "model" else session, bundle)
-    collator = bundle_collator(catalogue)
+    collator = bundle_collator(catalog)
     loaded_BD = session_vectors(session, collator)
     pipeline_steps(model, world, (traffic(step, world.rank, world.size, collator) for step in range(3)), 3)
-    export_bundle(model, "sbr", config(), catalogue, Path(joint), world)
+    export_bundle(model, "sbr", config(), catalog, Path(joint), world)
     return Joint(left, loaded_BD, session_vectors(session, collator))
 
 
@@ -197,10 +197,10 @@ def test_a_bundle_moves_into_the_nested_part_and_out_again(stage: str, into: str
     ranks = run_on_ranks(train_jointly, 2, str(bundle), str(joint), into)
     alone = load_bundle(bundle).model
     recommender = alone if isinstance(alone, SessionRecommender) else alone.recommender
-    expected_BD = session_vectors(recommender, bundle_collator(small_run().catalogue))
+    expected_BD = session_vectors(recommender, bundle_collator(small_run().catalog))
     exported = load_bundle(joint)
     assert isinstance(exported.model, SessionRecommender)
-    exported_BD = session_vectors(exported.model, bundle_collator(exported.catalogue))
+    exported_BD = session_vectors(exported.model, bundle_collator(exported.catalog))
     for rank in ranks:
         assert rank.left == []
         torch.testing.assert_close(rank.loaded_BD, expected_BD, atol=1e-6, rtol=1e-6)

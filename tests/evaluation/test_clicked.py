@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranked_by, ranking_rule, without_clicked
 
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.evaluation.clicked import leaves_out_clicked, ranked_by, ranking_rule, without_clicked
 from tests.baselines.test_knn import flat
 from tests.small_run import small_run, without_repeats
 

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from llmgr_rec.baselines.knn import Baseline, ItemKNN
-from llmgr_rec.baselines.registry import BASELINES, build_baseline
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import load_bundle
+
+from llmgr_rec.baselines.builders import BASELINES, build_baseline
+from llmgr_rec.baselines.knn import Baseline, ItemKNN
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.evaluation.protocol import as_it_is, evaluate_baseline, evaluate_model, session_queries, split_reader
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.storage.bundle import load_bundle
 from tests.data.prepare_inputs import read
 from tests.ranks import run_on_ranks
 from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats
@@ -25,8 +25,8 @@ from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats
 def reference(stage: str, dataset: Dataset, split: str) -> dict[str, float]:
     """Scores every session alone against every item, with numpy on top."""
     bundle = load_bundle(small_run().run / "export" / stage)
-    collate = make_collator(bundle.config, bundle.catalogue, "rank", language=isinstance(bundle.model, LLMGR))
-    items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalogue.num_items)))
+    collate = make_collator(bundle.config, bundle.catalog, "rank", language=isinstance(bundle.model, LLMGR))
+    items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalog.num_items)))
     places = []
     for clicks, batch in split_reader(dataset, split, 1, lambda raw: (raw.items_L, collate(raw))).batches(0):
         scores = (session_queries(bundle.model, batch) @ items.T)[0].detach().numpy()
@@ -77,9 +77,9 @@ def test_equals_ranking_every_session_alone(stage: str, split: str, data: Callab
 @pytest.mark.parametrize("data", [lambda: small_run().dataset, without_repeats], ids=["repeats", "none"])
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baseline_equals_ranking_every_session_alone(name: str, data: Callable[[], Dataset]) -> None:
-    dataset, catalogue = data(), small_run().catalogue
-    baseline = build_baseline(name, dataset, catalogue)
-    result = evaluate_baseline(baseline, dataset, "test", catalogue, ONE_RANK)
+    dataset, catalog = data(), small_run().catalog
+    baseline = build_baseline(name, dataset, catalog)
+    result = evaluate_baseline(baseline, dataset, "test", catalog, ONE_RANK)
     for metric, value in baseline_reference(baseline, dataset, "test").items():
         assert result[metric] == pytest.approx(value, abs=1e-9), metric
 
@@ -100,7 +100,7 @@ def test_the_model_keeps_its_mode() -> None:
 
 def test_item_knn_counts_each_training_session_once_with_its_target() -> None:
     shared = small_run()
-    knn = build_baseline("item_knn", shared.dataset, shared.catalogue)
+    knn = build_baseline("item_knn", shared.dataset, shared.catalog)
     assert isinstance(knn, ItemKNN)
     prepared = read(shared.dataset.path)
     sessions = [{*items, target} for _, items, target in prepared.rows["train"]]
@@ -115,14 +115,14 @@ def test_item_knn_counts_each_training_session_once_with_its_target() -> None:
 
 def everything(world: World, dataset: Dataset, run: Path | None = None) -> dict[str, dict[str, Any]]:
     results = {}
-    run, catalogue = run or small_run().run, Catalogue.load(dataset.path)
+    run, catalog = run or small_run().run, Catalog.load(dataset.path)
     for stage in ("sbr", "behave"):
         # Sharded on several ranks; plain torch where there is no process group.
         bundle = load_bundle(run / "export" / stage, None if world is ONE_RANK else world)
         results[stage] = evaluate_model(bundle.model, dataset, "test", bundle.config, world)
     for name in ("popularity", "item_knn"):
-        baseline = build_baseline(name, dataset, catalogue)
-        results[name] = evaluate_baseline(baseline, dataset, "test", catalogue, world)
+        baseline = build_baseline(name, dataset, catalog)
+        results[name] = evaluate_baseline(baseline, dataset, "test", catalog, world)
     return results
 
 

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.bundle_export import export_bundle
-from llmgr_rec.distributed.bundle_index import read_index
-from llmgr_rec.distributed.shards import init_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.experiments.controls import CONTROLS, ConstantTokens, effective_controls, factory_of
 from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import Purpose
+from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.storage.bundle_export import export_bundle
+from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import load_tokenizer
+from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.text_embeddings import embed_catalog
 from tests.modules.small_llmgr import raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
@@ -47,7 +47,7 @@ def words(tokens: Jagged) -> list[str]:
     return [tokenizer.decode(tokens.values[start:end]) for start, end in bounds]
 
 
-def build(made: ModelFactory, chosen: Config, catalog: Catalogue, stage: StageName = "behave") -> LLMGR:
+def build(made: ModelFactory, chosen: Config, catalog: Catalog, stage: StageName = "behave") -> LLMGR:
     spec = made.spec(stage, chosen, catalog)
     model = made.build(spec, made.language_parts(spec, catalog, CPU), CPU)
     assert isinstance(model, LLMGR)
@@ -62,7 +62,7 @@ def test_a_model_has_the_controls_that_change_it() -> None:
 
 
 def test_shuffled_texts_are_those_of_other_items_wherever_text_is_read() -> None:
-    catalog = small_run().catalogue
+    catalog = small_run().catalog
     chosen, made = settings(), factory("shuffled_text")
     texts, shuffled = (words(one.item_tokens(chosen, catalog)) for one in (ModelFactory(), made))
     assert sorted(shuffled) == sorted(texts)
@@ -77,7 +77,7 @@ def test_shuffled_texts_are_those_of_other_items_wherever_text_is_read() -> None
 
 
 def test_shuffled_words_are_those_of_other_items_and_nothing_else_moves() -> None:
-    catalog = small_run().catalogue
+    catalog = small_run().catalog
     items = torch.arange(catalog.num_items)
     # Two words an item, which nobody else has, and none on the first one.
     of_words = Jagged.from_lengths(torch.arange(2 * NUM_ITEMS - 2), torch.tensor([0] + [2] * (NUM_ITEMS - 1)))
@@ -127,14 +127,14 @@ def shaken(model: LLMGR) -> LLMGR:
 
 
 @torch.no_grad()
-def scores(model: LLMGR, chosen: Config, catalog: Catalogue, made: ModelFactory) -> Tensor:
+def scores(model: LLMGR, chosen: Config, catalog: Catalog, made: ModelFactory) -> Tensor:
     collate = made.collator(made.spec("behave", chosen, catalog), catalog, "rank")
     items = model.item_vectors(collate.item_features(torch.arange(NUM_ITEMS)))
     return model(collate(raw_sessions([[3, 5, 3, 9], [7], [0, 1, 2]], [-1, -1, -1]))) @ items.T
 
 
 def test_a_bundle_scores_as_the_model_that_was_exported(tmp_path: Path) -> None:
-    catalog = small_run().catalogue
+    catalog = small_run().catalog
     found = {}
     for control in ("", *OF_LLMGR):
         chosen, made = settings(), factory(*filter(None, [control]))
@@ -154,7 +154,7 @@ def test_a_bundle_scores_as_the_model_that_was_exported(tmp_path: Path) -> None:
 
 
 def test_a_bundle_is_only_loaded_with_its_controls(tmp_path: Path) -> None:
-    catalog, chosen, made = small_run().catalogue, settings(), factory("shuffled_text")
+    catalog, chosen, made = small_run().catalog, settings(), factory("shuffled_text")
     model = build(made, chosen, catalog)
     init_tables(model, 1, 0.5)
     folder = tmp_path / "export" / "behave"
@@ -188,7 +188,7 @@ def test_constant_tokens_are_alike_and_learned(off: str) -> None:
 @pytest.mark.parametrize("off", ["no_graph", "no_nodes"])
 @torch.no_grad()
 def test_a_model_does_not_read_constant_tokens(off: str) -> None:
-    catalog, chosen, made = small_run().catalogue, settings(), factory(off)
+    catalog, chosen, made = small_run().catalog, settings(), factory(off)
     model = shaken(build(made, chosen, catalog))
     collate = made.collator(made.spec("behave", chosen, catalog), catalog, "rank")
     batch = collate(raw_sessions([[3, 5, 3, 9], [7], [0, 1, 2]], [-1, -1, -1]))
@@ -202,7 +202,7 @@ def test_a_model_does_not_read_constant_tokens(off: str) -> None:
 
 
 def test_text_embeddings_of_different_controls_lie_in_different_folders(tmp_path: Path) -> None:
-    catalog, chosen = small_run().catalogue, settings()
+    catalog, chosen = small_run().catalog, settings()
     names = [(), ("random_llm",), ("shuffled_text",), ("random_llm", "shuffled_text")]
     found = {}
     for controls in (*names, ("no_graph",)):

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from llmgr_rec.baselines.registry import BASELINES
+from llmgr_rec.baselines.builders import BASELINES
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import MODELS
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.experiments import runs
 from llmgr_rec.experiments.__main__ import main
 from llmgr_rec.experiments.experiment import Experiment
-from llmgr_rec.experiments.report import plot_gains, table
+from llmgr_rec.experiments.tables import plot_gains, table
 from tests.data.prepare_inputs import prepare, write_items
 from tests.experiments.test_run import EXPERIMENT as SMALL
 
@@ -117,7 +117,7 @@ def test_an_experiment_on_held_out_items(tmp_path):
         assert ("0" in results["variants"]["Text-kNN"]["hr@20_by_train_count"]) == bool(options)
         assert ("targets of 0 training" in (tmp_path / "out" / f"of-{name}.md").read_text()) == bool(options)
         assert results["chance_hr@20"] == pytest.approx(20 / 30)
-    # The catalogue is the same, the data set is not: nothing of the one was taken for the other.
+    # The catalog is the same, the data set is not: nothing of the one was taken for the other.
     assert len(list((tmp_path / "out" / "trials").iterdir())) == 4
 
 

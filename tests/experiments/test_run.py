@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.distributed.bundle import load_bundle
-from llmgr_rec.distributed.bundle_index import read_index
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import BASELINES, build_baseline, evaluate_baseline, evaluate_model
 from llmgr_rec.experiments import runs, trial
 from llmgr_rec.experiments.__main__ import main
 from llmgr_rec.experiments.compare import hit_rate, ndcg
-from llmgr_rec.experiments.evaluate import baseline_ranks, model_ranks, targets_of
+from llmgr_rec.experiments.target_ranks import baseline_ranks, model_ranks, targets_of
+from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.training import selection
 from tests.small_run import ONE_RANK, small_run, without_repeats
 
@@ -145,7 +145,7 @@ def test_an_output_that_cannot_be_made_is_refused_before_anything_is_read(tmp_pa
 def test_target_ranks_give_the_metrics_of_evaluate(stage, data):
     shared, dataset = small_run(), data()
     bundle = load_bundle(shared.run / "export" / stage)
-    ranks_S = model_ranks(bundle, dataset, "test", shared.catalogue)
+    ranks_S = model_ranks(bundle, dataset, "test", shared.catalog)
     metrics = evaluate_model(bundle.model, dataset, "test", bundle.config, ONE_RANK)
     assert hit_rate(ranks_S).mean() == pytest.approx(metrics["hr@20"])
     assert ndcg(ranks_S).mean() == pytest.approx(metrics["ndcg@20"])
@@ -155,9 +155,9 @@ def test_target_ranks_give_the_metrics_of_evaluate(stage, data):
 @pytest.mark.parametrize("name", BASELINES)
 def test_target_ranks_of_a_baseline_give_the_metrics_of_evaluate(name, data):
     dataset = data()
-    catalogue = Catalogue.load(dataset.path)
-    baseline = build_baseline(name, dataset, catalogue)
-    metrics = evaluate_baseline(baseline, dataset, "test", catalogue, ONE_RANK)
+    catalog = Catalog.load(dataset.path)
+    baseline = build_baseline(name, dataset, catalog)
+    metrics = evaluate_baseline(baseline, dataset, "test", catalog, ONE_RANK)
     assert ndcg(baseline_ranks(baseline, dataset, "test")).mean() == pytest.approx(metrics["ndcg@20"])
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmgr_rec.data.item_text import tokenize_texts
+from llmgr_rec.data.item_tokens import tokenize_texts
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.experiments.controls import shuffle_texts
 from llmgr_rec.storage.pretrained import load_tokenizer

@@ -18,18 +18,18 @@ from llmgr_rec.config import Config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.data.prompt_files import load_templates
-from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
+from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
 from llmgr_rec.experiments import runs
 from llmgr_rec.experiments.__main__ import main
 from llmgr_rec.experiments.compare import ndcg
 from llmgr_rec.experiments.experiment import load_experiment
 from llmgr_rec.experiments.runs import SharedRuns
 from llmgr_rec.experiments.trial import TrialRunner
+from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.training.run import train_run
+from llmgr_rec.training.train_run import train_run
 from tests.small_run import prepare_small, small_run, write_log
 
 
@@ -48,7 +48,11 @@ def test_a_run_is_named_by_what_its_model_reads(tmp_path):
         return run_of(tmp_path, model, **settings) != run_of(tmp_path, model)
 
     text_settings = ({"llm__num_layers": 2}, {"llm__name_or_path": "random-tiny"})
-    text_settings += ({"prompt__max_text_tokens": 8}, {"prompt__text_fields": ["title"]}, {"text_encoder__max_clicks": 7})
+    text_settings += (
+        {"prompt__max_text_tokens": 8},
+        {"prompt__text_fields": ["title"]},
+        {"text_encoder__max_clicks": 7},
+    )
     for change in text_settings:
         assert changes("llm_text", **change)
         assert not changes("sbr", **change)
@@ -79,7 +83,9 @@ def test_what_is_selected_after_training_is_no_part_of_the_name_of_a_run(tmp_pat
 
 def test_later_stages_go_on_from_the_recommender_as_it_was_smoothed(tmp_path):
     for model in ("llm_text", "llmgr"):
-        names = [run_of(tmp_path, model, tables__knn_smoothing=strengths) for strengths in ([0.0], [1.0], [2.0], [0.0, 2.0])]
+        names = [
+            run_of(tmp_path, model, tables__knn_smoothing=strengths) for strengths in ([0.0], [1.0], [2.0], [0.0, 2.0])
+        ]
         # Of several strengths the one is selected that is best with the neighbors.
         blended = {"blend__neighbors": ["item_knn"]}
         names += [run_of(tmp_path, model, tables__knn_smoothing=[0.0, 2.0], **blended)]
@@ -150,7 +156,7 @@ def test_what_was_trained_on_other_texts_or_sessions_of_the_same_items_is_not_ta
 
     plain, again = prepared("plain"), prepared("again")
     titled, cut = prepared("titled", title="Thing"), prepared("cut", max_length=5)
-    assert len({data.manifest.catalogue_hash for data in (plain, again, titled, cut)}) == 1
+    assert len({data.manifest.catalog_hash for data in (plain, again, titled, cut)}) == 1
     keys = [SharedRuns(tmp_path, data).key("x") for data in (plain, again, titled, cut)]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3

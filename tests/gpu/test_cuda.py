@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from llmgr_rec.config import Config
-from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.training.preflight import RunRequest
-from llmgr_rec.training.run import train_run
+from llmgr_rec.training.train_run import train_run
 from tests.training.small_training import numbers, small_config, small_dataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
@@ -21,7 +21,7 @@ ENCODERS = ("gcsan", "srgnn", "sasrec", "gru4rec", "stamp")
 
 
 def whole_config(folder: Path) -> Config:
-    """The language stages, with neighbours."""
+    """The language stages, with neighbors."""
     config = small_config(folder / "prompts.yaml")
     config.blend.neighbors = ["item_knn", "text_knn"]
     return config

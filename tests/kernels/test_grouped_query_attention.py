@@ -3,13 +3,13 @@ import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.kernels import grouped_query_attention as module_under_test
 from llmgr_rec.kernels.grouped_query_attention import (
     GROUPED_QUERY_ATTENTION,
     grouped_query_attention,
     use_grouped_query_attention,
 )
+from llmgr_rec.storage.pretrained import load_decoder
 
 
 def layer(groups):

@@ -41,7 +41,7 @@ def features_of(items: torch.Tensor) -> KeyedJaggedTensor:
 
 
 def batch_of(sessions: Sequence[Sequence[int]], targets: Sequence[int]) -> SessionBatch:
-    """A batch that scores the whole catalogue; target -1 makes a filler row."""
+    """A batch that scores the whole catalog; target -1 makes a filler row."""
     graph, targets_B = graphs_of(sessions), torch.tensor(targets)
     candidates_C = torch.arange(NUM_ITEMS)
     return SessionBatch(

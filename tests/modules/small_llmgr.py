@@ -9,22 +9,22 @@ import torch
 
 from llmgr_rec.config import EncoderConfig, HeadConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import CandidateItems, CandidateSource, Collator, LastItemsText, RandomNodeText, TextPlace
-from llmgr_rec.data.item_text import tokenize_texts
+from llmgr_rec.data.item_tokens import tokenize_texts
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes
-from llmgr_rec.storage.pretrained import load_decoder, load_tokenizer
-from llmgr_rec.data.prompt_files import Task, parse_template
+from llmgr_rec.data.prompt_templates import Task, parse_template
+from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.heads import build_head
-from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.item_tables import ItemTables
-from llmgr_rec.modules.item_text import text_tables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.text_table import text_tables
+from llmgr_rec.storage.pretrained import load_decoder, load_tokenizer
 
 NUM_ITEMS = 12
 D1 = 8
@@ -36,10 +36,10 @@ TEMPLATES: dict[Task, str] = {
 }
 
 
-def catalogue() -> Catalogue:
+def catalog() -> Catalog:
     """Items in memory, the even ones with a category."""
     lengths = torch.tensor([1, 0] * (NUM_ITEMS // 2))
-    return Catalogue(
+    return Catalog(
         file=Path("items.parquet"),
         item_ids=pa.array([f"item{number}" for number in range(NUM_ITEMS)]),
         train_count_V=torch.arange(NUM_ITEMS) + 1,
@@ -80,7 +80,7 @@ def make_batch(
     weights: Any = None,
     **settings: Any,
 ) -> SessionBatch:
-    """A collated batch, with the whole catalogue as candidates unless told otherwise."""
+    """A collated batch, with the whole catalog as candidates unless told otherwise."""
     return collator(**settings)(raw_sessions(sessions, targets, weights))
 
 
@@ -91,13 +91,13 @@ def collator(
     text_items: int = 0,
     **settings: Any,
 ) -> Collator:
-    """Collates batches, by default with the whole catalogue as candidates."""
+    """Collates batches, by default with the whole catalog as candidates."""
     shown = {
         "none": None,
         "random_node": RandomNodeText(item_tokens()),
         "last_items": LastItemsText(item_tokens(), text_items),
     }
-    sources = {"catalogue": catalogue(), "side_features": ["category"], **settings}
+    sources = {"catalog": catalog(), "side_features": ["category"], **settings}
     return Collator(candidates=CandidateItems(candidates, num_draws), text=shown[text], **sources)
 
 

@@ -139,7 +139,7 @@ def test_single_precision_is_close_to_double(config: EncoderConfig) -> None:
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
 @given(sessions=sessions_strategy)
 @settings(deadline=None, max_examples=15)
-def test_a_session_does_not_depend_on_its_neighbours(config: EncoderConfig, sessions: list[list[int]]) -> None:
+def test_a_session_does_not_depend_on_its_neighbors(config: EncoderConfig, sessions: list[list[int]]) -> None:
     encoder = double_encoder(config)
 
     def vectors(batch: list[list[int]]) -> Tensor:

@@ -39,11 +39,11 @@ def linear(residual: bool) -> LinearHead:
 def scores(head: TiedHead | LinearHead, x: dict[str, Tensor]) -> Tensor:
     return (
         head.queries(x["hidden"], x["recommender_queries"])
-        @ head.items(x["item_rows"], x["rows"], head.standardise(x["text"]), x["ids"]).T
+        @ head.items(x["item_rows"], x["rows"], head.standardize(x["text"]), x["ids"]).T
     )
 
 
-def standardised(x: Tensor) -> Tensor:
+def standardized(x: Tensor) -> Tensor:
     return (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
 
 
@@ -52,10 +52,10 @@ def standardised(x: Tensor) -> Tensor:
 def test_tied_scores_are_the_sum_of_their_parts(text: bool, residual: bool) -> None:
     torch.manual_seed(0)
     head, x = tied(text, residual), inputs()
-    queries = standardised(x["hidden"]) @ head.query.weight.T + head.query.bias
+    queries = standardized(x["hidden"]) @ head.query.weight.T + head.query.bias
     items = functional.normalize(x["rows"], dim=1)
     if text:
-        items = items + standardised(x["text"]) @ head.text.weight.T
+        items = items + standardized(x["text"]) @ head.text.weight.T
     expected = head.log_scale.exp() * queries @ items.T
     if residual:
         expected = expected + x["recommender_queries"] @ x["item_rows"].T
@@ -67,13 +67,13 @@ def test_linear_scores_are_the_sum_of_their_parts(residual: bool) -> None:
     torch.manual_seed(0)
     head, x = linear(residual), inputs()
     torch.nn.init.normal_(head.bias_V)
-    expected = standardised(x["hidden"]) @ head.weight_VH[x["ids"]].T + head.bias_V[x["ids"]]
+    expected = standardized(x["hidden"]) @ head.weight_VH[x["ids"]].T + head.bias_V[x["ids"]]
     if residual:
         expected = expected + x["recommender_queries"] @ x["item_rows"].T
     torch.testing.assert_close(scores(head, x), expected, rtol=0, atol=1e-5)
 
 
-def test_linear_head_without_ids_takes_the_whole_catalogue() -> None:
+def test_linear_head_without_ids_takes_the_whole_catalog() -> None:
     head, x = linear(True), inputs()
     whole = head.items(x["item_rows"], x["rows"], None, None)
     torch.testing.assert_close(whole, head.items(x["item_rows"], x["rows"], None, torch.arange(C)))

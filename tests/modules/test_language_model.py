@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 from transformers import AutoModel, GPT2Config, GPTJConfig, MistralConfig, Qwen3Config
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.modules.language_model import (
     LoraLanguageModel,
     embed_item_texts,
     mean_embedding_norm,
 )
 from llmgr_rec.modules.prompts import CompiledPrompt
+from llmgr_rec.storage.pretrained import load_decoder
 
 OTHER_DECODERS = [
     Qwen3Config(

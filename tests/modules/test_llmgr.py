@@ -9,23 +9,23 @@ from llmgr_rec.config import EncoderConfig
 from tests.modules.small_llmgr import NUM_ITEMS, make_batch, make_llmgr, score
 
 
-def whole_catalogue():
+def whole_catalog():
     """Features with one bag an item, in item order."""
     return make_batch([[item] for item in range(NUM_ITEMS)], [0] * NUM_ITEMS, candidates="none").features
 
 
 def cache(model):
-    model.cache_catalog(model.rows(whole_catalogue()))
+    model.cache_catalog(model.rows(whole_catalog()))
 
 
 @pytest.mark.parametrize("head", ["tied", "linear"])
 @pytest.mark.parametrize("residual", [True, False])
-def test_cached_catalogue_candidates_and_item_vectors_agree(head, residual):
+def test_cached_catalog_candidates_and_item_vectors_agree(head, residual):
     model = make_llmgr(head, residual).eval()
     batch = make_batch()
     scored = score(model, batch)
     torch.testing.assert_close(model(make_batch(candidates="none")), scored.queries_BQ)
-    torch.testing.assert_close(model.item_vectors(whole_catalogue()), scored.items_CQ)
+    torch.testing.assert_close(model.item_vectors(whole_catalog()), scored.items_CQ)
     if head == "tied":
         cache(model)
         cached = score(model, make_batch(candidates="none"))
@@ -127,4 +127,4 @@ def test_head_with_text_needs_text_tables():
     model = make_llmgr()
     model.text_tables = None
     with pytest.raises(ValueError, match="without text encodings"):
-        model.item_vectors(whole_catalogue())
+        model.item_vectors(whole_catalog())

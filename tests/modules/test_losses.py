@@ -45,8 +45,6 @@ def test_ranking_loss_agrees_with_the_reference(dtype: torch.dtype, tolerance: f
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-
-
 def test_the_mean_over_ranks_is_the_mean_over_the_global_batch() -> None:
     torch.manual_seed(0)
     queries, items, columns = torch.randn(5, 4), torch.randn(9, 4), torch.randint(0, 9, (5,))

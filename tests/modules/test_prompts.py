@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 
 from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
-from llmgr_rec.storage.pretrained import load_tokenizer
-from llmgr_rec.data.prompt_files import parse_template
+from llmgr_rec.data.prompt_templates import parse_template
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt, prompt_nodes
+from llmgr_rec.storage.pretrained import load_tokenizer
 
 sessions_lists = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=9), min_size=1, max_size=5)
 

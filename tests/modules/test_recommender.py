@@ -12,7 +12,7 @@ from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.losses import ranking_loss
-from llmgr_rec.modules.recommender import SessionRecommender, normalise
+from llmgr_rec.modules.recommender import SessionRecommender, normalize
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
 from tests.modules.small_llmgr import one_pass_batch
 
@@ -141,13 +141,13 @@ def test_forward_is_traceable_with_the_batch_untouched_before_the_lookup(name: E
     torch.testing.assert_close(torch.fx.GraphModule(parent, graph)(batch), parent(batch))
 
 
-def test_normalise_is_torchs_own_in_value_and_gradient() -> None:
+def test_normalize_is_torchs_own_in_value_and_gradient() -> None:
     torch.manual_seed(0)
     vectors = torch.randn(6, 5, dtype=torch.float64)
     vectors[2], vectors[3] = 0, 1e-13
     vectors.requires_grad_()
     coming = torch.randn_like(vectors)
-    ours, theirs = normalise(vectors), torch.nn.functional.normalize(vectors, dim=1)
+    ours, theirs = normalize(vectors), torch.nn.functional.normalize(vectors, dim=1)
     torch.testing.assert_close(ours, theirs)
     gradients = [torch.autograd.grad(value, vectors, coming)[0] for value in (ours, theirs)]
     torch.testing.assert_close(*gradients)

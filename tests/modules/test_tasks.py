@@ -21,7 +21,7 @@ def align_batch(sessions=SESSIONS, **settings):
     return make_batch(sessions, [0] * len(sessions), text="random_node", **settings)
 
 
-def test_behave_loss_is_cross_entropy_over_the_catalogue():
+def test_behave_loss_is_cross_entropy_over_the_catalog():
     model = make_llmgr().eval()
     batch = make_batch()
     loss, parts = BehaveTask(model)(batch)
@@ -30,7 +30,7 @@ def test_behave_loss_is_cross_entropy_over_the_catalogue():
     assert not parts["loss"].requires_grad
 
 
-def test_sbr_loss_is_cross_entropy_over_the_catalogue():
+def test_sbr_loss_is_cross_entropy_over_the_catalog():
     recommender = make_llmgr().recommender.eval()
     batch = make_batch()
     seen = recommender(batch)

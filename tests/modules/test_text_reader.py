@@ -2,18 +2,18 @@
 
 import pytest
 import torch
+from llmgr_rec.modules.build import build_recommender
 from torch.nn import functional
 
 from llmgr_rec.config import Config
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.data.session_tokens import closed, item_texts, last_places, session_texts
 from llmgr_rec.modules import text_reader
-from llmgr_rec.modules.build import build_recommender
 from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.tasks import LLMTextTask
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
+from llmgr_rec.storage.pretrained import load_decoder
 from tests.modules.small_llmgr import NUM_ITEMS, collator, raw_sessions
 
 COLUMNS, CLICKS = 8, 3

@@ -9,7 +9,7 @@ from llmgr_rec.data.collate import LogUniformSampler
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.losses import ranking_loss
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask
-from tests.modules.small_llmgr import NUM_ITEMS, catalogue, collator, make_llmgr, raw_sessions
+from tests.modules.small_llmgr import NUM_ITEMS, catalog, collator, make_llmgr, raw_sessions
 
 UNSEEN = [4, 8, 9]
 COUNTS = torch.arange(NUM_ITEMS) + 1
@@ -20,8 +20,8 @@ SESSIONS, TARGETS = ((1, 2, 3, 2), (7,), (5, 5, 6)), (0, 3, 11)
 
 
 def batch(candidates, train_count=COUNTS, text="none"):
-    items = replace(catalogue(), train_count_V=train_count)
-    return collator(candidates, 64, text, catalogue=items)(raw_sessions(SESSIONS, TARGETS))
+    items = replace(catalog(), train_count_V=train_count)
+    return collator(candidates, 64, text, catalog=items)(raw_sessions(SESSIONS, TARGETS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

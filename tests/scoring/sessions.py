@@ -12,9 +12,9 @@ from tests.small_run import small_run
 
 
 def raw_sessions(count: int, seed: int = 0, longest: int = 9) -> list[list[str]]:
-    """Sessions of raw ids: some empty, some with items that the catalogue lacks, some of those alone."""
+    """Sessions of raw ids: some empty, some with items that the catalog lacks, some of those alone."""
     rng = np.random.default_rng(seed)
-    known = small_run().catalogue.item_ids.to_pylist()
+    known = small_run().catalog.item_ids.to_pylist()
     sessions = []
     for number in range(count):
         session = [known[item] for item in rng.integers(len(known), size=rng.integers(0, longest + 1))]

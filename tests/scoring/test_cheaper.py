@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llmgr_rec.config import Config
-from llmgr_rec.errors import UserError
 from llmgr_rec.config_file import load_config, save_config
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.errors import UserError
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
 from tests.scoring.test_run import request
 from tests.small_run import run_with

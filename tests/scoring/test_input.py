@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.input import SessionFiles
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from tests.data.files import write_items, write_part
 from tests.scoring.sessions import write_sessions
 from tests.small_run import small_run
@@ -37,7 +37,7 @@ def null_lists() -> pa.Array:
     [
         (nulls_in_lists(), {}, r"row group 1: column items holds 1 null item ids; leave them out"),
         (null_lists(), {}, r"row group 1: column items holds 1 nulls; write an empty list"),
-        (pa.array([[1, 2], [3]]), {}, r"column items holds int64, but the catalogue's item ids are string; cast"),
+        (pa.array([[1, 2], [3]]), {}, r"column items holds int64, but the catalog's item ids are string; cast"),
         (pa.array(["i1", "i2"]), {}, r"column items is string, not a list"),
         (GOOD, {"columns": ["weigth"]}, r"no column weigth, did you mean weight"),
         (GOOD, {"columns": ["scores"]}, r"--columns names scores, which the output uses"),
@@ -82,16 +82,16 @@ def test_null_session_ids_and_columns_of_two_types(tmp_path):
         score(tmp_path / "in", tmp_path / "out")
 
 
-def test_indices_of_another_catalogue_or_out_of_range(tmp_path):
+def test_indices_of_another_catalog_or_out_of_range(tmp_path):
     part = write_part(tmp_path / "part.parquet", [([1, 2], 3)])
-    with pytest.raises(UserError, match="item indices of another catalogue"):
+    with pytest.raises(UserError, match="item indices of another catalog"):
         score(part, tmp_path / "out")
-    catalogue = Catalogue.load(write_items(tmp_path / "items", 4))
-    object.__setattr__(catalogue, "hash", "hash")
+    catalog = Catalog.load(write_items(tmp_path / "items", 4))
+    object.__setattr__(catalog, "hash", "hash")
     for wrong in (-1, 4):
         part = write_part(tmp_path / "part.parquet", [([1, 2], 3), ([1, wrong], 3)])
-        files = SessionFiles(part, ["session_id"], catalogue, "skip")
-        with pytest.raises(UserError, match=f"item index {wrong}, but the catalogue has items 0 to 3"):
+        files = SessionFiles(part, ["session_id"], catalog, "skip")
+        with pytest.raises(UserError, match=f"item index {wrong}, but the catalog has items 0 to 3"):
             files.check(lambda rows: None)
 
 
@@ -140,12 +140,12 @@ def test_an_untrained_run_is_refused(tmp_path):
 @settings(max_examples=40, deadline=None)
 def test_parts_hold_every_row_once_in_order(tmp_path_factory, sessions, group_rows, part_rows, large):
     folder = tmp_path_factory.mktemp("parts")
-    catalogue = Catalogue.load(write_items(folder / "items", 5))
+    catalog = Catalog.load(write_items(folder / "items", 5))
     lists = pa.array([[f"id{item}" for item in session] for session in sessions], pa.list_(pa.string()))
     if large:
         lists = lists.cast(pa.large_list(pa.large_string()))
     source = write_sessions(folder / "in.parquet", lists, row_group_size=group_rows)
-    files = SessionFiles(source, ["session_id"], catalogue, "skip")
+    files = SessionFiles(source, ["session_id"], catalog, "skip")
     rows, read, unknown = [], [], 0
     for part in files.parts(part_rows):
         found = files.read(part)

@@ -9,17 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from llmgr_rec.distributed.assembly import make_collator
 
 from llmgr_rec.data.collate import Collator
-from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import Bundle, load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import session_queries
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.scoring import run as scoring_run
 from llmgr_rec.scoring.output import ScoreFolder
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+from llmgr_rec.storage.bundle import Bundle, load_bundle
 from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
@@ -31,7 +31,7 @@ def request(source: Path, output: Path, **options: Any) -> ScoreRequest:
 
 
 def collator_of(bundle: Bundle) -> Collator:
-    return make_collator(bundle.config, bundle.catalogue, "rank", language=isinstance(bundle.model, LLMGR))
+    return make_collator(bundle.config, bundle.catalog, "rank", language=isinstance(bundle.model, LLMGR))
 
 
 @cache
@@ -46,10 +46,10 @@ def loaded(stage: str) -> tuple[Bundle, torch.Tensor]:
 def reference(stage: str, session: list[str], k: int, max_length: int, exclude_seen: bool) -> tuple[list[str], Any]:
     """Ranks one session alone; None where it has no known click."""
     bundle, items = loaded(stage)
-    ids = bundle.catalogue.item_ids.to_pylist()
+    ids = bundle.catalog.item_ids.to_pylist()
     clicks = [ids.index(item) for item in session if item in ids]
     if not clicks:
-        counts = bundle.catalogue.train_count_V.numpy()
+        counts = bundle.catalog.train_count_V.numpy()
         order = np.argsort(-counts, kind="stable")[:k]
         return [ids[item] for item in order], counts[order] / counts.sum()
     batch = collator_of(bundle)(as_raw([clicks[-max_length:]], [-1]))
@@ -72,7 +72,7 @@ def test_each_row_gets_what_ranking_it_alone_gives(tmp_path, stage, k, exclude_s
     rows = read_scores(tmp_path / "out")
     assert [row["session_id"] for row in rows] == [f"in-{number}" for number in range(40)]
     assert [row["weight"] for row in rows] == list(range(40))
-    known = set(small_run().catalogue.item_ids.to_pylist())
+    known = set(small_run().catalog.item_ids.to_pylist())
     for session, row in zip(sessions, rows, strict=True):
         items, scores = reference(stage, session, k, max_length, exclude_seen)
         assert row["item_ids"] == items
@@ -85,7 +85,7 @@ def test_each_row_gets_what_ranking_it_alone_gives(tmp_path, stage, k, exclude_s
     assert json.loads((tmp_path / "out" / "_SUCCESS").read_text()) == vars(totals)
 
 
-def test_a_list_is_as_long_as_the_catalogue_however_many_items_are_asked_for(tmp_path):
+def test_a_list_is_as_long_as_the_catalog_however_many_items_are_asked_for(tmp_path):
     source = write_sessions(tmp_path / "in.parquet", [["i1"], []])
     score_run(request(source, tmp_path / "out", k=1_000_000_000, exclude_seen=False))
     assert [len(row["item_ids"]) for row in read_scores(tmp_path / "out")] == [NUM_ITEMS, NUM_ITEMS]
@@ -140,7 +140,7 @@ def test_a_split_of_the_data_set_is_scored_by_index(tmp_path):
     shared = small_run()
     score_run(request(shared.dataset.path / "test", tmp_path / "split", columns=["target"]))
     parts = pq.read_table(shared.dataset.parts("test"))
-    ids = shared.catalogue.item_ids.to_pylist()
+    ids = shared.catalog.item_ids.to_pylist()
     raw = [[ids[item] for item in session] for session in parts["items"].to_pylist()]
     score_run(request(write_sessions(tmp_path / "raw.parquet", raw), tmp_path / "raw"))
     by_index, by_id = read_scores(tmp_path / "split"), read_scores(tmp_path / "raw")

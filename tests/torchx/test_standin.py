@@ -15,7 +15,7 @@ SUBMIT = (
 )
 
 
-def test_a_job_is_submitted_watched_and_cancelled(
+def test_a_job_is_submitted_watched_and_canceled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kubeconfig = tmp_path / "config"

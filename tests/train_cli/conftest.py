@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec.cli import run_cli
-from llmgr_rec.distributed.process_group import World
 from llmgr_rec.config_file import save_config
+from llmgr_rec.distributed.process_group import World
 from llmgr_rec.train import main
 from tests.ranks import run_on_ranks
 from tests.training.small_training import small_config, small_dataset, train

@@ -18,7 +18,7 @@ from tests.training.damage import (
     edit_manifest,
     no_sessions,
     no_text,
-    of_another_catalogue,
+    of_another_catalog,
     rewrite,
     set_first_click,
     set_target,
@@ -43,7 +43,7 @@ from tests.training.small_training import PROMPTS, small_dataset
         (truncate_silently, r"part-00000\.parquet is truncated or no Parquet file .*; make"),
         (
             lambda d: rewrite(d, PART, lambda table: set_first_click(table, 64)),
-            r"part-00000\.parquet, row group 0: column items holds item index 64, but the catalogue has items 0 to 63",
+            r"part-00000\.parquet, row group 0: column items holds item index 64, but the catalog has items 0 to 63",
         ),
         (
             lambda d: rewrite(d, PART, lambda table: set_target(table, -3)),
@@ -55,7 +55,7 @@ from tests.training.small_training import PROMPTS, small_dataset
         ),
         (lambda d: rewrite(d, PART, lambda t: t.drop_columns(["target"])), r"part-00000\.parquet has no column target"),
         (no_sessions, "dataset has no training sessions; prepare"),
-        (of_another_catalogue, r"items\.parquet is not the catalogue that manifest\.json tells of; make"),
+        (of_another_catalog, r"items\.parquet is not the catalog that manifest\.json tells of; make"),
         (no_text, r"items\.parquet has no titles, .*; prepare with .* or train with --stage sbr"),
         (
             lambda d: rewrite(d, "items.parquet", without_one_text),
@@ -120,7 +120,10 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--sbr.batch_size", "-1"], r"setting sbr\.batch_size is -1; give 1 or more"),
         (["--behave.batch_size", "0"], r"setting behave\.batch_size is 0; give 1 or more"),
         (["--head.text_only=true", "--head.item_text=false"], r"text_only is true, but the head reads no item text"),
-        (["--head.separate_loss=true", "--head.residual=false"], r"head\.apart is true, .*; set head\.residual to true"),
+        (
+            ["--head.separate_loss=true", "--head.residual=false"],
+            r"head\.apart is true, .*; set head\.residual to true",
+        ),
         (["--sbr.lr", "0"], r"setting sbr\.lr is 0\.0; give a number above 0"),
         (["--align.lr=-0.1"], r"setting align\.lr is -0\.1; give a number above 0"),
         (["--sbr.lr", ".nan"], r"setting sbr\.lr is nan; give a finite number"),
@@ -204,7 +207,7 @@ def test_without_settings_the_recipe_that_ranks_best_is_taken(
     monkeypatch: pytest.MonkeyPatch, words: list[str], recipe: str
 ) -> None:
     taken = []
-    monkeypatch.setattr("llmgr_rec.training.run.train_run", lambda request: taken.append(request.config) or [])
+    monkeypatch.setattr("llmgr_rec.training.train_run.train_run", lambda request: taken.append(request.config) or [])
     monkeypatch.setattr(train, "_synthetic_dataset", lambda: Path("synthetic"))
     train.main([*words, "--seed", "3"] if words else [])
     expected = load_config(recipe)
@@ -219,7 +222,7 @@ def test_a_run_goes_on_with_its_own_settings_where_none_are_given(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     taken = []
-    monkeypatch.setattr("llmgr_rec.training.run.train_run", lambda request: taken.append(request.config) or [])
+    monkeypatch.setattr("llmgr_rec.training.train_run.train_run", lambda request: taken.append(request.config) or [])
     words = [*output, "--dataset", "shop", "--resume"]
     train.main(words)
     own = load_config("paper")

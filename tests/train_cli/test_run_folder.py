@@ -15,11 +15,11 @@ from filelock import FileLock
 
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.training.preflight import LOCK
-from llmgr_rec.training.run import _alone
+from llmgr_rec.training.train_run import _alone
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
     edit_manifest,
-    of_another_catalogue,
+    of_another_catalog,
 )
 from tests.training.small_training import small_dataset
 
@@ -91,7 +91,12 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
         (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
         (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
         (["sbr", "align"], [], ["--head.name", "linear"], r"head\.name is linear, but stage align"),
-        (["sbr", "align"], [], ["--head.separate_loss", "true"], r"head\.apart is True, but stage align .* trained with False"),
+        (
+            ["sbr", "align"],
+            [],
+            ["--head.separate_loss", "true"],
+            r"head\.apart is True, but stage align .* trained with False",
+        ),
         (
             ["sbr", "align"],
             [],
@@ -143,21 +148,21 @@ def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many items as the small data set has, of other names."""
     dataset = tmp_path_factory.mktemp("other") / "dataset"
     shutil.copytree(small_dataset(), dataset)
-    of_another_catalogue(dataset)
-    from llmgr_rec.data.catalogue import Catalogue
+    of_another_catalog(dataset)
+    from llmgr_rec.data.catalog import Catalog
 
-    edit_manifest(dataset, lambda manifest: manifest.update(catalogue_hash=Catalogue.load(dataset).hash))
+    edit_manifest(dataset, lambda manifest: manifest.update(catalog_hash=Catalog.load(dataset).hash))
     return dataset
 
 
 @pytest.mark.parametrize("done", [[], ["sbr"], ["sbr", "align"]])
-def test_a_run_of_another_catalogue_is_refused(
+def test_a_run_of_another_catalog_is_refused(
     refused: Refused, finished: Path, other_dataset: Path, done: list[str]
 ) -> None:
     started = [] if done else ["sbr"]
     begun(refused.output, finished, done, started)
     where = r"checkpoint .*step-00000003 belongs to" if started else rf"export/{done[-1]} was trained on"
-    assert re.search(rf"{where} another catalogue .*; give the data set", refused("--resume", dataset=other_dataset))
+    assert re.search(rf"{where} another catalog .*; give the data set", refused("--resume", dataset=other_dataset))
 
 
 @pytest.mark.parametrize("done", [["sbr"], ["sbr", "align", "behave"]])
@@ -189,7 +194,7 @@ def test_a_run_whose_words_were_numbered_otherwise_is_refused(
     where = (
         r"export/sbr was trained on the same items with other words"
         if done
-        else r"checkpoint .* another catalogue \(other items, words"
+        else r"checkpoint .* another catalog \(other items, words"
     )
     assert re.search(where, refused("--resume", dataset=dataset))
 

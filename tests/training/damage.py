@@ -69,7 +69,7 @@ def no_text(dataset: Path) -> None:
     edit_manifest(dataset, lambda manifest: manifest.update(has_text=False))
 
 
-def of_another_catalogue(dataset: Path) -> None:
+def of_another_catalog(dataset: Path) -> None:
     def rename(table: pa.Table) -> pa.Table:
         return table.set_column(1, "item_id", pa.array([f"other{row}" for row in range(len(table))]))
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmgr_rec.distributed.bundle_index import TENSOR, read_index
+from llmgr_rec.storage.bundle_index import TENSOR, read_index
 
 
 @dataclass

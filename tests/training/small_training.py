@@ -8,12 +8,12 @@ from typing import Any
 
 from datagen.synthetic import generate
 from llmgr_rec.config import STAGES, Config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.distributed.bundle_index import is_complete
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.storage.bundle_index import is_complete
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.stages import RunContext, run_stage, stage_settings
 
@@ -87,7 +87,7 @@ def small_config(prompts: Path) -> Config:
 def train(world: World, config: Config, run: Path, dataset: Path, resume: bool = False) -> None:
     """Trains what is missing in a run folder, as `train_run` does, but in a process group that stands already."""
     journal = MetricsLogger(run, enabled=world.rank == 0)
-    context = RunContext(config, Dataset(dataset), Catalogue.load(dataset), run, world, journal, resume)
+    context = RunContext(config, Dataset(dataset), Catalog.load(dataset), run, world, journal, resume)
     for stage in STAGES:
         if not is_complete(run / "export" / stage) and (stage == "sbr" or stage_settings(config, stage).epochs):
             run_stage(stage, context)

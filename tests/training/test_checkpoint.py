@@ -9,24 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from llmgr_rec.stage_config import StageConfig
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from llmgr_rec.config import Config, TablesConfig
-from llmgr_rec.data.prompt_files import load_templates
+from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
-from llmgr_rec.stage_config import StageConfig
-from llmgr_rec.training.checkpoint import CheckpointManager, Identity
-from llmgr_rec.training.checkpoint_state import is_stored, model_tensors, optimizer_tensors
+from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
+from llmgr_rec.storage.checkpoint_reader import MetadataUnpickler
+from llmgr_rec.storage.checkpoint_state import is_stored, model_tensors, optimizer_tensors
 from llmgr_rec.training.optimizers import build_optimizer
-from llmgr_rec.training.safe_reader import MetadataUnpickler
 from tests.distributed.small_model import assemble, batch, shard_list, sharded_model
 from tests.ranks import run_on_ranks
 
-IDENTITY = Identity("sbr", "catalogue-a", {"seed": 0, "tables.optimizer": "adagrad"})
+IDENTITY = Identity("sbr", "catalog-a", {"seed": 0, "tables.optimizer": "adagrad"})
 SAVE_AT, STEPS = 2, 4
 CPU = torch.device("cpu")
 CASES = [
@@ -35,7 +35,7 @@ CASES = [
     TablesConfig(optimizer="adam", sharding="table_wise"),
     TablesConfig(optimizer="rowwise_adagrad", sharding="table_wise"),
 ]
-ROW_WISE = Identity("sbr", "catalogue-a", {"tables.optimizer": "rowwise_adagrad"})
+ROW_WISE = Identity("sbr", "catalog-a", {"tables.optimizer": "rowwise_adagrad"})
 
 
 def build(world: World, tables: TablesConfig, seed: int = 3) -> tuple[DistributedModelParallel, CombinedOptimizer]:
@@ -165,9 +165,9 @@ def refusals(world: World, folder: str, model: nn.Module, optimizer: KeyedOptimi
         assert "\n" not in str(caught.value)
         found.append(str(caught.value))
 
-    attempt("catalogue", Identity("sbr", "catalogue-b", IDENTITY.settings))
-    attempt("settings", Identity("sbr", "catalogue-a", {**IDENTITY.settings, "seed": 1}))
-    attempt("stage", Identity("align", "catalogue-a", IDENTITY.settings))
+    attempt("catalog", Identity("sbr", "catalog-b", IDENTITY.settings))
+    attempt("settings", Identity("sbr", "catalog-a", {**IDENTITY.settings, "seed": 1}))
+    attempt("stage", Identity("align", "catalog-a", IDENTITY.settings))
     attempt("marker", damage="COMPLETE")
     attempt("missing", damage="__0_0.distcp")
     attempt("truncated", damage="__0_0.distcp", content=b"abc")
@@ -212,7 +212,7 @@ def test_only_complete_and_own_checkpoints_are_read(tmp_path: Path) -> None:
     assert size < 300 * 300, "the base language model is in the checkpoint"
     assert kept == ["step-00000005", "step-00000006"]
     expected = [
-        "belongs to another catalogue",
+        "belongs to another catalog",
         "setting seed is 1, but checkpoint",
         "is of stage sbr, not of align",
         "is not complete (it lacks the file COMPLETE)",
@@ -283,8 +283,6 @@ def test_identity_knows_the_number_format_that_auto_stands_for(monkeypatch: pyte
     assert found("behave", True) == {"llm.dtype": "bfloat16"}
     config.llm.dtype = "float32"
     assert found("behave", True) == {"llm.dtype": "float32"}
-
-
 
 
 def test_prompts_are_told_apart_by_what_they_say(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from dataclasses import fields
 
 import pytest
 import torch
+from llmgr_rec.training.deciding import deciding_settings, setting, settings_taken_over
 
 from llmgr_rec.config import STAGES, Config
 from llmgr_rec.training import deciding
-from llmgr_rec.training.deciding import deciding_settings, setting, settings_taken_over
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.config import Config
-from llmgr_rec.distributed.decoder_shards import is_cut
+from llmgr_rec.distributed.fsdp import is_sharded
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.training import stages
 from llmgr_rec.training.metrics_logger import MetricsLogger
@@ -72,7 +72,7 @@ def train_cases(world: World, folder: str, name: str, cut: bool, cases: list[str
     for case in cases:
 
         def watched_export(model: torch.nn.Module, *rest: object, case: str = case) -> None:
-            was_cut[case] = is_cut(model)
+            was_cut[case] = is_sharded(model)
             export(model, *rest)  # type: ignore[arg-type]
 
         stages.export_bundle = watched_export  # type: ignore[assignment]

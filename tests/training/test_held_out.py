@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.distributed.bundle import load_bundle
+from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.training.preflight import RunRequest
-from llmgr_rec.training.run import train_run
+from llmgr_rec.training.train_run import train_run
 from tests.training.small_training import small_config, small_dataset
 
 
@@ -34,6 +34,6 @@ def test_no_step_moves_the_id_row_of_a_held_out_item(tmp_path, full_softmax_max_
         train_run(RunRequest(config, tmp_path / "dataset", tmp_path / str(epochs), "sbr", False))
         state = load_bundle(tmp_path / str(epochs) / "export" / "sbr").model.state_dict()
         (rows[epochs],) = [weight for name, weight in state.items() if name.endswith(".item_id.weight")]
-    trained_V = Catalogue.load(tmp_path / "dataset").train_count_V > 0
+    trained_V = Catalog.load(tmp_path / "dataset").train_count_V > 0
     assert 5 < (~trained_V).sum() < 25
     assert torch.equal((rows[0] != rows[1]).any(dim=1), trained_V)

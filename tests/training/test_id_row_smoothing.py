@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.limits import check_limits
 from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
@@ -16,19 +18,17 @@ from torch.nn import functional
 from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
 from llmgr_rec.baselines.text_knn import texts_to_compare, tf_idf
 from llmgr_rec.config import Config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.config_file import load_config, save_config
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.config_file import load_config, save_config
+from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.training import knn_smoothing
 from llmgr_rec.training.preflight import RunRequest, check_run
-from llmgr_rec.training.run import train_run
+from llmgr_rec.training.train_run import train_run
 from tests.data.prepare_inputs import edit_manifest
 from tests.modules.small_llmgr import raw_sessions
 from tests.ranks import run_on_ranks
@@ -40,10 +40,10 @@ pytestmark = pytest.mark.dist
 
 SHARDINGS = ("table_wise", "column_wise")
 CLICKS = 2.0
-Neighbours = tuple[Literal["item_knn", "text_knn"], ...]
+Neighbors = tuple[Literal["item_knn", "text_knn"], ...]
 
 
-def config_of(folder: Path, clicks: float | list[float] = CLICKS, beside: Neighbours = ()) -> Config:
+def config_of(folder: Path, clicks: float | list[float] = CLICKS, beside: Neighbors = ()) -> Config:
     config = small_config(folder / "prompts.yaml")
     config.align.epochs = config.behave.epochs = 0
     config.tables.side_features = []
@@ -59,7 +59,7 @@ def train_case(
     sharding: str,
     clicks: float | list[float],
     resume: bool,
-    beside: Neighbours = (),
+    beside: Neighbors = (),
 ) -> None:
     config = config_of(Path(folder), clicks, beside)
     config.tables.sharding = sharding  # type: ignore[assignment]
@@ -76,15 +76,15 @@ class Trained:
     folder: Path
 
     @property
-    def catalogue(self) -> Catalogue:
-        return Catalogue.load(self.folder / "dataset")
+    def catalog(self) -> Catalog:
+        return Catalog.load(self.folder / "dataset")
 
     def again(
         self,
         clicks: float | list[float],
         size: int = 1,
         sharding: str = "column_wise",
-        beside: Neighbours = (),
+        beside: Neighbors = (),
     ) -> Path:
         """Exports stage sbr of the run on one rank anew, from its last checkpoint."""
         name = f"again-{clicks}-{size}-{sharding}-{len(beside)}"
@@ -105,7 +105,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         run_on_ranks(train_case, size, str(folder), f"{size}-{sharding}", sharding, CLICKS, False)
         save_config(config_of(folder), folder / f"{size}-{sharding}" / "config.yaml")
     trained = Trained(folder)
-    assert 5 < (trained.catalogue.train_count_V == 0).sum() < 100
+    assert 5 < (trained.catalog.train_count_V == 0).sum() < 100
     return trained
 
 
@@ -114,26 +114,26 @@ def trained_rows(trained: Trained) -> Tensor:
     return Exported.read(trained.again(0.0) / "export/sbr").tables["item_id"]
 
 
-def neighbours(catalogue: Catalogue, item: int, cosines_VV: Tensor) -> Tensor:
+def neighbors(catalog: Catalog, item: int, cosines_VV: Tensor) -> Tensor:
     """The trained items that share the most telling words with an item, nearest first."""
-    cosines_V = cosines_VV[item].where(catalogue.train_count_V > 0, 0.0)
+    cosines_V = cosines_VV[item].where(catalog.train_count_V > 0, 0.0)
     cosines_V[item] = 0.0
     order_V = cosines_V.argsort(descending=True, stable=True)
     return order_V[cosines_V[order_V] > 0][:K_NEIGHBORS]
 
 
-def cosines(catalogue: Catalogue) -> Tensor:
-    words_VT = torch.from_numpy(tf_idf(texts_to_compare(catalogue)).T.toarray())
-    # As the neighbours are kept, so that ties are ties.
+def cosines(catalog: Catalog) -> Tensor:
+    words_VT = torch.from_numpy(tf_idf(texts_to_compare(catalog)).T.toarray())
+    # As the neighbors are kept, so that ties are ties.
     return (functional.normalize(words_VT, dim=1) @ functional.normalize(words_VT, dim=1).T).float()
 
 
-def plain_rows(own_VD: Tensor, catalogue: Catalogue, clicks: float) -> Tensor:
+def plain_rows(own_VD: Tensor, catalog: Catalog, clicks: float) -> Tensor:
     """The id rows as the documentation says them, item by item."""
-    cosines_VV = cosines(catalogue)
+    cosines_VV = cosines(catalog)
     rows = []
-    for item, count in enumerate(catalogue.train_count_V.tolist()):
-        nearest_N = neighbours(catalogue, item, cosines_VV)
+    for item, count in enumerate(catalog.train_count_V.tolist()):
+        nearest_N = neighbors(catalog, item, cosines_VV)
         squared_N = cosines_VV[item, nearest_N] ** 2
         mean_D = squared_N @ own_VD[nearest_N] / squared_N.sum()
         rows.append((count * own_VD[item] + clicks * mean_D) / (count + clicks) if len(nearest_N) else own_VD[item])
@@ -142,7 +142,7 @@ def plain_rows(own_VD: Tensor, catalogue: Catalogue, clicks: float) -> Tensor:
 
 @pytest.mark.parametrize(("size", "sharding"), [(1, "column_wise"), (2, "column_wise"), (2, "table_wise")])
 def test_rows_are_exported_as_documented(trained: Trained, size: int, sharding: str) -> None:
-    expected_VD = plain_rows(trained_rows(trained), trained.catalogue, CLICKS)
+    expected_VD = plain_rows(trained_rows(trained), trained.catalog, CLICKS)
     found_VD = Exported.read(trained.folder / f"{size}-{sharding}" / "export/sbr").tables["item_id"]
     torch.testing.assert_close(found_VD, expected_VD, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found_VD, trained_rows(trained), atol=1e-2)
@@ -160,7 +160,7 @@ def test_two_ranks_compute_what_one_does(trained: Trained, sharding: str) -> Non
 
 def test_a_trained_stage_takes_another_number_without_training(trained: Trained) -> None:
     run = trained.again(7.0)
-    expected_VD = plain_rows(trained_rows(trained), trained.catalogue, 7.0)
+    expected_VD = plain_rows(trained_rows(trained), trained.catalog, 7.0)
     torch.testing.assert_close(Exported.read(run / "export/sbr").tables["item_id"], expected_VD, atol=1e-5, rtol=1e-5)
     assert records(run) == records(trained.folder / "1-column_wise")
 
@@ -172,16 +172,16 @@ def told(run: Path) -> list[dict[str, Any]]:
 
 
 def valid_ndcg(trained: Trained, run: Path) -> float:
-    """NDCG@20 of a bundle on the validation sessions, its neighbours beside it."""
+    """NDCG@20 of a bundle on the validation sessions, its neighbors beside it."""
     bundle = load_bundle(run / "export/sbr")
-    words = (Dataset(trained.folder / "dataset"), "valid", bundle.config, ONE_RANK, bundle.catalogue, bundle.prior)
+    words = (Dataset(trained.folder / "dataset"), "valid", bundle.config, ONE_RANK, bundle.catalog, bundle.prior)
     return float(evaluate_model(bundle.model, *words)["ndcg@20"])
 
 
 @pytest.mark.parametrize(
     ("beside", "size"), [((), 1), ((), 2), (("item_knn",), 1), (("item_knn", "text_knn"), 2)], ids=str
 )
-def test_of_several_numbers_the_one_that_ranks_best_is_taken(trained: Trained, beside: Neighbours, size: int) -> None:
+def test_of_several_numbers_the_one_that_ranks_best_is_taken(trained: Trained, beside: Neighbors, size: int) -> None:
     quality = {clicks: valid_ndcg(trained, trained.again(clicks, beside=beside)) for clicks in (0.0, CLICKS, 7.0)}
     best_first = sorted(quality, key=lambda clicks: quality[clicks], reverse=True)
     assert quality[best_first[0]] > quality[best_first[1]]
@@ -199,14 +199,14 @@ def test_of_several_numbers_the_one_that_ranks_best_is_taken(trained: Trained, b
 
 @torch.no_grad()
 def test_an_item_without_clicks_comes_within_reach_of_ids(trained: Trained) -> None:
-    """Sessions that recommend its neighbour by ids recommend it too, which ids could not tell from others before."""
+    """Sessions that recommend its neighbor by ids recommend it too, which ids could not tell from others before."""
     bundle = load_bundle(trained.folder / "1-column_wise/export/sbr")
-    model, collate = bundle.model, make_collator(bundle.config, bundle.catalogue, "rank", language=False)
+    model, collate = bundle.model, make_collator(bundle.config, bundle.catalog, "rank", language=False)
     items_VQ = model.item_vectors(collate.item_features(torch.arange(collate.num_items)))
-    is_cold_V = trained.catalogue.train_count_V == 0
-    cosines_VV = cosines(trained.catalogue)
+    is_cold_V = trained.catalog.train_count_V == 0
+    cosines_VV = cosines(trained.catalog)
     cold = is_cold_V.nonzero().flatten().tolist()
-    nearest_C = torch.stack([neighbours(trained.catalogue, item, cosines_VV)[0] for item in cold])
+    nearest_C = torch.stack([neighbors(trained.catalog, item, cosines_VV)[0] for item in cold])
     sessions = [[item] for item in (~is_cold_V).nonzero().flatten().tolist()]
     scores_BV = model.queries(collate(raw_sessions(sessions, [0] * len(sessions)))) @ items_VQ.T
     likes_CB = scores_BV[:, nearest_C].T.argsort(dim=1, descending=True)[:, :5]
@@ -217,11 +217,11 @@ def test_an_item_without_clicks_comes_within_reach_of_ids(trained: Trained) -> N
 
 def test_without_words_rows_stay_as_they_were_trained(trained: Trained) -> None:
     bundle = load_bundle(trained.folder / "1-column_wise/export/sbr")
-    model, collate = bundle.model, make_collator(bundle.config, bundle.catalogue, "rank", language=False)
+    model, collate = bundle.model, make_collator(bundle.config, bundle.catalog, "rank", language=False)
     assert isinstance(model, SessionRecommender)
     before = {name: table.clone() for name, table in model.state_dict().items()}
     nothing_VV = sparse.csr_array((collate.num_items, collate.num_items), dtype=np.float32)
-    knn_smoothing.KnnSmoothing(model, nothing_VV, trained.catalogue.train_count_V, collate, ONE_RANK).apply(CLICKS)
+    knn_smoothing.KnnSmoothing(model, nothing_VV, trained.catalog.train_count_V, collate, ONE_RANK).apply(CLICKS)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec.config_file import save_config
-from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.metrics_logger import MetricsLogger
-from llmgr_rec.training.run import train_run
+from llmgr_rec.training.preflight import RunRequest
+from llmgr_rec.training.train_run import train_run
 from tests.training.small_training import small_config, small_dataset
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from llmgr_rec.baselines.registry import build_baseline
+from llmgr_rec.baselines.builders import build_baseline
 from llmgr_rec.config import Config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.config_file import load_config, save_config
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
-from llmgr_rec.config_file import load_config, save_config
+from llmgr_rec.storage.bundle import load_bundle
 from tests.ranks import run_on_ranks
 from tests.training.small_training import prepare, small_config, train
 
@@ -63,8 +63,8 @@ def learn(world: World, settings: str, folder: str) -> HitRates:
         model = load_bundle(runs[kind] / "export" / stage).model
         return evaluate_model(model, Dataset(datasets[kind]), "test", config, world)["hr@20"]
 
-    dataset, catalogue = Dataset(datasets["true"]), Catalogue.load(datasets["true"])
-    popularity = evaluate_baseline(build_baseline("popularity", dataset, catalogue), dataset, "test", catalogue, world)
+    dataset, catalog = Dataset(datasets["true"]), Catalog.load(datasets["true"])
+    popularity = evaluate_baseline(build_baseline("popularity", dataset, catalog), dataset, "test", catalog, world)
     return HitRates(popularity["hr@20"], rate("true", "sbr"), rate("true", "behave"), rate("shuffled", "behave"))
 
 
@@ -84,7 +84,7 @@ def test_models_learn_from_clicks_and_titles(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_models_learn_in_a_larger_catalogue(tmp_path: Path) -> None:
+def test_models_learn_in_a_larger_catalog(tmp_path: Path) -> None:
     config = learner(tmp_path / "prompts.yaml")
     config.sbr.epochs, config.behave.epochs = 8, 2
     rates = hit_rates(tmp_path, config, items=1000, sessions=5000, timeout_s=280)

@@ -15,10 +15,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from llmgr_rec.config import Config
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.shards import local_shards
 from llmgr_rec.modules import build
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import LossAndParts, SbrTask
+from llmgr_rec.storage.table_io import local_shards
 from llmgr_rec.training import loop, stages
 from llmgr_rec.training.loop import Position, StageLoop, step_seed
 from tests.ranks import run_on_ranks
@@ -261,7 +261,7 @@ def test_step_seeds_differ_in_seed_stage_step_and_rank() -> None:
     assert step_seed(3, "sbr", 5, 1) == step_seed(3, "sbr", 5, 1)
 
 
-def test_dropout_of_neighbouring_ranks_and_steps_is_unrelated() -> None:
+def test_dropout_of_neighboring_ranks_and_steps_is_unrelated() -> None:
     draws = []
     for step in range(20):
         for rank in range(4):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from llmgr_rec.stage_config import StageConfig
 from torch import Tensor, nn, optim
 from torchrec.optim.keyed import CombinedOptimizer
 
 from llmgr_rec.config import TablesConfig
-from llmgr_rec.stage_config import StageConfig
 from llmgr_rec.training.optimizers import CosineSchedule, build_optimizer
 
 

@@ -1,4 +1,4 @@
-"""A run with neighbours: weighed, exported, and answered with by evaluate, score and the report."""
+"""A run with neighbors: weighed, exported, and answered with by evaluate, score and the report."""
 
 import json
 import logging
@@ -13,28 +13,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from llmgr_rec.distributed.assembly import make_collator
+from llmgr_rec.evaluation.prior import build_priors
+from llmgr_rec.limits import check_limits
 from torch import Tensor
 
-from llmgr_rec.baselines.registry import build_baseline
-from llmgr_rec.config import Config, BlendConfig
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.baselines.builders import build_baseline
+from llmgr_rec.config import BlendConfig, Config
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.distributed.bundle import Bundle, load_bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation import prior as evaluation_prior
+from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
 from llmgr_rec.evaluation.examples import ranked_examples
-from llmgr_rec.evaluation.prior import build_priors
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
-from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.scoring.run import ScoreRequest, score_run
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+from llmgr_rec.storage.bundle import Bundle, load_bundle
 from llmgr_rec.training import stages
 from llmgr_rec.training.preflight import RunRequest, check_run
-from llmgr_rec.training.run import train_run
 from llmgr_rec.training.selection import select_on_validation
+from llmgr_rec.training.train_run import train_run
 from tests.data.prepare_inputs import edit_manifest, prepare
 from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
@@ -57,8 +57,8 @@ class Run:
         return replace(RunRequest(self.config, self.dataset, self.folder, "all", resume=False), **changes)
 
     @property
-    def catalogue(self) -> Catalogue:
-        return Catalogue.load(self.dataset)
+    def catalog(self) -> Catalog:
+        return Catalog.load(self.dataset)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_the_prior_changes_what_is_evaluated_and_not_what_is_validated(trained: 
 
 def known_sessions(dataset: Path) -> list[list[int]]:
     """Clicks of some sessions, one with an item twice."""
-    num_items = Catalogue.load(dataset).num_items
+    num_items = Catalog.load(dataset).num_items
     draw = np.random.default_rng(0)
     sessions = [draw.integers(num_items, size=size).tolist() for size in draw.integers(1, 9, size=23)]
     return [*sessions, [4, 7, 4]]
@@ -116,10 +116,10 @@ def known_sessions(dataset: Path) -> list[list[int]]:
 
 @torch.no_grad()
 def dense_scores(bundle: Bundle, clicks: list[int], quick: bool = False) -> Tensor:
-    """The model's scores of all items for one session, and what neighbours add."""
+    """The model's scores of all items for one session, and what neighbors add."""
     assert bundle.prior is not None
-    collate = make_collator(bundle.config, bundle.catalogue, "rank", language=isinstance(bundle.model, LLMGR))
-    items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalogue.num_items)))
+    collate = make_collator(bundle.config, bundle.catalog, "rank", language=isinstance(bundle.model, LLMGR))
+    items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalog.num_items)))
     batch = collate(as_raw([clicks], [-1]))
     if isinstance(bundle.model, LLMGR):
         query = bundle.model.recommender_queries(batch) if quick else bundle.model(batch)
@@ -136,7 +136,7 @@ def top_items(scores: Tensor, left_out: list[int]) -> list[int]:
 
 
 def sessions_file(trained: Run, folder: Path) -> Path:
-    ids = trained.catalogue.item_ids.to_pylist()
+    ids = trained.catalog.item_ids.to_pylist()
     sessions = [[ids[item] for item in clicks] for clicks in known_sessions(trained.dataset)]
     return write_sessions(folder / "in.parquet", sessions)
 
@@ -157,7 +157,7 @@ def test_scoring_gives_the_items_of_the_blend_and_the_same_bytes_after_a_restart
     request = ScoreRequest(trained.folder, source, output, k=K, stage=stage, part_rows=10, **options)  # type: ignore[arg-type]
     score_run(request)
     bundle = load_bundle(trained.folder / "export" / stage)
-    ids = trained.catalogue.item_ids.to_pylist()
+    ids = trained.catalog.item_ids.to_pylist()
     for clicks, row in zip(known_sessions(trained.dataset), read_scores(output), strict=True):
         scores = dense_scores(bundle, clicks, quick="llm_budget" in options)
         expected = top_items(scores, clicks if options["exclude_seen"] else [])
@@ -172,7 +172,7 @@ def test_scoring_gives_the_items_of_the_blend_and_the_same_bytes_after_a_restart
 
 def test_the_report_shows_what_the_blend_recommends(trained: Run) -> None:
     bundle = load_bundle(trained.folder / "export/sbr")
-    titles, dataset = bundle.catalogue.titles(), Dataset(trained.dataset)
+    titles, dataset = bundle.catalog.titles(), Dataset(trained.dataset)
     found = [example for example, _ in zip(ranked_examples(bundle.path, dataset, "test"), range(9), strict=False)]
     assert len(found) == 9
     for example in found:
@@ -213,7 +213,7 @@ def caught_lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCapture
 def weighed(settings: BlendConfig, dataset: Dataset, world: World = ONE_RANK) -> tuple[Any, dict[str, float]]:
     bundle = load_bundle(small_run().run / "export/sbr", None if world is ONE_RANK else world)
     config = replace(bundle.config, prior=settings)
-    selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalog, world)
     return selection.prior, selection.metrics
 
 
@@ -223,8 +223,8 @@ def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) 
     prior, figures = weighed(settings, shared.dataset)
     assert blend.weights == figures == {"text_knn": 0.25, "item_knn": 3.0}
     text, item = (
-        build_baseline(name, shared.dataset, shared.catalogue, 5).similarity_VV.toarray()  # type: ignore[attr-defined]
-        for name in settings.neighbours
+        build_baseline(name, shared.dataset, shared.catalog, 5).similarity_VV.toarray()  # type: ignore[attr-defined]
+        for name in settings.neighbors
     )
     assert (item > 0).sum(axis=1).max() == 5
     np.testing.assert_allclose(prior.similarity_VR.toarray(), 0.25 * text + 3 * item, rtol=1e-6)
@@ -232,7 +232,7 @@ def test_weights_given_by_hand_are_used(caught_lines: pytest.LogCaptureFixture) 
     assert line == "sbr: weights of neighbors: text_knn 0.25, item_knn 3 (as set)"
 
 
-def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
+def test_neighbors_are_built_once_and_again_where_they_are_damaged_or_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, built = small_run(), []
@@ -243,7 +243,7 @@ def test_neighbours_are_built_once_and_again_where_they_are_damaged_or_others(
 
     def priors(kept: int = 5) -> list[np.ndarray]:
         settings = BlendConfig(["item_knn", "text_knn"], kept)
-        made = build_priors(settings, shared.dataset, shared.catalogue, ONE_RANK, tmp_path / "kept")
+        made = build_priors(settings, shared.dataset, shared.catalog, ONE_RANK, tmp_path / "kept")
         return [prior.similarity_VR.toarray() for prior in made]
 
     first, second = priors(), priors()
@@ -262,9 +262,9 @@ def weighed_and_evaluated(world: World, run: Path, dataset: Dataset) -> tuple[An
     settings = BlendConfig(["item_knn", "text_knn"], 20)
     bundle = load_bundle(run / "export/sbr", world)
     config = replace(bundle.config, prior=settings)
-    selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalogue, world)
+    selection = select_on_validation("sbr", bundle.model, config, dataset, bundle.catalog, world)
     assert selection.prior is not None
-    metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalogue, selection.prior)
+    metrics = evaluate_model(bundle.model, dataset, "test", config, world, bundle.catalog, selection.prior)
     return selection.blend.weights, selection.metrics, metrics
 
 
@@ -280,7 +280,7 @@ def test_two_ranks_weigh_and_rank_as_one() -> None:
     ("prior", "message"),
     [
         (BlendConfig(["item_knn"], 0), r"setting prior\.kept is 0; give 1 or more"),
-        (BlendConfig(["item_knn", "item_knn"]), "names item_knn, item_knn; name each neighbour once"),
+        (BlendConfig(["item_knn", "item_knn"]), "names item_knn, item_knn; name each neighbor once"),
         (BlendConfig(["item_knn"], weights=[1.0, 2.0]), "has 2 numbers, but blend.neighbors names item_knn; give one"),
         (BlendConfig(weights=[1.0]), "has 1 numbers, but blend.neighbors names nothing"),
         (BlendConfig(["item_knn"], weights=[-1.0]), r"prior\.weights is -1.0; give 0 or more"),

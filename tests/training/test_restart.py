@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec.train import _is_restarted, _launch
-from llmgr_rec.training.run import LAUNCH
+from llmgr_rec.training.train_run import LAUNCH
 
 
 @pytest.mark.parametrize(

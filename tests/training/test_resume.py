@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from llmgr_rec.config import Config
-from llmgr_rec.distributed.process_group import World
 from llmgr_rec.config_file import load_config, save_config
+from llmgr_rec.distributed.process_group import World
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported

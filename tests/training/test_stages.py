@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_reader
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from llmgr_rec.config import Config
-from llmgr_rec.data.catalogue import Catalogue
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_reader
-from llmgr_rec.distributed.bundle_export import dense_tensors, language_tensors
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.shards import init_tables, local_shards
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors
+from llmgr_rec.storage.table_io import init_tables, local_shards
 from llmgr_rec.training import loop, stages
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
@@ -259,7 +259,7 @@ def test_the_reader_trains_whole_and_leaves_its_items_vectors(trained: Trained, 
     sbr, text = (Exported.read(run / "export" / stage) for stage in ("sbr", "text"))
     assert all(torch.equal(text.recommender[name], values) for name, values in sbr.recommender.items())
     assert all(torch.equal(text.tables[name], values) for name, values in sbr.tables.items())
-    reader = assemble_reader(text_reader(trained.folder), Catalogue.load(trained.folder / "dataset"), CPU)
+    reader = assemble_reader(text_reader(trained.folder), Catalog.load(trained.folder / "dataset"), CPU)
     start = {f"text_encoder.{name}": value for name, value in reader.state_dict().items()}
     assert start.keys() == text.recommender.keys() - sbr.recommender.keys()
     assert moved(start, text.recommender) >= {name for name in start if "layers" in name or "projection" in name}
@@ -300,8 +300,8 @@ def test_what_gradients_reach_stays_frozen(trained: Trained, sharding: str, size
 
 def fresh_tensors(config: Config, folder: Path) -> Exported:
     """What a run with these settings starts from."""
-    catalogue = Catalogue.load(folder / "dataset")
-    model = assemble_llmgr(config, catalogue, assemble_decoder(config, CPU))
+    catalog = Catalog.load(folder / "dataset")
+    model = assemble_llmgr(config, catalog, assemble_decoder(config, CPU))
     init_tables(model, config.seed, config.tables.init_std)
     return Exported(
         {shard.table: shard.tensor.clone() for shard in local_shards(model)},

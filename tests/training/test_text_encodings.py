@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.modules.language_model import embed_item_texts
+from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.training import language
 from llmgr_rec.training.text_embeddings import TextEmbeddings, embed_catalog
 from tests.ranks import run_on_ranks

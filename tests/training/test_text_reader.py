@@ -10,22 +10,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from llmgr_rec.limits import check_limits
 
 from llmgr_rec.config import Config, reader_weights
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import load_bundle
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
 from llmgr_rec.evaluation.protocol import evaluate_model
-from llmgr_rec.evaluation.run import EvaluationRequest, evaluate_run
-from llmgr_rec.limits import check_limits
 from llmgr_rec.modules.recommender import text_reader_of
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from llmgr_rec.score import main as score
-from llmgr_rec.scoring.run import ScoreRequest, score_run
-from llmgr_rec.training.preflight import RunRequest
+from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.training.loop import StageLoop
-from llmgr_rec.training.run import train_run
+from llmgr_rec.training.preflight import RunRequest
+from llmgr_rec.training.train_run import train_run
 from tests.small_run import ONE_RANK
 from tests.training.exported import Exported
 from tests.training.small_training import numbers, records, small_config, small_dataset
@@ -66,7 +66,7 @@ def test_its_bundle_ranks_as_training_said(run: Path) -> None:
     assert reader is not None
     reader.weight.fill_(1.0)  # as in training
     dataset = Dataset(small_dataset())
-    found = evaluate_model(bundle.model, dataset, "valid", bundle.config, ONE_RANK, bundle.catalogue)
+    found = evaluate_model(bundle.model, dataset, "valid", bundle.config, ONE_RANK, bundle.catalog)
     said = [
         values["ndcg@20"] for (stage, _, split), values in records(run).items() if (stage, split) == ("text", "valid")
     ]
@@ -81,7 +81,7 @@ def test_its_weight_is_the_best_on_the_validation_sessions(run: Path) -> None:
     chosen, found = float(reader.weight), {}
     for weight in reader_weights(bundle.config):
         reader.weight.fill_(weight)
-        judged = evaluate_model(bundle.model, dataset, "valid", bundle.config, ONE_RANK, bundle.catalogue, bundle.prior)
+        judged = evaluate_model(bundle.model, dataset, "valid", bundle.config, ONE_RANK, bundle.catalog, bundle.prior)
         found[weight] = judged["ndcg@20"]
     assert len(set(found.values())) > 3
     assert found[chosen] == max(found.values())
@@ -113,7 +113,7 @@ def test_it_is_evaluated_and_scores_sessions(run: Path, tmp_path: Path) -> None:
 def test_scoring_counts_the_sessions_that_it_encodes(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, encoded: int
 ) -> None:
-    first, second, third = Catalogue.load(small_dataset()).item_ids.to_pylist()[:3]
+    first, second, third = Catalog.load(small_dataset()).item_ids.to_pylist()[:3]
     sessions = pa.array([[first, second], [], [third], []], pa.list_(pa.string()))
     pq.write_table(pa.table({"session_id": [1, 2, 3, 4], "items": sessions}), tmp_path / "in.parquet")
     output = tmp_path / "scores"

@@ -1,4 +1,4 @@
-"""The iterative k-core filter, and the catalogue of the remaining items."""
+"""The iterative k-core filter, and the catalog of the remaining items."""
 
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.errors import UserError
@@ -41,7 +41,7 @@ def _delete_rare(database: Database, column: str, minimum: int) -> int:
 
 
 def number_items(database: Database, keep_unseen: bool) -> int:
-    """Creates table catalogue (key, index): the remaining items, numbered from 0 in the order of the item file.
+    """Creates table catalog (key, index): the remaining items, numbered from 0 in the order of the item file.
 
     Args:
         database: Scratch database with tables items and events.
@@ -52,9 +52,9 @@ def number_items(database: Database, keep_unseen: bool) -> int:
     """
     seen = "" if keep_unseen else "WHERE key IN (SELECT item FROM events)"
     database.run(
-        f'CREATE TABLE catalogue AS SELECT key, row_number() OVER (ORDER BY key) - 1 AS "index" FROM items {seen}'
+        f'CREATE TABLE catalog AS SELECT key, row_number() OVER (ORDER BY key) - 1 AS "index" FROM items {seen}'
     )
-    return int(database.value("SELECT count(*) FROM catalogue"))
+    return int(database.value("SELECT count(*) FROM catalog"))
 
 
 def drop_users_without_clicks(database: Database) -> None:

@@ -21,8 +21,8 @@ def choose_held_out(database: Database, num_items: int, share: float, seed: int)
     smaller one.
 
     Args:
-        database: Scratch database with tables items and catalogue.
-        num_items: Number of items in the catalogue.
+        database: Scratch database with tables items and catalog.
+        num_items: Number of items in the catalog.
         share: Expected share of held-out items, in [0, 1).
         seed: Seed of the choice.
 
@@ -37,7 +37,7 @@ def choose_held_out(database: Database, num_items: int, share: float, seed: int)
         return held_out_V
     # md5 is the same in all versions of DuckDB.
     chosen = database.stream(
-        'SELECT c."index" FROM catalogue c JOIN items i USING (key) '
+        'SELECT c."index" FROM catalog c JOIN items i USING (key) '
         f"WHERE md5_number_lower('{seed}:' || CAST(i.item_id AS VARCHAR)) < CAST({int(share * 2**64)} AS UBIGINT)"
     )
     for batch in chosen:

@@ -1,4 +1,4 @@
-"""Writes items.parquet: the catalogue with texts, training clicks and side feature ids."""
+"""Writes items.parquet: the catalog with texts, training clicks and side feature ids."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -80,27 +80,27 @@ def title_words(text: str | None) -> list[str]:
 
 
 def frequent_title_words(database: Database) -> set[str]:
-    """Words that occur in at least two titles of the catalogue and in at most a tenth of them.
+    """Words that occur in at least two titles of the catalog and in at most a tenth of them.
 
     Args:
-        database: Scratch database with tables items and catalogue.
+        database: Scratch database with tables items and catalog.
     """
     counts: Counter[str] = Counter()
     num_items = 0
-    for batch in database.stream("SELECT i.title FROM catalogue c JOIN items i USING (key)"):
+    for batch in database.stream("SELECT i.title FROM catalog c JOIN items i USING (key)"):
         num_items += batch.num_rows
         for title in batch.column(0).to_pylist():
             counts.update(title_words(title))
     return {word for word, count in counts.items() if _MIN_TITLES <= count <= _MAX_TITLE_SHARE * num_items}
 
 
-def catalogue_hash(database: Database) -> str:
-    """Hash of the catalogue's item ids in index order.
+def catalog_hash(database: Database) -> str:
+    """Hash of the catalog's item ids in index order.
 
     Args:
-        database: Scratch database with tables items and catalogue.
+        database: Scratch database with tables items and catalog.
     """
-    ids = database.stream("SELECT i.item_id FROM catalogue c JOIN items i USING (key) ORDER BY c.index")
+    ids = database.stream("SELECT i.item_id FROM catalog c JOIN items i USING (key) ORDER BY c.index")
     return hash_item_ids(batch.column(0) for batch in ids)
 
 
@@ -114,7 +114,7 @@ def write_items(
     """Writes items.parquet.
 
     Args:
-        database: Scratch database with tables items and catalogue.
+        database: Scratch database with tables items and catalog.
         path: File to write.
         item_id_type: string or int64.
         train_count_V: Number of training clicks of each item.
@@ -132,7 +132,7 @@ def write_items(
     has_text = False
     texts = ", ".join(f"i.{name}" for name in TEXT_COLUMNS)
     batches = database.stream(
-        f'SELECT c."index", i.item_id, {texts} FROM catalogue c JOIN items i USING (key) ORDER BY c."index"'
+        f'SELECT c."index", i.item_id, {texts} FROM catalog c JOIN items i USING (key) ORDER BY c."index"'
     )
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for batch in batches:

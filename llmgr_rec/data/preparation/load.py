@@ -1,7 +1,7 @@
 """Loads the input files into three scratch tables, and rejects invalid rows.
 
     users   key, name              a user or a session; key = number of its first row
-    items   key, item_id, texts    the catalogue; key = row number in the item file
+    items   key, item_id, texts    the catalog; key = row number in the item file
     events  user, item, time, row, phase   one click; row orders the clicks of a user that share a time
 
 Keys are row numbers, so sorting by key restores the order of the input.
@@ -67,7 +67,7 @@ def load_items(database: Database, items: Source) -> None:
 
     Args:
         database: Scratch database.
-        items: Source of the catalogue.
+        items: Source of the catalog.
 
     Raises:
         UserError: An item id is null, negative or a duplicate.

@@ -13,7 +13,7 @@ from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.preparation import filters, load, phases
 from llmgr_rec.data.preparation.database import Database, user_errors
 from llmgr_rec.data.preparation.hold_out import HeldOutFilter, choose_held_out
-from llmgr_rec.data.preparation.items import catalogue_hash, write_items
+from llmgr_rec.data.preparation.items import catalog_hash, write_items
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
 from llmgr_rec.data.preparation.rows import INPUT_ORDER, SHUFFLED, RowBuilder, stream_blocks
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
@@ -114,7 +114,7 @@ def _write_files(
     num_items: int,
     bar: "tqdm[Any]",
 ) -> Manifest:
-    digest = catalogue_hash(database)
+    digest = catalog_hash(database)
     writers = {split: PartWriter(draft / split, sessions_schema(digest)) for split in SPLITS}
     held_out_V = choose_held_out(database, num_items, settings.hold_out_items, settings.hold_out_seed)
     builder = RowBuilder(settings, held_out_V)
@@ -143,7 +143,7 @@ def _write_files(
         prefix_augmentation=settings.augmented_splits,
         features=features,
         has_text=has_text,
-        catalogue_hash=digest,
+        catalog_hash=digest,
         held_out=_held_out_counts(settings, builder.held_out_filter),
         clicks_repeat=builder.clicks_repeat,
         files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},

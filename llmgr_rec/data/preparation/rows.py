@@ -42,7 +42,7 @@ def stream_blocks(database: Database, order: str) -> Iterator[Block]:
     """Yields all users with their clicks, sorted by (time, row).
 
     Args:
-        database: Scratch database with tables users, events and catalogue.
+        database: Scratch database with tables users, events and catalog.
         order: `SHUFFLED` or `INPUT_ORDER`.
     """
     database.run(
@@ -50,7 +50,7 @@ def stream_blocks(database: Database, order: str) -> Iterator[Block]:
     )
     clicks = database.stream(
         'SELECT p.place, c."index", e.phase FROM events e JOIN places p ON p.key = e.user '
-        "JOIN catalogue c ON c.key = e.item ORDER BY p.place, e.time, e.row"
+        "JOIN catalog c ON c.key = e.item ORDER BY p.place, e.time, e.row"
     )
     names = _Names(database, order)
     rest: list[Ints] = [np.empty(0, np.int64) for _ in range(3)]
@@ -95,7 +95,7 @@ class RowBuilder:
 
     Args:
         settings: Settings of this run.
-        held_out_V: Whether each item of the catalogue is held out of training.
+        held_out_V: Whether each item of the catalog is held out of training.
     """
 
     def __init__(self, settings: PrepareSettings, held_out_V: Bools) -> None:
@@ -151,7 +151,7 @@ class RowBuilder:
         """Counts training clicks; a click that two rows share counts once."""
         start_R = windows.start_R + windows.continues_R
         clicks, _ = gather_ranges(block.items_L, start_R, windows.stop_R + 1)
-        # Not bincount, whose cost per block grows with the catalogue.
+        # Not bincount, whose cost per block grows with the catalog.
         items, counts = np.unique(clicks, return_counts=True)
         self.train_count_V[items] += counts
 

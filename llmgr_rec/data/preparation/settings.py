@@ -12,7 +12,7 @@ class PrepareSettings:
     """Input, filters, split and output of prepare.
 
     Args:
-        items: Item catalogue: a Parquet file or a folder of them, with item_id, title and any of category, brand,
+        items: Item catalog: a Parquet file or a folder of them, with item_id, title and any of category, brand,
             description.
         output: Data set folder to write; must not exist or be empty.
         interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions.
@@ -33,9 +33,9 @@ class PrepareSettings:
         split_prefix: Predefined split by the prefix of the user or session name (train_, valid_, test_); default:
             used if there is no split column.
         prefix_augmentation: Splits in which each prefix of a row is an example, with its next click as target.
-        missing_items: How to treat interactions whose item is not in the catalogue: stop, drop the interactions, or
+        missing_items: How to treat interactions whose item is not in the catalog: stop, drop the interactions, or
             keep the item without text.
-        keep_unseen_items: Keep catalogue items without interactions.
+        keep_unseen_items: Keep catalog items without interactions.
         hold_out_items: Share of items held out of training, at least 0 and below 1. Their clicks are removed from the
             training sessions; validation and test sessions keep them, as history and as targets.
         hold_out_seed: Seed of the choice of held-out items, which depends on the seed and the item ids only.

@@ -13,7 +13,7 @@ def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
     return values
 
 
-def take_from_first_rank(values: torch.Tensor, world: World) -> None:
+def broadcast_from_rank0(values: torch.Tensor, world: World) -> None:
     """Makes a tensor on all ranks what it is on the first; all must call together."""
     if world.size > 1:
         dist.broadcast(values, 0)

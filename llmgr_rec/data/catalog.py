@@ -1,4 +1,4 @@
-"""The item catalogue: ids, side features and text of every item, by item index.
+"""The item catalog: ids, side features and text of every item, by item index.
 
 Shapes: V items.
 """
@@ -28,7 +28,7 @@ _LARGEST_INT64 = pa.scalar(2**63 - 1, pa.uint64())
 
 
 @dataclass
-class Catalogue:
+class Catalog:
     """Items in index order; text stays on disk until it is asked for.
 
     Args:
@@ -45,7 +45,7 @@ class Catalogue:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads the catalogue of a prepared data set or of an exported bundle.
+        """Reads the catalog of a prepared data set or of an exported bundle.
 
         Args:
             path: Folder that holds items.parquet.
@@ -65,7 +65,7 @@ class Catalogue:
         if not (pa.types.is_string(item_ids.type) or pa.types.is_int64(item_ids.type)):
             raise UserError(f"{file}: column item_id is {item_ids.type}, not string or int64; {_REMEDY}")
         if not len(item_ids):
-            raise UserError(f"{file}: the catalogue is empty; {_REMEDY}")
+            raise UserError(f"{file}: the catalog is empty; {_REMEDY}")
         if not np.array_equal(_ints(table["index"], file, "index"), np.arange(len(item_ids))):
             raise UserError(f"{file}: column index does not count 0, 1, 2, ... row by row; {_REMEDY}")
         _refuse_duplicates(item_ids, file)
@@ -89,7 +89,7 @@ class Catalogue:
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the item ids in index order: two catalogues with the same hash give every index the same item."""
+        """Hash of the item ids in index order: two catalogs with the same hash give every index the same item."""
         step = 65536
         return hash_item_ids(self.item_ids.slice(start, step) for start in range(0, self.num_items, step))
 
@@ -148,19 +148,19 @@ class Catalogue:
         search in an order that is kept.
 
         Args:
-            ids: Raw ids of the catalogue's type; any integers do where that is int64.
+            ids: Raw ids of the catalog's type; any integers do where that is int64.
 
         Raises:
             UserError: The ids are of another type.
         """
         if not _castable(ids.type, self.item_ids.type):
             raise UserError(
-                f"item ids are {ids.type} but the catalogue's are {self.item_ids.type} ({self.file}); "
+                f"item ids are {ids.type} but the catalog's are {self.item_ids.type} ({self.file}); "
                 f"cast them to {self.item_ids.type}"
             )
         asked = _whole(ids)
         if pa.types.is_uint64(asked.type):
-            # Hashes may be larger than any int64; the catalogue has none of those.
+            # Hashes may be larger than any int64; the catalog has none of those.
             asked = pc.if_else(pc.less_equal(asked, _LARGEST_INT64), asked, None)
         known = asked.cast(self.item_ids.type)
         if pa.types.is_string(self.item_ids.type):

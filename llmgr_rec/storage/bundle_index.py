@@ -1,7 +1,7 @@
 """The index of an exported model: what a bundle holds, whether it is complete, which one answers.
 
 RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
-catalogue), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), blend.npz (nearest-neighbor
+catalog), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), blend.npz (nearest-neighbor
 similarities, where it has a blend) and tables/<table>-r<row>-c<column>.safetensors.
 """
 
@@ -57,8 +57,8 @@ class BundleIndex:
 
     Args:
         stage: Stage that it is the result of.
-        catalogue_hash: Hash of its items.
-        num_items: Items of the catalogue.
+        catalog_hash: Hash of its items.
+        num_items: Items of the catalog.
         dims: Widths d1 and, after a language stage, d2.
         language_model: Name and weights_hash of the base language model; empty before the language stages.
         tables: Rows and columns of each table.
@@ -72,7 +72,7 @@ class BundleIndex:
     """
 
     stage: StageName
-    catalogue_hash: str
+    catalog_hash: str
     num_items: int
     dims: dict[str, int]
     language_model: dict[str, str]
@@ -186,10 +186,10 @@ def check_trained_on(folder: Path, dataset: Dataset) -> None:
             what it has learned.
     """
     theirs, ours = read_index(folder), dataset.manifest
-    if theirs.catalogue_hash != ours.catalogue_hash:
+    if theirs.catalog_hash != ours.catalog_hash:
         raise UserError(
-            f"{folder} was trained on another catalogue ({theirs.num_items} items, {theirs.catalogue_hash[:12]}) than "
-            f"{dataset.path} holds ({ours.num_items} items, {ours.catalogue_hash[:12]}); give the data set of the run"
+            f"{folder} was trained on another catalog ({theirs.num_items} items, {theirs.catalog_hash[:12]}) than "
+            f"{dataset.path} holds ({ours.num_items} items, {ours.catalog_hash[:12]}); give the data set of the run"
         )
     if theirs.sessions_hash not in ("", ours.sessions_hash):
         raise UserError(

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from llmgr_rec.baselines.blend import Blend
-from llmgr_rec.baselines.registry import DEFAULT_BASELINES, baseline_builder, build_baseline, check_baselines
+from llmgr_rec.baselines.builders import DEFAULT_BASELINES, baseline_builder, build_baseline, check_baselines
 from llmgr_rec.config import Config, Device
 from llmgr_rec.config_file import load_config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import check_bundle_code, load_bundle
-from llmgr_rec.distributed.bundle_index import CONFIG, STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
+from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
+from llmgr_rec.storage.bundle_index import CONFIG, STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         UserError: Anything a user can mend; raised on every rank before any rank waits for another.
     """
     dataset = Dataset(request.dataset)
-    catalogue = Catalogue.load(request.dataset)
+    catalog = Catalog.load(request.dataset)
     bundles = _bundles(request, dataset)
     names = _in_order(request.models or [*DEFAULT_BASELINES, *bundles])
     for name in names:
         if name not in bundles:
             baseline_builder(name, "--models")
-    check_baselines(names, catalogue)
+    check_baselines(names, catalog)
     config = _config(request)
     refuse_foreign_output(request.output)
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
@@ -70,19 +70,19 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         blends: dict[str, dict[str, float]] = {}
         for name in names:
             if name not in bundles:
-                baseline = build_baseline(name, dataset, catalogue)
-                results[name] = evaluate_baseline(baseline, dataset, request.split, catalogue, world)
+                baseline = build_baseline(name, dataset, catalog)
+                results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world)
             else:
-                results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalogue, world)
+                results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalog, world)
                 blends |= {name: dict(blend.weights)} if blend else {}
     finally:
         shutdown()
     content = {
         request.split: results,
         "count": next(iter(results.values()))["count"],
-        "num_items": catalogue.num_items,
+        "num_items": catalog.num_items,
         "split": request.split,
-        "dataset": dataset.manifest.catalogue_hash,
+        "dataset": dataset.manifest.catalog_hash,
         "dataset_path": str(request.dataset.resolve()),
         "protocol": f"full catalog, ties by lower index, {ranking_rule(dataset)}",
         "run": str(request.run),
@@ -96,17 +96,17 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
 
 
 def _evaluate_bundle(
-    bundle: Path, request: EvaluationRequest, dataset: Dataset, catalogue: Catalogue, world: World
+    bundle: Path, request: EvaluationRequest, dataset: Dataset, catalog: Catalog, world: World
 ) -> tuple[dict[str, Any], Blend | None]:
     """The metrics of a bundle, and its blend."""
     loaded = load_bundle(bundle, world, allow_code=request.allow_code)
     ranking = loaded.ranking(request.batch_size)
-    metrics = evaluate_model(ranking, dataset, request.split, world, catalogue.train_count_V)
+    metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V)
     return metrics, loaded.blend
 
 
 def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
-    """Exports to evaluate, each of the data set's own catalogue."""
+    """Exports to evaluate, each of the data set's own catalog."""
     if not request.run.is_dir():
         raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
     found = {name: bundle for name in STAGES_OF_MODEL if (bundle := find_bundle(request.run / "export", name))}

@@ -10,13 +10,13 @@ from typing import Any
 
 from llmgr_rec.config import STAGES
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle_index import answering_bundle, answers_as, bundle_hash, check_trained_on, is_complete
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, blend_notes, in_table_order, read_metrics
 from llmgr_rec.files import atomic_write, require_writable
+from llmgr_rec.storage.bundle_index import answering_bundle, answers_as, bundle_hash, check_trained_on, is_complete
 
 PAGE_NAME = "index.html"
 TABLE_NAME = "results.csv"
@@ -125,7 +125,7 @@ def _dataset(request: ReportRequest, metrics: Mapping[str, Any]) -> Dataset | No
                 raise UserError("--scores needs --dataset, which holds the clicks and titles of the sessions scored")
             return None
         dataset = Dataset(Path(named))
-    if metrics and metrics["dataset"] != dataset.manifest.catalogue_hash:
+    if metrics and metrics["dataset"] != dataset.manifest.catalog_hash:
         raise UserError(
             f"the metrics are of another data set than {dataset.path}; "
             "evaluate again, or give the data set that was evaluated"
@@ -153,7 +153,7 @@ def _facts(metrics: Mapping[str, Any], models: Mapping[str, Any], dataset: Datas
         if rule := metrics.get("protocol"):
             facts["Ranking"] = rule
         if notes := blend_notes(metrics.get("blends", {})):
-            facts["Neighbours added"] = "; ".join(notes)
+            facts["Neighbors added"] = "; ".join(notes)
         if stage := metrics.get("stages", {}).get("llmgr"):
             facts["LLMGR after"] = STAGE_TITLES.get(stage, stage)
     return facts
@@ -169,7 +169,7 @@ def _plots(records: list[dict[str, Any]], models: Mapping[str, Any], output: Pat
         caption = "Training loss of each stage. The stages have losses of their own, so heights do not compare."
         plots["training"].append((caption, losses))
     if plot_validation(records, validation):
-        plots["training"].append(("The whole catalogue ranked for the validation sessions.", validation))
+        plots["training"].append(("The whole catalog ranked for the validation sessions.", validation))
     return plots
 
 

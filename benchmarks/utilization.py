@@ -1,6 +1,6 @@
 """How much of the machine's matrix products training and scoring use: their FLOPs a second over the measured peak.
 
-    python -m benchmarks.utilisation
+    python -m benchmarks.utilization
 
 Counted are the products of the linear layers, the head and the loss. Attention's products are left out, of which some
 are padding, so the shares are slightly too low.
@@ -12,6 +12,7 @@ from itertools import cycle
 from tempfile import TemporaryDirectory
 
 import torch
+from llmgr_rec.distributed.assembly import make_collator
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,6 @@ from benchmarks.language_setup import CPU, Setup, add_language_arguments, make_c
 from benchmarks.tuning import Trainer
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.batch import SessionBatch
-from llmgr_rec.distributed.assembly import make_collator
 from llmgr_rec.kernels.topk import top_k
 from llmgr_rec.modules.tasks import BehaveTask
 
@@ -31,7 +31,7 @@ _PROFILE_ROWS = 12
 
 
 class Scoring:
-    """Reads batches and ranks the catalogue.
+    """Reads batches and ranks the catalog.
 
     Args:
         setup: The model.
@@ -40,8 +40,8 @@ class Scoring:
 
     def __init__(self, setup: Setup, batches: Sequence[SessionBatch]) -> None:
         self.model = setup.fast
-        features = make_collator(setup.config, setup.catalogue, "rank", language=False).item_features(
-            torch.arange(setup.catalogue.num_items)
+        features = make_collator(setup.config, setup.catalog, "rank", language=False).item_features(
+            torch.arange(setup.catalog.num_items)
         )
         with torch.no_grad():
             self.items_VQ = self.model.item_vectors(features)
@@ -86,7 +86,7 @@ def where_time_goes(work: "Scoring | Trainer") -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     """Command line."""
-    parser = benchmark_parser("utilisation", "Compares training and scoring with the peak of bare matrix products.")
+    parser = benchmark_parser("utilization", "Compares training and scoring with the peak of bare matrix products.")
     add_language_arguments(parser)
     parser.add_argument("--one_pass", type=bool, default=True, help="Train with a target at every click.")
     args = parse_args(parser, argv)

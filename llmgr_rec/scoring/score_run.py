@@ -5,15 +5,15 @@ from dataclasses import asdict
 from typing import Any
 
 from llmgr_rec.cli import progress
-from llmgr_rec.distributed.bundle import BundleFiles, load_model
-from llmgr_rec.distributed.bundle_index import bundle_hash
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, run_on_rank0, shutdown
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
 from llmgr_rec.scoring.input import Part, SessionFiles
 from llmgr_rec.scoring.output import ScoreFolder, Totals
-from llmgr_rec.scoring.preflight import ScoreRequest, preflight
+from llmgr_rec.scoring.score_checks import ScoreRequest, preflight
 from llmgr_rec.scoring.scorer import Scorer, ScoreSettings
+from llmgr_rec.storage.bundle import BundleFiles, load_model
+from llmgr_rec.storage.bundle_index import bundle_hash
 
 __all__ = ["ScoreRequest", "score_run"]
 
@@ -74,7 +74,7 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
         "model": {
             "stage": bundle.index.stage,
             "sha256": bundle_hash(bundle.path, bundle.index),
-            "catalogue": bundle.catalog.hash,
+            "catalog": bundle.catalog.hash,
         },
     }
 

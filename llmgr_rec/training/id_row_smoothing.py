@@ -12,8 +12,8 @@ from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS, neighbor_weights, smo
 from llmgr_rec.baselines.sparse_scores import best_entries
 from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.shards import Shard, local_shards
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.table_io import Shard, local_shards
 
 _LOOKUP_ITEMS = 8192
 

@@ -1,4 +1,4 @@
-"""The catalogue's text as token ids, made once for a run.
+"""The catalog's text as token ids, made once for a run.
 
 Shapes: V items.
 """
@@ -9,20 +9,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 
-# Texts handed to the tokenizer at a time: enough for its threads, little beside the catalogue.
+# Texts handed to the tokenizer at a time: enough for its threads, little beside the catalog.
 _TEXTS_AT_ONCE = 8192
 
 
-def tokenize_items(
-    catalogue: Catalogue, tokenizer: PreTrainedTokenizerBase, fields: list[str], max_tokens: int
-) -> Jagged:
+def tokenize_items(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, fields: list[str], max_tokens: int) -> Jagged:
     """Token ids of every item's text, without special tokens.
 
     Args:
-        catalogue: The items.
+        catalog: The items.
         tokenizer: The language model's tokenizer.
         fields: Item columns that are joined into the text, in this order.
         max_tokens: Tokens kept of each text, from its start.
@@ -33,14 +31,14 @@ def tokenize_items(
     Raises:
         UserError: An item has no text.
     """
-    return tokenize_texts(catalogue.texts(fields), tokenizer, max_tokens)
+    return tokenize_texts(catalog.texts(fields), tokenizer, max_tokens)
 
 
 def tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Jagged:
     """Token ids of each text, without special tokens.
 
     What looks like a special token inside a text (`<|im_end|>` in a title) is split like any other text, so that a
-    catalogue cannot close or open a turn of the prompt.
+    catalog cannot close or open a turn of the prompt.
 
     Args:
         texts: One text a row; an empty one gives an empty row.

@@ -39,7 +39,7 @@ _KNOWN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def read_out_last_layer(decoder: PreTrainedModel) -> bool:
+def compute_last_token_only(decoder: PreTrainedModel) -> bool:
     """Lets the last layer of a decoder be computed only where it is read; names and weights stay as they are.
 
     Args:

@@ -22,7 +22,7 @@ from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 
 
-def shard_decoders(module: nn.Module, world: World) -> None:
+def fully_shard_decoders(module: nn.Module, world: World) -> None:
     """Cuts the decoders in a module over all ranks, one group of parameters a layer and one for the rest.
 
     Weights of all ranks are taken to be the same. `requires_grad` has to be set before.
@@ -50,7 +50,7 @@ def shard_decoders(module: nn.Module, world: World) -> None:
 
 
 def decoder_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that `shard_decoders` cuts."""
+    """The parameters that `fully_shard_decoders` cuts."""
     for part in module.modules():
         if isinstance(part, LoraLanguageModel):
             yield from part.parameters()
@@ -58,19 +58,19 @@ def decoder_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
             yield from part.decoder.parameters()
 
 
-def is_cut(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether any parameter of a module is cut over the ranks."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def cut_groups(parameters: Iterable[Tensor]) -> dict[Tensor, list[dist.ProcessGroup]]:
+def shard_groups(parameters: Iterable[Tensor]) -> dict[Tensor, list[dist.ProcessGroup]]:
     """The ranks that hold the parts of each parameter that is cut over ranks."""
     return {
         parameter: [parameter.device_mesh.get_group()] for parameter in parameters if isinstance(parameter, DTensor)
     }
 
 
-def gathered(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+def gather_full(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """The same tensors, whole: on rank 0 on the CPU where they were cut; others have nothing of those.
 
     Args:
@@ -89,7 +89,7 @@ def gathered(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     return whole
 
 
-def cut_like(value: Tensor, target: Tensor) -> Tensor:
+def shard_like(value: Tensor, target: Tensor) -> Tensor:
     """This rank's part of a whole tensor that all ranks have, where the target is cut over ranks; the tensor else."""
     if not isinstance(target, DTensor):
         return value

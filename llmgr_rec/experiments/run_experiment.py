@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from llmgr_rec.baselines.registry import check_baselines
+from llmgr_rec.baselines.builders import check_baselines
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.experiments.compare import METRICS, K, hit_rate_by_frequency, relative_gain
-from llmgr_rec.experiments.evaluate import targets_of
 from llmgr_rec.experiments.experiment import Experiment, Variant, load_experiment
 from llmgr_rec.experiments.process_pool import Task, run_trials
-from llmgr_rec.experiments.report import plot_cold, plot_gains, table
+from llmgr_rec.experiments.tables import plot_cold, plot_gains, table
+from llmgr_rec.experiments.target_ranks import targets_of
 from llmgr_rec.experiments.trial import Trial, TrialRunner
 from llmgr_rec.files import atomic_write, require_writable
 
@@ -100,7 +100,7 @@ def _check_experiment(experiment: Experiment, runner: TrialRunner, request: Expe
     for variant in experiment.variants:
         if variant.trains:
             choose_device(experiment.config_of(variant.points()[0], seed=0).runtime.device)
-    check_baselines({variant.model for variant in experiment.variants}, runner.catalogue)
+    check_baselines({variant.model for variant in experiment.variants}, runner.catalog)
 
 
 def _refuse_other_data(file: Path, dataset: Dataset) -> None:
@@ -164,8 +164,8 @@ def compare(experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runne
         trials: Trials of each variant by its name, one for each seed.
         runner: Knows the data set and the split.
     """
-    dataset, catalogue = runner.dataset, runner.catalogue
-    train_count_S = catalogue.train_count_V.numpy()[targets_of(dataset, runner.split)]
+    dataset, catalog = runner.dataset, runner.catalog
+    train_count_S = catalog.train_count_V.numpy()[targets_of(dataset, runner.split)]
     variants = {
         name: _figures(own, trials[experiment.against(name)], train_count_S) | {"against": experiment.against(name)}
         for name, own in trials.items()
@@ -176,8 +176,8 @@ def compare(experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runne
         "split": runner.split,
         "dataset": {"path": str(dataset.path.resolve()), "sessions_hash": dataset.manifest.sessions_hash},
         "sessions": len(train_count_S),
-        "items": catalogue.num_items,
-        "chance_hr@20": min(K / catalogue.num_items, 1.0),
+        "items": catalog.num_items,
+        "chance_hr@20": min(K / catalog.num_items, 1.0),
         "protocol": dataset.manifest.split,
         "ranking": ranking_rule(dataset),
         "variants": variants,

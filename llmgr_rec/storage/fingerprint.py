@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmgr_rec.config import Config, StageName, settings
-from llmgr_rec.data.prompt_files import load_templates
+from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.storage.pretrained import resolve_dtype
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.distributed.bundle import Bundle
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.evaluation.metrics import RankingMetrics, target_ranks
 from llmgr_rec.evaluation.protocol import baseline_lists, identity, ranked_lists, split_reader
+from llmgr_rec.storage.bundle import Bundle
 
 TargetRanks = NDArray[np.int32]
 _READ_ROWS = 8192

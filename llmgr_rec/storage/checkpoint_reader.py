@@ -58,7 +58,7 @@ def _enum_member(kind: Any, name: str) -> Enum:
     return kind[name]
 
 
-class SafeReader(FileSystemReader):
+class CheckpointReader(FileSystemReader):
     """Storage reader whose index goes through `MetadataUnpickler`; tensors are read with weights_only by torch itself.
 
     Args:

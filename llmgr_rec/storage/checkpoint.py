@@ -24,9 +24,9 @@ from llmgr_rec.config import Config, StageName
 from llmgr_rec.distributed.process_group import World, barrier, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import fsync, installed_versions, write_and_fsync
-from llmgr_rec.training.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
-from llmgr_rec.training.fingerprint import fingerprint
-from llmgr_rec.training.safe_reader import SafeReader
+from llmgr_rec.storage.checkpoint_reader import CheckpointReader
+from llmgr_rec.storage.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
+from llmgr_rec.storage.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +41,25 @@ class Identity:
 
     Args:
         stage: Stage name.
-        catalogue: Hash of the catalogue's items with their side features.
+        catalog: Hash of the catalog's items with their side features.
         settings: Settings that decide what is computed, dotted name to value.
     """
 
     stage: str
-    catalogue: str
+    catalog: str
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, stage: StageName, catalogue: str, config: Config, device: torch.device) -> "Identity":
+    def of(cls, stage: StageName, catalog: str, config: Config, device: torch.device) -> "Identity":
         """Identity of a stage: stage, catalog and config fingerprint.
 
         Args:
             stage: Stage name.
-            catalogue: Hash of the catalogue's items with their side features.
+            catalog: Hash of the catalog's items with their side features.
             config: All settings.
             device: Where the stage computes, which decides what `auto` is for a number format.
         """
-        return cls(stage, catalogue, fingerprint(stage, config, device))
+        return cls(stage, catalog, fingerprint(stage, config, device))
 
 
 class CheckpointManager:
@@ -137,7 +137,7 @@ class CheckpointManager:
             The extra state given to `save`.
 
         Raises:
-            UserError: It is not complete, damaged, or belongs to another catalogue, stage or settings; raised on every
+            UserError: It is not complete, damaged, or belongs to another catalog, stage or settings; raised on every
                 rank before anything is loaded.
         """
         tensors = model_tensors(model)
@@ -147,7 +147,7 @@ class CheckpointManager:
         chosen, state = run_on_rank0(self._world, lambda: self._check(path, optimizer is not None, widths))
         tensors |= states
         try:
-            dcp.load(tensors, storage_reader=SafeReader(chosen))
+            dcp.load(tensors, storage_reader=CheckpointReader(chosen))
         except CheckpointException as error:
             causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
             known = next((cause for cause in causes if isinstance(cause, UserError)), None)
@@ -177,7 +177,9 @@ class CheckpointManager:
 
     def _complete_folder(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        written = {str(place.relative_path) for place in SafeReader(partial).read_metadata().storage_data.values()}
+        written = {
+            str(place.relative_path) for place in CheckpointReader(partial).read_metadata().storage_data.values()
+        }
         if missing := sorted(written - files.keys()):
             raise UserError(
                 f"checkpoint {partial} lacks {missing[0]}, which another rank wrote elsewhere; "
@@ -238,10 +240,10 @@ class CheckpointManager:
         return state
 
     def _check_identity(self, path: Path, identity: Mapping[str, Any]) -> None:
-        if identity["catalogue"] != self._identity.catalogue:
+        if identity["catalog"] != self._identity.catalog:
             raise UserError(
-                f"checkpoint {path} belongs to another catalogue (other items, words, brands or categories: "
-                f"{identity['catalogue'][:12]} instead of {self._identity.catalogue[:12]}); "
+                f"checkpoint {path} belongs to another catalog (other items, words, brands or categories: "
+                f"{identity['catalog'][:12]} instead of {self._identity.catalog[:12]}); "
                 "give the data set it was trained on, or another --output"
             )
         if identity["stage"] != self._identity.stage:

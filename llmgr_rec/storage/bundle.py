@@ -16,10 +16,20 @@ from torch import Tensor, nn
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import Config, DType, StageName
 from llmgr_rec.config_file import load_config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import Collator
-from llmgr_rec.distributed.bundle_export import dense_tensors, language_tensors, model_of
-from llmgr_rec.distributed.bundle_index import (
+from llmgr_rec.distributed.fsdp import shard_like
+from llmgr_rec.distributed.process_group import World, choose_device
+from llmgr_rec.distributed.ranking import RankingModel
+from llmgr_rec.distributed.sharding import shard
+from llmgr_rec.errors import UserError
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.modules.param_groups import param_group
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.registry import require_allowed
+from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors, model_of
+from llmgr_rec.storage.bundle_index import (
     BLEND,
     CONFIG,
     INDEX,
@@ -33,18 +43,8 @@ from llmgr_rec.distributed.bundle_index import (
     read_index,
     resolve_bundle,
 )
-from llmgr_rec.distributed.decoder_shards import cut_like
-from llmgr_rec.distributed.process_group import World, choose_device
-from llmgr_rec.distributed.ranking import RankingModel
-from llmgr_rec.distributed.sharding import shard
-from llmgr_rec.distributed.shards import fill_table, table_parameters
-from llmgr_rec.errors import UserError
-from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.model_spec import ModelSpec
-from llmgr_rec.modules.param_groups import param_group
-from llmgr_rec.modules.recommender import SessionRecommender
-from llmgr_rec.registry import require_allowed
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.table_io import fill_table, table_parameters
 
 _LORA_FILE = "adapter_model.safetensors"
 
@@ -63,7 +63,7 @@ class BundleFiles:
     path: Path
     index: BundleIndex
     config: Config
-    catalog: Catalogue
+    catalog: Catalog
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Bundle:
     path: Path
     spec: ModelSpec
     model: SessionRecommender | LLMGR
-    catalog: Catalogue
+    catalog: Catalog
     collate: Collator
     blend: Blend | None = None
 
@@ -147,8 +147,8 @@ def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFil
     config = load_config(folder / CONFIG)
     check_bundle_code(config, folder, allow_code)
     config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
-    catalog = Catalogue.load(folder)
-    if catalog.hash != index.catalogue_hash:
+    catalog = Catalog.load(folder)
+    if catalog.hash != index.catalog_hash:
         raise UserError(f"bundle {folder} is damaged: items.parquet is of another catalog; copy or export it again")
     return BundleFiles(folder, index, config, catalog)
 
@@ -309,7 +309,7 @@ def _load_lora(model: LLMGR, folder: Path) -> list[str]:
         return names
     decoder, stored = model.language_model.decoder, load_file(folder / LORA / _LORA_FILE)
     targets = get_peft_model_state_dict(decoder, save_embedding_layers=False)
-    parts = {name: cut_like(value, targets.get(name, value)) for name, value in stored.items()}
+    parts = {name: shard_like(value, targets.get(name, value)) for name, value in stored.items()}
     outcome = set_peft_model_state_dict(decoder, parts)
     if outcome.unexpected_keys:
         raise UserError(

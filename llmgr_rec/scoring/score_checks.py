@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.config import PROMPT_STAGES, Device, DType, StageName
-from llmgr_rec.distributed.bundle import BundleFiles, open_bundle
-from llmgr_rec.distributed.bundle_index import answering_bundle, is_complete
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
 from llmgr_rec.scoring.output import OUTPUT_COLUMNS
 from llmgr_rec.scoring.routing import Routing
+from llmgr_rec.storage.bundle import BundleFiles, open_bundle
+from llmgr_rec.storage.bundle_index import answering_bundle, is_complete
 from llmgr_rec.storage.pretrained import num_decoder_layers
 
 

@@ -14,7 +14,7 @@ def text_tables(num_items: int, width: int, device: torch.device | None = None) 
     """The frozen table of text encodings, one row per item, looked up by the bags under `item_id`.
 
     Args:
-        num_items: Size V of the catalogue.
+        num_items: Size V of the catalog.
         width: Columns of a row.
         device: Where the table is made; `meta` leaves the memory to the sharder.
     """

@@ -1,4 +1,4 @@
-"""Vectors divided by their lengths, in fewer passes over a catalogue than torch takes.
+"""Vectors divided by their lengths, in fewer passes over a catalog than torch takes.
 
 Shapes: X vectors, D columns.
 """
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 _LEAST_NORM = 1e-12
 
 
-class _Normalise(torch.autograd.Function):
-    """Rows divided by their lengths; torch's own takes twice as many passes over a catalogue in its backward pass."""
+class _Normalize(torch.autograd.Function):
+    """Rows divided by their lengths; torch's own takes twice as many passes over a catalog in its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, vectors_XD: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ class _Normalise(torch.autograd.Function):
         return torch.addcmul(grad_XD, units_XD, along_X1, value=-1).mul_(inverse_X1)
 
 
-def normalise(vectors_XD: Tensor) -> Tensor:
+def normalize(vectors_XD: Tensor) -> Tensor:
     """Divides rows by their lengths.
 
     Args:
         vectors_XD: Vectors; those of length 0 stay.
     """
-    return _Normalise.apply(vectors_XD)
+    return _Normalize.apply(vectors_XD)

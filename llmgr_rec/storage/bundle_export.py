@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.config_file import save_config
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Manifest
-from llmgr_rec.data.prompt_files import load_templates
+from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.data.schema import ITEMS_NAME
-from llmgr_rec.distributed.bundle_index import (
+from llmgr_rec.distributed.fsdp import gather_full
+from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
+from llmgr_rec.errors import UserError
+from llmgr_rec.files import fsync, installed_versions
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.bundle_index import (
     BLEND,
     CONFIG,
     INDEX,
@@ -33,14 +39,8 @@ from llmgr_rec.distributed.bundle_index import (
     is_complete,
     read_index,
 )
-from llmgr_rec.distributed.decoder_shards import gathered
-from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
-from llmgr_rec.distributed.shards import Shard, local_shards
-from llmgr_rec.errors import UserError
-from llmgr_rec.files import fsync, installed_versions
-from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.table_io import Shard, local_shards
 
 # Rows of a piece are limited so that a piece stays below this many bytes.
 _PIECE_BYTES = 2 * 1024**3
@@ -50,7 +50,7 @@ def export_bundle(
     module: nn.Module,
     stage: StageName,
     config: Config,
-    catalog: Catalogue,
+    catalog: Catalog,
     folder: Path,
     world: World,
     trained_on: Manifest | None = None,
@@ -131,13 +131,13 @@ def _prepare(folder: Path, partial: Path) -> None:
     (partial / "tables").mkdir(parents=True)
 
 
-def _known_pieces(folder: Path, catalogue: Catalogue) -> dict[str, str]:
+def _known_pieces(folder: Path, catalog: Catalog) -> dict[str, str]:
     """Files of earlier stages' bundles by hash and shape of their values, for hard links."""
     known = {}
     for stage in STAGES:
         if is_complete(folder.parent / stage):
             index = read_index(folder.parent / stage)
-            if index.catalogue_hash == catalogue.hash:
+            if index.catalog_hash == catalog.hash:
                 for pieces in index.pieces.values():
                     known.update({_identity(piece): f"{stage}/{piece.file}" for piece in pieces})
     return known
@@ -204,13 +204,13 @@ def _gather_pieces(
 def _gather_weights(model: LLMGR | SessionRecommender, world: World) -> dict[str, dict[str, Tensor]]:
     """What is not in tables, by the file or folder that it goes to; complete on rank 0 alone."""
     if not isinstance(model, LLMGR):
-        return {RECOMMENDER: gathered(dense_tensors(model), world)}
+        return {RECOMMENDER: gather_full(dense_tensors(model), world)}
     decoder = model.language_model.decoder.state_dict()
     lora = {name: value for name, value in decoder.items() if "lora_" in name}
     return {
-        RECOMMENDER: gathered(dense_tensors(model.recommender), world),
+        RECOMMENDER: gather_full(dense_tensors(model.recommender), world),
         LANGUAGE: language_tensors(model),
-        LORA: gathered(lora, world),
+        LORA: gather_full(lora, world),
     }
 
 
@@ -223,7 +223,7 @@ def _write_weights(
         _save_lora(model, weights[LORA], partial / LORA, config.llm.name_or_path)
 
 
-def _write_inputs(config: Config, catalog: Catalogue, partial: Path) -> None:
+def _write_inputs(config: Config, catalog: Catalog, partial: Path) -> None:
     """Settings, prompt templates and catalog."""
     save_config(config, partial / CONFIG)
     templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
@@ -235,7 +235,7 @@ def _index(
     model: LLMGR | SessionRecommender,
     stage: StageName,
     config: Config,
-    catalog: Catalogue,
+    catalog: Catalog,
     partial: Path,
     pieces: list[tuple[str, tuple[int, int], Piece]],
     weights_hash: str,
@@ -247,7 +247,7 @@ def _index(
         language_model = {"name": config.llm.name_or_path, "weights_hash": weights_hash}
     return BundleIndex(
         stage=stage,
-        catalogue_hash=catalog.hash,
+        catalog_hash=catalog.hash,
         num_items=catalog.num_items,
         dims=dims,
         language_model=language_model,

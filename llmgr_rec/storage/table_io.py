@@ -1,6 +1,6 @@
 """What this rank holds of every embedding table, whether the module is sharded or not.
 
-One mechanism serves initialisation, filling, export and loading: all go through `local_shards`.
+One mechanism serves initialization, filling, export and loading: all go through `local_shards`.
 Shapes: R rows of a piece, C columns of a piece, V rows of a table.
 """
 

@@ -13,7 +13,7 @@ from scipy import sparse
 from llmgr_rec.baselines.knn import Baseline, ItemKNN, ItemNeighbors, Popularity, SessionKNN, session_matrix
 from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN, has_words, texts_to_compare
 from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.data.catalogue import Catalogue
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.errors import UserError
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Makes a baseline from the training split and the catalog; the number bounds the neighbors kept of each item, None
 # leaves that to the baseline.
-BaselineBuilder = Callable[[Dataset, Catalogue, int | None], Baseline]
+BaselineBuilder = Callable[[Dataset, Catalog, int | None], Baseline]
 
 # Rows read at a time.
 _READ_ROWS = 8192
@@ -44,21 +44,21 @@ def training_matrix(dataset: Dataset, num_items: int) -> sparse.csr_array:
     return session_matrix(rows.batches(0), num_items)
 
 
-def _popularity(dataset: Dataset, catalogue: Catalogue, k_neighbors: int | None) -> Baseline:
-    return Popularity(catalogue.train_count_V.numpy())
+def _popularity(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
+    return Popularity(catalog.train_count_V.numpy())
 
 
-def _item_knn(dataset: Dataset, catalogue: Catalogue, k_neighbors: int | None) -> Baseline:
-    return ItemKNN(training_matrix(dataset, catalogue.num_items), k_neighbors=k_neighbors or 0)
+def _item_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
+    return ItemKNN(training_matrix(dataset, catalog.num_items), k_neighbors=k_neighbors or 0)
 
 
-def _session_knn(dataset: Dataset, catalogue: Catalogue, k_neighbors: int | None) -> Baseline:
+def _session_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
     # Its neighbors are sessions, and `k_neighbors` counts those of items.
-    return SessionKNN(training_matrix(dataset, catalogue.num_items))
+    return SessionKNN(training_matrix(dataset, catalog.num_items))
 
 
-def _text_knn(dataset: Dataset, catalogue: Catalogue, k_neighbors: int | None) -> Baseline:
-    texts = texts_to_compare(catalogue)
+def _text_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
+    texts = texts_to_compare(catalog)
     return TextKNN(texts) if k_neighbors is None else TextKNN(texts, k_neighbors=k_neighbors)
 
 
@@ -111,19 +111,19 @@ def check_blended(names: Iterable[str]) -> None:
             )
 
 
-def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue, k_neighbors: int | None = None) -> Baseline:
+def build_baseline(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: int | None = None) -> Baseline:
     """Makes a baseline from the training split, or from the items' text, alone.
 
     Args:
         name: Key of `BASELINES` or an import path; see `baseline_builder`.
         dataset: Prepared sessions.
-        catalogue: Their items.
+        catalog: Their items.
         k_neighbors: Most similar items kept of each item by item_knn and text_knn; None takes their defaults.
 
     Raises:
         UserError: There is no such baseline, or it needs text and no item has any.
     """
-    baseline = baseline_builder(name)(dataset, catalogue, k_neighbors)
+    baseline = baseline_builder(name)(dataset, catalog, k_neighbors)
     if not isinstance(baseline, Baseline):
         raise UserError(
             f"baseline {name} made a {type(baseline).__name__} without a method rank; see baselines.Baseline"
@@ -131,7 +131,7 @@ def build_baseline(name: str, dataset: Dataset, catalogue: Catalogue, k_neighbor
     return baseline
 
 
-def build_neighbors(name: str, dataset: Dataset, catalogue: Catalogue, k_neighbors: int | None = None) -> Baseline:
+def build_neighbors(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: int | None = None) -> Baseline:
     """Makes a baseline to blend with a model; text_knn adds nothing, and a warning says so, where no item has a word.
 
     One set of settings thus serves logs without text as well as shops; `build_baseline`, whose lists would be empty,
@@ -140,27 +140,27 @@ def build_neighbors(name: str, dataset: Dataset, catalogue: Catalogue, k_neighbo
     Args:
         name: As in `build_baseline`.
         dataset: Prepared sessions.
-        catalogue: Their items.
+        catalog: Their items.
         k_neighbors: As in `build_baseline`.
     """
-    if name == "text_knn" and not has_words(texts := catalogue.texts(list(TEXT_FIELDS), required=False)):
-        logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalogue.file, ", ".join(TEXT_FIELDS))
+    if name == "text_knn" and not has_words(texts := catalog.texts(list(TEXT_FIELDS), required=False)):
+        logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalog.file, ", ".join(TEXT_FIELDS))
         return TextKNN(texts)
-    return build_baseline(name, dataset, catalogue, k_neighbors)
+    return build_baseline(name, dataset, catalog, k_neighbors)
 
 
-def check_baselines(names: Iterable[str], catalogue: Catalogue) -> None:
+def check_baselines(names: Iterable[str], catalog: Catalog) -> None:
     """Refuses baselines that the data set has nothing for, before anything is trained or evaluated.
 
     Args:
         names: What is asked for, models among it.
-        catalogue: The items.
+        catalog: The items.
 
     Raises:
         UserError: One needs text, and no item has any.
     """
     if "text_knn" in names:
-        texts_to_compare(catalogue)
+        texts_to_compare(catalog)
 
 
 def _with_target(raw: RawSessions) -> tuple[Any, Any]:
