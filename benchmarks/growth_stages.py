@@ -1,4 +1,4 @@
-"""What one size of the data costs in every stage of the product, each stage a command in a process of its own."""
+"""Cost of every stage at one size of the data; each stage is a command in a process of its own."""
 
 import subprocess
 import sys
@@ -29,13 +29,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage took at a size.
+    """Cost of a stage at a size.
 
     Args:
-        seconds: Of the whole command, start of the process included.
-        work_s: Of the training steps alone; of the whole command where it trains nothing.
-        step_ms: A training step; 0 where the command trains nothing.
-        tree_mib: Largest sum of the resident sizes of all its processes; what they share counts once for each.
+        seconds: Of the whole command, including the start of the process.
+        work_s: Of the training steps alone; of the whole command if it does not train.
+        step_ms: Milliseconds per training step; 0 if the command does not train.
+        tree_mib: Largest sum of the resident sizes of all its processes; shared memory counts for each of them.
         process_mib: Largest resident size of one of them.
     """
 
@@ -46,14 +46,17 @@ class Cost:
     process_mib: float
 
 
-def run_stages(folder: Path, size: Size, steps: int, told: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def run_stages(
+    folder: Path, size: Size, steps: int, threads: int, on_stage: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
     """Runs all stages at one size.
 
     Args:
         folder: Empty folder for data and runs.
         size: The size.
-        steps: Steps of each tuning stage; stage sbr runs a whole epoch.
-        told: Called with the name of each stage before it starts.
+        steps: Steps of each of the stages align and behave; stage sbr trains a whole epoch.
+        threads: CPU threads of each rank; 0 divides the cores among the ranks.
+        on_stage: Called with the name of each stage before it starts.
 
     Returns:
         Cost of each stage, as plain values.
@@ -62,7 +65,8 @@ def run_stages(folder: Path, size: Size, steps: int, told: Callable[[str], None]
     run_module("datagen.synthetic", words)
     dataset, run = str(folder / "dataset"), folder / "run"
     train = ["--config", "quickstart", "--dataset", dataset, "--output", str(run), "--llm.name_or_path", "random-tiny"]
-    train += ["--sbr.epochs", "1", "--runtime.eval_every", "0", "--runtime.eval_every", "0", "--runtime.log_every", "5"]
+    train += ["--sbr.epochs", "1", "--runtime.eval_every", "0", "--runtime.log_every", "5"]
+    train += ["--runtime.threads_per_rank", str(threads)]
     train += ["--blend.neighbors", "[]", "--align.max_steps", str(steps), "--behave.max_steps", str(steps)]
     commands = {
         "prepare": ("llmgr_rec.prepare", prepare_arguments(folder)),
@@ -72,7 +76,7 @@ def run_stages(folder: Path, size: Size, steps: int, told: Callable[[str], None]
     }
     costs = {}
     for stage, (module, arguments) in commands.items():
-        told(stage)
+        on_stage(stage)
         if stage in ("evaluate", "score"):
             arguments = ["--run_folder", str(run), *arguments]
         ran = run_module(module, arguments, 1 if stage == "prepare" else size.ranks)
@@ -83,9 +87,9 @@ def run_stages(folder: Path, size: Size, steps: int, told: Callable[[str], None]
 
 
 def _training_time(run: Path, stage: str) -> tuple[int, float]:
-    """Steps of a stage and the seconds they took, the windows of its log together; the first window left out.
+    """Steps of a stage and their seconds, summed over the windows of its log except the first.
 
-    The first steps trace the model and fill the pipeline, whatever the size of the data.
+    In the first window the model is traced and the pipeline filled, which does not depend on the size of the data.
     """
     first, last, seconds = 0, 0, 0.0
     batch_size = _batch_size(run, stage)
@@ -105,7 +109,7 @@ def _batch_size(run: Path, stage: str) -> int:
 
 
 def reader_memory(folder: Path, sessions: int, items: int) -> float:
-    """MiB that reading a split of so many sessions from end to end adds to a process."""
+    """MiB that reading a whole split of this many sessions adds to a process."""
     write_split(folder / "train", sessions, items, mean_length=9, seed=0)
     command = [sys.executable, "-m", "benchmarks.reader_memory", str(folder / "train"), str(items)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -1,7 +1,7 @@
-"""What all benchmarks share: taking turns, ratios with their spread, and the JSON file that a run leaves.
+"""Shared by all benchmarks: measuring in turns, ratios with their spread, and the JSON file of results.
 
-A machine that others use too changes its speed from minute to minute. Both sides of a comparison therefore take turns
-in short slices, and each round gives one ratio: what slows a round down slows both sides of it.
+The speed of a shared machine changes from minute to minute. Both sides of a comparison therefore take turns in short
+slices, and each round gives one ratio: what slows a round down slows both of its sides.
 """
 
 import json
@@ -30,8 +30,8 @@ class Side:
     """One side of a comparison.
 
     Args:
-        name: What it is.
-        work: Does a slice of work and returns how many units it did.
+        name: Name in the results.
+        work: Does a slice of work and returns its number of units.
     """
 
     name: str
@@ -67,16 +67,16 @@ class Spread:
 def take_turns(
     sides: Sequence[Side], rounds: int, warm_up: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Lets each side work once in every round.
+    """Measures each side once in every round.
 
     Args:
-        sides: The sides; their order is turned round every other round.
-        rounds: Rounds that count.
-        warm_up: Rounds before them that do not.
-        clock: Seconds so far; `time.process_time` counts those that this process had a core for.
+        sides: The sides; their order alternates between rounds.
+        rounds: Rounds that are measured.
+        warm_up: Rounds before them that are not.
+        clock: Seconds so far; `time.process_time` counts CPU seconds.
 
     Returns:
-        Units a second of each side, one value a round.
+        Units per second of each side, one value per round.
     """
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     bar = progress(warm_up + rounds, "benchmark", "round")
@@ -93,17 +93,17 @@ def take_turns(
 
 
 def ratio(rates: Mapping[str, Sequence[float]], fast: str, slow: str) -> Spread:
-    """How many times as many units a second one side does as another, round by round."""
+    """Ratio of the rates of two sides, round by round."""
     return Spread.of([mine / other for mine, other in zip(rates[fast], rates[slow], strict=True)])
 
 
 def rate_table(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Median and quartiles of each side's rate, for the JSON file."""
+    """Median and quartiles of the rates of each side, for the JSON file."""
     return {name: asdict(Spread.of(values)) for name, values in rates.items()}
 
 
 def peak_memory_mib() -> float:
-    """Largest resident size that this process has had so far, in MiB."""
+    """Largest resident size of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -115,10 +115,8 @@ def benchmark_parser(name: str, description: str) -> "ArgumentParser":
         description: What is compared, one sentence.
     """
     parser = make_parser(f"benchmarks.{name}", description)
-    parser.add_argument(
-        "--output", type=str, default=f"runs/benchmarks/{name}.json", help="JSON file for what was measured."
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="Turns of each side that count.")
+    parser.add_argument("--output", type=str, default=f"runs/benchmarks/{name}.json", help="JSON file of the results.")
+    parser.add_argument("--rounds", type=int, default=5, help="Rounds that are measured.")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores.")
     return parser
 
@@ -133,7 +131,7 @@ def set_threads(threads: int) -> int:
 
 
 def write_report(path: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """Writes what was measured, beside what it was measured on, and says where."""
+    """Writes settings, machine and results as a JSON file and prints its path."""
     report = {
         "settings": dict(settings),
         "machine": {

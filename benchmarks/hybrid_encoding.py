@@ -1,12 +1,12 @@
-"""Does hybrid encoding keep what the graph vectors know: nodes before and after projection, and after the layers.
+"""Similarity of node vectors before and after hybrid encoding: after the projection, and after the language model.
 
 ```sh
 python -m benchmarks.hybrid_encoding --run RUN
 ```
 
-Each item stands alone in a prompt. Its node vector is compared with its soft token, and with the language model's
-hidden state at that place: linear CKA, and the share of nearest neighbors that both have. Beside them stand the same
-for a projection that was never trained, and for rows in random order, which is what chance gives.
+Each item is the only node of a prompt. Its node vector is compared with its soft token, and with the language model's
+hidden state at that token: by linear CKA, and by the share of common nearest neighbors. The same is measured for an
+untrained projection, and for rows in random order, the chance level.
 
 Shapes: N items, B sessions of one click each, D = d1 columns, H = d2 hidden width.
 """
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmgr_rec.distributed.assembly import make_collator
 from torch import Tensor
 
 from benchmarks.harness import benchmark_parser, set_threads, write_report
@@ -37,17 +36,17 @@ from llmgr_rec.storage.bundle_index import is_complete
 
 STAGES: tuple[StageName, ...] = ("align", "behave")
 PROJECTED, RANDOM = "after projection", "after random projection"
-READ, READ_RANDOM = "after language model", "after language model, random projection"
+ENCODED, ENCODED_RANDOM = "after language model", "after language model, random projection"
 SHUFFLED = "shuffled rows (chance)"
-WAYS = (PROJECTED, RANDOM, READ, READ_RANDOM, SHUFFLED)
+VARIANTS = (PROJECTED, RANDOM, ENCODED, ENCODED_RANDOM, SHUFFLED)
 _RESAMPLES = 500
 _BATCH = 256
 _COLORS = ("#2b6cb0", "#d2552d")
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """One measure of how alike two sets of vectors are, with its 95 % interval over items.
+class Similarity:
+    """One measure of the similarity of two sets of vectors, with its 95 % interval over items.
 
     Args:
         mean: Over all items.
@@ -67,9 +66,11 @@ def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
     parser = benchmark_parser("hybrid_encoding", "Compares node vectors before and after hybrid encoding.")
     parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
-    parser.add_argument("--items", type=int, default=2000, help="Most items compared, drawn from those in training.")
-    parser.add_argument("--neighbors", type=str, default="10,50", help="Nearest neighbors that are compared.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the draws and of the random projection.")
+    parser.add_argument(
+        "--items", type=int, default=2000, help="Most items compared, drawn from those with training clicks."
+    )
+    parser.add_argument("--neighbors", type=str, default="10,50", help="Numbers of nearest neighbors compared.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the sample of items and of the random projection.")
     args = parse_args(parser, argv).as_dict()
     set_threads(args["threads"])
     counts = _numbers(args["neighbors"])
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
         bundle = load_bundle(Path(args["run"]) / "export" / stage, dtype="float32")
         items_N = choose_items(bundle.catalog, args["items"], max(counts), args["seed"])
         vectors = encode(bundle, items_N, args["seed"])
-        results[stage] = {"items": len(items_N), "ways": compare(vectors, counts, args["seed"])}
+        results[stage] = {"items": len(items_N), "variants": compare(vectors, counts, args["seed"])}
     print(table(results))
     write_report(args["output"], args, results)
     file = Path(args["output"]).with_suffix(".svg")
@@ -90,24 +91,24 @@ def main(argv: Sequence[str]) -> None:
 
 
 def choose_items(catalog: Catalog, most: int, neighbors: int, seed: int) -> Tensor:
-    """Items to compare, [N], in rising order: vectors of those without a training interaction are as they were drawn.
+    """Items to compare, [N], in ascending order. Items without training clicks, whose id rows are random, are left out.
 
     Args:
         catalog: The items.
-        most: Largest number of them.
-        neighbors: Most nearest neighbors that are asked for.
-        seed: Of the draw.
+        most: Largest number of items.
+        neighbors: Largest number of nearest neighbors compared.
+        seed: Seed of the sample.
 
     Raises:
-        UserError: There are too few.
+        UserError: There are too few items.
     """
-    seen = torch.nonzero(catalog.train_count_V > 0).flatten()
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(seen)))
-    items_N = seen[order[:most]].sort().values
+    trained = torch.nonzero(catalog.train_count_V > 0).flatten()
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(trained)))
+    items_N = trained[order[:most]].sort().values
     fewest = max(MIN_ITEMS, neighbors + 2)
     if len(items_N) < fewest:
         raise UserError(
-            f"{len(items_N)} items to compare, of {len(seen)} with training interactions, are too few for {neighbors} "
+            f"{len(items_N)} items to compare, of {len(trained)} with training clicks, are too few for {neighbors} "
             f"neighbors, which need {fewest}; raise --items or lower --neighbors"
         )
     return items_N
@@ -115,51 +116,46 @@ def choose_items(catalog: Catalog, most: int, neighbors: int, seed: int) -> Tens
 
 @torch.no_grad()
 def encode(bundle: Bundle, items_N: Tensor, seed: int) -> dict[str, Tensor]:
-    """Vectors of the items before hybrid encoding, under `before`, and after it in each of the ways, rows as items.
+    """Vectors of the items before hybrid encoding, under `before`, and after it in each variant; one row per item.
 
     Args:
-        bundle: Of a stage with a language model.
+        bundle: Bundle of stage align or behave.
         items_N: Items.
-        seed: Of the random projection and of the shuffled rows.
+        seed: Seed of the random projection and of the shuffled rows.
 
     Raises:
-        UserError: Its prompts tell nothing of single nodes.
+        UserError: The bundle has no language model, or its prompts show no nodes.
     """
-    model, config = bundle.model, bundle.config
+    model = bundle.model
     if not isinstance(model, LLMGR):
-        raise UserError(f"{bundle.path} holds no language model; give a run with stage {' or '.join(STAGES)}")
-    if config.controls.no_nodes:
-        raise UserError(
-            f"{bundle.path} was trained with controls.no_nodes: its node tokens are all alike; give another"
-        )
+        raise UserError(f"{bundle.path} has no language model; give a run with stage {' or '.join(STAGES)}")
     prompt = model.prompts["behave"]
     if not isinstance(prompt, CompiledPrompt) or "nodes" not in prompt.segments:
         raise UserError(f"template behave of {bundle.path} has no {{nodes}}; give a run whose prompts show nodes")
-    hybrids = {PROJECTED: model.hybrid, RANDOM: fresh_hybrid(model.hybrid, seed)}
-    states = {PROJECTED: READ, RANDOM: READ_RANDOM}
-    collate = make_collator(config, bundle.catalog, "rank", language=True)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("before", *WAYS[:-1])}
+    adapters = {PROJECTED: model.adapter, RANDOM: untrained_adapter(model.adapter, seed)}
+    states = {PROJECTED: ENCODED, RANDOM: ENCODED_RANDOM}
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("before", *VARIANTS[:-1])}
     for items_B in items_N.split(_BATCH):
-        batch = collate(single_clicks(items_B))
-        seen = model.look_up(batch)
-        parts["before"].append(node_vectors(model, seen, batch))
-        for way, hybrid in hybrids.items():
-            parts[way].append(hybrid.project(seen.sessions_BD, parts["before"][-1])[len(items_B) :])
-            parts[states[way]].append(node_states(model, hybrid, seen, batch))
+        batch = bundle.collate(single_clicks(items_B))
+        output = model.look_up(batch)
+        parts["before"].append(node_vectors(model, output, batch))
+        for variant, adapter in adapters.items():
+            parts[variant].append(adapter.project(output.sessions_BD, parts["before"][-1])[len(items_B) :])
+            parts[states[variant]].append(node_states(model, adapter, output, batch))
     vectors = {name: torch.cat(found) for name, found in parts.items()}
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(items_N)))
     return vectors | {SHUFFLED: vectors["before"][order]}
 
 
-def fresh_hybrid(trained: ProjectionAdapter, seed: int) -> ProjectionAdapter:
-    """The same module as it is before training."""
+def untrained_adapter(trained: ProjectionAdapter, seed: int) -> ProjectionAdapter:
+    """An adapter of the same shape, as before training."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ProjectionAdapter(trained.nodes.in_features, trained.nodes.out_features, float(trained.embedding_norm))
 
 
 def single_clicks(items_B: Tensor) -> RawSessions:
-    """A session of one click for each item."""
+    """One session per item, whose only click it is."""
     count = len(items_B)
     return RawSessions(
         items_L=items_B,
@@ -171,73 +167,73 @@ def single_clicks(items_B: Tensor) -> RawSessions:
     )
 
 
-def node_vectors(model: LLMGR, seen: RecommenderOutput, batch: SessionBatch) -> Tensor:
-    """What is projected at the node place of each session of one click, [B, D]."""
+def node_vectors(model: LLMGR, output: RecommenderOutput, batch: SessionBatch) -> Tensor:
+    """Vector that is projected to the node token of each session of one click, [B, D]."""
     nodes = prompt_nodes(batch.graph, model.node_order, model.max_nodes)
-    vectors_ND = seen.rows_ND if model.node_source == "table" else seen.states_ND
+    vectors_ND = output.rows_ND if model.node_source == "table" else output.states_ND
     return vectors_ND.index_select(0, nodes.values)
 
 
-def node_states(model: LLMGR, hybrid: ProjectionAdapter, seen: RecommenderOutput, batch: SessionBatch) -> Tensor:
-    """The language model's hidden state at the node place of each session of one click, [B, H].
+def node_states(model: LLMGR, adapter: ProjectionAdapter, output: RecommenderOutput, batch: SessionBatch) -> Tensor:
+    """Hidden state of the language model at the node token of each session of one click, [B, H].
 
     Args:
-        model: Its language model and its prompt for ranking are used.
-        hybrid: Makes the soft tokens.
-        seen: From the model's `look_up`.
+        model: Its language model and the prompt of stage behave are used.
+        adapter: Makes the soft tokens.
+        output: From the model's `look_up`.
         batch: The same sessions.
     """
     nodes = prompt_nodes(batch.graph, model.node_order, model.max_nodes)
     packed = model.prompts("behave", nodes, batch.text_tokens)
-    embeddings_XH = hybrid(
+    embeddings_XH = adapter(
         model.language_model.token_embedding(packed.token_ids_X),
         packed.soft_rows_X,
-        seen.sessions_BD,
-        node_vectors(model, seen, batch),
+        output.sessions_BD,
+        node_vectors(model, output, batch),
     )
-    # Soft rows of graphs come first, one a session.
-    places_B = torch.nonzero(packed.soft_rows_X >= batch.num_sessions).flatten()
-    states_BH: Tensor = model.language_model(embeddings_XH, replace(packed, output_token_C=places_B))
+    # Rows of graph tokens come first, one per session.
+    node_tokens_B = torch.nonzero(packed.soft_rows_X >= batch.num_sessions).flatten()
+    states_BH: Tensor = model.language_model(embeddings_XH, replace(packed, output_token_C=node_tokens_B))
     return states_BH
 
 
 def compare(vectors: Mapping[str, Tensor], counts: Sequence[int], seed: int) -> dict[str, dict[str, dict[str, float]]]:
-    """How alike the vectors before and after are, by way and measure, with 95 % intervals over items.
+    """Similarity of vectors before and after hybrid encoding, by variant and measure, with 95 % intervals over items.
 
     Args:
         vectors: From `encode`.
         counts: Numbers of nearest neighbors.
-        seed: Of the half-samples.
+        seed: Seed of the half-samples.
     """
     before_ND = vectors["before"]
     halves_RN = half_samples(len(before_ND), _RESAMPLES, seed)
     found = {}
-    for way in WAYS:
-        after_NH = vectors[way]
+    for variant in VARIANTS:
+        after_NH = vectors[variant]
         spread = interval(linear_cka(before_ND, after_NH, halves_RN).numpy())
-        measures = {"cka": Likeness(float(linear_cka(before_ND, after_NH)), *spread)}
+        measures = {"cka": Similarity(float(linear_cka(before_ND, after_NH)), *spread)}
         for k in counts:
             share_N = shared_neighbors(before_ND, after_NH, k)
             means_R = halves_RN @ share_N / halves_RN.sum(1)
-            measures[f"overlap@{k}"] = Likeness(float(share_N.mean()), *interval(means_R.numpy()))
-        found[way] = {name: asdict(likeness) for name, likeness in measures.items()}
+            measures[f"overlap@{k}"] = Similarity(float(share_N.mean()), *interval(means_R.numpy()))
+        found[variant] = {name: asdict(similarity) for name, similarity in measures.items()}
     return found
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """What was measured, to read."""
+    """The results as text."""
     measures = _measures(results)
     lines = [f"{'node vectors before, and':48}{''.join(f'{name:>26}' for name in measures)}"]
     for stage, found in results.items():
         lines.append(f"stage {stage}, {found['items']:,} items")
-        for way, values in found["ways"].items():
-            cells = "".join(f"{Likeness(**values[name])!s:>26}" for name in measures)
-            lines.append(f"  {way:46}{cells}")
+        for variant, values in found["variants"].items():
+            cells = "".join(f"{Similarity(**values[name])!s:>26}" for name in measures)
+            lines.append(f"  {variant:46}{cells}")
     return "\n".join(lines)
 
 
 def plot(results: Mapping[str, Any], file: Path) -> None:
-    """Draws a panel for each measure, the ways one below the other and the stages in colors, as an SVG file."""
+    """Draws an SVG file with a panel for each measure, a row for each variant and a color for each stage."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -248,26 +244,26 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
         panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
         for panel, measure in zip(panels, measures, strict=True):
             for number, (stage, found) in enumerate(results.items()):
-                values = [Likeness(**found["ways"][way][measure]) for way in WAYS]
+                values = [Similarity(**found["variants"][variant][measure]) for variant in VARIANTS]
                 means = [value.mean for value in values]
                 below = [max(value.mean - value.low, 0.0) for value in values]
                 above = [max(value.high - value.mean, 0.0) for value in values]
-                rows = [len(WAYS) - 1 - row + 0.2 * (0.5 - number) for row in range(len(WAYS))]
+                rows = [len(VARIANTS) - 1 - row + 0.2 * (0.5 - number) for row in range(len(VARIANTS))]
                 color = _COLORS[number % len(_COLORS)]
                 panel.errorbar(means, rows, xerr=[below, above], fmt="o", markersize=4, color=color, label=stage)
             panel.set_xlim(-0.05, 1.05)
             panel.set_title(measure, loc="left", fontsize=10)
             panel.grid(color="#e6e9ed", axis="x")
-        panels[0].set_yticks(range(len(WAYS)), WAYS[::-1])
+        panels[0].set_yticks(range(len(VARIANTS)), VARIANTS[::-1])
         panels[0].legend(frameon=False, title="after stage")
-        figure.supxlabel("likeness to the node vectors before projection, with its 95 % interval", fontsize=9)
+        figure.supxlabel("similarity to the node vectors before projection, with 95 % interval", fontsize=9)
         figure.tight_layout()
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _measures(results: Mapping[str, Any]) -> list[str]:
-    return list(next(iter(results.values()))["ways"][PROJECTED])
+    return list(next(iter(results.values()))["variants"][PROJECTED])
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the benchmarks of the language model work on: sessions, a model with weights that matter, and its plain copy."""
+"""Data and models of the LLMGR benchmarks: sessions, a model with nonzero LoRA weights, and its plain counterpart."""
 
 import sys
 from dataclasses import dataclass
@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, item_tokens, make_collator
-from llmgr_rec.stage_config import TrainableGroup
 from torch import nn
 
 from benchmarks.straightforward import StraightforwardLLMGR
 from datagen.synthetic import generate
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -20,38 +18,41 @@ from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.param_groups import select_trainable
+from llmgr_rec.modules.param_groups import ParamGroup, select_trainable
+from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
-from llmgr_rec.training.stages import StageName
 from llmgr_rec.training.text_embeddings import cache_catalog
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-TRAINABLE: tuple[TrainableGroup, ...] = ("adapter", "lora", "head")
+# The groups of stage behave. Stage align trains them here, too, so that its backward pass covers the whole model.
+TRAINS: tuple[ParamGroup, ...] = ("adapter", "lora", "head")
 CPU = torch.device("cpu")
 
 
 def add_language_arguments(parser: "ArgumentParser") -> None:
-    """Adds what decides data and model."""
+    """Adds the arguments that select data and model."""
     parser.add_argument("--dataset", type=str, default="", help="Folder made by llmgr_rec.prepare; empty makes one.")
     parser.add_argument("--llm", type=str, default="smollm2", help="Language model, as llm.name_or_path.")
-    parser.add_argument("--num_layers", type=int, default=4, help="First decoder layers kept; 0 keeps all.")
+    parser.add_argument(
+        "--num_layers", type=int, default=4, help="Number of decoder layers kept, from the first; 0 keeps all."
+    )
     parser.add_argument("--templates", type=str, default="compact", help="Prompts of both sides.")
     parser.add_argument("--dtype", type=str, default="float32", help="float32 or bfloat16, of both sides.")
     parser.add_argument("--batch_size", type=int, default=64, help="Sessions of a batch.")
 
 
-def open_dataset(folder: str, made: str) -> Dataset:
-    """The prepared data set, or one of the size of Amazon Beauty made in a temporary folder.
+def open_dataset(folder: str, work: str) -> Dataset:
+    """The prepared data set, or a synthetic one of the size of Amazon Beauty.
 
     Args:
-        folder: Folder made by llmgr_rec.prepare; empty makes one.
-        made: Where it is made.
+        folder: Folder made by llmgr_rec.prepare; empty makes a synthetic data set.
+        work: Folder for the synthetic data set.
     """
     if folder:
         return Dataset(Path(folder))
-    root = Path(made)
+    root = Path(work)
     generate(root / "raw", sessions=4000, items=12000, mean_length=9)
     prepare_dataset(
         PrepareSettings(
@@ -73,7 +74,6 @@ def make_config(llm: str, num_layers: int, templates: str, dtype: str, batch_siz
     config.llm.lora_dropout = config.encoder.dropout = 0.0
     config.prompt.templates = templates
     config.align.batch_size = config.behave.batch_size = batch_size
-    config.align.trainable = config.behave.trainable = list(TRAINABLE)
     return config
 
 
@@ -85,8 +85,8 @@ class Setup:
         config: Settings.
         dataset: Prepared sessions.
         catalog: Their items.
-        fast: The product's model.
-        plain: The straightforward one.
+        fast: The model of llmgr_rec.
+        plain: The straightforward implementation.
     """
 
     config: Config
@@ -97,20 +97,23 @@ class Setup:
 
     @classmethod
     def make(cls, config: Config, dataset: Dataset) -> "Setup":
-        """Fresh models; LoRA and head have weights that matter, so that every gradient does."""
+        """Fresh models; LoRA matrices and text encodings are nonzero, so that no gradient is zero."""
         torch.manual_seed(config.seed)
         catalog = Catalog.load(dataset.path)
-        fast = assemble_llmgr(config, catalog, assemble_decoder(config, CPU), TRAINABLE)
+        factory = ModelFactory()
+        spec = factory.spec("behave", config, catalog)
+        fast = factory.build(spec, factory.language_parts(spec, catalog, CPU), CPU)
+        assert isinstance(fast, LLMGR)
         init_tables(fast, config.seed, config.tables.init_std)
         for name, parameter in fast.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)
         if fast.text_tables is not None:
             nn.init.normal_(fast.text_tables.embedding_bags["item_text"].weight)
-        cache_catalog(fast, make_collator(config, catalog, "rank", language=False), CPU)
-        plain = StraightforwardLLMGR.like(fast, assemble_decoder(config, CPU))
+        cache_catalog(fast, factory.collator(spec, catalog, "rank"), CPU)
+        plain = StraightforwardLLMGR.like(fast, factory.decoder(config, CPU))
         for model in (fast, plain):
-            select_trainable(model, TRAINABLE)
+            select_trainable(model, TRAINS)
             model.train()
         return cls(config, dataset, catalog, fast, plain)
 
@@ -118,16 +121,18 @@ class Setup:
         """Training batches.
 
         Args:
-            stage: Whose batches.
-            count: How many.
-            one_pass: Whole sessions with a target at every click, in place of one example a session.
-            skip: Batches left out at the start.
+            stage: Stage that they are for.
+            count: Number of batches.
+            one_pass: Whether a batch holds all prefixes of its sessions, encoded in one pass; otherwise each is an
+                example.
+            skip: Batches skipped at the start.
         """
-        tokens = item_tokens(self.config, self.catalog) if stage == "align" else None
+        factory = ModelFactory()
+        spec = factory.spec(stage, self.config, self.catalog)
         reader: SessionReader[SessionBatch] = SessionReader(
             self.dataset.parts("train"),
             num_items=self.catalog.num_items,
-            collate=make_collator(self.config, self.catalog, stage, language=True, tokens=tokens),
+            collate=factory.collator(spec, self.catalog, "train"),
             order=SamplingOrder(
                 self.config.behave.batch_size,
                 shuffle=True,

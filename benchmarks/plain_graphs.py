@@ -1,7 +1,7 @@
-"""Reading and graph building as published session recommenders do it: one session after the other, in plain Python.
+"""Reading and graph building as in published session recommenders: one session after the other, in plain Python.
 
-The form of a batch follows the SR-GNN code (Wu et al., AAAI 2019), from which most others descend: sorted distinct
-items, a square adjacency matrix a session, all padded to the largest session of the batch.
+The batch format follows the SR-GNN code (Wu et al., AAAI 2019), on which most others build: sorted distinct items and a
+square adjacency matrix per session, all padded to the largest session of the batch.
 
 Shapes: B sessions, M most nodes of a session, T most clicks of a session.
 """
@@ -25,14 +25,14 @@ class PlainGraphs:
     """Padded graphs of a batch.
 
     Args:
-        nodes_BM: Distinct items of each session in rising order, then -1.
-        alias_BT: Place in `nodes_BM` of each click, then -1.
-        ways_BMM: How often the session went from one node to the other.
+        nodes_BM: Distinct items of each session in ascending order, then -1.
+        alias_BT: Position in `nodes_BM` of each click, then -1.
+        counts_BMM: Number of steps from one node to another.
     """
 
     nodes_BM: Tensor
     alias_BT: Tensor
-    ways_BMM: Tensor
+    counts_BMM: Tensor
 
 
 def read_rows(parts: Sequence[Path], first_groups: int) -> tuple[list[list[int]], list[int]]:
@@ -55,33 +55,33 @@ def build(sessions: Sequence[Sequence[int]]) -> PlainGraphs:
     """Builds the graphs of a batch."""
     most_nodes = max(len(np.unique(session)) for session in sessions)
     longest = max(len(session) for session in sessions)
-    nodes, aliases, ways = [], [], []
+    nodes, aliases, counts = [], [], []
     for session in sessions:
         node = np.unique(session)
         alias = [int(np.where(node == item)[0][0]) for item in session]
-        way = np.zeros((most_nodes, most_nodes), dtype=np.float32)
+        count_MM = np.zeros((most_nodes, most_nodes), dtype=np.float32)
         for source, target in pairwise(alias):
-            way[source][target] += 1
+            count_MM[source][target] += 1
         nodes.append(node.tolist() + (most_nodes - len(node)) * [-1])
         aliases.append(alias + (longest - len(alias)) * [-1])
-        ways.append(way)
-    return PlainGraphs(torch.tensor(nodes), torch.tensor(aliases), torch.from_numpy(np.array(ways)))
+        counts.append(count_MM)
+    return PlainGraphs(torch.tensor(nodes), torch.tensor(aliases), torch.from_numpy(np.array(counts)))
 
 
 Graph = tuple[list[int], list[int], Counter[tuple[int, int]]]
 
 
 def plain_contents(graphs: PlainGraphs) -> Iterator[Graph]:
-    """Of each session its distinct items, its clicks, and how often it went from one item to the other."""
-    for nodes, alias, way in zip(graphs.nodes_BM, graphs.alias_BT, graphs.ways_BMM, strict=True):
+    """For each session: its distinct items, its clicks, and the number of steps from one item to another."""
+    for nodes, alias, count_MM in zip(graphs.nodes_BM, graphs.alias_BT, graphs.counts_BMM, strict=True):
         items = nodes.tolist()
-        edges = {(items[src], items[dst]): int(way[src, dst]) for src, dst in way.nonzero().tolist()}
-        clicks = [items[place] for place in alias.tolist() if place >= 0]
+        edges = {(items[src], items[dst]): int(count_MM[src, dst]) for src, dst in count_MM.nonzero().tolist()}
+        clicks = [items[node] for node in alias.tolist() if node >= 0]
         yield [item for item in items if item >= 0], clicks, Counter(edges)
 
 
 def fast_contents(graphs: SessionGraph) -> Iterator[Graph]:
-    """The same of the product's graphs."""
+    """The same for the graphs of llmgr_rec."""
     items = graphs.node_items_N.tolist()
     edges: list[Counter[tuple[int, int]]] = [Counter() for _ in range(graphs.num_sessions)]
     session_N = graphs.node_session_N.tolist()

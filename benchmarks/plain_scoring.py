@@ -1,6 +1,6 @@
-"""Offline scoring the straightforward way: Python rows, padded prompts in file order, one score matrix a batch.
+"""Straightforward offline scoring: Python rows, padded prompts in file order, one score matrix per batch.
 
-Shapes: B sessions, V items, K places.
+Shapes: B sessions, V items, K items of a list.
 """
 
 from pathlib import Path
@@ -8,13 +8,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from llmgr_rec.distributed.assembly import assemble_decoder, make_collator
 
 from benchmarks.straightforward import StraightforwardLLMGR
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import lengths_to_offsets
+from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.storage.model_factory import ModelFactory
 
 
 @torch.no_grad()
@@ -25,32 +26,37 @@ def score_plainly(bundle_path: Path, source: Path, output: Path, k: int, batch_s
         bundle_path: Exported model.
         source: Input file with columns session_id and items.
         output: File to write.
-        k: Items a session.
+        k: Items per session.
         batch_size: Sessions of a batch.
-        max_length: Newest clicks that the model sees.
+        max_length: Newest clicks that the model gets.
 
     Returns:
-        Sessions scored.
+        Number of sessions scored.
+
+    Raises:
+        UserError: The bundle has no language model, or a blend, which is not implemented here.
     """
     bundle = load_bundle(bundle_path)
     if not isinstance(bundle.model, LLMGR):
-        raise TypeError(f"{bundle_path} holds no language model")
-    collate = make_collator(bundle.config, bundle.catalog, "rank", language=True)
-    items_VQ = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalog.num_items)))
-    model = StraightforwardLLMGR.like(bundle.model, assemble_decoder(bundle.config, torch.device("cpu"))).eval()
+        raise UserError(f"{bundle_path} has no language model; give a run with stage behave")
+    if bundle.blend is not None:
+        raise UserError(f"{bundle_path} has a blend; give a run that was trained with --blend.neighbors []")
+    items_VQ = bundle.model.item_vectors(bundle.collate.item_features(torch.arange(bundle.catalog.num_items)))
+    decoder = ModelFactory().decoder(bundle.config, torch.device("cpu"))
+    model = StraightforwardLLMGR.like(bundle.model, decoder).eval()
     item_ids = bundle.catalog.item_ids.to_pylist()
     rows = pq.read_table(source, columns=["session_id", "items"]).to_pylist()
-    answers = []
+    lists = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         sessions = [row["items"][-max_length:] for row in batch]
-        queries_BQ = model(collate(_raw(sessions)))
+        queries_BQ = model(bundle.collate(_raw(sessions)))
         scores_BK, ids_BK = (queries_BQ @ items_VQ.T).topk(k, dim=1)
         for row, ids, scores in zip(batch, ids_BK.tolist(), scores_BK.tolist(), strict=True):
-            answers.append(
+            lists.append(
                 {"session_id": row["session_id"], "item_ids": [item_ids[item] for item in ids], "scores": scores}
             )
-    pq.write_table(pa.Table.from_pylist(answers), output)
+    pq.write_table(pa.Table.from_pylist(lists), output)
     return len(rows)
 
 

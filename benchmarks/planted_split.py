@@ -1,4 +1,4 @@
-"""A prepared split and its catalog made straight from the planted world, without the titles of millions of items."""
+"""A prepared split and its catalog, written directly from the planted world, without titles for millions of items."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.preparation.parts import PartWriter
 from llmgr_rec.data.schema import ITEMS_NAME, sessions_schema
 
-# As in the titles of `datagen.planted`: the share of the steps that only they explain, and of the items behind them.
+# As in `datagen.planted`: the share of steps that only titles explain, and the share of rare items.
 _TEXT_SHARE, _RARE_SHARE = 0.5, 0.3
 _NUM_CATEGORIES, _NUM_BRANDS = 300, 2000
 
@@ -24,11 +24,11 @@ def write_split(folder: Path, sessions: int, items: int, mean_length: float, see
         folder: Folder to make.
         sessions: Rows.
         items: Size of the catalog.
-        mean_length: Mean clicks of a row's list; the target comes on top of it.
+        mean_length: Mean clicks per row, without the target.
         seed: Seed of the sessions and of the side features.
 
     Returns:
-        The part files, and the catalog with one category and one brand an item.
+        The part files, and the catalog with one category and one brand per item.
     """
     world = planted.plant(items, mean_length + 1, _TEXT_SHARE, _RARE_SHARE, seed)
     counts_V = np.zeros(items, dtype=np.int64)

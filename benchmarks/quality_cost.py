@@ -1,10 +1,10 @@
-"""What each cheaper way to score costs in ranking quality and saves in time, on the validation sessions of a run.
+"""Ranking quality and speed of the cheaper modes of scoring, on the validation sessions of a run.
 
 ```sh
 python -m benchmarks.quality_cost --run runs/beauty/run --dataset runs/beauty/dataset
 ```
 
-Shapes: S sessions, K places of a ranked list.
+Shapes: S sessions, K items of a ranked list.
 """
 
 import logging
@@ -41,12 +41,12 @@ ROUTED = "routed to the LLM, else GNN"
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to score.
+    """A mode of scoring.
 
     Args:
-        name: As it is printed.
-        family: Ways of one family are joined by a line in the plot.
-        options: What sets it apart, by field of `ScoreRequest`.
+        name: Name in the results.
+        family: Modes of one family are joined by a line in the plot.
+        options: Its values of fields of `ScoreRequest`.
     """
 
     name: str
@@ -56,10 +56,12 @@ class Mode:
 
 def main(argv: Sequence[str]) -> None:
     """Command line."""
-    parser = benchmark_parser("quality_cost", "Measures quality and speed of the cheaper ways to score.")
+    parser = benchmark_parser("quality_cost", "Measures quality and speed of the cheaper modes of scoring.")
     parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
     parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
-    parser.add_argument("--sessions", type=int, default=0, help="First validation sessions taken; 0 takes all.")
+    parser.add_argument(
+        "--sessions", type=int, default=0, help="Number of validation sessions, from the first; 0 takes all."
+    )
     parser.add_argument("--plot", type=str, default="", help="SVG file; default beside the JSON file.")
     args = parse_args(parser, argv)
     set_threads(args.threads)
@@ -76,11 +78,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def modes(run: Path) -> Iterator[Mode]:
-    """The ways that a run can be scored in."""
+    """The modes in which a run can be scored."""
     config = load_config(run / "export" / "behave" / "config.yaml")
     layers = num_decoder_layers(config.llm.name_or_path, config.llm.num_layers)
     yield Mode(FULL, "number format", {"llm_dtype": "float32"})
-    # What the processor is good at: bfloat16 where it has products for it.
+    # bfloat16 where the processor multiplies it natively.
     fast = str(resolve_dtype("auto")).removeprefix("torch.")
     if fast != FULL:
         yield Mode(fast, "number format", {"llm_dtype": fast})
@@ -95,18 +97,18 @@ def modes(run: Path) -> Iterator[Mode]:
 def measure(
     chosen: Sequence[Mode], run: Path, source: Path, catalog: Catalog, rounds: int, work: Path
 ) -> dict[str, Any]:
-    """Scores the sessions in every way in turn, and judges each way's last output.
+    """Scores the sessions in every mode in turn, and evaluates the last output of each.
 
     Args:
-        chosen: The ways; the first one is what the others are compared with.
+        chosen: The modes; the others are compared with the first one.
         run: Run folder.
         source: Sessions with their targets.
         catalog: The items.
-        rounds: Turns of each way.
+        rounds: Rounds that are measured.
         work: Folder for outputs.
 
     Returns:
-        By name of the way: rates, ratio to the first way, NDCG and HR with the interval of the paired difference; and
+        By name of the mode: rates, ratio to the first mode, NDCG and HR with the interval of the paired difference; and
         the routing threshold for each budget.
     """
     rates = take_turns([Side(mode.name, _scoring(mode, run, source, work)) for mode in chosen], rounds, warm_up=0)
@@ -145,7 +147,7 @@ def _folder(mode: Mode) -> str:
 
 
 def ndcg(output: pa.Table, catalog: Catalog) -> NDArray[np.float64]:
-    """NDCG of each scored session, 0 where the target is not in the list, [S].
+    """NDCG of each scored session, [S]; 0 where the target is not in the list.
 
     Args:
         output: Lists of raw item ids, with the target's item index.
@@ -153,8 +155,8 @@ def ndcg(output: pa.Table, catalog: Catalog) -> NDArray[np.float64]:
     """
     targets_S = np.asarray(catalog.item_ids.take(output["target"].combine_chunks()).to_pylist(), dtype=object)
     lists = output["item_ids"].to_pylist()
-    places = (ids.index(target) if target in ids else -1 for ids, target in zip(lists, targets_S, strict=True))
-    return np.array([0.0 if place < 0 else 1 / np.log2(place + 2) for place in places])
+    ranks = (ids.index(target) if target in ids else -1 for ids, target in zip(lists, targets_S, strict=True))
+    return np.array([0.0 if rank < 0 else 1 / np.log2(rank + 2) for rank in ranks])
 
 
 def paired_interval(differences_S: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
@@ -167,7 +169,7 @@ def paired_interval(differences_S: NDArray[np.float64], seed: int = 0) -> tuple[
 
 
 def thresholds(chosen: Sequence[Mode], outputs: Mapping[str, pa.Table]) -> dict[str, dict[str, float]]:
-    """The `--llm_threshold` that routes each budget's share of these sessions to the LLM, by family."""
+    """The `--llm_threshold` that routes the share of each budget of these sessions to the LLM, by family."""
     found = {}
     for mode in chosen:
         if mode.options.get("llm_budget") == 0:
@@ -178,7 +180,7 @@ def thresholds(chosen: Sequence[Mode], outputs: Mapping[str, pa.Table]) -> dict[
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """What was measured, to read."""
+    """The results as text."""
     lines = [f"{results['sessions']:,} validation sessions; loss of NDCG@20 against {FULL} with its 95 % interval"]
     for name, mode in results["modes"].items():
         lost = mode["ndcg@20 lost"]
@@ -188,8 +190,8 @@ def table(results: Mapping[str, Any]) -> str:
             f"lost {lost['mean']:+.4f} [{lost['low']:+.4f} .. {lost['high']:+.4f}]"
         )
     for family, values in results["thresholds"].items():
-        known = ", ".join(f"{budget}: {value:.3f}" for budget, value in values.items())
-        lines.append(f"  --llm_threshold in place of a budget ({family}): {known}")
+        by_budget = ", ".join(f"{budget}: {value:.3f}" for budget, value in values.items())
+        lines.append(f"  --llm_threshold in place of a budget ({family}): {by_budget}")
     return "\n".join(lines)
 
 
@@ -215,7 +217,7 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
             for speed, quality, name in points:
                 panel.annotate(name, (speed, quality), (3, 4), textcoords="offset points", fontsize=6.5, color=color)
         panel.set_xscale("log")
-        panel.set_xlabel("sessions a second, from Parquet to Parquet, loading of the model included")
+        panel.set_xlabel("sessions per second, from Parquet to Parquet, including the loading of the model")
         panel.set_ylabel("NDCG@20 on validation")
         panel.grid(color="#e6e9ed")
         panel.legend(frameon=False)

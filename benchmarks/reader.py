@@ -1,11 +1,10 @@
-"""The reader and the batches of graphs against a plain loop over sessions, and how long training waits for data.
+"""Reader and session graphs against a plain loop over sessions, and how long training waits for data.
 
 ```sh
 python -m benchmarks.reader
 ```
 
-Single-threaded, and timed by the seconds that the process has a core for: the figures are for one core. Both sides of
-a comparison take turns.
+Single-threaded and measured in CPU seconds: the figures are for one core. Both sides of a comparison take turns.
 """
 
 import random
@@ -30,18 +29,18 @@ if TYPE_CHECKING:
 READ, PLAIN_READ = "Parquet to offsets and values", "Parquet to lists"
 BATCH, BARE_BATCH, PLAIN_BATCH = "batches", "batches without side features", "batches by loops"
 TARGETS = {READ: 2_000_000, BATCH: 700_000}
-# What the plain side, some tens of times slower, does in a turn.
+# Work per round of the plain loops, which are some tens of times slower.
 _PLAIN_GROUPS, _PLAIN_BATCHES = 2, 4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Size of the data.
 
     Args:
         sessions: Rows of the split.
         items: Size of the catalog.
-        mean_length: Mean clicks of a row's list.
+        mean_length: Mean clicks per row.
         batch_size: Sessions of a batch.
     """
 
@@ -53,12 +52,14 @@ class Settings:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
-    parser = benchmark_parser("reader", "Compares the reader and its graphs with a plain loop over sessions.")
+    parser = benchmark_parser("reader", "Compares reader and session graphs with a plain loop over sessions.")
     parser.add_argument("--sessions", type=int, default=400_000, help="Rows of the split.")
     parser.add_argument("--items", type=int, default=50_000, help="Size of the catalog.")
-    parser.add_argument("--mean_length", type=float, default=9.0, help="Mean clicks of a row's list.")
+    parser.add_argument("--mean_length", type=float, default=9.0, help="Mean clicks per row.")
     parser.add_argument("--batch_size", type=int, default=2048, help="Sessions of a batch.")
-    parser.add_argument("--steps", type=int, default=100, help="Training steps a stage; 0 leaves the waiting out.")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="Training steps per stage; 0 skips the measurement of waiting."
+    )
     args = parse_args(parser, argv).as_dict()
     settings = Settings(args["sessions"], args["items"], args["mean_length"], args["batch_size"])
     if not 1 <= settings.batch_size <= settings.sessions:
@@ -73,10 +74,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(folder: Path, settings: Settings, rounds: int) -> dict[str, Any]:
-    """Sessions a second of each side, and the ratios between them.
+    """Sessions per second of each side, and the ratios between them.
 
     Raises:
-        RuntimeError: The two ways give different graphs.
+        RuntimeError: The two sides build different graphs.
     """
     from benchmarks import plain_graphs
     from benchmarks.planted_split import write_split
@@ -121,7 +122,7 @@ _SIDES: dict[str, tuple[str, ...]] = {BATCH: ("category", "brand"), BARE_BATCH: 
 def _decoded_reader(
     parts: list[Path], catalog: "Catalog", batch_size: int, sides: Sequence[str]
 ) -> "SessionReader[Any]":
-    """A reader whose row groups are in memory, so that what it takes is the making of batches alone."""
+    """A reader whose row groups are in memory, so that only the making of batches is measured."""
     from llmgr_rec.data.collate import Collator
     from llmgr_rec.data.reader import SamplingOrder, SessionReader
     from llmgr_rec.data.row_groups import RowGroups
@@ -130,7 +131,7 @@ def _decoded_reader(
     reader = SessionReader(
         parts, num_items=catalog.num_items, collate=collate, order=SamplingOrder(batch_size, shuffle=True)
     )
-    reader.groups = RowGroups(parts, num_items=catalog.num_items, by_click=False, keep=len(reader.groups))
+    reader.groups = RowGroups(parts, num_items=catalog.num_items, by_click=False, max_cached=len(reader.groups))
     for number in range(len(reader.groups)):
         reader.groups[number]
     return reader
@@ -141,7 +142,7 @@ def _walk(reader: "SessionReader[Any]") -> float:
 
 
 def check_graphs(reader: "SessionReader[Any]", batches: int) -> None:
-    """Compares the product's graphs of some batches with those of the plain loop.
+    """Compares the graphs of some batches with those of the plain loop.
 
     Raises:
         RuntimeError: They differ.
@@ -160,19 +161,20 @@ def check_graphs(reader: "SessionReader[Any]", batches: int) -> None:
 
 
 def waiting_shares(folder: Path, steps: int, sessions: int = 4000, items: int = 5000) -> dict[str, Any]:
-    """Share of the time that a real training run waits for its next batch, over the windows of its log.
+    """Share of the time that a training run waits for its next batch, over the windows of its log.
 
     Args:
-        folder: Where data and run go.
-        steps: Training steps a stage.
+        folder: Folder for data and run.
+        steps: Training steps per stage.
         sessions: Sessions of the data set.
         items: Size of its catalog.
     """
     dataset, run = prepare_synthetic(folder, sessions, items), folder / "run"
     model = language_model()
     words = ["--config", "quickstart", "--dataset", str(dataset), "--output", str(run), "--llm.name_or_path", model]
+    words += ["--blend.neighbors", "[]", "--runtime.eval_every", "0"]
     for stage in ("sbr", "align", "behave"):
-        words += [f"--{stage}.max_steps", str(steps), f"--{stage}.eval_every", "0"]
+        words += [f"--{stage}.max_steps", str(steps)]
     run_module("llmgr_rec.train", words)
     shares: dict[str, list[float]] = {}
     for line in training_lines(run):
@@ -181,14 +183,14 @@ def waiting_shares(folder: Path, steps: int, sessions: int = 4000, items: int = 
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was measured, to read."""
-    lines = ["", f"{'':34}{'sessions/s a core':>42}   target"]
+    """The results as text."""
+    lines = ["", f"{'':34}{'sessions/s per core':>42}   target"]
     for name, values in results["sessions_per_s"].items():
         target = f"{TARGETS[name]:,}" if name in TARGETS else ""
         lines.append(f"{name:34}{Spread(**values)!s:>42}   {target}")
-    lines += [f"{name}: {Spread(**values)} times the plain way" for name, values in results["ratio"].items()]
+    lines += [f"{name}: {Spread(**values)} times the plain loop" for name, values in results["ratio"].items()]
     if waiting := results.get("waiting"):
-        lines += ["", f"share of the training time spent waiting for data ({waiting['language_model']}), target < 0.02"]
+        lines += ["", f"share of training time spent waiting for data ({waiting['language_model']}), target < 0.02"]
         lines += [f"{stage:34}{Spread(**values)!s:>42}" for stage, values in waiting["stages"].items()]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Reads a split from end to end and prints the MiB that this added to the process: `benchmarks.growth` runs it.
+"""Reads a whole split and prints the MiB that this added to the process; started by `benchmarks.growth`.
 
 ```sh
 python -m benchmarks.reader_memory FOLDER ITEMS
@@ -15,7 +15,7 @@ from llmgr_rec.data.reader import SamplingOrder, SessionReader
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads an epoch in random order, every prefix of every row."""
+    """Reads an epoch in random order, with all prefixes of all rows."""
     folder, items = argv
     before = peak_memory_mib()
     reader: SessionReader[RawSessions] = SessionReader(

@@ -1,4 +1,4 @@
-"""The same examples for both sides: rows of a prepared data set as a data set of their own, and as RecBole's files."""
+"""The same examples for both sides: some rows of a prepared data set, as a data set and as RecBole's atomic files."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,16 +26,16 @@ _READ_ROWS = 8192
 def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: int) -> Dataset:
     """Writes some rows of a data set as a data set.
 
-    The catalog stays whole, so the task is as large as it was.
+    The catalog stays complete, so the ranking task is as large as before.
 
     Args:
         dataset: The data set.
         folder: Folder to make.
-        most: Most examples of a split, the prefixes of its rows where they stand for them; 0 takes all.
+        most: Most examples of each split, counting the prefixes of rows in an augmented split; 0 takes all.
         seed: Seed of the choice of rows.
 
     Raises:
-        UserError: No row is as small as that, or the data set has no validation rows.
+        UserError: The first row drawn has more examples than that, or the data set has no validation rows.
     """
     manifest = dataset.manifest
     if not manifest.num_sessions["valid"]:
@@ -49,7 +49,7 @@ def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: in
         num_sessions={split: rows for split, (rows, _) in written.items()},
         num_examples={split: examples for split, (_, examples) in written.items()},
         files=files,
-        # RecBole ranks what a session has clicked as well, so both sides do.
+        # RecBole also ranks the items of the session, so both sides do.
         clicks_repeat=True,
     )
     (folder / MANIFEST_NAME).write_text(part.to_json())
@@ -57,7 +57,7 @@ def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: in
 
 
 def _write_rows(dataset: Dataset, split: str, folder: Path, most: int, seed: int) -> tuple[int, int]:
-    """Writes rows drawn at random, in their order; returns their number and that of their examples."""
+    """Writes random rows in their original order; returns the number of rows and of examples."""
     parts = dataset.parts(split)
     table = pa.concat_tables([pq.read_table(part) for part in parts]).combine_chunks()
     prefixes = split in dataset.manifest.prefix_augmentation
@@ -65,7 +65,7 @@ def _write_rows(dataset: Dataset, split: str, folder: Path, most: int, seed: int
     drawn = np.random.default_rng(seed).permutation(len(sizes))
     chosen = np.sort(drawn[np.cumsum(sizes[drawn]) <= most] if most else drawn)
     if most and not len(chosen):
-        raise UserError(f"{most} {split} examples are fewer than the first row drawn has; allow for more")
+        raise UserError(f"{most} {split} examples are fewer than the first row drawn has; allow more")
     writer = PartWriter(folder / split, pq.read_schema(parts[0]))
     for batch in table.take(pa.array(chosen)).to_batches():
         writer.write(batch.columns)
@@ -76,7 +76,7 @@ def _write_rows(dataset: Dataset, split: str, folder: Path, most: int, seed: int
 def write_atomic_files(dataset: Dataset, folder: Path) -> dict[str, int]:
     """Writes training and validation examples as RecBole's atomic files, and the whole catalog beside them.
 
-    They are the examples that the product's own reader hands out. Items are named by their index.
+    They are the examples of llmgr_rec's own reader. Items are named by their index.
 
     Args:
         dataset: The data set.
@@ -87,7 +87,7 @@ def write_atomic_files(dataset: Dataset, folder: Path) -> dict[str, int]:
     """
     place = folder / NAME
     place.mkdir(parents=True)
-    # Without this file RecBole would know, and rank, only those items that an example names.
+    # Without this file RecBole would rank only the items that occur in examples.
     names = "".join(f"{item}\n" for item in range(dataset.manifest.num_items))
     (place / f"{NAME}.item").write_text("item_id:token\n" + names)
     counts = {}

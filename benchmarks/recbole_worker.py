@@ -1,7 +1,7 @@
 """RecBole's side of the comparison: its own data loader, model and trainer, one epoch at a time.
 
-Runs in the environment of `recbole_environment`, as `python -m benchmarks.recbole_worker SETTINGS.json`. Nothing of
-RecBole is changed: `_train_epoch` and `_valid_epoch` are the two methods that its `Trainer.fit` calls in turn.
+It runs in the environment of `recbole_environment`, as `python -m benchmarks.recbole_worker SETTINGS.json`. Nothing of
+RecBole is changed: `_train_epoch` and `_valid_epoch` are the methods that its `Trainer.fit` alternates.
 """
 
 import json
@@ -14,7 +14,7 @@ from benchmarks.turns_protocol import Epoch, Replies
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepares, then trains an epoch whenever it is asked to."""
+    """Trains one epoch for each request."""
     replies = Replies()
     settings = json.loads(Path(argv[0]).read_text())
     # RecBole reads the command line itself.

@@ -1,4 +1,4 @@
-"""Sampled softmax: training steps over catalogs of growing size, and what the sample costs in quality.
+"""Sampled softmax: time of a training step by catalog size, and the quality compared with the full softmax.
 
 ```sh
 python -m benchmarks.sampled_softmax
@@ -31,24 +31,27 @@ from llmgr_rec.errors import UserError
 
 METRIC = "ndcg@20"
 LEAST_QUALITY = 0.98
-# Every reported step has the same work; an epoch's first ones are left to the rounds that do not count.
-_STEPS_A_TURN = 10
+# Training steps per round. The first steps of an epoch fall into the warm-up rounds.
+_STEPS_PER_ROUND = 10
 _GIB_OF_MIB = 1 / 1024
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
-    parser = benchmark_parser("sampled_softmax", "Measures training with a softmax over sampled items.")
+    parser = benchmark_parser("sampled_softmax", "Measures training with a sampled softmax.")
     parser.add_argument(
-        "--sizes", type=list[int], default=[100_000, 1_000_000, 10_000_000], help="Catalog sizes; [] measures none."
+        "--sizes",
+        type=list[int],
+        default=[100_000, 1_000_000, 10_000_000],
+        help="Catalog sizes; [] skips this measurement.",
     )
-    parser.add_argument("--optimizer", type=str, default="adagrad", help="As the setting tables.optimizer.")
+    parser.add_argument("--optimizer", type=str, default="adagrad", help="Setting tables.optimizer.")
     parser.add_argument("--sessions", type=int, default=200_000, help="Training sessions at each catalog size.")
     parser.add_argument("--batch_size", type=int, default=512, help="Sessions of a step.")
-    parser.add_argument("--sampled_items", type=int, default=8192, help="Draws of a step.")
-    parser.add_argument("--seeds", type=int, default=3, help="Seeds of the comparison in quality; 0 leaves it out.")
+    parser.add_argument("--num_negatives", type=int, default=8192, help="Negatives per step.")
+    parser.add_argument("--seeds", type=int, default=3, help="Seeds of the comparison of quality; 0 skips it.")
     parser.add_argument("--epochs", type=int, default=6, help="Epochs of each training run of that comparison.")
-    parser.add_argument("--dataset", type=str, help="Prepared data set for it; synthetic sessions where not given.")
+    parser.add_argument("--dataset", type=str, help="Prepared data set for it; by default synthetic sessions.")
     args = parse_args(parser, argv).as_dict()
     if args["optimizer"] not in ("adagrad", "rowwise_adagrad", "sgd"):
         raise UserError(f"--optimizer is {args['optimizer']}; fused ones are adagrad, rowwise_adagrad and sgd")
@@ -66,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare_sizes(folder: Path, args: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Steps a second at each catalog size; all models are in memory together and take turns."""
+    """Steps per second at each catalog size; all models are in memory at once and take turns."""
     from llmgr_rec.distributed.process_group import init_distributed, shutdown
 
     world = init_distributed("cpu", timeout_s=600, threads=threads)
@@ -90,10 +93,9 @@ def compare_sizes(folder: Path, args: dict[str, Any], threads: int) -> dict[str,
 
 
 def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -> tuple[Callable[[], float], int]:
-    """What trains a fresh session recommender some steps further whenever it is called, and its candidates a step."""
+    """A function that trains a new session recommender for some more steps, and the number of candidates per step."""
     from itertools import count
 
-    from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
     from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
     from benchmarks.planted_split import write_split
@@ -101,38 +103,40 @@ def _training_steps(folder: Path, size: int, args: dict[str, Any], world: Any) -
     from llmgr_rec.data.reader import SamplingOrder, SessionReader
     from llmgr_rec.distributed.sharding import shard
     from llmgr_rec.modules.param_groups import param_group, select_trainable
-    from llmgr_rec.modules.tasks import SbrTask
+    from llmgr_rec.storage.model_factory import ModelFactory
     from llmgr_rec.storage.table_io import init_tables
     from llmgr_rec.training.optimizers import build_optimizer
 
     config = Config()
-    config.loss.full_softmax_max_items, config.loss.num_negatives = 0, args["sampled_items"]
+    config.loss.full_softmax_max_items, config.loss.num_negatives = 0, args["num_negatives"]
     config.tables.optimizer = args["optimizer"]
     parts, catalog = write_split(folder / "train", args["sessions"], size, mean_length=9, seed=0)
-    task = SbrTask(assemble_recommender(config, catalog, "meta"), world.size)
-    select_trainable(task, config.sbr.trainable)
-    model = shard(task, config.tables, world, lambda name: param_group(name) in config.sbr.trainable)
+    factory = ModelFactory()
+    spec = factory.spec("sbr", config, catalog)
+    task = spec.build_task(factory.build(spec, None, "meta"), world.size)
+    select_trainable(task, spec.trains)
+    model = shard(task, config.tables, world, lambda name: param_group(name) in spec.trains)
     init_tables(model, config.seed, config.tables.init_std)
     reader = SessionReader(
         parts,
         num_items=size,
-        collate=make_collator(config, catalog, "sbr", language=False),
+        collate=factory.collator(spec, catalog, "train"),
         order=SamplingOrder(args["batch_size"], shuffle=True),
     )
-    pipeline = TrainPipelineSparseDist(model, build_optimizer(model, config.sbr, config.tables), world.device)
+    pipeline = TrainPipelineSparseDist(model, build_optimizer(model, config.sbr, config), world.device)
     batches = (batch for epoch in count() for batch in reader.batches(epoch))
     model.train()
 
     def work() -> float:
-        for _ in range(_STEPS_A_TURN):
+        for _ in range(_STEPS_PER_ROUND):
             pipeline.progress(batches)
-        return _STEPS_A_TURN
+        return _STEPS_PER_ROUND
 
     return work, reader.collated(0, 0).candidates_C.numel()
 
 
 def compare_quality(folder: Path, args: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Best validation NDCG@20 of stage sbr after equal epochs, with the whole catalog and with a sample of it."""
+    """Best validation NDCG@20 of stage sbr after the same number of epochs, with full and with sampled softmax."""
     dataset = args["dataset"] or str(prepare_synthetic(folder, sessions=10_000, items=12_000))
     best: dict[str, list[float]] = {"full": [], "sampled": []}
     for seed in range(args["seeds"]):
@@ -141,7 +145,7 @@ def compare_quality(folder: Path, args: dict[str, Any], threads: int) -> dict[st
             words = ["--config", "quickstart", "--dataset", dataset, "--output", str(run), "--stage", "sbr"]
             words += ["--blend.neighbors", "[]", "--seed", str(seed), "--sbr.epochs", str(args["epochs"])]
             words += ["--loss.full_softmax_max_items", "0" if loss == "sampled" else str(10**9)]
-            words += ["--loss.num_negatives", str(args["sampled_items"]), "--runtime.threads_per_rank", str(threads)]
+            words += ["--loss.num_negatives", str(args["num_negatives"]), "--runtime.threads_per_rank", str(threads)]
             run_module("llmgr_rec.train", words)
             values.append(best_validation(run))
     shares = [sampled / full for sampled, full in zip(best["sampled"], best["full"], strict=True)]
@@ -149,26 +153,28 @@ def compare_quality(folder: Path, args: dict[str, Any], threads: int) -> dict[st
 
 
 def best_validation(run: Path) -> float:
-    """Best validation value of a run, that of the weights it exports."""
+    """Best validation value of a run, that of the exported weights."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return max(line[METRIC] for line in lines if line.get("split") == "valid")
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was measured, to read."""
+    """The results as text."""
     lines = []
     if steps := results.get("steps"):
-        lines += ["", f"{'':20}{'ms a training step':>30}{'distinct candidates':>22}"]
+        lines += ["", f"{'':20}{'ms per training step':>30}{'distinct candidates':>22}"]
         for name, values in steps["step_ms"].items():
             lines.append(f"{name:20}{Spread(**values)!s:>30}{steps['candidates'][name]:>22,}")
         times = Spread(**steps["largest_takes_times_smallest"])
-        lines.append(f"the largest takes {times} times as long as the smallest; peak {steps['peak_gib']:.1f} GiB")
+        lines.append(
+            f"largest catalog: {times} times the time of the smallest; peak memory {steps['peak_gib']:.1f} GiB"
+        )
     if quality := results.get("quality"):
         lines += ["", f"{'seed':>6}{'full softmax':>16}{'sampled softmax':>18}   best validation {METRIC.upper()}"]
         pairs = zip(quality[METRIC]["full"], quality[METRIC]["sampled"], strict=True)
         lines += [f"{seed:>6}{full:>16.4f}{sampled:>18.4f}" for seed, (full, sampled) in enumerate(pairs)]
         share = Spread(**quality["sampled_of_full"])
-        lines.append(f"sampled reaches {share} of full, target at least {LEAST_QUALITY}")
+        lines.append(f"sampled softmax reaches {share} of full softmax, target at least {LEAST_QUALITY}")
     return "\n".join(lines)
 
 

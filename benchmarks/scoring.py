@@ -1,6 +1,8 @@
-"""Offline scoring from Parquet to Parquet against the straightforward implementation: sessions a second, same answers.
+"""Offline scoring from Parquet to Parquet against the straightforward implementation: sessions per second, same lists.
 
+```sh
 python -m benchmarks.scoring
+```
 """
 
 import logging
@@ -27,7 +29,7 @@ from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 OURS, PLAIN = "llmgr_rec", "straightforward"
 K = 20
 MAX_LENGTH = 50
-# Scores closer than this may change places: both sides add the same numbers in another order.
+# Items whose relative scores are closer than this may be swapped: both sides add the same numbers in another order.
 TOLERANCE = 1e-5
 
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     parser = benchmark_parser("scoring", "Compares offline scoring with the straightforward implementation.")
     add_language_arguments(parser)
     parser.add_argument("--run", type=str, default="", help="Run folder made by llmgr_rec.train; empty trains one.")
-    parser.add_argument("--sessions", type=int, default=4000, help="Sessions to score in one turn.")
+    parser.add_argument("--sessions", type=int, default=4000, help="Sessions scored per round.")
     args = parse_args(parser, argv)
     threads = set_threads(args.threads)
     logging.getLogger("llmgr_rec").setLevel(logging.ERROR)
@@ -53,34 +55,36 @@ def main(argv: Sequence[str]) -> None:
             request = ScoreRequest(run, source, ours, K, **options)
             return float(score_run(request).rows_in)
 
-        def score_as_usual() -> float:
+        def score_straightforwardly() -> float:
             return float(score_plainly(run / "export" / "behave", source, plain, K, args.batch_size, MAX_LENGTH))
 
-        sides = [Side(OURS, score), Side(PLAIN, score_as_usual)]
+        sides = [Side(OURS, score), Side(PLAIN, score_straightforwardly)]
         rates = take_turns(sides, args.rounds, warm_up=0)
         same = compare(pq.read_table(ours), pq.read_table(plain))
     gain = ratio(rates, OURS, PLAIN)
-    print(f"scoring: {gain} times the sessions a second, {threads} threads")
+    print(f"scoring: {gain} times the sessions per second, {threads} threads")
     for side, values in rates.items():
-        print(f"  {side:16} {Spread.of(values)} sessions/s, loading of the model included")
+        print(f"  {side:16} {Spread.of(values)} sessions/s, including the loading of the model")
     print(
-        f"  scores differ by at most {same['score']:.1e}; {same['same_lists']} of {same['lists']} lists are the same,"
+        f"  relative scores differ by at most {same['score']:.1e}; {same['same_lists']} of {same['lists']} lists are "
+        f"equal,\n  {same['same_but_ties']} are equal except for items whose scores differ by less than {TOLERANCE:g}"
     )
-    print(f"  {same['same_but_ties']} but for neighbors whose scores differ by less than {TOLERANCE:g}")
     results = {"sessions_per_s": rate_table(rates), "ratio": asdict(gain), "agreement": same}
     write_report(args.output, args.as_dict(), results)
 
 
 def compare(ours: pa.Table, plain: pa.Table) -> dict[str, float]:
-    """How far two outputs agree.
+    """Compares two outputs.
 
     Args:
-        ours: One row a session.
+        ours: One row per session.
         plain: The same sessions in the same order.
 
     Returns:
-        Largest difference of scores at the same place relative to the largest score; number of lists, of lists with
-        the same items in the same order, and of those which are the same but for ties.
+        score: Largest difference of scores at the same rank, relative to the largest score.
+        lists: Number of lists.
+        same_lists: Number of lists with the same items in the same order.
+        same_but_ties: Number of lists that are the same except for ties.
     """
     if ours["session_id"].to_pylist() != plain["session_id"].to_pylist():
         raise ValueError("the two outputs hold different sessions")
@@ -101,9 +105,9 @@ def compare(ours: pa.Table, plain: pa.Table) -> dict[str, float]:
 
 
 def _same_but_ties(mine: list[Any], other: list[Any], values: np.ndarray) -> bool:
-    """Whether each item that stands at another place has a score there that is the same within the tolerance."""
-    place = {item: number for number, item in enumerate(other)}
-    moved = [(number, place.get(item, len(other) - 1)) for number, item in enumerate(mine) if item != other[number]]
+    """Whether the score at each item's rank in one list is within the tolerance of that at its rank in the other."""
+    ranks = {item: rank for rank, item in enumerate(other)}
+    moved = [(rank, ranks.get(item, len(other) - 1)) for rank, item in enumerate(mine) if item != other[rank]]
     return all(abs(values[here] - values[there]) < TOLERANCE for here, there in moved)
 
 
@@ -115,7 +119,7 @@ def _input(dataset: Dataset, sessions: int, path: Path) -> Path:
 
 
 def _train(dataset: Dataset, run: Path, args: Any) -> Path:
-    """A run of a few steps: what the weights are does not matter for speed."""
+    """Trains a run of a few steps; its speed does not depend on the weights."""
     settings = {
         "config": "quickstart",
         "dataset": dataset.path,
@@ -124,13 +128,12 @@ def _train(dataset: Dataset, run: Path, args: Any) -> Path:
         "llm.num_layers": args.num_layers,
         "llm.dtype": args.dtype,
         "prompt.templates": args.templates,
-        # Encoding the items' texts takes minutes and has no part in what is compared.
+        # Encoding the texts of the items takes minutes and is not compared.
         "head.item_text": "false",
         "blend.neighbors": "[]",
         "sbr.max_steps": 50,
         "align.epochs": 0,
         "behave.max_steps": 20,
-        "runtime.eval_every": 0,
         "runtime.eval_every": 0,
     }
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]

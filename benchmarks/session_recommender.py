@@ -1,12 +1,12 @@
-"""Training of the session recommender against RecBole's GCSAN and SRGNN: examples a second, NDCG@20 after each epoch.
+"""Training of the session recommender against RecBole's GCSAN and SRGNN: examples per second, NDCG@20 after each epoch.
 
 ```sh
 python -m benchmarks.session_recommender --dataset PREPARED --encoder gcsan
 ```
 
-Every side is a process of its own, and they take turns epoch by epoch. RecBole gets an environment of its own, which
-this makes with pip on its first run. Our side trains two or three times: with RecBole's settings, where both have one;
-the same with the loss's products in bfloat16, where the processor has them; and as the product does by default.
+Each side is a process of its own, and they take turns epoch by epoch. RecBole runs in a virtual environment of its own,
+made with pip on the first run. Our side trains two or three times: with RecBole's settings where both have one; the
+same with the matrix products of the loss in bfloat16, where the processor supports it; and with the default settings.
 """
 
 import json
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.session_settings import Settings
     from llmgr_rec.data.dataset import Dataset
 
-SAME, ROUNDED, DEFAULT, PEER = "same settings", "the same, loss in bfloat16", "as by default", "RecBole"
+SAME, ROUNDED, DEFAULT, PEER = "same settings", "same, loss in bfloat16", "default settings", "RecBole"
 LEAST_TIMES = {"gcsan": 15.0, "srgnn": 10.0}
 
 
@@ -40,9 +40,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max_validation", type=int, default=0, help="Most validation examples; 0 takes all.")
     parser.add_argument("--dim", type=int, default=64, help="Width of item and session vectors.")
     parser.add_argument("--batch_size", type=int, default=512, help="Examples of a step.")
-    parser.add_argument("--steps", type=int, default=1, help="Rounds of message passing.")
+    parser.add_argument("--steps", type=int, default=1, help="Message-passing steps.")
     parser.add_argument("--attention_layers", type=int, default=1, help="Self-attention blocks (gcsan).")
-    parser.add_argument("--attention_heads", type=int, default=1, help="Heads in each (gcsan).")
+    parser.add_argument("--attention_heads", type=int, default=1, help="Heads of each block (gcsan).")
     parser.add_argument("--dropout", type=float, default=0.2, help="Dropout (gcsan).")
     parser.add_argument(
         "--score", type=Literal["cosine", "dot"], default="cosine", help="Score of our side with RecBole's settings."
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--environment", type=str, default="runs/benchmarks/recbole", help="Folder of RecBole's environment."
     )
-    # An epoch is a turn, and the first one counts.
+    # A round is one epoch of each side, and the first one counts.
     parser.set_defaults(rounds=3)
     args = parse_args(parser, argv).as_dict()
     for name in ("max_examples", "max_validation"):
@@ -69,11 +69,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(folder: Path, settings: "Settings", args: Mapping[str, Any]) -> dict[str, Any]:
-    """Lets all sides train in turn.
+    """Trains all sides in turn.
 
     Args:
         folder: Empty folder for data and runs.
-        settings: What they share.
+        settings: Shared settings.
         args: Parsed arguments.
 
     Raises:
@@ -101,10 +101,7 @@ def compare(folder: Path, settings: "Settings", args: Mapping[str, Any]) -> dict
         "examples_per_s": rate_table(rates),
         "ratio": {name: asdict(ratio(rates, name, PEER)) for name in rates if name != PEER},
         "epochs": {trainer.name: [asdict(epoch) for epoch in trainer.epochs] for trainer in trainers},
-        "told": {
-            **_ours(settings),
-            PEER: settings.recbole(Path(), dataset.manifest.max_length),
-        },
+        "arguments": {**_ours(settings), PEER: settings.recbole(Path(), dataset.manifest.max_length)},
         "peer": trainers[-1].facts,
     }
 
@@ -120,24 +117,24 @@ def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path)
         files = ["--dataset", str(dataset.path), "--output", str(folder / f"run{number}")]
         command = [sys.executable, "-m", "benchmarks.session_trainer", *files, *words]
         yield Trainer(name, command, folder, environment)
-    told = folder / "recbole.json"
-    told.write_text(json.dumps(settings.recbole(folder / "recbole", dataset.manifest.max_length)))
-    command = [str(python), "-m", "benchmarks.recbole_worker", str(told)]
+    file = folder / "recbole.json"
+    file.write_text(json.dumps(settings.recbole(folder / "recbole", dataset.manifest.max_length)))
+    command = [str(python), "-m", "benchmarks.recbole_worker", str(file)]
     yield Trainer(PEER, command, folder, environment)
 
 
 def _ours(settings: "Settings") -> dict[str, list[str]]:
-    """Arguments of our sides."""
+    """Arguments of each of our sides."""
     from llmgr_rec.storage.pretrained import resolve_dtype
 
-    sides = {SAME: settings.as_recbole()}
+    sides = {SAME: settings.recbole_words()}
     if resolve_dtype("auto").itemsize == 2:
-        sides[ROUNDED] = settings.as_recbole(loss_dtype="bfloat16")
-    return {**sides, DEFAULT: settings.as_by_default()}
+        sides[ROUNDED] = settings.recbole_words(loss_dtype="bfloat16")
+    return {**sides, DEFAULT: settings.default_words()}
 
 
 def train_in_turns(trainers: Sequence[Trainer], epochs: int) -> dict[str, list[float]]:
-    """Training examples a second of each side, one value an epoch; time that is no training does not count."""
+    """Training examples per second of each side, one value per epoch; only training time counts."""
 
     def trained_seconds() -> float:
         return sum(trainer.seconds for trainer in trainers)
@@ -147,7 +144,7 @@ def train_in_turns(trainers: Sequence[Trainer], epochs: int) -> dict[str, list[f
 
 
 def check_counts(trainers: Sequence[Trainer], counts: Mapping[str, int]) -> None:
-    """Makes sure that all sides trained and validated on as many examples as there are.
+    """Checks that all sides trained and validated on all examples.
 
     Raises:
         RuntimeError: One did not.
@@ -155,11 +152,11 @@ def check_counts(trainers: Sequence[Trainer], counts: Mapping[str, int]) -> None
     for trainer in trainers:
         for epoch in trainer.epochs:
             if (epoch.examples, epoch.validated) != (counts["train"], counts["valid"]):
-                raise RuntimeError(f"{trainer.name} had {epoch}, but the examples are {counts}")
+                raise RuntimeError(f"{trainer.name} reported {epoch}, but there are {counts} examples")
 
 
 def table(encoder: str, results: Mapping[str, Any]) -> str:
-    """What was measured, to read."""
+    """The results as text."""
     counts, epochs = results["examples"], results["epochs"]
     lines = [
         "",

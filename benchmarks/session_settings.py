@@ -1,4 +1,4 @@
-"""What both sides of the session-recommender benchmark are told: one set of settings, in the words of each."""
+"""Settings of the session-recommender benchmark, and the arguments of both sides that they stand for."""
 
 import os
 from collections.abc import Mapping
@@ -12,26 +12,26 @@ from llmgr_rec.errors import UserError
 Encoder = Literal["gcsan", "srgnn"]
 
 _MODELS: dict[Encoder, str] = {"gcsan": "GCSAN", "srgnn": "SRGNN"}
-# So many times the epochs that are trained: the product's cosine then stays at its peak rate, as RecBole's does.
-_FAR_AWAY = 1000
+# Multiple of the trained epochs that the cosine schedule spans: the rate then stays at its peak, as RecBole's does.
+_UNREACHED = 1000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What both sides share.
+    """Settings that both sides share.
 
     Args:
         encoder: Model.
         dim: Width of item and session vectors, in columns.
         batch_size: Examples of a step.
-        steps: Rounds of message passing.
+        steps: Message-passing steps.
         attention_layers: Self-attention blocks (GC-SAN).
-        attention_heads: Heads in each (GC-SAN).
+        attention_heads: Heads of each block (GC-SAN).
         dropout: Probability of dropping an activation (GC-SAN; RecBole's SRGNN has none).
         score: Score of our side with RecBole's settings. RecBole's own is dot, to which GCSAN's layer norm gives a
             scale that the paper's model, and ours, does not have.
         lr: Learning rate of Adam, for all parameters.
-        rounds: Epochs that are trained, one a turn.
+        rounds: Epochs.
         seed: Seed of both sides.
         threads: CPU threads of each side.
     """
@@ -56,24 +56,24 @@ class Settings:
 
     @property
     def initial_std(self) -> float:
-        """Standard deviation of RecBole's fresh item vectors: normal in GCSAN, uniform in SRGNN."""
+        """Standard deviation of RecBole's initial item vectors: normal in GCSAN, uniform in SRGNN."""
         return 0.02 if self.encoder == "gcsan" else (3 * self.dim) ** -0.5
 
-    def as_by_default(self) -> list[str]:
-        """Arguments of the product for its own defaults at the same width, batch and layers."""
+    def default_words(self) -> list[str]:
+        """Arguments of llmgr_rec: its defaults, at the same width, batch size and layers."""
         return _words(self._shared())
 
-    def as_recbole(self, loss_dtype: str = "float32") -> list[str]:
-        """Arguments of the product that mean what RecBole's settings mean.
+    def recbole_words(self, loss_dtype: str = "float32") -> list[str]:
+        """Arguments of llmgr_rec that match RecBole's settings.
 
         Args:
-            loss_dtype: Number format of the products with the items in the loss; RecBole's is float32.
+            loss_dtype: Number format of the query-item products in the loss; RecBole's is float32.
         """
         own = {
             "encoder.dropout": self.dropout if self.encoder == "gcsan" else 0.0,
             "encoder.score": self.score,
             "loss.dtype": loss_dtype,
-            # Of items RecBole's models know the id alone.
+            # RecBole's models use item ids only.
             "tables.side_features": "[]",
             "tables.optimizer": "adam",
             "tables.lr": self.lr,
@@ -83,7 +83,7 @@ class Settings:
             "optimizer.weight_decay": 0.0,
             "optimizer.clip_norm": 1e9,
             "optimizer.warmup": 0.0,
-            "sbr.epochs": _FAR_AWAY * self.rounds,
+            "sbr.epochs": _UNREACHED * self.rounds,
         }
         return _words({**self._shared(), **own})
 
@@ -100,16 +100,16 @@ class Settings:
             "sbr.patience": 0,
             "runtime.device": "cpu",
             "runtime.threads_per_rank": self.threads,
-            # RecBole keeps none within the time that counts.
-            "runtime.checkpoint_every": _FAR_AWAY * _FAR_AWAY,
+            # RecBole writes none within the measured time.
+            "runtime.checkpoint_every": _UNREACHED * _UNREACHED,
         }
 
     def recbole(self, folder: Path, max_length: int) -> dict[str, Any]:
-        """Settings file of RecBole's side.
+        """Content of the settings file of RecBole's side.
 
         Args:
-            folder: Where its files are.
-            max_length: Longest list of items.
+            folder: Folder of its files.
+            max_length: Most items of a session.
         """
         config = {
             **self._recbole_model(),
@@ -161,7 +161,7 @@ def _recbole_data(folder: Path, max_length: int) -> dict[str, Any]:
     return {
         "data_path": str(folder),
         "checkpoint_dir": str(folder / "saved"),
-        # It wants three files; nothing asks for the test examples.
+        # It requires three files; the test examples are not used.
         "benchmark_filename": [*SPLITS, SPLITS[-1]],
         "alias_of_item_id": ["item_id_list"],
         "USER_ID_FIELD": "session_id",

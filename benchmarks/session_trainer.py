@@ -1,6 +1,6 @@
-"""Our side of the comparison: stage sbr of the product as `llmgr_rec.train` runs it, halted between epochs.
+"""Our side of the comparison: stage sbr as `llmgr_rec.train` runs it, paused between epochs.
 
-Runs as `python -m benchmarks.session_trainer`, with arguments that `llmgr_rec.train --stage sbr` takes as well.
+It is started as `python -m benchmarks.session_trainer`, with the arguments of `llmgr_rec.train --stage sbr`.
 """
 
 import time
@@ -20,15 +20,15 @@ STAGE: Final = "sbr"
 
 
 class EnoughEpochs(Exception):
-    """The other end wants no more."""
+    """The benchmark has ended the training."""
 
 
-class HaltingJournal(MetricsLogger):
-    """A run's journal, which the loop writes after the steps of an epoch and after its validation: there it halts.
+class PausingLogger(MetricsLogger):
+    """A metrics logger that pauses training after each validation, until the benchmark asks for the next epoch.
 
     Args:
         run: Run folder.
-        replies: Told of each epoch, and asked when to go on.
+        replies: Sends epochs and waits for requests.
         examples: Training examples of an epoch.
     """
 
@@ -41,25 +41,25 @@ class HaltingJournal(MetricsLogger):
         self._started = self._ended = 0.0
 
     def rewind(self, stage: str, step: int) -> None:
-        """The last that happens before the loop starts."""
+        """Called right before the first step: waits for the first request."""
         super().rewind(stage, step)
         self._replies.ready()
-        self._halt()
+        self._pause()
 
-    def _halt(self) -> None:
+    def _pause(self) -> None:
         if not self._replies.wait():
             raise EnoughEpochs
         self._loss_sum, self._first_step = 0.0, self._step
         self._started = time.perf_counter()
 
     def write(self, stage: str, step: int, **values: Any) -> None:
-        """Adds a record; the one of a validation ends the epoch."""
+        """Adds a record; that of a validation ends the epoch."""
         super().write(stage, step, **values)
         if values.get("split") != "valid":
             self._loss_sum += (step - self._step) * float(values["loss"])
             self._step, self._ended = step, time.perf_counter()
             return
-        # What the loop does after its validation, such as writing a checkpoint, counts to the next epoch.
+        # What follows a validation, such as writing a checkpoint, counts toward the next epoch.
         self._replies.done(
             Epoch(
                 examples=self._examples,
@@ -69,13 +69,13 @@ class HaltingJournal(MetricsLogger):
                 validated=values["count"],
             )
         )
-        self._halt()
+        self._pause()
 
 
 def main(argv: Sequence[str]) -> None:
-    """Checks and builds as the training command does, then trains an epoch whenever it is asked to."""
+    """Trains one epoch for each request."""
     replies = Replies()
-    parser = make_parser("benchmarks.session_trainer", "Trains stage sbr, halting between epochs.")
+    parser = make_parser("benchmarks.session_trainer", "Trains stage sbr, pausing between epochs.")
     parser.add_argument("--dataset", type=str, required=True, help="Prepared data set.")
     parser.add_argument("--output", type=str, required=True, help="Run folder.")
     add_config_arguments(parser)
@@ -85,12 +85,21 @@ def main(argv: Sequence[str]) -> None:
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
     try:
         request.output.mkdir(parents=True)
-        journal = HaltingJournal(request.output, replies, checked.dataset.manifest.num_examples["train"])
-        # There is nothing to resume, but a loop that looks for it calls the journal right before its first step.
-        context = RunContext(config, checked.dataset, checked.catalog, request.output, world, journal, resume=True)
+        metrics = PausingLogger(request.output, replies, checked.dataset.manifest.num_examples["train"])
+        context = RunContext(
+            config=config,
+            dataset=checked.dataset,
+            catalog=checked.catalog,
+            run=request.output,
+            world=world,
+            metrics=metrics,
+            resume=False,
+            factory=request.factory,
+            text_embeddings=request.output / "text_embeddings",
+        )
         run_stage(STAGE, context)
     except EnoughEpochs:
-        journal.close()
+        metrics.close()
     finally:
         shutdown()
 

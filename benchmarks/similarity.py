@@ -1,4 +1,4 @@
-"""How alike two sets of vectors of the same items are: CKA, shared neighbors, and intervals of both over items.
+"""Similarity of two sets of vectors of the same items: CKA, shared neighbors, and intervals of both over items.
 
 Shapes: N items, D and H columns of the two sets, R half-samples.
 """
@@ -22,13 +22,13 @@ def linear_cka(first_ND: Tensor, second_NH: Tensor, halves_RN: Tensor | None = N
     """Linear centered kernel alignment: 1 where one set is a rotation and scaling of the other, 0 where unrelated.
 
     CKA is that of Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited". HSIC in it is the
-    unbiased estimate of Song et al. 2012, "Feature Selection via Dependence Maximization": the plain one calls sets of
-    few items and many columns alike whatever they hold.
+    unbiased estimate of Song et al. 2012, "Feature Selection via Dependence Maximization": the plain estimate is
+    large for few items and many columns, whatever their vectors are.
 
     Args:
         first_ND: Vectors.
         second_NH: Other vectors of the same items.
-        halves_RN: Which items are taken, 0 or 1, a row for each value; None takes all.
+        halves_RN: Items of each sample as 0 or 1, one row per value; None takes all items.
 
     Returns:
         Values from -1 to 1, float64 [R], [1] without halves; 0 where a set has no variance.
@@ -41,9 +41,9 @@ def linear_cka(first_ND: Tensor, second_NH: Tensor, halves_RN: Tensor | None = N
 
 
 def _gram(vectors_ND: Tensor) -> Tensor:
-    """Products of different items, [N, N], of vectors that are centered and, before that, scaled to length 1 on average.
+    """Products of different items, [N, N], of vectors that are scaled to length 1 on average and centered.
 
-    HSIC centres by itself; to do it here too keeps a large common part from costing digits.
+    HSIC centers by itself; centering here as well keeps a large common part from costing precision.
     """
     vectors_ND = vectors_ND.double()
     length = vectors_ND.square().sum(1).mean().sqrt().clamp(min=1e-30)
@@ -85,8 +85,8 @@ def half_samples(count: int, resamples: int, seed: int) -> Tensor:
     """Random halves of the items, in place of the bootstrap's samples with repeats.
 
     A mean varies as much between halves drawn without repeats as the bootstrap says (Efron 1982, "The Jackknife, the
-    Bootstrap and Other Resampling Plans", on half-sampling). Repeats would be neighbors of themselves and make sets
-    look alike that are not.
+    Bootstrap and Other Resampling Plans", on half-sampling). Repeated items would be their own neighbors, which
+    would overstate the similarity.
 
     Args:
         count: Items, `MIN_ITEMS` or more.

@@ -1,4 +1,4 @@
-"""How long the commands take to begin: their help, and the first training step of the quickstart.
+"""Start-up time of the commands: of their help, and of the first training step of the quickstart.
 
 ```sh
 python -m benchmarks.start_up
@@ -22,17 +22,17 @@ from llmgr_rec.errors import UserError
 COMMANDS = ("score", "prepare", "train", "evaluate", "report", "plan")
 MOST_HELP_S, MOST_FIRST_STEP_S = 1.0, 20.0
 _POLL_S = 0.01
-_PATIENCE_S = 600.0
+_TIMEOUT_S = 600.0
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
-    parser = benchmark_parser("start_up", "Measures how long the commands take to begin.")
-    parser.add_argument("--dataset", type=str, help="Prepared data set to train on; MovieLens-100K where not given.")
+    parser = benchmark_parser("start_up", "Measures the start-up time of the commands.")
+    parser.add_argument("--dataset", type=str, help="Prepared data set to train on; by default MovieLens-100K.")
     args = parse_args(parser, argv).as_dict()
     if args["rounds"] < 1:
         raise UserError(f"--rounds is {args['rounds']}; set it to 1 or more")
-    # In turns, so that what slows the machine for a while falls on all commands.
+    # In turns, so that a change of the machine's speed affects all commands.
     seconds: dict[str, list[float]] = {command: [] for command in COMMANDS}
     for _ in range(args["rounds"]):
         for command, values in seconds.items():
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def help_seconds(command: str) -> float:
-    """Seconds that the help of an entry point takes."""
+    """Seconds of `--help` of a command."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", f"llmgr_rec.{command}", "--help"], check=True, capture_output=True)
     return time.perf_counter() - started
@@ -65,7 +65,7 @@ def first_step_seconds(dataset: Path, run: Path) -> float:
     """Seconds from the start of a quickstart training process to the log line of its first step.
 
     Raises:
-        UserError: The training ended, or took minutes, without a step.
+        UserError: The training ended, or ran into the time limit, without a step.
     """
     words = ["--config", "quickstart", "--dataset", str(dataset), "--output", str(run)]
     words += ["--llm.name_or_path", language_model(), "--runtime.log_every", "1", "--sbr.max_steps", "2"]
@@ -77,12 +77,12 @@ def first_step_seconds(dataset: Path, run: Path) -> float:
         try:
             while not (log.is_file() and log.stat().st_size):
                 if process.poll() is not None:
-                    said = process.stderr.read().strip() if process.stderr else ""
+                    output = process.stderr.read().strip() if process.stderr else ""
                     raise UserError(
-                        f"training ended before its first step: {said.splitlines()[-1:] or process.returncode}"
+                        f"training ended before its first step: {output.splitlines()[-1:] or process.returncode}"
                     )
-                if time.perf_counter() - started > _PATIENCE_S:
-                    raise UserError(f"no training step within {_PATIENCE_S:.0f} s")
+                if time.perf_counter() - started > _TIMEOUT_S:
+                    raise UserError(f"no training step within {_TIMEOUT_S:.0f} s")
                 time.sleep(_POLL_S)
             return time.perf_counter() - started
         finally:
@@ -90,7 +90,7 @@ def first_step_seconds(dataset: Path, run: Path) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was measured, to read."""
+    """The results as text."""
     lines = ["", f"{'':46}{'seconds':>28}   target"]
     for command, values in results["help_s"].items():
         lines.append(f"{f'python -m llmgr_rec.{command} --help':46}{Spread(**values)!s:>28}   {MOST_HELP_S:g}")

@@ -1,8 +1,8 @@
-"""The same model the way public LLM recommenders do it: the other side of the tuning and scoring benchmarks.
+"""LLMGR implemented as public LLM recommenders are: what the benchmarks of tuning and scoring compare with.
 
-Every session gets a prompt of its own: whole, with the instruction in it, spliced together piece by piece in a loop
-over the batch, padded to the longest, and read by transformers and PEFT as they come. One prompt has one target, scores
-of the whole catalog are one matrix, and the loss is torch's cross-entropy.
+Each session has a prompt of its own, with the instruction in it. A loop over the batch concatenates its pieces, prompts
+are padded to the longest, and transformers and PEFT encode them without changes. A prompt has one target, the scores of
+the whole catalog are one matrix, and the loss is torch's cross-entropy.
 
 Shapes: B sessions, T tokens of the longest prompt, V items, D = d1 columns, H = d2 hidden width.
 """
@@ -27,7 +27,7 @@ from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LossAndParts
 
 
 class PlainLanguageModel(nn.Module):
-    """A decoder with PEFT's LoRA, read in padded batches.
+    """A decoder with PEFT's LoRA on padded batches.
 
     Args:
         decoder: The bare pre-trained decoder.
@@ -76,7 +76,7 @@ class PlainLanguageModel(nn.Module):
 
 
 class StraightforwardLLMGR(LLMGR):
-    """LLMGR with prompts spliced in a loop and read whole."""
+    """LLMGR whose prompts are concatenated in a loop and padded."""
 
     def encode_nodes(
         self, output: RecommenderOutput, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
@@ -88,7 +88,7 @@ class StraightforwardLLMGR(LLMGR):
         prompts = []
         for session in range(nodes.num_rows):
             shown = nodes.values[nodes.offsets[session] : nodes.offsets[session + 1]]
-            soft_SH = self.hybrid.project(output.sessions_BD[session : session + 1], vectors_ND[shown])
+            soft_SH = self.adapter.project(output.sessions_BD[session : session + 1], vectors_ND[shown])
             pieces = [self._piece(prompt, segment, soft_SH, text, session) for segment in prompt.segments]
             pieces.insert(0, embed(prompt.prefix_P))
             prompts.append(torch.cat([piece.to(pieces[0].dtype) for piece in pieces]))
@@ -114,10 +114,10 @@ class StraightforwardLLMGR(LLMGR):
         """
         copy = cls.__new__(cls)
         nn.Module.__init__(copy)
-        for name in ("node_source", "node_order", "max_nodes", "trains_recommender", "recommender", "text_tables"):
+        for name in ("node_source", "node_order", "max_nodes", "recommender", "text_tables"):
             setattr(copy, name, getattr(model, name))
-        # A copy of what trains; tables and encoder are frozen, and one is enough.
-        for name in ("hybrid", "head", "prompts"):
+        # Copies of what trains; tables and encoder are frozen and can be shared.
+        for name in ("adapter", "head", "prompts"):
             setattr(copy, name, deepcopy(getattr(model, name)))
         for name in ("item_rows_VD", "rows_VD", "text_VH"):
             copy.register_buffer(name, getattr(model, name), persistent=False)
@@ -132,8 +132,8 @@ class PlainBehaveTask(BehaveTask):
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and its parts without gradient."""
-        seen = self.llmgr.look_up(batch)
-        loss = _cross_entropy(self.llmgr, seen, self.llmgr.read(seen, batch, "behave"), batch)
+        output = self.llmgr.look_up(batch)
+        loss = _cross_entropy(self.llmgr, output, self.llmgr.encode(output, batch, "behave"), batch)
         return loss, {"loss": loss.detach()}
 
 
@@ -142,12 +142,13 @@ class PlainAlignTask(AlignTask):
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and its parts without gradient."""
-        seen = self.llmgr.look_up(batch)
-        context = _cross_entropy(self.llmgr, seen, self.llmgr.read(seen, batch, "align"), batch)
-        loss = context + self.contrastive_weight * self._structure(seen, batch)
+        output = self.llmgr.look_up(batch)
+        context = _cross_entropy(self.llmgr, output, self.llmgr.encode(output, batch, "align"), batch)
+        loss = context + self.contrastive_weight * self._structure(output, batch)
         return loss, {"loss": loss.detach()}
 
 
-def _cross_entropy(llmgr: LLMGR, seen: RecommenderOutput, readings_BH: Tensor, batch: SessionBatch) -> Tensor:
-    scores_BV = llmgr.queries(seen, readings_BH) @ llmgr.items(seen, batch).T
+def _cross_entropy(llmgr: LLMGR, output: RecommenderOutput, hidden_BH: Tensor, batch: SessionBatch) -> Tensor:
+    trained = slice(llmgr.head.trained_columns)
+    scores_BV = llmgr.queries(output, hidden_BH)[:, trained] @ llmgr.items(output, batch)[:, trained].T
     return functional.cross_entropy(scores_BV, batch.targets_B)

@@ -33,13 +33,13 @@ _RANKS = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """What is ranked.
+    """Sizes of the ranking task.
 
     Args:
         items: Items.
         dim: Columns of items and queries.
         queries: Queries.
-        k: Places K.
+        k: Items per list.
     """
 
     items: int
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--items", type=int, default=1_000_000, help="Items.")
     parser.add_argument("--dim", type=int, default=64, help="Columns of items and queries.")
     parser.add_argument("--queries", type=int, default=1024, help="Queries.")
-    parser.add_argument("--k", type=int, default=20, help="Places.")
+    parser.add_argument("--k", type=int, default=20, help="Items per list.")
     parser.add_argument("--memory_only", action="store_true", help="Rank once and print MiB before and at the peak.")
     args = parse_args(parser, argv).as_dict()
     settings = Settings(*(args[name] for name in ("items", "dim", "queries", "k")))
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(settings: Settings, rounds: int) -> dict[str, Any]:
-    """Queries a second of each side, and their times as multiples of the bare product's."""
+    """Queries per second of each side, and their times as multiples of that of the bare product."""
     from llmgr_rec.kernels.topk import top_k
 
     queries_BQ, items_RQ = _vectors(settings)
@@ -111,7 +111,7 @@ def _vectors(settings: Settings) -> tuple[Any, Any]:
 
 
 def _score_blocks(queries_BQ: Any, items_RQ: Any) -> Iterator[Any]:
-    """Scores in blocks of the product's size, all in one buffer."""
+    """Scores in blocks of the size that `top_k` uses, all in one buffer."""
     import torch
 
     from llmgr_rec.kernels import topk
@@ -125,7 +125,7 @@ def _score_blocks(queries_BQ: Any, items_RQ: Any) -> Iterator[Any]:
 
 
 def ranking_memory(settings: Settings) -> tuple[float, float]:
-    """Peak memory before a ranking and after it, in MiB; of use in a fresh process only."""
+    """Peak memory before and after a ranking, in MiB; meaningful in a new process only."""
     from llmgr_rec.kernels.topk import top_k
 
     queries_BQ, items_RQ = _vectors(settings)
@@ -136,7 +136,7 @@ def ranking_memory(settings: Settings) -> tuple[float, float]:
 
 
 def memory_in_own_process(settings: Settings, threads: int) -> dict[str, float]:
-    """What a ranking adds to the memory, beside what all scores would take.
+    """Memory that a ranking adds, and that all scores at once would take, in MiB.
 
     Raises:
         RuntimeError: It adds a quarter of all scores or more.
@@ -145,14 +145,14 @@ def memory_in_own_process(settings: Settings, threads: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.topk", "--memory_only", "--threads", str(threads), *words]
     before, peak = map(float, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     whole = settings.queries * settings.items * 4 / _MIB
-    # Below some hundred MiB the allocator's own slack is all there is to see.
+    # Below a few hundred MiB, the overhead of the allocator dominates.
     if peak - before > max(whole / 4, 256):
         raise RuntimeError(f"ranking added {peak - before:.0f} MiB, and all scores together take {whole:.0f} MiB")
     return {"vectors_and_libraries": before, "ranking_adds": peak - before, "all_scores_would_take": whole}
 
 
 def table(settings: Settings, threads: int, results: dict[str, Any]) -> str:
-    """What was measured, to read."""
+    """The results as text."""
     lines = [
         "",
         f"top {settings.k} of {settings.items:,} items x {settings.dim} for {settings.queries:,} queries, "
@@ -165,7 +165,7 @@ def table(settings: Settings, threads: int, results: dict[str, Any]) -> str:
     peak = results["peak_mib"]
     lines.append(
         f"memory: ranking adds {peak['ranking_adds']:,.0f} MiB; all scores would take "
-        f"{peak['all_scores_would_take']:,.0f} MiB; lists merged from the shards of {_RANKS} ranks equal the plain ones"
+        f"{peak['all_scores_would_take']:,.0f} MiB; lists merged from {_RANKS} ranks equal those of one"
     )
     return "\n".join(lines)
 

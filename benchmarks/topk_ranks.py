@@ -1,4 +1,4 @@
-"""Checks on several ranks that lists merged from shards of the catalog are those over all of it.
+"""Checks on several ranks that lists merged from shards of the catalog equal those of the whole catalog.
 
 ```sh
 python -m torch.distributed.run --standalone --nproc_per_node=2 -m benchmarks.topk_ranks ITEMS DIM QUERIES K
@@ -20,7 +20,7 @@ from llmgr_rec.kernels.topk import top_k
 
 @dataclass
 class _Vectors:
-    """Ready item vectors in the place of a model and its collator."""
+    """Given item vectors in place of a model and its collator."""
 
     items_RQ: Tensor
     num_items: int
@@ -33,7 +33,7 @@ class _Vectors:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Ranks on all ranks together and on this one alone, and compares byte by byte.
+    """Ranks on all ranks together and on this one alone, and compares the lists exactly.
 
     Raises:
         RuntimeError: The lists differ.
@@ -41,14 +41,14 @@ def main(argv: Sequence[str]) -> None:
     items, dim, queries, k = map(int, argv)
     world = init_distributed("cpu", timeout_s=60, threads=1)
     try:
-        # Small whole numbers: products are exact, and many scores are equal.
+        # Small integers: products are exact, and many scores are equal.
         generator = torch.Generator().manual_seed(1)
         items_RQ = torch.randint(-3, 4, (items, dim), generator=generator).float()
         queries_BQ = torch.randint(-3, 4, (queries, dim), generator=generator).float()[world.rank :: world.size]
         vectors = _Vectors(items_RQ, items)
         merged = CatalogRanker(vectors, vectors, world).rank(queries_BQ, k)
         if not all(map(torch.equal, merged, top_k(queries_BQ, items_RQ, k))):
-            raise RuntimeError(f"rank {world.rank}: lists merged from shards are not those over all items")
+            raise RuntimeError(f"rank {world.rank}: merged lists differ from those of the whole catalog")
     finally:
         shutdown()
 

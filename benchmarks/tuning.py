@@ -1,6 +1,8 @@
-"""Stage 1 and 2 against the straightforward implementation: sessions a second at equal loss, and targets a second.
+"""Training of the stages align and behave against the straightforward implementation: targets per second at equal loss.
 
+```sh
 python -m benchmarks.tuning
+```
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +18,10 @@ from benchmarks.harness import Side, Spread, benchmark_parser, rate_table, ratio
 from benchmarks.language_setup import Setup, add_language_arguments, make_config, open_dataset
 from benchmarks.straightforward import PlainAlignTask, PlainBehaveTask
 from llmgr_rec.cli import parse_args, run_cli
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LossAndParts
-from llmgr_rec.training.stages import StageName
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -32,12 +33,12 @@ OURS, PLAIN = "llmgr_rec", "straightforward"
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """A comparison.
 
     Args:
         name: As it is printed.
         stage: Training stage.
-        one_pass: Whether our side reads all prefixes of a session together.
+        one_pass: Whether our side encodes all prefixes of a session in one pass.
     """
 
     name: str
@@ -45,18 +46,18 @@ class Comparison:
     one_pass: bool = False
 
     def tasks(self, setup: Setup) -> tuple[Task, Task]:
-        """Both sides."""
+        """The tasks of both sides."""
         if self.stage == "behave":
             return BehaveTask(setup.fast, one_pass=self.one_pass), PlainBehaveTask(setup.plain)
-        align = setup.config.align
+        contrast = setup.config.contrast
         settings = (contrast.weight, contrast.temperature, contrast.hard_negatives)
         return AlignTask(setup.fast, *settings), PlainAlignTask(setup.plain, *settings)
 
 
 COMPARISONS = (
-    Comparison("stage 1", "align"),
-    Comparison("stage 2", "behave"),
-    Comparison("stage 2, a target at every click", "behave", one_pass=True),
+    Comparison("stage align", "align"),
+    Comparison("stage behave", "behave"),
+    Comparison("stage behave, one pass per session", "behave", one_pass=True),
 )
 
 
@@ -66,7 +67,7 @@ class Trainer:
     Args:
         task: Loss of a batch.
         model: What trains.
-        batches: Taken in turn, again and again.
+        batches: Used in turn, again and again.
     """
 
     def __init__(self, task: Task, model: nn.Module, batches: Sequence[SessionBatch]) -> None:
@@ -113,7 +114,7 @@ def _bare(name: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Command line."""
-    parser = benchmark_parser("tuning", "Compares stage 1 and 2 with the straightforward implementation.")
+    parser = benchmark_parser("tuning", "Compares the stages align and behave with the straightforward implementation.")
     add_language_arguments(parser)
     parser.add_argument("--agreement_steps", type=int, default=20, help="Steps over which losses are compared.")
     parser.add_argument("--plain_steps", type=int, default=2, help="Steps of the straightforward side in one turn.")
@@ -129,16 +130,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(comparison: Comparison, config: Config, dataset: Dataset, args: "Namespace") -> dict[str, Any]:
-    """One comparison: first that both sides compute the same, then how fast."""
+    """One comparison: checks that both sides compute the same, then measures their speed."""
     setup = Setup.make(config, dataset)
     ours, plain = comparison.tasks(setup)
-    # All nodes are shown: of a session longer than a prompt, one pass and prompts of their own differ.
+    # Prompts show all nodes: for sessions longer than a prompt, one pass and one prompt per prefix differ.
     setup.fast.max_nodes = setup.plain.max_nodes = 0
     batches = setup.batches(comparison.stage, args.agreement_steps, comparison.one_pass)
     same = agreement(Trainer(ours, setup.fast, batches), Trainer(plain, setup.plain, batches), args.agreement_steps)
     setup.fast.max_nodes = setup.plain.max_nodes = config.prompt.max_nodes
     fast = Trainer(ours, setup.fast, setup.batches(comparison.stage, 8, comparison.one_pass))
-    # A prompt of its own has one target, so there a batch is one of examples.
+    # The other side has one prompt per prefix, so its batches are of examples.
     slow = Trainer(plain, setup.plain, setup.batches(comparison.stage, 8))
     sides = [
         Side(OURS, lambda: fast.targets(4 * args.plain_steps)),
@@ -146,12 +147,12 @@ def compare(comparison: Comparison, config: Config, dataset: Dataset, args: "Nam
     ]
     rates = take_turns(sides, args.rounds)
     gain = ratio(rates, OURS, PLAIN)
-    _tell(comparison.name, rates, gain, same)
+    _print_result(comparison.name, rates, gain, same)
     return {"targets_per_s": rate_table(rates), "ratio": asdict(gain), "agreement": same}
 
 
-def _tell(name: str, rates: dict[str, list[float]], gain: Spread, same: dict[str, float]) -> None:
-    print(f"{name}: {gain} times the targets a second")
+def _print_result(name: str, rates: dict[str, list[float]], gain: Spread, same: dict[str, float]) -> None:
+    print(f"{name}: {gain} times the targets per second")
     for side, values in rates.items():
         print(f"  {side:16} {Spread.of(values)} targets/s")
     print(f"  over {same['steps']} steps losses differ by {same['loss']:.1e}, gradients by {same['gradient']:.1e}")

@@ -1,7 +1,7 @@
-"""A trainer in a process of its own that trains one epoch whenever it is asked to: JSON lines over stdin and stdout.
+"""Protocol of a trainer process that trains one epoch per request: JSON lines over stdin and stdout.
 
-The trainer says that it is ready, with what is worth knowing of it; then each line `epoch` is answered by what that
-epoch was, and the end of the input ends it. The standard library alone, because the peer's environment reads it too.
+The trainer first sends facts about itself. It answers each line `epoch` with the results of one more epoch, and exits
+at the end of its input. Only the standard library is used, because RecBole's environment imports this module, too.
 """
 
 import contextlib
@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 GO = "epoch"
-_LAST_WORDS = 3
-_PATIENCE_S = 30.0
+_LOG_LINES = 3
+_EXIT_TIMEOUT_S = 30.0
 
 
 class TrainerFailed(Exception):
-    """A trainer ended, or said something else than was agreed."""
+    """A trainer exited, or sent what is not in the protocol."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch was.
+    """Results of one epoch.
 
     Args:
         examples: Training examples.
-        seconds: From the first batch to the end of the last step; validation is not in it.
+        seconds: From the first batch to the end of the last step, without validation.
         loss: Mean training loss.
-        ndcg: NDCG@20 over the whole catalog after it, on the validation examples.
+        ndcg: NDCG@20 on the validation examples after it, ranking the whole catalog.
         validated: Validation examples.
     """
 
@@ -43,40 +43,40 @@ class Epoch:
 
 
 class Replies:
-    """The trainer's end of the line; what libraries print goes to stderr from here on."""
+    """The trainer's side of the protocol. From here on, what libraries print goes to stderr."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def ready(self, **facts: Any) -> None:
-        """Says what is worth knowing before the first epoch."""
-        self._say(facts)
+        """Sends facts about the trainer, before the first epoch."""
+        self._send(facts)
 
     def done(self, epoch: Epoch) -> None:
-        """Tells of an epoch."""
-        self._say(asdict(epoch))
+        """Sends the results of an epoch."""
+        self._send(asdict(epoch))
 
     def wait(self) -> bool:
-        """Waits for the word to go on; False where there is none to come."""
+        """Waits for a request; False at the end of the input."""
         return sys.stdin.readline().strip() == GO
 
-    def _say(self, values: Mapping[str, Any]) -> None:
+    def _send(self, values: Mapping[str, Any]) -> None:
         self._out.write(json.dumps(values) + "\n")
         self._out.flush()
 
 
 class Trainer:
-    """The asking end: a running trainer.
+    """A running trainer, on the side of the benchmark.
 
     Args:
-        name: As messages call it.
+        name: Name in messages.
         words: Its command.
-        folder: Where it runs; `NAME.log` there gets what it says beside the replies.
-        environment: Variables set for it, beside those of this process.
+        folder: Its working folder; `NAME.log` there gets its stderr.
+        environment: Environment variables in addition to those of this process.
 
     Raises:
-        TrainerFailed: It did not become ready.
+        TrainerFailed: It exited before it was ready.
     """
 
     def __init__(self, name: str, words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
@@ -107,31 +107,31 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Seconds that it has trained so far."""
+        """Seconds of training so far."""
         return sum(epoch.seconds for epoch in self.epochs)
 
     def train(self) -> float:
         """Trains and validates one epoch; returns its training examples.
 
         Raises:
-            TrainerFailed: It ended, or did not answer as agreed.
+            TrainerFailed: It exited, or did not answer according to the protocol.
         """
-        with contextlib.suppress(BrokenPipeError):  # what it said last tells more
+        with contextlib.suppress(BrokenPipeError):  # its last log lines say more
             self._input.write(f"{GO}\n")
             self._input.flush()
         values = self._read()
         try:
             self.epochs.append(Epoch(**values))
         except TypeError:
-            raise TrainerFailed(f"{self.name} told of an epoch by {values}") from None
+            raise TrainerFailed(f"{self.name} sent {values}, which is no epoch") from None
         return self.epochs[-1].examples
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes its input and waits until it has exited."""
         with contextlib.suppress(BrokenPipeError):
             self._input.close()
         try:
-            self._process.wait(_PATIENCE_S)
+            self._process.wait(_EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -142,18 +142,18 @@ class Trainer:
     @property
     def _input(self) -> IO[str]:
         if self._process.stdin is None:
-            raise RuntimeError("the trainer was started without its input")
+            raise RuntimeError("the trainer was started without stdin")
         return self._process.stdin
 
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline() if self._process.stdout is not None else ""
         if not line:
-            said = self._log_path.read_text().strip().splitlines()[-_LAST_WORDS:]
-            raise TrainerFailed(f"{self.name} ended: {' | '.join(said) or 'without a word'}")
+            last = self._log_path.read_text().strip().splitlines()[-_LOG_LINES:]
+            raise TrainerFailed(f"{self.name} exited: {' | '.join(last) or 'without a message'}")
         try:
             values = json.loads(line)
         except json.JSONDecodeError:
             values = None
         if not isinstance(values, dict):
-            raise TrainerFailed(f"{self.name} said {line.strip()!r}, which is no JSON object")
+            raise TrainerFailed(f"{self.name} sent {line.strip()!r}, which is no JSON object")
         return values

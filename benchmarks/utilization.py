@@ -1,9 +1,11 @@
-"""How much of the machine's matrix products training and scoring use: their FLOPs a second over the measured peak.
+"""Utilization of the processor by training and scoring: their FLOPs per second over those of bare matrix products.
 
-    python -m benchmarks.utilization
+```sh
+python -m benchmarks.utilization
+```
 
-Counted are the products of the linear layers, the head and the loss. Attention's products are left out, of which some
-are padding, so the shares are slightly too low.
+Counted are the matrix products of the linear layers, the head and the loss. Those of attention are not counted, because
+some of them are padding; so the shares are slightly too low.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,6 @@ from itertools import cycle
 from tempfile import TemporaryDirectory
 
 import torch
-from llmgr_rec.distributed.assembly import make_collator
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ from benchmarks.language_setup import CPU, Setup, add_language_arguments, make_c
 from benchmarks.tuning import Trainer
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.data.collate import Collator
 from llmgr_rec.kernels.topk import top_k
 from llmgr_rec.modules.tasks import BehaveTask
 
@@ -31,20 +33,18 @@ _PROFILE_ROWS = 12
 
 
 class Scoring:
-    """Reads batches and ranks the catalog.
+    """Encodes batches and ranks the catalog.
 
     Args:
         setup: The model.
-        batches: Taken in turn, again and again.
+        batches: Used in turn, again and again.
     """
 
     def __init__(self, setup: Setup, batches: Sequence[SessionBatch]) -> None:
         self.model = setup.fast
-        features = make_collator(setup.config, setup.catalog, "rank", language=False).item_features(
-            torch.arange(setup.catalog.num_items)
-        )
+        collator = Collator(setup.catalog, setup.config.tables.side_features)
         with torch.no_grad():
-            self.items_VQ = self.model.item_vectors(features)
+            self.items_VQ = self.model.item_vectors(collator.item_features(torch.arange(setup.catalog.num_items)))
         self.batches = cycle(batches)
 
     @torch.no_grad()
@@ -74,8 +74,8 @@ def peak_work(dtype: torch.dtype) -> float:
     return 4 * 2.0 * _PEAK_SIZE**3
 
 
-def where_time_goes(work: "Scoring | Trainer") -> dict[str, float]:
-    """Share of each operator in a step's own CPU time, the largest first."""
+def time_by_operator(work: "Scoring | Trainer") -> dict[str, float]:
+    """Share of each operator in the self CPU time of a step, largest first."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work.step()
     events = profiler.key_averages()
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     parser = benchmark_parser("utilization", "Compares training and scoring with the peak of bare matrix products.")
     add_language_arguments(parser)
-    parser.add_argument("--one_pass", type=bool, default=True, help="Train with a target at every click.")
+    parser.add_argument("--one_pass", type=bool, default=True, help="Train with one pass per session.")
     args = parse_args(parser, argv)
     set_threads(args.threads)
     config = make_config(args.llm, args.num_layers, args.templates, args.dtype, args.batch_size)
@@ -114,10 +114,10 @@ def main(argv: Sequence[str]) -> None:
     ]
     rates = take_turns(sides, args.rounds)
     shares = {name: ratio(rates, name, PEAK) for name in (TRAINING, SCORING)}
-    profiles = {TRAINING: where_time_goes(training), SCORING: where_time_goes(scoring)}
+    profiles = {TRAINING: time_by_operator(training), SCORING: time_by_operator(scoring)}
     print(f"{PEAK}: {Spread.of([rate / 1e9 for rate in rates[PEAK]])} GFLOP/s, {args.dtype} on {CPU}")
     for name, share in shares.items():
-        print(f"{name}: {share} of it")
+        print(f"{name}: {share} of the peak")
         for operator, part in profiles[name].items():
             print(f"  {part:6.1%}  {operator}")
     results = {

@@ -1,4 +1,4 @@
-"""Session recommendation with sharded item tables, a session graph network and a LoRA-tuned LLaMA.
+"""Session recommendation: sharded item tables, session encoders, kNN blends and language models.
 
 The names in `__all__` are the public API; everything else may change without notice. They are imported when they are
 first asked for, so `import llmgr_rec` costs nothing and needs no torch.
@@ -15,23 +15,28 @@ if TYPE_CHECKING:
     from llmgr_rec.data.batch import RawSessions as RawSessions
     from llmgr_rec.data.batch import SessionBatch as SessionBatch
     from llmgr_rec.data.catalog import Catalog as Catalog
+    from llmgr_rec.data.collate import CandidateItems as CandidateItems
     from llmgr_rec.data.collate import Collator as Collator
     from llmgr_rec.data.dataset import Dataset as Dataset
     from llmgr_rec.data.graph import SessionGraph as SessionGraph
     from llmgr_rec.data.graph import build_graphs as build_graphs
     from llmgr_rec.data.jagged import Jagged as Jagged
+    from llmgr_rec.data.reader import DataShard as DataShard
+    from llmgr_rec.data.reader import SamplingOrder as SamplingOrder
     from llmgr_rec.data.reader import SessionReader as SessionReader
     from llmgr_rec.distributed.process_group import World as World
     from llmgr_rec.distributed.process_group import init_distributed as init_distributed
     from llmgr_rec.distributed.process_group import shutdown as shutdown
     from llmgr_rec.distributed.ranking import CatalogRanker as CatalogRanker
+    from llmgr_rec.distributed.ranking import RankingModel as RankingModel
     from llmgr_rec.distributed.sharding import shard as shard
     from llmgr_rec.errors import UserError as UserError
-    from llmgr_rec.modules.build import build_recommender as build_recommender
+    from llmgr_rec.kernels.softmax_loss import ranking_loss as ranking_loss
     from llmgr_rec.modules.encoders import build_encoder as build_encoder
     from llmgr_rec.modules.item_tables import ItemTables as ItemTables
     from llmgr_rec.modules.llmgr import LLMGR as LLMGR
-    from llmgr_rec.modules.losses import ranking_loss as ranking_loss
+    from llmgr_rec.modules.model_spec import ModelSpec as ModelSpec
+    from llmgr_rec.modules.model_spec import build_recommender as build_recommender
     from llmgr_rec.modules.recommender import RecommenderOutput as RecommenderOutput
     from llmgr_rec.modules.recommender import SessionRecommender as SessionRecommender
     from llmgr_rec.modules.session_encoder import EncodedSessions as EncodedSessions
@@ -40,25 +45,32 @@ if TYPE_CHECKING:
     from llmgr_rec.storage.bundle import load_bundle as load_bundle
     from llmgr_rec.storage.bundle import load_weights as load_weights
     from llmgr_rec.storage.bundle_export import export_bundle as export_bundle
+    from llmgr_rec.storage.model_factory import ModelFactory as ModelFactory
     from llmgr_rec.storage.table_io import init_tables as init_tables
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Where each public name lives; the imports above tell type checkers the same.
 _MODULES = {
     "Bundle": "storage.bundle",
+    "CandidateItems": "data.collate",
     "Catalog": "data.catalog",
     "CatalogRanker": "distributed.ranking",
     "Collator": "data.collate",
     "Config": "config",
+    "DataShard": "data.reader",
     "Dataset": "data.dataset",
     "EncodedSessions": "modules.session_encoder",
     "EncoderConfig": "config",
     "ItemTables": "modules.item_tables",
     "Jagged": "data.jagged",
     "LLMGR": "modules.llmgr",
+    "ModelFactory": "storage.model_factory",
+    "ModelSpec": "modules.model_spec",
+    "RankingModel": "distributed.ranking",
     "RawSessions": "data.batch",
     "RecommenderOutput": "modules.recommender",
+    "SamplingOrder": "data.reader",
     "SessionBatch": "data.batch",
     "SessionEncoder": "modules.session_encoder",
     "SessionGraph": "data.graph",
@@ -74,9 +86,9 @@ _MODULES = {
     "init_distributed": "distributed.process_group",
     "init_tables": "storage.table_io",
     "load_bundle": "storage.bundle",
-    "load_config": "recipes",
+    "load_config": "config_file",
     "load_weights": "storage.bundle",
-    "ranking_loss": "modules.losses",
+    "ranking_loss": "kernels.softmax_loss",
     "shard": "distributed.sharding",
     "shutdown": "distributed.process_group",
 }

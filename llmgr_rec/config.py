@@ -268,7 +268,7 @@ class PromptConfig(Group):
     one_pass: bool = setting(
         True,
         "Train stage behave on all prefixes of a session in one prompt, instead of one prompt per prefix: the same "
-        "targets for a fraction of the tokens. Needs templates whose first place is {nodes}, such as compact. "
+        "targets for a fraction of the tokens. Needs templates whose first placeholder is {nodes}, such as compact. "
         "behave.batch_size then counts sessions.",
         invalidates="checkpoint",
         stages=("behave",),
@@ -427,7 +427,10 @@ class RuntimeConfig(Group):
 
     device: Device = setting("auto", "Device of the model; auto takes CUDA where available.")
     threads_per_rank: int = setting(
-        0, "CPU threads of each rank; 0 divides the cores among the local ranks.", at_least=0
+        0,
+        "CPU threads of each rank; 0 divides the cores among the local ranks, and follows OMP_NUM_THREADS for a single "
+        "rank.",
+        at_least=0,
     )
     reader_workers: int = setting(0, "Reader processes of each rank; 0 reads in the training process.", at_least=0)
     eval_batch_size: int = setting(256, "Sessions per evaluation or scoring batch of one rank.", at_least=1)

@@ -1,4 +1,4 @@
-"""Config files: recipes by name, YAML in and out, dotted overrides from the command line."""
+"""Config files: recipes, reading and writing of YAML, and dotted overrides on the command line."""
 
 import os
 from collections.abc import Sequence
@@ -17,20 +17,31 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def add_config_arguments(parser: "ArgumentParser") -> None:
-    """Adds --config and one dotted option for every setting (`--llm.num_layers 6`)."""
+    """Adds --config and a dotted option for every setting, such as `--llm.num_layers 6`.
+
+    Args:
+        parser: From `make_parser`; modified in place.
+    """
     parser.add_argument(
         "--config",
         action="config",
         help=f"YAML file with settings, or a recipe: {', '.join(recipe_names())}.",
     )
     parser.add_class_arguments(Config, None)
-    for one in settings(Config()):
-        unit = f" Unit: {one.info.unit}." if one.info.unit else ""
-        parser._option_string_actions[f"--{one.name}"].help = f"{one.info.help}{unit}"
+    for item in settings(Config()):
+        unit = f" Unit: {item.info.unit}." if item.info.unit else ""
+        parser._option_string_actions[f"--{item.name}"].help = f"{item.info.help}{unit}"
 
 
 def parse_with_config(parser: "ArgumentParser", argv: Sequence[str]) -> tuple["Namespace", Config]:
-    """Parses arguments of a parser that has `add_config_arguments`; recipe names are resolved to their files.
+    """Parses arguments of a parser with `add_config_arguments`, and validates the settings.
+
+    Args:
+        parser: The parser.
+        argv: Arguments; --config may be the name of a recipe.
+
+    Returns:
+        The other arguments and the settings.
 
     Raises:
         UserError: An argument or setting is unknown, of the wrong type or out of its range.
@@ -45,10 +56,10 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     """Reads settings.
 
     Args:
-        path: A YAML file, or the name of a shipped recipe.
+        path: A YAML file, or the name of a recipe.
 
     Raises:
-        UserError: The file is absent, or a key or value in it is not known; the nearest known key is named.
+        UserError: The file is absent, or a setting is unknown, of the wrong type or out of its range.
     """
     parser = make_parser("llmgr_rec.config_file", "Reads settings.")
     add_config_arguments(parser)
@@ -56,19 +67,24 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Writes every setting, defaults included, as YAML."""
+    """Writes all settings, defaults included, to a YAML file.
+
+    Args:
+        config: The settings.
+        path: File to write.
+    """
     import yaml
 
     Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False, width=120))
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
+    """Names of the recipes of this package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def _resolve_recipes(argv: Sequence[str]) -> list[str]:
-    """The same words with recipes' files for their names, and in front: what else is on the line goes over them."""
+    """Replaces recipe names by their files, and moves --config to the front so that all other options override it."""
     recipes: list[str] = []
     others: list[str] = []
     words = iter(argv)

@@ -1,4 +1,4 @@
-"""`python -m llmgr_rec.evaluate`: ranks the whole catalog for every test session, beside popularity and item-kNN.
+"""`python -m llmgr_rec.evaluate`: evaluates a run and baselines by ranking the whole catalog for every session.
 
 python -m llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
 torchrun --nproc_per_node 2 -m -- llmgr_rec.evaluate --run RUN --dataset DATASET --output metrics.json
@@ -25,26 +25,29 @@ MODELS = tuple(MODEL_NAMES)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses arguments, checks what can be wrong, evaluates, writes the metrics file and prints the table.
+    """Parses arguments, evaluates, writes the metrics file and prints the table.
+
+    Args:
+        argv: Arguments of the command.
 
     Raises:
-        UserError: Something in arguments, run or data set is wrong. It is raised on every rank before any rank
-            waits for another.
+        UserError: An argument, the run or the data set is not usable; raised on every rank before the process group
+            starts.
     """
-    parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and the baselines over the full catalog.")
+    parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and baselines by ranking the full catalog.")
     add_run_argument(parser)
-    parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
-    parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Sessions to judge by.")
+    parser.add_argument("--dataset", type=str, required=True, help="Folder written by llmgr_rec.prepare.")
+    parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Split to evaluate.")
     parser.add_argument("--output", type=str, required=True, help="Metrics file (JSON) to write.")
     parser.add_argument(
         "--models",
         type=str,
-        help=f"What to evaluate, of {','.join(MODELS)} and import paths of baselines, such as my_package.knn:Recent; "
-        "default popularity, item_knn and all that the run has trained.",
+        help=f"Comma-separated models: {', '.join(MODELS)}, and import paths of baselines, such as "
+        "my_package.knn:Recent; default: popularity, item_knn and all trained models of the run.",
     )
     add_code_argument(parser)
-    parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
+    parser.add_argument("--batch_size", type=int, help="Sessions per batch; default: the setting of the run.")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default: the setting of the run.")
     arguments = parse_args(parser, argv)
 
     from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
@@ -73,17 +76,22 @@ def main(argv: Sequence[str]) -> None:
 
 
 def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:
-    """Names of a comma-separated option, import paths among them.
+    """Splits a comma-separated option into names.
+
+    Args:
+        text: Value of the option.
+        option: The option, for messages.
+        known: Valid names, in addition to import paths.
 
     Raises:
-        UserError: A name is not known.
+        UserError: A name is unknown, or there is none.
     """
     names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
     for name in names:
         if name not in known and not is_import_path(name):
-            raise UserError(f"{option} names {name}, which is not known{did_you_mean(name, known)}")
+            raise UserError(f"{option} contains {name}, which is not known{did_you_mean(name, known)}")
     if not names:
-        raise UserError(f"{option} is empty; name some of {', '.join(known)}")
+        raise UserError(f"{option} is empty; give some of {', '.join(known)}")
     return names
 
 

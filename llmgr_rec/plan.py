@@ -1,9 +1,10 @@
-"""`python -m llmgr_rec.plan`: table sharding, memory and trained parameters of a run, before it is started.
+"""`python -m llmgr_rec.plan`: table sharding, memory and trained parameters of a run, before it starts.
 
     python -m llmgr_rec.plan --config paper --dataset DATASET --world_size 8
     python -m llmgr_rec.plan --num_items 100000000 --world_size 16 --tables.memory_per_rank_gb 64
 
-Needs neither data nor ranks. Exit code 2 if the tables do not fit, with the fix.
+Requires neither data nor several processes. If the tables do not fit, the exit code is 2 and the message says how to
+fix it.
 """
 
 from collections.abc import Sequence
@@ -18,24 +19,27 @@ if TYPE_CHECKING:
     from llmgr_rec.training.memory_plan import CatalogSizes, StagePlan
 
 GIB = 1024**3
-# Side feature -> option that gives the size of its vocabulary.
+# Option with the vocabulary size of each side feature.
 _FEATURE_SIZES = {"category": "num_categories", "brand": "num_brands", "word": "num_words"}
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses arguments, plans all stages and prints the plan.
 
+    Args:
+        argv: Arguments of the command.
+
     Raises:
-        UserError: Something in the arguments or settings is wrong, or the tables do not fit.
+        UserError: An argument or setting is not usable, or the tables do not fit.
     """
-    parser = make_parser("llmgr_rec.plan", "Shows table sharding, memory and trained parameters of a run.")
-    parser.add_argument("--dataset", type=str, help="Folder made by llmgr_rec.prepare.")
-    parser.add_argument("--num_items", type=int, help="Items of the catalog, instead of a data set.")
-    parser.add_argument("--num_categories", type=int, default=0, help="Categories, with --num_items.")
-    parser.add_argument("--num_brands", type=int, default=0, help="Brands, with --num_items.")
-    parser.add_argument("--num_words", type=int, default=0, help="Words of titles, with --num_items.")
-    parser.add_argument("--world_size", type=int, default=1, help="Ranks of the run.")
-    parser.add_argument("--local_world_size", type=int, help="Ranks per machine; default all, 8 at most.")
+    parser = make_parser("llmgr_rec.plan", "Prints table sharding, memory and trained parameters of a run.")
+    parser.add_argument("--dataset", type=str, help="Folder written by llmgr_rec.prepare.")
+    parser.add_argument("--num_items", type=int, help="Number of items, instead of --dataset.")
+    parser.add_argument("--num_categories", type=int, default=0, help="Number of categories, with --num_items.")
+    parser.add_argument("--num_brands", type=int, default=0, help="Number of brands, with --num_items.")
+    parser.add_argument("--num_words", type=int, default=0, help="Number of distinct title words, with --num_items.")
+    parser.add_argument("--world_size", type=int, default=1, help="Number of ranks.")
+    parser.add_argument("--local_world_size", type=int, help="Ranks per machine; default: all, at most 8.")
     add_config_arguments(parser)
     arguments, config = parse_with_config(parser, argv)
     if arguments.world_size < 1:
@@ -52,9 +56,9 @@ def main(argv: Sequence[str]) -> None:
 
     features = {name: getattr(arguments, option) for name, option in _FEATURE_SIZES.items()}
     sizes = _sizes(arguments.dataset, arguments.num_items, features)
-    wanted = config.runtime.device
+    device = config.runtime.device
     # A run on GPUs can be planned on a machine without one.
-    device_type = choose_device(wanted).type if wanted == "auto" else wanted
+    device_type = choose_device(device).type if device == "auto" else device
     plans = plan_memory(config, sizes, Ranks(arguments.world_size, local_size, device_type))
     print(f"{sizes.num_items} items on {arguments.world_size} {device_type} ranks, {local_size} per machine")
     for plan in plans:
@@ -94,8 +98,8 @@ def _lines(plan: "StagePlan", world_size: int) -> list[str]:
     totals: dict[int, int] = {}
     for table in plan.tables:
         size = table.footprint
-        for rank, held in table.bytes_per_rank.items():
-            totals[rank] = totals.get(rank, 0) + held
+        for rank, table_bytes in table.bytes_per_rank.items():
+            totals[rank] = totals.get(rank, 0) + table_bytes
         state = f"{config.tables.optimizer}, state {size.state_bytes / GIB:.3f} GiB" if size.state_bytes else "no state"
         share = max(table.bytes_per_rank.values(), default=0) / GIB
         lines.append(
@@ -105,20 +109,20 @@ def _lines(plan: "StagePlan", world_size: int) -> list[str]:
     if plan.problem:
         lines.append(f"  DOES NOT FIT into {limit:g} GiB per rank")
     else:
-        fullest = max(totals.values(), default=0) / GIB
-        lines.append(f"  fits: the fullest rank holds {fullest:.3f} of {limit:g} GiB")
+        largest = max(totals.values(), default=0) / GIB
+        lines.append(f"  fits: at most {largest:.3f} of {limit:g} GiB on a rank")
     counts = ", ".join(f"{group} {number:,}" for group, number in sorted(plan.parameters.items()))
     lines.append(f"  dense parameters: {counts}; {plan.dense_bytes / GIB:.3f} GiB per rank with gradients and AdamW")
     if plan.decoder_ranks > 1:
         lines.append(
-            f"  the language model is sharded across {plan.decoder_ranks} ranks; each layer is whole while it computes"
+            f"  the language model is sharded across {plan.decoder_ranks} ranks; layers are gathered one at a time"
         )
     lines.append(f"  pipelined lookups: {', '.join(plan.pipelined) or 'NONE'}")
     if plan.blocking:
         lines.append(f"  blocking lookups: {', '.join(plan.blocking)}")
     if plan.cached_bytes:
         lines.append(f"  cached item vectors: {plan.cached_bytes / GIB:.3f} GiB per rank")
-    ranking = 4 * spec.query_width * -(-spec.num_items // world_size) / GIB
+    ranking = 4 * plan.query_width * -(-spec.num_items // world_size) / GIB
     lines.append(f"  item vectors for ranking: {ranking:.3f} GiB per rank")
     return lines
 

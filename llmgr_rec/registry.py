@@ -1,4 +1,4 @@
-"""Names of exchangeable parts: a known name, or the import path `module:attribute` of a part outside the package."""
+"""Lookup of encoders, heads and baselines: by registered name, or by import path `module:attribute`."""
 
 import re
 import sys
@@ -15,28 +15,29 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCI
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a name is to be imported: it has a colon, which no known name has."""
+    """Whether a name is an import path: it contains a colon, which no registered name does."""
     return ":" in name
 
 
 def resolve(name: str, known: Mapping[str, T], what: str) -> T:
-    """What a name stands for.
+    """The object of a name.
 
     Args:
         name: Key of `known`, or an import path such as `my_package.encoders:MeanPool`, whose module is imported.
         known: The registry.
-        what: Where the name stands, for messages, such as `setting encoder.name`.
+        what: Source of the name, for messages, such as `setting encoder.name`.
 
     Returns:
-        The entry of the registry, or the attribute as it is found: the caller checks its type.
+        The entry of the registry, or the imported attribute, whose type is not checked.
 
     Raises:
-        UserError: The name is unknown, or its module cannot be imported or lacks the attribute.
+        UserError: The name is unknown, its module cannot be imported, or the module does not have the attribute.
     """
     if not is_import_path(name):
         if name not in known:
             raise UserError(
-                f"{what} is {name}, which is neither known nor an import path module:attribute{did_you_mean(name, known)}"
+                f"{what} is {name}, which is neither known nor an import path module:attribute"
+                f"{did_you_mean(name, known)}"
             )
         return known[name]
     module_name, attribute = _split(name, what)
@@ -47,17 +48,17 @@ def resolve(name: str, known: Mapping[str, T], what: str) -> T:
             f"{what} is {name}, but there is no module {error.name}; install it, or put its folder on PYTHONPATH"
         ) from None
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{what} is {name}, but importing {module_name} failed in {place.filename}:{place.lineno} ({said}); "
+            f"{what} is {name}, but importing {module_name} failed in {frame.filename}:{frame.lineno} ({reason}); "
             "correct that module"
         ) from error
-    found: Any = getattr(module, attribute, None)
-    if found is None:
+    part: Any = getattr(module, attribute, None)
+    if part is None:
         names = [other for other in vars(module) if not other.startswith("_")]
         raise UserError(f"{what} is {name}, but {module_name} has no {attribute}{did_you_mean(attribute, names)}")
-    return found
+    return part
 
 
 def resolve_class(name: str, known: Mapping[str, type[T]], what: str, base: type[T]) -> type[T]:
@@ -66,32 +67,32 @@ def resolve_class(name: str, known: Mapping[str, type[T]], what: str, base: type
     Args:
         name: As in `resolve`.
         known: The registry.
-        what: Where the name stands.
-        base: Class that an imported one must be derived from.
+        what: Source of the name, for messages.
+        base: Required base class.
 
     Raises:
-        UserError: As in `resolve`, or the import path leads to something else than a class derived from `base`.
+        UserError: As in `resolve`, or the object is not a subclass of `base`.
     """
-    found = resolve(name, known, what)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    part = resolve(name, known, what)
+    if not (isinstance(part, type) and issubclass(part, base)):
         raise UserError(
-            f"{what} is {name}, which is no subclass of {base.__module__}.{base.__name__}; derive it from that"
+            f"{what} is {name}, which is not a subclass of {base.__module__}.{base.__name__}; derive it from that class"
         )
-    return found
+    return part
 
 
 def require_allowed(names: Mapping[str, str], allow_code: Collection[str], source: str) -> None:
-    """Refuses import paths that a file brings along: a file from somewhere else must not choose what code runs.
+    """Refuses import paths in a file, because an untrusted file must not run code.
 
-    A module that the process has imported already runs no further code, so its names are allowed.
+    Names of modules that are already imported are allowed, because no further code runs.
 
     Args:
-        names: Names by setting, as the file has them.
-        allow_code: Modules and packages (with all that is in them) that may be imported.
+        names: Names in the file, by setting.
+        allow_code: Modules and packages (with their submodules) that may be imported.
         source: The file, for messages.
 
     Raises:
-        UserError: A name is an import path into a module that is neither allowed nor imported.
+        UserError: A name is an import path of a module that is neither allowed nor imported.
     """
     for setting, name in names.items():
         if not is_import_path(name):
@@ -107,14 +108,14 @@ def require_allowed(names: Mapping[str, str], allow_code: Collection[str], sourc
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
-    """Modules of those names that are import paths."""
+    """Modules of the names that are import paths."""
     return [name.split(":")[0] for name in names if is_import_path(name)]
 
 
 def _split(name: str, what: str) -> tuple[str, str]:
     if not _IMPORT_PATH.fullmatch(name):
         raise UserError(
-            f"{what} is {name}, which is no import path; give module:attribute, such as my_package.parts:Name"
+            f"{what} is {name}, which is not an import path; give module:attribute, such as my_package.parts:Name"
         )
     module, attribute = name.split(":")
     return module, attribute

@@ -1,4 +1,4 @@
-"""`python -m llmgr_rec.report`: a run as one self-contained HTML page, with its plots and its table as files.
+"""`python -m llmgr_rec.report`: writes a report of a run as a self-contained HTML page, with plots and table as files.
 
 python -m llmgr_rec.report --run RUN --output FOLDER
 """
@@ -13,23 +13,26 @@ from llmgr_rec.errors import UserError
 def main(argv: Sequence[str]) -> None:
     """Parses arguments and writes the report.
 
+    Args:
+        argv: Arguments of the command.
+
     Raises:
-        UserError: The run, or something it is to be shown with, is not there or does not belong to it.
+        UserError: The run, metrics, scores or data set is absent, or they do not belong together.
     """
-    parser = make_parser("llmgr_rec.report", "Shows a run: quality, training curves, a few sessions with titles.")
+    parser = make_parser("llmgr_rec.report", "Writes a report: ranking quality, training curves, example sessions.")
     add_run_argument(parser)
     parser.add_argument("--output", type=str, required=True, help="Folder for index.html, PNG files and results.csv.")
     parser.add_argument(
-        "--metrics", type=str, help="Metrics file of llmgr_rec.evaluate; default RUN/metrics.json where there is one."
+        "--metrics", type=str, help="Metrics file of llmgr_rec.evaluate; default: RUN/metrics.json if it exists."
     )
     parser.add_argument(
-        "--scores", type=str, help="Output of llmgr_rec.score to show; default ranks a few sessions anew."
+        "--scores", type=str, help="Output folder of llmgr_rec.score for the example sessions; default: rank them."
     )
     parser.add_argument(
-        "--dataset", type=str, help="Folder made by llmgr_rec.prepare; default the one that the metrics name."
+        "--dataset", type=str, help="Folder written by llmgr_rec.prepare; default: the path in the metrics file."
     )
     add_code_argument(parser)
-    parser.add_argument("--sessions", type=int, default=6, help="Sessions to show, half of them hits; 0 shows none.")
+    parser.add_argument("--sessions", type=int, default=6, help="Number of example sessions, half of them hits.")
     arguments = parse_args(parser, argv)
     if arguments.sessions < 0:
         raise UserError(f"--sessions is {arguments.sessions}; give 0 or more")

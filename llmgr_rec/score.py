@@ -1,10 +1,10 @@
-"""`python -m llmgr_rec.score`: Parquet files of sessions in, Parquet files of ranked items out, one row for each row.
+"""`python -m llmgr_rec.score`: ranks the catalog for each session of Parquet files; one output row per input row.
 
     python -m llmgr_rec.score --run RUN --input SESSIONS --output FOLDER
     torchrun --nproc_per_node 2 -m llmgr_rec.score --run_folder RUN --input SESSIONS --output FOLDER
 
-An interrupted job goes on with the same command: finished parts stay, and the result is the same to the byte. FOLDER is
-complete when it holds _SUCCESS.
+The same command continues an interrupted job: complete parts are kept, and the result is byte-identical. FOLDER is
+complete when it contains _SUCCESS.
 """
 
 from collections.abc import Sequence
@@ -29,34 +29,14 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """Parses arguments, checks the whole input, then scores.
 
+    Args:
+        argv: Arguments of the command.
+
     Raises:
-        UserError: Something in arguments, run, input or output folder is wrong. It is raised on every rank before any
-            rank waits for another, and before anything is written.
+        UserError: An argument, the run, the input or the output folder is not usable; raised on every rank before the
+            process group starts and before anything is written.
     """
-    parser = make_parser("llmgr_rec.score", "Ranks the catalog for every session of a folder of Parquet files.")
-    add_run_argument(parser)
-    parser.add_argument(
-        "--input",
-        type=str,
-        required=True,
-        help="Parquet file, or folder of some, with session_id and items (a list of item ids, oldest first); "
-        "a split of a prepared data set will do.",
-    )
-    _add_output_arguments(parser)
-    parser.add_argument(
-        "--unknown_items",
-        type=Literal["skip", "error"],
-        default="skip",
-        help="Clicks on items that the model does not know: leave out and count, or stop before anything is written.",
-    )
-    parser.add_argument("--stage", type=StageName, help="Model to score with; default the furthest.")
-    add_code_argument(parser)
-    parser.add_argument("--max_length", type=int, default=50, help="Newest clicks that the model sees.")
-    parser.add_argument("--part_rows", type=int, default=16384, help="Sessions of an output file.")
-    parser.add_argument("--batch_size", type=int, help="Sessions of a batch; default the run's setting.")
-    _add_language_arguments(parser)
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default the run's setting.")
-    arguments = parse_args(parser, argv)
+    arguments = parse_args(_parser(), argv)
 
     from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 
@@ -84,24 +64,54 @@ def main(argv: Sequence[str]) -> None:
     if is_rank0():
         print(
             f"scored {totals.rows_out:,} sessions into {totals.parts} parts in {arguments.output}; "
-            f"{totals.unknown_items:,} clicks on unknown items left out, "
+            f"{totals.unknown_items:,} clicks on unknown items skipped, "
             f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
             f"{totals.llm_rows:,} were encoded by a language model"
         )
 
 
-def _add_output_arguments(parser: "ArgumentParser") -> None:
-    """Adds what goes where."""
-    parser.add_argument("--output", type=str, required=True, help="Folder to make, or to go on with.")
-    parser.add_argument("--k", type=int, default=20, help="Items a session.")
+def _parser() -> "ArgumentParser":
+    parser = make_parser("llmgr_rec.score", "Ranks the catalog for every session of a folder of Parquet files.")
+    add_run_argument(parser)
     parser.add_argument(
-        "--columns", type=str, default="session_id", help="Input columns to pass on as they are: session_id,target,..."
+        "--input",
+        type=str,
+        required=True,
+        help="Parquet file, or folder of Parquet files, with columns session_id and items (a list of item ids, oldest "
+        "first), such as a split of a prepared data set.",
+    )
+    _add_output_arguments(parser)
+    parser.add_argument(
+        "--unknown_items",
+        type=Literal["skip", "error"],
+        default="skip",
+        help="Clicks on items that are not in the catalog: skip and count them, or stop before anything is written.",
+    )
+    parser.add_argument("--stage", type=StageName, help="Stage whose model to use; default: the last complete one.")
+    add_code_argument(parser)
+    parser.add_argument("--max_length", type=int, default=50, help="Number of newest clicks per session that are used.")
+    parser.add_argument("--part_rows", type=int, default=16384, help="Sessions per output file.")
+    parser.add_argument("--batch_size", type=int, help="Sessions per batch; default: the setting of the run.")
+    _add_language_arguments(parser)
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default: the setting of the run.")
+    return parser
+
+
+def _add_output_arguments(parser: "ArgumentParser") -> None:
+    """Adds the options of the output."""
+    parser.add_argument("--output", type=str, required=True, help="Output folder; an incomplete one is continued.")
+    parser.add_argument("--k", type=int, default=20, help="Items per session.")
+    parser.add_argument(
+        "--columns",
+        type=str,
+        default="session_id",
+        help="Comma-separated input columns to copy to the output, such as session_id,target.",
     )
     parser.add_argument(
         "--exclude_seen",
         type=bool | Literal["auto"],
         default="auto",
-        help="Keep items of a session out of its own list; auto does where no training session holds an item twice.",
+        help="Exclude the items of a session from its list; auto excludes them if no training session repeats an item.",
     )
 
 
@@ -110,19 +120,21 @@ def _add_language_arguments(parser: "ArgumentParser") -> None:
     parser.add_argument(
         "--llm_dtype",
         type=DType,
-        help="Number format of the language model; default the run's setting.",
+        help="Dtype of the language model; default: the setting of the run.",
     )
-    parser.add_argument("--llm_layers", type=int, default=0, help="First layers of the language model used; 0 all.")
+    parser.add_argument(
+        "--llm_layers", type=int, default=0, help="First layers of the language model to use; 0 uses all."
+    )
     parser.add_argument(
         "--llm_budget",
         type=float,
-        help="Share of sessions that are routed to the language model, those of which the session recommender is least "
-        "sure; default 1.",
+        help="Share of sessions that are routed to the language model: those with the most uncertain ranking of the "
+        "session recommender; default: 1.",
     )
     parser.add_argument(
         "--llm_threshold",
         type=float,
-        help="In place of a budget: uncertainty, in nats, above which a session is routed to the language model.",
+        help="Instead of a budget: uncertainty, in nats, above which a session is routed to the language model.",
     )
 
 

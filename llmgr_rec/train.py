@@ -1,4 +1,4 @@
-"""`python -m llmgr_rec.train`: trains on a prepared data set, alone or under torchrun / TorchX.
+"""`python -m llmgr_rec.train`: trains on a prepared data set, in one process or with torchrun or TorchX.
 
 ```sh
 python -m llmgr_rec.train --dataset DATASET --output RUN
@@ -21,20 +21,23 @@ from llmgr_rec.errors import UserError
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
-# Trains all stages in minutes where there is nothing but the bare command.
+# Recipe of a command without options: trains all stages in minutes.
 BARE_RECIPE = "quickstart"
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses arguments, runs the preflight, then trains.
 
+    Args:
+        argv: Arguments of the command.
+
     Raises:
-        UserError: Something in arguments, data set, settings or run folder is wrong. It is raised on every rank before
-            any rank waits for another.
+        UserError: An argument, a setting, the data set or the run folder is not usable; raised on every rank before the
+            process group starts.
     """
     arguments, config = parse_arguments(argv)
     if arguments.resume and not (arguments.output or _launch()):
-        raise UserError("--resume has nothing to continue; name the run folder with --output")
+        raise UserError("--resume requires a run folder; give it with --output")
 
     from llmgr_rec.training.preflight import RunRequest
     from llmgr_rec.training.train_run import train_run
@@ -51,37 +54,40 @@ def main(argv: Sequence[str]) -> None:
         )
     )
     if is_rank0():
-        what = ", ".join(stages) or "nothing new, since all stages of the run are complete with its own settings"
-        print(f"trained {what}; run folder {output}")
+        trained = ", ".join(stages) or "nothing, because all stages of the run are already complete with its settings"
+        print(f"trained {trained}; run folder {output}")
 
 
 def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
-    """The command's arguments and all settings.
+    """Parses the arguments of the command and all settings.
+
+    Args:
+        argv: Arguments of the command.
 
     Raises:
         UserError: An argument or setting is unknown, of the wrong type or out of its range.
     """
     parser = make_parser(
-        "llmgr_rec.train", "Trains the session recommender and, with a recipe that has one, a language model on it."
+        "llmgr_rec.train", "Trains the session recommender and, if the recipe has one, a language model."
     )
     parser.add_argument(
-        "--dataset", type=str, help="Folder made by llmgr_rec.prepare; without it, small synthetic sessions are made."
+        "--dataset", type=str, help="Folder written by llmgr_rec.prepare; default: small synthetic sessions."
     )
     parser.add_argument(
-        "--output", type=str, help="Run folder to create; default runs/ID of the launch, or runs/train-TIME."
+        "--output", type=str, help="Run folder; default: runs/ID with the run id of the launcher, or runs/train-TIME."
     )
-    parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to run.")
+    parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to train.")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="Continue an interrupted run exactly where it stopped, with its own settings.",
+        help="Continue an interrupted run exactly where it stopped, with the settings of the run.",
     )
     add_config_arguments(parser)
     return parse_with_config(parser, _with_default_config(argv))
 
 
 def _with_default_config(argv: Sequence[str]) -> list[str]:
-    """Without --config a resumed run keeps its own settings, and the bare command takes `BARE_RECIPE`."""
+    """Adds --config if absent: the settings of a resumed run, or `BARE_RECIPE` for a command without options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # The real parser reports a missing value.
     parser.add_argument("--config", nargs="?", const="")
@@ -90,37 +96,37 @@ def _with_default_config(argv: Sequence[str]) -> list[str]:
     given, _ = parser.parse_known_args(argv)
     if given.config is not None:
         return list(argv)
-    own = Path(given.output, "config.yaml")
-    if given.resume and given.output and own.is_file():
-        return ["--config", str(own), *argv]
+    run_config = Path(given.output, "config.yaml")
+    if given.resume and given.output and run_config.is_file():
+        return ["--config", str(run_config), *argv]
     if not any(word.startswith("--") for word in argv):
         return ["--config", BARE_RECIPE, *argv]
     return list(argv)
 
 
 def _launch() -> str:
-    """Name of the launch: torchrun gives all ranks, and all restarts of them, the same run id."""
+    """Run id of torchrun, the same on all ranks and after restarts; empty without torchrun."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return "" if run_id == "none" else run_id
 
 
 def _is_restarted(output: Path) -> bool:
-    """Whether the launcher has restarted this very run, which then goes on without being asked to."""
+    """Whether the launcher has restarted this run, which then resumes without --resume."""
     from llmgr_rec.training.train_run import LAUNCH
 
-    note = output / LAUNCH
-    return bool(_launch()) and note.is_file() and note.read_text() == _launch()
+    file = output / LAUNCH
+    return bool(_launch()) and file.is_file() and file.read_text() == _launch()
 
 
 def _default_output() -> str:
     if not _launch() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Each rank would name the folder by its own clock.
+        # The clocks of the ranks may differ, and so would the names.
         raise UserError("several ranks were started without a run id, so give --output; or start them with torchrun")
     return f"runs/{_launch() or time.strftime('train-%Y%m%d-%H%M%S')}"
 
 
 def _synthetic_dataset() -> Path:
-    """Makes small synthetic sessions once, under a lock because every rank comes here."""
+    """Generates small synthetic sessions once; a file lock makes the other ranks wait."""
     from filelock import FileLock
 
     from datagen.synthetic import main as synthesize

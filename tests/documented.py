@@ -6,6 +6,7 @@ prints stands in another kind of fence.
 
 import argparse
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -23,7 +24,7 @@ from tests.torchx.launcher import ROOT, torchx_in_process
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RECIPE_COMMAND = re.compile(r"^#\s+((?:python -m|torchx run|torchrun) .*)$", re.MULTILINE)
 ASSIGNMENT = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*=")
-OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components", "benchmarks")
+OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components", "benchmarks", "examples")
 # Programs whose arguments are not ours to check.
 OTHER_PROGRAMS = {
     ".",
@@ -114,6 +115,9 @@ def check_module(name: str, arguments: Sequence[str], monkeypatch: pytest.Monkey
         return
     assert name.split(".")[0] in OWN_PACKAGES, f"unknown module {name}"
     module = entry_point(name)
+    if not inspect.signature(module.main).parameters:
+        assert not arguments, f"{name} takes no arguments"
+        return
     with monkeypatch.context() as patch:
         _stop_after_parsing(patch)
         patch.setattr(sys, "argv", [name, *arguments])

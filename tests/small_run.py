@@ -40,12 +40,20 @@ class SmallRun:
 
 
 def config() -> Config:
+    """Settings of a run of all stages on a tiny language model, with the shipped templates and nothing to select."""
     settings = Config()
     settings.tables.dim = 16
+    settings.tables.knn_smoothing = [0.0]
+    settings.encoder.dropout = 0.2
     settings.llm.name_or_path = "random-tiny"
     settings.llm.num_layers = 1
     settings.llm.lora_rank = 2
+    settings.prompt.templates = "default"
+    settings.prompt.one_pass = False
     settings.prompt.max_text_tokens = 4
+    settings.head.separate_loss = False
+    settings.align.epochs = settings.behave.epochs = 1
+    settings.blend.neighbors = []
     settings.runtime.eval_batch_size = 32
     settings.runtime.device = "cpu"
     settings.runtime.threads_per_rank = 1

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from llmgr_rec.study.recipe import load_study
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import Config, EncoderConfig, HeadConfig
+from llmgr_rec.config_file import save_config, settings
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
-from llmgr_rec.experiments import main as experiments
+from llmgr_rec.experiments.__main__ import main as experiments
+from llmgr_rec.experiments.experiment import load_experiment
 from llmgr_rec.modules.encoders import ENCODERS, build_encoder, encoder_class
 from llmgr_rec.modules.heads import HEADS, build_head
 from llmgr_rec.plan import main as plan
-from llmgr_rec.recipes import save_config
 from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
 from llmgr_rec.train import main as train
 from tests.small_run import config, small_run
@@ -62,10 +62,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extensions")
     (folder / "outside").mkdir()
     (folder / "outside" / "my_parts.py").write_text(PARTS)
-    settings = config()
-    settings.sbr.epochs = settings.behave.epochs = 1
-    settings.align.epochs = 0
-    save_config(settings, folder / "settings.yaml")
+    configured = config()
+    configured.sbr.epochs = configured.behave.epochs = 1
+    save_config(configured, folder / "settings.yaml")
     words = ["--config", folder / "settings.yaml", "--dataset", small_run().dataset.path, "--output", folder / "run"]
     words += ["--encoder.name", "my_parts:MeanPool", "--head.name", "my_parts:PlainHead"]
     words += ["--blend.neighbors", "[my_parts:CoOccurrence]"]
@@ -103,7 +102,7 @@ def test_a_run_with_parts_from_outside_is_evaluated(run: Path, tmp_path: Path) -
     content = json.loads(output.read_text())
     assert list(content["test"]) == ["item_knn", "sbr", "llmgr", "my_parts:together"]
     assert content["test"]["my_parts:together"] != content["test"]["item_knn"]
-    assert set(content["priors"]["sbr"]) == {"my_parts:CoOccurrence"}
+    assert set(content["blends"]["sbr"]) == {"my_parts:CoOccurrence"}
     assert all(metrics["hr@20"] > 0 for metrics in content["test"].values())
 
 
@@ -144,10 +143,10 @@ def test_evaluate_and_a_head_from_outside_are_refused_without_leave(run: Path, t
     words = ["--run", run, "--dataset", small_run().dataset.path, "--output", tmp_path / "metrics.json"]
     with pytest.raises(UserError, match="would run code of module my_parts"):
         evaluate([*map(str, words)])
-    settings = Config(head=HeadConfig(name="my_parts:PlainHead"))
+    configured = Config(head=HeadConfig(name="my_parts:PlainHead"))
     with pytest.raises(UserError, match=r"bundle B: setting head\.name is my_parts:PlainHead, which would run code"):
-        check_bundle_code(settings, Path("B"), ())
-    check_bundle_code(settings, Path("B"), ("my_parts",))
+        check_bundle_code(configured, Path("B"), ())
+    check_bundle_code(configured, Path("B"), ("my_parts",))
     assert "my_parts" not in sys.modules
 
 
@@ -157,27 +156,29 @@ def test_an_experiment_compares_parts_from_outside(tmp_path: Path) -> None:
     file.write_text("""
 title: Parts from outside
 config: quickstart
-settings: {tables.dim: 8, sbr.epochs: 1, align.epochs: 0, behave.epochs: 0, runtime.device: cpu, \
+settings: {tables.dim: 8, sbr.epochs: 1, align.epochs: 0, behave.epochs: 0, blend.neighbors: [], runtime.device: cpu, \
 runtime.threads_per_rank: 1}
 variants:
   GC-SAN: {model: sbr}
   Mean: {model: sbr, settings: {encoder.name: "my_parts:MeanPool"}}
-  Mean and neighbors: {model: sbr, settings: {encoder.name: "my_parts:MeanPool"}, blend: ["my_parts:CoOccurrence"]}
+  Mean and neighbors:
+    model: sbr
+    settings: {encoder.name: "my_parts:MeanPool", blend.neighbors: ["my_parts:CoOccurrence"]}
   Together: {model: "my_parts:together"}
 """)
     output = tmp_path / "out"
     experiments(
-        ["--recipe", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
+        ["--experiment", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
     )
     found = json.loads((output / "outside.json").read_text())["variants"]
     means = {name: variant["ndcg@20"]["mean"] for name, variant in found.items()}
     assert len(set(means.values())) == 4
     # The model is trained already, and this process has not imported its encoder.
     sys.modules.pop("my_parts")
-    for cell in (output / "cells").iterdir():
-        cell.unlink()
+    for trial in (output / "trials").iterdir():
+        trial.unlink()
     experiments(
-        ["--recipe", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
+        ["--experiment", str(file), "--dataset", str(small_run().dataset.path), "--output", str(output), "--seeds", "0"]
     )
     again = json.loads((output / "outside.json").read_text())["variants"]
     assert {name: variant["ndcg@20"]["mean"] for name, variant in again.items()} == means
@@ -190,16 +191,16 @@ variants:
         ("gcsam", r"encoder\.name is gcsam, which is neither .*, did you mean gcsan\?"),
         ("no_such.parts:Mean", r"there is no module no_such; install it, or put its folder on PYTHONPATH"),
         ("my_parts:MeanPol", r"my_parts has no MeanPol, did you mean MeanPool\?"),
-        ("my_parts:PlainHead", r"is no subclass of llmgr_rec\.modules\.session_encoder\.SessionEncoder; derive"),
-        ("my_parts:together", r"is no subclass of llmgr_rec\.modules\.session_encoder\.SessionEncoder; derive"),
-        ("my_parts:", r"is my_parts:, which is no import path; give module:attribute"),
-        ("my_parts:a.b", r"is my_parts:a\.b, which is no import path"),
-        ("../my_parts:MeanPool", r"which is no import path"),
+        ("my_parts:PlainHead", r"is not a subclass of llmgr_rec\.modules\.session_encoder\.SessionEncoder; derive"),
+        ("my_parts:together", r"is not a subclass of llmgr_rec\.modules\.session_encoder\.SessionEncoder; derive"),
+        ("my_parts:", r"is my_parts:, which is not an import path; give module:attribute"),
+        ("my_parts:a.b", r"is my_parts:a\.b, which is not an import path"),
+        ("../my_parts:MeanPool", r"which is not an import path"),
         ("broken:Mean", r"importing broken failed in .*broken\.py:2 \(NameError: .*missing.*\); correct that module"),
         ("lacking:Mean", r"there is no module no_such_package; install it"),
     ],
 )
-def test_a_wrong_name_is_told(run: Path, tmp_path: Path, name: str, message: str) -> None:
+def test_a_wrong_name_is_reported(run: Path, tmp_path: Path, name: str, message: str) -> None:
     (run.parent / "outside" / "broken.py").write_text("value = 1\nmissing\n")
     (run.parent / "outside" / "lacking.py").write_text("import no_such_package\n")
     with pytest.raises(UserError, match=message):
@@ -213,11 +214,9 @@ def test_a_wrong_name_is_told(run: Path, tmp_path: Path, name: str, message: str
 
 
 @pytest.mark.usefixtures("importable")
-def test_wrong_heads_and_baselines_are_told(run: Path, tmp_path: Path) -> None:
+def test_wrong_heads_and_baselines_are_reported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"head\.name is tid, which is neither .*, did you mean tied\?"):
         build_head(HeadConfig(name="tid"), 8, 16, 10)
-    with pytest.raises(UserError, match=r"head\.text_only is true, but the head reads no item text"):
-        build_head(HeadConfig(name="my_parts:PlainHead", text_only=True), 8, 16, 10)
     dataset = str(small_run().dataset.path)
     words = ["--run", str(run), "--dataset", dataset, "--output", str(tmp_path / "metrics.json"), "--models"]
     for name, message in (
@@ -228,7 +227,7 @@ def test_wrong_heads_and_baselines_are_told(run: Path, tmp_path: Path) -> None:
             evaluate([*words, name])
     asked = ["--config", "quickstart", "--dataset", dataset, "--output", str(tmp_path / "run"), "--blend.neighbors"]
     for name in ("popularity", "my_parts:MeanPool"):
-        with pytest.raises(UserError, match=rf"prior\.neighbors names {name}, which has no matrix of item"):
+        with pytest.raises(UserError, match=rf"blend\.neighbors names {name}, which has no matrix of item"):
             train([*asked, f"[{name}]"])
 
 
@@ -237,16 +236,15 @@ def test_an_experiment_names_the_variant_whose_part_is_wrong(tmp_path: Path) -> 
     for line, message in (
         ("{model: sbr, settings: {encoder.name: sasre}}", r"variant A: setting encoder\.name is sasre, .*sasrec\?"),
         ('{model: "no_such:Thing"}', r"variant A is no_such:Thing, but there is no module no_such"),
-        ("{model: sbr, blend: [popularity]}", r"variant A: popularity is not known"),
+        ("{model: sbr, settings: {blend.neighbors: [popularity]}}", r"variant A: .*blend\.neighbors names popularity"),
     ):
         file.write_text(f"variants:\n  A: {line}\n")
         with pytest.raises(UserError, match=message):
-            load_study(str(file))
+            load_experiment(str(file))
 
 
 def test_the_settings_name_every_known_part() -> None:
-    assert EncoderConfig.__doc__
-    assert all(f"{name}," in EncoderConfig.__doc__ for name in ENCODERS)
-    assert HeadConfig.__doc__
-    assert all(f"{name} " in HeadConfig.__doc__ for name in HEADS)
+    helps = {one.name: one.info.help for one in settings(Config())}
+    assert all(f"{name}," in helps["encoder.name"] for name in ENCODERS)
+    assert all(f"{name} " in helps["head.name"] for name in HEADS)
     assert encoder_class("llmgr_rec.modules.gcsan:GCSAN") is ENCODERS["gcsan"]

@@ -1,6 +1,7 @@
 """What `import llmgr_rec` promises: a fixed list of documented names, and no cost until one is used."""
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import subprocess
@@ -18,18 +19,24 @@ ROOT = Path(__file__).parents[1]
 # Whoever changes this list changes what other people's code may rely on.
 PUBLIC = [
     "Bundle",
+    "CandidateItems",
     "Catalog",
     "CatalogRanker",
     "Collator",
     "Config",
+    "DataShard",
     "Dataset",
     "EncodedSessions",
     "EncoderConfig",
     "ItemTables",
     "Jagged",
     "LLMGR",
+    "ModelFactory",
+    "ModelSpec",
+    "RankingModel",
     "RawSessions",
     "RecommenderOutput",
+    "SamplingOrder",
     "SessionBatch",
     "SessionEncoder",
     "SessionGraph",
@@ -64,12 +71,20 @@ def test_a_public_name_is_the_thing_itself_and_documented(name: str) -> None:
     home = importlib.import_module(f"llmgr_rec.{llmgr_rec._MODULES[name]}")
     assert found is getattr(home, name)
     assert found.__module__ == home.__name__, "the table names where a thing is defined, not where it is passed on"
-    told = parse_docstring(inspect.getdoc(found) or "")
-    assert told.short_description
-    described = {parameter.arg_name for parameter in told.params}
+    docstring = parse_docstring(inspect.getdoc(found) or "")
+    assert docstring.short_description
+    described = {parameter.arg_name for parameter in docstring.params} | documented_settings(found)
     if inspect.isclass(found) and not inspect.isabstract(found):
         described |= {parameter.arg_name for parameter in parse_docstring(found.__init__.__doc__ or "").params}
     assert set(parameters(found)) <= described
+
+
+def documented_settings(found: object) -> set[str]:
+    """Fields of a settings class whose help text stands with the field."""
+    if not dataclasses.is_dataclass(found):
+        return set()
+    infos = {item.name: item.metadata.get("setting", item.metadata.get("group")) for item in dataclasses.fields(found)}
+    return {name for name, info in infos.items() if info is not None and info[0]}
 
 
 def parameters(found: object) -> list[str]:

@@ -1,4 +1,1 @@
-"""Recommenders without training, their blend with a model's scores and the kNN smoothing of cold items.
-
-Nothing in here knows of ranks.
-"""
+"""Non-neural baselines, their blend with the scores of a model, and kNN smoothing of cold items."""

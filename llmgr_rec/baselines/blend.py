@@ -1,6 +1,8 @@
-"""The blend: what neighbor baselines add to a trained model's scores. One matrix of items, part of the bundle.
+"""The blend: nearest-neighbor scores that are added to the scores of a trained model when it ranks.
 
-Shapes: B sessions, L clicks, V items, R items of one range.
+It is one sparse matrix of item similarities, stored in the bundle of the model.
+
+Shapes: B sessions, V items, R items of a range.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +21,14 @@ from llmgr_rec.errors import UserError
 
 @dataclass(frozen=True)
 class Blend:
-    """Adds to item j's score: sum over the clicks i of a session of decay^(clicks after i) * similarity(i, j).
+    """Weighted sum of item-neighbor baselines (item-kNN, text-kNN), as one similarity matrix.
+
+    The score that is added for item j is the sum over the clicks i of a session of
+    decay^(number of clicks after i) * similarity(i, j).
 
     Args:
-        weights: Factor of each baseline in the similarity, by name.
-        similarity_VR: What a click on item i adds to item j, float32; absent ones are 0.
+        weights: Weight of each baseline in the similarity, by name.
+        similarity_VR: Similarity of clicked items (rows) and ranked items (columns), float32.
         decay: Weight of a click relative to the click after it.
     """
 
@@ -32,31 +37,31 @@ class Blend:
     decay: float
 
     def scores(self, clicks: Jagged) -> sparse.csr_array:
-        """What is added to the scores of each session, float32 [B, R]; each item once a row, in no order.
+        """Scores to be added to those of the model, float32 [B, R], with unsorted indices and without duplicates.
 
         Args:
             clicks: Item indices of each session, oldest first; on any device.
         """
         items_L, offsets_B1 = clicks.values.cpu().numpy(), clicks.offsets.cpu().numpy()
         weights_BV = recency_weights(items_L, offsets_B1, self.decay, self.similarity_VR.shape[0])
-        # Of one type with the similarity, which would otherwise be copied for each batch.
+        # float32 like the similarity, which scipy would otherwise convert for each batch.
         return sparse.csr_array(weights_BV.astype(np.float32) @ self.similarity_VR)
 
     def of_items(self, items: range) -> "Blend":
-        """The part for a range of the items that are ranked; any item may be clicked.
+        """Selects a range of the ranked items (columns); the clicked items (rows) stay.
 
         Args:
-            items: Items, without gaps.
+            items: Contiguous range of item indices.
         """
         if len(items) == self.similarity_VR.shape[1]:
             return self
         return replace(self, similarity_VR=sparse.csr_array(self.similarity_VR[:, items.start : items.stop]))
 
     def save(self, file: Path) -> None:
-        """Writes the blend, without pickles; the same blend makes the same bytes.
+        """Writes the blend as an npz file without pickled objects. Equal blends give equal bytes.
 
         Args:
-            file: Name with the suffix npz.
+            file: File with the suffix npz.
         """
         np.savez(
             file,
@@ -70,13 +75,13 @@ class Blend:
 
     @classmethod
     def load(cls, file: Path) -> "Blend":
-        """Reads what `save` wrote.
+        """Reads a file written by `save`.
 
         Raises:
             UserError: The file is damaged.
         """
         try:
-            # Opened here, because np.load leaves a damaged file open.
+            # np.load would not close a damaged file that it opened itself.
             with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
                 num_items = len(stored["indptr"]) - 1
                 similarity_VV = sparse.csr_array(
@@ -92,19 +97,19 @@ class Blend:
 
 
 def combine(blends: Sequence[Blend], weights: Sequence[float]) -> Blend:
-    """One blend of several, whose clicks all decay alike.
+    """Weighted sum of blends with the same decay.
 
     Args:
-        blends: One baseline each, at weight 1; at least one.
-        weights: The factor that each gets.
+        blends: One or more blends of one baseline each, with weight 1.
+        weights: Weight of each blend.
 
     Raises:
-        UserError: Their clicks decay differently.
+        UserError: The decays differ.
     """
     if len({blend.decay for blend in blends}) > 1:
         names = ", ".join(f"{name} ({blend.decay:g})" for blend in blends for name in blend.weights)
         raise UserError(
-            f"baselines {names} cannot be blended together, because their decays differ; give them the same"
+            f"baselines {names} cannot be blended together, because their decays differ; give them the same decay"
         )
     similarity_VV = sparse.csr_array(blends[0].similarity_VR.shape, dtype=np.float32)
     for blend, weight in zip(blends, weights, strict=True):
@@ -115,6 +120,6 @@ def combine(blends: Sequence[Blend], weights: Sequence[float]) -> Blend:
 
 
 def clicks_of(batch: SessionBatch) -> Jagged:
-    """The clicks of a batch's sessions, oldest first, as the session graphs hold them."""
+    """Item indices of the clicks of each session of a batch, oldest first, from the session graphs."""
     graph = batch.graph
     return Jagged(graph.node_items_N.index_select(0, graph.alias_L), graph.click_offsets_B1)

@@ -1,4 +1,4 @@
-"""The baselines by name, and how one is made from a data set.
+"""Registry of the baselines, and functions that build them from a data set.
 
 Shapes: L clicks, B sessions, S training sessions, V items.
 """
@@ -21,22 +21,20 @@ from llmgr_rec.registry import resolve
 
 logger = logging.getLogger(__name__)
 
-# Makes a baseline from the training split and the catalog; the number bounds the neighbors kept of each item, None
-# leaves that to the baseline.
+# Builds a baseline from the training split and the catalog. The third argument is the number of neighbors per item;
+# None is the default of the baseline.
 BaselineBuilder = Callable[[Dataset, Catalog, int | None], Baseline]
 
-# Rows read at a time.
+# Sessions per batch when the training split is read.
 _READ_ROWS = 8192
 
 
 def training_matrix(dataset: Dataset, num_items: int) -> sparse.csr_array:
-    """The training sessions as a sparse matrix, [S, V]; see `session_matrix`.
-
-    Each row is read once, with its target: prefixes of a session are no further evidence.
+    """Reads the training sessions, targets included, as a sparse matrix [S, V]; see `session_matrix`.
 
     Args:
-        dataset: Prepared sessions.
-        num_items: Items V of the catalog.
+        dataset: The data set.
+        num_items: Number of items V of the catalog.
     """
     rows = SessionReader(
         dataset.parts("train"), num_items=num_items, collate=_with_target, order=SamplingOrder(_READ_ROWS)
@@ -53,7 +51,7 @@ def _item_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Ba
 
 
 def _session_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
-    # Its neighbors are sessions, and `k_neighbors` counts those of items.
+    # Not `k_neighbors`, which is a number of items: the neighbors of session-kNN are sessions.
     return SessionKNN(training_matrix(dataset, catalog.num_items))
 
 
@@ -68,19 +66,19 @@ BASELINES: dict[str, BaselineBuilder] = {
     "session_knn": _session_knn,
     "text_knn": _text_knn,
 }
-# Those that are matrices of item similarities, which a bundle can carry.
+# Baselines that are matrices of item similarities, as a blend requires.
 BLENDED = ("item_knn", "text_knn")
-# Evaluated beside every model unless others are asked for: session-kNN is slow on long logs, and not every data set
-# has text.
+# Baselines that are evaluated by default. The others are not, because session-kNN is slow on long logs, and text-kNN
+# requires item texts.
 DEFAULT_BASELINES = ("popularity", "item_knn")
 
 
 def baseline_builder(name: str, what: str = "baseline") -> BaselineBuilder:
-    """The builder that a name stands for.
+    """Resolves the name of a baseline to its builder.
 
     Args:
-        name: Key of `BASELINES`, or the import path of a function or class that is called like those in it.
-        what: Where the name stands, for messages.
+        name: Key of `BASELINES`, or the import path of a function or class with the signature of `BaselineBuilder`.
+        what: What the name belongs to, for error messages.
 
     Raises:
         UserError: There is no such baseline.
@@ -92,10 +90,10 @@ def baseline_builder(name: str, what: str = "baseline") -> BaselineBuilder:
 
 
 def check_blended(names: Iterable[str]) -> None:
-    """Refuses baselines that a bundle cannot carry.
+    """Checks that baselines can be part of a blend.
 
     Args:
-        names: Of `BLENDED`, or import paths. What a function behind a path makes is seen when it is called only.
+        names: Names of `BLENDED`, or import paths. Of a path to a function, only its existence is checked.
 
     Raises:
         UserError: There is no such baseline, or it has no matrix of item similarities.
@@ -112,36 +110,40 @@ def check_blended(names: Iterable[str]) -> None:
 
 
 def build_baseline(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: int | None = None) -> Baseline:
-    """Makes a baseline from the training split, or from the items' text, alone.
+    """Builds a baseline from the training split or from the item texts.
 
     Args:
         name: Key of `BASELINES` or an import path; see `baseline_builder`.
-        dataset: Prepared sessions.
-        catalog: Their items.
-        k_neighbors: Most similar items kept of each item by item_knn and text_knn; None takes their defaults.
+        dataset: The data set.
+        catalog: The items.
+        k_neighbors: Number of neighbors per item of item_knn and text_knn; None uses their defaults.
 
     Raises:
-        UserError: There is no such baseline, or it needs text and no item has any.
+        UserError: There is no such baseline, or it requires item texts and there are none.
     """
     baseline = baseline_builder(name)(dataset, catalog, k_neighbors)
     if not isinstance(baseline, Baseline):
         raise UserError(
-            f"baseline {name} made a {type(baseline).__name__} without a method rank; see baselines.Baseline"
+            f"baseline {name} made a {type(baseline).__name__} without a method rank; return a "
+            "llmgr_rec.baselines.knn.Baseline"
         )
     return baseline
 
 
 def build_neighbors(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: int | None = None) -> Baseline:
-    """Makes a baseline to blend with a model; text_knn adds nothing, and a warning says so, where no item has a word.
+    """Builds a baseline for a blend.
 
-    One set of settings thus serves logs without text as well as shops; `build_baseline`, whose lists would be empty,
-    refuses.
+    Unlike `build_baseline`, this accepts text_knn for a catalog without text, with a warning. Its scores are then 0, so
+    that the default settings also work for data sets without text.
 
     Args:
-        name: As in `build_baseline`.
-        dataset: Prepared sessions.
-        catalog: Their items.
-        k_neighbors: As in `build_baseline`.
+        name: See `build_baseline`.
+        dataset: The data set.
+        catalog: The items.
+        k_neighbors: See `build_baseline`.
+
+    Raises:
+        UserError: There is no such baseline.
     """
     if name == "text_knn" and not has_words(texts := catalog.texts(list(TEXT_FIELDS), required=False)):
         logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalog.file, ", ".join(TEXT_FIELDS))
@@ -150,21 +152,21 @@ def build_neighbors(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: 
 
 
 def check_baselines(names: Iterable[str], catalog: Catalog) -> None:
-    """Refuses baselines that the data set has nothing for, before anything is trained or evaluated.
+    """Checks that the data set has what the baselines require.
 
     Args:
-        names: What is asked for, models among it.
+        names: Names of baselines; other names are ignored.
         catalog: The items.
 
     Raises:
-        UserError: One needs text, and no item has any.
+        UserError: A baseline requires item texts, and there are none.
     """
     if "text_knn" in names:
         texts_to_compare(catalog)
 
 
 def _with_target(raw: RawSessions) -> tuple[Any, Any]:
-    """Training sessions with their targets as last clicks: items_L and offsets_B1 as arrays."""
+    """Appends the target to each session; returns items_L and offsets_B1 as numpy arrays."""
     sessions = len(raw.targets_B)
     offsets_B1 = raw.offsets_B1 + torch.arange(sessions + 1)
     items_L = torch.empty(int(offsets_B1[-1]), dtype=torch.int64)

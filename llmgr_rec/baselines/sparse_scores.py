@@ -1,6 +1,6 @@
-"""Sparse scores of items: similarities in blocks that fit into memory, the best of each row.
+"""Sparse similarities and scores of items: cosine similarity with bounded memory, and top-K of each row.
 
-Shapes: B sessions, L clicks, V items, K places, F features that describe items, U items of one block.
+Shapes: B sessions, V items, K length of a ranked list, F features, U items of a block.
 """
 
 import numpy as np
@@ -10,25 +10,25 @@ from scipy import sparse
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# Most pairs of items that are held at once while similarities are computed (some 50 bytes each).
+# Maximum number of item pairs in memory while similarities are computed, about 50 bytes each.
 _BLOCK_PAIRS = 5_000_000
-# Sums of the same numbers in another order differ in the last bits: rounded to so many digits, ties stay ties.
+# Decimals to which scores are rounded. Sums of the same numbers in different orders differ in the last bits, and such
+# scores must be ties.
 _DIGITS = 12
 
 
 def cosine_similarity(features_FV: sparse.csr_array, k_neighbors: int = 0) -> sparse.csr_array:
-    """Item-item cosine with an empty diagonal, computed in blocks of items.
+    """Item-item cosine similarity without the diagonal, computed in blocks of items.
 
-    Memory is bounded by the blocks and by what is kept. Time grows with the sum over features of the squared number of
-    items that have it.
+    Memory is bounded by the block size and the result. Time is proportional to the sum over features of the squared
+    number of items with the feature.
 
     Args:
-        features_FV: What describes the items, a column each: sessions that hold them, words of their text. Not
-            negative; a column of zeros is like nothing.
-        k_neighbors: Most similar items kept for each item (ties: lower index); 0 keeps all.
+        features_FV: Non-negative features of the items, one column per item, such as training sessions or words.
+        k_neighbors: Number of most similar items per item (ties: lower index); 0 keeps all.
 
     Returns:
-        Matrix [V, V] of cosines in (0, 1].
+        Sparse matrix [V, V] of cosines in (0, 1].
     """
     features_VF = features_FV.T.tocsr()
     num_items = features_VF.shape[0]
@@ -36,38 +36,45 @@ def cosine_similarity(features_FV: sparse.csr_array, k_neighbors: int = 0) -> sp
     scale_V = 1 / np.sqrt(np.where(squares_V > 0, squares_V, 1.0))
     has_VF = sparse.csr_array((np.ones(features_VF.nnz), features_VF.indices, features_VF.indptr), features_VF.shape)
     pairs_V = np.minimum(has_VF @ np.diff(features_FV.indptr), num_items)
-    found = [sparse.csr_array((0, num_items))]
+    similarities = [sparse.csr_array((0, num_items))]
     for start, stop in blocks(pairs_V, _BLOCK_PAIRS):
-        near_UV = sparse.csr_array(features_VF[start:stop] @ features_FV)
-        rows_U = np.repeat(np.arange(start, stop), np.diff(near_UV.indptr))
-        near_UV.data *= scale_V[rows_U]
-        near_UV.data *= scale_V[near_UV.indices]
-        near_UV.data[near_UV.indices == rows_U] = 0
-        near_UV.eliminate_zeros()
-        found.append(_nearest(near_UV, k_neighbors) if k_neighbors else near_UV)
-    return sparse.vstack(found, format="csr")
+        cosine_UV = sparse.csr_array(features_VF[start:stop] @ features_FV)
+        rows = np.repeat(np.arange(start, stop), np.diff(cosine_UV.indptr))
+        cosine_UV.data *= scale_V[rows]
+        cosine_UV.data *= scale_V[cosine_UV.indices]
+        cosine_UV.data[cosine_UV.indices == rows] = 0
+        cosine_UV.eliminate_zeros()
+        similarities.append(_nearest(cosine_UV, k_neighbors) if k_neighbors else cosine_UV)
+    return sparse.vstack(similarities, format="csr")
 
 
-def _nearest(near_UV: sparse.csr_array, k_neighbors: int) -> sparse.csr_array:
-    entries, place = best_entries(near_UV, k_neighbors)
-    kept = entries[place < k_neighbors]
-    rows_U = np.repeat(np.arange(near_UV.shape[0]), np.diff(near_UV.indptr))
-    return sparse.csr_array((near_UV.data[kept], (rows_U[kept], near_UV.indices[kept])), shape=near_UV.shape)
+def _nearest(cosine_UV: sparse.csr_array, k_neighbors: int) -> sparse.csr_array:
+    entries, ranks = best_entries(cosine_UV, k_neighbors)
+    top = entries[ranks < k_neighbors]
+    rows = np.repeat(np.arange(cosine_UV.shape[0]), np.diff(cosine_UV.indptr))
+    return sparse.csr_array((cosine_UV.data[top], (rows[top], cosine_UV.indices[top])), shape=cosine_UV.shape)
 
 
 def blocks(sizes: Ints, limit: int) -> list[tuple[int, int]]:
-    """Cuts rows into ranges whose sizes add up to the limit at most (one row at least)."""
-    ranges, start, held = [], 0, 0
+    """Splits rows into ranges (start, stop) of one or more rows whose total size does not exceed the limit.
+
+    A row that is larger than the limit is a range of its own.
+    """
+    ranges, start, total = [], 0, 0
     for row, size in enumerate(sizes.tolist()):
-        if held + size > limit and row > start:
+        if total + size > limit and row > start:
             ranges.append((start, row))
-            start, held = row, 0
-        held += size
+            start, total = row, 0
+        total += size
     return [*ranges, (start, len(sizes))]
 
 
 def order_in_rows(rows: Ints, columns: Ints, values: Floats) -> tuple[Ints, Ints]:
-    """Orders entries by row, then falling value, then column; returns the order and each entry's place in its row."""
+    """Sorts entries by row, then descending value, then column.
+
+    Returns:
+        The sort order and, in that order, the rank of each entry in its row, from 0.
+    """
     order = np.lexsort((columns, -values, rows))
     sorted_rows = rows[order]
     first = np.searchsorted(sorted_rows, sorted_rows, side="left")
@@ -75,45 +82,53 @@ def order_in_rows(rows: Ints, columns: Ints, values: Floats) -> tuple[Ints, Ints
 
 
 def best_entries(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Ints]:
-    """The entries that can be among the k best of their row, best first, ties by lower column.
+    """The k best entries of each row and all that are tied with the last of them. Ties are in order of column.
 
     Args:
-        scores_BV: Each entry once.
-        k: Entries wanted of each row; all that tie with the last are given.
+        scores_BV: Sparse scores without duplicate entries.
+        k: Number of entries per row.
 
     Returns:
-        Their positions in the matrix's data, ordered by row and then by rank, and each one's rank in its row.
+        Positions of the entries in the data of the matrix, sorted by row and rank, and the rank of each in its row.
     """
     counts_B = np.diff(scores_BV.indptr)
     values = np.round(scores_BV.data, _DIGITS)
-    (high,) = np.nonzero(values >= np.repeat(_kth_values(values, scores_BV.indptr, k), counts_B))
-    rows = np.repeat(np.arange(len(counts_B)), counts_B)[high]
-    order, place = order_in_rows(rows, scores_BV.indices[high], values[high])
-    return high[order], place
+    (candidates,) = np.nonzero(values >= np.repeat(_kth_values(values, scores_BV.indptr, k), counts_B))
+    rows = np.repeat(np.arange(len(counts_B)), counts_B)[candidates]
+    order, ranks = order_in_rows(rows, scores_BV.indices[candidates], values[candidates])
+    return candidates[order], ranks
 
 
 def top_k(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
-    """Best k columns of each row; absent entries score 0 and follow by index, -1 fills up short catalogs."""
+    """The k best items of each row, in order of item index if tied.
+
+    Args:
+        scores_BV: Non-negative sparse scores; items without an entry have score 0.
+        k: Length K of the lists.
+
+    Returns:
+        Item indices, int64 [B, K], and scores, float64 [B, K], padded with -1 and -inf if there are fewer than K items.
+    """
     scores_BV.sum_duplicates()
-    rows_count, num_items = scores_BV.shape
-    entries, place = best_entries(scores_BV, k)
-    entries, place = entries[place < k], place[place < k]
-    rows = np.repeat(np.arange(rows_count), np.diff(scores_BV.indptr))[entries]
-    ids_BK = np.full((rows_count, k), -1, np.int64)
-    scores_BK = np.full((rows_count, k), -np.inf)
-    ids_BK[rows, place] = scores_BV.indices[entries]
-    scores_BK[rows, place] = np.round(scores_BV.data[entries], _DIGITS)
+    num_rows, num_items = scores_BV.shape
+    entries, ranks = best_entries(scores_BV, k)
+    entries, ranks = entries[ranks < k], ranks[ranks < k]
+    rows = np.repeat(np.arange(num_rows), np.diff(scores_BV.indptr))[entries]
+    ids_BK = np.full((num_rows, k), -1, np.int64)
+    scores_BK = np.full((num_rows, k), -np.inf)
+    ids_BK[rows, ranks] = scores_BV.indices[entries]
+    scores_BK[rows, ranks] = np.round(scores_BV.data[entries], _DIGITS)
     for row in np.flatnonzero(ids_BK[:, -1] < 0):
-        found = int((ids_BK[row] >= 0).sum())
-        # Among the 2k lowest indices at least k are not in the list yet, if the catalog has that many.
-        unrelated = np.setdiff1d(np.arange(min(2 * k, num_items)), ids_BK[row, :found])[: k - found]
-        ids_BK[row, found : found + len(unrelated)] = unrelated
-        scores_BK[row, found : found + len(unrelated)] = 0.0
+        length = int((ids_BK[row] >= 0).sum())
+        # Of the 2k lowest item indices, at least k are not in the list yet, if the catalog has as many.
+        fill = np.setdiff1d(np.arange(min(2 * k, num_items)), ids_BK[row, :length])[: k - length]
+        ids_BK[row, length : length + len(fill)] = fill
+        scores_BK[row, length : length + len(fill)] = 0.0
     return ids_BK, scores_BK
 
 
 def _kth_values(values: Floats, offsets: Ints, k: int) -> Floats:
-    """The k-th largest value of each row, so that only what can enter its list is sorted; -inf for short rows."""
+    """The k-th largest value of each row; -inf for a row with k values or fewer."""
     kth_B = np.full(len(offsets) - 1, -np.inf)
     for row in np.flatnonzero(np.diff(offsets) > k):
         kth_B[row] = np.partition(values[offsets[row] : offsets[row + 1]], -k)[-k]

@@ -1,9 +1,9 @@
-"""Text-kNN: items whose words are like those of the clicked ones. The control for models that read item text.
+"""Text-kNN: ranks items by the TF-IDF similarity of their texts to those of the clicked items.
 
-It knows no interaction, so an item that training never saw is to it like any other; and it knows no language, so that
-what a language model adds is what it ranks better than this.
+It uses no interactions, so it also ranks items that are not in the training sessions. It is the control for language
+models: their benefit is their improvement over this bag-of-words baseline.
 
-Shapes: V items, T distinct words, W words of all texts end to end.
+Shapes: V items, T distinct words, W words of all texts.
 """
 
 from collections.abc import Iterable
@@ -21,42 +21,45 @@ TEXT_FIELDS = ("title", "category", "brand")
 
 
 class TextKNN(ItemNeighbors):
-    """Cosine of the TF-IDF vectors of item texts; that of an item with itself is left out.
+    """Item neighbors by the cosine of the TF-IDF vectors of item texts. The similarity of an item to itself is 0.
 
-    An item without words scores 0, and so does one that is not among the nearest neighbors of any click.
+    Items without words, and items that are not a neighbor of any click, have score 0.
     """
 
     def __init__(self, texts: list[str], decay: float = DECAY, k_neighbors: int = 300) -> None:
         """Computes the similarities.
 
         Args:
-            texts: Text of each item, empty where it has none.
+            texts: Text of each item; may be empty.
             decay: Weight of a click relative to the click after it.
-            k_neighbors: Most similar items kept for each item, which bounds the memory (3.6 GB for a million items);
-                0 keeps all.
+            k_neighbors: Number of neighbors per item, which bounds the memory (3.6 GB for a million items and 300
+                neighbors); 0 keeps all.
         """
         super().__init__(cosine_similarity(tf_idf(texts), k_neighbors), decay)
 
 
 def tf_idf(texts: list[str]) -> sparse.csr_array:
-    """Weight of each word in each text, [T, V]: log(texts / texts with the word), however often it occurs there.
+    """Weights of words in texts: binary term frequency times inverse document frequency log(V / texts with the word).
 
-    Counting repetitions ranks worse: they come from category paths, which name a parent once for each child.
+    Term counts gave worse rankings: repetitions come from category paths, which name a parent once per child.
 
     Args:
-        texts: One text an item. See `words_of`.
+        texts: Text of each item; it is split by `words_of`.
+
+    Returns:
+        Sparse matrix [T, V], float64.
     """
     ids: dict[str, int] = {}
-    found: list[int] = []
+    words: list[int] = []
     offsets = [0]
     for text in texts:
-        found += [ids.setdefault(word, len(ids)) for word in dict.fromkeys(words_of(text))]
-        offsets.append(len(found))
-    word_W = np.array(found, np.int64)
+        words += [ids.setdefault(word, len(ids)) for word in dict.fromkeys(words_of(text))]
+        offsets.append(len(words))
+    word_W = np.array(words, np.int64)
     count_T = np.bincount(word_W, minlength=len(ids))
     weight_T = np.log(len(texts) / np.maximum(count_T, 1))
     weights_VT = sparse.csr_array((weight_T[word_W], word_W, offsets), shape=(len(texts), len(ids)))
-    # A word of every text says nothing, but would make every two items a pair.
+    # A word of all texts has weight 0, and its entries would make every pair of items a neighbor candidate.
     weights_VT.eliminate_zeros()
     return weights_VT.T.tocsr()
 
@@ -67,13 +70,13 @@ def has_words(texts: Iterable[str]) -> bool:
 
 
 def texts_to_compare(catalog: Catalog) -> list[str]:
-    """Title, category and brand of each item; empty where it has none of them.
+    """Title, category and brand of each item, joined; may be empty.
 
     Args:
         catalog: The items.
 
     Raises:
-        UserError: No item has a word in them.
+        UserError: All texts are without words.
     """
     texts = catalog.texts(list(TEXT_FIELDS), required=False)
     if not has_words(texts):

@@ -1,1 +1,1 @@
-"""What is on disk and how it becomes a batch."""
+"""Data sets on disk and their batches: schema, preparation, reader, session graphs, collation."""

@@ -1,4 +1,4 @@
-"""Sessions as they come from the reader, and the batch that the model takes.
+"""Raw sessions, which the reader yields, and session batches, which the models take.
 
 Shapes: B sessions, P passes, L clicks, N nodes, C candidates, V items in the catalog.
 """
@@ -26,16 +26,17 @@ class RawSessions:
     Args:
         items_L: Item index of each click, oldest first, int64.
         offsets_B1: First click of each session, int64 [B + 1].
-        targets_B: Item that followed the session, int64; -1 where none is known.
-        weights_B: Weight in the loss, float32; 0 marks a filler row that keeps the ranks in step.
+        targets_B: Item that followed the session, int64; -1 for no target.
+        weights_B: Weight in the loss, float32; 0 for a filler row, which only lets the rank take part in collective
+            operations.
         rows_B: Row number in the split (example number with prefix augmentation), int64; -1 for a filler row.
-        global_size: Real rows of the global batch, over all ranks.
+        global_size: Number of rows of the global batch over all ranks, without filler rows.
         step: Number of the global batch in its epoch.
         epoch: Number of the epoch.
-        pass_offsets_P1: First session of each pass, and last their number, int64: the sessions of a pass are prefixes
-            of one, each one click longer than the one before. Empty where each session is encoded separately.
-        whole: All rows of the global batch, those of every rank, where the reader was asked for them; its
-            sessions are not expanded to prefixes.
+        pass_offsets_P1: First session of each pass, int64 [P + 1]; the last entry is B. The sessions of a pass are
+            prefixes of one session, each one click longer than the previous one. Empty if each session is encoded
+            separately.
+        global_batch: Rows of all ranks, not expanded to prefixes; None unless the reader was asked for them.
     """
 
     items_L: Tensor
@@ -47,28 +48,29 @@ class RawSessions:
     step: int = 0
     epoch: int = 0
     pass_offsets_P1: Tensor = field(default_factory=_no_passes)
-    whole: "RawSessions | None" = None
+    global_batch: "RawSessions | None" = None
 
 
 @dataclass
 class SessionBatch(Pipelineable):
-    """What a model's forward takes.
+    """Input of a model's forward.
 
     Args:
         features: One bag for each of the N nodes, then one for each of the C candidates (stride N + C); keys `item_id`
-            and the side features. It is the attribute that TorchRec's pipelines look up ahead.
+            and the side features. TorchRec's pipelines prefetch the embeddings of this attribute.
         graph: Session graphs; its nodes are the first N bags.
-        targets_B: Item to be predicted, int64; -1 where there is none.
-        target_columns_B: Column of the target among the scored items, int64: its place in `candidates_C`, or the item
-            index itself where the whole catalog is scored; -1 where there is no target.
-        weights_B: Weight in the loss, float32; 0 marks a filler row.
+        targets_B: Item to be predicted, int64; -1 for no target.
+        target_columns_B: Column of the target among the scored items, int64: its index in `candidates_C`, or the item
+            index if the whole catalog is scored; -1 for no target.
+        weights_B: Weight in the loss, float32; 0 for a filler row.
         rows_B: Row number in the split, int64; -1 for a filler row.
-        candidates_C: Item index of each candidate, int64; empty where item vectors are cached elsewhere.
-        log_q_C: Log of the expected count of each candidate in the sample, float32, for the logQ correction; large
-            enough for no softmax where an item is held out of training. Empty where there is nothing to correct.
-        text_tokens: Token ids for the text place of the prompt, one row a session.
-        text_items_B: Item whose text is shown, int64; -1 where none or several.
-        global_size: Real rows of the global batch, over all ranks.
+        candidates_C: Item index of each candidate, int64; empty if item vectors are cached elsewhere.
+        log_q_C: Log of the expected count of each candidate in the sample, float32, which the loss subtracts from the
+            scores (logQ correction). For an item without training clicks it is large enough that the softmax is 0.
+            Empty if no score is corrected.
+        text_tokens: Token ids for the `{text}` placeholder of the prompt, one row per session.
+        text_items_B: Item whose text is shown, int64; -1 for no text or the texts of several items.
+        global_size: Number of rows of the global batch over all ranks, without filler rows.
         step: Number of the global batch in its epoch.
         epoch: Number of the epoch.
         num_items: Size V of the catalog.
@@ -97,18 +99,18 @@ class SessionBatch(Pipelineable):
         return self.targets_B.numel()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
-        """The same batch on another device."""
+        """Copies the batch to a device."""
         return replace(
             self,
             **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _DEVICE_FIELDS},
         )
 
     def pin_memory(self) -> Self:
-        """The same batch in page-locked memory."""
+        """Copies the batch to page-locked memory."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _DEVICE_FIELDS})
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the memory from reuse until `stream` has done its work."""
+        """Marks the tensors as used by `stream`; see `torch.Tensor.record_stream`."""
         for name in _DEVICE_FIELDS:
             getattr(self, name).record_stream(stream)
 

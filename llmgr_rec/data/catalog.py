@@ -1,4 +1,4 @@
-"""The item catalog: ids, side features and text of every item, by item index.
+"""The item catalog: id, side features and text of each item index.
 
 Shapes: V items.
 """
@@ -22,20 +22,20 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
 from llmgr_rec.errors import UserError
 
-_REMEDY = "make the data set again with python -m llmgr_rec.prepare"
+_REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 _TEXT_SEPARATOR = ", "
 _LARGEST_INT64 = pa.scalar(2**63 - 1, pa.uint64())
 
 
 @dataclass
 class Catalog:
-    """Items in index order; text stays on disk until it is asked for.
+    """Items in index order. Texts are read from disk on each call of `titles` or `texts`.
 
     Args:
-        file: The items.parquet it was read from.
-        item_ids: Raw ids, string or int64, row i of index i.
-        train_count_V: Occurrences in training sessions, targets included, int64.
-        features: Ids of the side features that at least one item has, one row an item.
+        file: The items.parquet that was read.
+        item_ids: Raw ids, string or int64; element i belongs to item index i.
+        train_count_V: Number of training clicks of each item, targets included, int64.
+        features: Ids of each side feature that at least one item has, one row per item.
     """
 
     file: Path
@@ -48,20 +48,20 @@ class Catalog:
         """Reads the catalog of a prepared data set or of an exported bundle.
 
         Args:
-            path: Folder that holds items.parquet.
+            path: Folder with items.parquet.
 
         Raises:
-            UserError: The file is absent, truncated, or not as `prepare` writes it.
+            UserError: The file is missing or truncated, or does not have the format that `prepare` writes.
         """
         file = Path(path) / ITEMS_NAME
         required = ["index", "item_id", "train_count"]
-        # Words came later than data sets did: one without them is whole.
+        # Data sets of early versions have no column word_ids and are still valid.
         columns = [f"{name}_ids" for name in FEATURES if name != "word" or "word_ids" in _column_names(file)]
         table = _read(file, [*required, *columns])
         for name in required:
             if table[name].null_count:
-                raise UserError(f"{file}: column {name} holds {table[name].null_count} nulls; {_REMEDY}")
-        item_ids = _whole(table["item_id"])
+                raise UserError(f"{file}: column {name} has {table[name].null_count} nulls; {_REMEDY}")
+        item_ids = _one_array(table["item_id"])
         if not (pa.types.is_string(item_ids.type) or pa.types.is_int64(item_ids.type)):
             raise UserError(f"{file}: column item_id is {item_ids.type}, not string or int64; {_REMEDY}")
         if not len(item_ids):
@@ -69,7 +69,7 @@ class Catalog:
         if not np.array_equal(_ints(table["index"], file, "index"), np.arange(len(item_ids))):
             raise UserError(f"{file}: column index does not count 0, 1, 2, ... row by row; {_REMEDY}")
         _refuse_duplicates(item_ids, file)
-        features = {name.removesuffix("_ids"): _jagged(_whole(table[name]), file, name) for name in columns}
+        features = {name.removesuffix("_ids"): _jagged(_one_array(table[name]), file, name) for name in columns}
         return cls(
             file=file,
             item_ids=item_ids,
@@ -84,20 +84,20 @@ class Catalog:
 
     @property
     def num_embeddings(self) -> dict[str, int]:
-        """Size of the vocabulary of each side feature."""
+        """Vocabulary size of each side feature."""
         return {name: int(rows.values.max()) + 1 for name, rows in self.features.items()}
 
     @cached_property
     def hash(self) -> str:
-        """Hash of the item ids in index order: two catalogs with the same hash give every index the same item."""
+        """Hash of the item ids in index order. Catalogs with the same hash have the same item at each index."""
         step = 65536
         return hash_item_ids(self.item_ids.slice(start, step) for start in range(0, self.num_items, step))
 
     @cached_property
     def features_hash(self) -> str:
-        """Hash of the items with their side features: with the same one every row of every table stands for the same.
+        """Hash of the item ids and side features. With the same hash, the rows of all embedding tables mean the same.
 
-        Preparing anew may number words, brands and categories otherwise though the items are the same.
+        `hash` is not enough for that: preparing a data set again may give words, brands and categories other ids.
         """
         digest = hashlib.sha256(self.hash.encode())
         for name, rows in sorted(self.features.items()):
@@ -107,70 +107,70 @@ class Catalog:
         return digest.hexdigest()
 
     def titles(self) -> list[str | None]:
-        """Title of each item; None where it has none."""
+        """Title of each item; None for an item without a title."""
         return _read(self.file, ["title"])["title"].to_pylist()
 
     def texts(self, fields: list[str], required: bool = True) -> list[str]:
-        """Text of each item: its given columns that hold something, joined by commas.
+        """Text of each item: the non-empty text columns, joined by commas.
 
         Args:
             fields: Text columns in the order in which they are joined.
-            required: Refuse items that hold nothing in any of them, instead of giving them an empty text.
+            required: Whether an item without text is an error; otherwise its text is empty.
 
         Raises:
-            UserError: An item has none of them, though each must.
+            UserError: `fields` is empty or names an unknown column, or an item has no text and `required` is true.
         """
         if not fields:
             raise UserError(f"prompt.text_fields is empty; name one or more of {', '.join(TEXT_COLUMNS)}")
         if unknown := sorted(set(fields) - set(TEXT_COLUMNS)):
-            raise UserError(f"prompt.text_fields names {', '.join(unknown)}; it can hold {', '.join(TEXT_COLUMNS)}")
+            raise UserError(f"prompt.text_fields names {', '.join(unknown)}; choose from {', '.join(TEXT_COLUMNS)}")
         table = _read(self.file, fields)
         columns = [pc.utf8_trim_whitespace(table[name]).fill_null("") for name in fields]
         # Not null_handling="skip": pyarrow 26 then drops the rows in which every column is null.
-        led = [
+        separated = [
             pc.if_else(pc.equal(column, ""), "", pc.binary_join_element_wise(_TEXT_SEPARATOR, column, ""))
             for column in columns
         ]
-        texts = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*led, ""), start=len(_TEXT_SEPARATOR))
+        texts = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*separated, ""), start=len(_TEXT_SEPARATOR))
         missing = pc.equal(texts, "")
         if required and (count := pc.sum(missing).as_py()):
             first = self.item_ids[pc.index(missing, True).as_py()].as_py()
             raise UserError(
                 f"{self.file}: {count} items have no text in {', '.join(fields)}, the first is item_id {first!r}; "
-                "give them text or name further columns in prompt.text_fields"
+                "give them text or name more columns in prompt.text_fields"
             )
         return texts.to_pylist()
 
     def index_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Item index of each raw id, int64; -1 for unknown ids and nulls.
 
-        String ids are looked up by a hash table that is built in each call, so ask for many ids at once; int64 ids by
-        search in an order that is kept.
+        For string ids, each call builds a hash table of the catalog, so pass many ids per call. For int64 ids, a binary
+        search uses a sort order that is computed once.
 
         Args:
-            ids: Raw ids of the catalog's type; any integers do where that is int64.
+            ids: Raw ids of the catalog's type; any integer type if the catalog's is int64.
 
         Raises:
-            UserError: The ids are of another type.
+            UserError: The ids have another type.
         """
         if not _castable(ids.type, self.item_ids.type):
             raise UserError(
                 f"item ids are {ids.type} but the catalog's are {self.item_ids.type} ({self.file}); "
                 f"cast them to {self.item_ids.type}"
             )
-        asked = _whole(ids)
-        if pa.types.is_uint64(asked.type):
-            # Hashes may be larger than any int64; the catalog has none of those.
-            asked = pc.if_else(pc.less_equal(asked, _LARGEST_INT64), asked, None)
-        known = asked.cast(self.item_ids.type)
+        array = _one_array(ids)
+        if pa.types.is_uint64(array.type):
+            # The cast would fail on values beyond int64, which no catalog contains.
+            array = pc.if_else(pc.less_equal(array, _LARGEST_INT64), array, None)
+        queries = array.cast(self.item_ids.type)
         if pa.types.is_string(self.item_ids.type):
-            found = pc.index_in(known, value_set=self.item_ids, skip_nulls=True)
-            return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+            indices = pc.index_in(queries, value_set=self.item_ids, skip_nulls=True)
+            return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
         sorted_ids, order = self._search_order
-        wanted = known.fill_null(0).to_numpy()
-        places = np.minimum(np.searchsorted(sorted_ids, wanted), len(order) - 1)
-        hit = (sorted_ids[places] == wanted) & known.is_valid().to_numpy(zero_copy_only=False)
-        return np.where(hit, order[places], -1)
+        values = queries.fill_null(0).to_numpy()
+        positions = np.minimum(np.searchsorted(sorted_ids, values), len(order) - 1)
+        is_known = (sorted_ids[positions] == values) & queries.is_valid().to_numpy(zero_copy_only=False)
+        return np.where(is_known, order[positions], -1)
 
     @cached_property
     def _search_order(self) -> tuple[np.ndarray, np.ndarray]:
@@ -211,8 +211,8 @@ def _readable(file: Path) -> Iterator[None]:
         raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]}); {_REMEDY}") from None
 
 
-def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """One array of a column's chunks, with a dictionary's values written out."""
+def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Combines the chunks of a column to one array and decodes dictionaries."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
@@ -220,7 +220,7 @@ def _whole(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 def _ints(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
     if not pa.types.is_integer(column.type):
         raise UserError(f"{file}: column {name} is {column.type}, not int64; {_REMEDY}")
-    return _whole(column.cast(pa.int64())).to_numpy().copy()
+    return _one_array(column.cast(pa.int64())).to_numpy().copy()
 
 
 def _jagged(column: pa.Array, file: Path, name: str) -> Jagged:
@@ -229,7 +229,7 @@ def _jagged(column: pa.Array, file: Path, name: str) -> Jagged:
         raise UserError(f"{file}: column {name} is {column.type}, not list<int64>; {_REMEDY}")
     values = column.flatten().cast(pa.int64())
     if values.null_count or (len(values) and pc.min(values).as_py() < 0):
-        raise UserError(f"{file}: column {name} holds a null or negative id; {_REMEDY}")
+        raise UserError(f"{file}: column {name} has a null or negative id; {_REMEDY}")
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     return Jagged.from_lengths(torch.from_numpy(values.to_numpy().copy()), torch.from_numpy(lengths))
 
@@ -240,5 +240,5 @@ def _refuse_duplicates(item_ids: pa.Array, file: Path) -> None:
     counts = item_ids.value_counts()
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
     raise UserError(
-        f"{file}: column item_id holds {len(repeated)} ids twice, such as {repeated[0].as_py()!r}; {_REMEDY}"
+        f"{file}: column item_id has {len(repeated)} duplicate ids, such as {repeated[0].as_py()!r}; {_REMEDY}"
     )

@@ -24,8 +24,9 @@ from llmgr_rec.data.prefixes import following_items
 ITEM_ID = "item_id"
 
 CandidateSource = Literal["none", "cached", "full", "sampled"]
-TextPlace = Literal["none", "random_node", "last_items"]
-# Subtracted from the score of an item in a loss: its softmax is then 0 in any floating-point format.
+# Items whose text a prompt shows.
+PromptTextSource = Literal["none", "random_node", "last_items"]
+# Subtracted from the score of an item in a loss, so that its softmax is 0 in any floating-point format.
 _OUT_OF_SOFTMAX = 1e4
 
 
@@ -154,13 +155,13 @@ class Collator:
 
     def _all_targets(self, raw: RawSessions, targets_B: Tensor) -> Tensor:
         """Targets of the global batch if its rows are available, else of this rank's slice."""
-        if raw.whole is None:
+        if (whole := raw.global_batch) is None:
             return targets_B
         if isinstance(self.text, RandomNodeText):
-            return self._text_items(raw.whole)
+            return self._text_items(whole)
         if raw.pass_offsets_P1.numel():
-            return following_items(Jagged(raw.whole.items_L, raw.whole.offsets_B1), raw.whole.targets_B)
-        return raw.whole.targets_B
+            return following_items(Jagged(whole.items_L, whole.offsets_B1), whole.targets_B)
+        return whole.targets_B
 
     def _columns(self, targets_B: Tensor, candidates_C: Tensor) -> Tensor:
         if self.sampler is None:
@@ -236,7 +237,7 @@ class LogUniformSampler:
     def __init__(self, train_count_V: Tensor, num_draws: int, seed: int) -> None:
         self._counts_V = train_count_V.numpy()
         self._total = max(int(self._counts_V.sum()), 1)
-        # int32 to save memory: each rank and each worker process holds these arrays, of up to 10^8 items.
+        # int32 to save memory: each rank and each worker process has these arrays of up to 10^8 items.
         dtype = np.int32 if len(self._counts_V) < 1 << 31 else np.int64
         self.by_rank_V = np.argsort(-self._counts_V, kind="stable").astype(dtype)
         self._rank_V = np.empty_like(self.by_rank_V)

@@ -1,4 +1,4 @@
-"""A prepared data set on disk: its manifest, checked when it is opened, and the part files of its splits."""
+"""A prepared data set on disk: the manifest, which is checked on opening, and the part files of each split."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from llmgr_rec.data.schema import FORMAT_VERSION, ITEMS_NAME, MANIFEST_NAME, SPLITS
 from llmgr_rec.errors import UserError
 
-_REMEDY = "make the data set again with python -m llmgr_rec.prepare"
+_REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,29 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared data set holds.
+    """Content of manifest.json, the description of a prepared data set.
 
     Args:
         num_items: Items in the catalog.
         num_sessions: Rows of each split.
-        num_examples: Targets to predict in each split: rows, or prefixes where the split is prefix-augmented.
+        num_examples: Targets to predict in each split: its rows, or all their prefixes if it is prefix-augmented.
         split: Split protocol: leave_one_out, temporal or predefined.
         max_length: Longest `items` list, in clicks.
-        min_interactions: Interactions that every kept user and item has; 0 or 1 when nothing was filtered.
-        prefix_augmentation: Splits whose rows stand for all their prefixes.
-        features: Side features present, each {"num_embeddings": size of its vocabulary}.
+        min_interactions: Minimum number of interactions of each user and item; 0 or 1 for no filter.
+        prefix_augmentation: Prefix-augmented splits: each row gives one example per click.
+        features: Side features present, each {"num_embeddings": vocabulary size}.
         has_text: Whether any item has a title or a description.
         catalog_hash: Hash of the item ids in index order.
-        files: Relative path -> rows, bytes and content hash.
-        cuts: Last timestamp of the training and of the validation window, in the input's unit (nanoseconds for Arrow
-            timestamps); empty but for the temporal split.
-        num_clicks: Clicks read and kept after the filters.
-        held_out: Items that training never sees: `share` and `seed` of their choice, number of `items`, `clicks` taken
-            out of the training sessions, and training `sessions` lost because fewer than two clicks were left; empty
-            where none are held out.
-        clicks_repeat: Whether any training session holds an item twice, its target included. True where the data set
-            was made before this was known.
-        format_version: Version of this layout.
+        files: Rows, bytes and content hash of each file, by path relative to the data set.
+        cuts: Last timestamp of the training window and of the validation window, in the input's unit (nanoseconds for
+            Arrow timestamps); empty for other splits than the temporal one.
+        num_clicks: Number of clicks before and after the filters.
+        held_out: Items held out of training: their `share` and sampling `seed`, the number of `items`, the number of
+            `clicks` removed from training sessions, and the number of training `sessions` dropped because fewer than
+            two clicks were left. Empty if no items are held out.
+        clicks_repeat: Whether any training session contains an item twice, its target included; true if unknown, as in
+            data sets of early versions.
+        format_version: Version of the data set format.
     """
 
     num_items: int
@@ -73,24 +73,24 @@ class Manifest:
 
     @property
     def sessions_hash(self) -> str:
-        """Hash of the training sessions."""
+        """Hash over the content hashes of the training part files."""
         train = {name: entry.sha256 for name, entry in self.files.items() if name.startswith("train/")}
         return hashlib.sha256(json.dumps(train, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The manifest as the text of manifest.json, the same for the same content."""
+        """The text of manifest.json; equal manifests give equal text."""
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared data set; opening it checks the manifest against the files.
+    """A prepared data set. Opening it compares the manifest with the files.
 
     Args:
-        path: Folder that prepare wrote.
+        path: Folder written by `prepare`.
 
     Raises:
-        UserError: The folder is no complete data set.
+        UserError: The folder is not a complete data set.
     """
 
     path: Path
@@ -110,6 +110,9 @@ class Dataset:
 
         Args:
             split: train, valid or test.
+
+        Raises:
+            ValueError: There is no such split.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, not one of {SPLITS}")
@@ -117,18 +120,18 @@ class Dataset:
 
 
 def load_manifest(path: str | Path) -> Manifest:
-    """Reads and checks the manifest of a data set: version, fields, and that every file is there in full size.
+    """Reads the manifest of a data set and checks its version, its fields, and the existence and size of each file.
 
     Args:
-        path: Folder that prepare wrote.
+        path: Folder written by `prepare`.
 
     Raises:
-        UserError: Something is missing or does not fit, with the remedy.
+        UserError: The manifest is missing or invalid, or a file is missing or has another size.
     """
     folder = Path(path)
     file = folder / MANIFEST_NAME
     if not file.is_file():
-        raise UserError(f"{folder} is no prepared data set: it has no {MANIFEST_NAME}; {_REMEDY}")
+        raise UserError(f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}; {_REMEDY}")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -149,16 +152,16 @@ def _parse(values: Any, file: Path) -> Manifest:
     version = values.get("format_version") if isinstance(values, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}; {_REMEDY}")
-    # The name of this field in data sets of version 0.1.
+    # Name of the field in data sets of version 0.1.
     if "catalogue_hash" in values:
         values["catalog_hash"] = values.pop("catalogue_hash")
     try:
-        needed = [entry.name for entry in fields(Manifest) if entry.default is entry.default_factory is MISSING]
-        missing = [name for name in needed if name not in values]
+        required = [entry.name for entry in fields(Manifest) if entry.default is entry.default_factory is MISSING]
+        missing = [name for name in required if name not in values]
         if missing:
             raise KeyError(missing[0])
         known = {entry.name: values[entry.name] for entry in fields(Manifest) if entry.name in values}
         known["files"] = {name: FileEntry(**entry) for name, entry in known["files"].items()}
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} lacks a field or has an ill-formed one ({error}); {_REMEDY}") from None
+        raise UserError(f"{file} has a missing or invalid field ({error}); {_REMEDY}") from None
     return Manifest(**known)

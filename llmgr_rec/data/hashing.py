@@ -1,15 +1,18 @@
-"""Random-looking numbers that are a function of what they are for: no generator, no state, the same on every rank."""
+"""Stateless pseudo-random numbers: hashes of row, seed and epoch, equal on all ranks and in all worker processes."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 def hash_ints(numbers: NDArray[np.int64], *salts: int) -> NDArray[np.uint64]:
-    """Mixes integers into 64 bits that look random (splitmix64; Steele et al., OOPSLA 2014).
+    """Hashes integers to 64 pseudo-random bits (splitmix64; Steele et al., OOPSLA 2014).
 
     Args:
-        numbers: What is hashed, each by itself.
-        salts: Seed, epoch and the like: others give other numbers.
+        numbers: Integers, hashed element by element.
+        salts: Seed, epoch and the like; different salts give independent hashes.
+
+    Returns:
+        Hashes, uint64, of the shape of `numbers`.
     """
     mixed = numbers.astype(np.uint64)
     for salt in (0, *salts):

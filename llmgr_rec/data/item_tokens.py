@@ -1,4 +1,4 @@
-"""The catalog's text as token ids, made once for a run.
+"""Token ids of item texts.
 
 Shapes: V items.
 """
@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 
-# Texts handed to the tokenizer at a time: enough for its threads, little beside the catalog.
-_TEXTS_AT_ONCE = 8192
+# Texts per call of the tokenizer: enough to use its threads, and little memory compared to the catalog.
+_TEXTS_PER_CALL = 8192
 
 
 def tokenize_items(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, fields: list[str], max_tokens: int) -> Jagged:
@@ -22,11 +22,11 @@ def tokenize_items(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, fields:
     Args:
         catalog: The items.
         tokenizer: The language model's tokenizer.
-        fields: Item columns that are joined into the text, in this order.
-        max_tokens: Tokens kept of each text, from its start.
+        fields: Text columns that are joined, in this order; see `Catalog.texts`.
+        max_tokens: Length to which each text is truncated, in tokens.
 
     Returns:
-        Token ids, one row an item, int64.
+        Token ids, int64, one row per item.
 
     Raises:
         UserError: An item has no text.
@@ -37,18 +37,21 @@ def tokenize_items(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, fields:
 def tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Jagged:
     """Token ids of each text, without special tokens.
 
-    What looks like a special token inside a text (`<|im_end|>` in a title) is split like any other text, so that a
-    catalog cannot close or open a turn of the prompt.
+    A special token inside a text (`<|im_end|>` in a title) is split like ordinary text, so that a catalog cannot inject
+    turns into the prompt.
 
     Args:
-        texts: One text a row; an empty one gives an empty row.
+        texts: Texts; an empty text gives an empty row.
         tokenizer: The language model's tokenizer.
-        max_tokens: Tokens kept of each text, from its start.
+        max_tokens: Length to which each text is truncated, in tokens.
+
+    Returns:
+        Token ids, int64, one row per text.
     """
     values, lengths = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+    for start in range(0, len(texts), _TEXTS_PER_CALL):
         encoded = tokenizer(
-            texts[start : start + _TEXTS_AT_ONCE],
+            texts[start : start + _TEXTS_PER_CALL],
             add_special_tokens=False,
             split_special_tokens=True,
             truncation=True,

@@ -1,6 +1,8 @@
-"""Rows of different lengths stored as one flat tensor.
+"""Jagged tensors: rows of different lengths, stored as one flat tensor of values and the offsets of the rows.
 
-Shapes: R rows, S flat values.
+TorchRec's `JaggedTensor` stores the same data; this class adds row selection and concatenation on the CPU.
+
+Shapes: R rows, S values of all rows.
 """
 
 from collections.abc import Sequence
@@ -14,11 +16,11 @@ from torch import Tensor
 
 @dataclass
 class Jagged:
-    """Rows of different lengths, end to end.
+    """Rows of different lengths.
 
     Args:
-        values: Values of all rows in order, [S].
-        offsets: Start of each row in `values` and, last, the end of the last one, int64 [R + 1]; the first is 0.
+        values: Values of all rows, concatenated, [S].
+        offsets: Start of each row in `values`, int64 [R + 1]; the first entry is 0, the last is S.
     """
 
     values: Tensor
@@ -26,20 +28,20 @@ class Jagged:
 
     @classmethod
     def empty(cls, num_rows: int, dtype: torch.dtype = torch.int64) -> "Jagged":
-        """`num_rows` rows that hold nothing."""
+        """A jagged tensor of `num_rows` empty rows."""
         return cls(torch.empty(0, dtype=dtype), torch.zeros(num_rows + 1, dtype=torch.int64))
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths: Tensor) -> "Jagged":
-        """Cuts flat values [S] into rows of the given lengths [R]."""
+        """Splits values [S] into rows of the given lengths, int64 [R]."""
         return cls(values, lengths_to_offsets(lengths))
 
     @classmethod
-    def beside(cls, parts: Sequence["Jagged"]) -> "Jagged":
-        """Rows made of the same rows of several parts, in the order of the parts.
+    def concatenate(cls, parts: Sequence["Jagged"]) -> "Jagged":
+        """Concatenates row r of all parts to row r of the result, as `torch.cat` does with dim=1.
 
         Args:
-            parts: At least one; all with R rows.
+            parts: One or more, all with R rows.
         """
         offsets = lengths_to_offsets(torch.stack([part.lengths for part in parts]).sum(0))
         values = parts[0].values.new_empty(sum(part.values.numel() for part in parts))
@@ -66,76 +68,78 @@ class Jagged:
         return torch.repeat_interleave(rows, self.lengths, output_size=self.values.shape[0])
 
     def select(self, rows: Tensor) -> "Jagged":
-        """The given rows, in the given order and as often as given.
+        """Selects rows, as `torch.index_select` does.
 
         Args:
-            rows: Row numbers 0 .. R - 1, int64 of any length.
+            rows: Row numbers 0 .. R - 1, int64, in any order, with or without repetitions.
         """
         if self._has_one_value_a_row:
             return Jagged(self.values.index_select(0, rows), torch.arange(rows.numel() + 1))
-        # index_select gathers some three times as fast as indexing with brackets.
+        # index_select is about three times as fast as indexing with brackets.
         starts = self.offsets.index_select(0, rows)
         return self.gather(starts, self.offsets.index_select(0, rows + 1) - starts)
 
     @cached_property
     def _has_one_value_a_row(self) -> bool:
-        # As an item has one brand: selecting is then a single gather. A GPU would have to be waited for.
+        # Such as the brands of items; a selection is then a single gather. The check would synchronize with a GPU.
         on_cpu = self.offsets.device.type == "cpu"
         return on_cpu and self.values.numel() == self.num_rows and bool((self.lengths == 1).all())
 
     def gather(self, starts: Tensor, lengths: Tensor, total: int | None = None) -> "Jagged":
-        """Runs of values that need not be whole rows.
+        """Gathers slices of `values`, which may start and end inside of rows; each becomes a row of the result.
 
         Args:
-            starts: Position of the first value of each run in `values`, int64.
-            lengths: Number of values of each run, int64.
-            total: Sum of the lengths; None asks the tensor, for which a GPU has to be waited for.
+            starts: Position of the first value of each slice in `values`, int64.
+            lengths: Number of values of each slice, int64.
+            total: Sum of the lengths; None computes it, which synchronizes with a GPU.
         """
         offsets = lengths_to_offsets(lengths)
         return Jagged(self.values.index_select(0, ranges(starts, offsets, total)), offsets)
 
     def narrow(self, start: int, stop: int) -> "Jagged":
-        """Rows start .. stop - 1; the values are a view."""
+        """Rows start .. stop - 1, with a view of the values."""
         offsets = self.offsets[start : stop + 1]
         return Jagged(self.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Jagged":
-        """The same rows on another device."""
+        """Copies the rows to a device."""
         return Jagged(
             self.values.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)
         )
 
     def pin_memory(self) -> "Jagged":
-        """The same rows in page-locked memory."""
+        """Copies the rows to page-locked memory."""
         return Jagged(self.values.pin_memory(), self.offsets.pin_memory())
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keeps the memory from reuse until `stream` has done its work."""
+        """Marks the tensors as used by `stream`; see `torch.Tensor.record_stream`."""
         self.values.record_stream(stream)
         self.offsets.record_stream(stream)
 
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
-    """Row starts and the end of the last row, int64 [R + 1], of row lengths [R]."""
+    """Offsets, int64 [R + 1], of rows with the given lengths [R]."""
     offsets = torch.zeros(lengths.numel() + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=offsets[1:])
     return offsets
 
 
 def ranges(starts: Tensor, offsets: Tensor, total: int | None = None) -> Tensor:
-    """Integer ranges end to end: run r counts up from `starts[r]` and fills positions offsets[r] .. offsets[r + 1] - 1.
+    """Concatenated integer ranges: positions offsets[r] .. offsets[r + 1] - 1 of the result count up from `starts[r]`.
+
+    Example: starts [5, 0], offsets [0, 2, 5] give [5, 6, 0, 1, 2].
 
     Args:
-        starts: First integer of each run, int64 [R].
-        offsets: Place of each run in the result, int64 [R + 1], beginning with 0.
-        total: Length of the result, the last offset; None asks the tensor, for which a GPU has to be waited for.
+        starts: First integer of each range, int64 [R].
+        offsets: Start of each range in the result, int64 [R + 1]; the first entry is 0.
+        total: Length of the result, which is the last offset; None reads it, which synchronizes with a GPU.
     """
     if total is None:
         total = int(offsets[-1])
     shifts, lengths = starts - offsets[:-1], offsets[1:] - offsets[:-1]
     if starts.device.type == "cpu":
-        # Torch's own starts threads for any size, which disturb those of the training beside it.
-        places = np.repeat(shifts.numpy(), lengths.numpy())
-        places += np.arange(total)
-        return torch.from_numpy(places)
+        # Not torch.repeat_interleave, which starts threads for any size; they would compete with the training threads.
+        values = np.repeat(shifts.numpy(), lengths.numpy())
+        values += np.arange(total)
+        return torch.from_numpy(values)
     return torch.repeat_interleave(shifts, lengths, output_size=total).add_(torch.arange(total, device=starts.device))

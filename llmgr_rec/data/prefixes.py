@@ -1,4 +1,4 @@
-"""Prefix augmentation: a row (v1 .. vn, target) stands for n examples, each a prefix and the click that followed it.
+"""Prefix augmentation: a row (v1 .. vn, target) gives n examples, each a prefix and the click that followed it.
 
 Shapes: R rows, L clicks of all rows, B examples, P passes.
 """
@@ -14,28 +14,29 @@ from llmgr_rec.data.jagged import Jagged
 
 
 def prefix_examples(rows: Jagged, targets_R: Tensor, clicks_B: Tensor) -> tuple[Jagged, Tensor]:
-    """The examples that end with given clicks.
+    """The prefixes that end with the given clicks.
 
     Args:
-        rows: Item index of each click, oldest first, one row a session.
-        targets_R: Item that followed each row.
-        clicks_B: Clicks, 0 .. L - 1; an example is its row up to and including that click.
+        rows: Item index of each click, oldest first, one row per session.
+        targets_R: Item that followed each row, int64.
+        clicks_B: Positions 0 .. L - 1 in the clicks of all rows, int64; an example is its row up to and including that
+            click.
 
     Returns:
-        Clicks of each example, and the item that followed it, [B].
+        Clicks of each example, B rows, and the item that followed it, int64 [B].
     """
-    # Torch's own search starts threads for any size, which disturb those of the training beside it.
+    # Not torch.searchsorted, which starts threads for any size; they would compete with the training threads.
     row_B = torch.from_numpy(np.searchsorted(rows.offsets.numpy(), clicks_B.numpy(), side="right")) - 1
     starts_B = rows.offsets[row_B]
     return rows.gather(starts_B, clicks_B + 1 - starts_B), following_items(rows, targets_R)[clicks_B]
 
 
 def following_items(rows: Jagged, targets_R: Tensor) -> Tensor:
-    """The item that followed each click, [L].
+    """The item that followed each click, int64 [L].
 
     Args:
-        rows: Item index of each click, oldest first, one row a session.
-        targets_R: Item that followed each row.
+        rows: Item index of each click, oldest first, one row per session.
+        targets_R: Item that followed each row, int64.
     """
     following_L = torch.cat([rows.values[1:], rows.values.new_zeros(min(rows.values.numel(), 1))])
     ends_R, is_filled_R = rows.offsets[1:], rows.lengths > 0
@@ -44,15 +45,15 @@ def following_items(rows: Jagged, targets_R: Tensor) -> Tensor:
 
 
 def grow_prefixes(raw: RawSessions, max_prefixes_per_pass: int, global_size: int) -> RawSessions:
-    """All prefixes of each session, those of a session one after the other in passes.
+    """Expands sessions to all of their prefixes, grouped into passes.
 
     Args:
-        raw: Whole sessions, each with at least one click.
-        max_prefixes_per_pass: Most prefixes of one pass; a longer session has several passes.
-        global_size: Examples of the global batch, over all ranks.
+        raw: Sessions, each with at least one click.
+        max_prefixes_per_pass: Maximum number of prefixes of a pass; longer sessions are split into several passes.
+        global_size: Number of prefixes of the global batch over all ranks.
 
     Returns:
-        An example for each click, with the row number and the weight of its session.
+        One example per click, with the row number and the weight of its session; see `RawSessions.pass_offsets_P1`.
     """
     rows = Jagged(raw.items_L, raw.offsets_B1)
     clicks_B = torch.arange(raw.items_L.numel())

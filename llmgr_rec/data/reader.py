@@ -1,7 +1,7 @@
 """Reads a split as global batches: the same batches in the same order at any world size, resumable at any step.
 
 The order of an epoch is a permutation of the row groups and, within each row group, of its examples. Both permutations
-are functions of the seed and the epoch. Global batch t holds positions t * batch_size .. (t + 1) * batch_size - 1 of
+are functions of the seed and the epoch. Global batch t has the positions t * batch_size .. (t + 1) * batch_size - 1 of
 that order, and each rank reads a contiguous slice of it. So (epoch, step) is the complete position of a reader.
 
 Shapes: B sessions of this rank's slice, L clicks.
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes, prefix_examples
-from llmgr_rec.data.row_groups import Recent, RowGroup, RowGroups
+from llmgr_rec.data.row_groups import LRUCache, RowGroup, RowGroups
 from llmgr_rec.errors import UserError
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class DataShard:
     Args:
         rank: Rank of this process.
         world_size: Number of ranks.
-        with_global_batch: Whether raw sessions also carry the rows of all ranks, see `RawSessions.whole`.
+        with_global_batch: Whether raw sessions also carry the rows of all ranks, see `RawSessions.global_batch`.
 
     Raises:
         ValueError: `rank` is not in 0 .. world_size - 1.
@@ -146,8 +146,8 @@ class SessionReader(Generic[T]):
         self._collate = collate
         self._shard = shard
         self._prefetch = prefetch
-        self._epoch_orders = Recent(self._make_epoch_order, keep=1)
-        self._group_orders = Recent(self._make_group_order, keep=2)
+        self._epoch_orders = LRUCache(self._make_epoch_order, max_size=1)
+        self._group_orders = LRUCache(self._make_group_order, max_size=2)
         # One thread for all epochs, so that its state needs no lock.
         self._thread = ThreadPoolExecutor(1, "reader")
 
@@ -222,9 +222,7 @@ class SessionReader(Generic[T]):
             UserError: The files or the sampling order differ from those of the state.
         """
         now = self._fingerprint()
-        for key, before in state["fingerprint"].items():
-            # Checkpoints of earlier versions call the setting `together`.
-            name = "max_prefixes_per_pass" if key == "together" else key
+        for name, before in state["fingerprint"].items():
             if now[name] != before:
                 what = "the training files have changed" if name == "files" else f"{name} was {before}, is {now[name]}"
                 raise UserError(f"cannot resume within the epoch: {what}; restore it or start a new run")
@@ -254,8 +252,9 @@ class SessionReader(Generic[T]):
         raw = self._read(epoch, first + start, first + stop)
         raw = replace(raw, global_size=global_size, step=step, epoch=epoch)
         if self._shard.with_global_batch:
-            whole = raw if stop - start == global_size else self._read(epoch, first, first + global_size)
-            raw = replace(raw, whole=replace(whole, global_size=global_size, step=step, epoch=epoch))
+            global_batch = raw if stop - start == global_size else self._read(epoch, first, first + global_size)
+            global_batch = replace(global_batch, global_size=global_size, step=step, epoch=epoch)
+            raw = replace(raw, global_batch=global_batch)
         if order.one_pass:
             return grow_prefixes(raw, order.max_prefixes_per_pass, self._num_clicks(epoch, first, first + global_size))
         return raw
@@ -264,14 +263,14 @@ class SessionReader(Generic[T]):
         """Positions start .. stop - 1 of the epoch's order."""
         if start == stop:
             return _filler()
-        pieces = [
+        by_group = [
             (*_select(self.groups[group], examples, self.order.by_click), examples + self.groups.first_example[group])
             for group, examples in self._examples(epoch, start, stop)
         ]
-        items, targets, rows = zip(*pieces, strict=True)
+        sessions, targets, rows = zip(*by_group, strict=True)
         return RawSessions(
-            items_L=torch.cat([piece.values for piece in items]),
-            offsets_B1=lengths_to_offsets(torch.cat([piece.lengths for piece in items])),
+            items_L=torch.cat([clicks.values for clicks in sessions]),
+            offsets_B1=lengths_to_offsets(torch.cat([clicks.lengths for clicks in sessions])),
             targets_B=torch.cat(targets),
             weights_B=torch.ones(stop - start),
             rows_B=torch.cat(rows),
@@ -280,8 +279,8 @@ class SessionReader(Generic[T]):
 
     def _num_clicks(self, epoch: int, start: int, stop: int) -> int:
         """Number of clicks of the rows at positions start .. stop - 1 of the epoch's order."""
-        pieces = self._examples(epoch, start, stop)
-        return sum(int(self.groups[group].items.lengths[rows].sum()) for group, rows in pieces)
+        by_group = self._examples(epoch, start, stop)
+        return sum(int(self.groups[group].items.lengths[rows].sum()) for group, rows in by_group)
 
     def _examples(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Row groups and example numbers within them at positions start .. stop - 1 of the epoch's order."""

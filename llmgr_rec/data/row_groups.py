@@ -1,4 +1,4 @@
-"""Row groups of a split's part files: what their footers say, and their decoded content.
+"""Parquet row groups of a split: sizes from the file footers, and decoded content with a small cache.
 
 Shapes: R rows of a row group, S clicks of a row group.
 """
@@ -23,12 +23,12 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 _COLUMNS = ("items", "target")
-_REMEDY = "make the data set again with python -m llmgr_rec.prepare"
+_REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 
 
 @dataclass(frozen=True)
-class RowGroupPlace:
-    """Where a row group lies.
+class RowGroupLocation:
+    """Part file and number of a row group.
 
     Args:
         file: Part file.
@@ -55,27 +55,27 @@ class RowGroup:
     targets_R: Tensor
 
 
-class Recent(Generic[K, T]):
-    """The last few results of a costly function.
+class LRUCache(Generic[K, T]):
+    """Least-recently-used cache of a function's results. `functools.lru_cache` cannot be pickled for worker processes.
 
     Args:
-        make: The function, of one hashable key.
-        keep: Results kept, the most recently used ones.
+        make: The function, with one hashable argument.
+        max_size: Maximum number of results in the cache.
     """
 
-    def __init__(self, make: Callable[[K], T], keep: int) -> None:
+    def __init__(self, make: Callable[[K], T], max_size: int) -> None:
         self._make = make
-        self._keep = keep
+        self._max_size = max_size
         self._results: OrderedDict[K, T] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._results)
 
     def __call__(self, key: K) -> T:
-        """The result for `key`, made now or kept from before."""
+        """Returns the result for `key`, from the cache or computed now."""
         if key not in self._results:
             result = self._make(key)
-            while len(self._results) >= self._keep:
+            while len(self._results) >= self._max_size:
                 self._results.popitem(last=False)
             self._results[key] = result
         self._results.move_to_end(key)
@@ -83,27 +83,29 @@ class Recent(Generic[K, T]):
 
 
 class RowGroups:
-    """All row groups of a split in order; footers are read and checked at once, contents when asked for.
+    """Sequence of all row groups of a split. The constructor reads and checks the footers; indexing reads the content.
+
+    The range of the item indices is checked by the column statistics of the footers. Only row groups without statistics
+    or with nulls are read for this check.
 
     Args:
         parts: Part files of the split; read in sorted order.
-        num_items: Size V of the catalog; every index must be below it.
-        by_click: Whether each click of a row stands for an example (prefix augmentation), or each row for one.
-        keep: Decoded row groups kept in memory.
+        num_items: Size V of the catalog; item indices must be below it.
+        by_click: Whether each click of a row is an example (prefix augmentation); otherwise each row is one.
+        max_cached: Maximum number of decoded row groups in memory.
 
     Raises:
-        UserError: A file is unreadable or lacks a column, or an index is null or out of range. Column statistics tell
-            that without reading the data; a row group without them, or with nulls, is read once to know.
+        UserError: A file is unreadable or lacks a column, or an index is null or out of range.
     """
 
-    def __init__(self, parts: list[Path], *, num_items: int, by_click: bool, keep: int = 2) -> None:
+    def __init__(self, parts: list[Path], *, num_items: int, by_click: bool, max_cached: int = 2) -> None:
         self.num_items = num_items
         self.by_click = by_click
-        self.decoded = Recent(self._decode, keep)
-        self.places: list[RowGroupPlace] = []
+        self.decoded = LRUCache(self._decode, max_cached)
+        self.locations: list[RowGroupLocation] = []
         self.files: list[tuple[str, int, int]] = []
         sizes: list[int] = []
-        doubtful: list[int] = []
+        unchecked: list[int] = []
         for part in sorted(Path(part) for part in parts):
             metadata = _read_footer(part)
             items, target = _find_columns(metadata, part)
@@ -112,21 +114,21 @@ class RowGroups:
                 group = metadata.row_group(number)
                 if not group.num_rows:
                     continue
-                if not (self._proves_range(group.column(items)) and self._proves_range(group.column(target))):
-                    doubtful.append(len(self.places))
-                self.places.append(RowGroupPlace(part, number))
+                if not (self._is_in_range(group.column(items)) and self._is_in_range(group.column(target))):
+                    unchecked.append(len(self.locations))
+                self.locations.append(RowGroupLocation(part, number))
                 sizes.append(group.column(items).num_values if by_click else group.num_rows)
         self.sizes = np.array(sizes, dtype=np.int64)
         self.first_example = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
-        for index in doubtful:
+        for index in unchecked:
             self._decode(index)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     @property
     def num_examples(self) -> int:
-        """Examples of all row groups."""
+        """Number of examples of all row groups."""
         return int(self.first_example[-1])
 
     def fingerprint(self) -> str:
@@ -134,43 +136,44 @@ class RowGroups:
         return hashlib.sha256(repr(self.files).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> RowGroup:
-        """Content of row group `index`, from memory where it was used lately."""
+        """Decoded content of row group `index`."""
         return self.decoded(index)
 
-    def _proves_range(self, column: pq.ColumnChunkMetaData) -> bool:
+    def _is_in_range(self, column: pq.ColumnChunkMetaData) -> bool:
+        """Whether the statistics of a column exclude nulls and indices out of range."""
         statistics = column.statistics if column.is_stats_set else None
         if statistics is None or not statistics.has_min_max or not statistics.has_null_count or statistics.null_count:
             return False
         return statistics.min >= 0 and statistics.max < self.num_items
 
     def _decode(self, index: int) -> RowGroup:
-        place = self.places[index]
-        items, target = _read_group(place)
-        _refuse_nulls(items, place, "items")
-        _refuse_nulls(target, place, "target")
-        # The values of a sliced list array include what lies outside of the slice.
+        location = self.locations[index]
+        items, target = _read_group(location)
+        _refuse_nulls(items, location, "items")
+        _refuse_nulls(target, location, "target")
+        # The values of a sliced list array include those outside of the slice.
         offsets = np.asarray(items.offsets, dtype=np.int64)
         clicks = items.values.slice(offsets[0], offsets[-1] - offsets[0])
-        _refuse_nulls(clicks, place, "items")
-        # Arrow's memory is read-only, which tensors do not know; the copy also lets go of the decoder's buffers.
+        _refuse_nulls(clicks, location, "items")
+        # Copies, because tensors do not respect that Arrow's memory is read-only, and to free the decoder's buffers.
         group = RowGroup(
             items=Jagged(torch.from_numpy(np.array(clicks)), torch.from_numpy(offsets - offsets[0])),
             targets_R=torch.from_numpy(np.array(target)),
         )
-        self._refuse_out_of_range(group.items.values, place, "items")
-        self._refuse_out_of_range(group.targets_R, place, "target")
+        self._refuse_out_of_range(group.items.values, location, "items")
+        self._refuse_out_of_range(group.targets_R, location, "target")
         if self.by_click and group.items.values.numel() != self.sizes[index]:
-            raise UserError(f"{place}: column items holds an empty list; {_REMEDY}")
+            raise UserError(f"{location}: column items has an empty list; {_REMEDY}")
         return group
 
-    def _refuse_out_of_range(self, values: Tensor, place: RowGroupPlace, column: str) -> None:
+    def _refuse_out_of_range(self, values: Tensor, location: RowGroupLocation, column: str) -> None:
         if not values.numel():
             return
-        # Not torch's own: it would start threads, which disturb those of the training beside it.
+        # Not torch.min and max, which start threads; they would compete with the training threads.
         low, high = int(values.numpy().min()), int(values.numpy().max())
         if low < 0 or high >= self.num_items:
             raise UserError(
-                f"{place}: column {column} holds item index {low if low < 0 else high}, "
+                f"{location}: column {column} has item index {low if low < 0 else high}, "
                 f"but the catalog has items 0 to {self.num_items - 1}; {_REMEDY}"
             )
 
@@ -182,11 +185,11 @@ def _read_footer(part: Path) -> pq.FileMetaData:
         return pq.read_metadata(part)
     except (pa.ArrowInvalid, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{part} is truncated or no Parquet file ({reason}); {_REMEDY}") from None
+        raise UserError(f"{part} is truncated or not a Parquet file ({reason}); {_REMEDY}") from None
 
 
 def _find_columns(metadata: pq.FileMetaData, part: Path) -> tuple[int, int]:
-    """Positions of the leaf columns of `items` and `target`."""
+    """Indices of the leaf columns of `items` and `target` in the footer."""
     schema = metadata.schema.to_arrow_schema()
     for name in _COLUMNS:
         if name not in schema.names:
@@ -201,20 +204,20 @@ def _find_columns(metadata: pq.FileMetaData, part: Path) -> tuple[int, int]:
     return leaves["items"], leaves["target"]
 
 
-def _read_group(place: RowGroupPlace) -> tuple[pa.Array, pa.Array]:
+def _read_group(location: RowGroupLocation) -> tuple[pa.Array, pa.Array]:
     try:
-        with pq.ParquetFile(place.file) as file:
-            rows = file.metadata.row_group(place.number).num_rows
+        with pq.ParquetFile(location.file) as file:
+            rows = file.metadata.row_group(location.number).num_rows
             batches = file.iter_batches(
-                batch_size=rows, row_groups=[place.number], columns=list(_COLUMNS), use_threads=False
+                batch_size=rows, row_groups=[location.number], columns=list(_COLUMNS), use_threads=False
             )
             table = pa.Table.from_batches(list(batches))
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{place}: unreadable ({str(error).splitlines()[0]}); {_REMEDY}") from None
+        raise UserError(f"{location}: unreadable ({str(error).splitlines()[0]}); {_REMEDY}") from None
     items, target = (table[name].combine_chunks() for name in _COLUMNS)
     return items, target
 
 
-def _refuse_nulls(array: pa.Array, place: RowGroupPlace, column: str) -> None:
+def _refuse_nulls(array: pa.Array, location: RowGroupLocation, column: str) -> None:
     if array.null_count:
-        raise UserError(f"{place}: column {column} holds {array.null_count} nulls; {_REMEDY}")
+        raise UserError(f"{location}: column {column} has {array.null_count} nulls; {_REMEDY}")

@@ -1,4 +1,4 @@
-"""Names, types and sizes of what a prepared data set holds on disk: the one place that spells them out."""
+"""Format of prepared data sets: names, column types and sizes of their files."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,19 +11,20 @@ SPLITS = ("train", "valid", "test")
 MANIFEST_NAME = "manifest.json"
 ITEMS_NAME = "items.parquet"
 
-# Rows of a row group: the unit that a reader decodes, caches and hands to a rank.
+# Rows of a row group, the unit that a reader decodes and caches.
 ROW_GROUP_ROWS = 8192
-# Rows of one part file: a multiple of the row group, so that only the last group of a part is short.
+# Rows of a part file: a multiple of the row group, so that only the last group of a part is short.
 PART_ROWS = 128 * ROW_GROUP_ROWS
 
 TEXT_COLUMNS = ("title", "category", "brand", "description")
 FEATURES = ("category", "brand", "word")
-# Column of items.parquet, there if any item is held out of training.
+# Column of items.parquet, present if any item is held out of training.
 HELD_OUT = "held_out"
 
-# Parquet schema metadata of the parts: a scorer tells indices from raw ids by it.
+# Parquet schema metadata of the parts, by which scoring distinguishes item indices from raw ids.
 ITEMS_KIND_KEY = b"llmgr_rec.items"
 ITEMS_KIND_INDEX = b"index"
+# Its name in the files of version 0.1, which are still read.
 CATALOG_HASH_KEY = b"llmgr_rec.catalogue_hash"
 
 
@@ -31,7 +32,7 @@ def sessions_schema(catalog_hash: str) -> pa.Schema:
     """Schema of the part files of a split.
 
     Args:
-        catalog_hash: Hash of the catalog whose indices `items` and `target` hold.
+        catalog_hash: Hash of the catalog that the indices in `items` and `target` refer to; see `hash_item_ids`.
     """
     return pa.schema(
         [
@@ -44,11 +45,11 @@ def sessions_schema(catalog_hash: str) -> pa.Schema:
 
 
 def items_schema(item_id_type: pa.DataType, with_held_out: bool = False) -> pa.Schema:
-    """Schema of items.parquet; row i is the item of index i.
+    """Schema of items.parquet; row i describes item index i.
 
     Args:
-        item_id_type: string or int64, as the user gave the ids.
-        with_held_out: Whether it says which items are held out of training.
+        item_id_type: Type of the raw ids, string or int64.
+        with_held_out: Whether a column marks the items that are held out of training.
     """
     return pa.schema(
         [
@@ -63,7 +64,7 @@ def items_schema(item_id_type: pa.DataType, with_held_out: bool = False) -> pa.S
 
 
 def hash_item_ids(batches: Iterable[pa.Array]) -> str:
-    """Hash of a catalog: sha256 over the item ids in index order, each as UTF-8 text closed by a zero byte.
+    """Hash of a catalog: sha256 over the item ids in index order, each as UTF-8 text followed by a zero byte.
 
     Args:
         batches: Arrays of ids, string or int64, in index order.

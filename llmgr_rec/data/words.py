@@ -1,4 +1,4 @@
-"""Words of a text, wherever items are told by theirs."""
+"""Splits texts into words, for the word feature, text-kNN and cold-item smoothing."""
 
 import re
 
@@ -6,5 +6,5 @@ _WORD = re.compile(r"\w+")
 
 
 def words_of(text: str | None) -> list[str]:
-    """The words of a text in order: runs of letters, digits and underscores, in lower case."""
+    """Words of a text in order: maximal runs of letters, digits and underscores, in lower case."""
     return _WORD.findall((text or "").lower())

@@ -1,1 +1,1 @@
-"""The only place that knows of ranks: process group, sharding, distributed ranking, export of sharded weights."""
+"""Distributed execution: process group, collectives, sharding of embedding tables, FSDP, and sharded ranking."""

@@ -1,4 +1,4 @@
-"""Small tensors that ranks bring together."""
+"""Collective operations on small tensors; without effect in a single process."""
 
 import torch
 import torch.distributed as dist
@@ -7,24 +7,24 @@ from llmgr_rec.distributed.process_group import World
 
 
 def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
-    """Element-wise sum of a tensor over all ranks; every rank gets it and must call together."""
+    """Sums a tensor over all ranks, in place, and returns it. A collective: all ranks must call it."""
     if world.size > 1:
         dist.all_reduce(values)
     return values
 
 
 def broadcast_from_rank0(values: torch.Tensor, world: World) -> None:
-    """Makes a tensor on all ranks what it is on the first; all must call together."""
+    """Copies a tensor from rank 0 to all ranks, in place. A collective: all ranks must call it."""
     if world.size > 1:
         dist.broadcast(values, 0)
 
 
 def mean_over_ranks(values: dict[str, torch.Tensor], world: World) -> dict[str, float]:
-    """Means of named scalars over all ranks, in one exchange.
+    """Means of named scalars over all ranks, by one all-reduce. A collective: all ranks must call it.
 
     Args:
-        values: The same names on every rank, each a scalar tensor.
-        world: Ranks.
+        values: Scalar tensors; the names must be the same on all ranks.
+        world: This process and the world size.
     """
     names = sorted(values)
     stacked = torch.stack([values[name].detach().double() for name in names])

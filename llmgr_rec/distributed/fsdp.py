@@ -1,8 +1,8 @@
-"""A language model's decoder cut over the ranks, layer by layer, with FSDP2.
+"""Shards the decoder of a language model across ranks, layer by layer, with FSDP2 (`torch.distributed.fsdp`).
 
-Each rank holds a part of every parameter of the decoder, of its gradient and of its optimizer state. A layer is whole
-only while it computes; token embedding and final norm are whole from the first call of a step to the end of its
-backward pass. Names of parameters stay as they are.
+Each rank has a shard of every decoder parameter, of its gradient and of its optimizer state. FSDP2 gathers the full
+parameters of a layer for the time of its forward and backward pass. Those of the token embedding and the final norm
+stay gathered from the first call of a step to the end of its backward pass. Parameter names do not change.
 """
 
 import warnings
@@ -23,34 +23,34 @@ from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 
 
 def fully_shard_decoders(module: nn.Module, world: World) -> None:
-    """Cuts the decoders in a module over all ranks, one group of parameters a layer and one for the rest.
+    """Shards all decoders in a module across the ranks: one FSDP parameter group per layer and one for the rest.
 
-    Weights of all ranks are taken to be the same. `requires_grad` has to be set before.
+    The weights must be equal on all ranks, and `requires_grad` must already be set. Does nothing in a single process.
 
     Args:
-        module: Any module; parts of it that are no language model stay as they are.
-        world: Ranks; all call together. Alone there is nothing to cut.
+        module: Any module. Modules outside of language models do not change.
+        world: This process and the world size. All ranks must call this.
 
     Raises:
-        UserError: A decoder's layers cannot be told.
+        UserError: A decoder does not declare which of its modules are layers.
     """
     if world.size == 1:
         return
-    # A reading is a view of a hidden state, and nobody changes it in place.
+    # The view is a slice of a hidden state, which is never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for part in list(module.modules()):
         if isinstance(part, LoraLanguageModel):
-            _cut(part.base, part, mesh)
-            # Prompts are embedded before the language model itself is called.
+            _shard_decoder(part.base, part, mesh)
+            # Prompts are embedded before the forward of the language model.
             register_fsdp_forward_method(part, "embed")
         elif isinstance(part, TextSequenceEncoder):
-            _cut(part.decoder, part.decoder, mesh)
-            part.common_calls = lambda calls: _most(calls, world)
+            _shard_decoder(part.decoder, part.decoder, mesh)
+            part.common_calls = lambda calls: _max_over_ranks(calls, world)
 
 
 def decoder_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that `fully_shard_decoders` cuts."""
+    """The parameters that `fully_shard_decoders` shards."""
     for part in module.modules():
         if isinstance(part, LoraLanguageModel):
             yield from part.parameters()
@@ -59,48 +59,59 @@ def decoder_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether any parameter of a module is cut over the ranks."""
+    """Whether any parameter of a module is a DTensor, that is, sharded by FSDP2."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def shard_groups(parameters: Iterable[Tensor]) -> dict[Tensor, list[dist.ProcessGroup]]:
-    """The ranks that hold the parts of each parameter that is cut over ranks."""
+    """Process group of each sharded parameter."""
     return {
         parameter: [parameter.device_mesh.get_group()] for parameter in parameters if isinstance(parameter, DTensor)
     }
 
 
 def gather_full(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The same tensors, whole: on rank 0 on the CPU where they were cut; others have nothing of those.
+    """Gathers sharded tensors on rank 0.
 
     Args:
-        tensors: Cut over the ranks or not, the same names on all ranks.
-        world: Ranks; all call together.
+        tensors: Tensors, sharded or not; the names must be the same on all ranks.
+        world: This process and the world size. All ranks must call this.
+
+    Returns:
+        On rank 0, the full tensors by name, gathered ones on the CPU. On other ranks, only those that are not sharded.
     """
-    whole = {}
+    full = {}
     for name, value in tensors.items():
         if not isinstance(value, DTensor):
-            whole[name] = value
+            full[name] = value
             continue
-        # One at a time, because this one is whole on every rank.
-        full = value.full_tensor()
+        # One tensor at a time, because every rank allocates it in full.
+        gathered = value.full_tensor()
         if world.rank == 0:
-            whole[name] = full.detach().cpu()
-    return whole
+            full[name] = gathered.detach().cpu()
+    return full
 
 
 def shard_like(value: Tensor, target: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that all ranks have, where the target is cut over ranks; the tensor else."""
+    """Shards a tensor like a target.
+
+    Args:
+        value: Full tensor, equal on all ranks.
+        target: Tensor whose sharding is used.
+
+    Returns:
+        A DTensor with the placements of the target; `value` itself if the target is not sharded.
+    """
     if not isinstance(target, DTensor):
         return value
     local = value.to(target.device)
     return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def _cut(decoder: PreTrainedModel, whole: nn.Module, mesh: DeviceMesh) -> None:
+def _shard_decoder(decoder: PreTrainedModel, root: nn.Module, mesh: DeviceMesh) -> None:
     for layer in _layers(decoder):
         fully_shard(layer, mesh=mesh)
-    fully_shard(whole, mesh=mesh)
+    fully_shard(root, mesh=mesh)
 
 
 def _layers(decoder: PreTrainedModel) -> list[nn.Module]:
@@ -108,12 +119,13 @@ def _layers(decoder: PreTrainedModel) -> list[nn.Module]:
     layers = [part for part in decoder.modules() if names & {kind.__name__ for kind in type(part).__mro__}]
     if not layers:
         raise UserError(
-            f"setting llm.shard is true, but {type(decoder).__name__} does not tell its layers; set llm.shard to false"
+            f"setting llm.fsdp is true, but {type(decoder).__name__} does not declare its layers (_no_split_modules); "
+            "set llm.fsdp to false"
         )
     return layers
 
 
-def _most(calls: int, world: World) -> int:
-    most = torch.tensor(calls, device=world.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return int(most)
+def _max_over_ranks(value: int, world: World) -> int:
+    maximum = torch.tensor(value, device=world.device)
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+    return int(maximum)

@@ -1,4 +1,4 @@
-"""The process group: rank, device and thread count of this process, and work that must fail on all ranks at once."""
+"""The process group: rank, device and threads of this process, and functions that fail on all ranks together."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ _LONG_TIMEOUT = timedelta(days=7)
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run.
+    """Rank, world size and device of this process.
 
     Args:
         rank: Rank of this process, from 0.
@@ -53,13 +53,14 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
     Args:
         device: `auto` uses CUDA if available.
         timeout_s: Timeout of collective operations, in seconds.
-        threads: CPU threads of this rank; 0 divides the cores of the machine among its ranks.
+        threads: CPU threads of this rank; 0 divides the cores of the machine among its ranks, and follows
+            OMP_NUM_THREADS for a single rank.
 
     Raises:
         UserError: CUDA was requested but is not available, or there are more local ranks than GPUs.
     """
     world = launched_world(device)
-    torch.set_num_threads(threads or max(1, _usable_cores() // world.local_size))
+    torch.set_num_threads(threads or _default_threads(world.local_size))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     # Gloo handles CPU tensors next to NCCL: checkpoint plans and gathered objects.
@@ -73,7 +74,7 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
 def _join_store(world: World, timeout: timedelta) -> dist.Store:
     """The store through which the ranks of this attempt find each other.
 
-    torchrun's agent keeps one store across restarts. It still holds the addresses of dead ranks, to which the new ranks
+    torchrun's agent keeps one store across restarts. It still has the addresses of dead ranks, to which the new ranks
     would connect (torch 2.13). So rank 0 opens a new store and publishes its port in the old one. A port published
     before a restart refuses connections, because all ranks exit before any rank is restarted.
     """
@@ -228,6 +229,12 @@ def barrier(world: World, group: dist.ProcessGroup | None = None) -> None:
 
 def _is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _default_threads(local_size: int) -> int:
+    # For several ranks torchrun sets the variable to 1 by itself, so it says nothing about the user's wish.
+    given = os.environ.get("OMP_NUM_THREADS", "") if local_size == 1 else ""
+    return int(given) if given.isdigit() and int(given) else max(1, _usable_cores() // local_size)
 
 
 def _usable_cores() -> int:

@@ -1,7 +1,11 @@
-"""Exact top-K over a catalog whose item vectors are spread over the ranks: the whole table is never in one place.
+"""Exact top-K and target ranks over a catalog whose item vectors are sharded across ranks by item.
 
-Shapes: B sessions of this rank, X = most sessions of any rank, W ranks, Y = W * X, R items of this rank, Q columns of
-queries and items, K places, N added terms, P sets of their weights.
+Each rank scores the sessions of all ranks against its own items. The top-K lists are then merged by the rank of each
+session, and the counts for target ranks are summed over ranks.
+
+Shapes: B sessions of this rank, X maximum number of sessions of any rank, W ranks, Y = W * X sessions of all ranks with
+padding, R items of this rank, Q width of queries and item vectors, K length of a ranked list, N blend terms, P sets of
+their weights.
 """
 
 from collections.abc import Sequence
@@ -26,41 +30,41 @@ from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 
-# Rank of a target that is itself excluded: in no list, however few items there are.
+# Target rank of an excluded target: beyond the end of any list.
 EXCLUDED_RANK = 1 << 30
-# Items whose vectors are made at a time.
+# Items per call of the model when item vectors are computed.
 _CHUNK = 8192
-# Stands for "this rank's scores are not numbers" in what the ranks exchange.
+# Item index in the lists of a rank that has a NaN score.
 _FAILED = -2
-# Most scores that are held at once for target ranks.
-_SCORES_AT_ONCE = 1 << 22
+# Maximum number of scores in memory while target ranks are computed.
+_MAX_SCORES = 1 << 22
 
 
-class RanksItems(Protocol):
-    """A model that gives item vectors such that a score is queries @ items.T."""
+class ItemVectorModel(Protocol):
+    """A model whose score of a session and an item is the dot product of a query and an item vector."""
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
-        """Vectors of the items of some bags, [C, Q]."""
+        """Item vectors, [C, Q], of C bags of features."""
 
 
-class MakesBags(Protocol):
-    """Makes the bags of items, as the collator does."""
+class ItemCollator(Protocol):
+    """Part of `Collator` that collates the features of items."""
 
     num_items: int
 
     def item_features(self, items_X: Tensor) -> KeyedJaggedTensor:
-        """Bags of a list of items."""
+        """Features of items, one bag per item; see `Collator.item_features`."""
 
 
 @dataclass(frozen=True)
 class RankingModel:
-    """A model with everything that it needs to rank.
+    """A model with its collator, batch size and blend: all that ranking needs.
 
     Args:
-        model: Sharded or not.
-        collate: Makes its batches, without candidates.
+        model: The model, sharded or not.
+        collate: Collator for batches without candidates.
         batch_size: Sessions per batch of one rank.
-        blend: Nearest-neighbor scores that are added to the model's; None adds none.
+        blend: Nearest-neighbor scores that are added to the model's scores; None for no blend.
     """
 
     model: SessionRecommender | LLMGR
@@ -69,55 +73,57 @@ class RankingModel:
     blend: Blend | None = None
 
     def queries(self, batch: SessionBatch) -> Tensor:
-        """Query of each session of a batch, [B, Q]."""
+        """Computes the query of each session of a batch, [B, Q]."""
         if isinstance(self.model, SessionRecommender):
             return self.model.queries(batch)
         queries_BQ: Tensor = self.model(batch)
         return queries_BQ
 
     def ranker(self, world: World) -> "CatalogRanker":
-        """Ranks the catalog with the present weights; all ranks call together."""
+        """Computes all item vectors with the current weights. A collective: all ranks must call it."""
         return CatalogRanker(self.model, self.collate, world, self.blend)
 
 
 class CatalogRanker:
-    """Holds the vectors of this rank's range of items and ranks the whole catalog together with the other ranks.
+    """Ranks the whole catalog for sessions. Each rank has the vectors of a contiguous range of items.
+
+    The constructor computes the item vectors. It and all methods are collectives: all ranks must call them.
 
     Args:
-        model: Its item vectors are made once, here; sharded models need all ranks to come here together.
-        bags: Makes the bags of items.
-        world: Ranks.
-        blend: Nearest-neighbor scores that are added to the model's; each rank keeps the part of its own items. On all
-            ranks or on none.
+        model: Computes the item vectors.
+        collate: Collates the features of items.
+        world: This process and the world size.
+        blend: Nearest-neighbor scores that are added to the model's scores; each rank stores those of its own items.
+            Must be given on all ranks or on none.
     """
 
-    def __init__(self, model: RanksItems, bags: MakesBags, world: World, blend: Blend | None = None) -> None:
+    def __init__(self, model: ItemVectorModel, collate: ItemCollator, world: World, blend: Blend | None = None) -> None:
         self._world = world
-        self._num_items = bags.num_items
-        first = bags.num_items * world.rank // world.size
-        self.items = range(first, bags.num_items * (world.rank + 1) // world.size)
-        self._items_RQ = _item_vectors(model, bags, self.items, world)
+        self._num_items = collate.num_items
+        first = collate.num_items * world.rank // world.size
+        self.items = range(first, collate.num_items * (world.rank + 1) // world.size)
+        self._items_RQ = _item_vectors(model, collate, self.items, world)
         self._blend = None if blend is None else blend.of_items(self.items)
 
     @torch.no_grad()
     def rank(
         self, queries_BQ: Tensor, k: int, exclude: Jagged | None = None, clicks: Jagged | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Finds the K best items of each session; all ranks call together, each with its own sessions.
+        """Finds the K best items for each session of this rank.
 
         Args:
             queries_BQ: Queries; the number of sessions may differ between ranks.
-            k: Places K; may exceed the number of items.
-            exclude: Items that a session must not get, one row a session; on all ranks or on none.
-            clicks: What the sessions have clicked, oldest first, for the blend; unused without one.
+            k: Length K of a list; may exceed the number of items.
+            exclude: Item indices that must not be in a session's list, one row per session; on all ranks or on none.
+            clicks: Clicked item indices of each session, oldest first; required by the blend, else unused.
 
         Returns:
-            Item indices int64 [B, K] and scores float32 [B, K], best first, equal scores by lower index. Where fewer
-            than K items are left: -1 and -inf.
+            Item indices, int64 [B, K], and scores, float32 [B, K], best first; ties are in order of item index. Lists
+            with fewer than K items are padded with index -1 and score -inf.
 
         Raises:
-            UserError: A score is not a number; raised on every rank.
-            ValueError: K is less than 1, or there is a blend and no clicks.
+            UserError: A score is NaN; raised on every rank.
+            ValueError: K is less than 1, or there is a blend but no clicks.
         """
         if self._blend is None:
             return self._rank_with(None, queries_BQ, k, exclude)
@@ -126,16 +132,16 @@ class CatalogRanker:
         return self._rank_with(self.added_by(self._blend, clicks), queries_BQ, k, exclude)
 
     def added_by(self, blend: Blend, clicks: Jagged) -> sparse.csr_array:
-        """Scores that a blend adds to this rank's items, for the sessions of all ranks, [Y, R]; all ranks call together.
+        """Scores that a blend adds to this rank's items for the sessions of all ranks, float32 [Y, R].
 
         Args:
-            blend: Its part for this rank's items.
-            clicks: What this rank's sessions have clicked, oldest first.
+            blend: Blend of this rank's items; see `Blend.of_items`.
+            clicks: Clicked item indices of this rank's sessions, oldest first.
         """
         if self._world.size == 1:
             return blend.scores(clicks)
-        longest = max(_gather_sizes(clicks.num_rows, clicks.offsets.device, self._world))
-        return blend.scores(self._gather_lists(clicks, longest))
+        max_sessions = max(_gather_sizes(clicks.num_rows, clicks.offsets.device, self._world))
+        return blend.scores(self._gather_lists(clicks, max_sessions))
 
     @torch.no_grad()
     def target_ranks(
@@ -146,35 +152,35 @@ class CatalogRanker:
         weights_PN: Sequence[Sequence[float]] = ((),),
         exclude: Jagged | None = None,
     ) -> Tensor:
-        """Number of items that rank before each target, int64 [P, B], on the CPU; all ranks call together.
+        """Number of items ahead of each target under several blends, int64 [P, B] on the CPU.
 
-        An excluded target has `EXCLUDED_RANK`. Rows without a target (-1) have an arbitrary rank.
+        The rank of an excluded target is `EXCLUDED_RANK`, that of a row without a target (-1) arbitrary.
 
         Args:
             queries_BQ: Queries.
-            targets_B: The item that was clicked next.
-            added_NYR: Scores added to this rank's items, from `added_by`.
-            weights_PN: Weights of the added scores; each set gives ranks of its own.
-            exclude: Items that a session must not get; on all ranks or on none.
+            targets_B: Item index of each target, int64.
+            added_NYR: Scores that are added to those of this rank's items, from `added_by`.
+            weights_PN: Sets of weights for the added scores.
+            exclude: Item indices that must not be in a session's list, one row per session; on all ranks or on none.
 
         Raises:
-            UserError: A score is not a number; raised on every rank.
+            UserError: A score is NaN; raised on every rank.
         """
-        queries, targets, own = queries_BQ.detach().float(), targets_B, slice(None)
+        queries, targets, local = queries_BQ.detach().float(), targets_B, slice(None)
         if self._world.size > 1:
-            longest = max(_gather_sizes(queries.shape[0], queries.device, self._world))
-            own = slice(self._world.rank * longest, self._world.rank * longest + queries.shape[0])
-            queries = _gather(_pad_rows(queries, longest), self._world).flatten(0, 1)
-            targets = _gather(_pad_rows(targets, longest), self._world).flatten()
-            exclude = None if exclude is None else self._gather_lists(exclude, longest)
-        rows = max(_SCORES_AT_ONCE // -(-self._num_items // self._world.size), 1)
-        found = []
+            max_sessions = max(_gather_sizes(queries.shape[0], queries.device, self._world))
+            local = slice(self._world.rank * max_sessions, self._world.rank * max_sessions + queries.shape[0])
+            queries = _gather(_pad_rows(queries, max_sessions), self._world).flatten(0, 1)
+            targets = _gather(_pad_rows(targets, max_sessions), self._world).flatten()
+            exclude = None if exclude is None else self._gather_lists(exclude, max_sessions)
+        rows = max(_MAX_SCORES // -(-self._num_items // self._world.size), 1)
+        ranks = []
         for start in range(0, queries.shape[0], rows):
             block = slice(start, start + rows)
-            left_out = None if exclude is None else exclude.narrow(start, min(start + rows, queries.shape[0]))
+            excluded = None if exclude is None else exclude.narrow(start, min(start + rows, queries.shape[0]))
             added = [added_YR[block] for added_YR in added_NYR]
-            found.append(self._target_ranks_of_block(queries[block], targets[block], added, weights_PN, left_out))
-        return torch.cat(found, dim=1)[:, own] if found else torch.empty(len(weights_PN), 0, dtype=torch.int64)
+            ranks.append(self._target_ranks_of_block(queries[block], targets[block], added, weights_PN, excluded))
+        return torch.cat(ranks, dim=1)[:, local] if ranks else torch.empty(len(weights_PN), 0, dtype=torch.int64)
 
     def _target_ranks_of_block(
         self,
@@ -187,55 +193,55 @@ class CatalogRanker:
         scores = queries @ self._items_RQ.T
         if exclude is not None:
             columns = exclude.values - self.items.start
-            inside = (columns >= 0) & (columns < len(self.items))
-            scores[exclude.row_of_value[inside], columns[inside]] = float("-inf")
+            is_local = (columns >= 0) & (columns < len(self.items))
+            scores[exclude.row_of_value[is_local], columns[is_local]] = float("-inf")
         blended = BlendedScores(scores.cpu().numpy(), added, targets.cpu().numpy(), weights_PN, self.items.start)
-        # One rank holds a target, the others add 0; or NaN, so that all learn of it together.
-        own = sum_over_ranks(torch.from_numpy(blended.target_scores()), self._world)
-        if own.isnan().any():
+        # Ranks without the target's item add 0. A NaN on any rank makes the sum NaN, so that all ranks fail together.
+        target_scores = sum_over_ranks(torch.from_numpy(blended.target_scores()), self._world)
+        if target_scores.isnan().any():
             raise UserError(NOT_NUMBERS)
-        before = sum_over_ranks(torch.from_numpy(blended.count_ahead(own.numpy())), self._world)
-        return torch.where(own.isneginf(), EXCLUDED_RANK, before)
+        num_ahead = sum_over_ranks(torch.from_numpy(blended.count_ahead(target_scores.numpy())), self._world)
+        return torch.where(target_scores.isneginf(), EXCLUDED_RANK, num_ahead)
 
     def _rank_with(
         self, added_YR: sparse.csr_array | None, queries_BQ: Tensor, k: int, exclude: Jagged | None
     ) -> tuple[Tensor, Tensor]:
         if k < 1:
-            raise ValueError(f"k is {k}; at least 1 item must be asked for")
+            raise ValueError(f"k is {k}; it must be 1 or more")
         queries = queries_BQ.detach().float()
         if self._world.size == 1:
             return top_k(queries, self._items_RQ, k, exclude, added_YR)
-        sizes = _gather_sizes(queries.shape[0], queries.device, self._world)
-        longest = max(sizes)
-        queries_WXQ = _gather(_pad_rows(queries, longest), self._world)
-        excluded = None if exclude is None else self._gather_lists(exclude, longest)
-        ids, scores = self._own_top_k(queries_WXQ.flatten(0, 1), k, excluded, added_YR)
-        # What this rank found for the sessions of each other rank goes back to that rank.
-        ids_WXK = _exchange(ids.view(self._world.size, longest, k))
-        scores_WXK = _exchange(scores.view(self._world.size, longest, k))
+        max_sessions = max(_gather_sizes(queries.shape[0], queries.device, self._world))
+        queries_WXQ = _gather(_pad_rows(queries, max_sessions), self._world)
+        excluded = None if exclude is None else self._gather_lists(exclude, max_sessions)
+        ids, scores = self._local_top_k(queries_WXQ.flatten(0, 1), k, excluded, added_YR)
+        # Each rank gets the lists that all ranks computed for its sessions.
+        ids_WXK = _exchange(ids.view(self._world.size, max_sessions, k))
+        scores_WXK = _exchange(scores.view(self._world.size, max_sessions, k))
         if (ids_WXK == _FAILED).any():
             raise UserError(NOT_NUMBERS)
         ids_BK, scores_BK = merge_top_k(ids_WXK, scores_WXK, k)
         return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
 
-    def _own_top_k(
+    def _local_top_k(
         self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None
     ) -> tuple[Tensor, Tensor]:
+        """Top-K among this rank's items for the sessions of all ranks; lists of `_FAILED` if a score is NaN."""
         if exclude is not None:
             exclude = Jagged(exclude.values - self.items.start, exclude.offsets)
         try:
             ids, scores = top_k(queries, self._items_RQ, k, exclude, added_YR)
         except UserError:
-            # The other ranks wait for this one's lists; all learn of it together.
+            # The other ranks wait for these lists, so the failure is sent to them instead of being raised here.
             return (
                 queries.new_full((queries.shape[0], k), _FAILED, dtype=torch.int64),
                 queries.new_zeros(queries.shape[0], k),
             )
         return torch.where(ids >= 0, ids + self.items.start, ids), scores
 
-    def _gather_lists(self, lists: Jagged, longest: int) -> Jagged:
-        """The lists of all ranks, each rank's padded with empty ones to the same number."""
-        lengths_WX = _gather(_pad_rows(lists.lengths, longest), self._world)
+    def _gather_lists(self, lists: Jagged, num_rows: int) -> Jagged:
+        """Gathers the rows of all ranks, after padding those of each rank with empty rows to `num_rows`."""
+        lengths_WX = _gather(_pad_rows(lists.lengths, num_rows), self._world)
         sizes = lengths_WX.sum(dim=1).tolist()
         values_WY = _gather(_pad_rows(lists.values, max(sizes)), self._world)
         values = torch.cat([row[:size] for row, size in zip(values_WY, sizes, strict=True)])
@@ -243,15 +249,15 @@ class CatalogRanker:
 
 
 @torch.no_grad()
-def _item_vectors(model: RanksItems, bags: MakesBags, items: range, world: World) -> Tensor:
-    """Vectors of a range of items, chunk by chunk, with the same number of lookups on every rank."""
-    longest = -(-bags.num_items // world.size)
+def _item_vectors(model: ItemVectorModel, collate: ItemCollator, items: range, world: World) -> Tensor:
+    """Computes the vectors of a range of items, [R, Q], in chunks; the number of lookups is equal on all ranks."""
+    max_items = -(-collate.num_items // world.size)
     chunks = []
-    for start in range(items.start, items.start + longest, _CHUNK):
-        wanted = torch.arange(start, max(min(start + _CHUNK, items.stop), start))
-        # A rank whose range is shorter still takes part in the lookup, with a bag that is thrown away.
-        features = bags.item_features(wanted if wanted.numel() else torch.zeros(1, dtype=torch.int64))
-        chunks.append(model.item_vectors(features.to(world.device))[: wanted.numel()].detach().float())
+    for start in range(items.start, items.start + max_items, _CHUNK):
+        chunk = torch.arange(start, max(min(start + _CHUNK, items.stop), start))
+        # A lookup in sharded tables is a collective, so a rank without items takes part with one that is discarded.
+        features = collate.item_features(chunk if chunk.numel() else torch.zeros(1, dtype=torch.int64))
+        chunks.append(model.item_vectors(features.to(world.device))[: chunk.numel()].detach().float())
     return torch.cat(chunks).contiguous()
 
 
@@ -260,14 +266,14 @@ def _gather_sizes(size: int, device: torch.device, world: World) -> list[int]:
 
 
 def _gather(values: Tensor, world: World) -> Tensor:
-    """Equal-shaped tensors of all ranks, stacked in rank order."""
+    """Stacks tensors of equal shape from all ranks, in rank order."""
     gathered = values.new_empty(world.size, *values.shape)
     dist.all_gather(list(gathered.unbind()), values.contiguous())
     return gathered
 
 
 def _exchange(parts_WXK: Tensor) -> Tensor:
-    """Part w goes to rank w; returns what every rank sent here, in rank order."""
+    """Sends part w to rank w and returns the received parts in rank order (all-to-all)."""
     received = torch.empty_like(parts_WXK)
     dist.all_to_all_single(received, parts_WXK.contiguous())
     return received

@@ -1,4 +1,4 @@
-"""Sharding: where each embedding table lies, under the constraints of the settings, and who updates it."""
+"""Sharding of embedding tables across ranks with TorchRec, and their fused optimizers."""
 
 import logging
 import warnings
@@ -34,15 +34,15 @@ from llmgr_rec.errors import UserError
 
 GIB = 1024**3
 _FLOAT_BYTES = 4
-# Ranks considered when a remedy is looked for.
-_MOST_RANKS = 256
+# Largest number of ranks that an error message suggests.
+_MAX_RANKS = 256
 _OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
     "adagrad": (optim.Adagrad, {"eps": 1e-8}),
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
     "sgd": (optim.SGD, {}),
     "adam": (optim.Adam, {"eps": 1e-8}),
 }
-# Floats of optimizer state that a trained row of `dim` columns carries.
+# Floats of optimizer state per trained row of `dim` columns.
 _STATE_FLOATS: dict[str, Callable[[int], int]] = {
     "adagrad": lambda dim: dim,
     "rowwise_adagrad": lambda dim: 1,
@@ -53,15 +53,15 @@ _STATE_FLOATS: dict[str, Callable[[int], int]] = {
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory of one whole table.
+    """Memory of an embedding table, all shards together.
 
     Args:
-        table: Name in its collection.
-        parameter: Qualified name of its parameter.
-        rows: Rows.
-        dim: Columns.
-        weight_bytes: Bytes of the rows.
-        state_bytes: Bytes of optimizer state.
+        table: Name of the table in its collection.
+        parameter: Qualified name of the table's parameter.
+        rows: Number of rows.
+        dim: Number of columns.
+        weight_bytes: Bytes of the weights.
+        state_bytes: Bytes of the optimizer state.
     """
 
     table: str
@@ -73,12 +73,18 @@ class Footprint:
 
     @property
     def gib(self) -> float:
-        """Rows and state in GiB."""
+        """Memory of weights and optimizer state, in GiB."""
         return (self.weight_bytes + self.state_bytes) / GIB
 
 
 def footprints(module: nn.Module, tables: TablesConfig, trained: Callable[[str], bool]) -> list[Footprint]:
-    """Memory of every table of a module's unsharded EmbeddingBagCollections; a frozen table has no state."""
+    """Memory of each table in the unsharded EmbeddingBagCollections of a module. Frozen tables have no optimizer state.
+
+    Args:
+        module: The model; its tables may be on the meta device.
+        tables: Optimizer of the tables.
+        trained: Whether a table trains, by the qualified name of its parameter.
+    """
     found = []
     for path, collection in module.named_modules():
         if not isinstance(collection, EmbeddingBagCollection):
@@ -96,33 +102,33 @@ def shard(
     tables: TablesConfig,
     world: World,
     trained: Callable[[str], bool],
-    cut_decoders: bool = False,
+    use_fsdp: bool = False,
 ) -> DistributedModelParallel:
-    """Spreads a model over the ranks: tables are cut by plan, everything else that trains is data parallel.
+    """Distributes a model across ranks: tables are sharded, other trained parameters are data parallel.
 
-    Every rank makes the same plan by itself, so a plan that cannot be made fails on all ranks at once.
+    Each rank computes the same plan, so all ranks fail if there is none.
 
     Args:
-        module: The model, its embedding collections on the meta device or any other; `requires_grad` tells which
+        module: The model; its embedding collections may be on the meta device. `requires_grad` states which of the
             other parameters train.
-        tables: Sharding and optimizer of the tables. A table that its author has given an optimizer already
+        tables: Sharding and optimizer of the tables. A table that already has an optimizer
             (`apply_optimizer_in_backward`) keeps it.
-        world: Ranks.
+        world: This process and the world size. All ranks must call this.
         trained: Whether a table trains, by the qualified name of its parameter; all others stay bit-identical.
-        cut_decoders: Cut the language model over the ranks too, see `fully_shard_decoders`.
+        use_fsdp: Whether the language model is sharded, too; see `fully_shard_decoders`.
 
     Returns:
-        The sharded model. Values of tables on the meta device are not yet set: see `shards.init_tables`.
+        The sharded model. Tables that were on the meta device are not initialized; see `table_io.init_tables`.
 
     Raises:
-        UserError: The tables cannot be laid out, or the language model cannot be cut; names the remedy.
+        UserError: There is no sharding plan for the tables, or the language model cannot be sharded.
     """
     plan = plan_tables(module, tables, world.size, world.local_size, world.device.type, trained)
     if tables.optimizer == "adam":
-        # fbgemm registers the CPU gradient of its dense lookup in a way that torch warns of; the tests hold it to
-        # torch's own Adam on unsharded tables.
+        # Torch warns of the way in which fbgemm registers the CPU gradient of its dense lookup. Tests compare the
+        # result with torch.optim.Adam on unsharded tables.
         warnings.filterwarnings("ignore", message="fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel")
-    if cut_decoders:
+    if use_fsdp:
         fully_shard_decoders(module, world)
     with _without_log():
         return DistributedModelParallel(
@@ -142,20 +148,20 @@ def plan_tables(
     device_type: str,
     trained: Callable[[str], bool],
 ) -> ShardingPlan:
-    """Plans where the tables lie; needs no process group, and no memory where tables are on the meta device.
+    """Computes the sharding plan of the tables. Needs no process group, and no memory for tables on the meta device.
 
-    Gives every table its optimizer on the way, because the optimizer's state counts in the plan.
+    Attaches an optimizer to each table, because the plan includes the memory of its state.
 
     Args:
         module: Model with unsharded embedding collections.
         tables: Sharding and optimizer of the tables.
-        world_size: Ranks.
-        local_size: Ranks of one machine.
+        world_size: Number of ranks.
+        local_size: Number of ranks per machine.
         device_type: `cpu` or `cuda`.
         trained: Whether a table trains, by the qualified name of its parameter.
 
     Raises:
-        UserError: The tables cannot be laid out; names table and remedy.
+        UserError: The tables do not fit into the memory of the ranks, or a table's width is not a multiple of 4.
     """
     sizes = footprints(module, tables, trained)
     for size in sizes:
@@ -177,9 +183,9 @@ def plan_tables(
 
 
 def column_width(dim: int, world_size: int) -> int:
-    """Columns of one column-wise shard: the narrowest divisor of `dim` that leaves no more shards than ranks.
+    """Columns of a column-wise shard: the smallest divisor of `dim` that gives no more shards than ranks.
 
-    fbgemm reads rows in groups of 4 columns, so widths are multiples of 4.
+    It is a multiple of 4, because fbgemm processes rows in groups of 4 columns.
     """
     widths = (width for width in range(4, dim + 1, 4) if dim % width == 0 and width * world_size >= dim)
     return next(widths, dim)
@@ -188,7 +194,7 @@ def column_width(dim: int, world_size: int) -> int:
 def _check_width(size: Footprint) -> None:
     if size.dim % 4:
         raise UserError(
-            f"table {size.table} has {size.dim} columns, and tables need a multiple of 4; set --tables.dim to one"
+            f"table {size.table} has {size.dim} columns, which is not a multiple of 4; set --tables.dim to one"
         )
 
 
@@ -196,8 +202,8 @@ def _constraints(size: Footprint, tables: TablesConfig, world_size: int, device_
     types = {
         "table_wise": [ShardingType.TABLE_WISE],
         "column_wise": [ShardingType.COLUMN_WISE],
-        # Row-wise backward needs equal numbers of bags on all ranks where the collectives are gloo's. Replicated
-        # tables (data_parallel) are left out everywhere: a checkpoint of them does not fit a sharded run.
+        # With gloo, the row-wise backward needs equal numbers of bags on all ranks. Replicated tables (data_parallel)
+        # are never planned, because their checkpoints cannot be loaded into sharded tables.
         "auto": [ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE]
         + ([ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE] if device_type == "cuda" else []),
     }[tables.sharding]
@@ -225,7 +231,7 @@ def _topology(tables: TablesConfig, world_size: int, local_size: int, device_typ
 def _attach_optimizers(
     module: nn.Module, tables: TablesConfig, device_type: str, trained: Callable[[str], bool]
 ) -> set[str]:
-    """Attaches fused optimizers to tables that have none; returns the names of those for a dense Adam instead."""
+    """Attaches fused optimizers to tables without one; returns the parameters that need a dense Adam instead."""
     kind, extra = _OPTIMIZERS[tables.optimizer]
     dense = set()
     for path, collection in module.named_modules():
@@ -234,14 +240,14 @@ def _attach_optimizers(
         for name, parameter in collection.named_parameters():
             if hasattr(parameter, "_optimizer_classes"):
                 continue
-            # Sharding ignores requires_grad, and a table without optimizer would train with a default one:
-            # a learning rate of 0 and no state is what keeps a table still.
+            # TorchRec ignores requires_grad and gives a table without optimizer a default one. SGD with a learning
+            # rate of 0 has no state and leaves the table unchanged.
             parameter.requires_grad_(True)
             qualified = f"{path}.{name}" if path else name
             if not trained(qualified):
                 apply_optimizer_in_backward(optim.SGD, [parameter], {"lr": 0.0})
             elif tables.optimizer == "adam" and device_type == "cpu":
-                # fbgemm's CPU kernels fuse SGD, Adagrad and row-wise Adagrad only.
+                # The CPU kernels of fbgemm fuse only SGD, Adagrad and row-wise Adagrad.
                 dense.add(qualified)
             else:
                 apply_optimizer_in_backward(kind, [parameter], {"lr": tables.lr, **extra})
@@ -250,7 +256,7 @@ def _attach_optimizers(
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """TorchRec logs pages of advice, on a failed plan the whole module; what matters comes back as an exception."""
+    """Disables logging: TorchRec logs long advice and, if planning fails, the whole module. Errors are exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -260,7 +266,7 @@ def _without_log() -> Iterator[None]:
 
 
 def _use_dense_kernel(plan: ShardingPlan, dense: set[str]) -> None:
-    """Takes tables out of the fused kernel; the planner itself offers the dense one to replicated tables only."""
+    """Switches tables of a plan to the dense kernel, which the planner allows for replicated tables only."""
     for path, module_plan in plan.plan.items():
         for table, parameter_plan in cast(EmbeddingModuleShardingPlan, module_plan).items():
             if (f"{path}.embedding_bags" if path else "embedding_bags") + f".{table}.weight" in dense:
@@ -273,37 +279,38 @@ def _explain(error: Exception, sizes: list[Footprint], tables: TablesConfig, wor
     limit = tables.memory_per_rank_gb
     if total <= limit * world_size and largest.gib <= limit:
         return f"no sharding plan for tables.sharding {tables.sharding}: {' '.join(str(error).split())[:300]}"
-    needed = _ranks_needed(sizes, tables, world_size)
-    more = f"start {needed} ranks, " if needed else ""
+    ranks = _ranks_needed(sizes, tables, world_size)
+    more_ranks = f"start {ranks} ranks, " if ranks else ""
     columns = "" if tables.sharding == "column_wise" else "set --tables.sharding column_wise, "
     return (
         f"table {largest.table} with {largest.rows} rows of {largest.dim} columns takes {largest.gib:.2g} GiB with its "
-        f"optimizer state and all tables take {total:.2g} GiB, which {tables.sharding} sharding cannot lay on "
-        f"{world_size} ranks of {limit:g} GiB; {more}{columns}take a smaller --tables.dim, or raise "
+        f"optimizer state and all tables take {total:.2g} GiB, which {tables.sharding} sharding cannot place on "
+        f"{world_size} ranks of {limit:g} GiB; {more_ranks}{columns}take a smaller --tables.dim, or raise "
         "--tables.memory_per_rank_gb"
     )
 
 
 def _ranks_needed(sizes: list[Footprint], tables: TablesConfig, world_size: int) -> int | None:
-    """The smallest larger number of ranks on which the parts of the tables fit, the largest part first."""
-    for ranks in range(world_size + 1, _MOST_RANKS + 1):
-        parts = []
+    """The smallest number of ranks above `world_size` on which the tables fit, by greedy placement of their shards."""
+    for ranks in range(world_size + 1, _MAX_RANKS + 1):
+        shards = []
         for size in sizes:
             count = 1 if tables.sharding == "table_wise" else size.dim // column_width(size.dim, ranks)
-            parts += [size.gib / count] * count
+            shards += [size.gib / count] * count
         loads = [0.0] * ranks
-        for part in sorted(parts, reverse=True):
-            loads[loads.index(min(loads))] += part
-        # What passes through the tables takes some memory beside them.
+        for gib in sorted(shards, reverse=True):
+            loads[loads.index(min(loads))] += gib
+        # Inputs and outputs of the tables need some memory as well.
         if max(loads) < 0.95 * tables.memory_per_rank_gb:
             return ranks
     return None
 
 
 class _TrainedDataParallel(DataParallelWrapper):
-    """Data parallelism of what trains whole; frozen parameters (a base language model) and buffers are left alone.
+    """Wraps a model in DistributedDataParallel for the trained parameters that are not sharded.
 
-    TorchRec's own wrapper would broadcast the frozen base model over the network at every start.
+    Frozen parameters and buffers are ignored. TorchRec's default wrapper would broadcast the frozen base language model
+    at every start.
     """
 
     def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:

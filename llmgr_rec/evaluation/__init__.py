@@ -1,1 +1,1 @@
-"""Judging models: metrics, baselines, protocol, results as tables and plots."""
+"""Evaluation: protocol, ranking metrics, and results as tables, plots and the report."""

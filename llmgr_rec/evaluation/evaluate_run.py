@@ -1,4 +1,4 @@
-"""Evaluates a training run beside the baselines and writes metrics.json."""
+"""Evaluates the models of a training run and the baselines, and writes metrics.json."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ from llmgr_rec.storage.bundle_index import CONFIG, STAGES_OF_MODEL, bundle_hash,
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What the user asks for.
+    """Arguments of an evaluation.
 
     Args:
-        run: Run folder made by train.
-        dataset: Folder made by prepare.
-        split: valid or test.
+        run: Run folder written by train.
+        dataset: Folder written by prepare.
+        split: `valid` or `test`.
         output: Metrics file to write.
-        models: What to evaluate; None takes the baselines and all that the run has trained.
-        batch_size: Sessions of a batch; None takes the run's setting.
-        device: Where the models run; None takes the run's setting.
-        allow_code: Packages that bundles may import their encoder or head from.
+        models: Names of models and baselines; None takes the default baselines and all trained models of the run.
+        batch_size: Sessions per batch; None takes the run's setting.
+        device: Device of the models; None takes the run's setting.
+        allow_code: Packages from which bundles may import their encoder or head.
     """
 
     run: Path
@@ -46,13 +46,17 @@ class EvaluationRequest:
 
 
 def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
-    """Evaluates and writes the metrics file.
+    """Evaluates models and baselines, and writes the metrics file.
+
+    Args:
+        request: Arguments of the evaluation.
 
     Returns:
-        What the metrics file holds.
+        The content of the metrics file.
 
     Raises:
-        UserError: Anything a user can mend; raised on every rank before any rank waits for another.
+        UserError: An argument, the run or the data set is not usable; raised on every rank before the process group
+            starts.
     """
     dataset = Dataset(request.dataset)
     catalog = Catalog.load(request.dataset)
@@ -106,23 +110,23 @@ def _evaluate_bundle(
 
 
 def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
-    """Exports to evaluate, each of the data set's own catalog."""
+    """Bundles to evaluate by model name, checked to be trained on the data set."""
     if not request.run.is_dir():
         raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
-    found = {name: bundle for name in STAGES_OF_MODEL if (bundle := find_bundle(request.run / "export", name))}
-    wanted = [name for name in request.models or STAGES_OF_MODEL if name in STAGES_OF_MODEL]
-    if request.models is None and not found:
+    complete = {name: bundle for name in STAGES_OF_MODEL if (bundle := find_bundle(request.run / "export", name))}
+    requested = [name for name in request.models or STAGES_OF_MODEL if name in STAGES_OF_MODEL]
+    if request.models is None and not complete:
         raise UserError(
-            f"--run {request.run} holds no complete export; train it to the end of a stage (llmgr_rec.train --resume), "
+            f"--run {request.run} has no complete export; train a stage to its end (llmgr_rec.train --resume), "
             "or pass --models popularity,item_knn"
         )
-    if request.models is not None and (missing := [name for name in wanted if name not in found]):
+    if request.models is not None and (missing := [name for name in requested if name not in complete]):
         stages = " or ".join(STAGES_OF_MODEL[missing[0]])
         raise UserError(
-            f"--run {request.run} holds no complete export of {missing[0]} (stage {stages}); train it first, "
-            f"or leave {missing[0]} out of --models"
+            f"--run {request.run} has no complete export of {missing[0]} (stage {stages}); train it first, "
+            f"or remove {missing[0]} from --models"
         )
-    bundles = {name: found[name] for name in wanted if name in found}
+    bundles = {name: complete[name] for name in requested if name in complete}
     for bundle in bundles.values():
         check_trained_on(bundle, dataset)
         check_bundle_code(load_config(bundle / CONFIG), bundle, request.allow_code)
@@ -130,7 +134,7 @@ def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Each name once: those of `MODEL_NAMES` in their order, then import paths."""
+    """Distinct names: those of `MODEL_NAMES` in their order, then import paths."""
     return in_table_order(dict.fromkeys(names))
 
 

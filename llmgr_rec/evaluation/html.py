@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: no script, no link, nothing loaded from elsewhere."""
+"""The report as one self-contained HTML page, without scripts, links or external resources."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -76,17 +76,17 @@ $body
 
 @dataclass
 class ReportContent:
-    """What the page shows.
+    """Content of the page.
 
     Args:
         title: Heading.
-        facts: Names and values under the heading.
-        models: Metrics of each model; empty where the run was not evaluated.
-        split: Sessions that they were counted on.
+        facts: Names and values below the heading.
+        models: Metrics by model; empty if the run has not been evaluated.
+        split: Split on which they were computed.
         plots: Caption and PNG file of each plot, by section (quality, training).
-        examples: Sessions with titles.
-        examples_note: What model and what sessions they are.
-        settings: config.yaml.
+        examples: Example sessions.
+        examples_note: Model and selection of the example sessions.
+        settings: Text of config.yaml.
     """
 
     title: str
@@ -100,7 +100,7 @@ class ReportContent:
 
 
 def render_page(content: ReportContent) -> str:
-    """The page as text; everything that comes from data or settings is escaped."""
+    """The page as HTML; all text from data and settings is escaped."""
     facts = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in content.facts.items()
     )
@@ -122,24 +122,24 @@ def render_page(content: ReportContent) -> str:
 def _quality(content: ReportContent) -> str:
     if not content.models:
         return (
-            "<h2>Ranking quality</h2>\n<p>The run has not been evaluated yet: "
-            "<code>python -m llmgr_rec.evaluate</code> writes the metrics that belong here.</p>"
+            "<h2>Ranking quality</h2>\n<p>The run has not been evaluated. To add its metrics, run "
+            "<code>python -m llmgr_rec.evaluate</code> and create the report again.</p>"
         )
     figures = "".join(_figure(*plot) for plot in content.plots.get("quality", []))
     return (
-        f"<h2>Ranking quality</h2>\n{_sentence(content)}\n{_table(content.models)}\n{_error_note(content)}\n{figures}"
+        f"<h2>Ranking quality</h2>\n{_comparison(content)}\n{_table(content.models)}\n{_error_note(content)}\n{figures}"
     )
 
 
-def _sentence(content: ReportContent) -> str:
-    """Where LLMGR stands, in words."""
+def _comparison(content: ReportContent) -> str:
+    """Relative differences of LLMGR to the session recommender and to the best other model."""
     models = content.models
     others = {name: metrics for name, metrics in models.items() if name != "llmgr"}
     if "llmgr" not in models or not others:
         return ""
     ours = models["llmgr"]
-    rival = max(others, key=lambda name: others[name]["ndcg@20"])
-    parts = [_gain(ours, others[name], name) for name in dict.fromkeys(["sbr", rival]) if name in others]
+    best_other = max(others, key=lambda name: others[name]["ndcg@20"])
+    parts = [_gain(ours, others[name], name) for name in dict.fromkeys(["sbr", best_other]) if name in others]
     return f"<p>{' '.join(parts)}</p>"
 
 
@@ -149,7 +149,7 @@ def _gain(ours: Mapping[str, float], theirs: Mapping[str, float], name: str) -> 
         for metric in ("hr", "ndcg", "mrr")
         if theirs[f"{metric}@20"]
     ]
-    return f"LLMGR against {escape(MODEL_NAMES.get(name, name))}: {', '.join(changes)}." if changes else ""
+    return f"LLMGR compared with {escape(MODEL_NAMES.get(name, name))}: {', '.join(changes)}." if changes else ""
 
 
 def _table(models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -180,9 +180,9 @@ def _error_note(content: ReportContent) -> str:
     rate, count = top["hr@20"], top["count"]
     error = (rate * (1 - rate) / count) ** 0.5 if count else 0.0
     return (
-        f'<p class="soft">Best value of each column in bold. {count:,} {escape(content.split)} sessions, the whole '
-        f"catalog ranked for each, equal scores by lower item index. Standard error of the best HR@20: {error:.4f}; "
-        "differences below about twice that may be chance.</p>"
+        f'<p class="soft">Best value of each column in bold. {count:,} {escape(content.split)} sessions; each '
+        f"ranks the whole catalog, ties by lower item index. Standard error of the best HR@20: {error:.4f}. "
+        "Differences below about twice that may be due to chance.</p>"
     )
 
 
@@ -195,31 +195,31 @@ def _figure(caption: str, file: Path) -> str:
 
 
 def _session(example: Example) -> str:
-    verdict = (
-        f'<span class="found">next click found at place {example.place}</span>'
-        if example.place
-        else f'<span class="missed">next click not among the first {len(example.recommended)}</span>'
+    outcome = (
+        f'<span class="found">next click at position {example.position}</span>'
+        if example.position
+        else f'<span class="missed">next click not in the top {len(example.recommended)}</span>'
     )
     earlier = len(example.clicks) - _SHOWN_CLICKS
     shown = example.clicks[-_SHOWN_CLICKS:]
     start = len(example.clicks) - len(shown) + 1
     before = f'<p class="soft">{earlier} earlier clicks</p>' if earlier > 0 else ""
     clicks = "".join(f"<li>{escape(title)}</li>" for title in shown)
-    # The hit is shown even where it stands below the items listed for all.
-    places = [*range(1, min(_SHOWN_ITEMS, len(example.recommended)) + 1)]
-    if example.place > _SHOWN_ITEMS:
-        places.append(example.place)
-    items = "".join(_item(place, example) for place in places)
+    # A hit below the shown items is added to them.
+    positions = [*range(1, min(_SHOWN_ITEMS, len(example.recommended)) + 1)]
+    if example.position > _SHOWN_ITEMS:
+        positions.append(example.position)
+    items = "".join(_item(position, example) for position in positions)
     return (
-        f'<article class="session"><header><span>Session {escape(example.session_id)}</span>{verdict}</header>'
+        f'<article class="session"><header><span>Session {escape(example.session_id)}</span>{outcome}</header>'
         f'<div class="columns"><section><h3>Clicks, oldest first</h3>{before}<ol start="{start}">{clicks}</ol>'
         f'<h3>Next click</h3><p class="target">{escape(example.target)}</p></section>'
-        f"<section><h3>RecommenderOutput</h3><ol>{items}</ol></section></div></article>"
+        f"<section><h3>Recommendations</h3><ol>{items}</ol></section></div></article>"
     )
 
 
-def _item(place: int, example: Example) -> str:
-    title = escape(example.recommended[place - 1])
-    if place == example.place:
+def _item(position: int, example: Example) -> str:
+    title = escape(example.recommended[position - 1])
+    if position == example.position:
         title = f'<span class="hit">{title}</span>'
-    return f'<li value="{place}">{title}</li>'
+    return f'<li value="{position}">{title}</li>'

@@ -1,10 +1,10 @@
-"""Streaming ranking metrics: hit rate, NDCG and MRR at several cut-offs, and hit rate by how well known the target is.
+"""Streaming ranking metrics: HR, NDCG and MRR at several cutoffs, and HR by the target's training interactions.
 
-The state is a histogram, so the figures cannot depend on batch size, order or world size: one cell for each pair of
-(bucket of the target's training interactions, place of the target in the list), with a last column for targets that the
-list misses. Every metric is a function of that table, and one sum over ranks joins the ranks.
+The state is a histogram of target ranks by bucket of the target's training interactions; its last column counts targets
+that are not in the list. All metrics are functions of this histogram, so they do not depend on batch size, order or
+number of ranks, and one sum combines the ranks of a process group.
 
-Shapes: B sessions, K places in a ranked list, F frequency buckets, V items.
+Shapes: B sessions, K items of a ranked list, F frequency buckets, P = K + 1 target ranks, V items.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ BY_FREQUENCY = "hr@20_by_train_count"
 
 
 def target_ranks(ids_BK: Tensor, targets_B: Tensor, depth: int) -> Tensor:
-    """Rank of each target in its list, from 0, int64 [B]; `depth` where it is not among the first `depth` items.
+    """Rank of each target in its list, from 0, int64 [B]; `depth` if it is not among the first `depth` items.
 
     Args:
-        ids_BK: Item indices, best first; -1 where a list is shorter.
-        targets_B: Item that was clicked next.
-        depth: Items of a list that are looked at.
+        ids_BK: Item indices, best first; -1 pads shorter lists.
+        targets_B: Target item of each session.
+        depth: Number of first items of a list that are considered.
     """
     hits_BK = ids_BK[:, :depth] == targets_B[:, None]
     # argmax of a boolean row is the first hit.
@@ -35,61 +35,62 @@ def target_ranks(ids_BK: Tensor, targets_B: Tensor, depth: int) -> Tensor:
 
 
 class RankingMetrics:
-    """Counts at which place of its ranked list each target stands.
+    """Histogram of target ranks and the metrics computed from it.
 
-    With one relevant item a session, at place p (from 1): HR@K = [p <= K], NDCG@K = [p <= K] / log2(p + 1),
+    With one relevant item per session, at position p (from 1): HR@K = [p <= K], NDCG@K = [p <= K] / log2(p + 1),
     MRR@K = [p <= K] / p.
     """
 
-    # Length K of the ranked lists that `update` needs.
+    # Length K of the ranked lists that `update` requires.
     depth = max(CUTOFFS)
 
     def __init__(self, train_count_V: Tensor) -> None:
-        """Starts an empty count.
+        """Creates an empty histogram.
 
         Args:
-            train_count_V: Training interactions of each item, for the frequency buckets; sets the device.
+            train_count_V: Training interactions of each item, for the frequency buckets; determines the device.
         """
         self._bucket_V = torch.bucketize(
             train_count_V, torch.tensor(BUCKET_BOUNDS, dtype=train_count_V.dtype, device=train_count_V.device)
         )
-        places = self.depth + 1
-        # float64 holds whole numbers exactly up to 2^53 and is reduced by gloo and NCCL alike.
-        self.counts_FP = torch.zeros(len(BUCKET_NAMES), places, dtype=torch.float64, device=train_count_V.device)
+        # float64 represents integers up to 2^53 exactly, and both gloo and NCCL reduce it.
+        self.counts_FP = torch.zeros(
+            len(BUCKET_NAMES), self.depth + 1, dtype=torch.float64, device=train_count_V.device
+        )
 
     def update(self, ids_BK: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
-        """Counts one batch.
+        """Adds one batch of ranked lists.
 
         Args:
-            ids_BK: Item indices, best first; -1 where a catalog has fewer than K items.
-            targets_B: Item that was clicked next.
-            weights_B: Weight of each session; 0 for rows that only fill up a rank.
+            ids_BK: Item indices, best first; -1 pads the lists of a catalog with fewer than K items.
+            targets_B: Target item of each session.
+            weights_B: Weight of each session; 0 for padding.
         """
         self.count(target_ranks(ids_BK, targets_B, self.depth), targets_B, weights_B)
 
-    def count(self, place_B: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
-        """As `update`, with the places at hand.
+    def count(self, ranks_B: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
+        """Adds one batch of target ranks.
 
         Args:
-            place_B: How many items stand before each target; any number from `depth` on is the same miss.
-            targets_B: Item that was clicked next.
-            weights_B: Weight of each session; 0 for rows that only fill up a rank.
+            ranks_B: Rank of each target, from 0; any number from `depth` on is a miss.
+            targets_B: Target item of each session.
+            weights_B: Weight of each session; 0 for padding.
         """
-        # Filler rows carry no target: their weight is 0, so any valid bucket will do.
+        # Padding has no target; its weight is 0, so any valid bucket works.
         bucket_B = self._bucket_V[targets_B.clamp(min=0)]
         self.counts_FP.index_put_(
-            (bucket_B, place_B.clamp(max=self.depth)), weights_B.to(torch.float64), accumulate=True
+            (bucket_B, ranks_B.clamp(max=self.depth)), weights_B.to(torch.float64), accumulate=True
         )
 
     def compute(self, sum_over_ranks: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
-        """Joins the ranks and returns the metrics of all sessions counted so far.
+        """Metrics of all sessions added so far.
 
         Args:
-            sum_over_ranks: Sums a tensor over the ranks in place; None on one rank.
+            sum_over_ranks: Sums a tensor over the ranks of a process group, in place; None without one.
 
         Returns:
-            `hr@K`, `ndcg@K`, `mrr@K` for each cut-off, `count` (sessions), and under `hr@20_by_train_count` for each
-            bucket its `hr` (None where empty) and `count`. All metrics are 0 when nothing was counted.
+            `hr@K`, `ndcg@K`, `mrr@K` for each cutoff, `count` (number of sessions) and, under `hr@20_by_train_count`,
+            the `hr` (None if empty) and `count` of each bucket. Metrics are 0 if there are no sessions.
         """
         counts_FP = self.counts_FP.clone()
         if sum_over_ranks is not None:
@@ -97,16 +98,16 @@ class RankingMetrics:
         counts_FP = counts_FP.cpu()
         total = float(counts_FP.sum())
         hits_P = counts_FP.sum(0)[:-1]
-        place_P = torch.arange(1, self.depth + 1, dtype=torch.float64)
-        gains = {"hr": torch.ones_like(place_P), "ndcg": 1 / torch.log2(place_P + 1), "mrr": 1 / place_P}
+        position_P = torch.arange(1, self.depth + 1, dtype=torch.float64)
+        gains = {"hr": torch.ones_like(position_P), "ndcg": 1 / torch.log2(position_P + 1), "mrr": 1 / position_P}
         result: dict[str, Any] = {}
         for name in METRICS:
             for k in CUTOFFS:
                 result[f"{name}@{k}"] = float((hits_P * gains[name])[:k].sum()) / total if total else 0.0
         result["count"] = int(total)
         result[BY_FREQUENCY] = {}
-        for name, places_P in zip(BUCKET_NAMES, counts_FP, strict=True):
-            count = float(places_P.sum())
-            hits = float(places_P[:-1][:20].sum())
+        for name, bucket_P in zip(BUCKET_NAMES, counts_FP, strict=True):
+            count = float(bucket_P.sum())
+            hits = float(bucket_P[:-1][:20].sum())
             result[BY_FREQUENCY][name] = {"hr": hits / count if count else None, "count": int(count)}
         return result

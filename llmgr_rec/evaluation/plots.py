@@ -1,4 +1,4 @@
-"""The report's plots, as PNG files."""
+"""Plots of the report, as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,21 +47,21 @@ _STYLE = {
     "legend.frameon": False,
 }
 _DPI = 160
-# Above this many points a curve is drawn with its running mean over a twentieth of them.
+# Curves with more points are plotted with a running mean over a twentieth of them.
 _SMOOTH_ABOVE = 40
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def plot_losses(records: Records, file: Path) -> bool:
-    """Training loss by step, a panel for each stage.
+    """Training loss by step, one panel per stage.
 
     Args:
         records: Lines of metrics.jsonl.
         file: PNG file to write.
 
     Returns:
-        Whether there was anything to draw.
+        Whether there was anything to plot.
     """
     stages = _by_stage([record for record in records if "split" not in record and "loss" in record])
     if not stages:
@@ -79,14 +79,14 @@ def plot_losses(records: Records, file: Path) -> bool:
 
 
 def plot_validation(records: Records, file: Path) -> bool:
-    """HR@20 and NDCG@20 on the validation sessions by epoch, a line for each stage.
+    """HR@20 and NDCG@20 on the validation sessions by epoch, one line per stage.
 
     Args:
         records: Lines of metrics.jsonl.
         file: PNG file to write.
 
     Returns:
-        Whether there was anything to draw.
+        Whether there was anything to plot.
     """
     stages = _by_stage([record for record in records if record.get("split") == "valid"])
     if not stages:
@@ -114,20 +114,20 @@ def plot_validation(records: Records, file: Path) -> bool:
 
 
 def plot_frequency(models: Mapping[str, Mapping[str, Any]], file: Path) -> bool:
-    """HR@20 by training interactions of the target, a group of bars for each bucket.
+    """HR@20 by training interactions of the target, one group of bars per bucket.
 
     Args:
-        models: Metrics of each model.
+        models: Metrics by model.
         file: PNG file to write.
 
     Returns:
-        Whether there was anything to draw.
+        Whether there was anything to plot.
     """
     names = [name for name in in_table_order(models) if BY_FREQUENCY in models[name]]
     if not names:
         return False
     counts = [models[names[0]][BY_FREQUENCY][bucket]["count"] for bucket in BUCKET_NAMES]
-    place = np.arange(len(BUCKET_NAMES))
+    position = np.arange(len(BUCKET_NAMES))
     width = 0.8 / len(names)
     with rc_context({**_STYLE, "axes.grid.axis": "y"}):
         figure = Figure(figsize=(9.6, 3.3))
@@ -136,10 +136,10 @@ def plot_frequency(models: Mapping[str, Mapping[str, Any]], file: Path) -> bool:
             rates = [models[name][BY_FREQUENCY][bucket]["hr"] or 0.0 for bucket in BUCKET_NAMES]
             shift = (number - (len(names) - 1) / 2) * width
             color = _COLORS.get(name, "#8d6bb0")
-            panel.bar(place + shift, rates, width * 0.92, color=color, label=MODEL_NAMES.get(name, name))
+            panel.bar(position + shift, rates, width * 0.92, color=color, label=MODEL_NAMES.get(name, name))
         labels = [f"{bucket}\n{count:,} sessions" for bucket, count in zip(BUCKET_NAMES, counts, strict=True)]
-        panel.set_xticks(place, labels)
-        panel.set_xlabel("training interactions of the item to be found")
+        panel.set_xticks(position, labels)
+        panel.set_xlabel("training interactions of the target item")
         panel.set_ylabel("HR@20")
         panel.legend(ncols=len(names), loc="upper left")
         panel.margins(y=0.2)
@@ -169,5 +169,5 @@ def _by_stage(records: Records) -> dict[str, list[Mapping[str, Any]]]:
 
 def _save(figure: Figure, file: Path) -> None:
     figure.tight_layout()
-    # No software version in the file: the same data give the same bytes.
+    # Without the software version, the same data give the same bytes.
     figure.savefig(file, dpi=_DPI, format="png", metadata={"Software": None})

@@ -1,6 +1,6 @@
-"""Evaluation protocol: every session of a split against the whole catalog, on any number of ranks.
+"""Evaluation protocol: every session of a split ranks the whole catalog, on any number of ranks.
 
-Shapes: B sessions of this rank, Q columns of queries, K places of a ranked list.
+Shapes: B sessions of this rank, Q columns of queries, K items of a ranked list.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,15 +35,15 @@ _READ_ROWS = 8192
 def evaluate_model(
     ranking: RankingModel, dataset: Dataset, split: str, world: World, train_count_V: Tensor
 ) -> dict[str, Any]:
-    """Ranks the whole catalog for every session of a split and computes the metrics of the targets' ranks.
+    """Ranks the whole catalog for every session of a split and computes the ranking metrics.
 
-    Clicked items are excluded where the training sessions of the data set repeat no click.
+    Seen items are excluded if no training session of the data set repeats an item, see `evaluation.exclusion`.
 
     Args:
-        ranking: The model; its mode is restored afterwards.
+        ranking: The model; its training mode is restored afterwards.
         dataset: Prepared sessions.
         split: train, valid or test.
-        world: Ranks; all call together, and all get the result.
+        world: Ranks; all call together, and all return the same result.
         train_count_V: Training clicks of each item.
 
     Returns:
@@ -62,8 +62,8 @@ def ranked_lists(
     """Ranks the whole catalog for this rank's sessions of a split; see `evaluate_model` for the arguments.
 
     Yields:
-        Item indices, int64 [B, K], best first, K = `RankingMetrics.depth`; -1 where a catalog has fewer items. And the
-        batch of sessions, in the order of the split; rows of weight 0 are padding of a rank.
+        Item indices, int64 [B, K], best first, K = `RankingMetrics.depth`; -1 pads the lists of a smaller catalog. And
+        the batch of sessions, in the order of the split; sessions of weight 0 are padding.
     """
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
@@ -77,14 +77,17 @@ def ranked_lists(
 def evaluate_baseline(
     baseline: Baseline, dataset: Dataset, split: str, catalog: Catalog, world: World
 ) -> dict[str, Any]:
-    """`evaluate_model` for a recommender without training.
+    """`evaluate_model` for a baseline.
 
     Args:
         baseline: From `build_baseline`.
         dataset: Prepared sessions.
         split: train, valid or test.
         catalog: The data set's items.
-        world: Ranks; all call together, and all get the result.
+        world: Ranks; all call together, and all return the same result.
+
+    Returns:
+        The result of `RankingMetrics.compute`.
     """
     metrics = RankingMetrics(catalog.train_count_V)
     for ids_BK, raw in baseline_lists(baseline, dataset, split, world):
@@ -95,7 +98,7 @@ def evaluate_baseline(
 def baseline_lists(
     baseline: Baseline, dataset: Dataset, split: str, world: World
 ) -> Iterator[tuple[Tensor, RawSessions]]:
-    """`ranked_lists` for a recommender without training; see `evaluate_baseline` for the arguments."""
+    """`ranked_lists` for a baseline; see `evaluate_baseline` for the arguments."""
     reader = split_reader(dataset, split, _READ_ROWS, identity)
     exclude = excludes_seen(dataset)
     for raw in batches_of_rank(reader, world, f"evaluate {split}"):
@@ -104,7 +107,7 @@ def baseline_lists(
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode and restores its mode afterwards."""
+    """Sets a model to eval mode and restores its training mode afterwards."""
     training = model.training
     model.eval()
     try:
@@ -119,13 +122,13 @@ def split_reader(
     batch_size: int,
     collate: Callable[[RawSessions], T],
 ) -> SessionReader[T]:
-    """Reads a split in the order of its files, with the prefixes that belong to it.
+    """A reader of a split in the order of its files, with prefix augmentation if the split has it.
 
     Args:
         dataset: Prepared sessions.
         split: train, valid or test.
-        batch_size: Sessions of a batch.
-        collate: Makes a batch of the raw sessions.
+        batch_size: Sessions per batch.
+        collate: Converts raw sessions to a batch.
     """
     return SessionReader(
         dataset.parts(split),
@@ -137,12 +140,12 @@ def split_reader(
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """Sessions of a split with the queries of a model.
+    """A batch of sessions and the queries of a model.
 
     Args:
         batch: The sessions, on the device of the model.
         queries_BQ: Their queries.
-        exclude: Items excluded per session; None excludes none.
+        exclude: Items to exclude from the ranking, one row per session; None excludes none.
     """
 
     batch: SessionBatch
@@ -153,13 +156,13 @@ class EvaluationBatch:
 def evaluation_batches(
     ranking: RankingModel, dataset: Dataset, split: str, world: World, description: str
 ) -> Iterator[EvaluationBatch]:
-    """This rank's sessions of a split, by the protocol that holds for every model.
+    """Batches of this rank's sessions of a split, with queries and excluded items.
 
     Args:
         ranking: The model, in eval mode.
         dataset: Prepared sessions.
         split: train, valid or test.
-        world: Ranks; all call together, and take every batch.
+        world: Ranks; all call together, and all have to consume every batch.
         description: Title of the progress bar.
     """
     exclude = excludes_seen(dataset)
@@ -170,11 +173,16 @@ def evaluation_batches(
 
 
 def batches_of_rank(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:
-    """This rank's batches: whole batches in turn, the same number on each rank.
+    """Batches of this rank, assigned round-robin, the same number on each rank.
 
-    A session thus shares its batch with the same other sessions at any number of ranks: rounding depends on the shape of
-    a batch, and a language model in bfloat16 rounds enough to change the order of nearly equal items. A rank without a
-    batch in the last round repeats one with weights 0.
+    A batch contains the same sessions for any number of ranks. Otherwise metrics would depend on it: rounding depends
+    on the shape of a batch, and in bfloat16 it changes the order of items with nearly equal scores.
+    A rank without a batch in the last round repeats one with weights 0.
+
+    Args:
+        reader: Reads the whole split.
+        world: Ranks.
+        description: Title of the progress bar.
     """
     steps, bar = reader.steps_per_epoch, progress(reader.num_examples, description, "session")
     for first in range(0, steps, world.size):

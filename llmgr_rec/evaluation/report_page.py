@@ -1,4 +1,4 @@
-"""Gathers what a run has to show and writes it: the page, its plots, its table."""
+"""The report of a run: collects its results and writes the page, plots and table."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, blend_notes, in_table_order, read_metrics
 from llmgr_rec.files import atomic_write, require_writable
-from llmgr_rec.storage.bundle_index import answering_bundle, answers_as, bundle_hash, check_trained_on, is_complete
+from llmgr_rec.storage.bundle_index import bundle_hash, check_trained_on, default_bundle, is_complete, model_of_bundle
 
 PAGE_NAME = "index.html"
 TABLE_NAME = "results.csv"
@@ -24,16 +24,16 @@ TABLE_NAME = "results.csv"
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What the user asks for.
+    """Arguments of a report.
 
     Args:
-        run: Run folder made by train.
+        run: Run folder written by train.
         output: Folder to write to.
-        metrics: Metrics file; None takes RUN/metrics.json where there is one.
-        scores: Output folder of score, for the sessions shown; None ranks a few sessions anew.
-        dataset: Folder made by prepare; None takes the one that the metrics name, where it still is.
-        sessions: Sessions to show, half of them hits.
-        allow_code: Packages that the run's bundle may import its encoder or head from.
+        metrics: Metrics file; None takes RUN/metrics.json if it exists.
+        scores: Output folder of score, for the example sessions; None ranks a few sessions with the model.
+        dataset: Folder written by prepare; None takes the path in the metrics file if it exists.
+        sessions: Number of example sessions, half of them hits.
+        allow_code: Packages from which the run's bundle may import its encoder or head.
     """
 
     run: Path
@@ -46,22 +46,25 @@ class ReportRequest:
 
 
 def write_report(request: ReportRequest) -> Path:
-    """Writes page, plots and table.
+    """Writes the page, the plots and the table.
+
+    Args:
+        request: Arguments of the report.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        UserError: The run, or something it is to be shown with, is not there or does not belong to it.
+        UserError: The run, metrics, scores or data set is absent, or they do not belong together.
     """
     records = _records(request.run)
-    known = _models(request.run)
-    metrics = _metrics(request, known)
+    hashes = _bundle_hashes(request.run)
+    metrics = _metrics(request, hashes)
     dataset = _dataset(request, metrics)
     split = metrics.get("split", "test")
     models: Mapping[str, Any] = metrics.get(split, {})
     _check_output(request.output)
-    examples, note = _examples(request, dataset, split, known)
+    examples, note = _examples(request, dataset, split, hashes)
     request.output.mkdir(parents=True, exist_ok=True)
     content = ReportContent(
         title=f"Session recommendation: {request.run.resolve().name}",
@@ -80,10 +83,10 @@ def write_report(request: ReportRequest) -> Path:
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    """Lines of the run's metrics.jsonl; the last line of a killed run may be cut short."""
+    """Records of the run's metrics.jsonl, without an incomplete last line of a killed run."""
     file = run / "metrics.jsonl"
     if not run.is_dir() or not ((run / "config.yaml").is_file() or file.is_file()):
-        raise UserError(f"--run {run} is no run folder; give the --output folder of llmgr_rec.train")
+        raise UserError(f"--run {run} is not a run folder; give the --output folder of llmgr_rec.train")
     records = []
     for line in _read_text(file).splitlines():
         try:
@@ -95,22 +98,22 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _metrics(request: ReportRequest, known: Collection[str]) -> dict[str, Any]:
+def _metrics(request: ReportRequest, bundle_hashes: Collection[str]) -> dict[str, Any]:
     file = request.metrics or request.run / "metrics.json"
     if request.metrics is None and not file.is_file():
         return {}
     metrics = read_metrics(file)
-    for model, judged in metrics.get("bundles", {}).items():
-        if judged not in known:
+    for model, evaluated in metrics.get("bundles", {}).items():
+        if evaluated not in bundle_hashes:
             raise UserError(
-                f"{file} has figures of {MODEL_NAMES[model]} that are not of a model in {request.run}; "
-                "evaluate that run (python -m llmgr_rec.evaluate), or give its own --metrics"
+                f"{file} has metrics of {MODEL_NAMES[model]} that do not belong to a model in {request.run}; "
+                "evaluate that run (python -m llmgr_rec.evaluate), or give its --metrics"
             )
     return metrics
 
 
-def _models(run: Path) -> set[str]:
-    """Hashes of a run's exports."""
+def _bundle_hashes(run: Path) -> set[str]:
+    """Hashes of the bundles of a run."""
     exports = [run / "export" / stage for stage in STAGES]
     return {bundle_hash(export) for export in exports if is_complete(export)}
 
@@ -119,25 +122,25 @@ def _dataset(request: ReportRequest, metrics: Mapping[str, Any]) -> Dataset | No
     if request.dataset is not None:
         dataset = Dataset(request.dataset)
     else:
-        named = metrics.get("dataset_path")
-        if not named or not (Path(named) / "manifest.json").is_file():
+        path = metrics.get("dataset_path")
+        if not path or not (Path(path) / "manifest.json").is_file():
             if request.scores is not None:
-                raise UserError("--scores needs --dataset, which holds the clicks and titles of the sessions scored")
+                raise UserError("--scores requires --dataset, which has the clicks and titles of the scored sessions")
             return None
-        dataset = Dataset(Path(named))
+        dataset = Dataset(Path(path))
     if metrics and metrics["dataset"] != dataset.manifest.catalog_hash:
         raise UserError(
-            f"the metrics are of another data set than {dataset.path}; "
+            f"the metrics belong to another data set than {dataset.path}; "
             "evaluate again, or give the data set that was evaluated"
         )
     return dataset
 
 
 def _check_output(output: Path) -> None:
-    """Lets through a new or empty folder, or one with an earlier report."""
+    """Checks that the folder is absent, empty or contains a report."""
     require_writable(output)
     if output.is_dir() and any(output.iterdir()) and GENERATOR not in _read_text(output / PAGE_NAME)[:400]:
-        raise UserError(f"--output {output} is not empty and holds no report; give another folder")
+        raise UserError(f"--output {output} is not empty and contains no report; give another folder")
 
 
 def _facts(metrics: Mapping[str, Any], models: Mapping[str, Any], dataset: Dataset | None) -> dict[str, str]:
@@ -149,13 +152,13 @@ def _facts(metrics: Mapping[str, Any], models: Mapping[str, Any], dataset: Datas
         facts["Training examples"] = f"{manifest.num_examples['train']:,}"
         facts["Split"] = manifest.split.replace("_", "-")
     if models:
-        facts["Judged on"] = f"{metrics['count']:,} {metrics['split']} sessions"
+        facts["Evaluated on"] = f"{metrics['count']:,} {metrics['split']} sessions"
         if rule := metrics.get("protocol"):
             facts["Ranking"] = rule
         if notes := blend_notes(metrics.get("blends", {})):
-            facts["Neighbors added"] = "; ".join(notes)
+            facts["Blend"] = "; ".join(notes)
         if stage := metrics.get("stages", {}).get("llmgr"):
-            facts["LLMGR after"] = STAGE_TITLES.get(stage, stage)
+            facts["LLMGR stage"] = STAGE_TITLES.get(stage, stage)
     return facts
 
 
@@ -163,36 +166,40 @@ def _plots(records: list[dict[str, Any]], models: Mapping[str, Any], output: Pat
     frequency, losses, validation = (output / f"{name}.png" for name in ("frequency", "losses", "validation"))
     plots: dict[str, list[tuple[str, Path]]] = {"quality": [], "training": []}
     if plot_frequency(models, frequency):
-        caption = "HR@20 by how often the item to be found occurs in the training sessions."
+        caption = "HR@20 by the number of training interactions of the target item."
         plots["quality"].append((caption, frequency))
     if plot_losses(records, losses):
-        caption = "Training loss of each stage. The stages have losses of their own, so heights do not compare."
+        caption = "Training loss of each stage. The losses differ between stages, so their values cannot be compared."
         plots["training"].append((caption, losses))
     if plot_validation(records, validation):
-        plots["training"].append(("The whole catalog ranked for the validation sessions.", validation))
+        caption = "HR@20 and NDCG@20 on the validation sessions, which rank the whole catalog."
+        plots["training"].append((caption, validation))
     return plots
 
 
 def _examples(
-    request: ReportRequest, dataset: Dataset | None, split: str, known: Collection[str]
+    request: ReportRequest, dataset: Dataset | None, split: str, bundle_hashes: Collection[str]
 ) -> tuple[list[Example], str]:
-    """Sessions to show, and what they are."""
+    """Example sessions, and the note that describes them."""
     if dataset is None or request.sessions == 0:
         return [], ""
     if request.scores is not None:
-        source, model = scored_examples(request.scores, dataset, split, known), "the scored output"
+        source, model = scored_examples(request.scores, dataset, split, bundle_hashes), "the scored output"
     else:
-        bundle = answering_bundle(request.run / "export")
+        bundle = default_bundle(request.run / "export")
         if bundle is None:
             return [], ""
         check_trained_on(bundle, dataset)
-        source, model = ranked_examples(bundle, dataset, split, request.allow_code), MODEL_NAMES[answers_as(bundle)]
+        source, model = (
+            ranked_examples(bundle, dataset, split, request.allow_code),
+            MODEL_NAMES[model_of_bundle(bundle)],
+        )
     half = -(-request.sessions // 2)
     examples = choose_examples(source, half, request.sessions - half)
-    found = sum(example.place > 0 for example in examples)
+    hits = sum(example.position > 0 for example in examples)
     note = (
-        f"Recommendations of {model} for {split} sessions: the first {found} whose next click was found and the first "
-        f"{len(examples) - found} whose next click was not, in the order of the data set."
+        f"Recommendations of {model} for {split} sessions, in the order of the data set: the first {hits} whose next "
+        f"click is in the list, and the first {len(examples) - hits} whose next click is not."
     )
     return examples, note
 

@@ -1,4 +1,4 @@
-"""metrics.json: what it holds, how it gets on disk, and the table people read."""
+"""metrics.json: its format, reading and writing, and the plain-text table."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, require_writable
 
 FORMAT = "llmgr_rec.metrics"
-# In the order of the tables; other names follow them.
+# Model names and titles in the order of the tables; other names follow.
 MODEL_NAMES = {
     "popularity": "Popularity",
     "item_knn": "Item-kNN",
@@ -25,11 +25,11 @@ COLUMNS = tuple(f"{metric}@{k}" for metric in METRICS for k in CUTOFFS)
 
 
 def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes metrics.json, whole or not at all.
+    """Writes metrics.json atomically.
 
     Args:
-        path: File to make, or a metrics file to replace.
-        content: Results by split, then by model, beside what they were made of.
+        path: File to create, or metrics file to replace.
+        content: Results by split and model, with a description of the run and the protocol.
     """
     with atomic_write(path) as partial:
         partial.write_text(json.dumps({"format": FORMAT, **content}, indent=2) + "\n", encoding="utf-8")
@@ -38,25 +38,31 @@ def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
 def read_metrics(path: Path) -> dict[str, Any]:
     """Reads a metrics file.
 
+    Args:
+        path: The file.
+
     Raises:
-        UserError: There is none, or it is something else.
+        UserError: The file is absent or is not a metrics file.
     """
     if not path.is_file():
-        raise UserError(f"metrics file {path} does not exist; make it with python -m llmgr_rec.evaluate")
+        raise UserError(f"metrics file {path} does not exist; write it with python -m llmgr_rec.evaluate")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is no metrics file; make one with python -m llmgr_rec.evaluate")
+        raise UserError(f"{path} is not a metrics file; write one with python -m llmgr_rec.evaluate")
     return content
 
 
 def refuse_foreign_output(path: Path) -> None:
-    """Lets a metrics file be replaced, and nothing else.
+    """Checks that a path is absent or a metrics file, and that its folder is writable.
+
+    Args:
+        path: The file to write.
 
     Raises:
-        UserError: The path holds something that evaluate did not write, or its folder cannot be written to.
+        UserError: The path exists and is not a metrics file, or its folder is not writable.
     """
     require_writable(path.parent)
     if path.is_dir():
@@ -65,17 +71,17 @@ def refuse_foreign_output(path: Path) -> None:
         try:
             read_metrics(path)
         except UserError:
-            raise UserError(f"--output {path} exists and is no metrics file; give another --output") from None
+            raise UserError(f"--output {path} exists and is not a metrics file; give another --output") from None
 
 
 def in_table_order(models: Mapping[str, Any]) -> list[str]:
-    """Names of models, the known ones first."""
+    """Names of models, those of `MODEL_NAMES` first and in their order."""
     known = [name for name in MODEL_NAMES if name in models]
     return known + [name for name in models if name not in MODEL_NAMES]
 
 
 def best_by_column(models: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Highest value of each column as the table shows it, to four decimals."""
+    """Highest value of each column, rounded to the four decimals of the table."""
     return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in COLUMNS}
 
 
@@ -92,7 +98,7 @@ def blend_notes(blends: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def format_table(models: Mapping[str, Mapping[str, float]]) -> str:
-    """A plain-text table, a row for each model; the best value of a column carries a star."""
+    """A plain-text table with one row per model; a star marks the best value of a column."""
     best = best_by_column(models) if models else {}
     names = {name: MODEL_NAMES.get(name, name) for name in in_table_order(models)}
     width = max([11, *map(len, names.values())]) + 1

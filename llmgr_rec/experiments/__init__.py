@@ -1,1 +1,1 @@
-"""Experiments: variants of a model trained with several seeds, evaluated session by session and compared in pairs."""
+"""Experiments: variants of a model, trained with several seeds and compared by paired tests over sessions."""

@@ -1,11 +1,10 @@
-"""`python -m llmgr_rec.experiments`: trains variants of a model with several seeds, and compares them in one table.
+"""`python -m llmgr_rec.experiments`: trains variants of a model with several seeds and compares them in a table.
 
 ```sh
 python -m llmgr_rec.experiments --experiment backbones --dataset DATASET --output runs/backbones --seeds 0,1,2
 ```
 
-The same command resumes an interrupted experiment. Nothing is trained twice, also not for another experiment in the
-same output folder.
+The same command resumes an interrupted experiment. Experiments in the same output folder share trained models.
 """
 
 from collections.abc import Sequence
@@ -17,25 +16,28 @@ from llmgr_rec.errors import UserError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses arguments, checks the experiment, runs the trials that are missing and prints the table.
+    """Parses arguments, checks the experiment, runs the missing trials and prints the table.
+
+    Args:
+        argv: Arguments of the command.
 
     Raises:
-        UserError: Something in arguments, experiment or data set is wrong.
+        UserError: An argument, the experiment or the data set is not usable.
     """
     parser = make_parser("llmgr_rec.experiments", "Trains and compares the variants of an experiment.")
-    parser.add_argument("--experiment", type=str, required=True, help="Shipped experiment or path of a YAML file.")
-    parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
+    parser.add_argument("--experiment", type=str, required=True, help="Name of a shipped experiment, or a YAML file.")
+    parser.add_argument("--dataset", type=str, required=True, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument(
-        "--output", type=str, required=True, help="Folder for runs, table and plots; what it holds is reused."
+        "--output", type=str, required=True, help="Folder for runs, table and plots; existing runs are reused."
     )
-    parser.add_argument("--seeds", type=str, default="0,1,2", help="Seeds of every variant that is trained.")
+    parser.add_argument("--seeds", type=str, default="0,1,2", help="Comma-separated seeds of each trained variant.")
     parser.add_argument(
         "--split",
         type=Literal["test", "valid"],
         default="test",
-        help="Split that is evaluated; select on valid, report on test.",
+        help="Split to evaluate; select on valid, report on test.",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="Processes that run trials in parallel.")
+    parser.add_argument("--jobs", type=int, default=1, help="Number of processes that run trials in parallel.")
     arguments = parse_args(parser, argv)
     seeds = _numbers(arguments.seeds)
 
@@ -44,14 +46,14 @@ def main(argv: Sequence[str]) -> None:
     folders = Path(arguments.dataset), Path(arguments.output)
     request = ExperimentRequest(arguments.experiment, *folders, seeds, arguments.split, arguments.jobs)
     print(run_experiment(request))
-    print(f"written: {request.file('md')}, .json and plots")
+    print(f"wrote {request.file('md')}, .json and plots")
 
 
 def _numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.strip("[] ").split(",")]
     except ValueError:
-        raise UserError(f"--seeds is {text}; give numbers with commas between them, such as 0,1,2") from None
+        raise UserError(f"--seeds is {text}; give comma-separated numbers, such as 0,1,2") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Metrics of single sessions and what their differences say: paired bootstrap over sessions.
+"""Metrics per session, and confidence intervals of their differences by paired bootstrap over sessions.
 
-Shapes: S sessions, M metrics.
+Shapes: S sessions.
 """
 
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from llmgr_rec.evaluation.metrics import BUCKET_BOUNDS, BUCKET_NAMES
 Floats = NDArray[np.float64]
 K = 20
 _RESAMPLES = 2000
-# Ends of the 95 % interval.
+# Percentiles of the 95 % interval.
 _TAILS = (2.5, 97.5)
-# Sessions that are resampled at a time, in draws.
-_DRAWS_AT_ONCE = 4_000_000
+# Sessions drawn at a time, over all resamples: bounds the memory.
+_CHUNK_DRAWS = 4_000_000
 
 
 def hit_rate(ranks_S: NDArray[np.int32]) -> Floats:
-    """1 where the target is among the first 20."""
+    """HR@20 of each session, [S]: 1 if the target is among the first 20, else 0."""
     return (ranks_S < K).astype(np.float64)
 
 
 def ndcg(ranks_S: NDArray[np.int32]) -> Floats:
-    """NDCG@20 of each session, which has one relevant item."""
+    """NDCG@20 of each session, [S], with one relevant item per session."""
     return np.where(ranks_S < K, 1 / np.log2(ranks_S + 2.0), 0.0)
 
 
 def reciprocal_rank(ranks_S: NDArray[np.int32]) -> Floats:
-    """MRR@20's share of each session."""
+    """Reciprocal rank of each session, [S], 0 beyond rank 20; its mean is MRR@20."""
     return np.where(ranks_S < K, 1 / (ranks_S + 1.0), 0.0)
 
 
@@ -40,12 +40,12 @@ METRICS = {"hr@20": hit_rate, "ndcg@20": ndcg, "mrr@20": reciprocal_rank}
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much one variant is better than another, relative to that one.
+    """Relative difference of a metric to that of a reference.
 
     Args:
-        mean: Difference of the means over the reference's mean.
+        mean: Difference of the means divided by the mean of the reference.
         low: Lower end of its 95 % interval.
-        high: Upper end.
+        high: Upper end of its 95 % interval.
     """
 
     mean: float
@@ -54,41 +54,41 @@ class Gain:
 
 
 def relative_gain(values: Sequence[Floats], reference: Sequence[Floats], seed: int = 0) -> Gain | None:
-    """Paired bootstrap over sessions; what differs between seeds is averaged out of each session first.
+    """Relative gain, averaged over training seeds, with the interval of a paired bootstrap over sessions.
 
     Args:
-        values: A metric of the same sessions, one array [S] a seed.
-        reference: The same of the reference; its number of seeds may be another.
-        seed: Of the resampling.
+        values: A metric of the sessions, one array [S] per seed.
+        reference: The same of the reference; its number of seeds may differ.
+        seed: Seed of the resampling.
 
     Returns:
-        The gain; None over a reference that finds nothing. Draws of sessions in which it finds nothing do not count.
+        The gain; None if the metric of the reference is 0. Resamples in which it is 0 are ignored.
     """
-    mine_S, theirs_S = np.mean(values, axis=0), np.mean(reference, axis=0)
-    if not theirs_S.any():
+    values_S, reference_S = np.mean(values, axis=0), np.mean(reference, axis=0)
+    if not reference_S.any():
         return None
-    rng, size = np.random.default_rng(seed), len(mine_S)
+    rng, size = np.random.default_rng(seed), len(values_S)
     ratios: list[Floats] = []
-    at_once = max(1, _DRAWS_AT_ONCE // size)
-    for start in range(0, _RESAMPLES, at_once):
-        draws = rng.integers(size, size=(min(at_once, _RESAMPLES - start), size))
-        mine, theirs = mine_S[draws].mean(axis=1), theirs_S[draws].mean(axis=1)
-        ratios.append(mine[theirs > 0] / theirs[theirs > 0] - 1)
+    chunk = max(1, _CHUNK_DRAWS // size)
+    for start in range(0, _RESAMPLES, chunk):
+        draws = rng.integers(size, size=(min(chunk, _RESAMPLES - start), size))
+        means, reference_means = values_S[draws].mean(axis=1), reference_S[draws].mean(axis=1)
+        ratios.append(means[reference_means > 0] / reference_means[reference_means > 0] - 1)
     low, high = np.percentile(np.concatenate(ratios), _TAILS)
-    return Gain(float(mine_S.mean() / theirs_S.mean() - 1), float(low), float(high))
+    return Gain(float(values_S.mean() / reference_S.mean() - 1), float(low), float(high))
 
 
 def hit_rate_by_frequency(
     target_ranks: Sequence[NDArray[np.int32]], train_count_S: NDArray[np.int64]
 ) -> dict[str, dict[str, float]]:
-    """HR@20 over seeds by training interactions of the target.
+    """HR@20, averaged over seeds, by training interactions of the target.
 
     Args:
-        target_ranks: Ranks of the targets, from 0, one array [S] a seed.
+        target_ranks: Ranks of the targets, from 0, one array [S] per seed.
         train_count_S: Training interactions of each target.
 
     Returns:
-        By bucket: `hr`, and `count` of sessions; empty buckets are left out.
+        `hr` and number `count` of sessions, by bucket; empty buckets are omitted.
     """
     bucket_S = np.searchsorted(BUCKET_BOUNDS, train_count_S, side="left")
     hits_S = np.mean([hit_rate(ranks_S) for ranks_S in target_ranks], axis=0)

@@ -1,17 +1,17 @@
-"""Controls: variants of a model with one part disabled or broken, to measure what the part contributes.
+"""Controls: variants of a model with one part disabled or randomized, to measure the contribution of the part.
 
-A control is a change of what the model factory makes: training, selection and evaluation stay as they are.
+A control changes what the model factory builds; training, selection and evaluation are unchanged.
 
-- `random_llm`: the language model keeps its architecture and tokenizer, but has random weights.
-- `shuffled_text`: each item has the text of another one wherever the language model reads item text. Side features and
-  text-kNN keep the item's own words.
-- `shuffled_words`: each item has the rows of another one's words in the item tables. Other uses of item text stay.
-- `no_graph`: the soft token at {graph} is the same learned vector for all sessions. The session vector still reaches
-  the score through the residual of the head.
-- `no_nodes`: the soft tokens at {nodes} are the same learned vector for all items, so a prompt shows how many clicks
-  there were and not which.
+- `random_llm`: the language model has random weights; architecture and tokenizer are unchanged.
+- `shuffled_text`: the language model encodes for each item the text of another item. Side features and text-kNN use the
+  correct text.
+- `shuffled_words`: the item tables use for each item the words of another item. Other uses of item text are correct.
+- `no_graph`: the soft token at {graph} is the same learned vector for all sessions. A residual head still adds the
+  session recommender's score.
+- `no_nodes`: the soft tokens at {nodes} are the same learned vector for all items, so a prompt only shows the number of
+  clicks.
 
-With `no_graph` or `no_nodes` set `contrast.weight` to 0: equal tokens have nothing to contrast.
+With `no_graph` or `no_nodes`, set `contrast.weight` to 0, because equal tokens cannot be contrasted.
 """
 
 import functools
@@ -36,16 +36,16 @@ from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import decoder_config, resolve_dtype
 
 CONTROLS = ("random_llm", "shuffled_text", "shuffled_words", "no_graph", "no_nodes")
-# Those that change the models before the language stages.
+# Controls that change the models without prompts; all of them change LLMGR.
 _CONTROLS_OF_MODEL = {"sbr": {"shuffled_words"}, "llm_text": {"shuffled_words", "shuffled_text", "random_llm"}}
-# Sets these draws apart from all others under the same seed, those of the adapter for one.
+# Makes the random weights independent of other random numbers of the same seed, such as those of the adapter.
 _SALT = 0x52616E64
-# Weights of each tensor that stand for all of it.
+# Number of weights per tensor that are hashed.
 _SAMPLE = 64
 
 
 def effective_controls(model: str, controls: Collection[str]) -> list[str]:
-    """Those of some controls that change a model, in order.
+    """The controls that change a model, sorted.
 
     Args:
         model: One of `STAGES_OF_MODEL`.
@@ -55,13 +55,18 @@ def effective_controls(model: str, controls: Collection[str]) -> list[str]:
 
 
 def factory_of(model: str, controls: Collection[str]) -> ModelFactory:
-    """The factory that makes a model with some controls; the plain one where none of them changes it."""
+    """The factory of a model with controls; a plain `ModelFactory` if none of them changes the model.
+
+    Args:
+        model: One of `STAGES_OF_MODEL`.
+        controls: Some of `CONTROLS`.
+    """
     effective = effective_controls(model, controls)
     return ControlledFactory(effective) if effective else ModelFactory()
 
 
 class ControlledFactory(ModelFactory):
-    """Makes models with some of their parts disabled or broken.
+    """Builds models with parts disabled or randomized.
 
     Args:
         controls: Some of `CONTROLS`.
@@ -72,40 +77,40 @@ class ControlledFactory(ModelFactory):
 
     @property
     def name(self) -> str:
-        """The controls."""
+        """Names of the controls."""
         return ", ".join(sorted(self.controls))
 
     def build(
         self, spec: ModelSpec, language: LanguageParts | None, tables_device: torch.device | str
     ) -> SessionRecommender | LLMGR:
-        """The model, with soft tokens that are all alike under `no_graph` and `no_nodes`."""
+        """The model, with constant soft tokens under `no_graph` and `no_nodes`."""
         model = super().build(spec, language, tables_device)
         if isinstance(model, LLMGR) and self.controls & {"no_graph", "no_nodes"}:
             model.adapter = ConstantTokens(model.adapter, "no_graph" in self.controls, "no_nodes" in self.controls)
         return model
 
     def decoder(self, config: Config, device: torch.device) -> PreTrainedModel:
-        """The bare decoder of the settings, with random weights under `random_llm`."""
+        """The decoder without head, with random weights under `random_llm`."""
         if "random_llm" not in self.controls:
             return super().decoder(config, device)
         llm = config.llm
         return draw_decoder(llm.name_or_path, llm.num_layers, llm.dtype, device, config.seed)
 
     def decoder_hash(self, config: Config) -> str:
-        """Hash that tells the weights of `decoder` from others."""
+        """Hash that identifies the weights of `decoder`."""
         if "random_llm" not in self.controls:
             return super().decoder_hash(config)
         return drawn_weights_hash(config.llm.name_or_path, config.seed)
 
     def item_tokens(self, config: Config, catalog: Catalog) -> Jagged:
-        """Token ids of every item's text, or of another item's under `shuffled_text`, [V] rows."""
+        """Token ids of each item's text, shuffled between items under `shuffled_text`; one row per item."""
         tokens = super().item_tokens(config, catalog)
         return shuffle_texts(tokens, config.seed) if "shuffled_text" in self.controls else tokens
 
     def collator(
         self, spec: ModelSpec, catalog: Catalog, purpose: Purpose, item_tokens: Jagged | None = None
     ) -> Collator:
-        """The collator that makes a model's batches, with other items' words under `shuffled_words`."""
+        """The collator of a model, with words shuffled between items under `shuffled_words`."""
         if "shuffled_words" in self.controls and "word" in catalog.features:
             words = shuffle_texts(catalog.features["word"], spec.config.seed)
             catalog = replace(catalog, features={**catalog.features, "word": words})
@@ -113,12 +118,12 @@ class ControlledFactory(ModelFactory):
 
 
 class ConstantTokens(ProjectionAdapter):
-    """A projection adapter whose graph or node tokens are the projection of a vector of ones, which is learned.
+    """A projection adapter with constant graph or node tokens: the learned projection of a vector of ones.
 
-    Number and names of the weights are those of the adapter that it replaces.
+    Number and names of its parameters are those of the adapter that it replaces.
 
     Args:
-        adapter: Gives its weights.
+        adapter: Adapter whose parameters it takes.
         graph: Whether graph tokens are constant.
         nodes: Whether node tokens are constant.
     """
@@ -130,7 +135,7 @@ class ConstantTokens(ProjectionAdapter):
         self._constant_graph, self._constant_nodes = graph, nodes
 
     def project(self, graph_CD: Tensor, nodes_MD: Tensor) -> Tensor:
-        """Makes the soft tokens: graphs first, then nodes."""
+        """Computes the soft tokens; see `ProjectionAdapter.project`."""
         if self._constant_graph:
             graph_CD = torch.ones_like(graph_CD)
         if self._constant_nodes:
@@ -139,16 +144,15 @@ class ConstantTokens(ProjectionAdapter):
 
 
 def shuffle_texts(tokens: Jagged, seed: int) -> Jagged:
-    """Gives each item that has a text the text of another such item; items without one stay without.
+    """Permutes the texts of the items that have one, in one random cycle, so that no item keeps its text.
 
-    Every text is given once, and none stays where it was, unless there is but one.
+    Items without text stay without text. A single text stays in place.
 
     Args:
-        tokens: Ids of tokens or words, one row an item.
-        seed: Decides who gets whose.
+        tokens: Token or word ids, one row per item.
+        seed: Seed of the permutation.
     """
     with_text = torch.nonzero(tokens.lengths).flatten()
-    # One cycle through all of them in random order.
     order = with_text[torch.from_numpy(np.random.default_rng(seed).permutation(len(with_text)))]
     source_V = torch.arange(tokens.num_rows)
     source_V[order] = order.roll(1)
@@ -158,20 +162,20 @@ def shuffle_texts(tokens: Jagged, seed: int) -> Jagged:
 def draw_decoder(
     name: str, num_layers: int = 0, dtype: str = "auto", device: str | torch.device = "cpu", seed: int = 0
 ) -> PreTrainedModel:
-    """What `load_decoder` gives for the same arguments, but with weights from the model's own initialization.
+    """`load_decoder` with random weights from the initialization of the architecture.
 
-    They are drawn as float32 on the CPU and rounded afterwards, so they depend on neither number format nor device.
-    Drawing takes the memory of float32.
+    The weights are drawn in float32 on the CPU and then cast, so they do not depend on dtype and device. This needs the
+    memory of float32 weights.
 
     Args:
         name: Local folder, hub id, `smollm2` or `random-tiny`.
-        num_layers: Layers; 0 takes as many as the pre-trained decoder has.
+        num_layers: Number of layers; 0 takes that of the pre-trained decoder.
         dtype: float32, bfloat16 or auto, see `resolve_dtype`.
-        device: Where the weights go.
-        seed: Decides the draws; the same on all ranks.
+        device: Device of the decoder.
+        seed: Seed of the weights; the same on all ranks.
 
     Raises:
-        UserError: The folder or wheel is absent, or has fewer layers than asked for.
+        UserError: The folder or wheel is absent, or the decoder has fewer layers.
     """
     weight_dtype = resolve_dtype(dtype, device)
     with torch.random.fork_rng(devices=[]):
@@ -179,7 +183,7 @@ def draw_decoder(
         decoder: PreTrainedModel = AutoModel.from_config(
             decoder_config(name, num_layers), dtype=torch.float32, attn_implementation="sdpa"
         )
-    # Parameters alone: the frequencies of rotary positions, a buffer, stay float32 in a pre-trained decoder as well.
+    # Not the buffers: a pre-trained decoder has the frequencies of rotary positions in float32, too.
     for parameter in decoder.parameters():
         parameter.data = parameter.data.to(weight_dtype)
     return decoder.to(device).eval().requires_grad_(False)
@@ -187,15 +191,15 @@ def draw_decoder(
 
 @functools.lru_cache(maxsize=8)
 def drawn_weights_hash(name: str, seed: int) -> str:
-    """sha256 that tells the weights of `draw_decoder` from others, whatever layers are kept.
+    """sha256 that identifies the weights of `draw_decoder`, for any number of layers.
 
-    It covers names, shapes, and sign and magnitude of some weights, as one layer is drawn: another seed, architecture,
-    initialization or random generator changes it. Bits beyond that differ between processors, on which a model must be
-    found to be the same.
+    It covers names, shapes, and sign and exponent of some weights of a decoder of one layer, so it depends on seed,
+    architecture, initialization and random generator. Mantissas are excluded, because their last bits differ between
+    processors.
 
     Args:
         name: Local folder, hub id, `smollm2` or `random-tiny`.
-        seed: Seed of the draws.
+        seed: Seed of the weights.
     """
     digest = hashlib.sha256(b"drawn")
     for key, tensor in draw_decoder(name, 1, "float32", seed=seed).state_dict().items():

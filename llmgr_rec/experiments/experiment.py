@@ -1,4 +1,4 @@
-"""Experiments as YAML files: named variants of a model, read and checked before anything is trained."""
+"""Experiments: YAML files with named variants of a model, validated before anything is trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from llmgr_rec.baselines.builders import BASELINES, baseline_builder
+from llmgr_rec.baselines.builders import BASELINES, baseline_builder, check_blended
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import STAGES, Config, trained_stages
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
@@ -30,15 +30,15 @@ _VARIANT_KEYS = ("model", "settings", "controls", "grid", "against")
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table.
+    """A variant: one row of the table.
 
     Args:
-        name: As it is shown.
-        model: Model that is evaluated: that of a stage, or a baseline without training.
-        settings: Dotted settings over those of the experiment.
-        controls: Parts of the model that are disabled or broken, some of `CONTROLS`.
-        grid: Values to select from on validation, by dotted setting; all combinations are tried.
-        against: Name of the variant that its gain is computed against; empty takes the experiment's reference.
+        name: Name in the table.
+        model: Model to evaluate: a trained model or a baseline.
+        settings: Dotted settings, which override those of the experiment.
+        controls: Some of `CONTROLS`.
+        grid: Values to select from on validation, by dotted setting; all combinations are evaluated.
+        against: Name of the variant that its gain is relative to; empty takes the reference of the experiment.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Variant:
 
     @property
     def trains(self) -> bool:
-        """Whether it has anything to train."""
+        """Whether the model is trained; a baseline is not."""
         return self.model in MODELS
 
     def points(self) -> "list[Variant]":
-        """The variants to select from, each without a grid: one for each combination of the grid's values."""
+        """Variants without a grid, one for each combination of its values."""
         return [
             replace(self, settings={**self.settings, **dict(zip(self.grid, values, strict=True))}, grid={})
             for values in product(*self.grid.values())
@@ -63,14 +63,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is compared.
+    """Variants to compare.
 
     Args:
         title: Heading of the table.
-        reference: Name of the variant that the others are compared with where they name none of their own.
-        config: Training recipe or settings file that all variants start from.
-        settings: Dotted settings of all variants.
-        variants: The lines of the table, in order.
+        reference: Name of the variant that gains are relative to, unless a variant sets `against`.
+        config: Recipe or settings file of all variants.
+        settings: Dotted settings of all variants, which override `config`.
+        variants: Rows of the table, in order.
     """
 
     title: str
@@ -80,15 +80,23 @@ class Experiment:
     variants: tuple[Variant, ...]
 
     def against(self, name: str) -> str:
-        """Name of the variant that a variant's gain is computed against: the reference's own is against itself."""
-        own = next(variant.against for variant in self.variants if variant.name == name)
-        return own or self.reference
+        """Name of the variant that a variant's gain is relative to; the reference's is itself.
+
+        Args:
+            name: Name of a variant.
+        """
+        against = next(variant.against for variant in self.variants if variant.name == name)
+        return against or self.reference
 
     def config_of(self, variant: Variant, seed: int) -> Config:
-        """All settings of a variant; stages after the one whose model is evaluated are left out.
+        """All settings of a variant; stages that its model does not need have 0 epochs.
+
+        Args:
+            variant: The variant, without a grid.
+            seed: Seed of the training.
 
         Raises:
-            UserError: A setting is unknown, of the wrong type or out of its range, or leaves the model untrained.
+            UserError: A setting is unknown, of the wrong type or out of its range, or the model has no epochs.
         """
         chosen = {**self.settings, **variant.settings, "seed": seed}
         words = [word for name, value in chosen.items() for word in (f"--{name}", _word(value))]
@@ -96,63 +104,65 @@ class Experiment:
             config = parse_with_config(_settings_parser(), ["--config", self.config, *words])[1]
             for stage in trained_stages(config):
                 ModelSpec(stage, config, num_items=1, num_embeddings={}).check()
+            # Trials train without a blend, so that their runs' preflight does not see it.
+            check_blended(config.blend.neighbors)
         except UserError as error:
             raise UserError(f"variant {variant.name}: {error}") from None
         if not variant.trains:
             return config
-        own = STAGES_OF_MODEL[variant.model]
-        for stage in (stage for stage in STAGES if stage != "sbr" and stage not in own):
+        needed = STAGES_OF_MODEL[variant.model]
+        for stage in (stage for stage in STAGES if stage != "sbr" and stage not in needed):
             config.stage(stage).epochs = 0
-        if variant.model != "sbr" and not any(config.stage(stage).epochs for stage in own):
-            names = " and ".join(f"{stage}.epochs" for stage in sorted(own))
+        if variant.model != "sbr" and not any(config.stage(stage).epochs for stage in needed):
+            names = " or ".join(f"{stage}.epochs" for stage in sorted(needed))
             raise UserError(
-                f"variant {variant.name}: model {variant.model} needs epochs, but {names} is 0; give it some"
+                f"variant {variant.name}: model {variant.model} has no stage to train; set {names} to 1 or more"
             )
         return config
 
 
 @cache
 def _settings_parser() -> "ArgumentParser":
-    """Made once: it takes longer than parsing, and an experiment parses the settings of every point and seed."""
+    """Cached: building the parser takes longer than parsing the settings of a variant."""
     parser = make_parser("llmgr_rec.experiments", "Settings of a variant.")
     add_config_arguments(parser)
     return parser
 
 
-class _EachKeyOnce(yaml.SafeLoader):
-    """Reads YAML, and refuses a duplicate key, of which YAML silently takes the last."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML loader that refuses duplicate keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Makes a dictionary."""
-        own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        if twice := [key for key in own if own.count(key) > 1]:
-            raise yaml.YAMLError(f"{twice[0]} is given twice{node.start_mark}; rename or remove one")
+        """Constructs a dictionary."""
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if duplicates := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{duplicates[0]} is given twice{node.start_mark}; rename or remove one")
         return super().construct_mapping(node, deep)
 
 
 def experiment_names() -> list[str]:
-    """Names of the experiments shipped with the package."""
+    """Names of the experiments of this package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_experiment(name: str) -> Experiment:
-    """Reads an experiment.
+    """Reads and validates an experiment.
 
     Args:
-        name: Shipped experiment or path to a YAML file.
+        name: Name of a shipped experiment, or a YAML file.
 
     Raises:
-        UserError: There is none of that name, or something in it is not known or missing; names the nearest known key.
+        UserError: There is no such experiment, or a key or value in it is unknown, missing or out of range.
     """
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not file.is_file():
         raise UserError(f"no experiment or YAML file named {name}{did_you_mean(name, experiment_names())}")
     try:
-        content = _EachKeyOnce(file.read_text()).get_single_data()
+        content = _UniqueKeyLoader(file.read_text()).get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict) or not content["variants"]:
-        raise UserError(f"{file} names no variants; give each one a line under variants:")
+        raise UserError(f"{file} has no variants; add some under the key variants")
     _check_keys(content, _EXPERIMENT_KEYS, str(file))
     variants = tuple(
         _variant(str(title), _mapping(content["variants"], title, f"{file}: variant"), file)
@@ -161,7 +171,9 @@ def load_experiment(name: str) -> Experiment:
     reference = content.get("reference", variants[0].name)
     names = [variant.name for variant in variants]
     if reference not in names:
-        raise UserError(f"{file}: reference {reference} is none of its variants")
+        raise UserError(
+            f"{file}: reference {reference} is not one of its variants{did_you_mean(str(reference), names)}"
+        )
     for variant in variants:
         _check_against(variant, names, file)
     experiment = Experiment(
@@ -215,12 +227,12 @@ def _controls(names: Any, where: str) -> tuple[str, ...]:
 
 
 def _check_against(variant: Variant, names: Sequence[str], file: Path) -> None:
-    """A variant is compared with another one of the experiment."""
+    """Checks that the gain of a variant is relative to another variant of the experiment."""
     if variant.against and variant.against not in names:
         hint = did_you_mean(variant.against, names)
-        raise UserError(f"{file}: variant {variant.name}: against {variant.against} is none of its variants{hint}")
+        raise UserError(f"{file}: variant {variant.name}: against {variant.against} is not one of its variants{hint}")
     if variant.against == variant.name:
-        raise UserError(f"{file}: variant {variant.name}: it has no gain against itself; name another variant")
+        raise UserError(f"{file}: variant {variant.name}: against is the variant itself; name another variant")
 
 
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -230,11 +242,11 @@ def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], where: str) -
 
 
 def _mapping(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """The mapping under a key, empty where there is none."""
-    found = values.get(key) or {}
-    if not isinstance(found, dict):
-        raise UserError(f"{where} {key} is {found!r}, not names with values, such as {{sbr.epochs: 3}}")
-    return found
+    """The mapping under a key; empty if the key is absent."""
+    mapping = values.get(key) or {}
+    if not isinstance(mapping, dict):
+        raise UserError(f"{where} {key} is {mapping!r}, not a mapping, such as {{sbr.epochs: 3}}")
+    return mapping
 
 
 def _word(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Runs trials one after the other, or in several processes; what several trials need is trained first."""
+"""Runs trials sequentially or in a process pool; models that trials share are trained once."""
 
 import logging
 import multiprocessing
@@ -25,28 +25,28 @@ class Task:
     """A trial to run.
 
     Args:
-        variant: Without a grid.
-        seed: Its seed.
-        of_grid: Names of the settings that a grid has given it.
+        variant: The variant, without a grid.
+        seed: Seed of the training.
+        grid_settings: Names of its settings that are from a grid.
     """
 
     variant: Variant
     seed: int
-    of_grid: tuple[str, ...] = ()
+    grid_settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        chosen = [f", {name} {self.variant.settings[name]}" for name in self.of_grid]
+        chosen = [f", {name} {self.variant.settings[name]}" for name in self.grid_settings]
         return f"{self.variant.name}{''.join(chosen)}, seed {self.seed}"
 
 
 def run_trials(runner: TrialRunner, experiment: Experiment, tasks: Sequence[Task], jobs: int) -> None:
-    """Runs every trial that is not on disk yet.
+    """Runs the trials that are not on disk.
 
     Args:
-        runner: Trains and evaluates.
-        experiment: What is compared.
-        tasks: The trials. Of those that share a session recommender the others wait until the first has trained it.
-        jobs: Processes; with one, everything runs in this process.
+        runner: Trains and evaluates trials.
+        experiment: Experiment of the trials.
+        tasks: The trials. The first of those that share a session recommender runs before the others.
+        jobs: Number of processes; 1 runs the trials in this process.
 
     Raises:
         UserError: The data set or a setting is not usable, or a process was killed.
@@ -72,7 +72,7 @@ def _in_pool(runner: TrialRunner, experiment: Experiment, tasks: Sequence[Task],
     for task in tasks:
         groups.setdefault(runner.recommender_of(experiment, task.variant, task.seed), []).append(task)
     running: dict[Future[None], tuple[Task, list[Task]]] = {}
-    # Spawned: a forked copy of a process in which torch has started threads may hang.
+    # Not forked: the fork of a process in which torch has started threads may hang.
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _initialize)
 
     def start(task: Task, then: list[Task]) -> None:
@@ -90,8 +90,8 @@ def _in_pool(runner: TrialRunner, experiment: Experiment, tasks: Sequence[Task],
                 yield task
     except BrokenProcessPool:
         raise UserError(
-            f"one of {jobs} processes was killed, possibly out of memory; run the same command again to go on, "
-            "with fewer --jobs if need be"
+            f"one of {jobs} processes was killed, possibly out of memory; run the same command again to continue, "
+            "with fewer --jobs if necessary"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -103,7 +103,7 @@ def _initialize() -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exits when the process that started this one has ended, even if it was killed."""
+    """Ends this process when its parent ends, even if the parent is killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -111,7 +111,7 @@ def _exit_with_parent() -> None:
 
 
 def _work(folder: Path, dataset: Path, split: str, experiment: Experiment, task: Task) -> None:
-    """Runs a trial in a process of the pool, whose log lines name the trial."""
+    """Runs a trial in a process of the pool; its log lines contain the name of the trial."""
     for handler in logging.getLogger("llmgr_rec").handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {task}: %(message)s", datefmt="%H:%M:%S"))
     _runner(folder, dataset, split).trial(experiment, task.variant, task.seed)

@@ -1,4 +1,4 @@
-"""A whole experiment: every variant with every seed, then one table and its plots."""
+"""Runs an experiment: all variants with all seeds, then the table and the plots."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,15 +24,15 @@ from llmgr_rec.files import atomic_write, require_writable
 
 @dataclass(frozen=True)
 class ExperimentRequest:
-    """What the user asks for.
+    """Arguments of an experiment.
 
     Args:
-        experiment: Shipped experiment or YAML file.
-        dataset: Folder made by prepare.
+        experiment: Name of a shipped experiment, or a YAML file.
+        dataset: Folder written by prepare.
         output: Folder for runs, trials, table and plots.
-        seeds: Seeds of every variant that is trained.
-        split: Split that is evaluated.
-        jobs: Processes that run trials in parallel.
+        seeds: Seeds of each trained variant.
+        split: Split to evaluate.
+        jobs: Number of processes that run trials in parallel.
     """
 
     experiment: str
@@ -43,18 +43,23 @@ class ExperimentRequest:
     jobs: int = 1
 
     def file(self, kind: str, part: str = "") -> Path:
-        """A file of results: OUTPUT/EXPERIMENT.md and the like, of validation sessions OUTPUT/EXPERIMENT-valid.md."""
+        """Path of a result file, such as OUTPUT/EXPERIMENT.md, or OUTPUT/EXPERIMENT-valid.md for validation sessions.
+
+        Args:
+            kind: File name extension.
+            part: Suffix of the file name.
+        """
         split = "" if self.split == "test" else f"-{self.split}"
         return self.output / f"{Path(self.experiment).stem}{split}{part}.{kind}"
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A variant with the point of its grid that was selected.
+    """A variant with the selected point of its grid.
 
     Args:
-        variant: The variant with that point's settings, without a grid.
-        points: Settings and validation NDCG@20 of every point, the best first; empty for a single one.
+        variant: The variant with the settings of that point, without a grid.
+        points: Settings and validation NDCG@20 of each point, best first; empty without a grid.
     """
 
     variant: Variant
@@ -62,36 +67,39 @@ class Tuned:
 
 
 def run_experiment(request: ExperimentRequest) -> str:
-    """Runs the trials that are missing, and writes OUTPUT/EXPERIMENT.json, .md and two plots.
+    """Runs the missing trials and writes OUTPUT/EXPERIMENT.json, .md and two plots.
+
+    Args:
+        request: Arguments of the experiment.
 
     Returns:
-        The table, Markdown.
+        The table in Markdown.
 
     Raises:
-        UserError: Anything a user can fix.
+        UserError: An argument, the experiment or the data set is not usable, or a process was killed.
     """
     _check_request(request)
     experiment, dataset = load_experiment(request.experiment), Dataset(request.dataset)
     runner = TrialRunner(request.output, dataset, request.split)
     _check_experiment(experiment, runner, request)
     tuned = tune(experiment, TrialRunner(request.output, dataset, "valid"), request)
-    trials = _run_variants(experiment, runner, [one.variant for one in tuned], request)
+    trials = _run_variants(experiment, runner, [choice.variant for choice in tuned], request)
     results = compare(experiment, trials, runner)
-    for one in tuned:
-        results["variants"][one.variant.name]["grid"] = one.points
+    for choice in tuned:
+        results["variants"][choice.variant.name]["grid"] = choice.points
     return _write_results(experiment, results, request)
 
 
 def _check_request(request: ExperimentRequest) -> None:
     if not request.seeds or min(request.seeds) < 0 or len(set(request.seeds)) < len(request.seeds):
-        raise UserError("--seeds takes different numbers from 0, such as 0,1,2")
+        raise UserError("--seeds must be distinct numbers from 0 on; give some, such as 0,1,2")
     if request.jobs < 1:
         raise UserError(f"--jobs is {request.jobs}; give 1 or more")
     require_writable(request.output)
 
 
 def _check_experiment(experiment: Experiment, runner: TrialRunner, request: ExperimentRequest) -> None:
-    """Refuses what cannot be run on this data set or machine, before anything is trained."""
+    """Checks that data set and machine can run the experiment, before anything is trained."""
     dataset = runner.dataset
     for split in ("valid", request.split):
         if not dataset.manifest.num_sessions[split]:
@@ -104,11 +112,11 @@ def _check_experiment(experiment: Experiment, runner: TrialRunner, request: Expe
 
 
 def _refuse_other_data(file: Path, dataset: Dataset) -> None:
-    """A table is only replaced by another one of the same data."""
-    before = json.loads(file.read_text()).get("dataset") if file.is_file() else None
-    if before and before["sessions_hash"] != dataset.manifest.sessions_hash:
+    """Checks that an existing result file is of the same data set."""
+    existing = json.loads(file.read_text()).get("dataset") if file.is_file() else None
+    if existing and existing["sessions_hash"] != dataset.manifest.sessions_hash:
         raise UserError(
-            f"--output {file.parent} holds {file.stem} of another data set, {before['path']}; give another --output"
+            f"--output {file.parent} has {file.stem} of another data set, {existing['path']}; give another --output"
         )
 
 
@@ -116,9 +124,12 @@ def tune(experiment: Experiment, runner: TrialRunner, request: ExperimentRequest
     """Selects a point of each variant's grid by NDCG@20 on the validation sessions, with the first seed.
 
     Args:
-        experiment: What is compared.
-        runner: Evaluates validation sessions, so that test sessions have no part in the selection.
-        request: What the user asks for.
+        experiment: The experiment.
+        runner: Trial runner of the validation split, so that the selection does not use test sessions.
+        request: Arguments of the experiment.
+
+    Returns:
+        The tuned variants, in the order of the experiment.
     """
     seed = request.seeds[0]
     tasks = [
@@ -137,17 +148,17 @@ def _select_point(experiment: Experiment, runner: TrialRunner, variant: Variant,
         return Tuned(points[0], [])
     quality = [runner.trial(experiment, point, seed).valid_ndcg for point in points]
     order = sorted(range(len(points)), key=lambda number: -quality[number])
-    tried = [
+    points_by_quality = [
         {"settings": {name: points[number].settings[name] for name in variant.grid}, "valid_ndcg@20": quality[number]}
         for number in order
     ]
-    return Tuned(points[order[0]], tried)
+    return Tuned(points[order[0]], points_by_quality)
 
 
 def _run_variants(
     experiment: Experiment, runner: TrialRunner, variants: Sequence[Variant], request: ExperimentRequest
 ) -> dict[str, list[Trial]]:
-    """Trials of each variant by its name, one for each seed; a baseline has one."""
+    """Trials by variant name, one per seed; a baseline has one."""
     tasks = [Task(variant, seed) for variant in variants for seed in (request.seeds if variant.trains else [0])]
     run_trials(runner, experiment, tasks, request.jobs)
     trials: dict[str, list[Trial]] = {variant.name: [] for variant in variants}
@@ -157,18 +168,19 @@ def _run_variants(
 
 
 def compare(experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runner: TrialRunner) -> dict[str, Any]:
-    """All figures of an experiment.
+    """Metrics of all variants and their gains, as JSON values.
 
     Args:
-        experiment: What is compared.
-        trials: Trials of each variant by its name, one for each seed.
-        runner: Knows the data set and the split.
+        experiment: The experiment.
+        trials: Trials by variant name, one per seed.
+        runner: Trial runner of the evaluated split.
     """
     dataset, catalog = runner.dataset, runner.catalog
     train_count_S = catalog.train_count_V.numpy()[targets_of(dataset, runner.split)]
     variants = {
-        name: _figures(own, trials[experiment.against(name)], train_count_S) | {"against": experiment.against(name)}
-        for name, own in trials.items()
+        name: _variant_metrics(of_variant, trials[experiment.against(name)], train_count_S)
+        | {"against": experiment.against(name)}
+        for name, of_variant in trials.items()
     }
     return {
         "title": experiment.title,
@@ -184,20 +196,20 @@ def compare(experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runne
     }
 
 
-def _figures(trials: Sequence[Trial], reference: Sequence[Trial], train_count_S: np.ndarray) -> dict[str, Any]:
-    """The figures of one variant."""
-    figures: dict[str, Any] = {}
+def _variant_metrics(trials: Sequence[Trial], reference: Sequence[Trial], train_count_S: np.ndarray) -> dict[str, Any]:
+    """Metrics of one variant and their gains over its reference."""
+    results: dict[str, Any] = {}
     for metric, measure in METRICS.items():
         values = [measure(trial.target_ranks_S) for trial in trials]
         means = [float(value_S.mean()) for value_S in values]
         gain = relative_gain(values, [measure(trial.target_ranks_S) for trial in reference])
-        figures[metric] = {
+        results[metric] = {
             "mean": float(np.mean(means)),
             "sd": float(np.std(means, ddof=1)) if len(means) > 1 else 0.0,
             "seeds": means,
             "gain": asdict(gain) if gain else None,
         }
-    return figures | {
+    return results | {
         "hr@20_by_train_count": hit_rate_by_frequency([trial.target_ranks_S for trial in trials], train_count_S),
         "valid_ndcg@20": float(np.mean([trial.valid_ndcg for trial in trials])),
         "selected": [trial.selected for trial in trials],
@@ -206,7 +218,7 @@ def _figures(trials: Sequence[Trial], reference: Sequence[Trial], train_count_S:
 
 
 def _write_results(experiment: Experiment, results: Mapping[str, Any], request: ExperimentRequest) -> str:
-    """Writes the figures, the table and the plots; returns the table."""
+    """Writes the results, the table and the plots, and returns the table."""
     text = table(experiment, results)
     _write(request.file("json"), json.dumps(results, indent=2) + "\n")
     _write(request.file("md"), text)

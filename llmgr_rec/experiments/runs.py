@@ -1,8 +1,8 @@
-"""Training runs that the trials of a folder share: nothing is trained twice.
+"""Training runs that trials share, so that no model is trained twice.
 
-A run folder is named by a hash of everything that its weights depend on, the data set's files included. What is
-selected after training (blend, smoothing strength, text weight) is not part of it: a trial selects that in memory. The
-exception is a stage that starts from a smoothed session recommender, which is exported once more for it.
+A run folder is named by a hash of all inputs of its weights, the files of the data set included. Values that are
+selected after training (blend, smoothing strength, text weight) are not part of it, because trials select them in
+memory. An exception are stages after sbr, which start from the smoothed session recommender: it is exported again.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class FinishedRun:
 
     Args:
         folder: Run folder.
-        seconds: Seconds of training, those of the runs that it goes on from included.
+        seconds: Training time in seconds, that of the runs that it starts from included.
     """
 
     folder: Path
@@ -45,11 +45,11 @@ class FinishedRun:
 
 
 class SharedRuns:
-    """Trains runs in a folder, or finds them there.
+    """Trains runs in a folder and reuses those that exist.
 
     Args:
-        folder: Where runs are kept. Several processes may use it at once: one that needs a run that another one trains
-            waits for it.
+        folder: Parent folder of the runs. Several processes may use it: file locks make them wait for a run that
+            another process trains.
         dataset: Prepared sessions.
     """
 
@@ -58,7 +58,7 @@ class SharedRuns:
         self.dataset = dataset
 
     def trained(self, model: str, config: Config, controls: Collection[str] = ()) -> FinishedRun:
-        """A finished run with a model.
+        """A finished run with a model, trained if it does not exist.
 
         Args:
             model: One of `STAGES_OF_MODEL`.
@@ -77,16 +77,20 @@ class SharedRuns:
         return self._train_on(run, model, config, controls)
 
     def run_folder(self, model: str, config: Config, controls: Collection[str] = ()) -> Path:
-        """Folder of the run in which a model is trained, before anything is selected for it."""
+        """Folder of the run in which a model is trained; see `trained` for the arguments."""
         return self.folder / "runs" / f"{model}-{self.key(training_inputs(model, config, controls))}"
 
     def key(self, *parts: Any) -> str:
-        """A hash of what something depends on: the version of this program, the data set and JSON values."""
-        known = [__version__, asdict(self.dataset.manifest), *parts]
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of the package version, the data set and further inputs.
+
+        Args:
+            *parts: JSON values.
+        """
+        inputs = [__version__, asdict(self.dataset.manifest), *parts]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
     def _smoothed(self, trained: FinishedRun, config: Config, controls: Collection[str]) -> FinishedRun:
-        """The session recommender of a run, exported again with smoothed id rows; nothing is trained."""
+        """A run that exports the session recommender of another run with smoothed id rows, without training."""
         inputs = training_inputs("sbr", config, controls), smoothing_inputs(config)
         run = self.folder / "runs" / f"smoothed-{self.key(*inputs)}"
         unselected = _unselected(config)
@@ -95,7 +99,7 @@ class SharedRuns:
         return self._train(run, _only_sbr(settings), factory_of("sbr", controls), trained, "checkpoints")
 
     def _train_on(self, before: FinishedRun, model: str, config: Config, controls: Collection[str]) -> FinishedRun:
-        """Trains the later stages of a model, in a folder of its own."""
+        """Trains the stages of a model after sbr, in a separate run folder."""
         settings = replace(_unselected(config), tables=config.tables)
         run = self.run_folder(model, config, controls)
         return self._train(run, settings, factory_of(model, controls), before, "export")
@@ -106,16 +110,16 @@ class SharedRuns:
         config: Config,
         factory: ModelFactory,
         before: FinishedRun | None = None,
-        taken_over: str = "",
+        inherited: str = "",
     ) -> FinishedRun:
-        """Trains what a run lacks.
+        """Trains the stages of a run that are not complete.
 
         Args:
             run: Run folder.
-            config: All settings, where the run has not been started yet.
-            factory: Makes its models.
-            before: Run that it goes on from.
-            taken_over: Subfolder of that run which it starts with.
+            config: All settings; ignored if the run has already been started.
+            factory: Builds its models.
+            before: Run that it starts from.
+            inherited: Subfolder of that run to copy by hard links.
         """
         done = run / "seconds"
         locks = self.folder / "locks"
@@ -125,8 +129,8 @@ class SharedRuns:
             if not done.is_file():
                 started = time.monotonic()
                 if not (run / CONFIG).is_file():
-                    _start(run, config, before.folder / taken_over if before else None)
-                # It may have been started with other settings of stages that this run does not have.
+                    _start(run, config, before.folder / inherited if before else None)
+                # They may differ from `config` in settings that do not affect the stages of this run.
                 settings = load_config(run / CONFIG)
                 embeddings = self.folder / "text_embeddings"
                 request = RunRequest(settings, self.dataset.path, run, "all", resume=True)
@@ -136,19 +140,19 @@ class SharedRuns:
         return FinishedRun(run, seconds + (before.seconds if before else 0.0))
 
 
-def _start(run: Path, config: Config, taken_over: Path | None) -> None:
-    """Makes a run folder; its settings come last, because a folder with settings counts as started."""
+def _start(run: Path, config: Config, inherited: Path | None) -> None:
+    """Creates a run folder; the settings are written last, because they mark it as started."""
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir()
-    # A session recommender without epochs has no checkpoints.
-    if taken_over and taken_over.is_dir():
-        shutil.copytree(taken_over, run / taken_over.name, copy_function=os.link)
+    # A session recommender with 0 epochs has no checkpoints.
+    if inherited and inherited.is_dir():
+        shutil.copytree(inherited, run / inherited.name, copy_function=os.link)
     with atomic_write(run / CONFIG) as partial:
         save_config(config, partial)
 
 
 def training_inputs(model: str, config: Config, controls: Collection[str]) -> dict[str, Any]:
-    """What the weights of a model depend on beside the data set, as JSON values.
+    """Inputs of the weights of a model, except the data set, as JSON values.
 
     Args:
         model: One of `STAGES_OF_MODEL`.
@@ -166,7 +170,7 @@ def training_inputs(model: str, config: Config, controls: Collection[str]) -> di
 
 
 def smoothing_inputs(config: Config) -> list[Any]:
-    """What the smoothing of a session recommender depends on, as JSON values; empty without smoothing."""
+    """Inputs of the smoothing of a session recommender, as JSON values; empty without smoothing."""
     if not _smooths(config):
         return []
     blend = [asdict(config.blend)] if _selects_smoothing(config) else []
@@ -178,12 +182,12 @@ def _smooths(config: Config) -> bool:
 
 
 def _selects_smoothing(config: Config) -> bool:
-    """Whether there are several smoothing strengths, of which the best is selected together with the blend."""
+    """Whether there are several smoothing strengths to select from, together with the blend."""
     return len(config.tables.knn_smoothing) > 1
 
 
 def _unselected(config: Config) -> Config:
-    """The settings with nothing left to select after training: no blend, no smoothing, text weight 1."""
+    """The settings without selection after training: no blend, no smoothing, text weight 1."""
     return replace(
         config,
         tables=replace(config.tables, knn_smoothing=[0.0]),

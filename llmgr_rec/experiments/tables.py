@@ -1,4 +1,4 @@
-"""The table and the plots of an experiment."""
+"""Table and plots of an experiment."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,21 +12,25 @@ from llmgr_rec.experiments.compare import METRICS
 from llmgr_rec.experiments.experiment import Experiment
 
 _COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
-# A fixed salt: the same results give the same bytes.
+# With a fixed salt, the same results give the same bytes.
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "experiment"}
-# Gains up to here are drawn on a linear axis; over a backbone that knows nothing they are hundreds of times as large.
-_LINEAR = 2.0
-# Room of that part beside one for each power of ten.
-_LINEAR_ROOM = 3.0
+# Larger gains have a logarithmic axis: relative to an untrained backbone, gains are hundreds of times larger.
+_LINEAR_MAX = 2.0
+# Width of the linear part of the axis relative to that of a power of ten.
+_LINEAR_WIDTH = 3.0
 _COLD = BUCKET_NAMES[:3]
 _UNSEEN = BUCKET_NAMES[:1]
 
 
 def table(experiment: Experiment, results: Mapping[str, Any]) -> str:
-    """The figures as Markdown: mean and standard deviation over seeds, gains with paired 95 % intervals."""
+    """Table of an experiment in Markdown: mean and standard deviation over seeds, and gains with 95 % intervals.
+
+    Args:
+        experiment: The experiment.
+        results: From `run_experiment.compare`.
+    """
     reference = results["reference"]
-    is_own = _has_own(results)
-    # The columns of rare targets, each the sum of some buckets.
+    has_several = _has_several_references(results)
     rare: dict[str, tuple[str, ...]] = {f"{_COLD[0]} to {_COLD[-1].split('-')[1]}": _COLD}
     chance = ""
     if unseen := _count(results["variants"][reference], _UNSEEN):
@@ -35,7 +39,7 @@ def table(experiment: Experiment, results: Mapping[str, Any]) -> str:
             f" {unseen:,} targets have no training interaction; a list of 20 random items holds a target in "
             f"{results['chance_hr@20']:.4f} of sessions."
         )
-    titles = ["variant", "HR@20", "NDCG@20", "MRR@20", *(["against"] if is_own else [])]
+    titles = ["variant", "HR@20", "NDCG@20", "MRR@20", *(["against"] if has_several else [])]
     titles += ["gain in HR", "gain in NDCG", "gain in MRR"]
     titles += [*(f"HR@20, targets of {bounds} training interactions" for bounds in rare), "training, minutes"]
     lines = [
@@ -43,7 +47,7 @@ def table(experiment: Experiment, results: Mapping[str, Any]) -> str:
         "",
         f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
         f"{results['items']:,} items, full ranking, {results['ranking']}. Mean ± standard deviation over seeds; gains "
-        f"relative to {'the variant that each names' if is_own else reference}, with 95 % intervals of a paired "
+        f"relative to {'the variant in column against' if has_several else reference}, with 95 % intervals of a paired "
         f"bootstrap over sessions.{chance}",
         "",
         f"| {' | '.join(titles)} |",
@@ -52,28 +56,28 @@ def table(experiment: Experiment, results: Mapping[str, Any]) -> str:
     for name, variant in results["variants"].items():
         cells = [f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in METRICS]
         is_reference = variant["against"] == name
-        if is_own:
+        if has_several:
             cells.append("" if is_reference else variant["against"])
         cells += ["" if is_reference else _gain(variant[metric]["gain"]) for metric in METRICS]
         cells += [_hit_rate(variant, buckets) for buckets in rare.values()]
         lines.append(f"| {' | '.join([name, *cells])} | {variant['training_minutes']:.1f} |")
-    return "\n".join([*lines, "", *_chosen(results)])
+    return "\n".join([*lines, "", *_selected_points(results)])
 
 
-def _has_own(results: Mapping[str, Any]) -> bool:
-    """Whether a variant's gain is computed against another one than the reference."""
+def _has_several_references(results: Mapping[str, Any]) -> bool:
+    """Whether the gain of a variant is relative to another variant than the reference."""
     return any(variant["against"] != results["reference"] for variant in results["variants"].values())
 
 
-def _chosen(results: Mapping[str, Any]) -> list[str]:
-    """What was chosen from each grid."""
+def _selected_points(results: Mapping[str, Any]) -> list[str]:
+    """Lines with the selected point of each grid."""
     lines = []
     for name, variant in results["variants"].items():
-        if tried := variant["grid"]:
-            values = ", ".join(f"{setting} {value}" for setting, value in tried[0]["settings"].items())
+        if points := variant["grid"]:
+            values = ", ".join(f"{setting} {value}" for setting, value in points[0]["settings"].items())
             lines.append(
-                f"- {name}: {values}, best of {len(tried)} by NDCG@20 on validation with one seed "
-                f"({tried[0]['valid_ndcg@20']:.4f}, worst {tried[-1]['valid_ndcg@20']:.4f})"
+                f"- {name}: {values}, best of {len(points)} by NDCG@20 on validation with one seed "
+                f"({points[0]['valid_ndcg@20']:.4f}, worst {points[-1]['valid_ndcg@20']:.4f})"
             )
     return [*lines, ""] if lines else []
 
@@ -85,19 +89,25 @@ def _gain(gain: Mapping[str, float] | None) -> str:
 
 
 def _hit_rate(variant: Mapping[str, Any], buckets: Sequence[str]) -> str:
-    """HR@20 of the targets in some buckets together."""
+    """HR@20 of the targets in several buckets."""
     count = _count(variant, buckets)
     cells = [cell for name, cell in variant[BY_FREQUENCY].items() if name in buckets]
     return f"{sum(cell['hr'] * cell['count'] for cell in cells) / count:.4f}" if count else "none"
 
 
 def _count(variant: Mapping[str, Any], buckets: Sequence[str]) -> int:
-    """Targets in some buckets."""
+    """Number of targets in several buckets."""
     return int(sum(cell["count"] for name, cell in variant[BY_FREQUENCY].items() if name in buckets))
 
 
 def plot_gains(experiment: Experiment, results: Mapping[str, Any], file: Path) -> None:
-    """Relative gains, each over what the variant is compared with, with their intervals, as an SVG file."""
+    """Plots the relative gains of all variants with their intervals.
+
+    Args:
+        experiment: The experiment.
+        results: From `run_experiment.compare`.
+        file: SVG file to write.
+    """
     names = [name for name, variant in results["variants"].items() if name != variant["against"]]
     labels = [_label(name, results) for name in names]
     with rc_context(_STYLE):
@@ -115,12 +125,12 @@ def plot_gains(experiment: Experiment, results: Mapping[str, Any], file: Path) -
             ]
             panel.errorbar(means, rows, xerr=errors, fmt="o", markersize=4, color=color, label=metric.upper())
             largest = max([largest, *means])
-        if largest > _LINEAR:
-            panel.set_xscale("symlog", linthresh=_LINEAR, linscale=_LINEAR_ROOM)
+        if largest > _LINEAR_MAX:
+            panel.set_xscale("symlog", linthresh=_LINEAR_MAX, linscale=_LINEAR_WIDTH)
         panel.axvline(0, color="#7f8c9a", linewidth=1)
         panel.set_yticks(range(len(names)), labels[::-1])
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
-        over = "the variant named below each" if _has_own(results) else results["reference"]
+        over = "the variant named below each" if _has_several_references(results) else results["reference"]
         panel.set_xlabel(f"gain over {over}, with its 95 % interval")
         panel.set_title(experiment.title, loc="left", fontsize=10)
         panel.legend(frameon=False, loc="best")
@@ -129,12 +139,17 @@ def plot_gains(experiment: Experiment, results: Mapping[str, Any], file: Path) -
 
 
 def _label(name: str, results: Mapping[str, Any]) -> str:
-    """A variant's name, with what it is compared with where that differs between variants."""
-    return f"{name}\nover {results['variants'][name]['against']}" if _has_own(results) else name
+    """Name of a variant and, if there are several references, that of its reference."""
+    return f"{name}\nover {results['variants'][name]['against']}" if _has_several_references(results) else name
 
 
 def plot_cold(results: Mapping[str, Any], file: Path) -> None:
-    """HR@20 by training interactions of the target, a line for each variant, as an SVG file."""
+    """Plots HR@20 by training interactions of the target, one line per variant.
+
+    Args:
+        results: From `run_experiment.compare`.
+        file: SVG file to write.
+    """
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 4))
         panel = figure.subplots()
@@ -144,7 +159,7 @@ def plot_cold(results: Mapping[str, Any], file: Path) -> None:
             rates = [cells[bucket]["hr"] for bucket in known]
             panel.plot([BUCKET_NAMES.index(bucket) for bucket in known], rates, marker="o", markersize=4, label=name)
         panel.set_xticks(range(len(BUCKET_NAMES)), BUCKET_NAMES)
-        panel.set_xlabel("training interactions of the item to be found")
+        panel.set_xlabel("training interactions of the target item")
         panel.set_ylabel("HR@20")
         panel.legend(frameon=False, fontsize=7)
         figure.tight_layout()

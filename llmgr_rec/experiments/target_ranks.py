@@ -1,4 +1,4 @@
-"""Target ranks of single sessions, by the ranking code that `llmgr_rec.evaluate` uses.
+"""Target ranks per session, computed by the evaluation protocol of `llmgr_rec.evaluate`.
 
 Shapes: S sessions of a split.
 """
@@ -19,32 +19,32 @@ from llmgr_rec.evaluation.protocol import baseline_lists, identity, ranked_lists
 from llmgr_rec.storage.bundle import Bundle
 
 TargetRanks = NDArray[np.int32]
-_READ_ROWS = 8192
+_BATCH_SIZE = 8192
 
 
 def model_ranks(bundle: Bundle, dataset: Dataset, split: str) -> TargetRanks:
-    """Rank of each session's target over the whole catalog, from 0, [S].
+    """Rank of each session's target in the whole catalog, from 0, int32 [S].
 
     Args:
-        bundle: The model, on the device where it computes, with its blend.
+        bundle: Bundle of the model, on its device, with its blend.
         dataset: Prepared sessions.
         split: train, valid or test.
 
     Returns:
-        Ranks in the order of the split; `RankingMetrics.depth` for a target that is not in its list.
+        Ranks in the order of the split; `RankingMetrics.depth` for a target that is not in the list.
     """
     world = World.alone(next(bundle.model.parameters()).device)
     return _ranks(ranked_lists(bundle.ranking(), dataset, split, world))
 
 
 def baseline_ranks(baseline: Baseline, dataset: Dataset, split: str) -> TargetRanks:
-    """The same for a baseline without training."""
+    """`model_ranks` for a baseline."""
     return _ranks(baseline_lists(baseline, dataset, split, World.alone()))
 
 
 def targets_of(dataset: Dataset, split: str) -> NDArray[np.int64]:
-    """Target of each session of a split, in the order of the ranks, [S]."""
-    batches = split_reader(dataset, split, _READ_ROWS, identity).batches(0)
+    """Target of each session of a split, in the order of `model_ranks`, int64 [S]."""
+    batches = split_reader(dataset, split, _BATCH_SIZE, identity).batches(0)
     return np.concatenate([raw.targets_B.numpy()[raw.weights_B.numpy() > 0] for raw in batches])
 
 

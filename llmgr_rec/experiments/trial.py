@@ -1,4 +1,4 @@
-"""Trials: a variant with a seed, trained and evaluated once, whichever experiments of a folder need it."""
+"""Trials: a variant with a seed, trained and evaluated once for all experiments of a folder."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,10 +29,10 @@ class Trial:
     """The result of a variant with a seed.
 
     Args:
-        target_ranks_S: Rank of each session's target, from 0; see `evaluate.model_ranks`.
+        target_ranks_S: Rank of each session's target, from 0; see `target_ranks.model_ranks`.
         valid_ndcg: NDCG@20 on the validation sessions.
-        selected: What was selected on validation, by name: the weight of each neighbor and the like.
-        seconds: Seconds of training, those of shared runs included.
+        selected: Values selected on validation, by name, such as the blend weights.
+        seconds: Training time in seconds, that of shared runs included.
     """
 
     target_ranks_S: TargetRanks
@@ -41,26 +41,26 @@ class Trial:
     seconds: float
 
     def save(self, file: Path) -> None:
-        """Writes the trial as npz, without pickles."""
+        """Writes the trial to an npz file, without pickle."""
         names, values = list(self.selected), list(self.selected.values())
         fields = asdict(self) | {"selected": np.array(names, np.str_), "selected_values": np.array(values, np.float64)}
         np.savez_compressed(file, **fields)
 
     @classmethod
     def load(cls, file: Path) -> "Trial":
-        """Reads what `save` wrote."""
+        """Reads a trial from a file of `save`."""
         with np.load(file) as stored:
             selected = dict(zip(stored["selected"].tolist(), stored["selected_values"].tolist(), strict=True))
             return cls(stored["target_ranks_S"], float(stored["valid_ndcg"]), selected, float(stored["seconds"]))
 
 
 class TrialRunner:
-    """Trains and evaluates trials in a folder, or takes them from there.
+    """Trains and evaluates trials, and stores them in a folder.
 
     Args:
-        folder: Where runs and trials are kept.
+        folder: Folder of runs and trials.
         dataset: Prepared sessions.
-        split: Split that is evaluated.
+        split: Split to evaluate.
     """
 
     def __init__(self, folder: Path, dataset: Dataset, split: str) -> None:
@@ -75,7 +75,12 @@ class TrialRunner:
         return Catalog.load(self.dataset.path)
 
     def trial(self, experiment: Experiment, variant: Variant, seed: int) -> Trial:
-        """The trial, from disk where it has been run before.
+        """A trial, read from disk if it exists and run otherwise.
+
+        Args:
+            experiment: Experiment of the variant.
+            variant: The variant, without a grid.
+            seed: Seed of the training.
 
         Raises:
             UserError: The data set or a setting is not usable.
@@ -84,17 +89,17 @@ class TrialRunner:
         file = self._file(variant, config)
         if not file.is_file():
             trial = self._run_model(variant, config) if variant.trains else self._run_baseline(variant.model)
-            # Another process may write the same one: experiments side by side share their baselines.
+            # Atomic, because parallel experiments share baselines and may write the same file.
             with atomic_write(file) as partial:
                 trial.save(partial)
         return Trial.load(file)
 
     def has(self, experiment: Experiment, variant: Variant, seed: int) -> bool:
-        """Whether the trial is on disk."""
+        """Whether a trial is on disk."""
         return self._file(variant, experiment.config_of(variant, seed)).is_file()
 
     def recommender_of(self, experiment: Experiment, variant: Variant, seed: int) -> str:
-        """Name of the run whose session recommender a trial is based on, or of the baseline that it is."""
+        """Name of the run of a trial's session recommender, or of its baseline."""
         if not variant.trains:
             return variant.model
         return self.runs.run_folder("sbr", experiment.config_of(variant, seed), variant.controls).name
@@ -125,7 +130,7 @@ class TrialRunner:
         return Trial(ranks_S, valid_ndcg, metrics, run.seconds)
 
     def _selected(self, run: Path, variant: Variant, config: Config) -> tuple[Bundle, Selection]:
-        """A run's bundle with what validation selects under a variant's settings, as a stage of a run does."""
+        """A run's bundle with the values selected on validation under a variant's settings."""
         folder = find_bundle(run / "export", variant.model)
         assert folder is not None
         bundle = load_bundle(folder, factory=factory_of(variant.model, variant.controls))
@@ -144,7 +149,7 @@ class TrialRunner:
 
 
 def _with_selection_of(config: Config, bundle: Bundle) -> Config:
-    """A bundle's settings, with those of a variant for whatever is selected after training."""
+    """The settings of a bundle, with those of a variant for the values selected after training."""
     smoothing = config.tables.knn_smoothing if bundle.stage == "sbr" else bundle.config.tables.knn_smoothing
     return replace(
         bundle.config,
@@ -155,7 +160,7 @@ def _with_selection_of(config: Config, bundle: Bundle) -> Config:
 
 
 def _selection_inputs(model: str, config: Config) -> dict[str, Any]:
-    """What a model selects from after training, as JSON values."""
+    """Values from which a model selects after training, as JSON values."""
     return {
         "blend": asdict(config.blend),
         "smoothing": config.tables.knn_smoothing,

@@ -22,6 +22,10 @@ Number formats: scores, e and their products with queries and items have the ker
 loss and the gradients have the queries' own. With bfloat16 a score is rounded by up to 1 in 256, which the sum Z and
 the target score are not.
 
+`ranking_loss` is this loss with the weights of a distributed step and the logQ correction of a sampled softmax.
+TorchRec's training pipeline traces the forward pass that calls it; the calling module excludes it from the trace by
+`torch.fx.wrap("ranking_loss")`.
+
 Shapes: B rows, b rows of one block, C columns (candidate items), Q columns of queries and items.
 """
 
@@ -41,6 +45,42 @@ _GPU_BLOCK_BYTES = 1 << 24
 _MIN_BLOCK_ROWS = 64
 # In a lower precision the block's part of that gradient is also widened, in one more pass over it.
 _MIN_BLOCK_ROWS_LOW_PRECISION = 256
+
+
+def ranking_loss(
+    queries_BQ: Tensor,
+    items_CQ: Tensor,
+    target_columns_B: Tensor,
+    weights_B: Tensor,
+    global_size: int,
+    world_scale: int,
+    log_q_C: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Softmax cross-entropy over all candidates, or sampled softmax with logQ correction.
+
+    The logQ correction (Bengio and Senecal, 2008; for in-batch negatives Yi et al., RecSys 2019) subtracts from a
+    candidate's score the logarithm of its expected count in the sample. A candidate that is the target of another
+    session stays an ordinary negative, because its expected count includes that case.
+
+    Args:
+        queries_BQ: Session queries.
+        items_CQ: Item vectors of the candidates; each item at most once.
+        target_columns_B: Index of each session's target among the candidates, int64; ignored for weight 0.
+        weights_B: Weight of each session; 0 for padding.
+        global_size: Number of sessions of the global batch, over all ranks, without padding.
+        world_scale: Number of ranks. Gradients are averaged over ranks, so the loss is the sum over this rank's
+            sessions times world_scale / global_size; the average is then the mean over the global batch.
+        log_q_C: Logarithm of each candidate's expected count in the sample; None or empty for the full catalog.
+        dtype: Dtype of scores, probabilities and their products; None takes that of the queries. bfloat16 has a
+            relative rounding error of up to 1/256; sums keep the dtype of the queries.
+
+    Returns:
+        Scalar loss of this rank's sessions.
+    """
+    row_weights_B = weights_B.to(queries_BQ.dtype) * (world_scale / global_size)
+    bias_C = None if log_q_C is None or log_q_C.numel() == 0 else -log_q_C.to(queries_BQ.dtype)
+    return softmax_loss(queries_BQ, items_CQ, target_columns_B, row_weights_B, bias_C, dtype)
 
 
 def softmax_loss(

@@ -15,7 +15,7 @@ found from the maxima of strips of 64 scores, so most of a block is passed over 
 And one sort of integers ranks the candidates of all queries, see `_sort_keys`.
 
 Shapes: B queries of a block, R items, N items of a block, M strips of it, S strips with a candidate, Q columns, K
-places, C candidates over all queries, E entries of sparse terms.
+results of a query, C candidates over all queries, E entries of sparse terms.
 """
 
 from collections.abc import Iterator
@@ -37,10 +37,10 @@ _QUERY_BLOCK = 512
 _CPU_ITEM_BLOCK = 2048
 _GPU_ITEM_BLOCK = 65536
 _STRIP = 64
-# A block with more strips for each query, or more candidates for each place, than so many is first reduced to its own
+# A block with more strips for each query, or more candidates for each result, than so many is first reduced to its own
 # top K. That is so for the first block, whose scores are all above the threshold.
-_MAX_PER_PLACE = 64
-# Candidates for each place that are collected before they are merged: the threshold lags a little, and sorts are rare.
+_MAX_PER_RESULT = 64
+# Candidates for each result that are collected before they are merged: the threshold lags a little, and sorts are rare.
 _MERGE_EVERY = 0.5
 _LOW_31_BITS = 0x7FFFFFFF
 
@@ -241,12 +241,12 @@ def _candidates(scores_BN: Tensor, threshold_B: Tensor, k: int) -> tuple[Tensor,
         raise UserError(NOT_NUMBERS)
     # Strips that hold a candidate, as numbers of rows of the scores viewed as [B * M, strip].
     flat_S = (strips_BM > threshold_B.unsqueeze(1)).flatten().nonzero().squeeze(1)
-    if flat_S.numel() > _MAX_PER_PLACE * threshold_B.numel():
+    if flat_S.numel() > _MAX_PER_RESULT * threshold_B.numel():
         return _top_k_of_block(scores_BN, threshold_B, k)
     values_SX = scores_BN.view(-1, strip).index_select(0, flat_S)
     queries_S = flat_S // strips_BM.shape[1]
     above_C = (values_SX > threshold_B[queries_S].unsqueeze(1)).flatten().nonzero().squeeze(1)
-    if above_C.numel() > _MAX_PER_PLACE * k * threshold_B.numel():
+    if above_C.numel() > _MAX_PER_RESULT * k * threshold_B.numel():
         return _top_k_of_block(scores_BN, threshold_B, k)
     queries_C = queries_S[above_C // strip]
     flat_C = flat_S[above_C // strip] * strip + above_C % strip
@@ -254,7 +254,7 @@ def _candidates(scores_BN: Tensor, threshold_B: Tensor, k: int) -> tuple[Tensor,
 
 
 def _top_k_of_block(scores_BN: Tensor, threshold_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, column and score of each query's K best of a block; of equal scores at the K-th place, the leftmost."""
+    """Query, column and score of each query's K best of a block; of scores equal to the K-th, the leftmost."""
     if scores_BN.shape[1] <= k:
         return _entries_of(scores_BN, scores_BN > threshold_B.unsqueeze(1))
     kth_B1 = torch.topk(scores_BN, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)

@@ -1,1 +1,1 @@
-"""The model's parts: plain nn.Modules without I/O and without parallelism."""
+"""Model components: plain nn.Modules without I/O and without parallelism."""

@@ -1,6 +1,6 @@
-"""Hybrid encoding: graph vectors become soft tokens that stand among the text tokens of a prompt.
+"""Hybrid encoding of LLMGR (arXiv 2402.16539): session and item vectors as soft tokens among a prompt's text tokens.
 
-Shapes: C readings, M soft node tokens, S = C + M soft tokens, X prompt tokens, D = d1 columns, H = d2 hidden width.
+Shapes: C outputs, M soft node tokens, S = C + M soft tokens, X prompt tokens, D = d1 columns, H = d2 hidden width.
 """
 
 import torch
@@ -9,17 +9,17 @@ from torch.nn import functional
 
 
 class ProjectionAdapter(nn.Module):
-    """Projection adapter d1 -> d2 and the insertion of its results.
+    """Projects vectors of width d1 to soft tokens of width d2 and inserts them into prompts.
 
-    The paper writes one W_in for nodes and graph. Here each has its own: a node carries one item and the graph vector
-    a whole session, read from another layer, and one matrix would force the same reading on both. Each soft token is
-    rescaled to the mean norm of the language model's token embeddings times a learned gain: a pre-trained decoder adds
-    its layers' outputs to what it is given, so tokens far longer or shorter than it knows drown them or drown in them.
+    The paper uses one matrix W_in for nodes and graph. This module uses two: a node vector represents one item and
+    comes from another layer than the graph vector, which represents a whole session. Each soft token is rescaled to the
+    mean norm of the language model's token embeddings times a learned gain. The decoder's layers are residual, so the
+    norm of an input sets its share of the sum, and the decoder was pre-trained on inputs of that norm.
 
     Args:
         d1: Width of item and session vectors.
         d2: Hidden width of the language model.
-        embedding_norm: Mean Euclidean norm of its token embeddings.
+        embedding_norm: Mean Euclidean norm of its token embeddings; see `mean_embedding_norm`.
     """
 
     embedding_norm: Tensor
@@ -29,17 +29,17 @@ class ProjectionAdapter(nn.Module):
         self.nodes = nn.Linear(d1, d2, bias=False)
         self.graph = nn.Linear(d1, d2, bias=False)
         self.log_gain_2 = nn.Parameter(torch.zeros(2))
-        # Kept with the weights, so that an exported adapter does not depend on the language model for it.
+        # Saved with the weights, so that an exported adapter can be loaded without the language model.
         self.register_buffer("embedding_norm", torch.tensor(float(embedding_norm)))
         for projection in (self.nodes, self.graph):
             nn.init.normal_(projection.weight, std=d1**-0.5)
 
     def project(self, graph_CD: Tensor, nodes_MD: Tensor) -> Tensor:
-        """Makes the soft tokens: graphs first, then nodes.
+        """Computes the soft tokens: graphs first, then nodes.
 
         Args:
-            graph_CD: One vector a reading.
-            nodes_MD: Vectors of the shown nodes.
+            graph_CD: Session vector of each output.
+            nodes_MD: Vectors of the nodes in the prompts.
 
         Returns:
             Soft tokens, [S, H].
@@ -50,16 +50,16 @@ class ProjectionAdapter(nn.Module):
         return torch.cat([graph_CH, nodes_MH])
 
     def forward(self, tokens_XH: Tensor, soft_rows_X: Tensor, graph_CD: Tensor, nodes_MD: Tensor) -> Tensor:
-        """Puts soft tokens at their places.
+        """Replaces the token embeddings at soft positions by soft tokens.
 
         Args:
             tokens_XH: Token embeddings of the prompts.
-            soft_rows_X: Row of the soft tokens that stands at a place, -1 where the token embedding stays.
-            graph_CD: One vector a reading.
-            nodes_MD: Vectors of the shown nodes.
+            soft_rows_X: Row of the soft token at each position, int64; -1 keeps the token embedding.
+            graph_CD: Session vector of each output.
+            nodes_MD: Vectors of the nodes in the prompts.
 
         Returns:
-            Input embeddings in the type of the token embeddings, [X, H].
+            Input embeddings of the language model, [X, H], in the dtype of the token embeddings.
         """
         soft_SH = self.project(graph_CD, nodes_MD).to(tokens_XH.dtype)
         soft_XH = soft_SH.index_select(0, soft_rows_X.clamp(min=0))

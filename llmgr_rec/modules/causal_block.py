@@ -1,6 +1,7 @@
-"""A causal transformer block over clicks that stand end to end: padding exists in its attention alone.
+"""A causal transformer block over packed clicks: only its attention pads sessions.
 
-Shapes: L clicks, R sessions of like length with T places each, A heads, D = d1 columns, E = D / A columns of a head.
+Shapes: L packed clicks, R sessions of similar length padded to T positions, A heads, D = d1 columns, E = D / A columns
+of a head.
 """
 
 from torch import Tensor, nn
@@ -12,11 +13,11 @@ _WIDENING = 4
 
 
 class CausalBlock(nn.Module):
-    """Self-attention, then a feed-forward net with GELU, each normalized before and with a residual connection.
+    """Pre-norm self-attention and feed-forward network (GELU), each with a residual connection.
 
-    What `nn.TransformerEncoderLayer` computes with `norm_first`, from the same initial values and with dropout at the
-    same places (attention weights, its projection, the hidden layer, the result); that one takes padded sessions and
-    computes the padding too.
+    Equivalent to `nn.TransformerEncoderLayer(norm_first=True)`, with the same initialization and the same four
+    dropouts (attention weights, attention output, hidden layer, output). That module requires padded sessions and
+    computes every layer for the padding, too.
 
     Args:
         dim: Width of states, in columns.
@@ -42,19 +43,19 @@ class CausalBlock(nn.Module):
         """States after the block, [L, D].
 
         Args:
-            states_LD: A state for each click.
-            packed: How the clicks make up sessions.
+            states_LD: State of each click.
+            packed: Sessions of the clicks.
         """
         states_LD = states_LD + self.dropout(self.project(self._attend(self.attention_norm(states_LD), packed)))
         hidden = self.dropout(functional.gelu(self.expand(self.feed_forward_norm(states_LD))))
         return states_LD + self.dropout(self.contract(hidden))
 
     def _attend(self, states_LD: Tensor, packed: PackedSequences) -> Tensor:
-        """Every click's mean of its session's values up to itself, the heads side by side, [L, D]."""
+        """Attention of each click over the clicks of its session up to itself, heads concatenated, [L, D]."""
 
         def mix(padded: Tensor) -> Tensor:
             query_RATE, key_RATE, value_RATE = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            # Padding comes after the clicks, so a causal mask hides it.
+            # Padding follows the clicks, so the causal mask excludes it.
             mixed_RATE = functional.scaled_dot_product_attention(
                 query_RATE, key_RATE, value_RATE, dropout_p=self.dropout.p if self.training else 0.0, is_causal=True
             )

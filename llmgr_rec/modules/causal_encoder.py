@@ -1,4 +1,4 @@
-"""Session encoders that process the newest clicks in order, such that no state depends on later clicks.
+"""Base class of causal session encoders, in which no state depends on later clicks.
 
 Shapes: B sessions, N nodes, P passes, L packed clicks, D = d1 columns.
 """
@@ -13,7 +13,7 @@ from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 
 
 class CausalEncoder(SessionEncoder):
-    """Base class of causal sequence encoders, which can encode all prefixes of a session in one pass.
+    """A causal encoder of the newest clicks of a session, which can encode all its prefixes in one pass.
 
     Args:
         max_clicks: Newest clicks of a session that are encoded.
@@ -27,23 +27,28 @@ class CausalEncoder(SessionEncoder):
 
     @abstractmethod
     def states(self, nodes_ND: Tensor, packed: PackedSequences) -> Tensor:
-        """A state for each packed click, [L, D]."""
+        """State of each packed click, [L, D].
+
+        Args:
+            nodes_ND: Item vectors of the nodes.
+            packed: The clicks to encode.
+        """
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""
         return self._encode(nodes_ND, pack_sequences(graph, self.max_clicks))
 
     def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
-        """Encodes the longest prefix of each pass alone; see `SessionEncoder.encode_one_pass`.
+        """Encodes only the longest prefix of each pass; see `SessionEncoder.encode_one_pass`.
 
-        It gives what `forward` does as long as no session has more than `max_clicks` clicks. Of a longer one, all
-        prefixes of a pass are encoded from the first click on that the longest one has.
+        The result equals that of `forward` if no session has more than `max_clicks` clicks. In a longer session, all
+        prefixes of a pass start at the first click that is kept of the longest one.
 
         Raises:
-            ValueError: A pass has more than `max_clicks` prefixes, so that the longest does not hold all their clicks.
+            ValueError: A pass has more than `max_clicks` prefixes, so the longest does not contain all their clicks.
         """
         if int(pass_offsets_P1.diff().max()) > self.max_clicks:
-            raise ValueError(f"a pass has more than {self.max_clicks} prefixes, as many as clicks are read")
+            raise ValueError(f"a pass has more than {self.max_clicks} prefixes, the number of clicks that are encoded")
         return self._encode(nodes_ND, pack_sequences(graph, self.max_clicks, pass_offsets_P1))
 
     def _encode(self, nodes_ND: Tensor, packed: PackedSequences) -> EncodedSessions:

@@ -1,4 +1,4 @@
-"""The session encoders by name."""
+"""Registry of the session encoders."""
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.modules.gcsan import GCSAN
@@ -19,28 +19,28 @@ ENCODERS: dict[str, type[SessionEncoder]] = {
 
 
 def encoder_class(name: str) -> type[SessionEncoder]:
-    """The class that `encoder.name` stands for.
+    """The encoder class that `encoder.name` selects.
 
     Args:
         name: Key of `ENCODERS`, or the import path of a subclass of `SessionEncoder`, whose module is imported.
 
     Raises:
-        UserError: There is no such class.
+        UserError: The name is unknown, or its import fails or is not a session encoder.
     """
     return resolve_class(name, ENCODERS, "setting encoder.name", SessionEncoder)  # type: ignore[type-abstract]
 
 
 def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
-    """Builds the encoder that the settings name.
+    """Builds the encoder that the settings select.
 
     Args:
         config: Encoder settings.
         dim: Width of item, node and session vectors, in columns.
 
     Returns:
-        A freshly initialized encoder.
+        A newly initialized encoder.
 
     Raises:
-        UserError: There is no such encoder, or it cannot be built with these settings.
+        UserError: The encoder is unknown, or a setting is out of its range.
     """
     return encoder_class(config.name)(config, dim)

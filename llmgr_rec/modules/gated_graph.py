@@ -1,4 +1,4 @@
-"""The gated graph network of SR-GNN (arXiv 1811.00855, eq. 1 to 5) on edge lists: no padding, no dense adjacency.
+"""The gated graph network of SR-GNN (arXiv 1811.00855, eq. 1 to 5) on edge lists, without padding or dense adjacency.
 
 Shapes: N nodes, E edges (distinct ordered pairs within a session), D = d1 columns.
 """
@@ -13,9 +13,9 @@ from llmgr_rec.modules.session_encoder import initialize_uniform
 class GatedGraph(nn.Module):
     """Exchanges messages along session edges and updates each node like a GRU.
 
-    A node takes the mean message of its predecessors and the mean message of its successors (eq. 1 with the adjacency
-    normalized over distinct edges, as in the authors' code). The update is theirs too: the reset gate multiplies the
-    projected state, which is the standard GRU cell and needs two matrix products, where eq. 4 as printed needs three.
+    A node receives the mean message of its predecessors and the mean message of its successors: eq. 1 with the
+    adjacency normalized over distinct edges, as in the authors' code. As in that code, the update is the standard GRU
+    cell, whose reset gate multiplies the projected state. Eq. 4 as printed multiplies the state before the projection.
 
     Args:
         dim: Width of node states, in columns.
@@ -26,19 +26,19 @@ class GatedGraph(nn.Module):
         super().__init__()
         self.dim = dim
         self.steps = steps
-        # The two halves of H in eq. 1: messages from predecessors, messages from successors.
+        # The two halves of H in eq. 1: predecessors, successors.
         self.message = nn.Parameter(torch.empty(2, dim, dim))
         self.message_bias = nn.Parameter(torch.empty(2 * dim))
         self.update = nn.GRUCell(2 * dim, dim)
         initialize_uniform(self, dim)
 
     def reset_parameters(self) -> None:
-        """Draws the message matrices anew, as TorchRec and FSDP ask of modules that were built on the meta device."""
+        """Reinitializes the message matrices; TorchRec and FSDP require it of modules built on the meta device."""
         for parameter in (self.message, self.message_bias):
             nn.init.uniform_(parameter, -(self.dim**-0.5), self.dim**-0.5)
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:
-        """Runs the rounds.
+        """Runs all rounds of message passing.
 
         Args:
             nodes_ND: Node vectors before the first round.
@@ -48,8 +48,8 @@ class GatedGraph(nn.Module):
             Node states after the last round, [N, D].
         """
         num_nodes = nodes_ND.shape[0]
-        # Row 2n of the received matrix seen as [2N, D] is what node n has from predecessors, row 2n + 1 what it has
-        # from successors, so both directions are one gather and one addition by index.
+        # Row 2n of the received messages [2N, D] belongs to the predecessors of node n, row 2n + 1 to its successors:
+        # one gather and one index_add for both directions.
         sources = torch.cat([graph.edge_src_E, graph.edge_dst_E])
         receivers = torch.cat([2 * graph.edge_dst_E, 2 * graph.edge_src_E + 1])
         degrees = torch.bincount(receivers, minlength=2 * num_nodes).clamp(min=1).to(nodes_ND.dtype).unsqueeze(1)
@@ -69,10 +69,10 @@ class GatedGraph(nn.Module):
         return states_ND
 
     def _input_weight(self) -> tuple[Tensor, Tensor]:
-        """Folds the message matrices of both directions into the update's input matrix.
+        """Folds the message matrices of both directions into the input matrix of the GRU.
 
-        Both maps are linear with a mean between them, so W_a (H m + b) = (W_a H) m + W_a b: states travel along the
-        edges as they are, and no message is ever computed.
+        Both maps are linear and the mean m commutes with them: W_a (H m + b) = (W_a H) m + W_a b. So the states
+        themselves are averaged over edges, and no message is computed.
         """
         weight = self.update.weight_ih
         folded = [weight[:, : self.dim] @ self.message[0], weight[:, self.dim :] @ self.message[1]]

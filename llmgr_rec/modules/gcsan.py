@@ -1,6 +1,6 @@
-"""GC-SAN (Xu et al., IJCAI 2019): gated graph network, then self-attention blocks over the clicks.
+"""GC-SAN (Xu et al., IJCAI 2019): a gated graph network followed by self-attention over the clicks.
 
-Shapes: B sessions, N nodes, M = most nodes of one session, A attention heads, D = d1 columns.
+Shapes: B sessions, N nodes, M = largest number of nodes of a session, A attention heads, D = d1 columns.
 """
 
 from typing import cast
@@ -25,17 +25,17 @@ from llmgr_rec.modules.session_encoder import (
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention and a feed-forward net with a residual connection, in two forms that share their weights.
+    """Self-attention and a feed-forward network with a residual connection.
 
-    The paper attends over clicks. It has no positions, so clicks on the same item have the same state in every layer,
-    and attending over distinct nodes whose score is raised by log(clicks) gives exactly the same result with fewer
-    rows. `forward` computes every node; `forward_last` only the last click, which is all that the final block is
-    asked for and which costs O(N) instead of O(B * M * M).
+    The paper attends over clicks, without position embeddings, so clicks on the same item have the same state in every
+    layer. Attention over distinct nodes with log(clicks) added to their scores is equal and has fewer rows. `forward`
+    computes every node. `forward_last` computes the last click only, which is the only output of the final block that
+    is used, in O(N) instead of O(B * M * M); both use the same weights.
 
     Args:
         dim: Width of states, in columns.
         heads: Attention heads; must divide `dim`.
-        dropout: Probability of dropping an output of the attention or of the feed-forward net.
+        dropout: Dropout probability on the outputs of the attention and of the feed-forward network.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
@@ -49,14 +49,20 @@ class AttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states_ND: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
-        """Lets every node of a session attend to all its nodes, [N, D] to [N, D]."""
+        """Attention of every node over the nodes of its session, [N, D].
+
+        Args:
+            states_ND: Node states.
+            log_counts_N: Logarithm of each node's number of clicks.
+            graph: The sessions' graphs.
+        """
         num_nodes, dim = states_ND.shape
         starts_B, lengths_B = graph.node_offsets_B1[:-1], graph.node_offsets_B1.diff()
         longest = int(lengths_B.max()) if num_nodes else 0
         slots_M = torch.arange(longest, device=states_ND.device)
         nodes_BM = (starts_B.unsqueeze(1) + slots_M).clamp(max=num_nodes - 1)
         empty_BM = slots_M >= lengths_B.unsqueeze(1)
-        # A finite floor: with -inf a session without nodes would turn gradients into NaN.
+        # Finite: with -inf, a session without nodes would give NaN gradients.
         bias_BM = log_counts_N[nodes_BM].masked_fill(empty_BM, torch.finfo(states_ND.dtype).min)
 
         def split_heads(projected_ND: Tensor) -> Tensor:
@@ -73,10 +79,16 @@ class AttentionBlock(nn.Module):
         return self._feed_forward(self.dropout(attended_ND))
 
     def forward_last(self, states_ND: Tensor, last_BD: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
-        """Lets the last click of each session attend to all its nodes, [B, D].
+        """Attention of the last click of each session over its nodes, [B, D].
 
-        The key projection is moved to the query's side and the value projection behind the weighted mean, so no node
-        is projected at all: q . (K h) = (K' q) . h and sum p (V h) = V (sum p h).
+        No node is projected: the key projection is applied to the query, q . (K h) = (K' q) . h, and the value
+        projection to the weighted mean, sum p (V h) = V (sum p h).
+
+        Args:
+            states_ND: Node states.
+            last_BD: State of each session's last click.
+            log_counts_N: Logarithm of each node's number of clicks.
+            graph: The sessions' graphs.
         """
         dim, num_sessions, session_N = states_ND.shape[1], graph.num_sessions, graph.node_session_N
         width = dim // self.heads
@@ -95,10 +107,10 @@ class AttentionBlock(nn.Module):
 
 
 class GCSAN(SessionEncoder):
-    """Session vector: a weighted sum of the last click's attention output and its graph-network state.
+    """GC-SAN: the session vector is a weighted sum of the last click's attention output and its graph-network state.
 
     Args:
-        config: Encoder settings; dropout applies to the node vectors that enter and inside the attention blocks.
+        config: Encoder settings; dropout applies to the input vectors and inside the attention blocks.
         dim: Width of item, node and session vectors, in columns.
 
     Raises:
@@ -118,7 +130,7 @@ class GCSAN(SessionEncoder):
 
     @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:
-        """Refuses attention that cannot be built; see `SessionEncoder.check`."""
+        """Checks the attention settings; see `SessionEncoder.check`."""
         check_heads(config, dim)
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
@@ -129,7 +141,7 @@ class GCSAN(SessionEncoder):
         for block in self.blocks[:-1]:
             attended_ND = block(attended_ND, log_counts_N, graph)
         final = cast(AttentionBlock, self.blocks[-1])
-        read_BD = final.forward_last(attended_ND, last_states(attended_ND, graph), log_counts_N, graph)
-        mixed_BD = torch.lerp(last_states(states_ND, graph), read_BD, self.last_item_weight)
+        attended_BD = final.forward_last(attended_ND, last_states(attended_ND, graph), log_counts_N, graph)
+        mixed_BD = torch.lerp(last_states(states_ND, graph), attended_BD, self.last_item_weight)
         filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
         return EncodedSessions(states_ND, mixed_BD * filled_B1)

@@ -1,6 +1,6 @@
 """GRU4Rec (Hidasi et al., arXiv 1511.06939): a gated recurrent network over the clicks.
 
-Shapes: L packed clicks, N nodes, R rows of T places, D = d1 columns.
+Shapes: L packed clicks, N nodes, R sessions padded to T positions, D = d1 columns.
 """
 
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from llmgr_rec.modules.session_encoder import initialize_uniform
 
 
 class GRU4Rec(CausalEncoder):
-    """Session vector: the network's state after the last click, projected.
+    """GRU4Rec: the session vector is the projected hidden state after the last click.
 
     Args:
-        config: Encoder settings; dropout applies to the vectors that enter.
+        config: Encoder settings; dropout applies to the input vectors.
         dim: Width of item, node and session vectors, in columns.
     """
 
@@ -27,6 +27,6 @@ class GRU4Rec(CausalEncoder):
         initialize_uniform(self, dim)
 
     def states(self, nodes_ND: Tensor, packed: PackedSequences) -> Tensor:
-        """A state for each packed click, [L, D]."""
+        """State of each packed click, [L, D]; see `CausalEncoder.states`."""
         clicks_LD = self.dropout(nodes_ND.index_select(0, packed.node_L))
         return self.read_out(packed.map_padded(lambda clicks_RTD: self.network(clicks_RTD)[0], clicks_LD))

@@ -1,10 +1,10 @@
-"""Heads: the language model's hidden state of a session becomes item scores; `HEADS` has them by name.
+"""Ranking heads: scores of items from the language model's hidden state of a session; `HEADS` is their registry.
 
-A head gives queries and items, so that full softmax, sampled softmax and top-K are the same code: a score is the
-dot product of a query and an item. A residual head appends the session recommender's own queries and items, which
-adds the recommender's score to the head's.
+A score is the dot product of a query and an item vector, so full softmax, sampled softmax and top-K share their code.
+A residual head appends the session recommender's queries and item vectors to its own, which adds the two scores.
 
-Shapes: B sessions, C items, V items of the catalog, D = d1 columns, H = d2 hidden width, Q columns of both sides.
+Shapes: B sessions, C items, V items of the catalog, D = d1 columns, H = d2 hidden width, Q columns of queries and item
+vectors.
 """
 
 import math
@@ -17,60 +17,64 @@ from torch.nn import functional
 from llmgr_rec.config import HeadConfig
 from llmgr_rec.registry import resolve_class
 
-# Beside a recommender's score a head starts at a tenth of unit variance, so tuning starts from its ranking.
-_RESIDUAL_START = 0.1
+# Initial scale of the head's score where the recommender's is added: small, so that training starts from its ranking.
+_RESIDUAL_SCALE = 0.1
 
 
-def _start(config: HeadConfig) -> float:
-    return _RESIDUAL_START if config.residual and not config.separate_loss else 1.0
+def _initial_scale(config: HeadConfig) -> float:
+    return _RESIDUAL_SCALE if config.residual and not config.separate_loss else 1.0
 
 
 class RankingHead(nn.Module, ABC):
-    """The interface of heads: a score is the dot product of a query and an item, so both have Q columns.
+    """Base class of heads: a score is the dot product of a query and an item vector, both of Q columns.
 
-    A class is built as `cls(config, d1, d2, num_items)`.
+    A subclass is constructed as `cls(config, d1, d2, num_items)`.
 
     Args:
-        config: Head settings, of which a class uses those that it needs.
+        config: Head settings; a subclass uses those that it needs.
         d1: Width of item vectors, in columns.
-        d2: Width of the language model's hidden states and of the text encodings, in columns.
+        d2: Width of the language model's hidden states and of the text embeddings, in columns.
         num_items: Items of the catalog.
-        own_columns: Columns of the head's own queries and items, before those of the recommender are appended; None
-            stands for d1.
+        head_columns: Columns of the head's queries and item vectors, without those appended from the recommender; None
+            takes d1.
 
     Attributes:
-        uses_text: Whether `items` is given text encodings.
+        uses_text: Whether `items` requires text embeddings.
+        trained_columns: Number of leading columns that the training loss uses; None uses all.
+
+    Raises:
+        UserError: A setting is out of its range.
     """
 
     uses_text: bool = False
 
-    def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int, own_columns: int | None = None) -> None:
+    def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int, head_columns: int | None = None) -> None:
         super().__init__()
         self.check(config)
         self.d2 = d2
         self.residual = config.residual
-        self.own_columns = d1 if own_columns is None else own_columns
-        self.trained_columns = self.own_columns if config.separate_loss else None
+        self.head_columns = d1 if head_columns is None else head_columns
+        self.trained_columns = self.head_columns if config.separate_loss else None
 
     @classmethod
     def check(cls, config: HeadConfig) -> None:
-        """Refuses settings with which the head cannot be built, before a run starts.
+        """Validates the settings before a run starts; accepts all by default.
 
         Args:
             config: Head settings.
 
         Raises:
-            UserError: Settings do not go together; the message names them and how to fix them.
+            UserError: A setting is out of its range, or two settings conflict; the message says how to fix it.
         """
 
     @classmethod
-    def reads_text(cls, config: HeadConfig) -> bool:
-        """Whether a head of these settings needs text encodings of the items."""
+    def needs_text(cls, config: HeadConfig) -> bool:
+        """Whether a head of these settings needs text embeddings of the items."""
         return False
 
     @abstractmethod
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
-        """Makes the queries.
+        """Computes the queries.
 
         Args:
             hidden_BH: The language model's hidden state of each session.
@@ -82,130 +86,120 @@ class RankingHead(nn.Module, ABC):
 
     @abstractmethod
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
-        """Makes the items' side.
+        """Computes the item vectors.
 
         Args:
             item_rows_CD: The session recommender's item vectors; appended when residual, see `join`.
-            rows_CD: Bare rows of the id table.
-            text_CH: Text encodings of the items, from `standardize`; None unless `uses_text`.
-            ids_C: Item indices; None stands for the whole catalog in index order.
+            rows_CD: Rows of the id table, without side features.
+            text_CH: Text embeddings of the items, from `standardize`; None unless `uses_text`.
+            ids_C: Item indices, int64; None is the whole catalog in index order.
 
         Returns:
-            Items, [C, Q].
+            Item vectors, [C, Q].
         """
 
     def standardize(self, hidden_XH: Tensor) -> Tensor:
-        """Scales hidden states to unit variance: their size differs a hundredfold between language models."""
+        """Hidden states with unit variance, float32 [X, H]; the scales of language models differ a hundredfold."""
         return functional.layer_norm(hidden_XH.float(), (self.d2,))
 
     def recommender_only(self, recommender_queries_BD: Tensor) -> Tensor:
-        """Queries that give the recommender's score alone on the same items, [B, Q].
+        """Queries that give only the recommender's score on the same item vectors, [B, Q].
+
+        Args:
+            recommender_queries_BD: The session recommender's queries.
 
         Raises:
-            ValueError: The head does not add that score.
+            ValueError: The head is not residual.
         """
         if not self.residual:
             raise ValueError("a head without residual does not add the recommender's score")
-        own = recommender_queries_BD.new_zeros(recommender_queries_BD.shape[0], self.own_columns)
-        return self.join(own, recommender_queries_BD)
+        zeros = recommender_queries_BD.new_zeros(recommender_queries_BD.shape[0], self.head_columns)
+        return self.join(zeros, recommender_queries_BD)
 
-    def join(self, own: Tensor, recommender: Tensor) -> Tensor:
-        """The head's own columns, followed by the recommender's where the head is residual."""
-        return torch.cat([own, recommender.to(own.dtype)], dim=1) if self.residual else own
+    def join(self, head: Tensor, recommender: Tensor) -> Tensor:
+        """Concatenates the head's columns and, if the head is residual, the recommender's.
+
+        Args:
+            head: Queries or item vectors of the head.
+            recommender: Those of the session recommender.
+        """
+        return torch.cat([head, recommender.to(head.dtype)], dim=1) if self.residual else head
 
 
 class TiedHead(RankingHead):
-    """Projects the hidden state to d1 and compares it with item vectors: the id row plus the item's projected text.
+    """Projects the hidden state to width d1; an item vector is the item's id row plus its projected text embedding.
 
-    It has no weight of its own for any item, so it scales with the catalog's tables and scores unseen items by text.
+    The item weights are tied to the item table. So the head has no parameters per item, and it scores items without
+    training clicks by their text.
 
     Args:
-        config: Head settings; item_text adds the projected text embedding to an item's vector.
-        d1: Width of item vectors.
-        d2: Width of the language model's hidden states and of the text encodings.
+        config: Head settings; item_text adds the projected text embedding to the item vectors.
+        d1: Width of item vectors, in columns.
+        d2: Width of the language model's hidden states and of the text embeddings, in columns.
         num_items: Unused.
     """
 
     def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int) -> None:
         super().__init__(config, d1, d2, num_items)
-        self.uses_text = self.reads_text(config)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(_start(config))))
+        self.uses_text = self.needs_text(config)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(_initial_scale(config))))
         self.query = nn.Linear(d2, d1)
         self.text = nn.Linear(d2, d1, bias=False) if self.uses_text else None
-        # Query components start at unit variance, both parts of an item at unit norm: scores start at unit variance.
+        # Query components have unit variance and both parts of an item vector unit norm, so scores have unit variance.
         nn.init.normal_(self.query.weight, std=d2**-0.5)
         nn.init.zeros_(self.query.bias)
         if self.text is not None:
             nn.init.normal_(self.text.weight, std=(d1 * d2) ** -0.5)
 
     @classmethod
-    def reads_text(cls, config: HeadConfig) -> bool:
-        """See `RankingHead.reads_text`."""
+    def needs_text(cls, config: HeadConfig) -> bool:
+        """See `RankingHead.needs_text`."""
         return config.item_text
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
-        """Makes the queries; see `RankingHead.queries`."""
+        """Computes the queries; see `RankingHead.queries`."""
         return self.join(self.query(self.standardize(hidden_BH)) * self.log_scale.exp(), recommender_queries_BD)
 
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
-        """Makes the items' side.
-
-        Args:
-            item_rows_CD: The session recommender's item vectors; read when residual.
-            rows_CD: Bare rows of the id table.
-            text_CH: Text encodings of the items, from `standardize`; read when the head was built with text.
-            ids_C: Unused: this head has no weights of its own for an item.
-
-        Returns:
-            Items, [C, Q].
+        """Computes the item vectors; see `RankingHead.items`.
 
         Raises:
-            ValueError: The head was built with text and there is none.
+            ValueError: The head uses text, and `text_CH` is None.
         """
-        own_CD = functional.normalize(rows_CD.float(), dim=1)
+        vectors_CD = functional.normalize(rows_CD.float(), dim=1)
         if self.text is not None:
             if text_CH is None:
                 raise ValueError("the tied head was built with text, but no text embeddings were given")
-            own_CD = own_CD + self.text(text_CH)
-        return self.join(own_CD, item_rows_CD)
+            vectors_CD = vectors_CD + self.text(text_CH)
+        return self.join(vectors_CD, item_rows_CD)
 
 
 class LinearHead(RankingHead):
-    """The paper's f_out: a free weight vector and a bias for each item.
+    """The output layer f_out of LLMGR (arXiv 2402.16539): a weight vector and a bias for each item.
 
     Args:
         config: Head settings.
         d1: Unused.
-        d2: Width of the language model's hidden states.
+        d2: Width of the language model's hidden states, in columns.
         num_items: Items of the catalog.
     """
 
     def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int) -> None:
-        super().__init__(config, d1, d2, num_items, own_columns=d2 + 1)
+        super().__init__(config, d1, d2, num_items, head_columns=d2 + 1)
         self.weight_VH = nn.Parameter(torch.empty(num_items, d2))
         self.bias_V = nn.Parameter(torch.zeros(num_items))
-        # Small weights and not a small factor: AdamW moves every weight by about the learning rate, whatever its
-        # gradient's size, and a factor would shrink what that does to a score.
-        nn.init.normal_(self.weight_VH, std=_start(config) * d2**-0.5)
+        # Small initial weights, instead of a small factor on the scores: an AdamW step changes a weight by about the
+        # learning rate, and a factor would scale down the effect of every step.
+        nn.init.normal_(self.weight_VH, std=_initial_scale(config) * d2**-0.5)
 
     def queries(self, hidden_BH: Tensor, recommender_queries_BD: Tensor) -> Tensor:
-        """Makes the queries; see `TiedHead.queries`. The last own column is the bias's factor."""
-        own_BH = self.standardize(hidden_BH)
-        own = torch.cat([own_BH, own_BH.new_ones(own_BH.shape[0], 1)], dim=1)
-        return self.join(own, recommender_queries_BD)
+        """Computes the queries; see `RankingHead.queries`. A column of ones multiplies the bias."""
+        states_BH = self.standardize(hidden_BH)
+        queries = torch.cat([states_BH, states_BH.new_ones(states_BH.shape[0], 1)], dim=1)
+        return self.join(queries, recommender_queries_BD)
 
     def items(self, item_rows_CD: Tensor, rows_CD: Tensor, text_CH: Tensor | None, ids_C: Tensor | None) -> Tensor:
-        """Makes the items' side.
-
-        Args:
-            item_rows_CD: The session recommender's item vectors; read when residual.
-            rows_CD: Unused: this head's weights are its own.
-            text_CH: Unused.
-            ids_C: Item indices whose weights to take; None takes the whole catalog in index order.
-
-        Returns:
-            Items, [C, Q].
-        """
+        """The weights and biases of the items; see `RankingHead.items`."""
         weight_CH = self.weight_VH if ids_C is None else self.weight_VH.index_select(0, ids_C)
         bias_C = self.bias_V if ids_C is None else self.bias_V.index_select(0, ids_C)
         return self.join(torch.cat([weight_CH, bias_C.unsqueeze(1)], dim=1), item_rows_CD)
@@ -215,21 +209,21 @@ HEADS: dict[str, type[RankingHead]] = {"tied": TiedHead, "linear": LinearHead}
 
 
 def head_class(name: str) -> type[RankingHead]:
-    """The class that `head.name` stands for.
+    """The head class that `head.name` selects.
 
     Args:
         name: Key of `HEADS`, or the import path of a subclass of `RankingHead`, whose module is imported.
 
     Raises:
-        UserError: There is no such class.
+        UserError: The name is unknown, or its import fails or is not a ranking head.
     """
     return resolve_class(name, HEADS, "setting head.name", RankingHead)  # type: ignore[type-abstract]
 
 
 def build_head(config: HeadConfig, d1: int, d2: int, num_items: int) -> RankingHead:
-    """Builds the head that the settings name; see `RankingHead` for the arguments.
+    """Builds the head that the settings select; see `RankingHead` for the arguments.
 
     Raises:
-        UserError: There is no such head, or it cannot be built with these settings.
+        UserError: The head is unknown, or a setting is out of its range.
     """
     return head_class(config.name)(config, d1, d2, num_items)

@@ -1,6 +1,6 @@
-"""Item tables: the ids and side features of items become vectors through one EmbeddingBagCollection.
+"""Item tables: vectors of items from their ids and side features, by one TorchRec EmbeddingBagCollection.
 
-Shapes: X bags (one an item occurrence: the nodes of a batch, then its candidates), F features, D = d1 columns.
+Shapes: X bags (one per item occurrence: the nodes of a batch, then its candidates), F features, D = d1 columns.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from llmgr_rec.data.collate import ITEM_ID
 
 @dataclass
 class ItemRows:
-    """Vectors of a list of item occurrences.
+    """Vectors of X item occurrences.
 
     Args:
         vectors_XD: Item vectors: the id row plus the pooled rows of every side feature.
-        ids_XD: The rows of the id table alone.
-        texts_XH: Rows of the table of text encodings, where the model has one.
+        ids_XD: The rows of the id table, without side features.
+        texts_XH: Rows of the table of text embeddings; None if the model has none.
     """
 
     vectors_XD: Tensor
@@ -30,17 +30,17 @@ class ItemRows:
 
 
 class ItemTables(nn.Module):
-    """One bag an item: its id row plus the mean of its category rows, of its brand rows and so on.
+    """The vector of an item is its id row plus, for each side feature, the mean of its rows.
 
-    A single EmbeddingBagCollection holds every table, so the planner shards them together and a training pipeline
-    finds one module to overlap. Nothing but attribute access stands before the lookup, which is what the pipeline's
-    tracing needs.
+    One EmbeddingBagCollection contains all tables, so that the planner shards them together and the training pipeline
+    overlaps one lookup. Before the lookup, `forward` only accesses attributes of the batch: TorchRec pipelines no
+    lookup whose input is computed.
 
     Args:
         num_items: Rows of the item table.
-        num_embeddings: Rows of each side-feature table, by the feature's name (the key in the batch).
+        num_embeddings: Rows of each side-feature table by feature name, the key in the batch.
         dim: Columns of every table.
-        device: Where the tables are made; `meta` leaves the memory to the sharder.
+        device: Device of the tables; on `meta` the sharder allocates them.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ItemTables(nn.Module):
                     feature_names=[name],
                     num_embeddings=rows,
                     embedding_dim=dim,
-                    # An item has one id, but any number of categories: their mean keeps items of many comparable.
+                    # The mean keeps the scale independent of an item's number of categories.
                     pooling=PoolingType.SUM if name == ITEM_ID else PoolingType.MEAN,
                 )
                 for name, rows in sizes.items()
@@ -70,7 +70,7 @@ class ItemTables(nn.Module):
         """Looks up item vectors.
 
         Args:
-            features: A bag of ids for each of the X occurrences, under `item_id` and the side features' names.
+            features: A bag of ids for each of the X occurrences, with the keys `item_id` and the side features.
 
         Returns:
             Item vectors, [X, D].
@@ -78,19 +78,19 @@ class ItemTables(nn.Module):
         return self._sum(self.ebc(features).values())
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
-        """Looks up item vectors and, from the same lookup, the bare rows of the id table.
+        """Looks up item vectors and, in the same lookup, the rows of the id table.
 
         Args:
             features: As in `forward`.
 
         Returns:
-            Both kinds of vectors, [X, D] each.
+            Both, [X, D] each.
         """
         pooled = self.ebc(features)
         return ItemRows(vectors_XD=self._sum(pooled.values()), ids_XD=pooled[ITEM_ID])
 
     def _sum(self, pooled_XFD: Tensor) -> Tensor:
-        # A sharded collection may return its features in another order; the sum does not depend on it.
+        # A sharded collection may order features differently, which a sum does not depend on.
         if len(self.feature_names) == 1:
             return pooled_XFD
         return pooled_XFD.unflatten(1, (len(self.feature_names), self.dim)).sum(dim=1)

@@ -1,6 +1,6 @@
-"""The LoRA-tuned decoder that reads prompts, and its frozen reading of item texts.
+"""The decoder with LoRA (Hu et al., arXiv 2106.09685) that encodes prompts, and frozen embeddings of item texts.
 
-Shapes: P tokens of the shared prefix, X tokens of all prompts after it, Z = P + X, C readings, T tokens of the longest
+Shapes: P tokens of the shared prefix, X tokens of all prompts after it, Z = P + X, C outputs, T tokens of the longest
 prompt, V items, H = d2 hidden width.
 """
 
@@ -22,23 +22,23 @@ from llmgr_rec.modules.last_token_layer import compute_last_token_only
 
 
 class LoraLanguageModel(nn.Module):
-    """A causal decoder without output head, frozen but for LoRA on all its linear layers.
+    """A causal decoder without output head, frozen except for LoRA on all its linear layers.
 
-    LoRA weights are kept in float32, whose resolution small updates need; with a bfloat16 base they are rounded on use
-    (autocast rounds each once a step), so that every product runs in bfloat16.
+    LoRA weights are float32, because small updates would be lost in bfloat16. With a bfloat16 decoder, autocast casts
+    each of them once per step, so that all products run in bfloat16.
 
     Args:
-        decoder: The bare pre-trained decoder; it is changed in place.
+        decoder: The pre-trained decoder without head; modified in place.
         rank: Rank of the LoRA matrices.
         alpha: Numerator of the LoRA scale alpha / rank.
-        dropout: Dropout on the LoRA input, 0 to 1.
-        recompute: Keep only the hidden states between layers for the backward pass, and compute each layer again there:
-            memory of one layer's activations in place of all, for a third more work.
+        dropout: Dropout probability on the LoRA input, 0 to 1.
+        recompute: Activation checkpointing: the backward pass recomputes each layer. Stores the activations of one
+            layer instead of all, for about a third more computation.
 
     Attributes:
-        packs_prompts: Whether the prompts of a batch are one packed row with one copy of their common prefix. So it is
-            unless the decoder's attention cannot be replaced; then every output has a padded prompt of its own. Both
-            agree, but for dropout: what is shared draws its dropout once.
+        packs_prompts: Whether the prompts of a batch are packed into one row with one copy of their common prefix.
+            False if the decoder's attention cannot be replaced; then each output has a padded prompt. Both give the
+            same result except for dropout, which is drawn once for shared tokens.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class LoraLanguageModel(nn.Module):
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5 for an attribute by its former name.
+            # PEFT 0.21 uses a deprecated attribute name of transformers 5.
             warnings.simplefilter("ignore", FutureWarning)
-            # It finds out by itself that GPT-2 stores its weights transposed.
+            # PEFT itself detects the transposed weights of GPT-2, and warns of them.
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             self.decoder: PeftModel = get_peft_model(decoder, settings)
         if recompute:
@@ -67,7 +67,7 @@ class LoraLanguageModel(nn.Module):
 
     @property
     def base(self) -> PreTrainedModel:
-        """The transformers decoder, with LoRA layers in it."""
+        """The transformers decoder with its LoRA layers."""
         return self.decoder.base_model.model
 
     @property
@@ -86,14 +86,14 @@ class LoraLanguageModel(nn.Module):
         return self.base.config.get_text_config(decoder=True).hidden_size
 
     def forward(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
-        """Reads packed prompts.
+        """Encodes packed prompts.
 
         Args:
             embeddings_XH: Input embeddings of the tokens after the prefix.
-            packed: Their places.
+            packed: Layout of these tokens.
 
         Returns:
-            Hidden state after the final norm at each token that is read, float32 [C, H].
+            Hidden state after the final norm at each output token, float32 [C, H].
         """
         with self._precision():
             if self.packs_prompts:
@@ -101,7 +101,7 @@ class LoraLanguageModel(nn.Module):
             return self._forward_padded(embeddings_XH, packed).float()
 
     def _forward_padded(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
-        """Every output has a prompt of its own, with the whole prefix and padding: one row for each."""
+        """A separate padded prompt for each output, prefix included."""
         prefix_PH = self.token_embedding(packed.prefix_P)
         paths = [packed.path(output) for output in range(packed.output_token_C.numel())]
         prompts = [torch.cat([prefix_PH, embeddings_XH[path]]) for path in paths]
@@ -117,7 +117,7 @@ class LoraLanguageModel(nn.Module):
         return hidden_CTH[torch.arange(len(prompts), device=last_C.device), last_C]
 
     def _forward_packed(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
-        """One row: no padding and one prefix in the linear layers, and the last layer only where it is read."""
+        """One row without padding and with one prefix; the last layer computes only the output tokens."""
         prefix = packed.prefix_P.numel()
         tokens_X = torch.arange(packed.num_tokens, device=embeddings_XH.device)
         masks = {"packed_mask": PackedMask.of(packed, tokens_X)}
@@ -127,7 +127,7 @@ class LoraLanguageModel(nn.Module):
         hidden_1ZH = self.base(
             inputs_embeds=torch.cat([self.token_embedding(packed.prefix_P), embeddings_XH]).unsqueeze(0),
             position_ids=torch.cat([prefix_positions_P, prefix + packed.position_X]).unsqueeze(0),
-            # A mask of four dimensions is passed on as it is; what a token attends to is in the packed masks.
+            # transformers builds no mask if it is given a 4-dimensional one; packed attention uses the packed masks.
             attention_mask=embeddings_XH.new_zeros(1, 1, 1, 1),
             use_cache=False,
             **masks,
@@ -142,7 +142,7 @@ class LoraLanguageModel(nn.Module):
 
 
 def mean_embedding_norm(decoder: PreTrainedModel) -> float:
-    """Mean Euclidean norm of the token embeddings, to which soft tokens are scaled."""
+    """Mean Euclidean norm of the token embeddings, the scale of soft tokens."""
     return float(decoder.get_input_embeddings().weight.detach().float().norm(dim=1).mean())
 
 
@@ -152,21 +152,21 @@ def embed_item_texts(
     tokens: Jagged,
     batch_size: int,
 ) -> Tensor:
-    """Text encodings of items: the decoder's hidden states, averaged over the text's tokens.
+    """Text embeddings of items: the decoder's last hidden states, averaged over the tokens of the text.
 
-    Items are read in order of length, so hardly any padding is computed.
+    Batches contain items of similar length, to limit padding.
 
     Args:
-        decoder: The bare pre-trained decoder.
-        tokens: Token ids, one row an item.
-        batch_size: Items read at a time.
+        decoder: The pre-trained decoder without head.
+        tokens: Token ids, one row per item.
+        batch_size: Items per batch.
 
     Returns:
-        Encodings, float32 on the CPU, [V, H]; zeros for items without tokens.
+        Embeddings, float32 on the CPU, [V, H]; zeros for items without tokens.
     """
     device = decoder.device
     lengths_V = tokens.lengths
-    encodings_VH = torch.zeros(tokens.num_rows, decoder.get_input_embeddings().weight.shape[1])
+    embeddings_VH = torch.zeros(tokens.num_rows, decoder.get_input_embeddings().weight.shape[1])
     order = torch.argsort(lengths_V, stable=True)
     order = order[lengths_V[order] > 0]
     for items in order.split(batch_size):
@@ -176,7 +176,7 @@ def embed_item_texts(
         ids = torch.zeros(items.numel(), int(batch.lengths.max()), dtype=torch.int64)
         ids[row_S, column_S] = batch.values
         hidden = decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state.float().cpu()
-        # Padding stands to the right, where causal attention does not look: it only has to be left out of the mean.
+        # Causal attention does not reach the padding on the right, which is excluded from the mean.
         sums = torch.zeros(items.numel(), hidden.shape[2]).index_add_(0, row_S, hidden[row_S, column_S])
-        encodings_VH[items] = sums / batch.lengths.unsqueeze(1)
-    return encodings_VH
+        embeddings_VH[items] = sums / batch.lengths.unsqueeze(1)
+    return embeddings_VH

@@ -1,9 +1,9 @@
-"""The last decoder layer, computed only where it is read.
+"""The last decoder layer, computed at the output tokens only.
 
-A prompt is read at one token, so of the last layer only that token's query, attention and MLP are ever looked at; of
-all others only keys and values. In a decoder of four layers that saves most of a quarter of the work.
+The output of a prompt is the hidden state of its last token. In the last layer the other tokens only need keys and
+values: no query, attention output or MLP. In a decoder of four layers that saves nearly a quarter of the computation.
 
-Shapes: Z tokens of the packed row, prefix included, C readings, H = hidden width, E columns of a head.
+Shapes: Z tokens of the packed row, prefix included, C outputs, H = hidden width, E columns of an attention head.
 """
 
 from typing import Any
@@ -16,59 +16,61 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from llmgr_rec.kernels.packed_attention import PackedMask, packed_attention
 
 
-class _ReadOut:
-    """A decoder layer that answers with the readings alone where it is given `last_layer_mask`."""
+class _LastTokenLayer:
+    """Mixin of a decoder layer that computes only the output tokens if it is called with `last_layer_mask`."""
 
     def forward(self, hidden_states: Tensor, last_layer_mask: PackedMask | None = None, **kwargs: Any) -> Tensor:
         if last_layer_mask is None:
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
-        return _read(self, hidden_states, kwargs["position_embeddings"], last_layer_mask)
+        return _forward_outputs(self, hidden_states, kwargs["position_embeddings"], last_layer_mask)
 
 
-class ReadOutLlamaLayer(_ReadOut, LlamaDecoderLayer):
-    """The last layer of a LLaMA."""
+class LastTokenLlamaLayer(_LastTokenLayer, LlamaDecoderLayer):
+    """The last layer of a LLaMA decoder."""
 
 
-class ReadOutMistralLayer(_ReadOut, MistralDecoderLayer):
-    """The last layer of a Mistral, which computes as LLaMA's does."""
+class LastTokenMistralLayer(_LastTokenLayer, MistralDecoderLayer):
+    """The last layer of a Mistral decoder, which has the structure of LLaMA's."""
 
 
-_KNOWN: dict[type[nn.Module], type[nn.Module]] = {
-    LlamaDecoderLayer: ReadOutLlamaLayer,
-    MistralDecoderLayer: ReadOutMistralLayer,
+_LAST_TOKEN_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    LlamaDecoderLayer: LastTokenLlamaLayer,
+    MistralDecoderLayer: LastTokenMistralLayer,
 }
 
 
 def compute_last_token_only(decoder: PreTrainedModel) -> bool:
-    """Lets the last layer of a decoder be computed only where it is read; names and weights stay as they are.
+    """Replaces the class of a decoder's last layer by one that can compute the output tokens only.
+
+    Parameter names and values do not change.
 
     Args:
-        decoder: The decoder, changed in place; one whose layers are not known stays as it is.
+        decoder: The decoder, modified in place; unchanged if the type of its layers is not supported.
 
     Returns:
-        Whether it can now.
+        Whether the type of its layers is supported.
     """
     layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or type(layers[-1]) not in _KNOWN:
+    if not isinstance(layers, nn.ModuleList) or type(layers[-1]) not in _LAST_TOKEN_CLASS:
         return False
-    layers[-1].__class__ = _KNOWN[type(layers[-1])]
+    layers[-1].__class__ = _LAST_TOKEN_CLASS[type(layers[-1])]
     return True
 
 
-def _read(layer: Any, hidden_1ZH: Tensor, rotation: tuple[Tensor, Tensor], mask: PackedMask) -> Tensor:
-    """The layer's result at the mask's querying tokens, [1, C, H]."""
+def _forward_outputs(layer: Any, hidden_1ZH: Tensor, rotation: tuple[Tensor, Tensor], mask: PackedMask) -> Tensor:
+    """Output of the layer at the query tokens of the mask, [1, C, H]."""
     attention = layer.self_attn
-    read_C = mask.query_tokens_Y + mask.prefix_length
+    output_C = mask.query_tokens_Y + mask.prefix_length
     normed_1ZH = layer.input_layernorm(hidden_1ZH)
-    query = _heads(attention.q_proj(normed_1ZH.index_select(1, read_C)), attention.head_dim)
+    query = _heads(attention.q_proj(normed_1ZH.index_select(1, output_C)), attention.head_dim)
     key, value = (
         _heads(projection(normed_1ZH), attention.head_dim) for projection in (attention.k_proj, attention.v_proj)
     )
     cos, sin = rotation
-    query, _ = apply_rotary_pos_emb(query, query, cos.index_select(1, read_C), sin.index_select(1, read_C))
+    query, _ = apply_rotary_pos_emb(query, query, cos.index_select(1, output_C), sin.index_select(1, output_C))
     key, _ = apply_rotary_pos_emb(key, key, cos, sin)
     attended = packed_attention(query, key, value, mask, attention.scaling)
-    hidden_1CH = hidden_1ZH.index_select(1, read_C) + attention.o_proj(attended.flatten(2))
+    hidden_1CH = hidden_1ZH.index_select(1, output_C) + attention.o_proj(attended.flatten(2))
     return hidden_1CH + layer.mlp(layer.post_attention_layernorm(hidden_1CH))
 
 

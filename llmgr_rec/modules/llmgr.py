@@ -1,10 +1,10 @@
-"""LLMGR: a session recommender whose graph vectors a LoRA-tuned language model reads, and a head that ranks items.
+"""LLMGR (arXiv 2402.16539): a language model encodes a session recommender's vectors, and a head ranks items.
 
-The forward pass down to the table lookups is traced symbolically by TorchRec's pipelines: it takes attributes of the
-batch and calls modules, and never branches on a tensor.
+TorchRec's training pipeline traces the forward pass symbolically down to the table lookups. So it only accesses
+attributes of the batch and calls modules, and never branches on a tensor.
 
-Shapes: B sessions, G prompts that several of them share, N nodes, C candidates, V items, D = d1 columns, H = d2 hidden
-width, Q columns of queries and items.
+Shapes: B sessions, P passes, N nodes, C candidates, V items, D = d1 columns, H = d2 hidden width, Q columns of queries
+and item vectors.
 """
 
 from collections.abc import Mapping
@@ -33,23 +33,23 @@ torch.fx.wrap("one_pass_nodes")
 
 
 def embed_tokens(language_model: LoraLanguageModel, tokens_X: Tensor) -> Tensor:
-    """`LoraLanguageModel.embed` as a function, which symbolic tracing does not enter."""
+    """`LoraLanguageModel.embed` as a function that symbolic tracing does not enter."""
     return language_model.embed(tokens_X)
 
 
 class LLMGR(nn.Module):
-    """The whole model.
+    """The model: session recommender, adapter, language model and head.
 
     Args:
-        recommender: The pre-trained session recommender.
-        adapter: Puts its vectors among token embeddings, as soft tokens.
+        recommender: The pre-trained session recommender; it stays frozen.
+        adapter: Projects its vectors to soft tokens.
         language_model: Encodes the prompts.
-        head: Turns hidden states into queries, and items into the vectors that they are compared with.
+        head: Computes queries from hidden states, and item vectors.
         prompts: A compiled prompt for each task that is used.
-        text: Text encodings of the items, see `text_tables`; needed by a head with item text.
-        node_source: Vectors at the {nodes} places: rows of the item tables or states of the session encoder.
+        text: Table of text embeddings, see `text_tables`; required by a head that uses item text.
+        node_source: Vectors at the placeholder {nodes}: rows of the item tables or states of the session encoder.
         node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
-        max_nodes: Newest nodes kept in a prompt; 0 keeps all.
+        max_nodes: Number of newest nodes in a prompt; 0 includes all.
     """
 
     rows_VD: Tensor | None
@@ -78,12 +78,13 @@ class LLMGR(nn.Module):
         self.node_source = node_source
         self.node_order: NodeOrder = node_order
         self.max_nodes = max_nodes
-        # Buffers, so that they move with the model; not persistent, because they are made from the tables.
+        # Buffers, so that they move with the model; not persistent, because they are computed from the tables.
         for name in ("item_rows_VD", "rows_VD", "text_VH"):
             self.register_buffer(name, None, persistent=False)
+        self.train()
 
     def train(self, mode: bool = True) -> "LLMGR":
-        """Switches training mode of all but the session recommender, which is frozen and runs without dropout."""
+        """Sets the training mode, except of the session recommender, which is frozen and runs without dropout."""
         super().train(mode)
         self.recommender.eval()
         return self
@@ -116,15 +117,16 @@ class LLMGR(nn.Module):
         )
 
     def encode_one_pass(self, output: RecommenderOutput, batch: SessionBatch, task: Task) -> Tensor:
-        """The same readings from prompts that growing prefixes of a session share, [B, H].
+        """`encode` with one prompt for all prefixes of a pass, [B, H].
 
-        They are the same as long as no session is longer than a prompt shows: of a longer one, the prefixes that share
-        a prompt see its nodes from the first one on. What they share must know nothing of later clicks, which is so for
-        rows of the item tables, and not for states of the session encoder; the graph token is each prefix's own.
+        The result equals that of `encode` if no session has more than `max_nodes` clicks. In a longer session, all
+        prefixes of a pass start at the first node of its prompt. The shared node tokens must not depend on later
+        clicks. This holds for rows of the item tables, but not for states of the session encoder. Each prefix has its
+        separate graph token.
 
         Args:
             output: From `look_up`.
-            batch: The same batch, which says what shares a prompt.
+            batch: The same batch, with `pass_offsets_P1`.
             task: Task whose prompt is encoded.
 
         Raises:
@@ -132,7 +134,7 @@ class LLMGR(nn.Module):
         """
         if self.node_source != "table" or self.node_order != "clicks":
             raise ValueError(
-                "prefixes share a prompt only where nodes are rows of the item tables in order of the clicks"
+                "prefixes can share a prompt only if nodes are rows of the item tables in order of the clicks"
             )
         nodes = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
         return self.encode_nodes(output, nodes, batch.text_tokens, task, batch.pass_offsets_P1)
@@ -140,14 +142,14 @@ class LLMGR(nn.Module):
     def encode_nodes(
         self, output: RecommenderOutput, nodes: Jagged, text: Jagged, task: Task, pass_offsets_P1: Tensor | None = None
     ) -> Tensor:
-        """Encodes prompts with given nodes.
+        """Encodes prompts that contain the given nodes.
 
         Args:
             output: From `look_up`.
-            nodes: Global node index of each shown node, one row a prompt.
-            text: Token ids of the text place, one row a session.
+            nodes: Node index in the batch of each node in the prompts, one row per prompt.
+            text: Token ids at the placeholder {text}, one row per session.
             task: Task whose prompt is encoded.
-            pass_offsets_P1: First session of each pass; None where each session has a prompt of its own.
+            pass_offsets_P1: First session of each pass, int64; None encodes a separate prompt for each session.
 
         Returns:
             Hidden states, float32 [B, H].
@@ -167,15 +169,15 @@ class LLMGR(nn.Module):
         return self.head.queries(hidden_BH, output.queries_BQ)
 
     def recommender_queries(self, batch: SessionBatch) -> Tensor:
-        """Queries whose scores are those of the session recommender alone, without the language model, [B, Q].
+        """Queries that give the session recommender's scores, without the language model, [B, Q].
 
         Raises:
-            ValueError: The head does not add the recommender's score.
+            ValueError: The head is not residual.
         """
         return self.head.recommender_only(self.look_up(batch).queries_BQ)
 
     def items(self, output: RecommenderOutput, batch: SessionBatch) -> Tensor:
-        """Items' side of the score: the cached catalog, or the batch's candidates, [C, Q]."""
+        """Item vectors of the cached catalog or, without one, of the batch's candidates, [C, Q]."""
         if self.item_rows_VD is not None and self.rows_VD is not None:
             return self.head.items(self.item_rows_VD, self.rows_VD, self.text_VH, None)
         text_CH = None
@@ -184,31 +186,31 @@ class LLMGR(nn.Module):
         return self.head.items(output.candidates_CQ, output.candidate_ids_CD, text_CH, batch.candidates_C)
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
-        """Items' side of the score for any items, [C, Q]: for ranking, where item vectors are made once.
+        """Item vectors of any items, [C, Q]; ranking computes them once.
 
         Args:
-            features: A bag for each item.
+            features: A bag for each item; see `ItemTables.forward`.
         """
         rows = self.rows(features)
         ids_C = features[ITEM_ID].values()
         return self.head.items(self.recommender.as_items(rows), rows.ids_XD, self._head_texts(rows), ids_C)
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
-        """Looks up all that items' vectors are made of, text encodings too where the head reads them.
+        """Looks up the table rows of items, text embeddings included if the head uses them.
 
         Args:
-            features: A bag for each item.
+            features: A bag for each item; see `ItemTables.forward`.
         """
         rows = self.recommender.rows(features)
         return replace(rows, texts_XH=self._texts(features)) if self._uses_text else rows
 
     def cache_catalog(self, rows: ItemRows) -> None:
-        """Caches the inputs of all item vectors, whose tables are frozen.
+        """Caches the table rows of the whole catalog; the tables are frozen.
 
-        Batches then need no candidates: each step scores the whole catalog without looking it up again.
+        Afterwards each training step scores the whole catalog without a lookup, and batches need no candidates.
 
         Args:
-            rows: All items as `rows` looks them up, in item order.
+            rows: Rows of all items, from `rows`, in index order.
         """
         with torch.no_grad():
             self.item_rows_VD = self.recommender.as_items(rows)
@@ -224,6 +226,6 @@ class LLMGR(nn.Module):
 
     def _texts(self, features: KeyedJaggedTensor) -> Tensor:
         if self.text_tables is None:
-            raise ValueError("the head reads item text, but the model was built without text encodings")
+            raise ValueError("the head uses item text, but the model was built without text embeddings")
         with torch.no_grad():
             return self.text_tables(features).values()

@@ -1,4 +1,4 @@
-"""ModelSpec: the model of a training stage. Planning, training, bundle loading and scoring all build from it."""
+"""ModelSpec: the model of a training stage, from which planning, training, bundle loading and scoring build it."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmgr_rec.config import PROMPT_STAGES, Config, StageName
-from llmgr_rec.data.collate import CandidateSource, TextPlace
+from llmgr_rec.data.collate import CandidateSource, PromptTextSource
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_templates import Task
 from llmgr_rec.errors import UserError
@@ -41,12 +41,12 @@ _TRAINS: dict[StageName, tuple[ParamGroup, ...]] = {
 
 @dataclass(frozen=True)
 class LanguageParts:
-    """What a stage's model needs of a language model.
+    """The parts of a language model that a stage's model is built from.
 
     Args:
-        decoder: The bare decoder, on the device of the model or on `meta`; building changes it in place.
-        prompts: A compiled prompt per task; read by the stages align and behave.
-        item_tokens: Token ids of each item's text with the token that ends it, one row per item; read by llm_text.
+        decoder: The decoder without head, on the device of the model or on `meta`; building modifies it in place.
+        prompts: A compiled prompt per task; used by the stages align and behave.
+        item_tokens: Token ids of each item's text with its end token, one row per item; used by stage llm_text.
         embedding_norm: Mean norm of the decoder's token embeddings; None computes it.
     """
 
@@ -58,13 +58,13 @@ class LanguageParts:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which parts the model of a stage has, how wide they are and what trains.
+    """Parts of the model of a stage, their widths, and which of them train.
 
     Args:
         stage: Stage.
         config: All settings.
         num_items: Size V of the catalog.
-        num_embeddings: Vocabulary size of each side feature that the catalog has.
+        num_embeddings: Vocabulary size of each side feature of the catalog.
     """
 
     stage: StageName
@@ -74,12 +74,12 @@ class ModelSpec:
 
     @property
     def trains(self) -> tuple[ParamGroup, ...]:
-        """Parameter groups that the stage trains; all others stay bit-identical."""
+        """Parameter groups that the stage trains; all others are frozen."""
         return _TRAINS[self.stage]
 
     @property
     def encodes_prompts(self) -> bool:
-        """Whether it is LLMGR, whose language model encodes prompts with soft tokens."""
+        """Whether the model is LLMGR, whose language model encodes prompts with soft tokens."""
         return self.stage in PROMPT_STAGES
 
     @property
@@ -94,31 +94,23 @@ class ModelSpec:
 
     @property
     def head_has_text(self) -> bool:
-        """Whether the head adds embeddings of item texts to item vectors."""
-        return self.encodes_prompts and head_class(self.config.head.name).reads_text(self.config.head)
+        """Whether the head uses text embeddings of the items."""
+        return self.encodes_prompts and head_class(self.config.head.name).needs_text(self.config.head)
 
     @property
     def needs_item_text(self) -> bool:
-        """Whether training needs the texts of the items."""
+        """Whether training requires the texts of the items."""
         in_prompt = self.stage == "align" or (self.encodes_prompts and self.config.prompt.text_items > 0)
         return self.encodes_text or self.head_has_text or in_prompt
 
     @property
     def caches_catalog(self) -> bool:
-        """Whether training keeps the vectors of all items, because their tables are frozen and the catalog is small."""
+        """Whether training caches the rows of all items: their tables are frozen and the catalog is small."""
         return self.encodes_prompts and self.num_items <= self.config.loss.full_softmax_max_items
 
     @property
-    def query_width(self) -> int:
-        """Columns of a query and of an item's side of the score, while it ranks."""
-        d1 = self.config.tables.dim
-        if self.encodes_prompts:
-            return d1 + (d1 if self.config.head.residual else 0)
-        return d1 + (self.config.text_encoder.dim if self.encodes_text else 0)
-
-    @property
     def num_negatives(self) -> int:
-        """Negatives per step of a sampled softmax."""
+        """Negatives per training step of the sampled softmax."""
         return self.config.text_encoder.num_negatives if self.encodes_text else self.config.loss.num_negatives
 
     @property
@@ -131,7 +123,7 @@ class ModelSpec:
         return self.config.text_encoder.max_clicks if self.encodes_text else 0
 
     def candidates(self, purpose: Purpose) -> CandidateSource:
-        """Items whose vectors a batch looks up beside its nodes."""
+        """Candidate items whose vectors a batch looks up, in addition to its nodes."""
         if purpose == "rank":
             return "none"
         if self.caches_catalog:
@@ -139,17 +131,17 @@ class ModelSpec:
         most = self.num_negatives if self.encodes_text else self.config.loss.full_softmax_max_items
         return "full" if self.num_items <= most else "sampled"
 
-    def text_place(self, purpose: Purpose) -> TextPlace:
-        """What stands at {text} in a batch's prompts."""
+    def prompt_text_source(self, purpose: Purpose) -> PromptTextSource:
+        """Source of the text at the placeholder {text} of the prompts."""
         if self.stage == "align" and purpose == "train":
             return "random_node"
         return "last_items" if self.encodes_prompts and self.config.prompt.text_items else "none"
 
     def check(self) -> None:
-        """Checks that the parts which the settings name exist and can be built with them.
+        """Checks that encoder and head exist and accept their settings.
 
         Raises:
-            UserError: A name or a setting of encoder or head is wrong.
+            UserError: An encoder or head is unknown, or a setting of it is out of range.
         """
         encoder_class(self.config.encoder.name).check(self.config.encoder, self.config.tables.dim)
         if self.encodes_prompts:
@@ -158,15 +150,15 @@ class ModelSpec:
     def build(
         self, language: LanguageParts | None = None, tables_device: torch.device | str = "cpu"
     ) -> SessionRecommender | LLMGR:
-        """The model with fresh weights that depend on the settings and their seed only.
+        """Builds the model; its initial weights depend only on the settings, seed included.
 
         Args:
-            language: Parts of the language model; needed where the model has one.
-            tables_device: Device of the embedding tables; `meta` leaves the memory to the sharder.
+            language: Parts of the language model; required if the model has one.
+            tables_device: Device of the embedding tables; on `meta` the sharder allocates them.
 
         Raises:
-            UserError: Settings that do not go together.
-            ValueError: The model has a language model and there are no parts of one.
+            UserError: A setting is out of its range, or two settings conflict.
+            ValueError: The model has a language model, and `language` is None.
         """
         if not self.has_language_model:
             return self._recommender(tables_device)
@@ -179,15 +171,15 @@ class ModelSpec:
     def build_task(
         self, model: SessionRecommender | LLMGR, world_size: int = 1, loss_dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """What the stage trains: the model with the loss around it.
+        """Builds the training task of the stage: the model and its loss.
 
         Args:
             model: From `build`.
             world_size: Number of ranks, over which gradients are averaged.
-            loss_dtype: Number format of the query-item products in the stages sbr and llm_text, see `ranking_loss`.
+            loss_dtype: Dtype of the scores in the loss of the stages sbr and llm_text, see `ranking_loss`.
 
         Raises:
-            TypeError: The model is of another stage.
+            TypeError: The model is not of this stage.
         """
         config = self.config
         if isinstance(model, LLMGR) != self.encodes_prompts:
@@ -207,10 +199,10 @@ class ModelSpec:
         self, tables_device: torch.device | str, text_encoder: TextSequenceEncoder | None = None
     ) -> SessionRecommender:
         config, device = self.config, torch.device(tables_device)
-        wanted: list[str] = [name for name in config.tables.side_features if name in self.num_embeddings]
-        sizes = {name: self.num_embeddings[name] for name in wanted}
+        features: list[str] = [name for name in config.tables.side_features if name in self.num_embeddings]
+        sizes = {name: self.num_embeddings[name] for name in features}
         with _seeded(config.seed):
-            # Before the tables, which draw random numbers where they are not on meta.
+            # Before the tables, which draw random numbers unless they are on meta.
             encoder = build_encoder(config.encoder, config.tables.dim)
             return SessionRecommender(
                 ItemTables(self.num_items, sizes, config.tables.dim, device),
@@ -265,25 +257,36 @@ class ModelSpec:
 def build_recommender(
     config: Config, num_items: int, num_embeddings: Mapping[str, int], tables_device: torch.device | str = "cpu"
 ) -> SessionRecommender:
-    """The session recommender with fresh weights that depend on the settings and their seed only.
+    """Builds a session recommender; its initial weights depend only on the settings, seed included.
 
     Args:
         config: All settings.
         num_items: Size V of the catalog.
-        num_embeddings: Vocabulary size of each side feature that the catalog has.
-        tables_device: Device of the item tables; `meta` leaves the memory to the sharder.
+        num_embeddings: Vocabulary size of each side feature of the catalog.
+        tables_device: Device of the item tables; on `meta` the sharder allocates them.
 
     Raises:
-        UserError: Settings that do not go together.
+        UserError: A setting is out of its range, or two settings conflict.
     """
     recommender = ModelSpec("sbr", config, num_items, num_embeddings).build(tables_device=tables_device)
     assert isinstance(recommender, SessionRecommender)
     return recommender
 
 
+def query_width(model: SessionRecommender | LLMGR) -> int:
+    """Number of columns of a model's queries and item vectors in ranking.
+
+    Args:
+        model: The model, on any device, including `meta`.
+    """
+    if isinstance(model, LLMGR):
+        return model.head.head_columns + (query_width(model.recommender) if model.head.residual else 0)
+    return model.item_tables.dim + (model.text_encoder.dim if model.text_encoder else 0)
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Fresh weights are equal on all ranks and independent of earlier random draws."""
+    """Seeds torch inside the block, so that initial weights are equal on all ranks; restores its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

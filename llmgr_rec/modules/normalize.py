@@ -1,4 +1,4 @@
-"""Vectors divided by their lengths, in fewer passes over a catalog than torch takes.
+"""L2 normalization of vectors, with a backward pass of half the memory traffic of torch's.
 
 Shapes: X vectors, D columns.
 """
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# As in torch.nn.functional.normalize: shorter vectors are divided by this.
-_LEAST_NORM = 1e-12
+# As in torch.nn.functional.normalize: smaller norms are replaced by this.
+_MIN_NORM = 1e-12
 
 
 class _Normalize(torch.autograd.Function):
-    """Rows divided by their lengths; torch's own takes twice as many passes over a catalog in its backward pass."""
+    """L2 normalization whose backward pass goes over the vectors half as often as that of torch."""
 
     @staticmethod
     def forward(ctx: Any, vectors_XD: Tensor) -> Tensor:
         norms_X1 = torch.linalg.vector_norm(vectors_XD, dim=1, keepdim=True)
-        inverse_X1 = norms_X1.clamp(min=_LEAST_NORM).reciprocal()
+        inverse_X1 = norms_X1.clamp(min=_MIN_NORM).reciprocal()
         units_XD = vectors_XD * inverse_X1
-        ctx.save_for_backward(units_XD, inverse_X1, norms_X1 > _LEAST_NORM)
+        ctx.save_for_backward(units_XD, inverse_X1, norms_X1 > _MIN_NORM)
         return units_XD
 
     @staticmethod
@@ -33,9 +33,9 @@ class _Normalize(torch.autograd.Function):
 
 
 def normalize(vectors_XD: Tensor) -> Tensor:
-    """Divides rows by their lengths.
+    """Divides each row by its Euclidean norm, [X, D]; same result as `torch.nn.functional.normalize`.
 
     Args:
-        vectors_XD: Vectors; those of length 0 stay.
+        vectors_XD: Vectors; rows of zeros stay zeros.
     """
     return _Normalize.apply(vectors_XD)

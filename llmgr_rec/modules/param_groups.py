@@ -1,4 +1,4 @@
-"""Parameter groups: which part of the model a parameter belongs to, and switching parts on and off."""
+"""Parameter groups: the part of the model that a parameter belongs to, and freezing of parts."""
 
 from collections.abc import Collection
 from typing import Literal
@@ -18,15 +18,15 @@ _GROUP_OF_PART: dict[str, ParamGroup] = {
 
 
 def param_group(parameter_name: str) -> ParamGroup | None:
-    """Names the group of a parameter.
+    """The group of a parameter.
 
-    Wrappers (a task, DistributedDataParallel, DistributedModelParallel) may stand before the part's own name.
+    The name may have prefixes of wrappers (a task, DistributedDataParallel, DistributedModelParallel).
 
     Args:
         parameter_name: Qualified name, such as `llmgr.recommender.encoder.graph_network.message.weight`.
 
     Returns:
-        The group; None for what is never trained (the base language model, text encodings) and for foreign parameters.
+        The group; None for parameters that never train (base language model, text embeddings) and unknown ones.
     """
     parts = parameter_name.split(".")
     for part in parts:
@@ -40,16 +40,17 @@ def param_group(parameter_name: str) -> ParamGroup | None:
 
 
 def select_trainable(module: nn.Module, groups: Collection[ParamGroup]) -> list[str]:
-    """Lets the parameters of some groups train and freezes all others.
+    """Sets `requires_grad` of the parameters of the given groups, and clears it for all others.
 
-    Sharded tables ignore `requires_grad`: they also need an optimizer of learning rate 0, see the sharding code.
+    TorchRec's fused optimizers ignore `requires_grad`. To freeze sharded tables, they also need learning rate 0; see
+    `llmgr_rec.distributed.sharding`.
 
     Args:
-        module: The model; its parameters' `requires_grad` is set.
+        module: The model, modified in place.
         groups: Groups to train.
 
     Returns:
-        Names of the parameters that train, in the module's order.
+        Names of the trainable parameters, in the order of `named_parameters`.
     """
     names = []
     for name, parameter in module.named_parameters():

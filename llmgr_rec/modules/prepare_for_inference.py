@@ -1,4 +1,4 @@
-"""Prepares a trained language model for inference: LoRA is merged into the weights, layers may be dropped."""
+"""Preparation of a trained language model for inference: merging LoRA and dropping layers."""
 
 from torch import nn
 
@@ -9,21 +9,21 @@ from llmgr_rec.modules.last_token_layer import compute_last_token_only
 def prepare_for_inference(model: LoraLanguageModel, num_layers: int = 0) -> None:
     """Merges LoRA into the weights, and optionally drops the last layers.
 
-    The change is permanent. The hidden states stay the same but for rounding, unless layers are dropped.
+    Unless layers are dropped, hidden states change only by rounding. The model cannot be trained or exported after it.
 
     Args:
-        model: The trained model; it cannot be trained or exported afterwards.
-        num_layers: First layers kept; the final norm follows them. 0 keeps all.
+        model: The trained model, modified in place.
+        num_layers: Number of first layers to keep, followed by the final norm; 0 keeps all.
 
     Raises:
-        ValueError: The decoder has fewer layers, or its layers are not found.
+        ValueError: The decoder has fewer layers, or no attribute `layers`.
     """
-    # Merged in the float32 of the LoRA weights, so a bfloat16 weight is rounded once.
+    # PEFT merges in the float32 of the LoRA weights, so a bfloat16 weight is rounded once.
     model.decoder.merge_and_unload()
     if num_layers:
         layers = getattr(model.base, "layers", None)
         if not isinstance(layers, nn.ModuleList) or num_layers > len(layers):
-            raise ValueError(f"the first {num_layers} layers cannot be kept")
+            raise ValueError(f"the decoder does not have {num_layers} layers to keep")
         del layers[num_layers:]
         model.base.config.get_text_config(decoder=True).num_hidden_layers = num_layers
         compute_last_token_only(model.base)

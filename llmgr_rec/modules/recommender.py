@@ -1,7 +1,7 @@
-"""The session recommender: item tables, a session encoder and a score; the backbone that LLMGR builds on.
+"""The session recommender: item tables, a session encoder and a score; also the frozen backbone of LLMGR.
 
 Shapes: B sessions, N nodes, C candidates, X = N + C bags, D = d1 columns, K columns of the text encoder, Q columns of
-queries and items (D, or D + K).
+queries and item vectors (D, or D + K).
 """
 
 from dataclasses import dataclass, replace
@@ -26,21 +26,21 @@ torch.fx.wrap("normalize")
 def encode_one_pass(
     encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor
 ) -> EncodedSessions:
-    """`SessionEncoder.encode_one_pass` as a function, which symbolic tracing does not enter."""
+    """`SessionEncoder.encode_one_pass` as a function that symbolic tracing does not enter."""
     return encoder.encode_one_pass(nodes_ND, graph, pass_offsets_P1)
 
 
 @dataclass
 class RecommenderOutput:
-    """All that one lookup of a batch gives.
+    """Output of the session recommender for a batch.
 
     Args:
-        queries_BQ: Query of each session: a score is the dot product of a query and an item's vector.
-        candidates_CQ: Vectors of the batch's candidate items, on the items' side of that product.
+        queries_BQ: Query of each session; a score is the dot product of a query and an item vector.
+        candidates_CQ: Item vectors of the batch's candidates.
         states_ND: Encoder states of the nodes.
-        rows_ND: Item vectors of the nodes as looked up.
-        sessions_BD: Session vectors before they became queries.
-        candidate_ids_CD: Bare id rows of the candidates.
+        rows_ND: Item table vectors of the nodes.
+        sessions_BD: Session vectors, from which the queries are computed.
+        candidate_ids_CD: Rows of the id table of the candidates.
     """
 
     queries_BQ: Tensor
@@ -52,15 +52,15 @@ class RecommenderOutput:
 
 
 class SessionRecommender(nn.Module):
-    """Scores items for sessions.
+    """Scores items for sessions by the dot product or cosine of session vector and item vector.
 
     Args:
         item_tables: The item tables.
         encoder: The session encoder.
         score: `dot`, or `cosine` divided by the temperature.
-        temperature: Divisor of the cosine; ignored for dot.
-        text_tables: Item vectors of the text encoder, see `text_tables`; needed where there is a text encoder.
-        text_encoder: Encodes sessions as text; its score is added. None where sessions are not read as text.
+        temperature: Divisor of the cosine; ignored for `dot`.
+        text_tables: Item vectors of the text encoder, see `text_tables`; required with a text encoder.
+        text_encoder: Encodes sessions as texts of their items; its score is added. None adds none.
     """
 
     def __init__(
@@ -81,18 +81,18 @@ class SessionRecommender(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(self, batch: SessionBatch, one_pass: bool = False) -> RecommenderOutput:
-        """Encodes the sessions and prepares the candidates from one lookup.
+        """Encodes the sessions and the candidates of a batch with one lookup.
 
         Args:
-            batch: Its features hold a bag for each node, then one for each candidate.
-            one_pass: Encode growing prefixes, of which the batch says where they begin, from the longest of them alone.
+            batch: Its features contain a bag for each node, then one for each candidate.
+            one_pass: Whether to encode only the longest prefix of each pass, see `SessionEncoder.encode_one_pass`.
 
         Returns:
-            Queries, candidates and what they were made of.
+            Queries and candidates, and the vectors that they are computed from.
         """
         rows = self.rows(batch.features)
         num_nodes = batch.graph.node_items_N.shape[0]
-        # Two slices would each give a gradient of the whole; a split gives one.
+        # The backward pass of two slices allocates two full gradients, that of a split only one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, rows.vectors_XD.shape[0] - num_nodes])
         if one_pass:
             encoded = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
@@ -100,8 +100,8 @@ class SessionRecommender(nn.Module):
             encoded = self.encoder(rows_ND, batch.graph)
         queries_BQ, candidates_CQ = self._as_query(encoded.sessions_BD), self._as_item(candidates_CD)
         if self.text_encoder is not None:
-            read = self.text_encoder(rows.texts_XH, batch)
-            queries_BQ, candidates_CQ = torch.cat([queries_BQ, read[0]], 1), torch.cat([candidates_CQ, read[1]], 1)
+            text = self.text_encoder(rows.texts_XH, batch)
+            queries_BQ, candidates_CQ = torch.cat([queries_BQ, text[0]], 1), torch.cat([candidates_CQ, text[1]], 1)
         return RecommenderOutput(
             queries_BQ=queries_BQ,
             candidates_CQ=candidates_CQ,
@@ -111,8 +111,8 @@ class SessionRecommender(nn.Module):
             candidate_ids_CD=rows.ids_XD[num_nodes:],
         )
 
-    def read_texts(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:
-        """Queries [B, K] and candidates [C, K] of the text encoder alone.
+    def encode_texts(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:
+        """Queries [B, K] and candidate vectors [C, K] of the text encoder only.
 
         Raises:
             ValueError: There is no text encoder.
@@ -121,14 +121,14 @@ class SessionRecommender(nn.Module):
             raise ValueError("the recommender was built without a text encoder")
         with torch.no_grad():
             texts_XK = self.text_tables(batch.features).values()
-        read = self.text_encoder(texts_XK, batch)
-        return read[0], read[1]
+        text = self.text_encoder(texts_XK, batch)
+        return text[0], text[1]
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
-        """Looks up items: their vectors and what these are made of.
+        """Looks up the vectors of items and the table rows that they are computed from.
 
         Args:
-            features: A bag for each of the X occurrences, under the keys of the item tables.
+            features: A bag for each of the X occurrences; see `ItemTables.forward`.
         """
         rows = self.item_tables.rows(features)
         if self.text_tables is None:
@@ -137,10 +137,10 @@ class SessionRecommender(nn.Module):
             return replace(rows, texts_XH=self.text_tables(features).values())
 
     def encode(self, features: KeyedJaggedTensor, graph: SessionGraph) -> EncodedSessions:
-        """Encodes sessions.
+        """Encodes sessions without candidates.
 
         Args:
-            features: A bag for each node; bags after them are ignored.
+            features: A bag for each node; further bags are ignored.
             graph: The sessions' graphs.
 
         Returns:
@@ -149,16 +149,20 @@ class SessionRecommender(nn.Module):
         return self.encoder(self.rows(features).vectors_XD[: graph.node_items_N.shape[0]], graph)
 
     def queries(self, batch: SessionBatch) -> Tensor:
-        """Makes the queries of a batch, [B, Q]."""
+        """Queries of a batch, [B, Q]."""
         queries_BQ: Tensor = self(batch).queries_BQ
         return queries_BQ
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
-        """Makes the items' side of the score for one bag an item, [C, Q]: scores are queries @ items.T."""
+        """Item vectors, [C, Q]; scores are queries @ item_vectors.T.
+
+        Args:
+            features: A bag for each item; see `ItemTables.forward`.
+        """
         return self.as_items(self.rows(features))
 
     def as_items(self, rows: ItemRows) -> Tensor:
-        """Turns items that were looked up into the items' side of the score, [C, Q]."""
+        """Item vectors from table rows, [C, Q]."""
         items_CD = self._as_item(rows.vectors_XD)
         if self.text_encoder is None or rows.texts_XH is None:
             return items_CD

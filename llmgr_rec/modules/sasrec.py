@@ -1,6 +1,6 @@
 """SASRec (Kang and McAuley, arXiv 1808.09781): causal self-attention over the clicks.
 
-Shapes: L packed clicks, N nodes, T places, D = d1 columns.
+Shapes: L packed clicks, N nodes, T positions, D = d1 columns.
 """
 
 import torch
@@ -16,18 +16,17 @@ _INIT_STD = 0.02
 
 
 class SASRec(CausalEncoder):
-    """Session vector: the state at the last click, with learned positions counted from the first click that is read.
+    """SASRec: the session vector is the state at the last click.
 
-    So no state depends on later clicks, and all prefixes of a session are read in one pass.
-
-    Blocks are normalized before each part: deeper ones train without warm-up.
+    Learned positions count from the first click that is encoded, so that no state depends on later clicks and all
+    prefixes of a session can be encoded in one pass. Blocks are pre-norm, which trains several of them without warm-up.
 
     Args:
-        config: Encoder settings; dropout applies to the vectors that enter and inside the blocks.
+        config: Encoder settings; dropout applies to the input vectors and inside the blocks.
         dim: Width of item, node and session vectors, in columns.
 
     Raises:
-        UserError: The number of attention heads does not divide the width.
+        UserError: The number of attention heads does not divide the width, or there is no attention block.
     """
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
@@ -42,11 +41,11 @@ class SASRec(CausalEncoder):
 
     @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:
-        """Refuses attention that cannot be built; see `SessionEncoder.check`."""
+        """Checks the attention settings; see `SessionEncoder.check`."""
         check_heads(config, dim)
 
     def states(self, nodes_ND: Tensor, packed: PackedSequences) -> Tensor:
-        """A state for each packed click, [L, D]."""
+        """State of each packed click, [L, D]; see `CausalEncoder.states`."""
         states_LD = nodes_ND.index_select(0, packed.node_L) + self.position_TD.index_select(0, packed.position_L)
         states_LD = self.dropout(states_LD)
         for block in self.blocks:

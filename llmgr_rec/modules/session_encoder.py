@@ -1,6 +1,6 @@
-"""The interface of session encoders and the segment operations that they share; `encoders` has their names.
+"""Base class of session encoders, and segment operations for them; the registry is in `encoders`.
 
-Shapes: B sessions, N nodes (distinct items of a session, sessions one after another), D = d1 columns, K channels.
+Shapes: B sessions, N nodes (the distinct items of each session, session by session), D = d1 columns, K channels.
 """
 
 from abc import ABC, abstractmethod
@@ -17,11 +17,11 @@ from llmgr_rec.errors import UserError
 
 @dataclass
 class EncodedSessions:
-    """What an encoder reads from a batch of session graphs.
+    """Output of a session encoder for a batch.
 
     Args:
-        states_ND: A state for each node.
-        sessions_BD: One vector for each session; zeros for a session without clicks.
+        states_ND: State of each node.
+        sessions_BD: Session vectors; zeros for a session without clicks.
     """
 
     states_ND: Tensor
@@ -29,28 +29,29 @@ class EncodedSessions:
 
 
 class SessionEncoder(nn.Module, ABC):
-    """Encodes session graphs: node vectors in, node states and session vectors out.
+    """Base class of session encoders, which compute node states and session vectors from node vectors.
 
-    A session's result must depend on that session alone, whatever else is in the batch. A session without clicks gets
-    a vector of zeros. A class is built as `cls(config, dim)`: the encoder settings, of which it uses those that it
-    needs, and the width of item, node and session vectors, in columns.
+    The output for a session must not depend on the other sessions of the batch. The vector of a session without clicks
+    is zeros. A subclass is constructed as `cls(config, dim)` from the encoder settings and the width of item, node and
+    session vectors, in columns.
 
     Attributes:
-        supports_one_pass: Whether `encode_one_pass` is implemented: no state may depend on later clicks.
+        supports_one_pass: Whether `encode_one_pass` is implemented, which requires that no state depends on later
+            clicks.
     """
 
     supports_one_pass: ClassVar[bool] = False
 
     @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:
-        """Refuses settings with which the encoder cannot be built, before a run starts; by default none.
+        """Validates the settings before a run starts; accepts all by default.
 
         Args:
             config: Encoder settings.
             dim: Width of item, node and session vectors, in columns.
 
         Raises:
-            UserError: A setting is out of range; the message names it and how to fix it.
+            UserError: A setting is out of its range; the message says how to fix it.
         """
 
     @abstractmethod
@@ -62,36 +63,40 @@ class SessionEncoder(nn.Module, ABC):
             graph: The sessions' graphs.
 
         Returns:
-            Node states and session vectors.
+            Node states [N, D] and session vectors [B, D].
         """
 
     def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
-        """Encodes the prefixes of each pass from the longest of them alone.
+        """Encodes all prefixes of each pass by encoding only the longest of them.
 
         Args:
             nodes_ND: Item vectors of the nodes; those of an item are the same in all prefixes.
             graph: Graphs of the prefixes.
-            pass_offsets_P1: First prefix of each pass, and last their number, int64; each prefix of a pass is one click
-                longer than the one before.
+            pass_offsets_P1: First prefix of each pass and, last, the number of prefixes, int64; each prefix of a pass
+                is one click longer than the previous one.
 
         Returns:
-            What `forward` gives for the same prefixes.
+            The output of `forward` for the same prefixes.
 
         Raises:
-            ValueError: This encoder reads sessions only as a whole.
+            ValueError: This encoder does not support it.
         """
-        raise ValueError(f"{type(self).__name__} reads sessions only as a whole, not their prefixes in one pass")
+        raise ValueError(f"{type(self).__name__} cannot encode all prefixes of a session in one pass")
 
 
 def check_heads(config: EncoderConfig, dim: int) -> None:
-    """Refuses attention that cannot be built.
+    """Checks the number of attention blocks and heads.
+
+    Args:
+        config: Encoder settings.
+        dim: Width of the states, in columns.
 
     Raises:
         UserError: There is no attention block, or the number of heads does not divide the width.
     """
     if config.attention_layers < 1:
         raise UserError(
-            f"setting encoder.attention_layers is {config.attention_layers}, and {config.name} needs 1 at least; give 1"
+            f"setting encoder.attention_layers is {config.attention_layers}, but {config.name} needs at least 1; give 1"
         )
     if config.attention_heads < 1 or dim % config.attention_heads:
         raise UserError(
@@ -100,26 +105,23 @@ def check_heads(config: EncoderConfig, dim: int) -> None:
 
 
 def initialize_uniform(module: nn.Module, dim: int) -> None:
-    """Draws every parameter from uniform(-1/sqrt(dim), 1/sqrt(dim)), as the SR-GNN and GC-SAN authors do."""
+    """Draws all parameters from uniform(-1/sqrt(dim), 1/sqrt(dim)), as in the code of the SR-GNN and GC-SAN authors."""
     bound = dim**-0.5
     for parameter in module.parameters():
         nn.init.uniform_(parameter, -bound, bound)
 
 
 def click_counts(graph: SessionGraph) -> Tensor:
-    """Counts how often each node was clicked in its session, int64 [N]."""
+    """Number of clicks on each node in its session, int64 [N]."""
     return torch.bincount(graph.alias_L, minlength=graph.node_items_N.shape[0])
 
 
 def last_states(states_ND: Tensor, graph: SessionGraph) -> Tensor:
-    """Picks the state of each session's last click.
+    """State of each session's last click, [B, D]; zeros for sessions without clicks.
 
     Args:
         states_ND: Node states.
         graph: The sessions' graphs.
-
-    Returns:
-        States of the last clicks, zeros for sessions without clicks, [B, D].
     """
     if states_ND.shape[0] == 0:
         # Adding the empty sum keeps every parameter in the autograd graph, which static-graph DDP relies on.
@@ -134,24 +136,24 @@ def segment_sum(values_NK: Tensor, session_N: Tensor, num_sessions: int) -> Tens
     Args:
         values_NK: Values of the nodes.
         session_N: Session of each node.
-        num_sessions: Sessions B; those without nodes get zeros.
+        num_sessions: Number B of sessions.
 
     Returns:
-        Sums, [B, K].
+        Sums, [B, K]; zeros for sessions without nodes.
     """
     return values_NK.new_zeros(num_sessions, values_NK.shape[1]).index_add(0, session_N, values_NK)
 
 
 def segment_softmax(scores_NK: Tensor, session_N: Tensor, num_sessions: int) -> Tensor:
-    """Softmax over the nodes of each session, for each channel by itself.
+    """Softmax over the nodes of each session, separately for each channel.
 
     Args:
         scores_NK: Scores of the nodes.
         session_N: Session of each node.
-        num_sessions: Sessions B.
+        num_sessions: Number B of sessions.
 
     Returns:
-        Weights that sum to 1 within each session that has nodes, [N, K].
+        Weights that sum to 1 within each session, [N, K].
     """
     # The maximum cancels out of the result, so it needs no gradient.
     detached_NK = scores_NK.detach()

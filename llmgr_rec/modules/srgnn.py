@@ -1,4 +1,4 @@
-"""SR-GNN (arXiv 1811.00855): gated graph network, soft attention by the last click, linear read-out.
+"""SR-GNN (Wu et al., arXiv 1811.00855): gated graph network, soft attention by the last click, linear readout.
 
 Shapes: B sessions, N nodes, D = d1 columns.
 """
@@ -20,12 +20,12 @@ from llmgr_rec.modules.session_encoder import (
 
 
 class SRGNN(SessionEncoder):
-    """Session vector from the last click's state and an attention over all clicks (eq. 6 and 7).
+    """SR-GNN: the session vector combines the last click's state and an attention over all clicks (eq. 6 and 7).
 
-    Clicks on the same item share a state, so the sum over clicks is a sum over nodes weighted by their click counts.
+    Clicks on the same item have the same state, so the sum over clicks is a sum over nodes weighted by click counts.
 
     Args:
-        config: Encoder settings; dropout applies to the node vectors that enter.
+        config: Encoder settings; dropout applies to the input vectors.
         dim: Width of item, node and session vectors, in columns.
     """
 

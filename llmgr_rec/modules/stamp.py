@@ -1,4 +1,4 @@
-"""STAMP (Liu et al., KDD 2018): attention from the last click and the mean of all, without recurrence.
+"""STAMP (Liu et al., KDD 2018): attention by the last click and the mean of all clicks, without recurrence.
 
 Shapes: B sessions, N nodes, D = d1 columns.
 """
@@ -19,12 +19,12 @@ from llmgr_rec.modules.session_encoder import (
 
 
 class STAMP(SessionEncoder):
-    """Session vector: the product of what the attended clicks and the last click become (eq. 3 to 9).
+    """STAMP: the session vector is the product of the projected attention and the projected last click (eq. 3 to 9).
 
-    Clicks on the same item share a vector, so sums over clicks are sums over nodes weighted by their click counts.
+    Clicks on the same item have the same vector, so sums over clicks are sums over nodes weighted by click counts.
 
     Args:
-        config: Encoder settings; dropout applies to the vectors that enter.
+        config: Encoder settings; dropout applies to the input vectors.
         dim: Width of item, node and session vectors, in columns.
     """
 

@@ -1,6 +1,7 @@
-"""Training tasks: modules that turn a batch into (loss, parts), the form that TorchRec's pipelines drive.
+"""Training tasks: modules that compute (loss, logged values) of a batch, as TorchRec's training pipeline requires.
 
-Shapes: B sessions, R hard negatives a session, M shown nodes, H = d2 hidden width.
+Shapes: B sessions, C candidates, K columns of the text encoder, Q columns of queries and item vectors, R hard negatives
+per session, H = d2 hidden width.
 """
 
 import torch
@@ -8,32 +9,33 @@ from torch import Tensor, nn
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.kernels.softmax_loss import ranking_loss
+from llmgr_rec.modules.contrastive_loss import contrastive_loss
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.losses import ranking_loss, structure_loss
 from llmgr_rec.modules.prompts import prompt_nodes
 from llmgr_rec.modules.recommender import RecommenderOutput, SessionRecommender
 
 torch.fx.wrap("ranking_loss")
-torch.fx.wrap("structure_loss")
+torch.fx.wrap("contrastive_loss")
 torch.fx.wrap("prompt_nodes")
-torch.fx.wrap("_corrupt")
-torch.fx.wrap("_groups")
+torch.fx.wrap("_corrupt_nodes")
+torch.fx.wrap("_contrast_groups")
 
 LossAndParts = tuple[Tensor, dict[str, Tensor]]
 
 
-# Sessions that are set against each other, as many as the paper's batch has.
+# Sessions that are negatives of each other in the contrastive loss: the batch size of the paper.
 CONTRASTIVE_GROUP = 16
 
 
 class SbrTask(nn.Module):
-    """Session-recommender pre-training: next-item ranking by the recommender's own score.
+    """Pre-training of the session recommender by next-item ranking.
 
     Args:
         recommender: The session recommender.
         world_size: Number of ranks, over which gradients are averaged.
-        loss_dtype: Number format of the products with the items in the loss, see `ranking_loss`.
-        one_pass: Read prefixes of a session in one pass; its batches then say which belong together.
+        loss_dtype: Dtype of the scores in the loss, see `ranking_loss`.
+        one_pass: Whether to encode all prefixes of a session in one pass; batches then need `pass_offsets_P1`.
     """
 
     def __init__(
@@ -50,22 +52,22 @@ class SbrTask(nn.Module):
         self.one_pass = one_pass
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
-        """Loss of a batch with candidates, and its parts without gradient."""
+        """Loss of a batch with candidates, and the values to log, detached."""
         output = self.recommender(batch, self.one_pass)
-        loss = _ranking(output.queries_BQ, output.candidates_CQ, batch, self.world_size, self.loss_dtype)
+        loss = _ranking_loss(output.queries_BQ, output.candidates_CQ, batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 
 class LLMTextTask(nn.Module):
-    """Training of the text encoder: next-item ranking by its score alone, whatever the session encoder would say.
+    """Training of the text sequence encoder by next-item ranking, without the session encoder's score.
 
     Args:
         recommender: A session recommender with a text encoder.
         world_size: Number of ranks, over which gradients are averaged.
-        loss_dtype: Number format of the products with the items in the loss, see `ranking_loss`.
+        loss_dtype: Dtype of the scores in the loss, see `ranking_loss`.
 
     Raises:
-        ValueError: It has no text encoder.
+        ValueError: The recommender has no text encoder.
     """
 
     def __init__(
@@ -79,19 +81,19 @@ class LLMTextTask(nn.Module):
         self.loss_dtype = loss_dtype
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
-        """Loss of a batch with candidates, and its parts without gradient."""
-        queries_BK, candidates_CK = self.recommender.read_texts(batch)
-        loss = _ranking(queries_BK, candidates_CK, batch, self.world_size, self.loss_dtype)
+        """Loss of a batch with candidates, and the values to log, detached."""
+        queries_BK, candidates_CK = self.recommender.encode_texts(batch)
+        loss = _ranking_loss(queries_BK, candidates_CK, batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 
 class BehaveTask(nn.Module):
-    """Stage 2, behavior pattern modeling: the next item from the session's graph and nodes.
+    """Stage 2 of LLMGR (arXiv 2402.16539), behavior pattern modeling: next-item ranking from graph and nodes.
 
     Args:
         llmgr: The model.
         world_size: Number of ranks, over which gradients are averaged.
-        one_pass: Read prefixes of a session in one prompt; its batches then say which share one.
+        one_pass: Whether all prefixes of a session share one prompt; batches then need `pass_offsets_P1`.
     """
 
     def __init__(self, llmgr: LLMGR, world_size: int = 1, one_pass: bool = False) -> None:
@@ -101,27 +103,27 @@ class BehaveTask(nn.Module):
         self.one_pass = one_pass
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
-        """Loss of a batch, and its parts without gradient."""
+        """Loss of a batch, and the values to log, detached."""
         output = self.llmgr.look_up(batch)
         hidden_BH = _encode(self.llmgr, output, batch, self.one_pass)
-        loss = _ranking(*_trained(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
+        loss = _ranking_loss(*_trained_columns(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
         return loss, {"loss": loss.detach()}
 
 
 class AlignTask(nn.Module):
-    """Stage 1, auxiliary instruction tuning: node-context alignment plus the structure-aware contrast.
+    """Stage 1 of LLMGR (arXiv 2402.16539), auxiliary instruction tuning: node-context alignment and structure contrast.
 
-    Node-context alignment shows the session's nodes and the text of one of them, and asks for that item. The contrast
-    sets the reading of a session's graph token against the reading of its node list and of others'.
+    The prompt of node-context alignment contains the session's nodes and the text of one of them, which is the target.
+    The structure-aware contrastive loss compares the hidden state of the prompt with the session's graph token to those
+    of prompts with node lists, see `contrastive_loss`.
 
     Args:
         llmgr: The model.
-        contrastive_weight: Weight of the structure-aware loss; at 0 its prompts are not read.
+        contrastive_weight: Weight of the structure-aware loss; 0 skips its prompts.
         contrastive_temperature: Divisor of its cosine similarities.
-        hard_negatives: Corrupted node lists (one node replaced by another session's) for each session.
-        contrastive_group: Sessions that are negatives of each other, in order of the batch. Groups, and not the whole
-            batch, so that the loss does not depend on how many ranks share a batch (as long as each rank's part is a
-            multiple of the group).
+        hard_negatives: Number of corrupted node lists per session, in each of which one node is replaced.
+        contrastive_group: Number of consecutive sessions that are negatives of each other. With groups instead of whole
+            batches, the loss does not depend on the number of ranks, if a rank's batch is a multiple of the group.
         world_size: Number of ranks, over which gradients are averaged.
     """
 
@@ -143,10 +145,10 @@ class AlignTask(nn.Module):
         self.world_size = world_size
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
-        """Loss of a batch, and its parts without gradient."""
+        """Loss of a batch, and the values to log, detached."""
         output = self.llmgr.look_up(batch)
         hidden_BH = self.llmgr.encode(output, batch, "align")
-        context = _ranking(*_trained(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
+        context = _ranking_loss(*_trained_columns(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
         if self.contrastive_weight == 0:
             return context, {"loss": context.detach()}
         structure = self._structure(output, batch)
@@ -159,9 +161,9 @@ class AlignTask(nn.Module):
         nodes_BH = self.llmgr.encode_nodes(output, nodes, batch.text_tokens, "structure_nodes")
         hard = []
         for number in range(self.hard_negatives):
-            corrupted = _corrupt(nodes, batch, number, self.contrastive_group)
+            corrupted = _corrupt_nodes(nodes, batch, number, self.contrastive_group)
             hard.append(self.llmgr.encode_nodes(output, corrupted, batch.text_tokens, "structure_nodes"))
-        return structure_loss(
+        return contrastive_loss(
             graphs_BH,
             nodes_BH,
             batch.weights_B,
@@ -169,7 +171,7 @@ class AlignTask(nn.Module):
             self.world_size,
             self.contrastive_temperature,
             torch.stack(hard, dim=1) if hard else None,
-            _groups(batch, self.contrastive_group),
+            _contrast_groups(batch, self.contrastive_group),
         )
 
 
@@ -177,13 +179,15 @@ def _encode(llmgr: LLMGR, output: RecommenderOutput, batch: SessionBatch, one_pa
     return llmgr.encode_one_pass(output, batch, "behave") if one_pass else llmgr.encode(output, batch, "behave")
 
 
-def _trained(llmgr: LLMGR, output: RecommenderOutput, hidden_BH: Tensor, batch: SessionBatch) -> tuple[Tensor, Tensor]:
-    """Both sides of the score that is trained: the head's own, or with the recommender's."""
-    own = slice(llmgr.head.trained_columns)
-    return llmgr.queries(output, hidden_BH)[:, own], llmgr.items(output, batch)[:, own]
+def _trained_columns(
+    llmgr: LLMGR, output: RecommenderOutput, hidden_BH: Tensor, batch: SessionBatch
+) -> tuple[Tensor, Tensor]:
+    """Queries and item vectors of the score in the loss, without the recommender's columns if `head.separate_loss`."""
+    trained = slice(llmgr.head.trained_columns)
+    return llmgr.queries(output, hidden_BH)[:, trained], llmgr.items(output, batch)[:, trained]
 
 
-def _ranking(
+def _ranking_loss(
     queries_BQ: Tensor, items_CQ: Tensor, batch: SessionBatch, world_size: int, dtype: torch.dtype | None = None
 ) -> Tensor:
     return ranking_loss(
@@ -198,33 +202,33 @@ def _ranking(
     )
 
 
-def _groups(batch: SessionBatch, size: int) -> Tensor:
-    """Group of each session of the batch: consecutive sessions, `size` in each."""
+def _contrast_groups(batch: SessionBatch, size: int) -> Tensor:
+    """Group of each session, int64 [B]: `size` consecutive sessions each."""
     return torch.arange(batch.weights_B.numel(), device=batch.weights_B.device) // size
 
 
-def _corrupt(nodes: Jagged, batch: SessionBatch, number: int, group: int) -> Jagged:
-    """Replaces one shown node of each session by one of another session of its group.
+def _corrupt_nodes(nodes: Jagged, batch: SessionBatch, number: int, group: int) -> Jagged:
+    """Replaces one node of each session by a node of another session of its group.
 
-    Place and replacement follow from the session's row number, so neither other rows nor ranks have a part in it. A
-    session alone in its group keeps its list.
+    The position and the replacement are functions of the session's row number and the epoch, so they do not depend on
+    the number of ranks. A session that is alone in its group stays unchanged.
 
     Args:
-        nodes: Shown nodes, one row a session, each row not empty.
+        nodes: Nodes of the prompts, one non-empty row per session.
         batch: The sessions.
-        number: Number of the hard negative; each replaces another node or takes another session's.
-        group: Sessions in a group.
+        number: Number of the hard negative, from 0, which varies the position and the other session.
+        group: Number of sessions per group.
     """
     batch_size = nodes.num_rows
     session_B = torch.arange(batch_size, device=nodes.values.device)
     first_B = session_B // group * group
     width_B = (batch_size - first_B).clamp(max=group)
-    # Another session of the group: 1 .. width - 1 places on, round the end of the group.
+    # Another session of the group: 1 to width - 1 sessions further, modulo the width.
     shift_B = 1 + number % (width_B - 1).clamp(min=1)
     other_B = first_B + (session_B - first_B + shift_B) % width_B
     lengths_B, starts_B = nodes.lengths, nodes.offsets[:-1]
     noise_B = (batch.rows_B + batch.epoch + number).abs()
-    place_B = starts_B + noise_B % lengths_B
+    position_B = starts_B + noise_B % lengths_B
     source_B = starts_B[other_B] + noise_B % lengths_B[other_B]
-    values = nodes.values.index_copy(0, place_B, nodes.values[source_B])
+    values = nodes.values.index_copy(0, position_B, nodes.values[source_B])
     return Jagged(values, nodes.offsets)

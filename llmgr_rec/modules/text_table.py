@@ -1,4 +1,4 @@
-"""The table of what a language model makes of item texts: one frozen row per item."""
+"""The table of text embeddings of the items by a language model: one frozen row per item."""
 
 import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -6,17 +6,16 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from llmgr_rec.data.collate import ITEM_ID
 
-# Name of the table.
 ITEM_TEXT = "item_text"
 
 
 def text_tables(num_items: int, width: int, device: torch.device | None = None) -> EmbeddingBagCollection:
-    """The frozen table of text encodings, one row per item, looked up by the bags under `item_id`.
+    """The frozen table of text embeddings, one row per item, looked up by the key `item_id`.
 
     Args:
         num_items: Size V of the catalog.
-        width: Columns of a row.
-        device: Where the table is made; `meta` leaves the memory to the sharder.
+        width: Width of an embedding, in columns.
+        device: Device of the table; on `meta` the sharder allocates it.
     """
     return EmbeddingBagCollection(
         device=device,

@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind in threads, with bounded queues between."""
+"""Read-ahead and write-behind in background threads with bounded queues."""
 
 import queue
 import threading
@@ -8,31 +8,31 @@ from typing import Any, Generic, Self, TypeVar
 
 T = TypeVar("T")
 
-# How often a thread that waits for room looks whether the other side has gone, in seconds.
+# Seconds between checks of a producer with a full queue whether its consumer has stopped.
 _POLL_S = 0.1
 
 
 class _End:
-    """Closes a queue, with what went wrong if anything did."""
+    """Last element of a queue, with the error that ended it, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
 def read_ahead(source: Iterable[T], depth: int) -> Iterator[T]:
-    """Runs an iteration in a thread of its own.
+    """Iterates over a source in a background thread.
 
     Args:
-        source: What to iterate over; an exception in it is raised here, in its place in the order.
-        depth: Elements held ready at most.
+        source: The source. An exception of its iterator is raised after the elements before it.
+        depth: Maximum number of elements in the queue.
     """
-    waiting: queue.Queue[Any] = queue.Queue(depth)
-    gone = threading.Event()
+    elements: queue.Queue[Any] = queue.Queue(depth)
+    stopped = threading.Event()
 
     def put(element: Any) -> bool:
-        while not gone.is_set():
+        while not stopped.is_set():
             try:
-                waiting.put(element, timeout=_POLL_S)
+                elements.put(element, timeout=_POLL_S)
                 return True
             except queue.Full:
                 continue
@@ -51,27 +51,29 @@ def read_ahead(source: Iterable[T], depth: int) -> Iterator[T]:
     thread = threading.Thread(target=run, name="read-ahead", daemon=True)
     thread.start()
     try:
-        while not isinstance(element := waiting.get(), _End):
+        while not isinstance(element := elements.get(), _End):
             yield element
         if element.error is not None:
             raise element.error
     finally:
-        gone.set()
+        stopped.set()
         thread.join()
 
 
 class WriteBehind(Generic[T]):
-    """Hands elements to a function in a thread of its own, in order; leaving the block waits for the last.
+    """Context manager that calls a function for each element in a background thread, in order.
+
+    Leaving the context waits for the last call.
 
     Args:
-        work: What is done with each element. After it has failed once nothing more is done, and the next `put`, or
-            leaving the block, raises the failure.
-        depth: Elements that may wait.
+        work: The function. After its first exception it is not called again, and the next `put` or the end of the
+            context raises the exception.
+        depth: Maximum number of elements in the queue.
     """
 
     def __init__(self, work: Callable[[T], object], depth: int) -> None:
         self._work = work
-        self._waiting: queue.Queue[Any] = queue.Queue(depth)
+        self._elements: queue.Queue[Any] = queue.Queue(depth)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="write-behind", daemon=True)
 
@@ -82,19 +84,19 @@ class WriteBehind(Generic[T]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._waiting.put(_End())
+        self._elements.put(_End())
         self._thread.join()
         if error is None and self._error is not None:
             raise self._error
 
     def put(self, element: T) -> None:
-        """Queues an element; waits where too many do."""
+        """Adds an element to the queue; blocks while it is full."""
         if self._error is not None:
             raise self._error
-        self._waiting.put(element)
+        self._elements.put(element)
 
     def _run(self) -> None:
-        while not isinstance(element := self._waiting.get(), _End):
+        while not isinstance(element := self._elements.get(), _End):
             if self._error is None:
                 try:
                     self._work(element)

@@ -1,6 +1,6 @@
-"""The folder of a scoring job: what it is of, its finished parts, and the mark that it is complete.
+"""Output folder of a scoring job: a manifest of the job, the finished parts, and a marker file of completeness.
 
-A part has its name only once it is whole, so an interrupted job goes on with the parts that are missing.
+A part gets its final name when it is complete, so an interrupted job resumes with the missing parts.
 """
 
 import json
@@ -19,10 +19,11 @@ from llmgr_rec.scoring.input import MANIFEST_NAME, Part
 
 SUCCESS_NAME = "_SUCCESS"
 FORMAT = "llmgr_rec.scores"
-# Columns that the output adds to those of the input.
+FORMAT_VERSION = 2
+# Columns of the output that are not in the input.
 OUTPUT_COLUMNS = ("item_ids", "scores", "fallback")
 
-# Counts of a part, in its Parquet schema metadata.
+# Parquet schema metadata with the counts of a part.
 _UNKNOWN_KEY = b"llmgr_rec.unknown_items"
 _FALLBACK_KEY = b"llmgr_rec.fallback_rows"
 _LLM_KEY = b"llmgr_rec.llm_rows"
@@ -30,14 +31,14 @@ _LLM_KEY = b"llmgr_rec.llm_rows"
 
 @dataclass(frozen=True)
 class Totals:
-    """What a complete job has done.
+    """Counts of a complete job.
 
     Args:
         rows_in: Rows of the input.
         rows_out: Rows of all parts.
-        unknown_items: Clicks on unknown items, which were left out.
-        fallback_rows: Sessions without a known click, which got the most popular items.
-        llm_rows: Sessions that a language model has encoded.
+        unknown_items: Clicks on unknown items, which were skipped.
+        fallback_rows: Sessions without a known item, which got the most popular items.
+        llm_rows: Sessions that a language model encoded.
         parts: Output files.
     """
 
@@ -53,8 +54,8 @@ class ScoreFolder:
     """Output of one scoring job.
 
     Args:
-        path: Folder to make or to go on with.
-        job: What the output depends on: input fingerprint, settings, model. Plain JSON values.
+        path: The folder, new or of an interrupted job.
+        job: All that the output depends on (input, settings, model), as JSON values.
         parts: All parts of the job.
     """
 
@@ -65,20 +66,20 @@ class ScoreFolder:
             {"name": part.name, "file": part.file.name, "first_row": part.first_row, "rows": part.rows}
             for part in parts
         ]
-        self._manifest = {"format": FORMAT, "version": 1, **job, "parts": listed}
+        self._manifest = {"format": FORMAT, "version": FORMAT_VERSION, **job, "parts": listed}
 
     def open(self) -> None:
-        """Makes the folder, or checks that the one there is of the same job.
+        """Creates the folder, or checks that an existing one belongs to the same job.
 
         Raises:
-            UserError: The folder belongs to something else, to another job, or holds a damaged part.
+            UserError: The folder is not a scoring output, belongs to another job, or has a damaged part.
         """
         manifest = self.path / MANIFEST_NAME
         require_writable(self.path)
         if manifest.is_file():
             self._check_same_job(manifest)
         elif self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"--output {self.path} is not empty and is no scoring output; give another folder")
+            raise UserError(f"--output {self.path} is not empty and not a scoring output; give another folder")
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
@@ -89,22 +90,22 @@ class ScoreFolder:
                 self._check_part(part)
 
     def is_done(self, part: Part) -> bool:
-        """Whether a part is there, which means whole."""
+        """Whether a part is finished."""
         return (self.path / part.name).is_file()
 
     def is_complete(self) -> bool:
-        """Whether all parts are there and were counted."""
+        """Whether `finish` has marked the folder complete."""
         return (self.path / SUCCESS_NAME).is_file()
 
     def write(self, part: Part, table: pa.Table, unknown_items: int, fallback_rows: int, llm_rows: int) -> None:
-        """Writes a part; it appears under its name when it is whole.
+        """Writes a part to a temporary file, which is then renamed.
 
         Args:
-            part: Which part.
-            table: Its rows.
+            part: The part.
+            table: Rows of the part.
             unknown_items: Clicks on unknown items in its sessions.
-            fallback_rows: Sessions that got the fallback.
-            llm_rows: Sessions that a language model has encoded.
+            fallback_rows: Sessions that got the most popular items.
+            llm_rows: Sessions that a language model encoded.
         """
         counts = {_UNKNOWN_KEY: unknown_items, _FALLBACK_KEY: fallback_rows, _LLM_KEY: llm_rows}
         metadata = {key: str(count).encode() for key, count in counts.items()}
@@ -119,7 +120,7 @@ class ScoreFolder:
         """Counts the rows of all parts and marks the folder complete.
 
         Raises:
-            UserError: Rows are missing or too many.
+            UserError: A part is missing or has another number of rows, or the folder has other Parquet files.
         """
         metadata = [pq.read_metadata(self._check_part(part)) for part in self.parts]
         totals = Totals(
@@ -131,8 +132,10 @@ class ScoreFolder:
             parts=len(metadata),
         )
         present = {path.name for path in self.path.glob("*.parquet")}
-        if strangers := sorted(present - {part.name for part in self.parts}):
-            raise UserError(f"{self.path / strangers[0]} is no part of this scoring job; move it elsewhere, run again")
+        if unexpected := sorted(present - {part.name for part in self.parts}):
+            raise UserError(
+                f"{self.path / unexpected[0]} is not a part of this scoring job; move it elsewhere and run again"
+            )
         if not self.is_complete():
             self._write_json(SUCCESS_NAME, vars(totals))
         return totals
@@ -154,12 +157,17 @@ class ScoreFolder:
         except ValueError:
             before = {}
         if before.get("format") != FORMAT:
-            raise UserError(f"{manifest} is not of a scoring job; give another --output")
+            raise UserError(f"{manifest} does not belong to a scoring job; give another --output")
+        if (version := before.get("version")) != FORMAT_VERSION:
+            raise UserError(
+                f"--output {self.path} has format version {version}, this version of llmgr_rec writes "
+                f"{FORMAT_VERSION}; give another --output"
+            )
         now = json.loads(json.dumps(self._manifest))
         for key in now:
             if before.get(key) != now[key]:
                 raise UserError(
-                    f"--output {self.path} holds scores of another job, which differs in "
+                    f"--output {self.path} has scores of another job, which differs in "
                     f"{_difference(key, before.get(key), now[key])}; "
                     "repeat the command that made it, or give another folder"
                 )
@@ -171,7 +179,7 @@ class ScoreFolder:
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
-    """Names what differs: a setting with both values, or the part of the job."""
+    """Describes a difference between two jobs: a value with its old and new state, or else the key of the manifest."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**before, **now}:
             if before.get(name) != now.get(name):

@@ -1,6 +1,6 @@
-"""Which sessions are routed to the language model: those of which the session recommender is least sure.
+"""Routing: chooses the sessions that the language model encodes by the uncertainty of the session recommender.
 
-Shapes: R sessions, K places of a ranked list.
+Shapes: R sessions, K length of a ranked list.
 """
 
 import math
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Routing:
-    """Which sessions the language model encodes; the session recommender answers the others.
+    """Rule that routes sessions to the language model. The session recommender scores the others.
 
     Args:
-        budget: Share of each part's sessions, 0 to 1.
-        threshold: Uncertainty in nats above which a session is routed; None goes by the budget.
+        budget: Share of the sessions of each part that is routed, 0 to 1: those with the highest uncertainty.
+        threshold: Uncertainty, in nats, above which a session is routed; None uses the budget.
     """
 
     budget: float = 1.0
@@ -24,27 +24,27 @@ class Routing:
 
     @property
     def routes_all(self) -> bool:
-        """Whether every session is routed to the language model."""
+        """Whether all sessions are routed."""
         return self.threshold is None and self.budget >= 1
 
     @property
     def compares_sessions(self) -> bool:
-        """Whether the choice depends on the sessions' uncertainty."""
+        """Whether the choice depends on the uncertainty of the sessions."""
         return self.threshold is not None or 0 < self.budget < 1
 
     def choose(self, uncertainty_R: Tensor) -> Tensor:
-        """Chooses the sessions that are routed, in rising order.
+        """Chooses the sessions that are routed.
 
         Args:
-            uncertainty_R: From `uncertainty`; -inf where a session must not be routed.
+            uncertainty_R: From `uncertainty`; -inf for a session that must not be routed.
 
         Returns:
-            Row numbers. Of equally uncertain sessions at the edge of the budget, the earlier ones.
+            Row numbers in ascending order, int64. Ties at the limit of the budget are in order of row number.
         """
-        possible = uncertainty_R > -math.inf
+        is_routable_R = uncertainty_R > -math.inf
         if self.threshold is not None:
-            return torch.nonzero(possible & (uncertainty_R > self.threshold)).squeeze(1)
-        count = min(math.ceil(self.budget * uncertainty_R.numel()), int(possible.sum()))
+            return torch.nonzero(is_routable_R & (uncertainty_R > self.threshold)).squeeze(1)
+        count = min(math.ceil(self.budget * uncertainty_R.numel()), int(is_routable_R.sum()))
         order_R = torch.argsort(uncertainty_R, descending=True, stable=True)
         return order_R[:count].sort().values
 
@@ -53,15 +53,15 @@ ROUTE_ALL = Routing()
 
 
 def uncertainty(scores_RK: Tensor) -> Tensor:
-    """Entropy of the softmax over the scores of each list, in nats, [R].
+    """Entropy of the softmax over the scores of each ranked list, in nats.
 
     Args:
-        scores_RK: Scores of the ranked lists, best first; -inf where a list is shorter.
+        scores_RK: Scores of the ranked lists; -inf pads shorter lists.
 
     Returns:
-        Entropies; -inf for a list without items.
+        Entropies, float32 [R]; -inf for an empty list.
     """
-    log_shares_RK = torch.log_softmax(scores_RK.double(), dim=1)
-    shares_RK = log_shares_RK.exp()
-    entropy_R = -(shares_RK * log_shares_RK.masked_fill(shares_RK == 0, 0.0)).sum(dim=1).float()
+    log_p_RK = torch.log_softmax(scores_RK.double(), dim=1)
+    p_RK = log_p_RK.exp()
+    entropy_R = -(p_RK * log_p_RK.masked_fill(p_RK == 0, 0.0)).sum(dim=1).float()
     return entropy_R.masked_fill(scores_RK.isneginf().all(dim=1), -math.inf)

@@ -1,6 +1,6 @@
-"""What a scoring job is asked for, and what is checked before it starts.
+"""Request of a scoring job, and the checks before it starts (preflight).
 
-Nothing here waits for another rank or writes a file, so that a mistake ends the job on every rank at once.
+The checks use no collective operation and write no file, so an invalid request ends the job on all ranks together.
 """
 
 from collections.abc import Sequence
@@ -14,35 +14,33 @@ from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
 from llmgr_rec.scoring.output import OUTPUT_COLUMNS
 from llmgr_rec.scoring.routing import Routing
 from llmgr_rec.storage.bundle import BundleFiles, open_bundle
-from llmgr_rec.storage.bundle_index import answering_bundle, is_complete
+from llmgr_rec.storage.bundle_index import default_bundle, is_complete
 from llmgr_rec.storage.pretrained import num_decoder_layers
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What the user asks for.
+    """Request of a scoring job.
 
     Args:
-        run: Run folder made by train.
-        input: Parquet file or folder with sessions.
-        output: Folder to make or to go on with.
-        k: Items a session.
-        columns: Input columns that go into the output.
-        unknown_items: Whether a click on an unknown item is left out or an error.
-        exclude_seen: Whether items of a session are left out of its own list; `auto` leaves them out where no session
-            that the model was trained on holds an item twice.
-        stage: Export to score with; None takes the furthest.
-        max_length: Newest clicks that the model sees.
-        part_rows: Sessions of an output file.
-        batch_size: Sessions of a batch; None takes the run's setting.
-        device: Where the model runs; None takes the run's setting.
-        allow_code: Packages that the bundle may import its encoder or head from.
-        llm_dtype: Number format of the language model; None takes the run's setting.
-        llm_layers: First layers of the language model that are used; 0 uses all it was trained with.
-        llm_budget: Share of each part's sessions that are routed to the language model, those of which the session
-            recommender is least sure; it answers the others. None routes all.
-        llm_threshold: Uncertainty in nats above which a session is routed to the language model, in place of the
-            budget.
+        run: Run folder written by train.
+        input: Parquet file of sessions, or folder of such files.
+        output: Output folder, new or of an interrupted job.
+        k: Items per session.
+        columns: Input columns that are copied to the output.
+        unknown_items: Whether clicks on unknown items are skipped or an error.
+        exclude_seen: Whether the items of a session are excluded from its list. `auto` excludes them if no training
+            session contains an item twice.
+        stage: Stage whose bundle is used; None uses the default bundle.
+        max_length: Number of clicks of a session that the model encodes, the last ones.
+        part_rows: Sessions per output file.
+        batch_size: Sessions per batch of one rank; None uses the setting of the run.
+        device: Device of the model; None uses the setting of the run.
+        allow_code: Packages from which the bundle may import its encoder or head.
+        llm_dtype: Number format of the language model; None uses the setting of the run.
+        llm_layers: Number of layers of the language model, counted from the first; 0 uses all of the run.
+        llm_budget: Share of the sessions of each part that is routed to the language model, 0 to 1; None routes all.
+        llm_threshold: Uncertainty, in nats, above which a session is routed to the language model, instead of a budget.
     """
 
     run: Path
@@ -65,23 +63,23 @@ class ScoreRequest:
 
     @property
     def passed_columns(self) -> list[str]:
-        """Input columns of the output, each once, `session_id` first."""
+        """Input columns that are copied to the output, without duplicates, `session_id` first."""
         return list(dict.fromkeys([SESSION_ID, *(self.columns or [])]))
 
     @property
     def routing(self) -> Routing:
-        """Which sessions are routed to the language model."""
+        """Rule that routes sessions to the language model."""
         return Routing(1.0 if self.llm_budget is None else self.llm_budget, self.llm_threshold)
 
 
 def preflight(request: ScoreRequest) -> BundleFiles:
-    """Checks everything but the input rows.
+    """Checks a request, except for the rows of the input.
 
     Returns:
-        The bundle to score with, opened.
+        The opened bundle of the request.
 
     Raises:
-        UserError: A value is out of range, no complete bundle is there, or its model cannot do what is asked.
+        UserError: A value is out of range, there is no complete bundle, or its model does not support an option.
     """
     for check_request in _CHECKS_OF_REQUEST:
         check_request(request)
@@ -100,7 +98,7 @@ def _check_counts(request: ScoreRequest) -> None:
 
 def _check_columns(request: ScoreRequest) -> None:
     if taken := [name for name in request.passed_columns if name in OUTPUT_COLUMNS]:
-        raise UserError(f"--columns names {taken[0]}, which the output uses for its own; rename the input column")
+        raise UserError(f"--columns names {taken[0]}, which is a column of the output; rename the input column")
 
 
 def _check_budget(request: ScoreRequest) -> None:
@@ -110,7 +108,7 @@ def _check_budget(request: ScoreRequest) -> None:
         raise UserError(f"--llm_budget is {request.llm_budget}; give a share from 0 to 1")
     if request.llm_threshold is not None:
         raise UserError(
-            "--llm_budget and --llm_threshold both say which sessions are routed to the language model; "
+            "--llm_budget and --llm_threshold are alternatives for routing sessions to the language model; "
             "give one of them"
         )
 
@@ -120,26 +118,26 @@ def _check_has_language_model(request: ScoreRequest, bundle: BundleFiles) -> Non
         return
     if request.routing.routes_all and not request.llm_layers and not request.llm_dtype:
         return
-    held = (
+    what = (
         "a text sequence encoder, to which they do not apply"
         if bundle.index.stage == "llm_text"
         else "no language model"
     )
-    raise UserError(f"{bundle.path} holds {held}; leave the --llm_ options out, or give another --stage")
+    raise UserError(f"{bundle.path} has {what}; leave the --llm_ options out, or give another --stage")
 
 
 def _check_can_route(request: ScoreRequest, bundle: BundleFiles) -> None:
     if not request.routing.routes_all and not bundle.config.head.residual:
         raise UserError(
             "--llm_budget and --llm_threshold need a model whose head adds the session recommender's score, "
-            f"and {bundle.path} was trained with head.residual false; leave them out"
+            f"but {bundle.path} was trained with head.residual false; leave them out"
         )
 
 
 def _check_list_has_entropy(request: ScoreRequest, bundle: BundleFiles) -> None:
     if request.k == 1 and request.routing.compares_sessions:
         raise UserError(
-            "--llm_budget and --llm_threshold go by how the scores of a list are spread, and --k 1 asks for one; "
+            "--llm_budget and --llm_threshold use the entropy of the scores of a list, which is 0 with --k 1; "
             "give --k 2 or more"
         )
 
@@ -150,7 +148,8 @@ def _check_num_layers(request: ScoreRequest, bundle: BundleFiles) -> None:
     layers = num_decoder_layers(bundle.config.llm.name_or_path, bundle.config.llm.num_layers)
     if not 0 <= request.llm_layers <= layers:
         raise UserError(
-            f"--llm_layers is {request.llm_layers}, and the language model of {bundle.path} has {layers} layers"
+            f"--llm_layers is {request.llm_layers}, but the language model of {bundle.path} has {layers} layers; "
+            "0 uses all"
         )
 
 
@@ -163,12 +162,12 @@ def _find_bundle(request: ScoreRequest) -> Path:
         raise UserError(f"--run {request.run} does not exist; give the --output folder of llmgr_rec.train")
     export = request.run / "export"
     if request.stage is None:
-        bundle = answering_bundle(export)
+        bundle = default_bundle(export)
     else:
         bundle = export / request.stage if is_complete(export / request.stage) else None
     if bundle:
         return bundle
     what = f"stage {request.stage}" if request.stage else "any stage"
     raise UserError(
-        f"--run {request.run} holds no complete export of {what}; train it to the end (llmgr_rec.train --resume)"
+        f"--run {request.run} has no complete export of {what}; train it to the end (llmgr_rec.train --resume)"
     )

@@ -1,4 +1,4 @@
-"""A whole scoring job, top to bottom: check, score what is missing, mark the output complete."""
+"""Runs a scoring job: preflight, scoring of the missing parts, completion of the output."""
 
 import logging
 from dataclasses import asdict
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 def score_run(request: ScoreRequest) -> Totals:
-    """Scores the input, or what an interrupted job has left of it.
+    """Runs a scoring job, or resumes an interrupted one.
 
     Returns:
-        What the complete output holds.
+        Counts of the complete output.
 
     Raises:
-        UserError: Anything a user can fix; raised on every rank before any rank waits for another and before anything
-            is written.
+        UserError: The request or the input is invalid; raised on all ranks before the first collective operation and
+            before anything is written.
     """
     bundle = preflight(request)
     files = SessionFiles(request.input, request.passed_columns, bundle.catalog, request.unknown_items)
@@ -60,7 +60,7 @@ def _settings(request: ScoreRequest, bundle: BundleFiles) -> ScoreSettings:
 
 
 def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settings: ScoreSettings) -> dict[str, Any]:
-    """What the output depends on; a folder of another job is refused."""
+    """All that the output depends on. Output folders of jobs that differ in it are not reused."""
     return {
         "input": {file.name: {"rows": file.rows, "sha256": file.sha256()} for file in files.files},
         "settings": {
@@ -80,7 +80,7 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
 
 
 def _load_scorer(request: ScoreRequest, bundle: BundleFiles, settings: ScoreSettings, world: World) -> Scorer:
-    """Loads the model; all ranks call together."""
+    """Loads the model. A collective: all ranks must call it."""
     loaded = load_model(bundle, world, request.llm_dtype)
     if isinstance(loaded.model, LLMGR):
         prepare_for_inference(loaded.model.language_model, request.llm_layers)
@@ -88,14 +88,14 @@ def _load_scorer(request: ScoreRequest, bundle: BundleFiles, settings: ScoreSett
 
 
 def _score(scorer: Scorer, files: SessionFiles, missing: list[Part], folder: ScoreFolder) -> None:
-    """Scores and writes the missing parts; all ranks call together."""
+    """Scores and writes the missing parts. A collective: all ranks must call it."""
     bar = progress(files.rows, "score", "session", initial=files.rows - sum(part.rows for part in missing))
     scorer.run(files, missing, folder, bar.update)
     bar.close()
 
 
 def _open(folder: ScoreFolder) -> list[Part]:
-    """Opens the output; returns the parts that are not there yet."""
+    """Opens the output folder and returns the missing parts."""
     folder.open()
     missing = [part for part in folder.parts if not folder.is_done(part)]
     if done := len(folder.parts) - len(missing):

@@ -1,6 +1,7 @@
-"""Sessions in, ranked items out: reading, ranking and writing overlap, and every input row gets its output row.
+"""Scorer: ranks items for the sessions of a job. Reading, ranking and writing overlap.
 
-Shapes: R rows of a part, B sessions of this rank's slice of a batch, L clicks, K places of a ranked list.
+Shapes: R rows of a part, B sessions of this rank's batch, S selected rows of a part, L clicks, K length of a ranked
+list, Q width of queries.
 """
 
 import math
@@ -28,21 +29,21 @@ from llmgr_rec.scoring.output import ScoreFolder
 from llmgr_rec.scoring.routing import ROUTE_ALL, Routing, uncertainty
 from llmgr_rec.storage.bundle import Bundle
 
-# Batches made ready while the model works, and parts that wait for the disk.
+# Batches that are prepared in advance, and ranked parts that may wait to be written.
 _READ_AHEAD = 4
 _WRITE_BEHIND = 2
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """What decides the output beside input and model.
+    """Settings that determine the output, in addition to input and model.
 
     Args:
-        k: Items a session.
-        exclude_seen: Whether items of a session are left out of its own list.
-        max_length: Newest clicks that the model sees.
-        batch_size: Sessions of a batch of one rank.
-        routing: Which sessions are routed to the language model; the session recommender answers the others.
+        k: Items per session.
+        exclude_seen: Whether the items of a session are excluded from its list.
+        max_length: Number of clicks of a session that the model encodes, the last ones.
+        batch_size: Sessions per batch of one rank.
+        routing: Rule that routes sessions to the language model; the session recommender scores the others.
     """
 
     k: int
@@ -54,14 +55,15 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class _RankBatch:
-    """This rank's sessions of one step; all ranks go through as many steps.
+    """This rank's batch of one step. All ranks take the same number of steps.
 
     Args:
-        rows: Rows of the part that the batch answers, [B]; empty where it only keeps the ranks in step.
+        rows: Rows of the part that the batch ranks, int64 [B]; empty for a rank that only takes part in the
+            collectives of the step.
         batch: The sessions.
-        exclude: Items that the sessions must not get.
-        sessions: Sessions that all ranks answer in this step.
-        routed: Whether the language model encodes them, where the model has one.
+        exclude: Item indices that must not be in a session's list.
+        sessions: Number of sessions of all ranks in this step.
+        routed: Whether the language model, if there is one, encodes the sessions.
     """
 
     rows: Tensor
@@ -73,13 +75,13 @@ class _RankBatch:
 
 @dataclass
 class _RankedPart:
-    """A part with its lists; rows that another rank answers, or without a known click, are zero.
+    """A part with its ranked lists. Until the ranks are summed, rows of other ranks are zero.
 
     Args:
         part: The part.
-        sessions: Its sessions.
-        k: Places of a list.
-        routed: Sessions that were routed to the language model, over all ranks.
+        sessions: Sessions of the part.
+        k: Length of a list.
+        routed: Number of sessions that a language model encoded, over all ranks.
     """
 
     part: Part
@@ -95,17 +97,19 @@ class _RankedPart:
 
     @property
     def is_empty_R(self) -> np.ndarray:
-        """Which sessions have no known click."""
+        """Mask of the sessions without a known item."""
         return np.diff(self.sessions.offsets) == 0
 
 
 class Scorer:
-    """Ranks the catalog for the sessions of many parts.
+    """Ranks the catalog for the sessions of parts.
+
+    The batches of a part are distributed across ranks; rank 0 writes the output.
 
     Args:
-        bundle: The trained model; its blend is added whether the language model or the session recommender scores.
-        settings: Settings that decide the output.
-        world: Ranks; all go through the same parts, each with its share of the batches, and rank 0 writes.
+        bundle: The trained model. Its blend is added to the scores of routed and of other sessions.
+        settings: Settings that determine the output.
+        world: This process and the world size.
     """
 
     def __init__(
@@ -117,7 +121,7 @@ class Scorer:
         self._ranking = bundle.ranking(settings.batch_size)
         self._catalog = bundle.catalog
         self._settings = settings
-        # A list cannot hold more items than the catalog.
+        # A list cannot be longer than the catalog.
         self._k = min(settings.k, bundle.catalog.num_items)
         self._world = world
         self._fallback = Popularity(bundle.catalog.train_count_V.numpy())
@@ -128,13 +132,13 @@ class Scorer:
     def run(
         self, files: SessionFiles, parts: list[Part], folder: ScoreFolder, on_rows: Callable[[int], object]
     ) -> None:
-        """Scores parts and writes them.
+        """Scores parts and writes them. A collective: all ranks must call it.
 
         Args:
             files: The input.
-            parts: Parts to do; the same on all ranks.
-            folder: Where they go.
-            on_rows: Told of sessions as they are ranked.
+            parts: The parts to score, the same on all ranks.
+            folder: The output.
+            on_rows: Called with the number of sessions that were ranked since the last call.
         """
         with (
             evaluation_mode(self._ranking.model),
@@ -156,7 +160,7 @@ class Scorer:
                 on_rows(0 if current is None else int(current.is_empty_R.sum()))
 
     def _parts_and_batches(self, files: SessionFiles, parts: list[Part]) -> Iterator[_RankedPart | _RankBatch | None]:
-        """Each part, followed by its batches; a last None ends the last part."""
+        """Iterates over parts, each followed by its batches, and a final None."""
         for part in parts:
             ranked = _RankedPart(part, files.read(part), k=self._k)
             yield ranked
@@ -165,19 +169,20 @@ class Scorer:
         yield None
 
     def _batches(self, sessions: PartSessions, rows_S: NDArray[np.int64], routed: bool) -> Iterator[_RankBatch]:
-        """This rank's batches of some rows of a part: whole batches in turn, as many for each rank.
+        """Splits rows of a part into batches and iterates over this rank's; the number is equal on all ranks.
 
-        No batch holds rows of two parts, so a restart changes nothing. Nor does the number of ranks change what a
-        session shares its batch with, which keeps rounding the same in all but the last product with the items.
+        The composition of a batch, on which rounding depends, is independent of restarts and of the number of ranks: a
+        batch contains rows of one part only, and ranks take whole batches in turn. Only the product with item vectors
+        is computed for other numbers of sessions and items.
         """
         size, world = self._settings.batch_size, self._world
-        # Sessions of like length share a batch, which saves padding. The sort is stable, so it is the same every time.
+        # Batches of sessions with similar lengths need less padding. The sort is stable and therefore reproducible.
         order_S = rows_S[np.argsort(np.diff(sessions.offsets)[rows_S], kind="stable")]
         all_clicks = Jagged(torch.from_numpy(sessions.items_L), torch.from_numpy(sessions.offsets))
         for first in range(0, len(order_S), size * world.size):
             start = first + world.rank * size
             rows = torch.from_numpy(order_S[start : start + size])
-            # A rank without a batch goes along with one session whose answer is thrown away.
+            # A rank without a batch takes part in the collectives with one session, whose result is discarded.
             clicks = all_clicks.select(rows if rows.numel() else torch.from_numpy(order_S[:1]))
             yield _RankBatch(
                 rows=rows,
@@ -201,7 +206,7 @@ class Scorer:
         )
 
     def _rank(self, ranker: CatalogRanker, step: _RankBatch, ranked: _RankedPart) -> None:
-        """Ranks the catalog for a batch and keeps the lists in its part."""
+        """Ranks the catalog for a batch and stores the lists in its part."""
         device = self._world.device
         batch = step.batch.to(device)
         exclude = None if step.exclude is None else step.exclude.to(device)
@@ -211,14 +216,14 @@ class Scorer:
         ranked.scores_RK[step.rows] = scores_BK[: step.rows.numel()].float().cpu()
 
     def _queries(self, batch: SessionBatch, routed: bool) -> Tensor:
-        """Queries of a batch, [B, Q]."""
+        """Queries of a batch, [B, Q], by the language model if routed."""
         model = self._ranking.model
         if isinstance(model, LLMGR) and not routed:
             return model.recommender_queries(batch)
         return self._ranking.queries(batch)
 
     def _complete(self, ranker: CatalogRanker, ranked: _RankedPart) -> None:
-        """Gives every rank all lists of a part, and reranks the sessions that are routed to the language model."""
+        """Exchanges the lists of a part between ranks, then ranks the sessions that are routed again by the LLM."""
         self._sum_over_ranks(ranked)
         if not self._routes:
             if self._has_language_model:
@@ -234,7 +239,7 @@ class Scorer:
         ranked.ids_RK[rows_S], ranked.scores_RK[rows_S] = reranked.ids_RK[rows_S], reranked.scores_RK[rows_S]
 
     def _sum_over_ranks(self, ranked: _RankedPart) -> None:
-        # Each row is zero on all ranks but one, so the sum is that rank's answer to the bit.
+        # Each row is zero on all ranks but one, so the sum is exact.
         sum_over_ranks(ranked.ids_RK, self._world)
         sum_over_ranks(ranked.scores_RK, self._world)
 
@@ -247,16 +252,16 @@ class Scorer:
         empty_R = ranked.is_empty_R
         nothing = np.zeros(0, np.int64)
         ids_RK[empty_R], scores_RK[empty_R] = self._fallback.rank(nothing, np.zeros(2, np.int64), self._k)
-        # A catalog may have fewer than K items to offer.
-        offered_RK = ids_RK >= 0
-        offsets = pa.array(np.concatenate([[0], np.cumsum(offered_RK.sum(1))]), type=pa.int32())
-        item_ids = self._catalog.item_ids.take(pa.array(ids_RK[offered_RK]))
+        # Lists are shorter than K if fewer items remain after exclusion.
+        is_item_RK = ids_RK >= 0
+        offsets = pa.array(np.concatenate([[0], np.cumsum(is_item_RK.sum(1))]), type=pa.int32())
+        item_ids = self._catalog.item_ids.take(pa.array(ids_RK[is_item_RK]))
         lists = {
             "item_ids": pa.ListArray.from_arrays(offsets, item_ids),
-            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores_RK[offered_RK], type=pa.float32())),
+            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores_RK[is_item_RK], type=pa.float32())),
             "fallback": pa.array(empty_R),
         }
-        first, *others = ranked.sessions.table.column_names
-        columns = {first: ranked.sessions.table[first], **lists}
-        columns.update({name: ranked.sessions.table[name] for name in others})
+        session_id, *copied = ranked.sessions.table.column_names
+        columns = {session_id: ranked.sessions.table[session_id], **lists}
+        columns.update({name: ranked.sessions.table[name] for name in copied})
         return pa.table(columns)

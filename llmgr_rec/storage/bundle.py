@@ -1,6 +1,6 @@
-"""Reads bundles: into a fresh model in plain torch, or into any model, sharded or not. Nothing is unpickled.
+"""Loads bundles: as a new model, plain or sharded, or into the weights of an existing model. No pickle is read.
 
-Shapes: R rows and C columns of a rectangle of a table.
+Shapes: R rows and C columns of a block of a table.
 """
 
 from collections.abc import Collection
@@ -39,7 +39,7 @@ from llmgr_rec.storage.bundle_index import (
     RECOMMENDER,
     TENSOR,
     BundleIndex,
-    Piece,
+    TableFile,
     read_index,
     resolve_bundle,
 )
@@ -51,12 +51,12 @@ _LORA_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class BundleFiles:
-    """An opened bundle: all of it that is needed before its model is built.
+    """An opened bundle: its index, settings and catalog, without the weights.
 
     Args:
-        path: Its folder.
-        index: What it holds.
-        config: All settings of the run; prompts are those of the bundle.
+        path: Folder of the bundle.
+        index: Content of bundle.json.
+        config: All settings of the run; `prompt.templates` is the path of the templates in the bundle.
         catalog: The items.
     """
 
@@ -71,12 +71,13 @@ class Bundle:
     """A loaded bundle.
 
     Args:
-        path: Its folder.
-        spec: Its model's spec, with all settings of the run; of those that were selected, the selected values.
-        model: The model in eval mode, nothing of it trainable.
+        path: Folder of the bundle.
+        spec: Spec of the model. Its config has all settings of the run, with the values that were selected on
+            validation.
+        model: The model in eval mode, without trainable parameters.
         catalog: The items.
-        collate: Makes batches to rank for.
-        blend: Nearest-neighbor scores that are added to the model's; None adds none.
+        collate: Collator for ranking.
+        blend: Nearest-neighbor scores that are added to the model's scores; None for no blend.
     """
 
     path: Path
@@ -88,7 +89,7 @@ class Bundle:
 
     @property
     def stage(self) -> StageName:
-        """Stage that it is the result of."""
+        """Stage that trained the model."""
         return self.spec.stage
 
     @property
@@ -97,10 +98,10 @@ class Bundle:
         return self.spec.config
 
     def ranking(self, batch_size: int | None = None) -> RankingModel:
-        """The model with everything that it needs to rank.
+        """The model with its collator and blend, for ranking.
 
         Args:
-            batch_size: Sessions per batch; None takes the run's setting.
+            batch_size: Sessions per batch of one rank; None uses the setting of the run.
         """
         size = batch_size or self.config.runtime.eval_batch_size
         return RankingModel(self.model, self.collate, size, self.blend)
@@ -113,21 +114,21 @@ def load_bundle(
     allow_code: Collection[str] = (),
     factory: ModelFactory | None = None,
 ) -> Bundle:
-    """Builds the model of a bundle.
+    """Builds the model of a bundle and loads its weights.
 
     Args:
-        path: A bundle, or the folder of a run, of which the default bundle is taken; see `resolve_bundle`.
-        world: Ranks to shard the tables across, also a single one: sharded pooling differs from plain torch's in the
-            last bit, and results must not depend on the number of ranks. None makes a plain torch module, for which
-            torch.distributed need not be initialized. All ranks call together.
-        dtype: Number format of the base language model; None takes the run's.
-        allow_code: Modules and packages that the bundle may import its encoder and head from, where these are import
-            paths. Modules that the process has imported already are allowed.
-        factory: Builds the model; None takes the default.
+        path: A bundle, or a run, whose default bundle is loaded; see `resolve_bundle`.
+        world: Ranks to shard the tables across; all must call this. A world of one process shards, too: sharded pooling
+            and plain torch differ in the last bit, and results must not depend on the number of ranks. None builds a
+            plain torch module and needs no process group.
+        dtype: Number format of the base language model; None uses the setting of the run.
+        allow_code: Modules and packages from which the bundle may import its encoder and head, if these are import
+            paths. Modules that the process has already imported are always allowed.
+        factory: Factory of the model; None uses the default factory.
 
     Raises:
-        UserError: No complete bundle is there, it is damaged, it would import what is not allowed, or its base language
-            model is not the one it was trained with.
+        UserError: There is no complete bundle, it is damaged, it would import code that is not allowed, or the base
+            language model is not the one of the training.
     """
     return load_model(open_bundle(path, allow_code), world, dtype, factory)
 
@@ -140,7 +141,7 @@ def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFil
         allow_code: See `load_bundle`.
 
     Raises:
-        UserError: No complete bundle is there, it is damaged, or it would import what is not allowed.
+        UserError: There is no complete bundle, it is damaged, or it would import code that is not allowed.
     """
     folder = resolve_bundle(Path(path))
     index = read_index(folder)
@@ -149,7 +150,9 @@ def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFil
     config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
     catalog = Catalog.load(folder)
     if catalog.hash != index.catalog_hash:
-        raise UserError(f"bundle {folder} is damaged: items.parquet is of another catalog; copy or export it again")
+        raise UserError(
+            f"bundle {folder} is damaged: items.parquet belongs to another catalog; copy or export it again"
+        )
     return BundleFiles(folder, index, config, catalog)
 
 
@@ -159,16 +162,16 @@ def load_model(
     dtype: DType | None = None,
     factory: ModelFactory | None = None,
 ) -> Bundle:
-    """Builds the model of an opened bundle; see `load_bundle` for the arguments.
+    """Builds the model of an opened bundle and loads its weights; the arguments are those of `load_bundle`.
 
     Args:
         files: From `open_bundle`.
-        world: Ranks.
+        world: Ranks to shard the tables across.
         dtype: Number format of the base language model.
-        factory: Builds the model.
+        factory: Factory of the model.
 
     Raises:
-        UserError: Weights are damaged, or the base language model is not the one it was trained with.
+        UserError: Weights are damaged, or the base language model is not the one of the training.
     """
     factory = factory or ModelFactory()
     folder, index, config, catalog = files.path, files.index, files.config, files.catalog
@@ -194,101 +197,104 @@ def load_model(
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
     blend = Blend.load(folder / BLEND) if BLEND in index.files else None
     if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
-        raise UserError(f"bundle {folder} is damaged: {BLEND} is of another catalog; copy or export it again")
+        raise UserError(f"bundle {folder} is damaged: {BLEND} belongs to another catalog; copy or export it again")
     return Bundle(folder, spec, model.eval(), catalog, factory.collator(spec, catalog, "rank"), blend)
 
 
 def check_bundle_code(config: Config, folder: Path, allow_code: Collection[str]) -> None:
-    """Refuses a bundle that would import code which is not allowed; see `require_allowed`.
+    """Checks that a bundle imports only allowed code; see `require_allowed`.
 
     Args:
-        config: The bundle's settings.
-        folder: The bundle.
-        allow_code: As in `load_bundle`.
+        config: Settings of the bundle.
+        folder: Folder of the bundle.
+        allow_code: See `load_bundle`.
 
     Raises:
-        UserError: It would.
+        UserError: The encoder or the head is an import path that is not allowed.
     """
     names = {"encoder.name": config.encoder.name, "head.name": config.head.name}
     require_allowed(names, allow_code, f"bundle {folder}")
 
 
 def load_weights(module: nn.Module, path: Path | str) -> list[str]:
-    """Fills a model with what a bundle holds for it; each rank reads its own parts of the tables only.
+    """Copies the weights of a bundle into a model; each rank reads only its shards of the tables.
 
     Args:
-        module: The model, sharded or not, or anything around it.
+        module: The model, sharded or not, or any module around it.
         path: A bundle.
 
     Returns:
-        Names of parameters that the bundle has nothing for: those that an earlier stage does not have yet.
+        Names of parameters that are not in the bundle, because the model of an earlier stage does not have them.
 
     Raises:
-        UserError: The bundle is damaged or of another shape, or lacks a part of the session recommender, which every
-            stage has but for the text encoder.
+        UserError: The bundle is damaged, a shape differs, or a parameter of the session recommender is missing. Only
+            the text sequence encoder may be missing.
     """
     return _load_weights(model_of(module), Path(path), read_index(Path(path)))
 
 
 def _load_weights(model: SessionRecommender | LLMGR, folder: Path, index: BundleIndex) -> list[str]:
     try:
-        left = _load_tables(model, folder, index)
+        not_found = _load_tables(model, folder, index)
         recommender = model.recommender if isinstance(model, LLMGR) else model
         missing = _load_dense(dense_tensors(recommender), folder, RECOMMENDER)
-        later = [name for name in missing if index.stage == "sbr" and param_group(name) == "text_encoder"]
-        left += later
-        if first := next((name for name in missing if name not in later), None):
+        of_later_stage = [name for name in missing if index.stage == "sbr" and param_group(name) == "text_encoder"]
+        not_found += of_later_stage
+        if first := next((name for name in missing if name not in of_later_stage), None):
             raise UserError(
-                f"bundle {folder} is damaged or of another version of this program: it has nothing for {first} of "
-                "the session recommender; copy or train it again"
+                f"bundle {folder} is damaged or was written by another version of llmgr_rec: it lacks {first} of the "
+                "session recommender; copy or train it again"
             )
         if isinstance(model, LLMGR):
-            left += _load_dense(language_tensors(model), folder, LANGUAGE)
-            left += _load_lora(model, folder)
+            not_found += _load_dense(language_tensors(model), folder, LANGUAGE)
+            not_found += _load_lora(model, folder)
     except (SafetensorError, OSError) as error:
         raise UserError(f"bundle {folder} is damaged ({error}); copy or export it again") from None
-    return left
+    return not_found
 
 
 def _load_tables(model: nn.Module, folder: Path, index: BundleIndex) -> list[str]:
-    left = []
+    """Loads this rank's shards of the tables; returns the parameters of tables that are not in the bundle."""
+    not_found = []
     for parameter, shape in table_parameters(model).items():
         table = parameter.split(".")[-2]
         if table not in index.tables:
-            left.append(parameter)
+            not_found.append(parameter)
             continue
         if index.tables[table] != shape:
             raise UserError(
                 f"bundle {folder} has {index.tables[table]} rows and columns in table {table}, the model {shape}; "
                 "use the settings and the data set of the run that made it"
             )
-        fill_table(model, parameter, _TableReader(folder, index.pieces[table]).read)
-    return left
+        fill_table(model, parameter, _TableReader(folder, index.table_files[table]).read)
+    return not_found
 
 
 class _TableReader:
-    """Reads rectangles of a table from its pieces, each file opened once and only where it is needed."""
+    """Reads blocks of a table from those of its files that overlap them."""
 
-    def __init__(self, folder: Path, pieces: list[Piece]) -> None:
+    def __init__(self, folder: Path, table_files: list[TableFile]) -> None:
         self._folder = folder
-        self._pieces = pieces
+        self._table_files = table_files
 
     def read(self, rows: range, cols: range) -> Tensor:
+        """Reads a block of the table, float32 [R, C]."""
         values_RC = torch.full((len(rows), len(cols)), float("nan"))
-        for piece in self._pieces:
-            row0, row1 = max(rows.start, piece.row), min(rows.stop, piece.row + piece.rows)
-            col0, col1 = max(cols.start, piece.col), min(cols.stop, piece.col + piece.cols)
+        for part in self._table_files:
+            row0, row1 = max(rows.start, part.row), min(rows.stop, part.row + part.rows)
+            col0, col1 = max(cols.start, part.col), min(cols.stop, part.col + part.cols)
             if row0 >= row1 or col0 >= col1:
                 continue
-            with safe_open(self._folder / piece.file, framework="pt") as file:
+            with safe_open(self._folder / part.file, framework="pt") as file:
                 values_RC[row0 - rows.start : row1 - rows.start, col0 - cols.start : col1 - cols.start] = (
-                    file.get_slice(TENSOR)[row0 - piece.row : row1 - piece.row, col0 - piece.col : col1 - piece.col]
+                    file.get_slice(TENSOR)[row0 - part.row : row1 - part.row, col0 - part.col : col1 - part.col]
                 )
         return values_RC
 
 
 @torch.no_grad()
 def _load_dense(targets: dict[str, Tensor], folder: Path, name: str) -> list[str]:
+    """Copies the tensors of a safetensors file into the targets; returns the names that are not in the file."""
     if not (folder / name).is_file():
         return list(targets)
     stored = load_file(folder / name)
@@ -304,24 +310,25 @@ def _load_dense(targets: dict[str, Tensor], folder: Path, name: str) -> list[str
 
 
 def _load_lora(model: LLMGR, folder: Path) -> list[str]:
+    """Loads the LoRA weights; returns the names of those that are not in the bundle."""
     names = [name for name, _ in model.language_model.named_parameters() if "lora_" in name]
     if not (folder / LORA / _LORA_FILE).is_file():
         return names
     decoder, stored = model.language_model.decoder, load_file(folder / LORA / _LORA_FILE)
     targets = get_peft_model_state_dict(decoder, save_embedding_layers=False)
-    parts = {name: shard_like(value, targets.get(name, value)) for name, value in stored.items()}
-    outcome = set_peft_model_state_dict(decoder, parts)
-    if outcome.unexpected_keys:
+    weights = {name: shard_like(value, targets.get(name, value)) for name, value in stored.items()}
+    result = set_peft_model_state_dict(decoder, weights)
+    if result.unexpected_keys:
         raise UserError(
-            f"bundle {folder} has LoRA weights for {outcome.unexpected_keys[0]}, which the model lacks; "
+            f"bundle {folder} has LoRA weights for {result.unexpected_keys[0]}, which the model lacks; "
             "use the settings of the run that made it"
         )
-    return [name for name in outcome.missing_keys if "lora_" in name]
+    return [name for name in result.missing_keys if "lora_" in name]
 
 
 def _check_language_model(index: BundleIndex, weights_hash: str, folder: Path) -> None:
     if weights_hash != index.language_model["weights_hash"]:
         raise UserError(
             f"bundle {folder} was trained with other weights of the language model {index.language_model['name']} than "
-            f"those found now; restore them ({INDEX} names the package versions)"
+            f"those found now; restore them (for package versions, see {INDEX})"
         )

@@ -1,4 +1,7 @@
-"""Writes a bundle: every rank its own parts of the tables, rank 0 the rest; complete or invisible."""
+"""Writes bundles. Each rank writes its shards of the tables, rank 0 everything else.
+
+All files are written to a temporary folder, which gets its final name when it is complete.
+"""
 
 import hashlib
 import json
@@ -35,15 +38,17 @@ from llmgr_rec.storage.bundle_index import (
     RECOMMENDER,
     TENSOR,
     BundleIndex,
-    Piece,
+    TableFile,
     is_complete,
     read_index,
 )
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import Shard, local_shards
 
-# Rows of a piece are limited so that a piece stays below this many bytes.
-_PIECE_BYTES = 2 * 1024**3
+# Maximum bytes of a table file; larger shards are split by rows.
+_MAX_FILE_BYTES = 2 * 1024**3
+# Table name, table shape, and a file of one of its blocks.
+_WrittenFile = tuple[str, tuple[int, int], TableFile]
 
 
 def export_bundle(
@@ -57,31 +62,31 @@ def export_bundle(
     blend: Blend | None = None,
     factory: ModelFactory | None = None,
 ) -> None:
-    """Writes the result of a stage, self-contained but for the base language model.
+    """Exports the model of a stage as a bundle, which is self-contained except for the base language model.
 
-    Tables that the stage did not change are hard links to the pieces of an earlier stage's bundle.
+    Tables that the stage did not change become hard links to the files of an earlier stage's bundle.
 
     Args:
         module: The model, sharded or not, or any module around it.
-        stage: The stage.
+        stage: Stage that trained the model.
         config: All settings.
         catalog: The items.
-        folder: RUN/export/STAGE.
-        world: Ranks; all call together. Their storage is shared.
-        trained_on: Manifest of its data set. If no training session contains an item twice, scoring excludes clicked
-            items by default; without it, scoring excludes none.
-        blend: Nearest-neighbor scores that are added to the model's; rank 0's is written.
-        factory: Built the model; None takes the default.
+        folder: RUN/export/STAGE, on storage that all ranks share.
+        world: This process and the world size. All ranks must call this.
+        trained_on: Manifest of the training data set. If it states that no training session contains an item twice,
+            scoring excludes clicked items by default; if None, scoring excludes none.
+        blend: Nearest-neighbor scores that are added to the model's scores; rank 0 writes its own.
+        factory: Factory that built the model; None for the default factory.
 
     Raises:
-        UserError: The folder holds a complete bundle already.
+        UserError: The folder is a complete bundle already.
     """
     model, factory = model_of(module), factory or ModelFactory()
     partial = folder.with_name(folder.name + ".tmp")
     run_on_rank0(world, lambda: _prepare(folder, partial))
-    known = run_on_all_ranks(world, lambda: _known_pieces(folder, catalog))
-    written = run_on_all_ranks(world, lambda: _write_tables(model, partial, folder.parent, known, world.rank))
-    pieces = _gather_pieces(written, world)
+    earlier = run_on_all_ranks(world, lambda: _earlier_table_files(folder, catalog))
+    written = run_on_all_ranks(world, lambda: _write_tables(model, partial, folder.parent, earlier, world.rank))
+    written = _gather_table_files(written, world)
     weights = _gather_weights(model, world)
 
     def finish() -> None:
@@ -90,7 +95,7 @@ def export_bundle(
         _write_inputs(config, catalog, partial)
         if blend is not None:
             blend.save(partial / BLEND)
-        index = _index(model, stage, config, catalog, partial, pieces, weights_hash, trained_on)
+        index = _index(model, stage, config, catalog, partial, written, weights_hash, trained_on)
         index = replace(index, factory=factory.name)
         (partial / INDEX).write_text(index.to_json())
         _publish(partial, folder)
@@ -99,16 +104,20 @@ def export_bundle(
 
 
 def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
-    """The model inside a task, a DistributedModelParallel or other wrappers."""
-    found = [part for part in module.modules() if isinstance(part, LLMGR)]
-    found_plain = [part for part in module.modules() if isinstance(part, SessionRecommender)]
-    if not found and not found_plain:
-        raise TypeError(f"{type(module).__name__} holds neither LLMGR nor SessionRecommender")
-    return found[0] if found else found_plain[0]
+    """The model inside of a task, DistributedModelParallel or other wrappers.
+
+    Raises:
+        TypeError: The module contains no model.
+    """
+    language_models = [part for part in module.modules() if isinstance(part, LLMGR)]
+    recommenders = [part for part in module.modules() if isinstance(part, SessionRecommender)]
+    if not language_models and not recommenders:
+        raise TypeError(f"{type(module).__name__} contains neither LLMGR nor SessionRecommender")
+    return language_models[0] if language_models else recommenders[0]
 
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a module outside of embedding tables."""
+    """Parameters and persistent buffers of a module, by name, without embedding tables."""
     return {
         name: value.detach()
         for name, value in model.state_dict().items()
@@ -117,61 +126,62 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def language_tensors(model: LLMGR) -> dict[str, Tensor]:
-    """Adapter and head, by name in the model."""
+    """Parameters and persistent buffers of the adapter and the head, by name in the model."""
     parts: dict[str, nn.Module] = {"adapter": model.adapter, "head": model.head}
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in dense_tensors(module).items()}
 
 
 def _prepare(folder: Path, partial: Path) -> None:
     if is_complete(folder):
-        raise UserError(f"{folder} holds an exported model already; give another --output")
+        raise UserError(f"{folder} already contains an exported model; give another --output")
     for leftover in (folder, partial):
         if leftover.exists():
             shutil.rmtree(leftover)
     (partial / "tables").mkdir(parents=True)
 
 
-def _known_pieces(folder: Path, catalog: Catalog) -> dict[str, str]:
-    """Files of earlier stages' bundles by hash and shape of their values, for hard links."""
-    known = {}
+def _earlier_table_files(folder: Path, catalog: Catalog) -> dict[str, str]:
+    """Table files of the bundles of earlier stages, by `_content_key`; they become hard links if nothing changed."""
+    earlier = {}
     for stage in STAGES:
         if is_complete(folder.parent / stage):
             index = read_index(folder.parent / stage)
             if index.catalog_hash == catalog.hash:
-                for pieces in index.pieces.values():
-                    known.update({_identity(piece): f"{stage}/{piece.file}" for piece in pieces})
-    return known
+                for table_files in index.table_files.values():
+                    earlier.update({_content_key(part): f"{stage}/{part.file}" for part in table_files})
+    return earlier
 
 
-def _identity(piece: Piece) -> str:
-    return f"{Path(piece.file).name}/{piece.rows}x{piece.cols}/{piece.sha256}"
+def _content_key(part: TableFile) -> str:
+    return f"{Path(part.file).name}/{part.rows}x{part.cols}/{part.sha256}"
 
 
 def _write_tables(
-    model: nn.Module, partial: Path, export: Path, known: dict[str, str], rank: int
-) -> list[tuple[str, tuple[int, int], Piece]]:
-    """Writes this rank's parts; returns table name, table shape and piece of each."""
+    model: nn.Module, partial: Path, export: Path, earlier: dict[str, str], rank: int
+) -> list[_WrittenFile]:
+    """Writes or links this rank's shards."""
     written = []
     for shard in local_shards(model):
-        rows_at_a_time = max(1, _PIECE_BYTES // (shard.tensor.shape[1] * shard.tensor.element_size()))
+        rows_at_a_time = max(1, _MAX_FILE_BYTES // (shard.tensor.shape[1] * shard.tensor.element_size()))
         for start in range(0, shard.tensor.shape[0], rows_at_a_time):
             values = shard.tensor[start : start + rows_at_a_time].cpu().contiguous()
-            piece = _piece(shard, start, values)
-            target = partial / piece.file
-            if (earlier := known.get(_identity(piece))) is not None and _link(export / earlier, target):
+            part = _table_file(shard, start, values)
+            target = partial / part.file
+            unchanged = earlier.get(_content_key(part))
+            if unchanged is not None and _link(export / unchanged, target):
                 pass
             elif not target.exists():
-                # Replicated tables exist on every rank: the name with the rank keeps them from one another's way.
-                own = target.with_name(f"{target.name}.rank{rank}")
-                save_file({TENSOR: values}, own)
-                os.replace(own, target)
-            written.append((shard.table, (shard.num_rows, shard.dim), piece))
+                # All ranks write replicated tables, so each uses a temporary name with its rank.
+                temporary = target.with_name(f"{target.name}.rank{rank}")
+                save_file({TENSOR: values}, temporary)
+                os.replace(temporary, target)
+            written.append((shard.table, (shard.num_rows, shard.dim), part))
     return written
 
 
-def _piece(shard: Shard, start: int, values: Tensor) -> Piece:
+def _table_file(shard: Shard, start: int, values: Tensor) -> TableFile:
     row = shard.row_offset + start
-    return Piece(
+    return TableFile(
         file=f"tables/{shard.table}-r{row}-c{shard.col_offset}.safetensors",
         row=row,
         col=shard.col_offset,
@@ -185,24 +195,23 @@ def _link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
     except OSError:
-        # Another rank has linked it, or the file system has no hard links.
+        # Another rank has already linked it, or the file system does not support hard links.
         return target.exists()
     return True
 
 
-def _gather_pieces(
-    written: list[tuple[str, tuple[int, int], Piece]], world: World
-) -> list[tuple[str, tuple[int, int], Piece]]:
+def _gather_table_files(written: list[_WrittenFile], world: World) -> list[_WrittenFile]:
+    """Table files of all ranks, each once, sorted by name."""
     if world.size == 1:
         return written
-    gathered: list[list[tuple[str, tuple[int, int], Piece]]] = [[] for _ in range(world.size)]
+    gathered: list[list[_WrittenFile]] = [[] for _ in range(world.size)]
     dist.all_gather_object(gathered, written)
-    by_file = {piece.file: (table, shape, piece) for rank in gathered for table, shape, piece in rank}
-    return sorted(by_file.values(), key=lambda found: found[2].file)
+    by_file = {part.file: (table, shape, part) for rank in gathered for table, shape, part in rank}
+    return sorted(by_file.values(), key=lambda entry: entry[2].file)
 
 
 def _gather_weights(model: LLMGR | SessionRecommender, world: World) -> dict[str, dict[str, Tensor]]:
-    """What is not in tables, by the file or folder that it goes to; complete on rank 0 alone."""
+    """Weights outside of tables, by the file or folder that they are written to; complete only on rank 0."""
     if not isinstance(model, LLMGR):
         return {RECOMMENDER: gather_full(dense_tensors(model), world)}
     decoder = model.language_model.decoder.state_dict()
@@ -224,7 +233,7 @@ def _write_weights(
 
 
 def _write_inputs(config: Config, catalog: Catalog, partial: Path) -> None:
-    """Settings, prompt templates and catalog."""
+    """Writes settings, prompt templates and catalog."""
     save_config(config, partial / CONFIG)
     templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
     (partial / PROMPTS).write_text(yaml.safe_dump(templates, sort_keys=False, width=120))
@@ -237,7 +246,7 @@ def _index(
     config: Config,
     catalog: Catalog,
     partial: Path,
-    pieces: list[tuple[str, tuple[int, int], Piece]],
+    written: list[_WrittenFile],
     weights_hash: str,
     trained_on: Manifest | None,
 ) -> BundleIndex:
@@ -251,8 +260,8 @@ def _index(
         num_items=catalog.num_items,
         dims=dims,
         language_model=language_model,
-        tables={table: shape for table, shape, _ in pieces},
-        pieces={name: [piece for table, _, piece in pieces if table == name] for name, *_ in pieces},
+        tables={table: shape for table, shape, _ in written},
+        table_files={name: [part for table, _, part in written if table == name] for name, *_ in written},
         files={
             str(path.relative_to(partial)): path.stat().st_size
             for path in sorted(partial.rglob("*"))
@@ -266,8 +275,8 @@ def _index(
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Syncs all files to disk, then gives the folder its final name."""
-    # safetensors makes files that only their owner may read; they get the mode of any other new file.
+    """Syncs all files to disk, then renames the folder to its final name."""
+    # safetensors creates files that only their owner can read; they get the default mode of new files.
     mode = (partial / INDEX).stat().st_mode
     for path in [*partial.rglob("*"), partial]:
         if path.is_file() and path.stat().st_mode != mode:
@@ -278,7 +287,7 @@ def _publish(partial: Path, folder: Path) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    # Cloned: safetensors refuses tensors that share memory.
+    # Clones, because safetensors does not accept tensors that share memory.
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path)
 
 
@@ -289,8 +298,8 @@ def _save_lora(model: LLMGR, weights: dict[str, Tensor], folder: Path, base_name
     (folder / "README.md").unlink(missing_ok=True)
     settings_file = folder / "adapter_config.json"
     settings = json.loads(settings_file.read_text())
-    # PEFT writes where the base was on this machine.
+    # PEFT writes the local path of the base model.
     settings["base_model_name_or_path"] = base_name
-    # It keeps them as a set, whose order is another in every process.
+    # PEFT writes a set, whose order differs between processes.
     settings["target_modules"] = sorted(settings["target_modules"])
     settings_file.write_text(json.dumps(settings, indent=2, sort_keys=True))

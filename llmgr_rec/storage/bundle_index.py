@@ -1,8 +1,13 @@
-"""The index of an exported model: what a bundle holds, whether it is complete, which one answers.
+"""The index of a bundle (an exported model): its content, its completeness, and which bundle of a run is the default.
 
-RUN/export/<stage>/ holds bundle.json (this index, written last), config.yaml, prompts.yaml, items.parquet (the
-catalog), recommender.safetensors, llmgr.safetensors (adapter and head), lora/ (PEFT), blend.npz (nearest-neighbor
-similarities, where it has a blend) and tables/<table>-r<row>-c<column>.safetensors.
+Files of a bundle RUN/export/<stage>/:
+
+    bundle.json                                   the index, written last
+    config.yaml, prompts.yaml, items.parquet      settings, prompt templates, catalog
+    recommender.safetensors                       session recommender without its tables
+    tables/<table>-r<row>-c<column>.safetensors   blocks of the embedding tables
+    llmgr.safetensors, lora/                      adapter and head, PEFT adapter; only with a language model
+    blend.npz                                     nearest-neighbor similarities; only with a blend
 """
 
 import hashlib
@@ -22,7 +27,7 @@ BLEND = "blend.npz"
 TENSOR = "weight"
 _HASH_BYTES = 1 << 22
 
-# Stages whose export answers as each model, the furthest first.
+# Stages that train each model of the results, the last one first.
 STAGES_OF_MODEL: dict[str, tuple[StageName, ...]] = {
     "sbr": ("sbr",),
     "llm_text": ("llm_text",),
@@ -31,16 +36,16 @@ STAGES_OF_MODEL: dict[str, tuple[StageName, ...]] = {
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A rectangle of a table in a file of its own.
+class TableFile:
+    """File of one block of an embedding table.
 
     Args:
-        file: Path in the bundle.
-        row: First row.
-        col: First column.
-        rows: Rows.
-        cols: Columns.
-        sha256: Hash of the values' bytes.
+        file: Path relative to the bundle.
+        row: First row of the block in the table.
+        col: First column of the block in the table.
+        rows: Number of rows.
+        cols: Number of columns.
+        sha256: Hash of the bytes of the values.
     """
 
     file: str
@@ -53,22 +58,22 @@ class Piece:
 
 @dataclass(frozen=True)
 class BundleIndex:
-    """What a bundle says of itself.
+    """Content of bundle.json.
 
     Args:
-        stage: Stage that it is the result of.
-        catalog_hash: Hash of its items.
-        num_items: Items of the catalog.
-        dims: Widths d1 and, after a language stage, d2.
-        language_model: Name and weights_hash of the base language model; empty before the language stages.
+        stage: Stage that trained the model.
+        catalog_hash: `Catalog.hash` of the items.
+        num_items: Number of items of the catalog.
+        dims: Width d1 of the item tables and, with a language model, its width d2.
+        language_model: `name` and `weights_hash` of the base language model; empty without one.
         tables: Rows and columns of each table.
-        pieces: Pieces of each table; together they cover it once.
-        files: Size in bytes of every other file, by path in the bundle.
-        versions: Versions of the packages that wrote it.
-        clicks_repeat: Whether its training sessions hold an item twice; True where it was made before this was known.
-        features_hash: Hash of its items with their side features; empty where it was made before this was known.
-        sessions_hash: Hash of the sessions that it was trained on; empty where they are not known.
-        factory: Name of the model factory that built it; empty for the default one.
+        table_files: Files of each table, which cover it without overlap.
+        files: Size in bytes of every other file, by path relative to the bundle.
+        versions: Versions of the installed packages at export.
+        clicks_repeat: Whether any training session contains an item twice; true if unknown.
+        features_hash: `Catalog.features_hash` of the items; empty if unknown.
+        sessions_hash: `Manifest.sessions_hash` of the training data; empty if unknown.
+        factory: Name of the model factory that built the model; empty for the default factory.
     """
 
     stage: StageName
@@ -77,7 +82,7 @@ class BundleIndex:
     dims: dict[str, int]
     language_model: dict[str, str]
     tables: dict[str, tuple[int, int]]
-    pieces: dict[str, list[Piece]]
+    table_files: dict[str, list[TableFile]]
     files: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     clicks_repeat: bool = True
@@ -86,17 +91,17 @@ class BundleIndex:
     factory: str = ""
 
     def to_json(self) -> str:
-        """The index as it stands in bundle.json."""
+        """The text of bundle.json."""
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a complete bundle: its index is written last and the folder named after that."""
+    """Whether a folder is a complete bundle. The index is written last, and then the folder gets its final name."""
     return not folder.name.endswith(".tmp") and (folder / INDEX).is_file()
 
 
 def find_bundle(export: Path, model: str) -> Path | None:
-    """The furthest complete bundle of a model, None where it has not been trained.
+    """The complete bundle of the last stage of a model; None if there is none.
 
     Args:
         export: RUN/export.
@@ -105,8 +110,8 @@ def find_bundle(export: Path, model: str) -> Path | None:
     return next((export / stage for stage in STAGES_OF_MODEL[model] if is_complete(export / stage)), None)
 
 
-def answering_bundle(export: Path) -> Path | None:
-    """The bundle that answers where no model is named, None where nothing has been trained that would.
+def default_bundle(export: Path) -> Path | None:
+    """The bundle that is used if no stage is named: the complete one of the last stage. None if there is none.
 
     Args:
         export: RUN/export.
@@ -114,32 +119,33 @@ def answering_bundle(export: Path) -> Path | None:
     return next((export / stage for stage in reversed(STAGES) if is_complete(export / stage)), None)
 
 
-def answers_as(bundle: Path) -> str:
-    """Which of `STAGES_OF_MODEL` a bundle of a run answers as."""
+def model_of_bundle(bundle: Path) -> str:
+    """The model of `STAGES_OF_MODEL` that a bundle of a run belongs to."""
     return next(model for model, stages in STAGES_OF_MODEL.items() if bundle.name in stages)
 
 
 def latest_bundle(export: Path) -> Path:
-    """The complete bundle of the furthest stage, from which the next one goes on.
+    """The complete bundle of the last stage, from which the next stage starts.
 
     Args:
         export: RUN/export.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no complete bundle.
     """
-    if bundle := answering_bundle(export):
+    if bundle := default_bundle(export):
         return bundle
-    raise UserError(
-        f"{export} holds no exported model; train first: python -m llmgr_rec.train --output {export.parent}"
-    )
+    raise UserError(f"{export} has no exported model; train first: python -m llmgr_rec.train --output {export.parent}")
 
 
 def resolve_bundle(path: Path) -> Path:
-    """The bundle that a path means: a bundle itself, or the one that answers of a run or of its export folder.
+    """Finds the bundle of a path.
+
+    Args:
+        path: A bundle, a run, or the export folder of a run; for the latter two, the default bundle is returned.
 
     Raises:
-        UserError: The path holds no complete bundle.
+        UserError: The path does not exist, or there is no complete bundle.
     """
     if is_complete(path):
         return path
@@ -156,7 +162,7 @@ def read_index(folder: Path) -> BundleIndex:
         folder: A bundle.
 
     Raises:
-        UserError: The bundle is not complete, damaged, or of another format version.
+        UserError: The bundle is incomplete, damaged, or of another format version.
     """
     file = folder / INDEX
     if not is_complete(folder):
@@ -170,7 +176,9 @@ def read_index(folder: Path) -> BundleIndex:
                 "stage again, or use the version that wrote the bundle"
             )
         content["tables"] = {name: (rows, cols) for name, (rows, cols) in content["tables"].items()}
-        content["pieces"] = {name: [Piece(**piece) for piece in pieces] for name, pieces in content["pieces"].items()}
+        content["table_files"] = {
+            table: [TableFile(**part) for part in parts] for table, parts in content["table_files"].items()
+        }
         index = BundleIndex(**content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}); export the bundle again by training its stage") from None
@@ -179,19 +187,24 @@ def read_index(folder: Path) -> BundleIndex:
 
 
 def check_trained_on(folder: Path, dataset: Dataset) -> None:
-    """Compares a bundle's items and training sessions with a data set's.
+    """Checks that a bundle was trained on a data set.
+
+    Args:
+        folder: A bundle.
+        dataset: The data set.
 
     Raises:
-        UserError: Items differ, so that an index means another one; or sessions do, so that what it is tested on may be
-            what it has learned.
+        UserError: The items differ, so that item indices have other meanings; or the training sessions differ, so that
+            the model may have been trained on test sessions.
     """
-    theirs, ours = read_index(folder), dataset.manifest
-    if theirs.catalog_hash != ours.catalog_hash:
+    index, manifest = read_index(folder), dataset.manifest
+    if index.catalog_hash != manifest.catalog_hash:
         raise UserError(
-            f"{folder} was trained on another catalog ({theirs.num_items} items, {theirs.catalog_hash[:12]}) than "
-            f"{dataset.path} holds ({ours.num_items} items, {ours.catalog_hash[:12]}); give the data set of the run"
+            f"{folder} was trained on another catalog ({index.num_items} items, {index.catalog_hash[:12]}) than that "
+            f"of {dataset.path} ({manifest.num_items} items, {manifest.catalog_hash[:12]}); "
+            "give the data set of the run"
         )
-    if theirs.sessions_hash not in ("", ours.sessions_hash):
+    if index.sessions_hash not in ("", manifest.sessions_hash):
         raise UserError(
             f"{folder} was trained on other sessions than those in {dataset.path / 'train'}; "
             "give the data set of the run"
@@ -199,11 +212,14 @@ def check_trained_on(folder: Path, dataset: Dataset) -> None:
 
 
 def bundle_hash(folder: Path, index: BundleIndex | None = None) -> str:
-    """Hash of what a bundle holds: its files' names and bytes, tables by the hashes that the index keeps of them.
+    """Hash of a bundle's content: names and bytes of its files. Tables enter by their hashes in the index.
 
     Args:
         folder: A bundle.
-        index: Its index, where it has been read already.
+        index: The index, if it has already been read.
+
+    Returns:
+        Hexadecimal sha256.
     """
     digest = hashlib.sha256()
     for name in sorted([*(index or read_index(folder)).files, INDEX]):
@@ -221,8 +237,9 @@ def _check_files(folder: Path, index: BundleIndex) -> None:
         if found != size:
             raise UserError(f"bundle {folder} is damaged: {name} has {found} of {size} bytes; copy or export it again")
     for name, (rows, cols) in index.tables.items():
-        covered = sum(piece.rows * piece.cols for piece in index.pieces[name])
-        missing = [piece.file for piece in index.pieces[name] if not (folder / piece.file).is_file()]
+        parts = index.table_files[name]
+        covered = sum(part.rows * part.cols for part in parts)
+        missing = [part.file for part in parts if not (folder / part.file).is_file()]
         if missing or covered != rows * cols:
-            lost = missing[0] if missing else f"{rows * cols - covered} values of table {name}"
-            raise UserError(f"bundle {folder} is damaged: {lost} is missing; copy or export it again")
+            what = missing[0] if missing else f"{rows * cols - covered} values of table {name}"
+            raise UserError(f"bundle {folder} is damaged: {what} is missing; copy or export it again")

@@ -1,7 +1,7 @@
-"""Checkpoints of a stage: sharded, complete or invisible, readable at any number of ranks.
+"""Sharded checkpoints of a stage, written with torch.distributed.checkpoint and readable at any number of ranks.
 
-FOLDER/step-00000123/ holds the tensors (torch.distributed.checkpoint), state.json and the marker COMPLETE. It is
-written as step-00000123.tmp and renamed by rank 0 when every rank is done.
+FOLDER/step-00000123/ contains the tensors, state.json and the marker file COMPLETE. Ranks write to
+step-00000123.tmp, which rank 0 renames when all of them are done.
 """
 
 import json
@@ -25,7 +25,7 @@ from llmgr_rec.distributed.process_group import World, barrier, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import fsync, installed_versions, write_and_fsync
 from llmgr_rec.storage.checkpoint_reader import CheckpointReader
-from llmgr_rec.storage.checkpoint_state import column_widths, equalise_steps, model_tensors, optimizer_tensors
+from llmgr_rec.storage.checkpoint_state import column_widths, equalize_steps, model_tensors, optimizer_tensors
 from llmgr_rec.storage.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -37,39 +37,42 @@ _FOLDER = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to; one of another identity is refused before anything is loaded.
+    """What a checkpoint belongs to. A checkpoint of another identity cannot be loaded.
 
     Args:
         stage: Stage name.
-        catalog: Hash of the catalog's items with their side features.
-        settings: Settings that decide what is computed, dotted name to value.
+        catalog: `Catalog.features_hash` of the items.
+        settings: Config fingerprint: value of each setting that determines the weights, by dotted name.
+        factory: Name of the model factory; empty for the default factory.
     """
 
     stage: str
     catalog: str
     settings: Mapping[str, Any]
+    factory: str = ""
 
     @classmethod
-    def of(cls, stage: StageName, catalog: str, config: Config, device: torch.device) -> "Identity":
-        """Identity of a stage: stage, catalog and config fingerprint.
+    def of(cls, stage: StageName, catalog: str, config: Config, device: torch.device, factory: str = "") -> "Identity":
+        """Identity of a stage: stage, catalog, config fingerprint and model factory.
 
         Args:
             stage: Stage name.
-            catalog: Hash of the catalog's items with their side features.
+            catalog: `Catalog.features_hash` of the items.
             config: All settings.
-            device: Where the stage computes, which decides what `auto` is for a number format.
+            device: Device of the stage, which determines the number format of `auto`.
+            factory: Name of the model factory.
         """
-        return cls(stage, catalog, fingerprint(stage, config, device))
+        return cls(stage, catalog, fingerprint(stage, config, device), factory)
 
 
 class CheckpointManager:
-    """Writes and reads the checkpoints of one folder; all ranks call every method together.
+    """Writes and reads the checkpoints of a folder. All methods are collectives: all ranks must call them.
 
     Args:
-        folder: Where the checkpoints lie, on storage that all ranks share.
-        keep: Newest complete checkpoints kept.
-        world: Ranks.
-        identity: What the checkpoints belong to.
+        folder: Folder of the checkpoints, on storage that all ranks share.
+        keep: Number of complete checkpoints that are kept, at least 1.
+        world: This process and the world size.
+        identity: Identity of the checkpoints.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, identity: Identity) -> None:
@@ -79,30 +82,33 @@ class CheckpointManager:
         self._identity = identity
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint; one that is not complete is passed over."""
+        """The newest complete checkpoint; None if there is none."""
         return run_on_rank0(self._world, lambda: next(iter(self._complete()), None))
 
     def check(self) -> None:
-        """Refuses the newest complete checkpoint, where there is one, if it is damaged or not this run's.
+        """Checks the newest complete checkpoint, if there is one, without loading it.
 
         Raises:
-            UserError: As from `load`; nothing is loaded.
+            UserError: It is damaged or belongs to another catalog, stage or settings.
         """
         run_on_rank0(self._world, lambda: [self._read_state(path) for path in self._complete()[:1]])
 
     def save(
         self, step: int, model: nn.Module, optimizer: KeyedOptimizer | None, extra: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes a checkpoint, then removes what is older than the newest `keep` and what lies ahead of it.
+        """Writes a checkpoint and removes old ones.
 
-        A complete checkpoint of the same step is kept as it is: the same step of the same run holds the same state.
-        Checkpoints of later steps are left from a run that was resumed before them.
+        A complete checkpoint of the same step is not written again, because its state is the same. Checkpoints of later
+        steps are removed: they were written by a run that was then resumed from an earlier checkpoint.
 
         Args:
-            step: Steps done.
-            model: The sharded model; the base language model is left out.
-            optimizer: Its optimizer; None leaves its state out.
-            extra: More state, as JSON.
+            step: Number of completed training steps.
+            model: The sharded model. The base language model is not saved.
+            optimizer: The optimizer; None saves no optimizer state.
+            extra: Further state, which must be serializable as JSON.
+
+        Raises:
+            UserError: The storage is not shared by all ranks.
         """
         final = self._folder / f"step-{step:08d}"
         partial = final.with_name(final.name + ".tmp")
@@ -110,7 +116,7 @@ class CheckpointManager:
             return
         tensors = model_tensors(model)
         if optimizer is not None:
-            tensors |= equalise_steps(optimizer_tensors(optimizer, model))
+            tensors |= equalize_steps(optimizer_tensors(optimizer, model))
         dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
         barrier(self._world)
         state = {
@@ -126,19 +132,19 @@ class CheckpointManager:
         run_on_rank0(self._world, lambda: self._complete_folder(partial, final, state))
 
     def load(self, model: nn.Module, optimizer: KeyedOptimizer | None, path: Path | None = None) -> dict[str, Any]:
-        """Loads a checkpoint, written at any number of ranks, into a model and its optimizer.
+        """Loads a checkpoint into a model and its optimizer; it may be written at another number of ranks.
 
         Args:
             model: The sharded model.
-            optimizer: Its optimizer with existing state; None loads the model alone.
-            path: The checkpoint; None takes the newest complete one.
+            optimizer: The optimizer, whose state must exist already; None loads no optimizer state.
+            path: The checkpoint; None loads the newest complete one.
 
         Returns:
             The extra state given to `save`.
 
         Raises:
-            UserError: It is not complete, damaged, or belongs to another catalog, stage or settings; raised on every
-                rank before anything is loaded.
+            UserError: The checkpoint is incomplete or damaged, or belongs to another catalog, stage or settings; raised
+                on every rank before anything is loaded.
         """
         tensors = model_tensors(model)
         states = {} if optimizer is None else optimizer_tensors(optimizer, model)
@@ -156,7 +162,7 @@ class CheckpointManager:
                 "use the settings of the run that wrote it"
             ) from error
         if optimizer is not None:
-            # Fused Adam keeps its step count in the kernel and not among its state tensors.
+            # Fused Adam stores its step count in the kernel, not in its state tensors.
             optimizer.set_optimizer_step(state["step"])
         return state["extra"]
 
@@ -178,7 +184,7 @@ class CheckpointManager:
     def _complete_folder(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         written = {
-            str(place.relative_path) for place in CheckpointReader(partial).read_metadata().storage_data.values()
+            str(entry.relative_path) for entry in CheckpointReader(partial).read_metadata().storage_data.values()
         }
         if missing := sorted(written - files.keys()):
             raise UserError(
@@ -189,11 +195,11 @@ class CheckpointManager:
         write_and_fsync(partial / _COMPLETE, "")
         partial.rename(final)
         fsync(self._folder)
-        done = self._complete()
-        ahead = [path for path in done if path.name > final.name]
-        old = [path for path in done if path.name <= final.name][self._keep :]
-        for path in ahead + old:
-            # Without its marker a half-removed folder is not taken for a checkpoint.
+        complete = self._complete()
+        later = [path for path in complete if path.name > final.name]
+        old = [path for path in complete if path.name <= final.name][self._keep :]
+        for path in later + old:
+            # The marker is removed first, so that a partly removed folder does not count as complete.
             (path / _COMPLETE).unlink()
             shutil.rmtree(path)
 
@@ -202,7 +208,7 @@ class CheckpointManager:
     ) -> tuple[Path, dict[str, Any]]:
         chosen = path or next(iter(self._complete()), None)
         if chosen is None:
-            raise UserError(f"{self._folder} holds no complete checkpoint; start the stage anew without --resume")
+            raise UserError(f"{self._folder} has no complete checkpoint; start the stage again without --resume")
         if not (chosen / _COMPLETE).is_file():
             raise UserError(
                 f"checkpoint {chosen} is not complete (it lacks the file {_COMPLETE}); "
@@ -212,11 +218,14 @@ class CheckpointManager:
         if widths is not None:
             self._check_widths(chosen, state, widths)
         if needs_optimizer and not state["has_optimizer"]:
-            raise UserError(f"checkpoint {chosen} holds no optimizer state, so training cannot go on from it")
+            raise UserError(
+                f"checkpoint {chosen} has no optimizer state, so training cannot resume from it; "
+                "remove it to resume from the one before"
+            )
         return chosen, state
 
     def _read_state(self, chosen: Path) -> dict[str, Any]:
-        """What a complete checkpoint says of itself, checked against its files and this run."""
+        """Reads state.json of a complete checkpoint, and checks the file sizes and the identity."""
         try:
             state: dict[str, Any] = json.loads((chosen / _STATE).read_text())
             files, identity = state["files"], state["identity"]
@@ -227,7 +236,7 @@ class CheckpointManager:
         if state["format"] != FORMAT:
             raise UserError(
                 f"checkpoint {chosen} has format {state['format']}, this version reads {FORMAT}; "
-                "go on with the version that wrote it, or give another --output"
+                "resume with the version that wrote it, or give another --output"
             )
         for name, size in files.items():
             found = (chosen / name).stat().st_size if (chosen / name).is_file() else None
@@ -247,7 +256,15 @@ class CheckpointManager:
                 "give the data set it was trained on, or another --output"
             )
         if identity["stage"] != self._identity.stage:
-            raise UserError(f"checkpoint {path} is of stage {identity['stage']}, not of {self._identity.stage}")
+            raise UserError(
+                f"checkpoint {path} is of stage {identity['stage']}, not of {self._identity.stage}; "
+                "give another --output"
+            )
+        if (made_with := identity.get("factory", "")) != self._identity.factory:
+            raise UserError(
+                f"checkpoint {path} was made with {made_with or 'no'} controls, not with "
+                f"{self._identity.factory or 'none'}; give another --output"
+            )
         before, now = identity["settings"], json.loads(json.dumps(dict(self._identity.settings)))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
@@ -257,11 +274,11 @@ class CheckpointManager:
                 )
 
     def _check_widths(self, path: Path, state: Mapping[str, Any], widths: Mapping[str, list[int]]) -> None:
-        """Row-wise Adagrad keeps one number a row and column shard, which means nothing for shards of other widths."""
+        """Row-wise Adagrad has one state value per row of each column shard, which cannot be loaded at other widths."""
         row_wise = state["identity"]["settings"].get("tables.optimizer") == "rowwise_adagrad"
         if row_wise and state["column_widths"] != widths:
             raise UserError(
                 f"checkpoint {path} was written by {state['world_size']} ranks with other column shards, and row-wise "
-                "Adagrad keeps a state for each: resume with the same --tables.sharding on as many ranks, "
+                "Adagrad has a state for each; resume with the same --tables.sharding and number of ranks, "
                 "or train with --tables.optimizer adagrad"
             )

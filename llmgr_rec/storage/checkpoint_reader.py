@@ -1,7 +1,7 @@
-"""Reads sharded checkpoints without letting them run code.
+"""Reads sharded checkpoints from untrusted sources: no code of the checkpoint is executed.
 
-`torch.distributed.checkpoint` keeps its index in `.metadata`, a pickle. Here that pickle may name nothing but the plain
-classes of such an index, and the index may describe nothing but tensors: other values would be unpickled in full.
+`torch.distributed.checkpoint` stores its index in `.metadata`, a pickle. The unpickler of this module resolves only the
+data classes of such an index. The index may describe only tensors, because other values would be unpickled in full.
 """
 
 import pickle
@@ -32,18 +32,18 @@ _ALLOWED = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Unpickles a checkpoint's index and refuses every name that does not belong into one."""
+    """Unpickles the index of a checkpoint; all global names but those of an index are rejected."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Resolves a name of the pickle.
+        """Resolves a global name of the pickle.
 
         Raises:
-            UnpicklingError: The name is none of a checkpoint's index.
+            UnpicklingError: The name is not part of a checkpoint index.
         """
         if module == "pathlib._local":
             module = "pathlib"
         if (module, name) == ("builtins", "getattr"):
-            # Python 3.11.0 to 3.11.3 pickle an enum member as getattr(its class, its name).
+            # Python 3.11.0 to 3.11.3 pickle an enum member as getattr(class, name).
             return _enum_member
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
@@ -59,7 +59,7 @@ def _enum_member(kind: Any, name: str) -> Enum:
 
 
 class CheckpointReader(FileSystemReader):
-    """Storage reader whose index goes through `MetadataUnpickler`; tensors are read with weights_only by torch itself.
+    """Storage reader that reads the index with `MetadataUnpickler`; torch reads the tensors with weights_only=True.
 
     Args:
         path: Checkpoint folder.
@@ -73,7 +73,7 @@ class CheckpointReader(FileSystemReader):
         """Reads the index.
 
         Raises:
-            UserError: It is no index of a checkpoint, names foreign classes or files outside the folder.
+            UserError: The file is not a checkpoint index, or names other classes or files outside of the folder.
         """
         file = self._folder / ".metadata"
         try:
@@ -92,7 +92,7 @@ class CheckpointReader(FileSystemReader):
 def _load(stream: IO[bytes]) -> Metadata:
     metadata = MetadataUnpickler(stream).load()
     if not isinstance(metadata, Metadata):
-        raise ValueError(f"it holds a {type(metadata).__name__}")
+        raise ValueError(f"it contains a {type(metadata).__name__}")
     for entry in (metadata.storage_data or {}).values():
         if PosixPath(entry.relative_path).name != entry.relative_path:
             raise ValueError(f"it names the file {entry.relative_path}")

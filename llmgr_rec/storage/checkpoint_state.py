@@ -1,6 +1,6 @@
-"""What a checkpoint holds: named tensors of the model and its optimizer, sharded ones with their place.
+"""State of a checkpoint: tensors of the model and of its optimizer, by name.
 
-Only tensors: whatever else an optimizer keeps (learning rates, betas) follows from settings and step.
+Other optimizer state, such as learning rates and betas, is not saved: it follows from the settings and the step.
 """
 
 import torch.distributed as dist
@@ -13,52 +13,54 @@ StateTensors = dict[str, Tensor]
 
 
 def is_stored(name: str) -> bool:
-    """Whether a checkpoint holds a tensor of the model: everything but the base language model.
-
-    That one is frozen; its name and hash stand in the export bundle.
-    """
+    """Whether a checkpoint contains a tensor of the model: all but the base language model, which is frozen."""
     parts = name.split(".")
     return "language_model" not in parts or any(part.startswith("lora_") for part in parts)
 
 
 def model_tensors(model: nn.Module) -> StateTensors:
-    """The model's tensors by checkpoint key; they share memory with the model."""
+    """Tensors of the model by checkpoint key; they share memory with the model."""
     return {MODEL + name: value for name, value in model.state_dict().items() if is_stored(name)}
 
 
 def optimizer_tensors(optimizer: KeyedOptimizer, model: nn.Module) -> StateTensors:
-    """The optimizer's state tensors by checkpoint key; they share memory with it.
+    """State tensors of the optimizer by checkpoint key; they share memory with the optimizer.
 
-    A table without a fused optimizer (Adam on CPU) has plain state tensors on each rank, the same key for different
-    parts of the table. They become sharded tensors cut like their table.
+    A table without a fused optimizer (Adam on CPU) has plain state tensors, with the same key on all ranks for
+    different shards of the table. They are converted to sharded tensors with the sharding of their table.
 
     Args:
-        optimizer: Its state exists already, on every rank for the same parameters.
+        optimizer: Optimizer whose state exists already, for the same parameters on all ranks.
         model: The sharded model that it updates.
+
+    Raises:
+        TypeError: The state has a value that is not a tensor.
+        ValueError: A state tensor does not have the shape of the local shard of its table.
     """
     parameters = model.state_dict()
     tensors: StateTensors = {}
     for parameter, state in optimizer.state_dict()["state"].items():
-        # A CombinedOptimizer puts the name of the parameter's group in front.
+        # A CombinedOptimizer prepends the name of the parameter group.
         table = parameters.get(parameter, parameters.get(parameter.partition(".")[2]))
         for name, value in state.items():
             key = f"{OPTIMIZER}{parameter}/{name}"
             if isinstance(table, ShardedTensor) and not isinstance(value, ShardedTensor) and value.dim():
-                tensors[key] = _cut_like(table, value, key)
+                tensors[key] = _shard_like_table(table, value, key)
             elif isinstance(value, Tensor):
                 tensors[key] = value
             else:
-                raise TypeError(f"{key} is {type(value).__name__}: a checkpoint holds tensors only")
+                raise TypeError(f"{key} is {type(value).__name__}: a checkpoint contains tensors only")
     return tensors
 
 
-def equalise_steps(tensors: StateTensors) -> StateTensors:
-    """Takes the highest of all ranks for step counters of tables, in copies.
+def equalize_steps(tensors: StateTensors) -> StateTensors:
+    """Replaces step counters by copies with their maximum over all ranks. A collective: all ranks must call it.
 
-    A rank that holds no part of a table never steps its counter, and a checkpoint keeps one copy of an unsharded value.
+    A rank without a shard of a table never increments the counter of the table, but a checkpoint stores an unsharded
+    tensor only once, from any rank.
 
     Args:
-        tensors: From `optimizer_tensors`; all ranks must call together.
+        tensors: From `optimizer_tensors`.
     """
     equal = dict(tensors)
     for key in sorted(tensors):
@@ -71,7 +73,7 @@ def equalise_steps(tensors: StateTensors) -> StateTensors:
 
 
 def column_widths(tensors: StateTensors) -> dict[str, list[int]]:
-    """Widths of the shards of every sharded table of a model, by checkpoint key; the same on all ranks."""
+    """Widths of all column shards of each sharded table of the model, by checkpoint key; equal on all ranks."""
     return {
         key: [shard.shard_sizes[1] for shard in value.metadata().shards_metadata]
         for key, value in tensors.items()
@@ -79,10 +81,10 @@ def column_widths(tensors: StateTensors) -> dict[str, list[int]]:
     }
 
 
-def _cut_like(table: ShardedTensor, value: Tensor, key: str) -> ShardedTensor:
+def _shard_like_table(table: ShardedTensor, value: Tensor, key: str) -> ShardedTensor:
     local = table.local_shards()
     if len(local) > 1 or (local and local[0].tensor.shape != value.shape):
-        raise ValueError(f"{key} of shape {list(value.shape)} does not match this rank's part of its table")
+        raise ValueError(f"{key} of shape {list(value.shape)} does not match the local shard of its table")
     shards = [Shard(value.detach(), shard.metadata) for shard in local]
     return ShardedTensor._init_from_local_shards_and_global_metadata(
         shards, table.metadata(), process_group=table._process_group

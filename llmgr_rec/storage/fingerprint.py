@@ -1,6 +1,7 @@
-"""Config fingerprint: the settings that decide what a stage computes. Checkpoints and shared trainings are told apart by it.
+"""Config fingerprint: the settings that determine the weights of a stage.
 
-What a setting invalidates stands with its field in `llmgr_rec.config`.
+Checkpoints and shared trainings with different fingerprints are not interchangeable. The metadata of each field in
+`llmgr_rec.config` states what a setting invalidates.
 """
 
 import hashlib
@@ -15,42 +16,43 @@ from llmgr_rec.storage.pretrained import resolve_dtype
 
 
 def fingerprint(stage: StageName, config: Config, device: torch.device) -> dict[str, Any]:
-    """Settings that decide what a stage makes of the weights it starts from.
+    """Settings that determine the weights of a stage, given the weights it starts from.
 
     Args:
         stage: Stage.
         config: All settings.
-        device: Device of the model, which decides what `auto` stands for in a number format.
+        device: Device of the model, which determines the number format of `auto`.
 
     Returns:
-        Dotted name to value. A number format stands as what `auto` resolves to, a template file as a hash of its text.
+        Value of each setting by dotted name. The number format `auto` is resolved, and the path of prompt templates is
+        replaced by a hash of their text.
     """
-    found = {
-        one.name: one.value
-        for one in settings(config)
-        if stage in one.info.stages and one.info.invalidates in ("checkpoint", "stages")
+    values = {
+        setting.name: setting.value
+        for setting in settings(config)
+        if stage in setting.info.stages and setting.info.invalidates in ("checkpoint", "stages")
     }
-    for name in {"loss.dtype", "llm.dtype"} & found.keys():
-        found[name] = str(resolve_dtype(found[name], device)).removeprefix("torch.")
-    if "prompt.templates" in found:
-        found["prompt.templates"] = _hash_of_templates(config.prompt.templates)
-    return found
+    for name in {"loss.dtype", "llm.dtype"} & values.keys():
+        values[name] = str(resolve_dtype(values[name], device)).removeprefix("torch.")
+    if "prompt.templates" in values:
+        values["prompt.templates"] = _hash_of_templates(config.prompt.templates)
+    return values
 
 
 def inherited_settings(earlier: StageName, config: Config) -> dict[str, Any]:
-    """Settings in which a stage must equal the stage that it goes on from.
+    """Settings that must be equal in a stage and in the stage that it starts from.
 
     Args:
-        earlier: The stage that it goes on from.
+        earlier: Stage that it starts from.
         config: All settings of either stage.
 
     Returns:
-        Dotted name to value.
+        Value of each setting by dotted name.
     """
     return {
-        one.name: one.value
-        for one in settings(config)
-        if earlier in one.info.stages and one.info.invalidates == "stages"
+        setting.name: setting.value
+        for setting in settings(config)
+        if earlier in setting.info.stages and setting.info.invalidates == "stages"
     }
 
 

@@ -1,4 +1,4 @@
-"""From settings and files to models and collators. Everything that builds a model asks a `ModelFactory`."""
+"""Builds models and collators from settings and files. Training, planning and bundle loading use a `ModelFactory`."""
 
 from dataclasses import replace
 from typing import get_args
@@ -12,7 +12,7 @@ from llmgr_rec.data.collate import CandidateItems, Collator, LastItemsText, Prom
 from llmgr_rec.data.item_tokens import tokenize_items
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_templates import Task, load_templates
-from llmgr_rec.data.session_tokens import closed
+from llmgr_rec.data.session_tokens import append_token
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
@@ -26,36 +26,36 @@ from llmgr_rec.storage.pretrained import (
     weights_hash,
 )
 
-# Between two item texts in a prompt.
+# Separates item texts in a prompt.
 _TEXT_SEPARATOR = "; "
-# Ends an item's text where sessions are encoded as text.
+# Ends each item text in the sequences of the text sequence encoder.
 _TEXT_END = "\n"
 
 
 class ModelFactory:
-    """Loads what the model of a stage needs and builds it. A subclass may replace any part, as experiments do."""
+    """Builds the model of a stage with its language model, prompts and collators. Experiments override parts of it."""
 
     @property
     def name(self) -> str:
-        """What a subclass changes. A bundle is only loaded by a factory of the name that it was made with."""
+        """Name of a subclass, stored in bundles. A bundle can only be loaded by a factory of the same name."""
         return ""
 
     def spec(self, stage: StageName, config: Config, catalog: Catalog) -> ModelSpec:
-        """The model of a stage for a catalog."""
+        """Spec of the model of a stage, for a catalog."""
         return ModelSpec(stage, config, catalog.num_items, catalog.num_embeddings)
 
     def build(
         self, spec: ModelSpec, language: LanguageParts | None, tables_device: torch.device | str
     ) -> SessionRecommender | LLMGR:
-        """The model with fresh weights; see `ModelSpec.build`."""
+        """Builds the model with initial weights; see `ModelSpec.build`."""
         return spec.build(language, tables_device)
 
     def language_parts(self, spec: ModelSpec, catalog: Catalog, device: torch.device) -> LanguageParts | None:
-        """What the model needs of its language model; None without one.
+        """Loads the parts of a language model that the model needs; None if it has no language model.
 
         Args:
-            spec: The model.
-            catalog: Items.
+            spec: Spec of the model.
+            catalog: The items.
             device: Device of the decoder.
 
         Raises:
@@ -67,13 +67,13 @@ class ModelFactory:
         if spec.encodes_prompts:
             decoder = self.decoder(config, device)
             return LanguageParts(decoder, self.prompts(config), Jagged.empty(spec.num_items))
-        # All of its weights train, so they are float32; a GPU computes in bfloat16 all the same.
+        # All of its weights train, so they are float32; on a GPU, autocast still computes in bfloat16.
         decoder = self.decoder(replace(config, llm=replace(config.llm, dtype="float32")), device)
         end = load_tokenizer(config.llm.name_or_path)(_TEXT_END, add_special_tokens=False)["input_ids"]
-        return LanguageParts(decoder, {}, closed(self.item_tokens(config, catalog), end[-1]))
+        return LanguageParts(decoder, {}, append_token(self.item_tokens(config, catalog), end[-1]))
 
     def decoder(self, config: Config, device: torch.device) -> PreTrainedModel:
-        """The bare pre-trained decoder.
+        """Loads the pre-trained decoder without output head.
 
         Raises:
             UserError: It is not available.
@@ -82,7 +82,7 @@ class ModelFactory:
         return load_decoder(llm.name_or_path, llm.num_layers, llm.dtype, device)
 
     def decoder_hash(self, config: Config) -> str:
-        """Hash of the decoder's weights, however many layers are kept.
+        """Hash of the weights of all decoder layers, independent of `llm.num_layers`.
 
         Raises:
             UserError: They are not available.
@@ -90,10 +90,10 @@ class ModelFactory:
         return weights_hash(config.llm.name_or_path)
 
     def prompts(self, config: Config) -> dict[Task, CompiledPrompt]:
-        """The prompt of each task as token ids.
+        """Compiles the prompt of each task to token ids.
 
         Raises:
-            UserError: Template file or tokenizer is not usable.
+            UserError: The template file or the tokenizer is not available.
         """
         tokenizer = load_tokenizer(config.llm.name_or_path)
         return {
@@ -102,10 +102,10 @@ class ModelFactory:
         }
 
     def item_tokens(self, config: Config, catalog: Catalog) -> Jagged:
-        """Token ids of every item's text, [V] rows.
+        """Token ids of the text of each item, V rows.
 
         Raises:
-            UserError: No item has text.
+            UserError: An item has no text.
         """
         tokenizer = load_tokenizer(config.llm.name_or_path)
         return tokenize_items(catalog, tokenizer, list(config.prompt.text_fields), config.prompt.max_text_tokens)
@@ -113,16 +113,16 @@ class ModelFactory:
     def collator(
         self, spec: ModelSpec, catalog: Catalog, purpose: Purpose, item_tokens: Jagged | None = None
     ) -> Collator:
-        """The collator that makes a model's batches.
+        """Builds the collator for the batches of a model.
 
         Args:
-            spec: The model.
-            catalog: Items.
-            purpose: Training of the stage, or ranking (no candidates: item vectors are made separately).
-            item_tokens: From `item_tokens`, where they are at hand; made when needed.
+            spec: Spec of the model.
+            catalog: The items.
+            purpose: `train`, or `rank` for batches without candidates.
+            item_tokens: Result of `item_tokens`, if available; None computes it when needed.
 
         Raises:
-            UserError: The prompts show item text and no item has any.
+            UserError: The prompts show item text and an item has none.
         """
         return Collator(
             catalog,
@@ -135,21 +135,21 @@ class ModelFactory:
     def _prompt_text(
         self, spec: ModelSpec, catalog: Catalog, purpose: Purpose, item_tokens: Jagged | None
     ) -> PromptText | None:
-        config, place = spec.config, spec.text_place(purpose)
-        if place == "none":
+        config, source = spec.config, spec.prompt_text_source(purpose)
+        if source == "none":
             return None
         tokens = self.item_tokens(config, catalog) if item_tokens is None else item_tokens
-        if place == "random_node":
+        if source == "random_node":
             return RandomNodeText(tokens, config.prompt.max_nodes)
         separator = load_tokenizer(config.llm.name_or_path)(_TEXT_SEPARATOR, add_special_tokens=False)["input_ids"]
         return LastItemsText(tokens, config.prompt.text_items, separator)
 
 
 def meta_language_parts(spec: ModelSpec) -> LanguageParts | None:
-    """`ModelFactory.language_parts` without weights or texts: for planning, the parts have their shapes alone.
+    """`ModelFactory.language_parts` on the meta device, without weights and texts, for planning.
 
     Raises:
-        UserError: The language model's configuration is not available.
+        UserError: The configuration of the language model is not available.
     """
     llm = spec.config.llm
     if not spec.has_language_model:

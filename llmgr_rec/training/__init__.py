@@ -1,1 +1,1 @@
-"""Stages, the training loop, optimizers and checkpoints."""
+"""Training runs: preflight, stages, the training loop, optimizers and selection on validation."""

@@ -1,6 +1,6 @@
-"""kNN smoothing of cold items in a trained recommender, over however many ranks the item table is sharded.
+"""kNN smoothing of cold items in a trained recommender, whose item table may be sharded across ranks.
 
-Shapes: V items, U items of a range, N neighbors, C columns of this rank's id rows.
+Shapes: V items, U items of a chunk, N neighbors, C columns of a shard, D columns of the id table.
 """
 
 import numpy as np
@@ -19,18 +19,18 @@ _LOOKUP_ITEMS = 8192
 
 
 class KnnSmoothing:
-    """The id rows of a trained recommender, smoothed with any strength; see `baselines.knn_smoothing`.
+    """Smooths the id rows of a trained recommender with a variable strength; see `baselines.knn_smoothing`.
 
-    Where no item has a neighbor, as on a log without words, rows stay as they were trained, those of items without
-    clicks, too: there a row of zeros stands before too many others.
+    If no item of the catalog has a neighbor, as in a data set without texts, all rows keep their trained values, even
+    those of items without clicks: a row of zeros would rank before items with negative scores.
 
-    Beside the model a rank holds its own part of the id table once more, as it was trained.
+    For its shards of the id table, a rank keeps their trained columns of all V rows in memory.
 
     Args:
-        recommender: Sharded or not.
+        recommender: The trained recommender, sharded or not; `apply` modifies it in place.
         similarity_VV: Cosines of items by their words, the largest of each item; the same on all ranks.
-        train_count_V: Training clicks of each item; those without are nobody's neighbors.
-        collator: Makes the bags of items, none of whose ids are left out.
+        train_count_V: Training clicks of each item; items without any are excluded as neighbors.
+        collator: Makes the bags of items, without masked ids.
         world: Ranks; all call together.
     """
 
@@ -53,49 +53,50 @@ class KnnSmoothing:
 
     @torch.no_grad()
     def apply(self, strength: float) -> None:
-        """Rewrites the rows from what was trained, whatever strength was applied before.
+        """Sets the id rows to the trained rows smoothed with a strength; the strength applied before has no effect.
 
         Args:
-            strength: Clicks that an item's neighbors count for; 0 leaves rows as they were trained.
+            strength: Weight of an item's neighbors, in clicks; 0 restores the trained rows.
         """
         for shard, rows_VC in zip(self._shards, self._trained, strict=True):
             first = shard.row_offset
-            for own in torch.arange(first, first + shard.tensor.shape[0], device=rows_VC.device).split(_LOOKUP_ITEMS):
-                smoothed_UC = rows_VC[own]
+            for items in torch.arange(first, first + shard.tensor.shape[0], device=rows_VC.device).split(_LOOKUP_ITEMS):
+                smoothed_UC = rows_VC[items]
                 if strength and self._has_neighbors:
-                    near_UNC = rows_VC[self._ids_VN[own]]
-                    weights_UN, count_U = self._weights_VN[own], self._train_count_V[own]
-                    smoothed_UC = smooth_rows(smoothed_UC, near_UNC, weights_UN, count_U, strength)
-                shard.tensor[own - first] = smoothed_UC
+                    neighbors_UNC = rows_VC[self._ids_VN[items]]
+                    weights_UN, count_U = self._weights_VN[items], self._train_count_V[items]
+                    smoothed_UC = smooth_rows(smoothed_UC, neighbors_UNC, weights_UN, count_U, strength)
+                shard.tensor[items - first] = smoothed_UC
 
 
 def nearest_trained(similarity_VV: sparse.csr_array, train_count_V: Tensor) -> tuple[Tensor, Tensor]:
-    """The trained items that are most like each item.
+    """The nearest neighbors of each item among the items with training clicks.
 
     Args:
-        similarity_VV: Cosines of items; absent ones are 0.
+        similarity_VV: Cosines of items; absent entries are 0.
         train_count_V: Training clicks of each item.
 
     Returns:
-        Items, int64 [V, N], and their weights, float32 [V, N]; 0 where an item has fewer.
+        Indices of the neighbors, int64 [V, N], and their weights, float32 [V, N]; weight 0 fills rows of items with
+        fewer neighbors.
     """
     is_trained_V = sparse.diags_array((train_count_V > 0).numpy().astype(np.float32))
     trained_VV = sparse.csr_array(similarity_VV @ is_trained_V)
     trained_VV.eliminate_zeros()
-    entries, place = best_entries(trained_VV, K_NEIGHBORS)
-    entries, place = entries[place < K_NEIGHBORS], place[place < K_NEIGHBORS]
+    entries, rank = best_entries(trained_VV, K_NEIGHBORS)
+    entries, rank = entries[rank < K_NEIGHBORS], rank[rank < K_NEIGHBORS]
     rows = np.repeat(np.arange(trained_VV.shape[0]), np.diff(trained_VV.indptr))[entries]
     ids_VN = torch.zeros(trained_VV.shape[0], K_NEIGHBORS, dtype=torch.int64)
     cosines_VN = torch.zeros(trained_VV.shape[0], K_NEIGHBORS)
-    ids_VN[rows, place] = torch.from_numpy(trained_VV.indices[entries].astype(np.int64))
-    cosines_VN[rows, place] = torch.from_numpy(trained_VV.data[entries].astype(np.float32))
+    ids_VN[rows, rank] = torch.from_numpy(trained_VV.indices[entries].astype(np.int64))
+    cosines_VN[rows, rank] = torch.from_numpy(trained_VV.data[entries].astype(np.float32))
     return ids_VN, neighbor_weights(cosines_VN)
 
 
 def _look_up(recommender: SessionRecommender, shards: list[Shard], collator: Collator, world: World) -> list[Tensor]:
-    """For each shard its columns of all id rows, [V, C].
+    """The columns of each shard, of all V id rows, [V, C].
 
-    A lookup, and not the shard itself: it has all rows however the table is sharded.
+    Neighbors may be in shards of other ranks, so the rows are looked up instead of copied from the shard.
     """
     parts: list[list[Tensor]] = [[] for _ in shards]
     for items in torch.arange(collator.num_items).split(_LOOKUP_ITEMS):

@@ -1,4 +1,4 @@
-"""The optimizer loop of one stage: pipelined steps, metrics, validation, checkpoints, exact resume."""
+"""The training loop of one stage: pipelined steps, metrics, validation, checkpoints and exact resume."""
 
 import logging
 import time
@@ -26,20 +26,20 @@ from llmgr_rec.training.optimizers import CosineSchedule
 logger = logging.getLogger(__name__)
 
 SELECTION_METRIC = "ndcg@20"
-# Seconds between log lines where no terminal shows the progress bar.
+# Seconds between log lines of progress if no terminal shows the progress bar.
 _LOG_LINE_SECONDS = 30.0
 
 
 @dataclass
 class Position:
-    """Where a stage stands; together with the seed it is the whole state besides weights and optimizer.
+    """Progress of a stage; with the seed, it is the complete training state except weights and optimizer.
 
     Args:
         epoch: Epoch of the next step.
         epoch_step: Steps done in that epoch.
         step: Steps done in the stage.
-        best: Best validation value so far.
-        stale: Validations since the best one.
+        best: Best validation value of `SELECTION_METRIC` so far.
+        stale: Number of validations since the best one.
     """
 
     epoch: int = 0
@@ -51,23 +51,23 @@ class Position:
 
 @dataclass
 class StageLoop:
-    """Runs the steps of one stage.
+    """Trains one stage.
 
     Args:
-        name: Stage name, as it stands in metrics and checkpoint folders.
+        name: Stage name, used in metrics and checkpoint folders.
         model: The stage's task, sharded.
         optimizer: From `build_optimizer`.
         reader: Training examples.
-        settings: Schedule of the stage.
-        warmup: Share of the steps in warm-up, 0 to 1.
-        runtime: Use of the machine.
-        seed: Seed of dropout and of every other random choice in the steps.
+        settings: Epochs, learning rate and early stopping of the stage.
+        warmup: Share of the steps in linear warm-up, 0 to 1.
+        runtime: Logging, validation and checkpoint intervals.
+        seed: Seed of dropout and of all other random numbers of the steps.
         world: Ranks.
-        metrics: Receives metrics.
+        metrics: Logger of the training and validation metrics.
         checkpoints: Newest states, for resuming.
         best: Best state by validation, for export.
-        validate: Computes validation metrics of the present weights; all ranks call it together. None where the data
-            set has no validation sessions: then the last weights are the result.
+        validate: Computes validation metrics of the current weights; all ranks call it together. None without
+            validation: then the last weights are the result.
     """
 
     name: str
@@ -91,10 +91,14 @@ class StageLoop:
         self._bar = progress(self._total_steps, self.name, "step")
 
     def run(self, position: Position) -> None:
-        """Trains from a position to the end of the stage; the model then holds the best validated weights."""
+        """Trains from a position to the end of the stage, then loads the best weights by validation.
+
+        Raises:
+            UserError: The loss is not finite.
+        """
         self._bar.update(position.step)
         self._first_step, self._started = position.step, time.monotonic()
-        self._said = self._started
+        self._last_progress = self._started
         while position.step < self._total_steps and not self._out_of_patience(position):
             self._run_epoch(position)
         self._bar.close()
@@ -102,10 +106,10 @@ class StageLoop:
             self.best.load(self.model, None)
 
     def resume(self) -> Position:
-        """Loads the newest complete checkpoint into model and optimizer; a fresh position where there is none.
+        """Loads the newest complete checkpoint into model and optimizer, if there is one, and returns its position.
 
         Raises:
-            UserError: The checkpoint or the training files are not those of this run.
+            UserError: The checkpoint or the training files do not belong to this run.
         """
         position = Position()
         if self.checkpoints.latest() is not None:
@@ -122,10 +126,10 @@ class StageLoop:
             self._total_steps - position.step,
         )
         last_step = position.epoch_step + steps
-        batches = _Timed(islice(self.reader.batches(position.epoch, position.epoch_step), steps))
+        batches = _TimedBatches(islice(self.reader.batches(position.epoch, position.epoch_step), steps))
 
         def forward(batch: SessionBatch) -> LossAndParts:
-            # Not before the whole step: a pipeline that is filled first, as after a resume, draws random numbers too.
+            # Seeded here, not before the step, because filling the pipeline (after a resume) draws random numbers.
             torch.manual_seed(step_seed(self.seed, self.name, position.step, self.world.rank))
             batches.used += batch.global_size
             return self.model(batch)
@@ -145,7 +149,7 @@ class StageLoop:
                     f"stage {self.name}: no lookup was pipelined; does forward change the batch before it?"
                 )
             epoch_ends, checkpoint_due = position.epoch_step == last_step, self._checkpoint_due(position)
-            # A resumed run starts with an empty window, so none may stretch over a checkpoint.
+            # A resumed run starts with an empty window, so each window ends at a checkpoint.
             if position.step % self.runtime.log_every == 0 or checkpoint_due or epoch_ends:
                 self._log(position, window, factor)
                 if checkpoint_due and not epoch_ends:
@@ -191,7 +195,7 @@ class StageLoop:
         return bool(every) and position.step % every == 0
 
     def _save(self, position: Position) -> None:
-        # The reader itself is ahead of the steps: the pipeline has batches in flight.
+        # Not the reader's own position, which is ahead by the batches in the pipeline.
         reader = {**self.reader.state_dict(), "epoch": position.epoch, "step": position.epoch_step}
         state = {"position": asdict(position), "reader": reader}
         self.checkpoints.save(position.step, self.model, self.optimizer, state)
@@ -204,7 +208,7 @@ class StageLoop:
                 f"lower --{self.name}.lr or --tables.lr and start again with another --output"
             )
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
-        self._say(position.step, means["loss"])
+        self._log_progress(position.step, means["loss"])
         self.metrics.write(
             self.name,
             position.step,
@@ -215,30 +219,37 @@ class StageLoop:
             **means,
         )
 
-    def _say(self, step: int, loss: float) -> None:
-        """A line with an ETA now and then, for whoever reads a log instead of a progress bar."""
+    def _log_progress(self, step: int, loss: float) -> None:
+        """Logs progress and remaining time every `_LOG_LINE_SECONDS`, unless a progress bar is shown."""
         now = time.monotonic()
-        if not self._bar.disable or now - self._said < _LOG_LINE_SECONDS:
+        if not self._bar.disable or now - self._last_progress < _LOG_LINE_SECONDS:
             return
-        left = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
-        logger.info("%s step %d of %d, loss %.4f, about %d s left", self.name, step, self._total_steps, loss, left)
-        self._said = now
+        remaining = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
+        logger.info("%s step %d of %d, loss %.4f, about %d s left", self.name, step, self._total_steps, loss, remaining)
+        self._last_progress = now
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int) -> int:
-    """Seed of one step on one rank: random state is a function of these four, so none has to be stored."""
+    """Seed of one step on one rank; as a function of these four, the random state need not be saved.
+
+    Args:
+        seed: Seed of the run.
+        stage: Stage name.
+        step: Step in the stage, from 0.
+        rank: Rank.
+    """
     mixed = seed
     for value in (sum(map(ord, stage)), step, rank):
         mixed = (mixed * 6364136223846793005 + value + 1442695040888963407) % 2**63
     return mixed
 
 
-class _Timed(Iterator[SessionBatch]):
-    """Passes batches on and adds up the seconds spent waiting for them, and the examples of those that were used."""
+class _TimedBatches(Iterator[SessionBatch]):
+    """An iterator of batches that measures the seconds spent waiting for them and counts the examples trained on."""
 
     def __init__(self, batches: Iterator[SessionBatch]) -> None:
         self._batches = batches
-        self.waited = 0.0
+        self.wait_seconds = 0.0
         self.used = 0
 
     def __next__(self) -> SessionBatch:
@@ -246,16 +257,16 @@ class _Timed(Iterator[SessionBatch]):
         try:
             return next(self._batches)
         finally:
-            self.waited += time.perf_counter() - start
+            self.wait_seconds += time.perf_counter() - start
 
 
 class _Window:
-    """Sums of the steps between two log lines; tensors stay on the device until the line is written."""
+    """Sums over the steps between two log records; they stay on the device until the record is written."""
 
-    def __init__(self, batches: _Timed) -> None:
+    def __init__(self, batches: _TimedBatches) -> None:
         self._batches = batches
-        self._waited = batches.waited
-        self._used = batches.used
+        self._wait_seconds_before = batches.wait_seconds
+        self._used_before = batches.used
         self._start = time.perf_counter()
         self._sums: dict[str, torch.Tensor] = {}
         self.steps = 0
@@ -272,10 +283,10 @@ class _Window:
         return time.perf_counter() - self._start
 
     def examples(self) -> int:
-        return self._batches.used - self._used
+        return self._batches.used - self._used_before
 
     def waiting_share(self) -> float:
-        return (self._batches.waited - self._waited) / self.seconds()
+        return (self._batches.wait_seconds - self._wait_seconds_before) / self.seconds()
 
 
 def _is_finite(value: float) -> bool:

@@ -1,6 +1,6 @@
-"""Memory plan of a run on given ranks, made without data, memory or a process group: models are built on meta.
+"""Memory plan of a run on given ranks. Models are built on the meta device, without data or a process group.
 
-Sizes are bytes unless named otherwise.
+Sizes are in bytes unless stated otherwise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.modules.model_spec import ModelSpec, query_width
 from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.model_factory import meta_language_parts
@@ -27,7 +27,7 @@ from llmgr_rec.storage.model_factory import meta_language_parts
 FROZEN = "frozen"
 _FLOAT_BYTES = 4
 _CACHES = ("item_rows_VD", "rows_VD", "text_VH")
-# A trained dense parameter has its value, its gradient and AdamW's two moments, all float32.
+# Value, gradient and two AdamW moments of a trained dense parameter, all float32.
 _TRAINED_BYTES = 4 * _FLOAT_BYTES
 
 
@@ -36,7 +36,7 @@ class CatalogSizes:
     """Sizes of a catalog.
 
     Args:
-        num_items: Items.
+        num_items: Number of items.
         num_embeddings: Vocabulary size of each side feature.
     """
 
@@ -65,8 +65,8 @@ class TablePlan:
 
     Args:
         footprint: Its size.
-        sharding: Sharding type; empty if no plan was found.
-        bytes_per_rank: Rows and optimizer state on each rank that holds a part.
+        sharding: TorchRec sharding type; empty if there is no feasible plan.
+        bytes_per_rank: Weights and optimizer state on each rank that has a shard.
     """
 
     footprint: Footprint
@@ -81,14 +81,15 @@ class StagePlan:
     Args:
         spec: The stage's model.
         tables: Its tables.
-        problem: Why the tables cannot be sharded; empty if they can.
+        problem: Why there is no feasible sharding of the tables; empty if there is one.
         parameters: Number of dense parameters by parameter group; those that do not train in this stage are FROZEN.
-        pipelined: Lookups that a training pipeline overlaps with computation.
-        blocking: Lookups that it cannot overlap.
-        dense_bytes: Memory of the dense parameters on every rank, gradients and optimizer state included; of a
-            language model that is sharded across ranks, one rank's shard.
-        cached_bytes: Memory of the cached item vectors on every rank.
-        decoder_ranks: Ranks that the language model is sharded across; 1 if each holds all of it, or there is none.
+        pipelined: Table lookups that the training pipeline overlaps with computation.
+        blocking: Table lookups that it cannot overlap.
+        dense_bytes: Memory of the dense parameters on each rank, gradients and optimizer state included; of a language
+            model that is sharded across ranks, one shard.
+        cached_bytes: Memory of the cached item vectors on each rank.
+        query_width: Number of columns of queries and item vectors in ranking.
+        decoder_ranks: Number of ranks that the language model is sharded across; 1 if it is replicated or absent.
     """
 
     spec: ModelSpec
@@ -99,6 +100,7 @@ class StagePlan:
     blocking: list[str]
     dense_bytes: int
     cached_bytes: int
+    query_width: int
     decoder_ranks: int
 
 
@@ -114,8 +116,8 @@ def plan_memory(
         stages: Stages to plan; None plans all that the settings train.
 
     Raises:
-        UserError: Settings that do not go together, or a language model that is not available. Tables that do not fit
-            are reported in the plan instead.
+        UserError: Settings conflict, or the language model is not available. Tables that do not fit are reported in
+            `StagePlan.problem` instead.
     """
     return [
         _plan_stage(ModelSpec(stage, config, sizes.num_items, sizes.num_embeddings), ranks)
@@ -125,7 +127,8 @@ def plan_memory(
 
 def _plan_stage(spec: ModelSpec, ranks: Ranks) -> StagePlan:
     config = spec.config
-    task = spec.build_task(_meta_model(spec))
+    model = _meta_model(spec)
+    task = spec.build_task(model)
     select_trainable(task, spec.trains)
     decoder_ranks = ranks.size if config.llm.fsdp and any(True for _ in decoder_parameters(task)) else 1
     parameters, dense_bytes = _count(task, decoder_ranks)
@@ -151,6 +154,7 @@ def _plan_stage(spec: ModelSpec, ranks: Ranks) -> StagePlan:
         blocking=blocking,
         dense_bytes=dense_bytes,
         cached_bytes=sum(buffer.numel() * _FLOAT_BYTES for buffer in cached),
+        query_width=query_width(model),
         decoder_ranks=decoder_ranks,
     )
 
@@ -166,17 +170,17 @@ def _meta_model(spec: ModelSpec) -> SessionRecommender | LLMGR:
 
 
 def _count(task: nn.Module, decoder_ranks: int) -> tuple[dict[str, int], int]:
-    """Parameters outside of tables by group, and their memory on a rank that holds one of the decoder's parts."""
+    """Number of dense parameters by group, and their memory on one rank; the decoder is sharded across its ranks."""
     counts: dict[str, int] = {}
     size = 0
-    cut = set(decoder_parameters(task))
+    sharded = set(decoder_parameters(task))
     for name, parameter in task.named_parameters():
         if "embedding_bags" in name.split("."):
             continue
         group = str(param_group(name)) if parameter.requires_grad else FROZEN
         counts[group] = counts.get(group, 0) + parameter.numel()
-        held = -(-parameter.numel() // decoder_ranks) if parameter in cut else parameter.numel()
-        size += held * (_TRAINED_BYTES if parameter.requires_grad else parameter.element_size())
+        local = -(-parameter.numel() // decoder_ranks) if parameter in sharded else parameter.numel()
+        size += local * (_TRAINED_BYTES if parameter.requires_grad else parameter.element_size())
     return counts, size
 
 
@@ -188,15 +192,15 @@ def _table_plan(footprint: Footprint, plan: ShardingPlan) -> TablePlan:
     for shard in spec.shards:
         rank = shard.placement.rank()
         share = shard.shard_sizes[0] * shard.shard_sizes[1] / (footprint.rows * footprint.dim)
-        own = round(share * (footprint.weight_bytes + footprint.state_bytes))
-        bytes_per_rank[rank] = bytes_per_rank.get(rank, 0) + own
+        shard_bytes = round(share * (footprint.weight_bytes + footprint.state_bytes))
+        bytes_per_rank[rank] = bytes_per_rank.get(rank, 0) + shard_bytes
     return TablePlan(footprint, parameter.sharding_type, bytes_per_rank)
 
 
 def _trace(task: nn.Module) -> tuple[list[str], list[str]]:
-    """Table lookups that TorchRec's pipeline can and cannot move ahead: their input must come straight from the batch.
+    """Table lookups that TorchRec's pipeline can overlap, because their input is an attribute of the batch, and others.
 
-    The same symbolic trace and rule as TorchRec's own, which needs the model sharded and ranks to shard it over.
+    The symbolic trace and the rule are those of TorchRec, which applies them only to sharded models.
     """
     collections = {name for name, module in task.named_modules() if isinstance(module, EmbeddingBagCollection)}
     graph = _LookupTracer(leaf_modules=_leaves(task)).trace(task)
@@ -214,15 +218,15 @@ class _LookupTracer(Tracer):
 
 
 def _leaves(task: nn.Module) -> list[str]:
-    """The largest modules that hold no tables."""
+    """The largest modules that contain no tables."""
 
-    def holds_tables(module: nn.Module) -> bool:
+    def contains_tables(module: nn.Module) -> bool:
         return any(isinstance(part, EmbeddingBagCollection) for part in module.modules())
 
     leaves = []
     for name, module in task.named_modules():
         parent = task.get_submodule(name.rpartition(".")[0]) if name else None
-        if parent is not None and holds_tables(parent) and not holds_tables(module):
+        if parent is not None and contains_tables(parent) and not contains_tables(module):
             leaves.append(name)
     return leaves
 

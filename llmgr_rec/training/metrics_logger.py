@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl and TensorBoard events, written by rank 0."""
+"""Metrics logger of a run: metrics.jsonl and TensorBoard events, written by rank 0."""
 
 import json
 from pathlib import Path
@@ -8,14 +8,14 @@ from llmgr_rec.files import atomic_write
 
 
 class MetricsLogger:
-    """Appends records to RUN/metrics.jsonl and mirrors their numbers to RUN/tensorboard."""
+    """Appends records to RUN/metrics.jsonl and writes their numbers to RUN/tensorboard."""
 
     def __init__(self, run: Path, enabled: bool) -> None:
         """Opens the log.
 
         Args:
             run: Run folder.
-            enabled: False on all ranks but rank 0; then every call does nothing.
+            enabled: False on all ranks except 0, where every call does nothing.
         """
         self._path = run / "metrics.jsonl"
         self._enabled = enabled
@@ -26,7 +26,13 @@ class MetricsLogger:
             self._writer = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, stage: str, step: int, **values: Any) -> None:
-        """Adds one record; the line is in the file when the call returns."""
+        """Appends one record; its line is in the file when the call returns.
+
+        Args:
+            stage: Stage name.
+            step: Steps done in the stage.
+            **values: JSON values; `split` is part of the TensorBoard tag.
+        """
         if not self._enabled:
             return
         with self._path.open("a") as file:
@@ -37,16 +43,16 @@ class MetricsLogger:
                 self._writer.add_scalar("/".join(filter(None, (stage, prefix, name))), value, step)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drops this stage's records after a step: a resumed run writes them again."""
+        """Deletes the records of a stage after a step, because a resumed run writes them again."""
         if not self._enabled or not self._path.exists():
             return
-        kept = [
+        lines = [
             line
             for line in self._path.read_text().splitlines()
             if (record := _parse(line)) and not (record["stage"] == stage and record["step"] > step)
         ]
         with atomic_write(self._path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.write_text("".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
         """Flushes TensorBoard events."""
@@ -55,7 +61,7 @@ class MetricsLogger:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    # The last line of a killed run may be cut short.
+    # The last line of a killed run may be incomplete.
     try:
         return json.loads(line)
     except json.JSONDecodeError:

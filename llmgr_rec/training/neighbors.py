@@ -28,15 +28,21 @@ def neighbor_scores(
     world: World,
     folder: Path | None = None,
 ) -> list[Blend]:
-    """The scores of each nearest-neighbor baseline by itself, with weight 1.
+    """The scores of each nearest-neighbor baseline, with weight 1.
 
     Args:
-        names: Baselines, from the training split or the items' text.
-        k_neighbors: Most similar items kept per item.
+        names: Baselines, computed from the training split or the items' texts.
+        k_neighbors: Number of most similar items kept per item.
         dataset: Prepared sessions.
         catalog: Their items.
-        world: Ranks; all call together. Rank 0 computes and broadcasts, however long it takes.
-        folder: Folder where rank 0 caches them; None caches nothing.
+        world: Ranks; all call together. Rank 0 computes and broadcasts, with a timeout of days.
+        folder: Folder where rank 0 caches them; None disables the cache.
+
+    Returns:
+        A blend per name, in the order of `names`.
+
+    Raises:
+        UserError: A baseline is unknown or is not based on item similarities.
     """
     if not names:
         return []
@@ -54,7 +60,7 @@ def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, fol
         try:
             return Blend.load(file)
         except UserError:
-            logger.info("%s is damaged and is computed again", file)
+            logger.info("%s is damaged; computing it again", file)
     scores = _compute(name, k_neighbors, dataset, catalog)
     with atomic_write(file) as partial:
         scores.save(partial)
@@ -62,7 +68,7 @@ def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, fol
 
 
 def _key(name: str, k_neighbors: int, dataset: Dataset) -> str:
-    """Hash of a baseline's settings and of the files that it may read: all but those of validation and test."""
+    """Hash of a baseline's settings and of all files of the data set except validation and test."""
     files = {
         path: entry.sha256
         for path, entry in dataset.manifest.files.items()
@@ -75,7 +81,7 @@ def _compute(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog) ->
     baseline = build_neighbors(name, dataset, catalog, k_neighbors)
     if not isinstance(baseline, ItemNeighbors):
         raise UserError(
-            f"setting blend.neighbors names {name}, which made a {type(baseline).__name__} without a matrix of item "
-            "similarities; derive it from llmgr_rec.baselines.knn.ItemNeighbors"
+            f"setting blend.neighbors contains {name}, whose builder returned a {type(baseline).__name__} instead of a "
+            "subclass of llmgr_rec.baselines.knn.ItemNeighbors; derive it from that class"
         )
     return Blend({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)

@@ -1,4 +1,4 @@
-"""Optimizers of one stage: fused ones on the tables, AdamW with clipping on the rest, one schedule over both."""
+"""Optimizers of one stage: fused optimizers of the tables, AdamW with gradient clipping, and one schedule for both."""
 
 import math
 from typing import Any
@@ -15,16 +15,16 @@ from llmgr_rec.modules.param_groups import param_group
 
 
 def build_optimizer(model: nn.Module, stage: StageConfig, config: Config) -> CombinedOptimizer:
-    """Optimizer over everything the stage trains.
+    """Optimizer of all trainable parameters of a stage.
 
     Args:
-        model: The stage's task inside DistributedModelParallel, trainable groups already selected.
-        stage: Learning rate of the dense parameters (AdamW, as in the paper).
-        config: Their weight decay and clipping; learning rate of tables that no fused optimizer updates (adam on CPU).
+        model: The stage's task in DistributedModelParallel, with `requires_grad` set by `select_trainable`.
+        stage: Learning rate of the dense parameters (AdamW, as in LLMGR).
+        config: Their weight decay and clipping; learning rate of tables without a fused optimizer (Adam on CPU).
 
     Returns:
-        Groups named "" (fused), "dense" and "tables" (only where tables are trained by a dense Adam). Optimizer state
-        exists from the start, so that a checkpoint can be loaded into it.
+        Optimizers named "" (fused), "dense" and "tables" (only if tables are trained by a dense Adam). Their state is
+        initialized, so that a checkpoint can be loaded.
     """
     trained = {
         name: parameter
@@ -36,7 +36,8 @@ def build_optimizer(model: nn.Module, stage: StageConfig, config: Config) -> Com
     groups: list[tuple[str, KeyedOptimizer]] = [("", model.fused_optimizer)]
     if dense_by_name:
         adamw = KeyedOptimizerWrapper(
-            dense_by_name, lambda p: optim.AdamW(_apart(p), lr=stage.lr, weight_decay=config.optimizer.weight_decay)
+            dense_by_name,
+            lambda p: optim.AdamW(_split_by_sharding(p), lr=stage.lr, weight_decay=config.optimizer.weight_decay),
         )
         _init_state(adamw)
         groups.append(("dense", _clipped(adamw, config.optimizer.clip_norm)))
@@ -48,7 +49,7 @@ def build_optimizer(model: nn.Module, stage: StageConfig, config: Config) -> Com
 
 
 def _init_state(optimizer: KeyedOptimizerWrapper) -> None:
-    """Makes the state of an optimizer that has taken no step; TorchRec makes it by a step on gradients of zero."""
+    """Initializes the state without changing parameters: TorchRec does so by a step, here at learning rate 0."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -59,32 +60,32 @@ def _init_state(optimizer: KeyedOptimizerWrapper) -> None:
         state["step"].zero_()
 
 
-def _apart(parameters: list[Tensor]) -> list[dict[str, Any]]:
-    """Parameters that are cut over ranks in a group of their own: one update of many tensors mixes no two kinds."""
-    kinds = [[p for p in parameters if isinstance(p, DTensor) is cut] for cut in (False, True)]
+def _split_by_sharding(parameters: list[Tensor]) -> list[dict[str, Any]]:
+    """A param group each for plain tensors and DTensors, which torch's foreach update cannot mix."""
+    kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
     return [{"params": kind} for kind in kinds if kind]
 
 
 def _clipped(optimizer: KeyedOptimizerWrapper, norm: float) -> GradientClippingOptimizer:
-    """Clips the norm of the whole gradient: of what is cut over ranks, each rank's part counts once."""
-    cut = shard_groups(optimizer.params.values())
+    """Clips the norm of the whole gradient, summed over the shards of parameters that are sharded across ranks."""
+    groups = shard_groups(optimizer.params.values())
     return GradientClippingOptimizer(
-        optimizer, GradientClipping.NORM, norm, enable_global_grad_clip=bool(cut), param_to_pgs=cut
+        optimizer, GradientClipping.NORM, norm, enable_global_grad_clip=bool(groups), param_to_pgs=groups
     )
 
 
 class CosineSchedule:
-    """Linear warm-up, then a cosine to zero, as a factor on every group's own peak rate.
+    """Linear warm-up and cosine decay to zero, as a factor of each param group's peak learning rate.
 
-    The rate is a function of the step alone, so a resumed run needs no schedule state.
+    The learning rate depends only on the step, so the schedule has no state to save.
     """
 
     def __init__(self, optimizer: CombinedOptimizer, total_steps: int, warmup: float) -> None:
-        """Reads the peak rates from the optimizer.
+        """Takes the current learning rates as peaks.
 
         Args:
-            optimizer: Its groups' present learning rates are the peaks.
-            total_steps: Steps of the whole stage.
+            optimizer: Optimizer whose param groups are scheduled.
+            total_steps: Steps of the stage.
             warmup: Share of the steps in warm-up, 0 to 1.
         """
         self._groups = optimizer.param_groups
@@ -93,17 +94,17 @@ class CosineSchedule:
         self._warmup = round(warmup * total_steps)
 
     def factor(self, step: int) -> float:
-        """Share of the peak rate at a step (counted from 0), above 0 up to 1."""
+        """Learning rate at a step (from 0) as a share of the peak, 0 to 1."""
         if step < self._warmup:
             return (step + 1) / self._warmup
         done = (step - self._warmup) / max(self._total - self._warmup, 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def apply(self, step: int) -> float:
-        """Sets every group's rate for a step; fused optimizers take it up at the next zero_grad.
+        """Sets the learning rates for a step; fused optimizers use them from the next `zero_grad` on.
 
         Returns:
-            The factor applied.
+            The factor of the peak learning rates.
         """
         factor = self.factor(step)
         for group, peak in zip(self._groups, self._peaks, strict=True):

@@ -1,4 +1,4 @@
-"""Preflight of a run: every rank finds all user errors by itself, before any rank waits for another."""
+"""Preflight of a run: every rank checks for all user errors before the process group starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,22 +23,22 @@ from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
 
-# File in a run folder that a process locks while it trains there.
+# File in a run folder that a process locks while it trains in it.
 LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the user asks for.
+    """Arguments of a training run.
 
     Args:
         config: All settings.
-        dataset: Folder made by prepare.
+        dataset: Folder written by prepare.
         output: Run folder.
-        stage: One stage, or all in order.
-        resume: Continue what is in the run folder.
-        launch: Name of the launch, the same on all ranks and after every restart by the launcher; empty without one.
-        text_embeddings: Folder of text embeddings of the items, which runs may share; None keeps them in the run folder.
+        stage: One stage, or `all` in order.
+        resume: Whether to continue the run in the run folder.
+        launch: Run id of the launcher, the same on all ranks and after each of its restarts; empty without a launcher.
+        text_embeddings: Folder of text embeddings of the items, which runs may share; None takes a folder in the run.
         factory: Builds the models.
     """
 
@@ -54,12 +54,12 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run that may start.
+    """A run that has passed the preflight.
 
     Args:
         dataset: Prepared sessions.
         catalog: Their items.
-        stages: Stages to train, in order, without those that are complete.
+        stages: Stages to train, in order, without complete ones.
     """
 
     dataset: Dataset
@@ -68,13 +68,13 @@ class CheckedRun:
 
 
 def check_run(request: RunRequest) -> CheckedRun:
-    """Checks everything that a run reads and the folder that it writes to, and changes nothing.
+    """Checks the settings, the inputs and the run folder of a run, without modifying anything.
 
     Args:
-        request: What the user asks for.
+        request: Arguments of the run.
 
     Raises:
-        UserError: Anything that the user can fix.
+        UserError: A setting, an input or the run folder is not usable; the message says how to fix it.
     """
     request.config.validate()
     check_blended(request.config.blend.neighbors)
@@ -104,7 +104,7 @@ def _check_sessions(dataset: Dataset, catalog: Catalog) -> None:
     if catalog.hash != dataset.manifest.catalog_hash:
         raise UserError(
             f"{dataset.items_path} is not the catalog of manifest.json; "
-            "make the data set again with python -m llmgr_rec.prepare"
+            "prepare the data set again with python -m llmgr_rec.prepare"
         )
     for split in ("train", "valid"):
         groups = RowGroups(dataset.parts(split), num_items=catalog.num_items, by_click=False)
@@ -113,18 +113,18 @@ def _check_sessions(dataset: Dataset, catalog: Catalog) -> None:
 
 
 def _stages_to_run(request: RunRequest) -> list[StageName]:
-    """Stages in order, without those that are complete (on resume) or have no epochs."""
-    wanted = [stage for stage in STAGES if request.stage in ("all", stage)]
-    done = _complete_stages(request.output)
-    if not request.resume and (again := [stage for stage in wanted if stage in done]):
+    """Stages to train in order, without those that are complete (on resume) or have 0 epochs."""
+    requested = [stage for stage in STAGES if request.stage in ("all", stage)]
+    complete = _complete_stages(request.output)
+    if not request.resume and (repeated := [stage for stage in requested if stage in complete]):
         raise UserError(
-            f"stage {again[0]} of {request.output} is complete already; "
+            f"stage {repeated[0]} of {request.output} is already complete; "
             "give another --output, or --resume to train the missing stages"
         )
     trained = trained_stages(request.config)
     if request.stage != "all" and request.stage not in trained:
         raise UserError(f"setting {request.stage}.epochs is 0, so --stage {request.stage} has nothing to train")
-    return [stage for stage in wanted if stage not in done and stage in trained]
+    return [stage for stage in requested if stage not in complete and stage in trained]
 
 
 def _complete_stages(output: Path) -> set[StageName]:
@@ -132,35 +132,35 @@ def _complete_stages(output: Path) -> set[StageName]:
 
 
 def _check_output(output: Path) -> None:
-    """The folder is absent, empty or a run, and is writable."""
+    """Checks that the folder is writable, and absent, empty or a run."""
     require_writable(output)
     files = [path for path in output.iterdir() if path.name != LOCK] if output.exists() else []
     if files and not (output / "config.yaml").is_file():
-        raise UserError(f"output folder {output} is not empty and is no training run; give another --output")
+        raise UserError(f"output folder {output} is not empty and not a training run; give another --output")
 
 
 def _check_order(request: RunRequest, stages: Sequence[StageName]) -> None:
-    """A stage starts from the stages before it, and never from a later one."""
-    output, first, done = request.output, stages[0], _complete_stages(request.output)
+    """Checks that the stages before the first one are complete, and that no later one is."""
+    output, first, complete = request.output, stages[0], _complete_stages(request.output)
     started = [stage for stage in stages if (output / "checkpoints" / stage).exists()]
     if not request.resume and (started or (request.stage == "all" and (output / "config.yaml").exists())):
-        raise UserError(f"{output} holds a run already; add --resume to continue it, or give another --output")
+        raise UserError(f"{output} already contains a run; add --resume to continue it, or give another --output")
     position = STAGES.index(first)
     earlier = [stage for stage in trained_stages(request.config) if STAGES.index(stage) < position]
-    if missing := [stage for stage in earlier if stage not in done]:
-        skip = "" if missing[0] == "sbr" else f", or leave it out with --{missing[0]}.epochs 0"
+    if missing := [stage for stage in earlier if stage not in complete]:
+        skip = "" if missing[0] == "sbr" else f", or skip it with --{missing[0]}.epochs 0"
         raise UserError(
             f"stage {first} starts from stage {missing[-1]}, which is not complete in {output}; "
             f"train it first with --stage {missing[0]}{skip}"
         )
-    if later := [stage for stage in STAGES[position + 1 :] if stage in done]:
+    if later := [stage for stage in STAGES[position + 1 :] if stage in complete]:
         raise UserError(
-            f"stage {first} comes before stage {later[0]}, which is complete in {output}; give another --output"
+            f"stage {first} precedes stage {later[0]}, which is complete in {output}; give another --output"
         )
 
 
 def _check_same_data(bundle: Path, dataset: Dataset, catalog: Catalog) -> None:
-    """Complete stages were trained on these sessions and items, and on the same words, brands and categories."""
+    """Checks that the complete stages were trained on the same sessions, items and side features."""
     check_trained_on(bundle, dataset)
     if read_index(bundle).features_hash not in ("", catalog.features_hash):
         raise UserError(
@@ -170,17 +170,22 @@ def _check_same_data(bundle: Path, dataset: Dataset, catalog: Catalog) -> None:
 
 
 def _check_earlier_stage(request: RunRequest, first: StageName) -> None:
-    """The bundle that the first stage starts from holds the same model."""
+    """Checks that the bundle from which the first stage starts was trained with the same settings."""
     if first == "sbr":
         return
     config, output = request.config, request.output
     bundle = latest_bundle(output / "export")
-    index, before = read_index(bundle), load_config(bundle / "config.yaml")
-    then = inherited_settings(index.stage, before)
-    for name, now in inherited_settings(index.stage, config).items():
-        if now != then[name]:
+    index, trained_config = read_index(bundle), load_config(bundle / "config.yaml")
+    if index.factory and not request.factory.name:
+        raise UserError(
+            f"stage {index.stage} in {output} was trained by an experiment with controls {index.factory}; "
+            "give another --output"
+        )
+    trained = inherited_settings(index.stage, trained_config)
+    for name, value in inherited_settings(index.stage, config).items():
+        if value != trained[name]:
             raise UserError(
-                f"setting {name} is {now}, but stage {index.stage} in {output} was trained with {then[name]}; "
+                f"setting {name} is {value}, but stage {index.stage} in {output} was trained with {trained[name]}; "
                 "give the same setting, or another --output"
             )
     if first == "llm_text" and index.stage != "sbr":
@@ -188,28 +193,27 @@ def _check_earlier_stage(request: RunRequest, first: StageName) -> None:
             f"stage llm_text starts from stage sbr, but stage {index.stage} is complete in {output}; "
             "give another --output"
         )
-    (strength,) = before.tables.knn_smoothing
+    (strength,) = trained_config.tables.knn_smoothing
     if strength not in config.tables.knn_smoothing:
         raise UserError(
-            f"setting tables.knn_smoothing is {config.tables.knn_smoothing}, but stage sbr in {output} was exported with "
-            f"strength {strength:g}; give [{strength:g}], or another --output"
+            f"setting tables.knn_smoothing is {config.tables.knn_smoothing}, but stage sbr in {output} was exported "
+            f"with strength {strength:g}; give [{strength:g}], or another --output"
         )
     if index.language_model and request.factory.decoder_hash(config) != index.language_model["weights_hash"]:
         raise UserError(
-            f"setting llm.name_or_path is {config.llm.name_or_path}, whose weights are not those of "
-            f"{index.language_model['name']} that stage {index.stage} in {output} was trained with; "
-            "give the same model, or another --output"
+            f"setting llm.name_or_path is {config.llm.name_or_path}, but stage {index.stage} in {output} was trained "
+            f"with {index.language_model['name']}, whose weights differ; give the same model, or another --output"
         )
 
 
 def _check_selection(config: Config, stages: Sequence[StageName], dataset: Dataset) -> None:
-    """Whatever is selected has validation sessions to be selected on."""
+    """Checks that there are validation sessions if anything is selected on validation."""
     if dataset.manifest.num_sessions["valid"]:
         return
     if config.blend.neighbors and not config.blend.weights:
         raise UserError(
-            f"setting blend.weights is empty, but {dataset.path} has no validation sessions to choose them on; give "
-            "one weight for each of blend.neighbors, or prepare the data set with another --split"
+            f"setting blend.weights is empty, but {dataset.path} has no validation sessions to select them on; "
+            "give one weight for each of blend.neighbors, or prepare the data set with another --split"
         )
     several = []
     if "sbr" in stages and len(config.tables.knn_smoothing) > 1:
@@ -219,69 +223,69 @@ def _check_selection(config: Config, stages: Sequence[StageName], dataset: Datas
     if several:
         raise UserError(
             f"setting {several[0]} has several values, but {dataset.path} has no validation sessions to "
-            "choose on; give one, or prepare the data set with another --split"
+            "select on; give one, or prepare the data set with another --split"
         )
 
 
 def _check_checkpoints(request: RunRequest, spec: ModelSpec, catalog: Catalog) -> None:
-    """The checkpoint that a stage would resume from belongs to it."""
+    """Checks that the checkpoint from which a stage would resume belongs to it."""
     folder = request.output / "checkpoints" / spec.stage / "steps"
     device = launched_world(request.config.runtime.device).device
-    identity = Identity.of(spec.stage, catalog.features_hash, request.config, device)
+    identity = Identity.of(spec.stage, catalog.features_hash, request.config, device, request.factory.name)
     CheckpointManager(folder, 1, World.alone(), identity).check()
 
 
 def _check_one_pass(request: RunRequest, spec: ModelSpec, dataset: Dataset) -> None:
-    """Encoder or templates allow training in one pass, and the data set has whole sessions."""
+    """Checks that encoder or template supports training in one pass, and that training rows are whole sessions."""
     config = spec.config
     if not spec.max_prefixes_per_pass or spec.encodes_text:
         return
     name = "encoder.one_pass" if spec.stage == "sbr" else "prompt.one_pass"
     if spec.stage == "sbr" and not encoder_class(config.encoder.name).supports_one_pass:
-        able = sorted(key for key, encoder in ENCODERS.items() if encoder.supports_one_pass)
+        supported = sorted(key for key, encoder in ENCODERS.items() if encoder.supports_one_pass)
         raise UserError(
             f"setting {name} is true, but encoder {config.encoder.name} is not causal; "
-            f"set encoder.name to {' or '.join(able)}, or {name} to false"
+            f"set encoder.name to {' or '.join(supported)}, or {name} to false"
         )
     if spec.stage == "behave" and not request.factory.prompts(config)["behave"].supports_one_pass:
         raise UserError(
-            f"setting {name} is true, but the first place of template behave in {config.prompt.templates} is not "
+            f"setting {name} is true, but the first placeholder of template behave in {config.prompt.templates} is not "
             f"{{nodes}}, so prefixes of a session cannot share a prompt; set prompt.templates to compact, or {name} "
             "to false"
         )
     if "train" not in dataset.manifest.prefix_augmentation:
         raise UserError(
-            f"setting {name} is true, but the training rows of {dataset.path} are prefixes already; set {name} to false"
+            f"setting {name} is true, but the training rows of {dataset.path} are already prefixes; set {name} to false"
         )
 
 
 def _check_contrast(spec: ModelSpec) -> None:
-    """Every rank has sessions to contrast."""
+    """Checks that each rank has several sessions to contrast."""
     if spec.stage != "align" or not spec.config.contrast.weight:
         return
     ranks, sessions = launched_world(spec.config.runtime.device).size, spec.config.align.batch_size
     if sessions < 2 * ranks:
         raise UserError(
             f"setting align.batch_size is {sessions}, which gives a rank fewer than two sessions to contrast; "
-            f"give {2 * ranks} or more ({CONTRASTIVE_GROUP * ranks} contrasts {CONTRASTIVE_GROUP} on each), or set "
+            f"give {2 * ranks} or more ({CONTRASTIVE_GROUP * ranks} for groups of {CONTRASTIVE_GROUP}), or set "
             "contrast.weight to 0"
         )
 
 
 def _check_item_text(spec: ModelSpec, dataset: Dataset, catalog: Catalog) -> None:
-    """Items have text where a stage needs it."""
+    """Checks that items have text if a stage requires it."""
     if not spec.needs_item_text:
         return
     if not dataset.manifest.has_text:
         raise UserError(
-            f"{dataset.items_path} has no titles, which stage {spec.stage} needs; prepare with an items file that has a "
+            f"{dataset.items_path} has no titles, which stage {spec.stage} needs; prepare with an items file with a "
             f"column title, or set {spec.stage}.epochs to 0"
         )
     catalog.texts(list(spec.config.prompt.text_fields))
 
 
 def _check_memory(config: Config, stages: Sequence[StageName], catalog: Catalog) -> None:
-    """The models of the stages can be built, and their tables fit on the ranks."""
+    """Checks that the models of the stages can be built, and that their tables fit on the ranks."""
     world = launched_world(config.runtime.device)
     sizes = CatalogSizes(catalog.num_items, catalog.num_embeddings)
     for plan in plan_memory(config, sizes, Ranks(world.size, world.local_size, world.device.type), stages):

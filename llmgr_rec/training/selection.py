@@ -1,8 +1,8 @@
-"""Selection on validation sessions, after a stage is trained: whatever its settings leave to choose.
+"""Selection on validation sessions of hyperparameters that are applied after training.
 
-After stage sbr that is the strength of cold-item smoothing, after stage llm_text the weight of the text sequence
-encoder's score, and after every stage the weights of the blend. They are selected jointly, by NDCG@20: the best value
-of one depends on the others.
+After stage sbr this is the strength of cold-item smoothing, after stage llm_text the weight of the text sequence
+encoder's score, and after every stage the weights of the blend. They are selected jointly by NDCG@20, because the best
+value of one depends on the others.
 
 Shapes: B sessions of this rank, Q columns of queries, T text weights, W sets of blend weights, X = T * W.
 """
@@ -33,17 +33,17 @@ from llmgr_rec.training.neighbors import neighbor_scores
 
 logger = logging.getLogger(__name__)
 
-# Weights of a nearest-neighbor score beside the model's logits. For several scores all combinations are tried.
+# Grid of weights of a nearest-neighbor score, relative to the model's logits. For several scores, all combinations.
 BLEND_WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One combination of values.
+    """One combination of values to evaluate.
 
     Args:
         smoothing: Strength of cold-item smoothing, in clicks.
-        text_weight: Weight of the text sequence encoder's score; 1 without one.
+        text_weight: Weight of the text sequence encoder's score; 1 without a text sequence encoder.
         blend_weights: Weight of each nearest-neighbor score, in the order of `blend.neighbors`.
     """
 
@@ -54,7 +54,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The values to choose from, at least one of each.
+    """The values to select from, at least one of each.
 
     Args:
         smoothing: Smoothing strengths, in clicks.
@@ -79,11 +79,11 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a trained stage is exported with.
+    """The selected values.
 
     Args:
-        smoothing: Strength of cold-item smoothing, in clicks, which is applied to the model.
-        blend: Nearest-neighbor scores that are added to the model's; None adds none.
+        smoothing: Strength of cold-item smoothing, in clicks; already applied to the model.
+        blend: Nearest-neighbor scores to add to the model's; None adds none.
         metrics: Weight of each nearest-neighbor score; `text_encoder`, the weight of the text sequence encoder's score,
             if there is one; `ndcg@20` on the validation sessions, if there were several candidates; and
             `knn_smoothing`, if there were several smoothing strengths.
@@ -103,18 +103,25 @@ def select_on_validation(
     world: World,
     folder: Path | None = None,
 ) -> Selection:
-    """Selects the candidate with the best validation NDCG@20, the first of equals, and applies it to the model.
+    """Selects the candidate with the best validation NDCG@20, the first in case of ties, and applies it to the model.
 
-    A single candidate is applied without an evaluation.
+    A single candidate is applied without an evaluation. The search modifies the id rows and the text weight of the
+    model in place; when the function returns, they are those of the selected candidate.
 
     Args:
-        stage: Stage that the model is the result of.
-        ranking: The model with its final weights as trained, without a blend.
-        config: All settings. After stage sbr, `tables.knn_smoothing` is the one strength that was selected there.
+        stage: Stage that trained the model.
+        ranking: The trained model, without a blend.
+        config: All settings. In stages after sbr, `tables.knn_smoothing` is the one strength that was selected there.
         dataset: Prepared sessions.
         catalog: Their items.
-        world: Ranks; all call together, and all get the result.
-        folder: Folder that caches nearest neighbors for later stages; None caches none.
+        world: Ranks; all call together, and all return the same result.
+        folder: Folder that caches nearest neighbors for later stages; None disables the cache.
+
+    Returns:
+        The selected values.
+
+    Raises:
+        UserError: A baseline of `blend.neighbors` is unknown or is not based on item similarities.
     """
     model, blend = ranking.model, config.blend
     scores = neighbor_scores(blend.neighbors, blend.k_neighbors, dataset, catalog, world, folder)
@@ -135,7 +142,7 @@ def select_on_validation(
 
 
 def _weight_sets(blend: BlendConfig) -> list[tuple[float, ...]]:
-    """The given set of weights, or all of the grid; one empty set without nearest-neighbor scores."""
+    """The set of weights in the settings or, without one, the whole grid; one empty set without neighbors."""
     if blend.weights:
         return [tuple(blend.weights)]
     return list(product(BLEND_WEIGHTS, repeat=len(blend.neighbors)))
@@ -150,7 +157,7 @@ def _smoothing(
     folder: Path | None,
 ) -> KnnSmoothing:
     if not isinstance(ranking.model, SessionRecommender):
-        raise TypeError("cold-item smoothing is for session recommenders")
+        raise TypeError("cold-item smoothing requires a session recommender")
     (by_words,) = neighbor_scores(["text_knn"], k_neighbors, dataset, catalog, world, folder)
     return KnnSmoothing(ranking.model, by_words.similarity_VR, catalog.train_count_V, ranking.collate, world)
 
@@ -164,9 +171,9 @@ def _search(
     world: World,
     smoothing: KnnSmoothing | None,
 ) -> dict[Candidate, float]:
-    """Validation NDCG@20 of every candidate; one pass over the validation sessions per smoothing strength.
+    """Validation NDCG@20 of every candidate, in one pass over the validation sessions per smoothing strength.
 
-    The model keeps the last smoothing strength and text weight 1, so the caller has to apply a candidate.
+    Afterwards the model has the last smoothing strength and text weight 1; the caller applies the selected candidate.
     """
     ndcg: dict[Candidate, float] = {}
     for strength in space.smoothing:
@@ -190,7 +197,7 @@ def _validation_ndcg(
     train_count_V: Tensor,
     world: World,
 ) -> list[float]:
-    """NDCG@20 for each text weight and, within it, for each set of blend weights; the model runs once for all."""
+    """NDCG@20 by text weight, then by set of blend weights, from one forward pass of the model."""
     metrics_X = [RankingMetrics(train_count_V.to(world.device)) for _ in product(text_weights, blend_weights)]
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
@@ -211,7 +218,7 @@ def _target_ranks(
     blend_weights: Sequence[Sequence[float]],
     text_weights: Sequence[float],
 ) -> Tensor:
-    """Ranks of the targets, int64 [X, B], on the CPU: all sets of blend weights at the first text weight, and so on."""
+    """Target ranks, int64 [X, B], on the CPU, by text weight, then by set of blend weights."""
     scaled_BQ, encoder = sessions.queries_BQ.clone(), text_encoder_of(model)
     found = []
     for weight in text_weights:
@@ -222,7 +229,7 @@ def _target_ranks(
 
 
 def _apply(candidate: Candidate, model: SessionRecommender | LLMGR, smoothing: KnnSmoothing | None) -> None:
-    """Applies a candidate's smoothing and text weight to the model, in place of those applied before."""
+    """Applies the smoothing strength and the text weight of a candidate to the model."""
     if smoothing:
         smoothing.apply(candidate.smoothing)
     if (encoder := text_encoder_of(model)) is not None:
@@ -243,9 +250,9 @@ def _metrics(
 
 
 def _log(stage: str, selection: Selection, ndcg: Mapping[Candidate, float]) -> None:
-    """Logs the selection; of smoothing strengths also the best NDCG@20 of each that was tried."""
+    """Logs the selected values and, if there are several smoothing strengths, the best NDCG@20 of each."""
     metrics = selection.metrics
-    how = f"validation NDCG@20 {metrics['ndcg@20']:.4f}" if "ndcg@20" in metrics else "as set"
+    reason = f"validation NDCG@20 {metrics['ndcg@20']:.4f}" if "ndcg@20" in metrics else "as set"
     if ndcg:
         best_of: dict[float, float] = {}
         for candidate, value in ndcg.items():
@@ -253,9 +260,9 @@ def _log(stage: str, selection: Selection, ndcg: Mapping[Candidate, float]) -> N
         others = "".join(
             f", {value:.4f} with {strength:g}" for strength, value in best_of.items() if strength != selection.smoothing
         )
-        logger.info("%s: smoothing strength of cold items %g (%s%s)", stage, selection.smoothing, how, others)
+        logger.info("%s: smoothing strength of cold items %g (%s%s)", stage, selection.smoothing, reason, others)
     if selection.blend:
         weights = ", ".join(f"{name} {weight:g}" for name, weight in selection.blend.weights.items())
-        logger.info("%s: blend weights %s (%s)", stage, weights, how)
+        logger.info("%s: blend weights %s (%s)", stage, weights, reason)
     if "text_encoder" in metrics:
-        logger.info("%s: weight of the text sequence encoder %g (%s)", stage, metrics["text_encoder"], how)
+        logger.info("%s: weight of the text sequence encoder %g (%s)", stage, metrics["text_encoder"], reason)

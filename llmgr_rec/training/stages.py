@@ -1,4 +1,4 @@
-"""The stages of a run, from top to bottom: build the model, load what it starts from, train, select, export."""
+"""The stages of a run: build the model, load the weights of the previous stage, train, select on validation, export."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -48,15 +48,15 @@ from llmgr_rec.training.text_embeddings import (
 
 logger = logging.getLogger(__name__)
 
-# Folder of a run that caches the nearest neighbors of its items.
+# Subfolder of a run that caches the nearest neighbors of its items.
 _NEIGHBORS = "neighbors"
-# Items from which the whitening of the text sequence encoder is estimated.
+# Number of items from which the whitening of the text sequence encoder is estimated.
 _WHITENING_ITEMS = 16_384
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all stages of a run share.
+    """Inputs and services that all stages of a run share.
 
     Args:
         config: All settings.
@@ -64,8 +64,8 @@ class RunContext:
         catalog: Their items.
         run: Run folder.
         world: Ranks.
-        metrics: Receives metrics.
-        resume: Continue from the newest checkpoint, if there is one.
+        metrics: Logger of the metrics.
+        resume: Whether to continue from the newest checkpoint, if there is one.
         factory: Builds the models.
         text_embeddings: Folder of text embeddings of the items.
     """
@@ -87,12 +87,12 @@ class RunContext:
 
     @cached_property
     def item_tokens(self) -> Jagged:
-        """Token ids of every item's text, made once for all stages."""
+        """Token ids of each item's text, one row per item, computed once for all stages."""
         return self.factory.item_tokens(self.config, self.catalog)
 
 
 def run_stage(stage: StageName, context: RunContext) -> None:
-    """Trains one stage from the bundle of the stage before it, and exports its result to RUN/export/STAGE.
+    """Trains one stage, starting from the bundle of the previous one, and exports it to RUN/export/STAGE.
 
     Args:
         stage: The stage.
@@ -128,7 +128,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     position = _start(loop, context)
     loop.run(position)
     refresh_item_vectors(model, world)
-    # After the last checkpoint, so that a resumed run selects, too.
+    # After the last checkpoint, so that a resumed run repeats it.
     selection = select_on_validation(
         stage, ranking, spec.config, context.dataset, context.catalog, world, context.run / _NEIGHBORS
     )
@@ -145,14 +145,14 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         context.factory,
     )
     if selection.metrics:
-        # After the export, which a resumed run does not repeat, so that nothing is logged twice.
+        # After the export: a run that is killed before it selects and logs again when it is resumed.
         context.metrics.write(stage, position.step, split="selection", **selection.metrics)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.export / stage)
 
 
 def _with_selected_smoothing(stage: StageName, context: RunContext) -> Config:
-    """The settings; after stage sbr with the one smoothing strength that was selected there."""
+    """The settings; in stages after sbr with the one smoothing strength that was selected there."""
     config = context.config
     if stage == "sbr":
         return config
@@ -161,10 +161,10 @@ def _with_selected_smoothing(stage: StageName, context: RunContext) -> Config:
 
 
 def _build(spec: ModelSpec, context: RunContext) -> tuple[DistributedModelParallel, SessionRecommender | LLMGR]:
-    """The stage's task, sharded across ranks, with the weights that training starts from; and the model inside."""
+    """The stage's task, sharded across ranks, with its initial weights, and the model in it."""
     config, world, factory = spec.config, context.world, context.factory
     language = factory.language_parts(spec, context.catalog, world.device)
-    # Before the model is built, which puts LoRA layers into the decoder.
+    # Before the model is built, which adds LoRA layers to the decoder.
     embeddings = _embed_items(language, spec, context) if language and spec.head_has_text else None
     model = factory.build(spec, language, "meta")
     if isinstance(model, SessionRecommender) and model.text_encoder is not None:
@@ -177,7 +177,7 @@ def _build(spec: ModelSpec, context: RunContext) -> tuple[DistributedModelParall
     else:
         load_weights(model, latest_bundle(context.export))
     if spec.encodes_text and not any(config.tables.knn_smoothing):
-        # Id rows without training clicks are random; smoothing would have replaced them.
+        # Without smoothing, id rows of items without training clicks still have their random initial values.
         zero_rows(sharded, ITEM_ID, context.catalog.train_count_V == 0)
     if embeddings is not None:
         fill_text_table(sharded, embeddings.read)
@@ -194,7 +194,7 @@ def _embed_items(language: LanguageParts, spec: ModelSpec, context: RunContext) 
 
 
 def _whiten(text_encoder: TextSequenceEncoder, spec: ModelSpec, world: World) -> None:
-    """Estimates the whitening from a sample of the items; equal on all ranks, whose processors may round differently."""
+    """Estimates the whitening from a sample of items; broadcast, because processors may round differently."""
     generator = torch.Generator().manual_seed(spec.config.seed)
     items: Tensor = torch.randperm(spec.num_items, generator=generator)[:_WHITENING_ITEMS]
     text_encoder.whiten(items)
@@ -206,8 +206,8 @@ def _warn_of_small_groups(config: Config, world: World) -> None:
     sessions = config.align.batch_size // world.size
     if world.rank == 0 and config.contrast.weight and world.size > 1 and sessions % CONTRASTIVE_GROUP:
         logger.warning(
-            "align: %d sessions of a batch per rank do not divide into groups of %d, so some sessions are contrasted "
-            "with fewer others than on one rank; set --align.batch_size %d",
+            "align: %d sessions per rank and batch are not a multiple of the contrastive group of %d, so some sessions "
+            "have fewer negatives than on one rank; set --align.batch_size %d",
             sessions,
             CONTRASTIVE_GROUP,
             CONTRASTIVE_GROUP * world.size,
@@ -234,24 +234,26 @@ def _reader(spec: ModelSpec, context: RunContext) -> SessionReader:
 
 
 def _collator(spec: ModelSpec, purpose: Purpose, context: RunContext) -> Collator:
-    tokens = None if spec.text_place(purpose) == "none" else context.item_tokens
+    tokens = None if spec.prompt_text_source(purpose) == "none" else context.item_tokens
     return context.factory.collator(spec, context.catalog, purpose, tokens)
 
 
 def _is_validated(spec: ModelSpec, dataset: Dataset) -> bool:
-    """Whether training is validated: stage align trains on another task than the next item."""
+    """Whether training is validated; not in stage align, whose task is not next-item ranking."""
     return spec.stage != "align" and dataset.manifest.num_sessions["valid"] > 0
 
 
 def _checkpoints(spec: ModelSpec, context: RunContext, kind: str, keep: int) -> CheckpointManager:
-    identity = Identity.of(spec.stage, context.catalog.features_hash, context.config, context.world.device)
+    identity = Identity.of(
+        spec.stage, context.catalog.features_hash, context.config, context.world.device, context.factory.name
+    )
     return CheckpointManager(context.run / "checkpoints" / spec.stage / kind, keep, context.world, identity)
 
 
 def _start(loop: StageLoop, context: RunContext) -> Position:
-    """Where training starts: at the newest checkpoint of a resumed run, or at the first step."""
+    """The position where training starts: the newest checkpoint of a resumed run, or the first step."""
     if context.resume:
         return loop.resume()
-    # An earlier attempt may have died before its first checkpoint.
+    # An earlier run may have been killed before its first checkpoint, with records in the log.
     context.metrics.rewind(loop.name, -1)
     return Position()

@@ -1,4 +1,4 @@
-"""Text embeddings of the items: computed once per run, written into the sharded text table, cached for the loss.
+"""Text embeddings of the items: computed once per run, written to the sharded text table, cached for the loss.
 
 Shapes: V items of the catalog, C items, D = d1 columns, H = d2 hidden width of the language model, K columns of the
 text sequence encoder.
@@ -28,10 +28,10 @@ from llmgr_rec.modules.language_model import embed_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
 from llmgr_rec.modules.text_table import ITEM_TEXT
-from llmgr_rec.storage.table_io import fill_table, held_rows, local_shards, table_parameters, write_rows
+from llmgr_rec.storage.table_io import fill_table, local_rows, local_shards, table_parameters, write_rows
 
-# A file holds at least this many items, and there are at most this many files. A file is the unit that an interrupted
-# run does not repeat, and that is assigned to a rank.
+# A file contains at least this many items, and there are at most this many files. A file is the unit of work of a rank;
+# a resumed run does not repeat complete files.
 _MIN_ROWS = 512
 _MAX_FILES = 256
 _ENCODE_ITEMS = 4096
@@ -40,15 +40,15 @@ _LOOKUP_ITEMS = 8192
 
 
 class TextEmbeddings:
-    """Text embeddings of all items on disk, standardized as they are read.
+    """Text embeddings of all items on disk; `read` standardizes them.
 
-    Hidden states of a decoder share a large common direction, so raw embeddings all look alike to a dot product. They
-    are centered on the mean of the catalog and scaled to a root mean square norm of 1. Items without tokens stay zero.
+    Hidden states of a decoder have a large common component, so dot products of raw embeddings hardly differ. They are
+    centered on the mean of the catalog and scaled to a root mean square norm of 1. Items without tokens stay zeros.
 
     Args:
         folder: Folder of the embeddings, in files of consecutive items; shared by the ranks.
         num_items: Size V of the catalog.
-        width: Hidden width H.
+        width: Hidden width H, in columns.
     """
 
     def __init__(self, folder: Path, num_items: int, width: int) -> None:
@@ -60,19 +60,19 @@ class TextEmbeddings:
         self._scale = 1.0
 
     def compute(self, decoder: PreTrainedModel, tokens: Jagged, world: World) -> None:
-        """Computes what is not on disk yet, files distributed over the ranks, and the mean and scale of all.
+        """Computes the files that are missing, distributed over the ranks, and then mean and scale of the catalog.
 
         Args:
-            decoder: The bare pre-trained decoder.
-            tokens: Token ids of each item's text.
+            decoder: The pre-trained decoder without head.
+            tokens: Token ids of each item's text, one row per item.
             world: Ranks; all call together.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        mine = [start for index, start in enumerate(self._starts()) if index % world.size == world.rank]
-        bar = progress(len(mine) * self._rows, "item text", "item")
+        starts = [start for index, start in enumerate(self._starts()) if index % world.size == world.rank]
+        bar = progress(len(starts) * self._rows, "item text", "item")
         moments = torch.zeros(self.width + 2, dtype=torch.float64)
         with long_timeout_group(world) as group:
-            for start in mine:
+            for start in starts:
                 moments += self._moments(self._embed_file(start, decoder, tokens))
                 bar.update(self._rows)
             bar.close()
@@ -84,7 +84,12 @@ class TextEmbeddings:
         barrier(world)
 
     def read(self, rows: range, cols: range) -> Tensor:
-        """Standardized embeddings of a rectangle, float32 [rows, cols]."""
+        """Standardized embeddings of some rows and columns, float32 [rows, cols].
+
+        Args:
+            rows: Items.
+            cols: Columns.
+        """
         pieces = []
         columns = slice(cols.start, cols.stop)
         for start in self._starts():
@@ -110,7 +115,7 @@ class TextEmbeddings:
         items = torch.arange(start, min(start + self._rows, self._num_items))
         rows = tokens.select(items)
         embeddings = embed_item_texts(decoder, rows, _BATCH_SIZE)
-        # Another run may be computing the same file.
+        # Atomic, because another run may compute the same file.
         with atomic_write(path) as partial:
             save_file({"embeddings": embeddings, "has_text": (rows.lengths > 0).float()}, partial)
         return embeddings
@@ -124,13 +129,13 @@ class TextEmbeddings:
 def embed_catalog(
     decoder: PreTrainedModel, tokens: Jagged, world: World, folder: Path, weights_hash: str
 ) -> TextEmbeddings:
-    """Text embeddings of the catalog, stored under a hash of everything that they depend on.
+    """Text embeddings of the catalog, in a folder named by a hash of their inputs.
 
     Args:
-        decoder: The bare pre-trained decoder.
-        tokens: Token ids of each item's text.
+        decoder: The pre-trained decoder without head.
+        tokens: Token ids of each item's text, one row per item.
         world: Ranks; all call together.
-        folder: Folder of embeddings; runs may share it.
+        folder: Parent folder, which runs may share.
         weights_hash: Hash of the decoder's weights.
     """
     inputs = json.dumps([weights_hash, decoder.config.num_hidden_layers, str(decoder.dtype)])
@@ -144,11 +149,11 @@ def embed_catalog(
 
 
 def fill_text_table(model: nn.Module, read: Callable[[range, range], Tensor]) -> None:
-    """Writes item vectors into what this rank holds of the text table.
+    """Writes text embeddings to this rank's shards of the text table.
 
     Args:
-        model: Sharded or not.
-        read: Returns the values of a rectangle of the table, such as `TextEmbeddings.read`; see `fill_table`.
+        model: The model, sharded or not; modified in place.
+        read: Returns the values of some rows and columns, such as `TextEmbeddings.read`; see `fill_table`.
     """
     for parameter in table_parameters(model):
         if f".{ITEM_TEXT}." in parameter:
@@ -157,7 +162,7 @@ def fill_text_table(model: nn.Module, read: Callable[[range, range], Tensor]) ->
 
 @torch.no_grad()
 def cache_catalog(llmgr: LLMGR, collator: Collator, device: torch.device) -> None:
-    """Looks up every item once and caches the result for the loss; see `LLMGR.cache_catalog`.
+    """Looks up all items and caches their rows for the loss; see `LLMGR.cache_catalog`.
 
     Args:
         llmgr: The model, sharded; all ranks call together.
@@ -176,14 +181,14 @@ def cache_catalog(llmgr: LLMGR, collator: Collator, device: torch.device) -> Non
 
 @torch.no_grad()
 def refresh_item_vectors(model: SessionRecommender | LLMGR, world: World) -> None:
-    """Encodes all items by the text sequence encoder's present weights and writes them into its table.
+    """Encodes all items with the current weights of the text sequence encoder and writes them to its table.
 
-    Every rank encodes the items of the rows that it holds a part of; all items if the language model is sharded across
-    ranks, which then encode together.
+    Each rank encodes the items of its shards. If the language model is sharded across ranks, all of them encode all
+    items together.
 
     Args:
-        model: Sharded or not; a model without a text sequence encoder stays as it is.
-        world: Ranks; all call together, and wait for the slowest one.
+        model: The model, sharded or not; unchanged if it has no text sequence encoder.
+        world: Ranks; all call together, with a timeout of days.
     """
     encoder = text_encoder_of(model)
     if encoder is None:
@@ -191,9 +196,9 @@ def refresh_item_vectors(model: SessionRecommender | LLMGR, world: World) -> Non
     encodes_all = is_sharded(encoder)
     shards = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
     with evaluation_mode(encoder), long_timeout_group(world) as group:
-        for items in torch.arange(encoder.texts.num_rows).split(_ENCODE_ITEMS):
+        for items in torch.arange(encoder.item_tokens.num_rows).split(_ENCODE_ITEMS):
             start, stop = int(items[0]), int(items[-1]) + 1
-            if encodes_all or any(held_rows(shard, start, stop) for shard in shards):
+            if encodes_all or any(local_rows(shard, start, stop) for shard in shards):
                 vectors_CK = encoder.item_vectors(items)
                 for shard in shards:
                     write_rows(shard, start, vectors_CK)

@@ -1,4 +1,4 @@
-"""A training run: preflight, then its stages one after the other."""
+"""A training run: preflight, then its stages in order."""
 
 import logging
 from collections.abc import Iterator
@@ -18,18 +18,22 @@ from llmgr_rec.training.stages import RunContext, run_stage
 
 logger = logging.getLogger(__name__)
 
-# File with the name of the launch that last worked on a run, by which a restart by the launcher is recognized.
+# File with the run id of the last launch, by which a restart by the launcher is recognized.
 LAUNCH = "launch"
 
 
 def train_run(request: RunRequest) -> list[StageName]:
-    """Trains the requested stages; see `RunRequest`.
+    """Trains the requested stages.
+
+    Args:
+        request: Arguments of the run.
 
     Returns:
-        The stages trained; stages that were complete already stay as they are.
+        The stages trained, without those that were already complete.
 
     Raises:
-        UserError: Anything that the user can fix; raised on every rank before any rank waits for another.
+        UserError: A setting, an input or the run folder is not usable. Except for a locked folder or a loss that is not
+            finite, it is raised on every rank before the process group starts.
     """
     checked = check_run(request)
     runtime = request.config.runtime
@@ -44,7 +48,7 @@ def train_run(request: RunRequest) -> list[StageName]:
 
 def _train(request: RunRequest, checked: CheckedRun, world: World) -> None:
     config, output = request.config, request.output
-    # A complete run keeps the settings that it was trained with.
+    # A complete run keeps the settings of its training.
     if world.rank == 0 and checked.stages:
         _save_config(config, output / "config.yaml")
         (output / LAUNCH).write_text(request.launch)
@@ -67,10 +71,10 @@ def _train(request: RunRequest, checked: CheckedRun, world: World) -> None:
 
 @contextmanager
 def _locked(output: Path, world: World) -> Iterator[None]:
-    """Makes the run folder and keeps other processes from training in it; the lock ends with the process.
+    """Creates and locks the run folder; the operating system releases the lock when the process ends.
 
     Raises:
-        UserError: Another process is training in it; raised on every rank.
+        UserError: Another process is training in the folder; raised on every rank.
     """
     output.mkdir(parents=True, exist_ok=True)
     lock = FileLock(output / LOCK, timeout=0)
@@ -86,13 +90,13 @@ def _acquire(lock: BaseFileLock, output: Path) -> None:
         lock.acquire()
     except Timeout:
         raise UserError(
-            f"another process is training in {output}; wait until it has ended, or give another --output"
+            f"another process is training in {output}; wait until it ends, or give another --output"
         ) from None
     except (NotImplementedError, OSError) as error:
         logger.warning("%s cannot be locked (%s); do not start a second process in it", output, error)
 
 
 def _save_config(config: Config, path: Path) -> None:
-    """Writes the file atomically: its presence marks the folder as a run."""
+    """Writes the settings atomically, because this file marks the folder as a run."""
     with atomic_write(path) as partial:
         save_config(config, partial)

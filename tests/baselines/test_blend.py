@@ -1,11 +1,10 @@
-"""The prior alone: its scores, its parts and its file."""
+"""The blend: its scores, its parts and its file."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from llmgr_rec.distributed.assembly import assemble_recommender, make_collator
 from scipy import sparse
 
 from llmgr_rec.baselines.blend import Blend, clicks_of, combine
@@ -16,14 +15,15 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import read_index
+from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
-from tests.modules.small_llmgr import raw_sessions
+from tests.modules.small_llmgr import collator, raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
 
 SESSIONS = [[3, 5, 3, 9], [], [2], [0, 1, 2, 3, 4, 5, 6]]
 
 
-def prior(seed: int = 0, name: str = "item_knn", decay: float = 0.7) -> Blend:
+def blend(seed: int = 0, name: str = "item_knn", decay: float = 0.7) -> Blend:
     dense = np.random.default_rng(seed).random((NUM_ITEMS, NUM_ITEMS)).astype(np.float32)
     dense[dense < 0.8] = 0
     return Blend({name: 1.0}, sparse.csr_array(dense), decay)
@@ -35,7 +35,7 @@ def clicks() -> Jagged:
 
 
 def test_scores_are_those_of_the_baseline() -> None:
-    given = prior()
+    given = blend()
     baseline = ItemNeighbors(given.similarity_VR.astype(np.float64), given.decay)
     found = given.scores(clicks())
     assert found.dtype == np.float32
@@ -46,27 +46,27 @@ def test_scores_are_those_of_the_baseline() -> None:
 
 
 def test_parts_of_the_items_give_their_columns_to_the_bit() -> None:
-    whole = prior().scores(clicks()).toarray()
+    whole = blend().scores(clicks()).toarray()
     cuts = [range(17), range(17, 18), range(18, NUM_ITEMS)]
-    parts = [prior().of_items(items).scores(clicks()).toarray() for items in cuts]
+    parts = [blend().of_items(items).scores(clicks()).toarray() for items in cuts]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
 def test_several_add_up_by_their_weights() -> None:
-    both = combine([prior(0, "item_knn"), prior(1, "text_knn")], [2.0, 0.5])
+    both = combine([blend(0, "item_knn"), blend(1, "text_knn")], [2.0, 0.5])
     assert both.weights == {"item_knn": 2.0, "text_knn": 0.5}
-    expected = 2 * prior(0).scores(clicks()).toarray() + prior(1).scores(clicks()).toarray() / 2
+    expected = 2 * blend(0).scores(clicks()).toarray() + blend(1).scores(clicks()).toarray() / 2
     np.testing.assert_allclose(both.scores(clicks()).toarray(), expected, rtol=1e-6)
     assert both.similarity_VR.dtype == np.float32
-    nothing = combine([prior()], [0.0])
+    nothing = combine([blend()], [0.0])
     assert nothing.weights == {"item_knn": 0.0}
     assert not nothing.scores(clicks()).toarray().any()
     with pytest.raises(UserError, match=r"item_knn \(0\.7\), item_knn \(0\.5\) cannot be blended"):
-        combine([prior(), prior(decay=0.5)], [1.0, 1.0])
+        combine([blend(), blend(decay=0.5)], [1.0, 1.0])
 
 
-def test_a_batch_tells_its_clicks_in_order() -> None:
-    batch = make_collator(config(), small_run().catalog, "rank", language=False)(raw_sessions(SESSIONS, [1, 1, 1, 1]))
+def test_clicks_of_a_batch_are_in_order() -> None:
+    batch = collator()(raw_sessions(SESSIONS, [1, 1, 1, 1]))
     assert torch.equal(clicks_of(batch).values, clicks().values)
     assert torch.equal(clicks_of(batch).offsets, clicks().offsets)
 
@@ -82,16 +82,17 @@ def same(one: Blend, other: Blend) -> bool:
 
 def export(folder: Path, given: Blend | None) -> Path:
     catalog = Catalog.load(small_run().dataset.path)
-    model = assemble_recommender(config(), catalog)
+    factory = ModelFactory()
+    model = factory.build(factory.spec("sbr", config(), catalog), None, "cpu")
     init_tables(model, 1, 0.5)
-    export_bundle(model, "sbr", config(), catalog, folder / "sbr", ONE_RANK, prior=given)
+    export_bundle(model, "sbr", config(), catalog, folder / "sbr", ONE_RANK, blend=given)
     return folder / "sbr"
 
 
-def test_a_bundle_holds_the_prior_it_was_given(tmp_path: Path) -> None:
-    given = combine([prior(0, "item_knn"), prior(1, "text_knn")], [2.0, 0.5])
+def test_a_bundle_holds_its_blend(tmp_path: Path) -> None:
+    given = combine([blend(0, "item_knn"), blend(1, "text_knn")], [2.0, 0.5])
     bundles = [export(tmp_path / str(number), given) for number in range(2)]
-    loaded = load_bundle(bundles[0]).prior
+    loaded = load_bundle(bundles[0]).blend
     assert loaded is not None
     assert same(loaded, given)
     np.testing.assert_array_equal(loaded.scores(clicks()).toarray(), given.scores(clicks()).toarray())
@@ -102,12 +103,12 @@ def test_a_bundle_holds_the_prior_it_was_given(tmp_path: Path) -> None:
 def test_a_bundle_without_one_has_no_file(tmp_path: Path) -> None:
     bundle = export(tmp_path, None)
     assert not (bundle / "blend.npz").exists()
-    assert load_bundle(bundle).prior is None
+    assert load_bundle(bundle).blend is None
 
 
 @pytest.mark.parametrize("damage", ["cut", "turned", "foreign", "other"])
-def test_a_damaged_prior_is_refused(tmp_path: Path, damage: str) -> None:
-    bundle = export(tmp_path, prior())
+def test_a_damaged_blend_is_refused(tmp_path: Path, damage: str) -> None:
+    bundle = export(tmp_path, blend())
     file = bundle / "blend.npz"
     content = bytearray(file.read_bytes())
     if damage == "cut":

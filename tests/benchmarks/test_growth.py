@@ -83,7 +83,7 @@ def test_a_bad_argument_is_one_line(monkeypatch, capsys):
 @pytest.mark.timeout(900)
 def test_every_stage_runs_at_two_sizes(tmp_path, monkeypatch, capsys):
     output = tmp_path / "growth.json"
-    monkeypatch.setattr(sys, "argv", ["growth", "--quick", "--output", str(output)])
+    monkeypatch.setattr(sys, "argv", ["growth", "--quick", "--threads", "1", "--output", str(output)])
     run_cli(growth.main)
     found = json.loads(output.read_text())["results"]
     assert [cell["at"] for cell in found["axes"]["sessions"]] == [300, 900]

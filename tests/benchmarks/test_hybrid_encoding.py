@@ -1,30 +1,37 @@
-"""Node vectors before and after hybrid encoding, of a small run that was never trained."""
+"""Node vectors before and after hybrid encoding, of a small untrained run."""
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, make_collator
 
 from benchmarks import hybrid_encoding
-from benchmarks.hybrid_encoding import PROJECTED, RANDOM, READ, SHUFFLED, WAYS
+from benchmarks.hybrid_encoding import ENCODED, PROJECTED, RANDOM, SHUFFLED, VARIANTS
 from benchmarks.similarity import shared_neighbors
 from llmgr_rec.cli import run_cli
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
 from llmgr_rec.storage.bundle import Bundle, load_bundle
+from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
 from tests.small_run import config, run_with, small_run
-from tests.training.small_training import PROMPTS
+
+PROMPTS = """\
+behave: "Next? {nodes} {graph} ="
+align: "Which? {text} {nodes} ="
+structure_graph: "G {graph} ="
+structure_nodes: "N {nodes} ="
+"""
 
 
 def bundle_of(settings: Config) -> Bundle:
     catalog = small_run().catalog
-    model = assemble_llmgr(settings, catalog, assemble_decoder(settings, torch.device("cpu")))
+    factory, cpu = ModelFactory(), torch.device("cpu")
+    spec = factory.spec("behave", settings, catalog)
+    model = factory.build(spec, factory.language_parts(spec, catalog, cpu), cpu)
     init_tables(model, 1, 0.5)
-    return Bundle(small_run().run, "behave", model.eval(), settings, catalog)
+    return Bundle(small_run().run, spec, model.eval(), catalog, factory.collator(spec, catalog, "rank"))
 
 
 def items_of(bundle: Bundle) -> torch.Tensor:
@@ -39,41 +46,40 @@ def test_each_exported_stage_has_its_table_report_and_plot(tmp_path, capsys):
     results = json.loads(output.read_text())["results"]
     assert list(results) == ["behave"]
     assert results["behave"]["items"] == 40
-    ways = results["behave"]["ways"]
-    assert list(ways) == list(WAYS)
-    for values in ways.values():
+    variants = results["behave"]["variants"]
+    assert list(variants) == list(VARIANTS)
+    for values in variants.values():
         assert list(values) == ["cka", "overlap@5", "overlap@10"]
         assert all(-1 <= cell["low"] <= cell["high"] <= 1 for cell in values.values())
-    # Nothing was trained: the projection keeps what a random one keeps, and far more than chance.
-    assert ways[PROJECTED]["overlap@5"]["mean"] == pytest.approx(ways[RANDOM]["overlap@5"]["mean"], abs=0.15)
-    assert ways[PROJECTED]["overlap@5"]["low"] > 2 * ways[SHUFFLED]["overlap@5"]["high"]
-    assert ways[PROJECTED]["cka"]["low"] > ways[SHUFFLED]["cka"]["high"]
-    said = capsys.readouterr().out
-    assert all(way in said for way in ("stage behave, 40 items", *WAYS))
+    # Nothing was trained: the projection keeps as much as a random one, and far more than chance.
+    assert variants[PROJECTED]["overlap@5"]["mean"] == pytest.approx(variants[RANDOM]["overlap@5"]["mean"], abs=0.15)
+    assert variants[PROJECTED]["overlap@5"]["low"] > 2 * variants[SHUFFLED]["overlap@5"]["high"]
+    assert variants[PROJECTED]["cka"]["low"] > variants[SHUFFLED]["cka"]["high"]
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("stage behave, 40 items", *VARIANTS))
     assert "<svg" in output.with_suffix(".svg").read_text()
 
 
 @pytest.mark.parametrize("source", ["table", "encoder"])
-def test_what_stands_before_and_after_is_of_the_same_items_in_their_order(source):
+def test_vectors_before_and_after_are_of_the_same_items_in_order(source):
     settings = config()
     settings.prompt.node_source = source
     bundle = bundle_of(settings)
     items_N = items_of(bundle)
     vectors = hybrid_encoding.encode(bundle, items_N, seed=0)
-    collate = make_collator(settings, bundle.catalog, "rank", language=True)
     for row in (0, 7, len(items_N) - 1):
-        seen = bundle.model.look_up(collate(hybrid_encoding.single_clicks(items_N[row : row + 1])))
-        expected_D = (seen.rows_ND if source == "table" else seen.states_ND)[0]
+        output = bundle.model.look_up(bundle.collate(hybrid_encoding.single_clicks(items_N[row : row + 1])))
+        expected_D = (output.rows_ND if source == "table" else output.states_ND)[0]
         torch.testing.assert_close(vectors["before"][row], expected_D)
-        projected_H = bundle.model.hybrid.nodes(expected_D)
+        projected_H = bundle.model.adapter.nodes(expected_D)
         cosine = torch.nn.functional.cosine_similarity(projected_H, vectors[PROJECTED][row], dim=0)
         assert cosine.item() == pytest.approx(1, abs=1e-5)
     assert torch.equal(vectors[SHUFFLED].sort(0).values, vectors["before"].sort(0).values)
-    assert vectors[RANDOM].shape == vectors[PROJECTED].shape == vectors[READ].shape
+    assert vectors[RANDOM].shape == vectors[PROJECTED].shape == vectors[ENCODED].shape
 
 
 @torch.no_grad()
-def test_a_state_at_a_node_is_the_reading_of_a_prompt_that_ends_there(tmp_path):
+def test_the_state_at_a_node_is_the_hidden_state_of_a_prompt_that_ends_there(tmp_path):
     states = {}
     for name, behave in (("ends", "Next? {nodes}"), ("goes on", "Next? {nodes} {graph} =")):
         file = tmp_path / f"{name}.yaml"
@@ -83,19 +89,18 @@ def test_a_state_at_a_node_is_the_reading_of_a_prompt_that_ends_there(tmp_path):
         settings.llm.dtype = "float32"
         bundle = bundle_of(settings)
         items_N = items_of(bundle)
-        states[name] = hybrid_encoding.encode(bundle, items_N, seed=0)[READ]
-        collate = make_collator(settings, bundle.catalog, "rank", language=True)
-        batch = collate(hybrid_encoding.single_clicks(items_N))
-        reading_NH = bundle.model.read(bundle.model.look_up(batch), batch, "behave")
-        assert torch.allclose(states[name], reading_NH, atol=1e-5) == (name == "ends")
-    # What follows a node has no part in its state.
+        states[name] = hybrid_encoding.encode(bundle, items_N, seed=0)[ENCODED]
+        batch = bundle.collate(hybrid_encoding.single_clicks(items_N))
+        hidden_NH = bundle.model.encode(bundle.model.look_up(batch), batch, "behave")
+        assert torch.allclose(states[name], hidden_NH, atol=1e-5) == (name == "ends")
+    # The state at a node does not depend on the tokens after it.
     torch.testing.assert_close(states["ends"], states["goes on"], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_a_projection_that_keeps_or_loses_the_neighbors_is_told():
+def test_a_projection_that_keeps_the_neighbors_is_told_from_one_that_loses_them():
     bundle = bundle_of(config())
-    weight_HD = bundle.model.hybrid.nodes.weight
+    weight_HD = bundle.model.adapter.nodes.weight
     items_N = items_of(bundle)
     kept_HD = torch.linalg.qr(torch.randn(weight_HD.shape, generator=torch.Generator().manual_seed(0))).Q
     shares = []
@@ -125,21 +130,17 @@ def test_a_bad_argument_is_one_line(monkeypatch, capsys, tmp_path, words, messag
     with pytest.raises(SystemExit) as stopped:
         run_cli(hybrid_encoding.main)
     assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert message in said
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_run_that_shows_no_nodes_or_has_no_such_stage_is_refused(tmp_path):
+def test_a_run_without_node_tokens_or_without_a_language_model_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no finished stage align or behave; train one with"):
         hybrid_encoding.main(["--run", str(run_with(tmp_path / "run", "sbr")), "--threads", "1"])
     recommender = load_bundle(small_run().run / "export" / "sbr")
-    with pytest.raises(UserError, match="holds no language model"):
+    with pytest.raises(UserError, match="has no language model"):
         hybrid_encoding.encode(recommender, items_of(recommender), seed=0)
     settings = config()
-    broken = replace(settings, controls=replace(settings.controls, no_nodes=True))
-    with pytest.raises(UserError, match="node tokens are all alike"):
-        hybrid_encoding.encode(bundle_of(broken), torch.arange(9), seed=0)
     (tmp_path / "p.yaml").write_text(PROMPTS.replace("{nodes} {graph}", "{graph}"))
     settings.prompt.templates = str(tmp_path / "p.yaml")
     with pytest.raises(UserError, match=r"has no \{nodes\}"):

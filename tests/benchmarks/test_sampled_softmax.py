@@ -58,7 +58,7 @@ def test_a_bad_argument_is_one_line(monkeypatch, capsys, words, message):
 @pytest.mark.slow
 def test_steps_at_two_sizes(tmp_path, monkeypatch, capsys):
     output = tmp_path / "s.json"
-    words = ["--sizes", "[100,1000]", "--sessions", "2000", "--batch_size", "32", "--sampled_items", "64"]
+    words = ["--sizes", "[100,1000]", "--sessions", "2000", "--batch_size", "32", "--num_negatives", "64"]
     monkeypatch.setattr(
         sys, "argv", ["sampled_softmax", *words, "--seeds", "0", "--rounds", "1", "--output", str(output)]
     )

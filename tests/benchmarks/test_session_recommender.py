@@ -101,8 +101,8 @@ def test_a_part_too_small_for_a_row_is_refused(dataset, tmp_path):
         write_part(dataset, tmp_path / "part", {"train": 1}, seed=0)
 
 
-def test_both_sides_are_told_the_same():
-    ours = config_of(SETTINGS.as_recbole())
+def test_both_sides_have_the_same_settings():
+    ours = config_of(SETTINGS.recbole_words())
     theirs = SETTINGS.recbole(Path("files"), max_length=50)["config"]
     assert ours.encoder.name == "gcsan"
     assert (ours.tables.dim, ours.tables.dim) == (theirs["hidden_size"], theirs["embedding_size"])
@@ -125,24 +125,25 @@ def test_both_sides_are_told_the_same():
 def test_our_rate_stays_at_its_peak_over_the_epochs_that_are_trained():
     from llmgr_rec.training.optimizers import CosineSchedule
 
-    ours = config_of(SETTINGS.as_recbole()).sbr
+    config = config_of(SETTINGS.recbole_words())
+    ours = config.sbr
     group = {"lr": ours.lr}
     optimizer = type("Optimizer", (), {"param_groups": [group]})()
-    schedule = CosineSchedule(optimizer, total_steps=ours.epochs * 100, warmup=ours.warmup)
+    schedule = CosineSchedule(optimizer, total_steps=ours.epochs * 100, warmup=config.optimizer.warmup)
     assert schedule.factor(0) == 1
     assert schedule.factor(SETTINGS.rounds * 100) == pytest.approx(1, abs=1e-5)
 
 
 def test_srgnn_has_neither_attention_blocks_nor_dropout():
     settings = replace(SETTINGS, encoder="srgnn")
-    told = settings.recbole(Path("files"), max_length=50)
-    assert told["model"] == "SRGNN"
-    assert "n_layers" not in told["config"]
-    assert config_of(settings.as_recbole()).encoder.dropout == 0
+    theirs = settings.recbole(Path("files"), max_length=50)
+    assert theirs["model"] == "SRGNN"
+    assert "n_layers" not in theirs["config"]
+    assert config_of(settings.recbole_words()).encoder.dropout == 0
 
 
 def test_by_default_the_product_keeps_its_own_optimizer():
-    by_default = config_of(SETTINGS.as_by_default())
+    by_default = config_of(SETTINGS.default_words())
     assert by_default.tables.optimizer == config_of([]).tables.optimizer
     assert by_default.sbr.epochs == SETTINGS.rounds
 
@@ -182,10 +183,10 @@ def test_only_the_seconds_of_training_count(tmp_path):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("import sys; sys.exit('no such model')", "fake ended: no such model"),
-        ("print('hello')", "fake said 'hello', which is no JSON object"),
-        ("print('{}'); raise SystemExit", "fake ended: without a word"),
-        ("print('{}'); print('{\"loss\": 1}')", "fake told of an epoch by {'loss': 1}"),
+        ("import sys; sys.exit('no such model')", "fake exited: no such model"),
+        ("print('hello')", "fake sent 'hello', which is no JSON object"),
+        ("print('{}'); raise SystemExit", "fake exited: without a message"),
+        ("print('{}'); print('{\"loss\": 1}')", "fake sent {'loss': 1}, which is no epoch"),
     ],
 )
 def test_a_trainer_that_fails_is_one_line(tmp_path, script, message):
@@ -202,7 +203,7 @@ def test_sides_with_unlike_examples_are_refused(tmp_path):
     with fake(tmp_path, FAKE, "1") as trainer:
         trainer.train()
     check_counts([trainer], {"train": 100, "valid": 10})
-    with pytest.raises(RuntimeError, match="fake had Epoch"):
+    with pytest.raises(RuntimeError, match="fake reported Epoch"):
         check_counts([trainer], {"train": 100, "valid": 11})
 
 

@@ -22,7 +22,7 @@ def test_table_has_a_row_for_each_command():
 
 @pytest.mark.slow
 def test_a_training_that_ends_without_a_step_says_why(tmp_path):
-    with pytest.raises(UserError, match=r"ended before its first step: .*is no prepared data set"):
+    with pytest.raises(UserError, match=r"ended before its first step: .*is not a prepared data set"):
         first_step_seconds(tmp_path / "absent", tmp_path / "run")
 
 

@@ -1,4 +1,4 @@
-"""The other side of the benchmarks computes the same: else a comparison of speeds would say nothing."""
+"""The straightforward implementation computes the same as LLMGR, so that their speeds can be compared."""
 
 import json
 
@@ -7,53 +7,39 @@ import pytest
 import torch
 
 from benchmarks import scoring, tuning, utilization
-from benchmarks.straightforward import PlainAlignTask, PlainBehaveTask, StraightforwardLLMGR
-from llmgr_rec.modules.param_groups import select_trainable
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask
-from llmgr_rec.storage.pretrained import load_decoder
-from tests.modules.small_llmgr import make_batch, make_llmgr
-from tests.modules.test_llmgr import cache
-from tests.training.small_training import small_dataset
-
-TRAINED = ("adapter", "lora", "head")
-ALIGN = {"contrastive_weight": 0.5, "contrastive_temperature": 0.1, "hard_negatives": 1}
+from benchmarks.language_setup import Setup, make_config
+from benchmarks.tuning import Comparison, Trainer
+from tests.small_run import small_run
 
 
-@pytest.fixture
-def models():
-    fast = make_llmgr(with_text=True)
-    cache(fast)
-    plain = StraightforwardLLMGR.like(fast, load_decoder("random-tiny", dtype="float32"))
-    for model in (fast, plain):
-        select_trainable(model, TRAINED)
-        model.train()
-    return fast, plain
+def make_setup(separate_loss=True):
+    settings = make_config("random-tiny", num_layers=2, templates="default", dtype="float32", batch_size=8)
+    settings.tables.dim = 16
+    settings.prompt.text_items = 2
+    settings.contrast.weight, settings.contrast.hard_negatives = 0.5, 1
+    settings.head.separate_loss = separate_loss
+    return Setup.make(settings, small_run().dataset)
 
 
+def trainers(setup, stage):
+    batches = setup.batches(stage, 2)
+    ours, plain = Comparison("test", stage).tasks(setup)
+    return Trainer(ours, setup.fast, batches), Trainer(plain, setup.plain, batches)
+
+
+@pytest.mark.parametrize("separate_loss", [True, False])
 @pytest.mark.parametrize("stage", ["align", "behave"])
-def test_both_sides_have_the_same_losses_and_gradients(models, stage):
-    fast, plain = models
-    if stage == "align":
-        batches = [make_batch(text="random_node", candidates="none")]
-        tasks = AlignTask(fast, **ALIGN), PlainAlignTask(plain, **ALIGN)
-    else:
-        batches = [make_batch(text="last_items", text_items=2, candidates="none")]
-        tasks = BehaveTask(fast), PlainBehaveTask(plain)
-    ours, theirs = (tuning.Trainer(task, model, batches) for task, model in zip(tasks, models, strict=True))
-    found = tuning.agreement(ours, theirs, steps=3)
+def test_both_sides_have_the_same_losses_and_gradients(stage, separate_loss):
+    found = tuning.agreement(*trainers(make_setup(separate_loss), stage), steps=3)
     assert found["loss"] < 1e-5
     assert found["gradient"] < 1e-4
 
 
-def test_a_difference_is_seen(models):
-    fast, plain = models
+def test_a_difference_is_detected():
+    setup = make_setup()
     with torch.no_grad():
-        plain.hybrid.nodes.weight.mul_(1.5).add_(0.1)
-    ours, theirs = (
-        tuning.Trainer(task, model, [make_batch(candidates="none")])
-        for task, model in ((BehaveTask(fast), fast), (PlainBehaveTask(plain), plain))
-    )
-    assert tuning.agreement(ours, theirs, steps=1)["gradient"] > 1e-2
+        setup.plain.adapter.nodes.weight.add_(0.5)
+    assert tuning.agreement(*trainers(setup, "behave"), steps=1)["gradient"] > 1e-2
 
 
 def table(lists, scores):
@@ -74,7 +60,7 @@ SMALL = ["--llm", "random-tiny", "--num_layers", "2", "--batch_size", "8", "--ro
 
 def run(benchmark, tmp_path, *words):
     path = tmp_path / "report.json"
-    benchmark.main([*SMALL, "--dataset", str(small_dataset()), "--output", str(path), *words])
+    benchmark.main([*SMALL, "--dataset", str(small_run().dataset.path), "--output", str(path), *words])
     return json.loads(path.read_text())["results"]
 
 
@@ -86,7 +72,7 @@ def test_tuning_reports_ratio_and_agreement(tmp_path, capsys):
         assert result["ratio"]["median"] > 0
         assert result["agreement"]["loss"] < 1e-4
         assert result["agreement"]["gradient"] < 1e-4
-    assert "times the targets a second" in capsys.readouterr().out
+    assert "times the targets per second" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -98,7 +84,7 @@ def test_utilization_reports_shares_of_the_peak(tmp_path):
 
 
 @pytest.mark.slow
-def test_scoring_gives_the_answers_of_the_other_side(tmp_path):
+def test_scoring_gives_the_lists_of_the_straightforward_implementation(tmp_path):
     results = run(scoring, tmp_path, "--sessions", "50")
     assert results["agreement"]["lists"] == results["agreement"]["same_but_ties"] == 50
     assert results["agreement"]["score"] < 1e-5

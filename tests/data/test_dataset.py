@@ -41,7 +41,7 @@ def test_fields_that_have_a_default_may_be_absent(dataset: Path) -> None:
 
 
 def test_folder_that_is_no_data_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no prepared data set.*llmgr_rec\.prepare"):
+    with pytest.raises(UserError, match=r"not a prepared data set.*llmgr_rec\.prepare"):
         Dataset(tmp_path)
 
 
@@ -51,7 +51,7 @@ def test_folder_that_is_no_data_set(tmp_path: Path) -> None:
         (lambda values: values.update(format_version=99), "format_version 99"),
         (lambda values: values.pop("num_items"), "num_items"),
         (lambda values: values["files"]["items.parquet"].pop("rows"), "rows"),
-        (lambda values: values.update(files=[1]), "ill-formed"),
+        (lambda values: values.update(files=[1]), "invalid field"),
     ],
 )
 def test_manifest_that_does_not_fit(dataset: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:

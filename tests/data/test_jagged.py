@@ -63,6 +63,6 @@ def test_beside_puts_the_same_rows_of_all_parts_together(
     same_number = st.lists(st.lists(st.integers(-5, 5), max_size=4), min_size=len(rows), max_size=len(rows))
     parts = [rows, *(data.draw(same_number) for _ in range(count))]
 
-    beside = Jagged.beside([jagged(part) for part in parts])
+    beside = Jagged.concatenate([jagged(part) for part in parts])
 
     assert as_lists(beside) == [[value for part in parts for value in part[row]] for row in range(len(rows))]

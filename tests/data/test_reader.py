@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
-from llmgr_rec.data.row_groups import Recent, RowGroup
+from llmgr_rec.data.row_groups import LRUCache, RowGroup
 from llmgr_rec.errors import UserError
 
 from .files import Session, prefix_examples, random_sessions, write_part, write_parts
@@ -185,7 +185,7 @@ def test_examples_change_their_order_within_a_row_group_too(tmp_path: Path) -> N
 
 def test_the_result_longest_unused_is_forgotten() -> None:
     made: list[str] = []
-    recent: Recent[str, str] = Recent(lambda key: made.append(key) or key.upper(), keep=2)  # type: ignore[func-returns-value]
+    recent: LRUCache[str, str] = LRUCache(lambda key: made.append(key) or key.upper(), max_size=2)  # type: ignore[func-returns-value]
 
     assert [recent(key) for key in "abacab"] == list("ABACAB")
     assert made == ["a", "b", "c", "b"]
@@ -275,15 +275,6 @@ def test_resume_with_another_order_is_refused(make: Make, change: dict[str, obje
         make(**change).load_state_dict(make().state_dict())
 
 
-def test_a_state_with_the_former_name_of_a_setting_is_resumed(make: Make) -> None:
-    state = make(augment_prefixes=True, max_prefixes_per_pass=4).state_dict()
-    state["fingerprint"]["together"] = state["fingerprint"].pop("max_prefixes_per_pass")
-
-    make(augment_prefixes=True, max_prefixes_per_pass=4).load_state_dict(state)
-    with pytest.raises(UserError, match="max_prefixes_per_pass was 4, is 3"):
-        make(augment_prefixes=True, max_prefixes_per_pass=3).load_state_dict(state)
-
-
 def test_resume_with_other_files_is_refused(make: Make, tmp_path: Path) -> None:
     state = make().state_dict()
     write_part(tmp_path / "train" / "part-00001.parquet", [([1, 2], 3)])
@@ -334,10 +325,10 @@ def open_reader(part: Path, **settings: object) -> "SessionReader[RawSessions]":
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (([3, NUM_ITEMS], 1), f"row group 1: column items holds item index {NUM_ITEMS}, .* items 0 to 10; make"),
-        (([-2], 1), "row group 1: column items holds item index -2"),
-        (([1], 99), "row group 1: column target holds item index 99"),
-        (([1], -1), "row group 1: column target holds item index -1"),
+        (([3, NUM_ITEMS], 1), f"row group 1: column items has item index {NUM_ITEMS}, .* items 0 to 10; prepare"),
+        (([-2], 1), "row group 1: column items has item index -2"),
+        (([1], 99), "row group 1: column target has item index 99"),
+        (([1], -1), "row group 1: column target has item index -1"),
     ],
 )
 def test_an_index_out_of_range_is_named_at_once(tmp_path: Path, bad: Session, message: str, statistics: bool) -> None:
@@ -352,9 +343,9 @@ def test_an_index_out_of_range_is_named_at_once(tmp_path: Path, bad: Session, me
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"items": [[1], None]}, "row group 0: column items holds 1 nulls"),
-        ({"items": [[1], [None, 2]]}, "row group 0: column items holds 1 nulls"),
-        ({"target": [None, 1]}, "row group 0: column target holds 1 nulls"),
+        ({"items": [[1], None]}, "row group 0: column items has 1 nulls"),
+        ({"items": [[1], [None, 2]]}, "row group 0: column items has 1 nulls"),
+        ({"target": [None, 1]}, "row group 0: column target has 1 nulls"),
         ({"target": ["a", "b"]}, "column target is string, not int64"),
         ({"items": [["a"], ["b"]]}, "column items is list<.*string>, not list<int64>"),
         ({"items": [1, 2]}, "column items is int64, not list<int64>"),
@@ -376,7 +367,7 @@ def test_a_truncated_or_missing_file_is_named(tmp_path: Path) -> None:
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(20, NUM_ITEMS))
     part.write_bytes(part.read_bytes()[:-30])
 
-    with pytest.raises(UserError, match=r"part-00000\.parquet is truncated or no Parquet file"):
+    with pytest.raises(UserError, match=r"part-00000\.parquet is truncated or not a Parquet file"):
         open_reader(part)
     part.unlink()
     with pytest.raises(UserError, match=r"part-00000\.parquet does not exist"):
@@ -399,7 +390,7 @@ def test_damaged_pages_are_named_when_read(tmp_path: Path, workers: int) -> None
 def test_an_empty_list_is_refused_where_prefixes_are_counted(tmp_path: Path) -> None:
     part = write_part(tmp_path / "part-00000.parquet", [([1, 2], 3), ([], 4)])
 
-    with pytest.raises(UserError, match="row group 0: column items holds an empty list"):
+    with pytest.raises(UserError, match="row group 0: column items has an empty list"):
         open_reader(part, augment_prefixes=True)
     assert [rows_of(raw) for raw in open_reader(part).batches(0)] == [[(0, [1, 2], 3), (1, [], 4)]]
 

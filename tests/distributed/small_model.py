@@ -62,7 +62,7 @@ def sharded_model(world: World, tables: TablesConfig, seed: int = 3) -> Distribu
 
 
 def batch(step: int, world: World, bags: int = 12) -> KeyedJaggedTensor:
-    """This rank's share of a global batch that depends on the step alone."""
+    """This rank's share of a global batch that depends only on the step."""
     generator = torch.Generator().manual_seed(100 + step)
     items = torch.randint(NUM_ITEMS, (bags,), generator=generator)
     counts = torch.randint(3, (bags,), generator=generator)

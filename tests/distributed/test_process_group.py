@@ -1,4 +1,4 @@
-"""The process group: alone without a launcher, together on ranks, an error on one rank is an error on all."""
+"""The process group: one process without a launcher, several ranks, an error on one rank is an error on all."""
 
 import os
 import time
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llmgr_rec.distributed import process_group
 from llmgr_rec.distributed.process_group import (
     World,
     choose_device,
@@ -96,7 +97,7 @@ def alone(world: World) -> tuple[int, int, str]:
 def test_a_process_without_launcher_is_a_world_of_its_own() -> None:
     ((rank, size, text),) = run_on_ranks(alone, 1)
     assert (rank, size) == (0, 1)
-    assert text == f"1.0 {len(os.sched_getaffinity(0))}"
+    assert text == f"1.0 {int(os.environ['OMP_NUM_THREADS'])}"
 
 
 def hang_or_fail(world: World, how: str) -> None:
@@ -141,3 +142,13 @@ def test_no_thread_of_a_group_outlives_it() -> None:
 def threads_of_groups() -> list[str]:
     names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
     return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.parametrize(
+    ("variable", "local_size", "threads"),
+    [("3", 1, 3), ("", 1, 8), ("all", 1, 8), ("0", 1, 8), ("1", 2, 4), ("3", 16, 1)],
+)
+def test_default_threads(monkeypatch: pytest.MonkeyPatch, variable: str, local_size: int, threads: int) -> None:
+    monkeypatch.setattr(process_group, "_usable_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert process_group._default_threads(local_size) == threads

@@ -1,4 +1,4 @@
-"""Ranking over ranks equals ranking in one place."""
+"""Ranking across ranks equals ranking in one process."""
 
 from dataclasses import replace
 
@@ -50,10 +50,10 @@ def queries_of(rank: int, count: int) -> Tensor:
     return torch.randint(-2, 3, (count, DIM), generator=torch.Generator().manual_seed(rank)).float()
 
 
-def winners(ids_BK: Tensor, places: int) -> Jagged:
+def winners(ids_BK: Tensor, count: int) -> Jagged:
     """The first items of each list, and as many for the last session as a list can hold."""
     rows = [row[row >= 0].tolist() for row in ids_BK]
-    kept = [row[:places] for row in rows[:-1]] + rows[-1:]
+    kept = [row[:count] for row in rows[:-1]] + rows[-1:]
     values = torch.tensor([item for row in kept for item in row], dtype=torch.int64)
     return Jagged.from_lengths(values, torch.tensor([len(row) for row in kept], dtype=torch.int64))
 
@@ -65,7 +65,7 @@ def clicks_of(rank: int, count: int, num_items: int) -> Jagged:
     return Jagged.from_lengths(torch.randint(num_items, (int(lengths.sum()),), generator=draw), lengths)
 
 
-def prior_of(num_items: int) -> Blend:
+def blend_of(num_items: int) -> Blend:
     """Few-bit numbers, so that sums are exact and ties are frequent."""
     draw = np.random.default_rng(num_items)
     size = min(num_items * 20, num_items**2)
@@ -74,8 +74,8 @@ def prior_of(num_items: int) -> Blend:
     return Blend({"item_knn": 1.0}, similarity, 0.5)
 
 
-def dense_prior(clicks: Jagged, num_items: int, decay: float = 0.5) -> Tensor:
-    similarity = torch.from_numpy(prior_of(num_items).similarity_VR.toarray())
+def dense_blend(clicks: Jagged, num_items: int, decay: float = 0.5) -> Tensor:
+    similarity = torch.from_numpy(blend_of(num_items).similarity_VR.toarray())
     added = torch.zeros(clicks.num_rows, num_items)
     for row in range(clicks.num_rows):
         for after, item in enumerate(reversed(clicks.narrow(row, row + 1).values.tolist())):
@@ -89,14 +89,14 @@ def plain_items(num_items: int) -> Tensor:
     return model.item_vectors(Bags(num_items).item_features(torch.arange(num_items))).detach()
 
 
-def plain_ranker(num_items: int, prior: Blend | None = None) -> CatalogRanker:
+def plain_ranker(num_items: int, blend: Blend | None = None) -> CatalogRanker:
     model = Items(num_items)
     init_tables(model, 1, 0.1)
-    return CatalogRanker(model, Bags(num_items), World.alone(), prior)
+    return CatalogRanker(model, Bags(num_items), World.alone(), blend)
 
 
 def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
-    """The first K places of a stable sort of all scores."""
+    """The first K items of a stable sort of all scores."""
     if exclude is not None:
         scores[exclude.row_of_value, exclude.values] = -torch.inf
     values, ids = scores.sort(dim=1, descending=True, stable=True)
@@ -106,7 +106,7 @@ def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tenso
     return torch.where(values.isneginf(), -1, ids), values
 
 
-def rank_with_prior(world: World, sizes: list[int], catalogs: list[int]) -> list[tuple[Tensor, ...]]:
+def rank_with_blend(world: World, sizes: list[int], catalogs: list[int]) -> list[tuple[Tensor, ...]]:
     # Many blocks of queries and of items.
     topk._QUERY_BLOCK, topk._CPU_ITEM_BLOCK = 4, 128
     answers: list[tuple[Tensor, ...]] = []
@@ -114,7 +114,7 @@ def rank_with_prior(world: World, sizes: list[int], catalogs: list[int]) -> list
         model = Items(num_items, "meta")
         shard(model, TablesConfig(dim=DIM), world, lambda name: True)
         init_tables(model, 1, 0.1)
-        ranker = CatalogRanker(model, Bags(num_items), world, prior_of(num_items))
+        ranker = CatalogRanker(model, Bags(num_items), world, blend_of(num_items))
         queries = queries_of(world.rank, sizes[world.rank])
         clicks = clicks_of(world.rank, sizes[world.rank], num_items)
         answers.append((*ranker.rank(queries, K, None, clicks), *ranker.rank(queries, K, clicks, clicks)))
@@ -123,75 +123,75 @@ def rank_with_prior(world: World, sizes: list[int], catalogs: list[int]) -> list
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_prior_is_added_to_the_scores_before_anything_is_ranked(ranks: int) -> None:
+def test_a_blend_is_added_to_the_scores_before_ranking(ranks: int) -> None:
     sizes, catalogs = [11, 3][:ranks], [3001, 101, 3, 1]
-    answers = run_on_ranks(rank_with_prior, ranks, sizes, catalogs)
+    answers = run_on_ranks(rank_with_blend, ranks, sizes, catalogs)
     for number, num_items in enumerate(catalogs):
         items = plain_items(num_items)
         for rank, size in enumerate(sizes):
             clicks = clicks_of(rank, size, num_items)
             alone = queries_of(rank, size) @ items.T
             for found, exclude in ((answers[rank][number][:2], None), (answers[rank][number][2:], clicks)):
-                ids, scores = sorted_scores(alone + dense_prior(clicks, num_items), exclude)
+                ids, scores = sorted_scores(alone + dense_blend(clicks, num_items), exclude)
                 assert torch.equal(found[0], ids)
                 assert torch.equal(found[1], scores)
             if num_items > 3:
-                assert not torch.equal(found[0], sorted_scores(alone, clicks)[0]), "the prior changes nothing"
+                assert not torch.equal(found[0], sorted_scores(alone, clicks)[0]), "the blend changes nothing"
 
 
-PLACED_WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.5, 2.0)]
+WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.5, 2.0)]
 
 
 def targets_of(rank: int, count: int, num_items: int) -> Tensor:
     return torch.randint(num_items, (count,), generator=torch.Generator().manual_seed(200 + rank))
 
 
-def placed(world: World, sizes: list[int], num_items: int) -> list[Tensor]:
+def target_ranks(world: World, sizes: list[int], num_items: int) -> list[Tensor]:
     # Blocks of three sessions.
-    ranking._PLACED_SCORES = 3 * -(-num_items // world.size)
+    ranking._MAX_SCORES = 3 * -(-num_items // world.size)
     model = Items(num_items, "meta")
     shard(model, TablesConfig(dim=DIM), world, lambda name: True)
     init_tables(model, 1, 0.1)
     ranker = CatalogRanker(model, Bags(num_items), world)
     size = sizes[world.rank]
     clicks = clicks_of(world.rank, size, num_items)
-    prior = prior_of(num_items).of_items(ranker.items)
-    added = [ranker.added_by(prior, clicks), ranker.added_by(replace(prior, decay=0.25), clicks)]
-    words = (queries_of(world.rank, size), targets_of(world.rank, size, num_items), added, PLACED_WEIGHTS)
-    found = [ranker.places(*words), ranker.places(*words, clicks)]
+    blend = blend_of(num_items).of_items(ranker.items)
+    added = [ranker.added_by(blend, clicks), ranker.added_by(replace(blend, decay=0.25), clicks)]
+    arguments = (queries_of(world.rank, size), targets_of(world.rank, size, num_items), added, WEIGHTS)
+    found = [ranker.target_ranks(*arguments), ranker.target_ranks(*arguments, clicks)]
     if world.rank == world.size - 1:
         ranker._items_RQ[-1] = torch.nan
     with pytest.raises(UserError, match="not numbers"):
-        ranker.places(*words)
+        ranker.target_ranks(*arguments)
     return found
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_places_are_those_of_the_whole_catalog_at_any_number_of_ranks(ranks: int) -> None:
+def test_target_ranks_are_those_of_the_whole_catalog_at_any_number_of_ranks(ranks: int) -> None:
     sizes, num_items = [11, 4][:ranks], 101
-    answers = run_on_ranks(placed, ranks, sizes, num_items)
+    answers = run_on_ranks(target_ranks, ranks, sizes, num_items)
     for rank, size in enumerate(sizes):
         clicks, targets = clicks_of(rank, size, num_items), targets_of(rank, size, num_items)
         targets_B1 = targets.unsqueeze(1)
         alone = queries_of(rank, size) @ plain_items(num_items).T
         for found, exclude in zip(answers[rank], (None, clicks), strict=True):
-            for places, weights in zip(found, PLACED_WEIGHTS, strict=True):
+            for found_ranks, weights in zip(found, WEIGHTS, strict=True):
                 total = alone + sum(
-                    w * dense_prior(clicks, num_items, d) for w, d in zip(weights, (0.5, 0.25), strict=True)
+                    w * dense_blend(clicks, num_items, d) for w, d in zip(weights, (0.5, 0.25), strict=True)
                 )
                 if exclude is not None:
                     total[exclude.row_of_value, exclude.values] = -torch.inf
                 order = total.argsort(dim=1, descending=True, stable=True)
                 expected = (order == targets_B1).float().argmax(1)
-                left_out = total.gather(1, targets_B1).squeeze(1).isneginf()
-                assert torch.equal(places, torch.where(left_out, ranking.EXCLUDED_RANK, expected))
-            assert len(found.unique(dim=0)) == len(PLACED_WEIGHTS)
+                excluded = total.gather(1, targets_B1).squeeze(1).isneginf()
+                assert torch.equal(found_ranks, torch.where(excluded, ranking.EXCLUDED_RANK, expected))
+            assert len(found.unique(dim=0)) == len(WEIGHTS)
 
 
-def test_a_ranker_with_a_prior_asks_for_clicks() -> None:
+def test_a_ranker_with_a_blend_needs_clicks() -> None:
     with pytest.raises(ValueError, match="needs the clicks"):
-        plain_ranker(101, prior_of(101)).rank(queries_of(0, 4), K)
+        plain_ranker(101, blend_of(101)).rank(queries_of(0, 4), K)
 
 
 def rank_on_ranks(world: World, sizes: list[int], catalogs: list[int]) -> list[tuple[Tensor, ...]]:
@@ -239,5 +239,5 @@ def test_one_rank_ranks_all_items() -> None:
     expected_ids, expected_scores = top_k(queries_of(0, 4), items, K)
     assert torch.equal(ids, expected_ids)
     assert torch.equal(scores, expected_scores)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="must be 1 or more"):
         ranker.rank(queries_of(0, 4), 0)

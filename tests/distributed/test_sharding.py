@@ -1,4 +1,4 @@
-"""Sharding: one rank equals two, tables are really cut, frozen is frozen, what does not fit says so."""
+"""Sharding: one rank equals two, tables are really sharded, frozen is frozen, what does not fit is refused."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_sharded_training_equals_plain_training(size: int) -> None:
             if is_trained(name):
                 assert (before[name] - after[name]).abs().max() > 1e-3, f"{name} did not train"
         if size == 2 and tables.sharding == "column_wise":
-            assert all(len(result[2]) == 3 for result in results), "a table is not cut over both ranks"
+            assert all(len(result[2]) == 3 for result in results), "a table is not sharded across both ranks"
         if size == 2 and tables.sharding == "table_wise":
             assert all(result[2] for result in results), "a rank holds nothing"
         if tables.optimizer == "rowwise_adagrad":

@@ -55,21 +55,21 @@ def test_the_best_of_each_column_is_bold_and_gains_are_right():
     text = page(models={"sbr": metrics(0.1), "llmgr": metrics(0.12), "item_knn": {**metrics(0.08), "mrr@20": 0.3}})
     assert text.count("<b>0.1200</b>") == len(COLUMNS) - 1
     assert text.count("<b>0.3000</b>") == 1
-    assert "LLMGR against GNN: HR@20 +20.0%, NDCG@20 +20.0%, MRR@20 +20.0%." in text
+    assert "LLMGR compared with GNN: HR@20 +20.0%, NDCG@20 +20.0%, MRR@20 +20.0%." in text
     assert "against Item-kNN" not in text
     assert "Standard error of the best HR@20: 0.0325" in text
 
 
-def test_a_hit_below_the_shown_items_is_shown_with_its_place():
+def test_a_hit_below_the_shown_items_is_shown_with_its_rank():
     recommended = [f"thing {place}" for place in range(1, 21)]
     text = page(examples=[Example("s", ["a"] * 11, "thing 14", recommended, 14)])
     assert '<li value="14"><span class="hit">thing 14</span></li>' in text
     assert "thing 11" not in text
-    assert "found at place 14" in text
+    assert "next click at position 14" in text
     assert "3 earlier clicks" in text
     assert '<ol start="4">' in text
     missed = page(examples=[Example("s", ["a"], "x", recommended, 0)])
-    assert "not among the first 20" in missed
+    assert "not in the top 20" in missed
     assert 'class="hit"' not in missed
 
 

@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from llmgr_rec.distributed.assembly import make_collator
 
 from llmgr_rec.baselines.builders import BASELINES, build_baseline
 from llmgr_rec.baselines.knn import Baseline, ItemKNN
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.protocol import as_it_is, evaluate_baseline, evaluate_model, session_queries, split_reader
-from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model, identity, split_reader
 from llmgr_rec.storage.bundle import load_bundle
 from tests.data.prepare_inputs import read
 from tests.ranks import run_on_ranks
@@ -25,40 +23,40 @@ from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats
 def reference(stage: str, dataset: Dataset, split: str) -> dict[str, float]:
     """Scores every session alone against every item, with numpy on top."""
     bundle = load_bundle(small_run().run / "export" / stage)
-    collate = make_collator(bundle.config, bundle.catalog, "rank", language=isinstance(bundle.model, LLMGR))
+    ranking, collate = bundle.ranking(), bundle.collate
     items = bundle.model.item_vectors(collate.item_features(torch.arange(bundle.catalog.num_items)))
-    places = []
+    ranks = []
     for clicks, batch in split_reader(dataset, split, 1, lambda raw: (raw.items_L, collate(raw))).batches(0):
-        scores = (session_queries(bundle.model, batch) @ items.T)[0].detach().numpy()
+        scores = (ranking.queries(batch) @ items.T)[0].detach().numpy()
         order = np.argsort(-scores, kind="stable").tolist()
-        places.append(place_in(order, set(clicks.tolist()), int(batch.targets_B[0]), dataset))
-    return metrics_of(places)
+        ranks.append(rank_in(order, set(clicks.tolist()), int(batch.targets_B[0]), dataset))
+    return metrics_of(ranks)
 
 
 def baseline_reference(baseline: Baseline, dataset: Dataset, split: str) -> dict[str, float]:
     """Ranks every session alone over all items."""
-    places = []
-    for raw in split_reader(dataset, split, 1, as_it_is).batches(0):
+    ranks = []
+    for raw in split_reader(dataset, split, 1, identity).batches(0):
         order = baseline.rank(raw.items_L.numpy(), raw.offsets_B1.numpy(), NUM_ITEMS)[0][0].tolist()
-        places.append(place_in(order, set(raw.items_L.tolist()), int(raw.targets_B[0]), dataset))
-    return metrics_of(places)
+        ranks.append(rank_in(order, set(raw.items_L.tolist()), int(raw.targets_B[0]), dataset))
+    return metrics_of(ranks)
 
 
-def place_in(order: list[int], clicked: set[int], target: int, dataset: Dataset) -> float:
-    """Place of the target, from 1, in a list of all items, less those that were clicked where the data set wants it."""
+def rank_in(order: list[int], clicked: set[int], target: int, dataset: Dataset) -> float:
+    """Rank of the target, from 1, in a list of all items; without seen items where the data set excludes them."""
     if not dataset.manifest.clicks_repeat:
         order = [item for item in order if item not in clicked]
     return order.index(target) + 1 if target in order else float("inf")
 
 
-def metrics_of(places: list[float]) -> dict[str, float]:
-    place = np.array(places, float)
-    result: dict[str, float] = {"count": len(places)}
+def metrics_of(ranks: list[float]) -> dict[str, float]:
+    rank = np.array(ranks, float)
+    result: dict[str, float] = {"count": len(ranks)}
     for k in (5, 10, 20):
-        inside = place <= k
+        inside = rank <= k
         result[f"hr@{k}"] = inside.mean()
-        result[f"ndcg@{k}"] = (inside / np.log2(place + 1)).mean()
-        result[f"mrr@{k}"] = (inside / place).mean()
+        result[f"ndcg@{k}"] = (inside / np.log2(rank + 1)).mean()
+        result[f"mrr@{k}"] = (inside / rank).mean()
     return result
 
 
@@ -67,7 +65,7 @@ def metrics_of(places: list[float]) -> dict[str, float]:
 def test_equals_ranking_every_session_alone(stage: str, split: str, data: Callable[[], Dataset]) -> None:
     dataset = data()
     bundle = load_bundle(small_run().run / "export" / stage)
-    result = evaluate_model(bundle.model, dataset, split, bundle.config, ONE_RANK)
+    result = evaluate_model(bundle.ranking(), dataset, split, ONE_RANK, bundle.catalog.train_count_V)
     expected = reference(stage, dataset, split)
     assert expected["count"] == dataset.manifest.num_examples[split]
     for name, value in expected.items():
@@ -84,7 +82,7 @@ def test_a_baseline_equals_ranking_every_session_alone(name: str, data: Callable
         assert result[metric] == pytest.approx(value, abs=1e-9), metric
 
 
-def test_leaving_out_is_seen_in_every_figure() -> None:
+def test_exclusion_changes_every_figure() -> None:
     both = [everything(ONE_RANK, dataset) for dataset in (small_run().dataset, without_repeats())]
     for name, with_clicked in both[0].items():
         assert with_clicked["ndcg@20"] != both[1][name]["ndcg@20"], name
@@ -94,7 +92,7 @@ def test_the_model_keeps_its_mode() -> None:
     shared = small_run()
     bundle = load_bundle(shared.run / "export" / "sbr")
     bundle.model.train()
-    evaluate_model(bundle.model, shared.dataset, "test", bundle.config, ONE_RANK)
+    evaluate_model(bundle.ranking(), shared.dataset, "test", ONE_RANK, bundle.catalog.train_count_V)
     assert bundle.model.training
 
 
@@ -119,7 +117,7 @@ def everything(world: World, dataset: Dataset, run: Path | None = None) -> dict[
     for stage in ("sbr", "behave"):
         # Sharded on several ranks; plain torch where there is no process group.
         bundle = load_bundle(run / "export" / stage, None if world is ONE_RANK else world)
-        results[stage] = evaluate_model(bundle.model, dataset, "test", bundle.config, world)
+        results[stage] = evaluate_model(bundle.ranking(), dataset, "test", world, catalog.train_count_V)
     for name in ("popularity", "item_knn"):
         baseline = build_baseline(name, dataset, catalog)
         results[name] = evaluate_baseline(baseline, dataset, "test", catalog, world)

@@ -41,7 +41,7 @@ def test_only_metrics_files_are_read(tmp_path):
     assert read_metrics(tmp_path / "m.json")["test"]["sbr"]["hr@20"] == 0.1
     for text in ("{", "[]", json.dumps({"test": {}})):
         (tmp_path / "x.json").write_text(text)
-        with pytest.raises(UserError, match="is no metrics file"):
+        with pytest.raises(UserError, match="is not a metrics file"):
             read_metrics(tmp_path / "x.json")
     with pytest.raises(UserError, match="does not exist"):
         read_metrics(tmp_path / "absent.json")

@@ -6,11 +6,11 @@ import pytest
 from llmgr_rec.experiments.compare import Gain, hit_rate, hit_rate_by_frequency, ndcg, reciprocal_rank, relative_gain
 
 
-def test_metrics_of_single_places():
-    places = np.array([0, 1, 19, 20, 99])
-    np.testing.assert_array_equal(hit_rate(places), [1, 1, 1, 0, 0])
-    np.testing.assert_allclose(ndcg(places), [1, 1 / np.log2(3), 1 / np.log2(21), 0, 0])
-    np.testing.assert_allclose(reciprocal_rank(places), [1, 1 / 2, 1 / 20, 0, 0])
+def test_metrics_of_single_ranks():
+    ranks = np.array([0, 1, 19, 20, 99])
+    np.testing.assert_array_equal(hit_rate(ranks), [1, 1, 1, 0, 0])
+    np.testing.assert_allclose(ndcg(ranks), [1, 1 / np.log2(3), 1 / np.log2(21), 0, 0])
+    np.testing.assert_allclose(reciprocal_rank(ranks), [1, 1 / 2, 1 / 20, 0, 0])
 
 
 def test_a_gain_that_all_sessions_share_has_no_spread():

@@ -80,12 +80,15 @@ def test_a_grid_has_a_point_for_each_combination():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("title: x\n", "names no variants"),
+        ("title: x\n", "has no variants"),
         ("variants: {a: {modle: sbr}}\n", "variant a: unknown key modle, did you mean model?"),
         ("variants: {a: {model: sbb}}\n", "variant a: sbb is not known, did you mean sbr?"),
         ("variants: {a: {settings: {sbr.epoch: 3}}}\n", "variant a: .*sbr.epoch"),
         ("variants: {a: {settings: {sbr.epochs: -3}}}\n", "variant a: setting sbr.epochs is -3"),
-        ("settings: {align.epochs: 0, behave.epochs: 0}\nvariants: {a: {}}\n", "variant a: align.epochs and behave"),
+        (
+            "settings: {align.epochs: 0, behave.epochs: 0}\nvariants: {a: {}}\n",
+            "variant a: model llmgr has no stage to train",
+        ),
         (
             "variants: {a: {model: sbr, grid: {tables.dim: 8}}}\n",
             "variant a: grid needs a list of values for tables.dim",
@@ -95,13 +98,13 @@ def test_a_grid_has_a_point_for_each_combination():
             "variants: {a: {model: item_knn, grid: {tables.dim: [8]}}}\n",
             "variant a: grid is for models that are trained",
         ),
-        ("reference: b\nvariants: {a: {}}\n", "reference b is none of its variants"),
+        ("reference: b\nvariants: {a: {}}\n", "reference b is not one of its variants"),
         (
             "variants: {aaa: {}, b: {against: aab}}\n",
-            "variant b: against aab is none of its variants, did you mean aaa?",
+            "variant b: against aab is not one of its variants, did you mean aaa?",
         ),
-        ("variants: {aa: {}, b: {against: zz}}\n", "against zz is none of its variants; known: aa, b"),
-        ("variants: {a: {}, b: {against: b}}\n", "variant b: it has no gain against itself"),
+        ("variants: {aa: {}, b: {against: zz}}\n", "against zz is not one of its variants; known: aa, b"),
+        ("variants: {a: {}, b: {against: b}}\n", "variant b: against is the variant itself"),
         ("variants:\n  a: {model: sbr}\n  a: {model: item_knn}\n", "a is given twice"),
         (
             "variants: {a: {model: item_knn, settings: {sbr.epochs: 3}}}\n",
@@ -113,9 +116,9 @@ def test_a_grid_has_a_point_for_each_combination():
         ("variants: {a: {controls: random_llm}}\n", "variant a: controls is 'random_llm', not a list"),
         ("variants: {a: {model: item_knn, controls: [random_llm]}}\n", "variant a: controls are for models that are"),
         ("variants: [\n", "is not YAML"),
-        ("settings: [tables.lr]\nvariants: {a: {}}\n", r": settings is \['tables.lr'\], not names with values"),
-        ("variants: {a: 3}\n", "variant a is 3, not names with values"),
-        ("variants: {a: {model: sbr, grid: [1]}}\n", r"variant a grid is \[1\], not names with values"),
+        ("settings: [tables.lr]\nvariants: {a: {}}\n", r": settings is \['tables.lr'\], not a mapping"),
+        ("variants: {a: 3}\n", "variant a is 3, not a mapping"),
+        ("variants: {a: {model: sbr, grid: [1]}}\n", r"variant a grid is \[1\], not a mapping"),
     ],
 )
 def test_a_mistake_is_named(tmp_path, text, message):

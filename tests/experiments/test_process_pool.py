@@ -19,6 +19,7 @@ from llmgr_rec.experiments.process_pool import Task, run_trials
 from llmgr_rec.experiments.trial import TrialRunner
 from tests.small_run import small_run
 
+ROOT = Path(__file__).parents[2]
 EXPERIMENT = """\
 title: In parallel
 settings: {blend.neighbors: [], tables.dim: 8, sbr.epochs: 1, runtime.device: cpu, runtime.threads_per_rank: 1}
@@ -89,14 +90,16 @@ if __name__ == "__main__":
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)
     command = [sys.executable, str(tmp_path / "orphan.py")]
-    worker = int(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    worker = int(done.stdout)
     deadline = time.monotonic() + 30
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline, "a process was left behind"
         time.sleep(0.1)
 
 
-def test_a_point_of_a_grid_is_told_from_the_others():
+def test_a_point_of_a_grid_has_its_own_name():
     variant = Variant("GNN", "sbr", {"sbr.lr": 0.01, "tables.dim": 8}, grid={"sbr.lr": [0.01]})
     assert str(Task(variant.points()[0], 3, tuple(variant.grid))) == "GNN, sbr.lr 0.01, seed 3"
     assert str(Task(variant, 3)) == "GNN, seed 3"

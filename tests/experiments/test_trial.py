@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
-from llmgr_rec.training.checks import RunRequest
 
 from llmgr_rec.config import Config
 from llmgr_rec.data.dataset import Dataset
@@ -29,6 +28,7 @@ from llmgr_rec.experiments.runs import SharedRuns
 from llmgr_rec.experiments.trial import TrialRunner
 from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.train_run import train_run
 from tests.small_run import prepare_small, small_run, write_log
 
@@ -36,7 +36,9 @@ from tests.small_run import prepare_small, small_run, write_log
 def run_of(folder, model, controls=(), **settings):
     """Name of the run in which a model is trained under some settings, such as llm__num_layers=2."""
     config = Config()
-    config.llm_text.epochs = int(model == "text")
+    config.tables.knn_smoothing = [0.0]
+    config.llm_text.epochs = int(model == "llm_text")
+    config.align.epochs = config.behave.epochs = int(model == "llmgr")
     for name, value in settings.items():
         part, _, setting = name.partition("__")
         setattr(getattr(config, part), setting, value)
@@ -77,7 +79,6 @@ def test_what_is_selected_after_training_is_no_part_of_the_name_of_a_run(tmp_pat
         plain = run_of(tmp_path, model)
         assert run_of(tmp_path, model, **blend) == plain
         assert run_of(tmp_path, model, text_encoder__score_weight=[1.0]) == plain
-        assert run_of(tmp_path, model, tables__knn_smoothing=[0.0]) == plain
     assert run_of(tmp_path, "sbr", tables__knn_smoothing=[2.0]) == run_of(tmp_path, "sbr")
 
 
@@ -97,7 +98,7 @@ def test_a_later_stage_with_another_smoothing_strength_trains_no_recommender_ane
     config = Config()
     config.tables.dim, config.sbr.epochs = 8, 1
     config.llm.name_or_path, config.llm.num_layers, config.llm.lora_rank = "random-tiny", 1, 2
-    config.align.epochs, config.behave.max_steps = 0, 1
+    config.align.epochs, config.behave.epochs, config.behave.max_steps = 0, 1, 1
     config.runtime.device, config.runtime.threads_per_rank = "cpu", 1
     trained = []
     train = runs.train_run
@@ -106,7 +107,7 @@ def test_a_later_stage_with_another_smoothing_strength_trains_no_recommender_ane
     plain = load_bundle(shared.trained("sbr", config).folder / "export" / "sbr").model.state_dict()
     config = replace(config, tables=replace(config.tables, knn_smoothing=[2.0]))
     full = shared.trained("llmgr", config).folder
-    assert [name.split("-")[0] for name in trained] == ["sbr", "smoothed", "full"]
+    assert [name.split("-")[0] for name in trained] == ["sbr", "smoothed", "llmgr"]
     assert not (tmp_path / "runs" / trained[1] / "metrics.jsonl").exists(), "the recommender was trained again"
     smoothed = load_bundle(full / "export" / "sbr").model.state_dict()
     (moved,) = (name for name, tensor in plain.items() if not torch.equal(smoothed[name], tensor))
@@ -186,7 +187,7 @@ def test_tables_of_both_splits_stand_side_by_side_and_none_is_replaced_by_one_of
     tables = [(tmp_path / "out" / f"{name}.md").read_text() for name in ("counts", "counts-valid")]
     assert ["90 test sessions" in table for table in tables] == [True, False]
     other = prepare_small(tmp_path / "other", seed=5)
-    with pytest.raises(UserError, match=r"out holds counts of another data set, .*; give another --output"):
+    with pytest.raises(UserError, match=r"out has counts of another data set, .*; give another --output"):
         main([*words, str(other.path)])
 
 

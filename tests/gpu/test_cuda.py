@@ -56,7 +56,7 @@ def test_all_stages_train_alike(trained: dict[str, Path]) -> None:
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_session_encoder_trains_alike(tmp_path: Path, encoder: str) -> None:
     config = small_config(tmp_path / "prompts.yaml")
-    config.encoder.name = encoder  # type: ignore[assignment]
+    config.encoder.name = encoder
     config.encoder.one_pass = encoder in ("sasrec", "gru4rec")
     on_cpu = numbers(train_on("cpu", tmp_path, config, "sbr"))
     on_gpu = numbers(train_on("cuda", tmp_path, config, "sbr"))
@@ -74,7 +74,7 @@ def test_a_run_is_evaluated_alike(trained: dict[str, Path], tmp_path: Path) -> N
     on_cpu, on_gpu = (result["test"] for result in results)
     assert on_cpu.keys() == on_gpu.keys()
     for model, metrics in on_cpu.items():
-        # One session more or less, of 120, at a place where two scores are equal but for rounding.
+        # One session more or less, of 120, at a rank where two scores are equal but for rounding.
         assert on_gpu[model]["hr@20"] == pytest.approx(metrics["hr@20"], abs=1.01 / 120), model
 
 
@@ -91,14 +91,14 @@ def test_sessions_are_scored_alike(trained: dict[str, Path], tmp_path: Path) -> 
         assert theirs == pytest.approx(mine, rel=1e-3, abs=1e-3)
 
 
-def test_a_reader_of_sessions_trains_alike(tmp_path: Path) -> None:
+def test_a_text_sequence_encoder_trains_alike(tmp_path: Path) -> None:
     """Its decoder computes in bfloat16 on the GPU."""
     config = small_config(tmp_path / "prompts.yaml")
     config.prompt.max_text_tokens = 24
-    config.text = replace(config.text, epochs=1, dim=16, dropout=0.0)
+    config.llm_text.epochs, config.text_encoder.dim, config.text_encoder.dropout = 1, 16, 0.0
     config.align.epochs = config.behave.epochs = 0
     on_cpu, on_gpu = (numbers(train_on(device, tmp_path, config, "all")) for device in ("cpu", "cuda"))
-    for name in (name for name in on_cpu if name.startswith("text/train") and name.endswith("/loss")):
+    for name in (name for name in on_cpu if name.startswith("llm_text/train") and name.endswith("/loss")):
         assert on_gpu[name] == pytest.approx(on_cpu[name], rel=0.05), name
 
 

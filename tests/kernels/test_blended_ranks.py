@@ -72,7 +72,7 @@ def test_a_model_without_terms_has_one_blend() -> None:
     assert ranks_of([blended]) == [dense_ranks(scores, [], (), targets)]
 
 
-def test_a_score_that_is_no_number_is_told_by_its_session_wherever_it_stands() -> None:
+def test_a_score_that_is_no_number_is_named_by_its_session_wherever_it_stands() -> None:
     scores, added, targets = some(0.5, whole=True)
     scores[3, (targets[3] + 1) % ITEMS] = torch.nan
     own_WB = BlendedScores(scores.numpy(), added, targets.numpy(), WEIGHTS).target_scores()

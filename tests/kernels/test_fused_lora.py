@@ -71,7 +71,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(dtype, probability):
     assert torch.equal(inputs.grad, outputs.detach())
 
 
-def test_dropout_drops_every_place_alike():
+def test_dropout_drops_all_positions_equally():
     """Each byte of a drawn word is used, and none is drawn from fewer values."""
     torch.manual_seed(0)
     dropout = ByteDropout(0.5)

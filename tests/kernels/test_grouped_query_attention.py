@@ -49,7 +49,7 @@ def test_equals_the_attention_of_transformers(groups, dtype, tolerance, per_prom
         assert (one - other).abs().max() <= tolerance * other.abs().max()
 
 
-def test_without_mask_each_query_sees_what_came_before():
+def test_without_mask_each_query_attends_to_what_came_before():
     found = run(grouped_query_attention, 3, torch.float32, None, past=0)
     expected = run(grouped_query_attention, 3, torch.float32, causal_mask(0), past=0)
     for one, other in zip(found, expected, strict=True):
@@ -71,7 +71,7 @@ def test_unknown_kinds_of_attention_are_left_to_transformers(monkeypatch):
     assert [list(settings) for settings in given] == [["position_bias"], []]
 
 
-def test_decoder_runs_it_and_reads_the_same():
+def test_decoder_uses_it_with_the_same_result():
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     decoder = load_decoder("random-tiny", dtype="float32")

@@ -79,7 +79,7 @@ def test_the_whole_row_agrees(lengths: list[int], prefix: int, suffix: int | Non
 
 @settings(max_examples=30, deadline=None)
 @given(lengths_strategy, st.integers(0, 3), st.sampled_from([None, 0, 1, 2]), st.integers(0, 9))
-def test_the_outputs_alone_agree(lengths: list[int], prefix: int, suffix: int | None, seed: int) -> None:
+def test_the_outputs_agree(lengths: list[int], prefix: int, suffix: int | None, seed: int) -> None:
     packed = prompts_of(lengths, prefix, suffix)
     check(packed, packed.output_token_C, False, seed)
 

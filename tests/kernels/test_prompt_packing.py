@@ -53,7 +53,7 @@ def test_one_pass_has_the_prompt_of_every_prefix(contexts: list[list[int]], data
 
 
 @given(st.lists(tokens, min_size=1, max_size=4), st.integers(0, 2))
-def test_a_token_attends_to_its_own_path_alone(contexts: list[list[int]], suffix_length: int) -> None:
+def test_a_token_attends_only_to_its_own_path(contexts: list[list[int]], suffix_length: int) -> None:
     """Every token, not only those that are read: to those before it on its path, and to itself."""
     count = sum(map(len, contexts))
     suffixes = jagged([[7] * suffix_length] * count)

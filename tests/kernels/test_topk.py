@@ -62,7 +62,7 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
         "_CPU_ITEM_BLOCK": data.draw(st.integers(8, 40)),
         "_MERGE_EVERY": data.draw(st.sampled_from([0.0, 0.5, 10.0])),
         "_STRIP": data.draw(st.integers(1, 5)),
-        "_MAX_PER_PLACE": data.draw(st.sampled_from([0, 1, 64])),
+        "_MAX_PER_RESULT": data.draw(st.sampled_from([0, 1, 64])),
     }
     use_exclude = data.draw(st.booleans(), "exclude")
     added = generator.integers(-levels, levels + 1, (num_queries, num_items)).astype(np.float32)

@@ -1,6 +1,6 @@
 """A small complete model and batches for it, for the tests of modules."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,14 @@ import torch
 from llmgr_rec.config import EncoderConfig, HeadConfig
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalog import Catalog
-from llmgr_rec.data.collate import CandidateItems, CandidateSource, Collator, LastItemsText, RandomNodeText, TextPlace
+from llmgr_rec.data.collate import (
+    CandidateItems,
+    CandidateSource,
+    Collator,
+    LastItemsText,
+    PromptTextSource,
+    RandomNodeText,
+)
 from llmgr_rec.data.item_tokens import tokenize_texts
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes
@@ -21,6 +28,7 @@ from llmgr_rec.modules.heads import build_head
 from llmgr_rec.modules.item_tables import ItemTables
 from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.param_groups import select_trainable
 from llmgr_rec.modules.prompts import compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.text_table import text_tables
@@ -80,14 +88,14 @@ def make_batch(
     weights: Any = None,
     **settings: Any,
 ) -> SessionBatch:
-    """A collated batch, with the whole catalog as candidates unless told otherwise."""
+    """A collated batch, with the whole catalog as candidates unless the settings differ."""
     return collator(**settings)(raw_sessions(sessions, targets, weights))
 
 
 def collator(
     candidates: CandidateSource = "full",
     num_draws: int = 0,
-    text: TextPlace = "none",
+    text: PromptTextSource = "none",
     text_items: int = 0,
     **settings: Any,
 ) -> Collator:
@@ -117,15 +125,13 @@ def score(model: LLMGR, batch: SessionBatch) -> QueriesAndItems:
 def make_llmgr(
     head: str = "tied",
     residual: bool = True,
-    trainable: Collection[Any] = ("adapter", "lora", "head"),
     with_text: bool = False,
     encoder: EncoderConfig | None = None,
     behave: str = TEMPLATES["behave"],
-    no_graph: bool = False,
-    no_nodes: bool = False,
+    separate_loss: bool = False,
     **settings: Any,
 ) -> LLMGR:
-    """A seeded model on the random-tiny decoder whose LoRA matrices already matter."""
+    """A seeded model on the random-tiny decoder whose LoRA matrices already matter; adapter, LoRA and head train."""
     torch.manual_seed(0)
     decoder = load_decoder("random-tiny", dtype="float32")
     width = decoder.config.hidden_size
@@ -141,16 +147,17 @@ def make_llmgr(
     if head == "tied":
         text = text_tables(NUM_ITEMS, width)
         torch.nn.init.normal_(text.embedding_bags["item_text"].weight)
-    return LLMGR(
+    model = LLMGR(
         recommender=recommender,
-        hybrid=ProjectionAdapter(D1, width, embedding_norm, no_graph, no_nodes),
+        adapter=ProjectionAdapter(D1, width, embedding_norm),
         language_model=language_model,
-        head=build_head(HeadConfig(name=head, residual=residual), D1, width, NUM_ITEMS),
+        head=build_head(HeadConfig(name=head, residual=residual, separate_loss=separate_loss), D1, width, NUM_ITEMS),
         prompts={
             task: compile_prompt(parse_template(task, template, "test"), tokenizer, with_text or task == "align")
             for task, template in {**TEMPLATES, "behave": behave}.items()
         },
         text=text,
-        trainable=trainable,
         **settings,
     )
+    select_trainable(model, ["adapter", "lora", "head"])
+    return model

@@ -76,12 +76,12 @@ def encode_one_by_one(encoder: SessionEncoder, nodes_ND: Tensor, sessions: list[
             vectors.append(plain_stamp(encoder, own_ND[[items.index(item) for item in session]]))
             continue
         newest = session[-encoder.max_clicks :]
-        read = plain_sasrec if isinstance(encoder, SASRec) else plain_gru4rec
-        read_LD = read(encoder, own_ND[[items.index(item) for item in newest]])
-        vectors.append(read_LD[-1])
+        plain = plain_sasrec if isinstance(encoder, SASRec) else plain_gru4rec
+        states_LD = plain(encoder, own_ND[[items.index(item) for item in newest]])
+        vectors.append(states_LD[-1])
         last_click = {item: place for place, item in enumerate(newest)}
         states += [
-            read_LD[last_click[item]].unsqueeze(0) if item in last_click else own_ND[[number]]
+            states_LD[last_click[item]].unsqueeze(0) if item in last_click else own_ND[[number]]
             for number, item in enumerate(items)
         ]
     return torch.cat([nodes_ND[:0], *states]), torch.stack(vectors)

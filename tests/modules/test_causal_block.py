@@ -47,8 +47,8 @@ def states() -> Tensor:
 
 def padded(layer: nn.TransformerEncoderLayer, states_LD: Tensor) -> Tensor:
     def every_place(set_out: Tensor) -> Tensor:
-        places = set_out.shape[1]
-        return layer(set_out, src_mask=torch.ones(places, places, dtype=torch.bool).triu(1))
+        length = set_out.shape[1]
+        return layer(set_out, src_mask=torch.ones(length, length, dtype=torch.bool).triu(1))
 
     return ROWS.map_padded(every_place, states_LD)
 
@@ -82,19 +82,19 @@ def test_starts_from_torchs_values() -> None:
 
 def test_dropout_acts_where_torchs_does(monkeypatch: pytest.MonkeyPatch) -> None:
     block, _ = both(dropout=0.5)
-    asked: list[object] = []
+    calls: list[object] = []
     attention = functional.scaled_dot_product_attention
 
     def attend(*given: Tensor, **settings: float) -> Tensor:
-        asked.append(settings["dropout_p"])
+        calls.append(settings["dropout_p"])
         return attention(*given, **settings)
 
-    monkeypatch.setattr(block.dropout, "forward", lambda values: asked.append(tuple(values.shape)) or values)
+    monkeypatch.setattr(block.dropout, "forward", lambda values: calls.append(tuple(values.shape)) or values)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
     clicks = ROWS.node_L.numel()
     block(states(), ROWS)
     # The attention's weights of each bucket, its projection, the hidden layer, the result.
-    assert asked == [0.5] * len(ROWS.buckets) + [(clicks, DIM), (clicks, 4 * DIM), (clicks, DIM)]
-    asked.clear()
+    assert calls == [0.5] * len(ROWS.buckets) + [(clicks, DIM), (clicks, 4 * DIM), (clicks, DIM)]
+    calls.clear()
     block.eval()(states(), ROWS)
-    assert asked[0] == 0
+    assert calls[0] == 0

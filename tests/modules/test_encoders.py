@@ -90,8 +90,8 @@ def encode_one_by_one(encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionG
         states.append(dense)
         items = list(dict.fromkeys(session))
         clicked = dense[[items.index(item) for item in session]]
-        read = dense_srgnn if isinstance(encoder, SRGNN) else dense_gcsan
-        vectors.append(read(encoder, clicked) if session else nodes_ND.new_zeros(DIM))
+        dense = dense_srgnn if isinstance(encoder, SRGNN) else dense_gcsan
+        vectors.append(dense(encoder, clicked) if session else nodes_ND.new_zeros(DIM))
     return torch.cat(states), torch.stack(vectors)
 
 
@@ -170,7 +170,7 @@ def test_empty_sessions_are_zero_and_keep_gradients_finite(config: EncoderConfig
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
-def test_reads_order_and_repetition(config: EncoderConfig) -> None:
+def test_order_and_repetition_matter(config: EncoderConfig) -> None:
     encoder = double_encoder(config)
     graph = graphs_of([[1, 2, 3], [2, 1, 3], [1, 2, 3, 3], [1, 2, 1, 2, 3]])
     vectors_BD = encoder(node_vectors(graph), graph).sessions_BD
@@ -221,7 +221,7 @@ def test_unknown_encoder_names_the_known_ones() -> None:
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [(EncoderConfig(attention_heads=3), "divide"), (EncoderConfig(attention_layers=0), "1 at least")],
+    [(EncoderConfig(attention_heads=3), "divide"), (EncoderConfig(attention_layers=0), "at least 1")],
 )
 def test_settings_that_do_not_fit_are_user_errors(config: EncoderConfig, words: str) -> None:
     with pytest.raises(UserError, match=words):

@@ -29,11 +29,11 @@ def inputs(seed: int = 0) -> dict[str, Tensor]:
 
 
 def tied(text: bool, residual: bool) -> TiedHead:
-    return TiedHead(HeadConfig(item_text=text, residual=residual), D1, D2, C)
+    return TiedHead(HeadConfig(item_text=text, residual=residual, separate_loss=False), D1, D2, C)
 
 
 def linear(residual: bool) -> LinearHead:
-    return LinearHead(HeadConfig(name="linear", residual=residual), D1, D2, C)
+    return LinearHead(HeadConfig(name="linear", residual=residual, separate_loss=False), D1, D2, C)
 
 
 def scores(head: TiedHead | LinearHead, x: dict[str, Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ def test_tied_head_has_no_weight_for_an_item() -> None:
     assert all(C not in parameter.shape for parameter in tied(True, True).parameters())
 
 
-def test_half_precision_readings_are_accepted() -> None:
+def test_half_precision_hidden_states_are_accepted() -> None:
     head, x = tied(True, True), inputs()
     x["hidden"], x["text"] = x["hidden"].bfloat16(), x["text"].bfloat16()
     assert scores(head, x).dtype == torch.float32

@@ -38,7 +38,7 @@ def make(decoder=None, dtype="float32", dropout=0.0):
 
 
 def pack(lengths, prefix, one_pass=False, suffix=0):
-    """Prompts of some lengths; in one pass, each is read at every node and has a suffix there."""
+    """Prompts of some lengths; in one pass, each has an output at every node and has a suffix there."""
     segments = ["nodes", *([list(range(1, suffix + 1))] if suffix else [])]
     nodes = Jagged.from_lengths(torch.arange(sum(lengths)), torch.tensor(lengths))
     offsets = nodes.offsets if one_pass else None
@@ -50,10 +50,10 @@ def read_with_gradients(model, embeddings_XH, packed, packs_prompts):
     model.packs_prompts = packs_prompts
     model.zero_grad()
     inputs = embeddings_XH.clone().requires_grad_()
-    readings_CH = model(inputs, packed)
-    (readings_CH * torch.linspace(-1, 1, readings_CH.numel()).view_as(readings_CH)).mean().backward()
+    hidden_CH = model(inputs, packed)
+    (hidden_CH * torch.linspace(-1, 1, hidden_CH.numel()).view_as(hidden_CH)).mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return readings_CH.detach(), {"inputs": inputs.grad, **gradients}
+    return hidden_CH.detach(), {"inputs": inputs.grad, **gradients}
 
 
 def assert_packed_equals_each(model, embeddings_XH, packed):
@@ -125,40 +125,40 @@ def test_a_decoder_whose_attention_cannot_be_replaced_encodes_whole_prompts(one_
 
 
 @pytest.mark.parametrize("packs_prompts", [True, False])
-def test_reading_is_that_of_the_prompt_alone(tiny, packs_prompts):
-    """Neither padding nor other prompts of the batch have a part in a reading."""
+def test_hidden_state_is_that_of_the_prompt_alone(tiny, packs_prompts):
+    """Neither padding nor other prompts of the batch change its hidden state."""
     torch.manual_seed(3)
     tiny.packs_prompts = packs_prompts
     lengths, prefix = [2, 6, 1], [5, 6]
     packed = pack(lengths, prefix)
     embeddings_XH = torch.randn(9, 64)
-    readings_CH = tiny(embeddings_XH, packed)
-    for reading, embeddings in zip(readings_CH, embeddings_XH.split(lengths), strict=True):
+    hidden_CH = tiny(embeddings_XH, packed)
+    for hidden_H, embeddings in zip(hidden_CH, embeddings_XH.split(lengths), strict=True):
         whole = torch.cat([tiny.token_embedding(torch.tensor(prefix)), embeddings])
         alone = tiny.base(inputs_embeds=whole.unsqueeze(0)).last_hidden_state[0, -1]
-        torch.testing.assert_close(reading, alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(hidden_H, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("packs_prompts", [True, False])
 @pytest.mark.parametrize("suffix", [0, 2])
 def test_nothing_leaks_from_later_nodes(tiny, packs_prompts, suffix):
-    """A reading neither changes with a later node of its context nor sends it a gradient, nor with another suffix."""
+    """A hidden state neither depends on later nodes of its context or other suffixes, nor sends them a gradient."""
     torch.manual_seed(3)
     tiny.packs_prompts = packs_prompts
     packed = pack([5], [5, 6], one_pass=True, suffix=suffix)
     embeddings_XH = torch.randn(packed.num_tokens, 64, requires_grad=True)
     tiny(embeddings_XH, packed)[2].sum().backward()
-    seen = embeddings_XH.grad.abs().sum(dim=1) > 0
+    has_gradient = embeddings_XH.grad.abs().sum(dim=1) > 0
     own_suffix = range(5 + 2 * suffix, 5 + 3 * suffix)
-    assert seen.nonzero().flatten().tolist() == [0, 1, 2, *own_suffix]
+    assert has_gradient.nonzero().flatten().tolist() == [0, 1, 2, *own_suffix]
 
 
-def test_the_last_layer_is_computed_only_where_it_is_read(tiny):
+def test_the_last_layer_is_computed_for_last_tokens_only(tiny):
     """And of the prefix, each layer sees one copy."""
-    seen = {}
+    widths = {}
     layers = tiny.base.layers
     hooks = [
-        layer.mlp.register_forward_hook(lambda _, inputs, __, n=number: seen.__setitem__(n, inputs[0].shape[1]))
+        layer.mlp.register_forward_hook(lambda _, inputs, __, n=number: widths.__setitem__(n, inputs[0].shape[1]))
         for number, layer in enumerate(layers)
     ]
     tiny.packs_prompts = True
@@ -166,7 +166,7 @@ def test_the_last_layer_is_computed_only_where_it_is_read(tiny):
     tiny(torch.randn(9, 64), packed)
     for hook in hooks:
         hook.remove()
-    assert seen == {0: 5 + 9, 1: 3}
+    assert widths == {0: 5 + 9, 1: 3}
 
 
 def test_prefix_gradient_reaches_lora(tiny):
@@ -190,8 +190,8 @@ def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(dropout
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             torch.manual_seed(1)
-            readings_CH = model.train()(embeddings_XH, packed)
-        readings_CH.square().sum().backward()
+            hidden_CH = model.train()(embeddings_XH, packed)
+        hidden_CH.square().sum().backward()
         kept.append(sum(sizes))
         gradients.append(embeddings_XH.grad)
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-5)
@@ -236,7 +236,7 @@ def test_embedding_norm():
     assert mean_embedding_norm(decoder) == pytest.approx(sum(float(row.norm()) for row in rows) / len(rows))
 
 
-def test_item_texts_are_mean_readings_of_each_text_alone():
+def test_text_embeddings_are_mean_hidden_states_of_each_text_alone():
     decoder = load_decoder("random-tiny", dtype="float32")
     rows = [[5, 6, 7], [], [8], [9, 10, 11, 12, 13], [14, 15]]
     tokens = Jagged.from_lengths(

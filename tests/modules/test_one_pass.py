@@ -1,4 +1,4 @@
-"""Readings of all prefixes of a session from one prompt: the same as from a prompt each, and blind to later clicks."""
+"""All prefixes of a session encoded in one prompt: equal to a prompt each, and independent of later clicks."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.modules.param_groups import select_trainable
+from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.modules.prompts import one_pass_nodes, prompt_nodes
 from llmgr_rec.modules.tasks import BehaveTask
 from tests.modules.small_llmgr import make_llmgr, one_pass_batch
 
 BEHAVE = {
-    "nodes alone": "Next?\nItems:{nodes}",
+    "nodes only": "Next?\nItems:{nodes}",
     "graph at the end": "Next?\nItems:{nodes}{graph}",
     "words between": "Next?\nItems:{nodes}; graph {graph} ->",
     "texts": "Next?\nItems:{nodes}[[; titles {text}]], {graph}",
@@ -28,14 +28,14 @@ def batch_for(name, sessions=SESSIONS, **given):
     return one_pass_batch(sessions, **({"text": "last_items", "text_items": 2} if name == "texts" else {}), **given)
 
 
-def read_both(model, batch):
-    seen = model.look_up(batch)
-    return model.read_prefixes(seen, batch, "behave"), model.read(seen, batch, "behave")
+def encode_both(model, batch):
+    output = model.look_up(batch)
+    return model.encode_one_pass(output, batch, "behave"), model.encode(output, batch, "behave")
 
 
 @pytest.mark.parametrize("name", BEHAVE)
-def test_readings_are_those_of_a_prompt_each(name):
-    one_pass, each = read_both(model_for(name), batch_for(name))
+def test_hidden_states_are_those_of_a_prompt_each(name):
+    one_pass, each = encode_both(model_for(name), batch_for(name))
     assert one_pass.shape[0] == 5 + 1 + 2
     torch.testing.assert_close(one_pass, each, atol=1e-5, rtol=1e-5)
 
@@ -44,28 +44,27 @@ def test_readings_are_those_of_a_prompt_each(name):
 @given(st.lists(st.lists(st.integers(0, 11), min_size=2, max_size=7), min_size=1, max_size=4))
 def test_one_pass_nodes_are_the_clicks_of_the_longest_prefix(sessions):
     batch = one_pass_batch(sessions)
-    trunk = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
-    shown = [batch.graph.node_items_N[nodes].tolist() for nodes in trunk.values.split(trunk.lengths.tolist())]
+    one_prompt = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
+    shown = [batch.graph.node_items_N[nodes].tolist() for nodes in one_prompt.values.split(one_prompt.lengths.tolist())]
     assert shown == [session[:-1] for session in sessions]
 
 
-def test_long_sessions_are_read_in_parts():
-    """Prefixes that share a prompt see its nodes from the first on; their graph is still the whole prefix's."""
+def test_long_sessions_are_split_into_passes():
+    """Prefixes of a pass attend to its nodes from the first one on; their graph is still that of the whole prefix."""
     model, batch = model_for("graph at the end"), batch_for("graph at the end", most=3)
     assert batch.pass_offsets_P1.tolist() == [0, 3, 5, 6, 8]
-    seen = model.look_up(batch)
-    one_pass = model.read_prefixes(seen, batch, "behave")
+    output = model.look_up(batch)
+    one_pass = model.encode_one_pass(output, batch, "behave")
     nodes = prompt_nodes(batch.graph, "clicks", 20)
     shown = torch.tensor([1, 2, 3, 1, 2, 1, 1, 2])
     newest = nodes.gather(nodes.offsets[1:] - shown, shown)
-    each = model.read_nodes(seen, newest, Jagged.empty(8), "behave")
+    each = model.encode_nodes(output, newest, Jagged.empty(8), "behave")
     torch.testing.assert_close(one_pass, each, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", BEHAVE)
 def test_loss_and_gradients_are_those_of_a_prompt_each(name):
-    model = model_for(name, trainable=["adapter", "lora", "head", "encoder"])
-    select_trainable(model, ["adapter", "lora", "head", "encoder"])
+    model = model_for(name)
     batch = batch_for(name)
     found = []
     for one_pass in (True, False):
@@ -76,37 +75,37 @@ def test_loss_and_gradients_are_those_of_a_prompt_each(name):
     (fast, fast_gradients), (plain, plain_gradients) = found
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     assert fast_gradients.keys() == plain_gradients.keys()
-    assert any("recommender.encoder" in n for n in fast_gradients)
+    assert {param_group(n) for n in fast_gradients} == {"adapter", "lora", "head"}
     for n, gradient in fast_gradients.items():
         torch.testing.assert_close(gradient, plain_gradients[n], atol=1e-5, rtol=1e-4, msg=n)
 
 
 @pytest.mark.parametrize("name", BEHAVE)
-def test_a_later_click_changes_no_earlier_reading(name):
+def test_a_later_click_changes_no_earlier_hidden_state(name):
     model = model_for(name)
-    first, _ = read_both(model, batch_for(name))
-    changed, _ = read_both(model, batch_for(name, [[1, 2, 3, 11, 10, 8], *SESSIONS[1:]]))
+    first, _ = encode_both(model, batch_for(name))
+    changed, _ = encode_both(model, batch_for(name, [[1, 2, 3, 11, 10, 8], *SESSIONS[1:]]))
     torch.testing.assert_close(first[:3], changed[:3], atol=1e-6, rtol=1e-6)
     assert (first[3:5] - changed[3:5]).abs().amax(dim=1).min() > 1e-3
     torch.testing.assert_close(first[5:], changed[5:], atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("given", [{"node_source": "encoder"}, {"node_order": "unique"}])
-def test_nodes_that_know_later_clicks_are_refused(given):
-    model = model_for("nodes alone", **given)
-    batch = batch_for("nodes alone")
+def test_nodes_that_depend_on_later_clicks_are_refused(given):
+    model = model_for("nodes only", **given)
+    batch = batch_for("nodes only")
     with pytest.raises(ValueError, match="rows of the item tables in order of the clicks"):
-        model.read_prefixes(model.look_up(batch), batch, "behave")
+        model.encode_one_pass(model.look_up(batch), batch, "behave")
 
 
-def test_a_planted_leak_through_encoder_states_is_seen():
-    """What the refusal guards against: with the whole session's node states on the trunk, early readings change."""
-    model = model_for("nodes alone", node_source="encoder")
+def test_a_planted_leak_through_encoder_states_is_detected():
+    """What the refusal guards against: node states of the whole session change hidden states of early prefixes."""
+    model = model_for("nodes only", node_source="encoder")
 
     def leaky(sessions):
-        batch = batch_for("nodes alone", sessions)
+        batch = batch_for("nodes only", sessions)
         nodes = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
-        return model.read_nodes(model.look_up(batch), nodes, batch.text_tokens, "behave", batch.pass_offsets_P1)
+        return model.encode_nodes(model.look_up(batch), nodes, batch.text_tokens, "behave", batch.pass_offsets_P1)
 
     change = leaky(SESSIONS)[:3] - leaky([[1, 2, 3, 11, 10, 8], *SESSIONS[1:]])[:3]
     assert change.abs().max() > 1e-4

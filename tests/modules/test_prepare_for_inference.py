@@ -12,7 +12,7 @@ from tests.modules.small_llmgr import make_batch, make_llmgr
 @torch.no_grad()
 def hidden(model):
     batch = make_batch()
-    return model.read(model.look_up(batch), batch, "behave")
+    return model.encode(model.look_up(batch), batch, "behave")
 
 
 @pytest.mark.parametrize("packs_prompts", [True, False])
@@ -40,5 +40,5 @@ def test_fewer_layers_are_the_first_ones(packs_prompts):
 
 
 def test_more_layers_than_there_are_is_an_error():
-    with pytest.raises(ValueError, match="first 3 layers"):
+    with pytest.raises(ValueError, match="not have 3 layers"):
         prepare_for_inference(make_llmgr().language_model, num_layers=3)

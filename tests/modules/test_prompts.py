@@ -104,20 +104,20 @@ def shared_prompts(draw):
 
 
 @given(shared_prompts())
-def test_readings_that_share_a_prompt_equal_prompts_of_growing_prefixes(case):
+def test_outputs_of_a_pass_equal_prompts_of_growing_prefixes(case):
     segments, lengths, text = case
     nodes = Jagged.from_lengths(torch.arange(sum(lengths)), torch.tensor(lengths))
     packed = CompiledPrompt([3], segments)(nodes, jagged(text), nodes.offsets)
     assert packed.num_prompts == len(lengths)
-    reading = 0
+    output = 0
     for start, length in zip(nodes.offsets.tolist(), lengths, strict=False):
         for count in range(1, length + 1):
             soft = range(sum(lengths) + start, sum(lengths) + start + count)
-            path = packed.path(reading)
-            assert tokens_of(packed, path) == plain_prompt(segments, reading, soft, text[reading])
+            path = packed.path(output)
+            assert tokens_of(packed, path) == plain_prompt(segments, output, soft, text[output])
             assert packed.position_X[path].tolist() == list(range(len(path)))
-            assert packed.output_token_C[reading] == path[-1]
-            reading += 1
+            assert packed.output_token_C[output] == path[-1]
+            output += 1
 
 
 def test_what_differs_between_prefixes_must_follow_the_nodes():
@@ -127,7 +127,7 @@ def test_what_differs_between_prefixes_must_follow_the_nodes():
         prompt(jagged([[0]]), Jagged.empty(1), torch.tensor([0, 1]))
 
 
-def test_prefix_is_all_before_the_first_place():
+def test_prefix_is_all_before_the_first_placeholder():
     tokenizer = load_tokenizer("random-tiny")
     template = parse_template("behave", "Look at {nodes} and {graph}.", "test")
     prompt = compile_prompt(template, tokenizer)

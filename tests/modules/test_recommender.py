@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.batch import SessionBatch
+from llmgr_rec.kernels.softmax_loss import ranking_loss
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.item_tables import ItemTables
-from llmgr_rec.modules.losses import ranking_loss
 from llmgr_rec.modules.recommender import SessionRecommender, normalize
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
 from tests.modules.small_llmgr import one_pass_batch
@@ -51,10 +51,10 @@ def test_one_lookup_gives_what_separate_calls_give(score: Score) -> None:
 def test_scores_are_cosines_over_temperature_or_dot_products() -> None:
     for score in ("cosine", "dot"):
         recommender, batch = recommender_of(score), small_batch()
-        seen = recommender(batch)
-        scores_BC = seen.queries_BQ @ seen.candidates_CQ.T
+        output = recommender(batch)
+        scores_BC = output.queries_BQ @ output.candidates_CQ.T
         items_CD = recommender.item_tables(features_of(torch.arange(NUM_ITEMS)))
-        sessions_BD = seen.sessions_BD
+        sessions_BD = output.sessions_BD
         expected_BC = sessions_BD @ items_CD.T
         if score == "cosine":
             expected_BC = functional.cosine_similarity(sessions_BD[:, None], items_CD[None], dim=2) / 0.1
@@ -62,9 +62,9 @@ def test_scores_are_cosines_over_temperature_or_dot_products() -> None:
 
 
 def loss_of(recommender: SessionRecommender, batch: SessionBatch) -> Tensor:
-    seen = recommender(batch)
+    output = recommender(batch)
     return ranking_loss(
-        seen.queries_BQ, seen.candidates_CQ, batch.target_columns_B, batch.weights_B, batch.global_size, 1
+        output.queries_BQ, output.candidates_CQ, batch.target_columns_B, batch.weights_B, batch.global_size, 1
     )
 
 
@@ -101,8 +101,8 @@ def test_learns_which_item_follows(name: Encoder) -> None:
         optimizer.zero_grad()
         loss_of(recommender, batch).backward()
         optimizer.step()
-    seen = recommender(batch)
-    best_B = (seen.queries_BQ @ seen.candidates_CQ.T).argmax(1)
+    output = recommender(batch)
+    best_B = (output.queries_BQ @ output.candidates_CQ.T).argmax(1)
     assert (best_B == batch.targets_B).float().mean() > 0.95
 
 
@@ -115,9 +115,9 @@ class Parent(nn.Module):
         self.one_pass = one_pass
 
     def forward(self, batch: SessionBatch) -> Tensor:
-        seen = self.recommender(batch, self.one_pass)
+        output = self.recommender(batch, self.one_pass)
         return ranking_loss(
-            seen.queries_BQ, seen.candidates_CQ, batch.target_columns_B, batch.weights_B, batch.global_size, 1
+            output.queries_BQ, output.candidates_CQ, batch.target_columns_B, batch.weights_B, batch.global_size, 1
         )
 
 

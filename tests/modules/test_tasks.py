@@ -8,7 +8,7 @@ from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.prompts import prompt_nodes
-from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, _corrupt
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, _corrupt_nodes
 from tests.modules.small_llmgr import make_batch, make_llmgr, score
 from tests.ranks import run_on_ranks
 
@@ -30,12 +30,27 @@ def test_behave_loss_is_cross_entropy_over_the_catalog():
     assert not parts["loss"].requires_grad
 
 
+@pytest.mark.parametrize("head", ["tied", "linear"])
+def test_separate_loss_trains_the_heads_own_score_and_ranks_by_the_sum(head):
+    model = make_llmgr(head, separate_loss=True).eval()
+    batch = make_batch(SESSIONS, TARGETS)
+    output = model.look_up(batch)
+    both = score(model, batch)
+    recommender_BC = output.queries_BQ @ output.candidates_CQ.T
+    own_BC = both.queries_BQ @ both.items_CQ.T - recommender_BC
+    assert own_BC.abs().max() > 1e-2
+    loss, _ = BehaveTask(model)(batch)
+    torch.testing.assert_close(loss, functional.cross_entropy(own_BC, batch.targets_B), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(model(batch), both.queries_BQ)
+
+
 def test_sbr_loss_is_cross_entropy_over_the_catalog():
     recommender = make_llmgr().recommender.eval()
     batch = make_batch()
-    seen = recommender(batch)
+    output = recommender(batch)
     loss, _ = SbrTask(recommender)(batch)
-    torch.testing.assert_close(loss, functional.cross_entropy(seen.queries_BQ @ seen.candidates_CQ.T, batch.targets_B))
+    expected = functional.cross_entropy(output.queries_BQ @ output.candidates_CQ.T, batch.targets_B)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("kind", ["sbr", "align", "behave"])
@@ -80,7 +95,7 @@ class _StructureOnly(AlignTask):
         return self._structure(self.llmgr.look_up(batch), batch), {}
 
 
-def test_align_asks_for_the_item_whose_text_is_shown():
+def test_align_predicts_the_item_whose_text_is_shown():
     batch = align_batch()
     assert torch.equal(batch.target_columns_B, batch.text_items_B)
     assert all(int(item) in session for item, session in zip(batch.targets_B, SESSIONS, strict=True))
@@ -89,7 +104,7 @@ def test_align_asks_for_the_item_whose_text_is_shown():
     torch.testing.assert_close(parts["loss"], parts["context"] + 0.5 * parts["structure"])
 
 
-def test_align_without_contrast_reads_one_prompt():
+def test_align_without_contrast_encodes_one_prompt():
     model = make_llmgr().eval()
     reads = []
     model.language_model.register_forward_hook(lambda *_: reads.append(1))
@@ -101,8 +116,8 @@ def test_align_without_contrast_reads_one_prompt():
     assert set(parts) == {"loss"}
 
 
-def test_structure_loss_falls_when_lists_belong_to_their_graphs():
-    """It is a loss about structure: training on it tells own node lists from others'."""
+def test_contrastive_loss_falls_when_lists_belong_to_their_graphs():
+    """It is a loss about structure: training on it separates own node lists from others'."""
     torch.manual_seed(0)
     model = make_llmgr()
     select_trainable(model, ["adapter", "lora"])
@@ -121,7 +136,7 @@ def test_structure_loss_falls_when_lists_belong_to_their_graphs():
 def test_a_hard_negative_differs_in_one_node_of_another_session_of_the_group(number):
     batch = make_batch(SESSIONS, TARGETS)
     nodes = prompt_nodes(batch.graph, "clicks", 0)
-    corrupted = _corrupt(nodes, batch, number, group=4)
+    corrupted = _corrupt_nodes(nodes, batch, number, group=4)
     assert torch.equal(corrupted.offsets, nodes.offsets)
     session_N = batch.graph.node_session_N
     for row in range(len(SESSIONS)):
@@ -136,7 +151,7 @@ def test_a_hard_negative_differs_in_one_node_of_another_session_of_the_group(num
 def test_a_lone_session_keeps_its_list():
     batch = make_batch([[1, 2]], [3])
     nodes = prompt_nodes(batch.graph, "clicks", 0)
-    corrupted = _corrupt(nodes, batch, 0, group=4)
+    corrupted = _corrupt_nodes(nodes, batch, 0, group=4)
     assert set(corrupted.values.tolist()) <= {0, 1}
     assert isinstance(corrupted, Jagged)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llmgr_rec.data.collate import LogUniformSampler
+from llmgr_rec.kernels.softmax_loss import ranking_loss
 from llmgr_rec.modules.item_tables import ItemRows
-from llmgr_rec.modules.losses import ranking_loss
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask
 from tests.modules.small_llmgr import NUM_ITEMS, catalog, collator, make_llmgr, raw_sessions
 

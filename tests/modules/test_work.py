@@ -1,4 +1,4 @@
-"""How much work a step does: counts that no machine changes, so that a slower way of doing the same is seen at once."""
+"""How much work a step does: counts that are the same on any machine, so that a slower way is detected at once."""
 
 from collections import Counter
 
@@ -65,13 +65,13 @@ def one_pass_sessions(count):
 
 
 def test_each_token_goes_through_a_layer_once():
-    """Of two layers, the first sees prefix and prompts once, the last only what is read, but for keys and values."""
+    """Of two layers, the first sees prefix and prompts once, the last only last tokens, but for keys and values."""
     prefix = len("Words that all prompts share: items")
     count, prompt = 5, len(SESSION)
-    tokens, readings = prefix + count * prompt, count
+    tokens, outputs = prefix + count * prompt, count
     # Seven products forward and as many backward in a whole layer; of the last, two with all tokens and five with those
-    # that are read. Nothing before the soft tokens trains, yet the prefix's gradient is computed with the rest.
-    forward = 7 * tokens + 2 * tokens + 5 * readings
+    # of the outputs. Nothing before the soft tokens trains, yet the prefix's gradient is computed with the rest.
+    forward = 7 * tokens + 2 * tokens + 5 * outputs
     assert work_of(sessions(count)).linear_rows == pytest.approx(2 * forward, rel=0.25)
     assert work_of(sessions(count)).linear_rows <= 2 * forward
 
@@ -80,7 +80,7 @@ def test_a_target_at_every_click_costs_two_tokens():
     prefix = len("Words that all prompts share: items")
     one_pass = work_of(one_pass_sessions(4), one_pass=True).linear_rows
     assert one_pass <= 2 * (9 * (prefix + 2 * 4 * 7) + 5 * 4 * 7)
-    # A packed prompt for each click costs more, and one that is read whole, as others do, an order of magnitude more.
+    # A packed prompt for each click costs more, and a padded one, with a whole last layer, ten times as much.
     assert work_of(one_pass_sessions(4)).linear_rows > 1.5 * one_pass
     assert work_of(one_pass_sessions(4), packs_prompts=False).linear_rows > 10 * one_pass
 
@@ -97,7 +97,7 @@ def test_the_number_of_operators_does_not_depend_on_the_batch(batch, one_pass):
 
 
 @BATCHES
-def test_waits_are_those_of_the_layout_alone(batch, one_pass):
+def test_waits_are_only_those_of_the_layout(batch, one_pass):
     """What the host has to know of the batch, it asks before the first layer, and not in each."""
     work = work_of(batch(3), one_pass)
     assert sum(work.calls[name] for name in WAITS) <= 20
@@ -105,7 +105,7 @@ def test_waits_are_those_of_the_layout_alone(batch, one_pass):
 
 @BATCHES
 def test_the_prefix_is_copied_for_no_prompt(batch, one_pass):
-    """Its keys and values alone, copied for each of 24 prompts, would be 96 hidden states a token."""
+    """Only its keys and values, copied for each of 24 prompts, would be 96 hidden states a token."""
     long = "Words that all prompts share, " * 8 + "items{nodes}{graph}"
     short = "Words that all prompts share: items{nodes}{graph}"
     copied = [work_of(batch(24), one_pass, template=template).copied for template in (long, short)]

@@ -9,7 +9,7 @@ import pytest
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
 
 
-def test_reads_ahead_in_order_and_no_further_than_told():
+def test_reads_ahead_in_order_and_no_further_than_its_depth():
     handed_out = []
 
     def source() -> Iterator[int]:
@@ -24,7 +24,7 @@ def test_reads_ahead_in_order_and_no_further_than_told():
     assert list(ahead) == list(range(1, 20))
 
 
-def test_a_failure_of_the_source_comes_in_its_place():
+def test_a_failure_of_the_source_is_raised_in_its_turn():
     def source() -> Iterator[int]:
         yield 1
         raise ValueError("broken")

@@ -35,15 +35,15 @@ def null_lists() -> pa.Array:
 @pytest.mark.parametrize(
     ("sessions", "options", "message"),
     [
-        (nulls_in_lists(), {}, r"row group 1: column items holds 1 null item ids; leave them out"),
-        (null_lists(), {}, r"row group 1: column items holds 1 nulls; write an empty list"),
-        (pa.array([[1, 2], [3]]), {}, r"column items holds int64, but the catalog's item ids are string; cast"),
+        (nulls_in_lists(), {}, r"row group 1: column items has 1 null item ids; remove them"),
+        (null_lists(), {}, r"row group 1: column items has 1 nulls; write an empty list"),
+        (pa.array([[1, 2], [3]]), {}, r"column items has int64 ids, but the catalog's item ids are string; cast"),
         (pa.array(["i1", "i2"]), {}, r"column items is string, not a list"),
         (GOOD, {"columns": ["weigth"]}, r"no column weigth, did you mean weight"),
-        (GOOD, {"columns": ["scores"]}, r"--columns names scores, which the output uses"),
+        (GOOD, {"columns": ["scores"]}, r"--columns names scores, which is a column of the output"),
         (GOOD, {"k": 0}, r"--k is 0"),
         ([*GOOD, ["i1", "x9", "x8"]], {"unknown_items": "error"}, r"row group 1: .* 2 items .* the first is 'x9'"),
-        ([], {}, r"holds no sessions"),
+        ([], {}, r"has no sessions"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(tmp_path, sessions, options, message):
@@ -58,11 +58,11 @@ def test_absent_truncated_and_missing_files(tmp_path):
     with pytest.raises(UserError, match=r"--input .*absent does not exist"):
         score(tmp_path / "absent", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.parquet files"):
+    with pytest.raises(UserError, match=r"has no \.parquet files"):
         score(tmp_path / "empty", tmp_path / "out")
     source = write_sessions(tmp_path / "in" / "a.parquet", GOOD)
     source.write_bytes(source.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.parquet is truncated or no Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is truncated or not a Parquet file"):
         score(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -70,7 +70,7 @@ def test_absent_truncated_and_missing_files(tmp_path):
 def test_null_session_ids_and_columns_of_two_types(tmp_path):
     ids = pa.array(["a", None, "c"])
     source = write_sessions(tmp_path / "nulls.parquet", GOOD[:3], session_id=ids)
-    with pytest.raises(UserError, match="column session_id holds 1 nulls"):
+    with pytest.raises(UserError, match="column session_id has 1 nulls"):
         score(source, tmp_path / "out")
     table = pq.read_table(write_sessions(tmp_path / "twice.parquet", GOOD[:3]))
     pq.write_table(table.append_column("session_id", table["session_id"]), tmp_path / "twice.parquet")
@@ -115,7 +115,7 @@ def test_foreign_output_folders_are_left_alone(tmp_path):
     source = write_sessions(tmp_path / "in.parquet", GOOD)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="not empty and is no scoring output"):
+    with pytest.raises(UserError, match="not empty and not a scoring output"):
         score(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
     with pytest.raises(UserError, match="is a file"):

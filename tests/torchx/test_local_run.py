@@ -35,7 +35,7 @@ def test_the_documented_line_trains_all_stages(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_user_error_is_told_and_fails_the_job(tmp_path: Path) -> None:
+def test_a_user_error_is_reported_and_fails_the_job(tmp_path: Path) -> None:
     shutil.copy(ROOT / ".torchxconfig", tmp_path)
     line = "run -s local_cwd dist.ddp --env PET_MAX_RESTARTS=0 -- --dataset absent --output run"
     done = torchx(line.split(), cwd=tmp_path, timeout_s=240)

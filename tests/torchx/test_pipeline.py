@@ -61,12 +61,13 @@ def test_steps_run_in_order_and_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("config", "further", "stage"),
     [
         ("quickstart", [], "behave"),
-        ("strong", [], "sbr"),
+        ("default", [], "sbr"),
+        ("llm_text", [], "llm_text"),
         ("quickstart", ["--behave.epochs", "0"], "align"),
         ("quickstart", ["--stage", "sbr"], "sbr"),
     ],
 )
-def test_training_is_over_with_the_last_stage_that_the_settings_have(
+def test_training_is_complete_with_the_last_stage_of_the_settings(
     tmp_path: Path, config: str, further: list[str], stage: str
 ) -> None:
     train = pipeline.plan_steps(tmp_path, tmp_path, config, 2, further)[1]
@@ -74,10 +75,10 @@ def test_training_is_over_with_the_last_stage_that_the_settings_have(
     assert train.result == tmp_path / "run" / "export" / stage / "bundle.json"
 
 
-def test_a_mistake_in_settings_is_told_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_mistake_in_settings_is_reported_before_anything_is_made(tmp_path: Path) -> None:
     data, out = make_input(tmp_path / "data"), tmp_path / "out"
-    with pytest.raises(UserError, match="did you mean strong"):
-        pipeline.main(["--data", str(data), "--output", str(out), "--config", "stong"])
+    with pytest.raises(UserError, match="did you mean default"):
+        pipeline.main(["--data", str(data), "--output", str(out), "--config", "defalt"])
     assert not out.exists()
 
 
@@ -155,13 +156,13 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_missing_input_is_told_before_anything_is_made(tmp_path: Path) -> None:
+def test_missing_input_is_reported_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"interactions\.parquet does not exist"):
         pipeline.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_it_ends_with_the_table_and_the_places(
+def test_it_ends_with_the_table_and_the_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = make_input(tmp_path / "data"), tmp_path / "out"
@@ -173,7 +174,7 @@ def test_it_ends_with_the_table_and_the_places(
         code = fake(command)
         if fake.ran[-1] == "evaluate":
             content = {"test": {"sbr": values, "llmgr": values}, "count": 1234, "protocol": "by this rule"}
-            content["priors"] = {"llmgr": {"item_knn": 4.0}}
+            content["blends"] = {"llmgr": {"item_knn": 4.0}}
             write_metrics(out / "run" / "metrics.json", content)
         return code
 

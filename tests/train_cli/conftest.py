@@ -1,4 +1,4 @@
-"""What the tests of the train entry point share: settings, a finished run, and a command that is refused."""
+"""Shared by the tests of the train command: settings, a finished run, and a command that is refused."""
 
 import logging
 import shutil
@@ -17,8 +17,8 @@ from tests.training.small_training import small_config, small_dataset, train
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    """`run_cli` sets up messages for a whole process."""
+def _restore_logging() -> Iterator[None]:
+    """`run_cli` configures the logging of the whole process."""
     logger = logging.getLogger("llmgr_rec")
     before = (logger.level, logger.propagate, logger.handlers)
     yield
@@ -30,7 +30,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("settings")
     config = small_config(folder / "prompts.yaml")
     config.sbr.max_steps = config.align.max_steps = config.behave.max_steps = 3
-    config.runtime.eval_every = config.runtime.eval_every = 0
+    config.runtime.eval_every = 0
     config.runtime.checkpoint_every = 2
     save_config(config, folder / "small.yaml")
     return folder / "small.yaml"

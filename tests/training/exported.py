@@ -23,7 +23,7 @@ class Exported:
     def read(cls, bundle: Path) -> "Exported":
         index = read_index(bundle)
         tables = {name: torch.full(shape, float("nan")) for name, shape in index.tables.items()}
-        for name, pieces in index.pieces.items():
+        for name, pieces in index.table_files.items():
             for piece in pieces:
                 rows, cols = slice(piece.row, piece.row + piece.rows), slice(piece.col, piece.col + piece.cols)
                 tables[name][rows, cols] = load_file(bundle / piece.file)[TENSOR]

@@ -7,15 +7,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from datagen.synthetic import generate
-from llmgr_rec.config import STAGES, Config
+from llmgr_rec.config import STAGES, Config, trained_stages
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.storage.bundle_index import is_complete
+from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.metrics_logger import MetricsLogger
-from llmgr_rec.training.stages import RunContext, run_stage, stage_settings
+from llmgr_rec.training.stages import RunContext, run_stage
 
 PROMPTS = """\
 behave: "Next? {nodes} {graph} ="
@@ -55,7 +56,9 @@ def small_dataset() -> Path:
 
 
 def small_config(prompts: Path) -> Config:
-    """Settings under which any two ways to compute the same should agree: no dropout, float32.
+    """Settings under which any two ways to compute the same should agree: no dropout, float32, nothing to select.
+
+    They train the stages sbr, align and behave for an epoch each, behave with a prompt for each prefix.
 
     Args:
         prompts: Where a template file is written, if it is not there yet.
@@ -64,6 +67,8 @@ def small_config(prompts: Path) -> Config:
         prompts.write_text(PROMPTS)
     config = Config()
     config.tables.dim = 16
+    config.tables.lr = 0.05
+    config.tables.knn_smoothing = [0.0]
     config.encoder.dropout = 0.0
     config.llm.name_or_path = "random-tiny"
     config.llm.num_layers = 1
@@ -73,10 +78,13 @@ def small_config(prompts: Path) -> Config:
     config.prompt.templates = str(prompts)
     config.prompt.max_nodes = 6
     config.prompt.max_text_tokens = 4
+    config.prompt.one_pass = False
+    config.head.separate_loss = False
     for stage in STAGES:
-        stage_settings(config, stage).epochs = 1
-        stage_settings(config, stage).batch_size = BATCH
-    config.llm_text.epochs = 0
+        config.stage(stage).epochs = 0 if stage == "llm_text" else 1
+        config.stage(stage).batch_size = BATCH
+    config.sbr.lr = 1e-3
+    config.blend.neighbors = []
     config.runtime.device = "cpu"
     config.runtime.threads_per_rank = 1
     config.runtime.log_every = 1
@@ -86,12 +94,22 @@ def small_config(prompts: Path) -> Config:
 
 def train(world: World, config: Config, run: Path, dataset: Path, resume: bool = False) -> None:
     """Trains what is missing in a run folder, as `train_run` does, but in a process group that stands already."""
-    journal = MetricsLogger(run, enabled=world.rank == 0)
-    context = RunContext(config, Dataset(dataset), Catalog.load(dataset), run, world, journal, resume)
-    for stage in STAGES:
-        if not is_complete(run / "export" / stage) and (stage == "sbr" or stage_settings(config, stage).epochs):
+    metrics = MetricsLogger(run, enabled=world.rank == 0)
+    context = RunContext(
+        config=config,
+        dataset=Dataset(dataset),
+        catalog=Catalog.load(dataset),
+        run=run,
+        world=world,
+        metrics=metrics,
+        resume=resume,
+        factory=ModelFactory(),
+        text_embeddings=run / "text_embeddings",
+    )
+    for stage in trained_stages(config):
+        if not is_complete(run / "export" / stage):
             run_stage(stage, context)
-    journal.close()
+    metrics.close()
 
 
 def records(run: Path) -> dict[tuple[str, int, str], dict[str, Any]]:

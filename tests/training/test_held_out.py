@@ -1,4 +1,4 @@
-"""What training leaves untouched of items that are held out of it."""
+"""Training does not change the id rows of items that are held out of it."""
 
 import pytest
 import torch

@@ -9,8 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from llmgr_rec.distributed.assembly import make_collator
-from llmgr_rec.limits import check_limits
 from scipy import sparse
 from torch import Tensor
 from torch.nn import functional
@@ -26,7 +24,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.bundle import load_bundle
-from llmgr_rec.training import knn_smoothing
+from llmgr_rec.training import id_row_smoothing
 from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.train_run import train_run
 from tests.data.prepare_inputs import edit_manifest
@@ -39,16 +37,17 @@ from tests.training.small_training import numbers, prepare, records, small_confi
 pytestmark = pytest.mark.dist
 
 SHARDINGS = ("table_wise", "column_wise")
-CLICKS = 2.0
+STRENGTHS = [2.0]
+(STRENGTH,) = STRENGTHS
 Neighbors = tuple[Literal["item_knn", "text_knn"], ...]
 
 
-def config_of(folder: Path, clicks: float | list[float] = CLICKS, beside: Neighbors = ()) -> Config:
+def config_of(folder: Path, strengths: list[float] = STRENGTHS, blend: Neighbors = ()) -> Config:
     config = small_config(folder / "prompts.yaml")
     config.align.epochs = config.behave.epochs = 0
     config.tables.side_features = []
-    config.tables.knn_smoothing = clicks
-    config.blend.neighbors = list(beside)
+    config.tables.knn_smoothing = list(strengths)
+    config.blend.neighbors = list(blend)
     return config
 
 
@@ -57,14 +56,14 @@ def train_case(
     folder: str,
     name: str,
     sharding: str,
-    clicks: float | list[float],
+    strengths: list[float],
     resume: bool,
-    beside: Neighbors = (),
+    blend: Neighbors = (),
 ) -> None:
-    config = config_of(Path(folder), clicks, beside)
+    config = config_of(Path(folder), strengths, blend)
     config.tables.sharding = sharding  # type: ignore[assignment]
     # Several ranges of rows.
-    knn_smoothing._LOOKUP_ITEMS = 64
+    id_row_smoothing._LOOKUP_ITEMS = 64
     run = Path(folder, name)
     if world.rank == 0:
         run.mkdir(exist_ok=True)
@@ -81,18 +80,18 @@ class Trained:
 
     def again(
         self,
-        clicks: float | list[float],
+        strengths: list[float],
         size: int = 1,
         sharding: str = "column_wise",
-        beside: Neighbors = (),
+        blend: Neighbors = (),
     ) -> Path:
         """Exports stage sbr of the run on one rank anew, from its last checkpoint."""
-        name = f"again-{clicks}-{size}-{sharding}-{len(beside)}"
+        name = f"again-{strengths}-{size}-{sharding}-{len(blend)}"
         if (self.folder / name).exists():
             return self.folder / name
         shutil.copytree(self.folder / "1-column_wise", self.folder / name)
         shutil.rmtree(self.folder / name / "export/sbr")
-        run_on_ranks(train_case, size, str(self.folder), name, sharding, clicks, True, beside)
+        run_on_ranks(train_case, size, str(self.folder), name, sharding, strengths, True, blend)
         return self.folder / name
 
 
@@ -102,7 +101,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     prepare(folder, sessions=150, items=200, mean_length=4)
     small_config(folder / "prompts.yaml")
     for size, sharding in ((1, "column_wise"), *((2, sharding) for sharding in SHARDINGS)):
-        run_on_ranks(train_case, size, str(folder), f"{size}-{sharding}", sharding, CLICKS, False)
+        run_on_ranks(train_case, size, str(folder), f"{size}-{sharding}", sharding, STRENGTHS, False)
         save_config(config_of(folder), folder / f"{size}-{sharding}" / "config.yaml")
     trained = Trained(folder)
     assert 5 < (trained.catalog.train_count_V == 0).sum() < 100
@@ -111,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def trained_rows(trained: Trained) -> Tensor:
     """The id rows before anything is smoothed."""
-    return Exported.read(trained.again(0.0) / "export/sbr").tables["item_id"]
+    return Exported.read(trained.again([0.0]) / "export/sbr").tables["item_id"]
 
 
 def neighbors(catalog: Catalog, item: int, cosines_VV: Tensor) -> Tensor:
@@ -128,21 +127,21 @@ def cosines(catalog: Catalog) -> Tensor:
     return (functional.normalize(words_VT, dim=1) @ functional.normalize(words_VT, dim=1).T).float()
 
 
-def plain_rows(own_VD: Tensor, catalog: Catalog, clicks: float) -> Tensor:
-    """The id rows as the documentation says them, item by item."""
+def plain_rows(own_VD: Tensor, catalog: Catalog, strength: float) -> Tensor:
+    """The id rows as documented, item by item."""
     cosines_VV = cosines(catalog)
     rows = []
     for item, count in enumerate(catalog.train_count_V.tolist()):
         nearest_N = neighbors(catalog, item, cosines_VV)
         squared_N = cosines_VV[item, nearest_N] ** 2
         mean_D = squared_N @ own_VD[nearest_N] / squared_N.sum()
-        rows.append((count * own_VD[item] + clicks * mean_D) / (count + clicks) if len(nearest_N) else own_VD[item])
+        rows.append((count * own_VD[item] + strength * mean_D) / (count + strength) if len(nearest_N) else own_VD[item])
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize(("size", "sharding"), [(1, "column_wise"), (2, "column_wise"), (2, "table_wise")])
 def test_rows_are_exported_as_documented(trained: Trained, size: int, sharding: str) -> None:
-    expected_VD = plain_rows(trained_rows(trained), trained.catalog, CLICKS)
+    expected_VD = plain_rows(trained_rows(trained), trained.catalog, STRENGTH)
     found_VD = Exported.read(trained.folder / f"{size}-{sharding}" / "export/sbr").tables["item_id"]
     torch.testing.assert_close(found_VD, expected_VD, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found_VD, trained_rows(trained), atol=1e-2)
@@ -152,56 +151,58 @@ def test_rows_are_exported_as_documented(trained: Trained, size: int, sharding: 
 def test_two_ranks_compute_what_one_does(trained: Trained, sharding: str) -> None:
     one, two = trained.folder / "1-column_wise", trained.folder / f"2-{sharding}"
     assert numbers(two) == pytest.approx(numbers(one), abs=1e-5)
-    # From the same checkpoint, so that ranks differ in how they draw rows alone.
-    again = Exported.read(trained.again(CLICKS, 2, sharding) / "export/sbr").tables
+    # From the same checkpoint, so that only the smoothing can differ.
+    again = Exported.read(trained.again(STRENGTHS, 2, sharding) / "export/sbr").tables
     first = Exported.read(one / "export/sbr").tables
     torch.testing.assert_close(again["item_id"], first["item_id"], atol=1e-6, rtol=1e-5)
 
 
-def test_a_trained_stage_takes_another_number_without_training(trained: Trained) -> None:
-    run = trained.again(7.0)
+def test_a_trained_stage_takes_another_strength_without_training(trained: Trained) -> None:
+    run = trained.again([7.0])
     expected_VD = plain_rows(trained_rows(trained), trained.catalog, 7.0)
     torch.testing.assert_close(Exported.read(run / "export/sbr").tables["item_id"], expected_VD, atol=1e-5, rtol=1e-5)
     assert records(run) == records(trained.folder / "1-column_wise")
 
 
-def told(run: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says of choices."""
+def selections(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl about selections."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("split") == "prior"]
+    return [line for line in lines if line.get("split") == "selection"]
 
 
 def valid_ndcg(trained: Trained, run: Path) -> float:
-    """NDCG@20 of a bundle on the validation sessions, its neighbors beside it."""
-    bundle = load_bundle(run / "export/sbr")
-    words = (Dataset(trained.folder / "dataset"), "valid", bundle.config, ONE_RANK, bundle.catalog, bundle.prior)
-    return float(evaluate_model(bundle.model, *words)["ndcg@20"])
+    """NDCG@20 of a bundle on the validation sessions, with its blend."""
+    bundle, dataset = load_bundle(run / "export/sbr"), Dataset(trained.folder / "dataset")
+    metrics = evaluate_model(bundle.ranking(), dataset, "valid", ONE_RANK, bundle.catalog.train_count_V)
+    return float(metrics["ndcg@20"])
 
 
 @pytest.mark.parametrize(
-    ("beside", "size"), [((), 1), ((), 2), (("item_knn",), 1), (("item_knn", "text_knn"), 2)], ids=str
+    ("blend", "size"), [((), 1), ((), 2), (("item_knn",), 1), (("item_knn", "text_knn"), 2)], ids=str
 )
-def test_of_several_numbers_the_one_that_ranks_best_is_taken(trained: Trained, beside: Neighbors, size: int) -> None:
-    quality = {clicks: valid_ndcg(trained, trained.again(clicks, beside=beside)) for clicks in (0.0, CLICKS, 7.0)}
-    best_first = sorted(quality, key=lambda clicks: quality[clicks], reverse=True)
-    assert quality[best_first[0]] > quality[best_first[1]]
+def test_the_strength_that_ranks_best_is_selected(trained: Trained, blend: Neighbors, size: int) -> None:
+    quality = {one: valid_ndcg(trained, trained.again([one], blend=blend)) for one in (0.0, STRENGTH, 7.0)}
+    best_first = sorted(quality, key=lambda one: quality[one], reverse=True)
+    best = best_first[0]
+    assert quality[best] > quality[best_first[1]]
     for order in (best_first, best_first[::-1]):
-        run = trained.again(order, size, beside=beside)
-        found, single = Exported.read(run / "export/sbr"), trained.again(best_first[0], beside=beside)
+        run = trained.again(order, size, blend=blend)
+        found, single = Exported.read(run / "export/sbr"), trained.again([best], blend=blend)
         expected = Exported.read(single / "export/sbr")
         torch.testing.assert_close(found.tables["item_id"], expected.tables["item_id"], atol=1e-6, rtol=1e-5)
-        assert load_config(run / "export/sbr/config.yaml").tables.knn_smoothing == best_first[0]
-        assert valid_ndcg(trained, run) == pytest.approx(quality[best_first[0]], abs=1e-9)
-        (line,) = told(run)
-        assert line["knn_smoothing"] == best_first[0]
-        assert line["ndcg@20"] == pytest.approx(quality[best_first[0]], abs=1e-9)
+        assert load_config(run / "export/sbr/config.yaml").tables.knn_smoothing == [best]
+        assert valid_ndcg(trained, run) == pytest.approx(quality[best], abs=1e-9)
+        (line,) = selections(run)
+        assert line["knn_smoothing"] == best
+        assert line["ndcg@20"] == pytest.approx(quality[best], abs=1e-9)
 
 
 @torch.no_grad()
 def test_an_item_without_clicks_comes_within_reach_of_ids(trained: Trained) -> None:
     """Sessions that recommend its neighbor by ids recommend it too, which ids could not tell from others before."""
     bundle = load_bundle(trained.folder / "1-column_wise/export/sbr")
-    model, collate = bundle.model, make_collator(bundle.config, bundle.catalog, "rank", language=False)
+    model, collate = bundle.model, bundle.collate
+    assert isinstance(model, SessionRecommender)
     items_VQ = model.item_vectors(collate.item_features(torch.arange(collate.num_items)))
     is_cold_V = trained.catalog.train_count_V == 0
     cosines_VV = cosines(trained.catalog)
@@ -217,58 +218,42 @@ def test_an_item_without_clicks_comes_within_reach_of_ids(trained: Trained) -> N
 
 def test_without_words_rows_stay_as_they_were_trained(trained: Trained) -> None:
     bundle = load_bundle(trained.folder / "1-column_wise/export/sbr")
-    model, collate = bundle.model, make_collator(bundle.config, bundle.catalog, "rank", language=False)
+    model, collate = bundle.model, bundle.collate
     assert isinstance(model, SessionRecommender)
     before = {name: table.clone() for name, table in model.state_dict().items()}
     nothing_VV = sparse.csr_array((collate.num_items, collate.num_items), dtype=np.float32)
-    knn_smoothing.KnnSmoothing(model, nothing_VV, trained.catalog.train_count_V, collate, ONE_RANK).apply(CLICKS)
+    id_row_smoothing.KnnSmoothing(model, nothing_VV, trained.catalog.train_count_V, collate, ONE_RANK).apply(STRENGTH)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def later_stage(trained: Trained, clicks: float | list[float]) -> RunRequest:
-    config = config_of(trained.folder, clicks)
+def later_stage(trained: Trained, strengths: list[float]) -> RunRequest:
+    config = config_of(trained.folder, strengths)
     config.behave.epochs = 1
     return RunRequest(config, trained.folder / "dataset", trained.folder / "1-column_wise", "behave", resume=True)
 
 
-@pytest.mark.parametrize("clicks", [3.0, [0.0, 3.0]])
-def test_a_later_stage_does_not_take_another_number(trained: Trained, clicks: float | list[float]) -> None:
-    message = f"setting tables.knn_smoothing is {clicks}, but stage sbr in .* has drawn rows by 2.0; give that"
+@pytest.mark.parametrize("strengths", [[3.0], [0.0, 3.0]])
+def test_a_later_stage_does_not_take_another_strength(trained: Trained, strengths: list[float]) -> None:
+    message = f"setting tables.knn_smoothing is {strengths}, but stage sbr in .* was exported with strength 2; give [2]"
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
-        check_run(later_stage(trained, clicks))
+        check_run(later_stage(trained, strengths))
 
 
-def test_a_later_stage_takes_the_number_that_was_chosen(trained: Trained, tmp_path: Path) -> None:
-    request = later_stage(trained, [0.0, CLICKS])
+def test_a_later_stage_takes_the_strength_that_was_selected(trained: Trained, tmp_path: Path) -> None:
+    request = later_stage(trained, [0.0, STRENGTH])
     run = tmp_path / "run"
     shutil.copytree(request.output, run)
     train_run(replace(request, output=run))
-    assert load_config(run / "config.yaml").tables.knn_smoothing == [0.0, CLICKS]
-    assert load_config(run / "export/behave/config.yaml").tables.knn_smoothing == CLICKS
-    assert not told(run)
+    assert load_config(run / "config.yaml").tables.knn_smoothing == [0.0, STRENGTH]
+    assert load_config(run / "export/behave/config.yaml").tables.knn_smoothing == [STRENGTH]
+    assert not selections(run)
 
 
-def test_without_validation_sessions_one_number_must_be_given(trained: Trained, tmp_path: Path) -> None:
+def test_without_validation_sessions_one_strength_must_be_given(trained: Trained, tmp_path: Path) -> None:
     dataset = tmp_path / "dataset"
     shutil.copytree(trained.folder / "dataset", dataset)
     edit_manifest(dataset, lambda values: values["num_sessions"].update(valid=0))
     request = RunRequest(config_of(trained.folder, [0.0, 2.0]), dataset, tmp_path / "run", "sbr", resume=False)
-    with pytest.raises(UserError, match=r"knn_smoothing names several numbers, but .*dataset has no validation"):
+    with pytest.raises(UserError, match=r"tables\.knn_smoothing has several values, but .*dataset has no validation"):
         check_run(request)
     check_run(replace(request, config=config_of(trained.folder, [2.0])))
-
-
-@pytest.mark.parametrize(
-    ("clicks", "message"),
-    [
-        (-1.0, "is -1.0; give 0 or more"),
-        (float("nan"), "is nan; give a finite"),
-        ([0.0, -1.0], "is -1.0; give 0 or more"),
-        ([], "names no number; give at least one"),
-    ],
-)
-def test_a_mistake_in_the_setting_is_named(clicks: float | list[float], message: str) -> None:
-    config = Config()
-    config.tables.knn_smoothing = clicks
-    with pytest.raises(UserError, match=f"setting tables.knn_smoothing {message}"):
-        check_limits(config)

@@ -1,7 +1,7 @@
-"""Training pays: the session recommender reads clicks, and the tuned model reads titles.
+"""Training improves ranking: the session recommender learns from clicks, the tuned model from titles.
 
 The data set is made so that most steps follow the titles: the next item is one of the sixteen whose title begins with
-the word with which the title before ends. In the control the same titles are dealt out to the items at random.
+the last word of the title before. In the control the same titles are assigned to the items at random.
 """
 
 import shutil
@@ -60,8 +60,8 @@ def learn(world: World, settings: str, folder: str) -> HitRates:
         train(world, config, run, datasets[kind])
 
     def rate(kind: str, stage: str) -> float:
-        model = load_bundle(runs[kind] / "export" / stage).model
-        return evaluate_model(model, Dataset(datasets[kind]), "test", config, world)["hr@20"]
+        bundle, dataset = load_bundle(runs[kind] / "export" / stage), Dataset(datasets[kind])
+        return evaluate_model(bundle.ranking(), dataset, "test", world, bundle.catalog.train_count_V)["hr@20"]
 
     dataset, catalog = Dataset(datasets["true"]), Catalog.load(datasets["true"])
     popularity = evaluate_baseline(build_baseline("popularity", dataset, catalog), dataset, "test", catalog, world)

@@ -1,4 +1,4 @@
-"""The loop of a stage: when it stops, validates, logs and saves, which weights it leaves, and what it refuses."""
+"""The loop of a stage: when it stops, validates, logs and saves, which weights it keeps, and what it refuses."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from llmgr_rec.config import Config
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.modules import build
+from llmgr_rec.distributed.ranking import RankingModel
+from llmgr_rec.modules import model_spec
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import LossAndParts, SbrTask
 from llmgr_rec.storage.table_io import local_shards
@@ -124,8 +125,8 @@ def observe(
 ) -> Observed:
     seen = Observed()
 
-    def validate(model: SessionRecommender, *rest: Any) -> dict[str, float]:
-        seen.validated.append(item_table(model))
+    def validate(ranking: RankingModel, *rest: Any) -> dict[str, float]:
+        seen.validated.append(item_table(ranking.model))
         return {"ndcg@20": scores[len(seen.validated) - 1]}
 
     def export(model: SessionRecommender, *rest: Any) -> None:
@@ -136,15 +137,15 @@ def observe(
         ends(self, position)
 
     ends = StageLoop._end_epoch
-    before = (stages.evaluate_model, stages.export_bundle, build.SbrTask)
-    stages.evaluate_model, stages.export_bundle, build.SbrTask = validate, export, task
+    before = (stages.evaluate_model, stages.export_bundle, model_spec.SbrTask)
+    stages.evaluate_model, stages.export_bundle, model_spec.SbrTask = validate, export, task
     StageLoop._end_epoch = end_epoch  # type: ignore[method-assign]
     try:
         train(world, config, run, dataset, resume=True)
     except Exception as error:
         seen.error = f"{type(error).__name__}: {error}"
     finally:
-        stages.evaluate_model, stages.export_bundle, build.SbrTask = before
+        stages.evaluate_model, stages.export_bundle, model_spec.SbrTask = before
         StageLoop._end_epoch = ends  # type: ignore[method-assign]
     return seen
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llmgr_rec.stage_config import StageConfig
 from torch import Tensor, nn, optim
 from torchrec.optim.keyed import CombinedOptimizer
 
-from llmgr_rec.config import TablesConfig
+from llmgr_rec.config import Config, OptimizerConfig, StageConfig, TablesConfig
 from llmgr_rec.training.optimizers import CosineSchedule, build_optimizer
 
 
@@ -33,12 +32,15 @@ class SmallTask(nn.Module):
 
 def test_steps_are_those_of_adamw_and_adam_from_the_first_on() -> None:
     ours, plain = SmallTask(), SmallTask()
-    stage, tables = StageConfig(lr=0.1, weight_decay=0.5, clip_norm=1e9), TablesConfig(optimizer="adam", lr=0.2)
-    built = build_optimizer(ours, stage, tables)
+    stage = StageConfig(lr=0.1)
+    config = Config(
+        tables=TablesConfig(optimizer="adam", lr=0.2), optimizer=OptimizerConfig(weight_decay=0.5, clip_norm=1e9)
+    )
+    built = build_optimizer(ours, stage, config)
     torch.testing.assert_close(dict(ours.named_parameters()), dict(plain.named_parameters()), atol=0, rtol=0)
     references = [
-        optim.AdamW(plain.encoder.parameters(), lr=stage.lr, weight_decay=stage.weight_decay),
-        optim.Adam(plain.item_tables.parameters(), lr=tables.lr),
+        optim.AdamW(plain.encoder.parameters(), lr=stage.lr, weight_decay=config.optimizer.weight_decay),
+        optim.Adam(plain.item_tables.parameters(), lr=config.tables.lr),
     ]
     for step in range(3):
         built.zero_grad()

@@ -1,4 +1,4 @@
-"""Stage sbr with all prefixes of a session in one pass: the same steps as with a pass each, on any ranks, resumable."""
+"""Stage sbr with all prefixes of a session in one pass: the steps of one pass per prefix, at any number of ranks."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the stages compute on one rank and on two, and what each of them leaves alone."""
+"""Stages compute the same on one rank and on two, and change only the parameters that they train."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from llmgr_rec.distributed.assembly import assemble_decoder, assemble_llmgr, assemble_reader
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, StageName, TextEncoderConfig
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors
+from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables, local_shards
 from llmgr_rec.training import loop, stages
 from tests.ranks import run_on_ranks
@@ -23,11 +24,11 @@ from tests.training.small_training import numbers, records, small_config, train
 
 pytestmark = pytest.mark.dist
 
-# Steps of the language stages: whole batches, so that each rank's part is whole contrastive groups.
+# Steps of the stages with a language model: whole batches, so that each rank has whole contrastive groups.
 STEPS = 5
 CPU = torch.device("cpu")
-# Kept with the weights, and no weights.
-CONSTANTS = {"hybrid.embedding_norm"}
+# Stored with the weights, but constant.
+CONSTANTS = {"adapter.embedding_norm"}
 
 
 def base_config(folder: Path) -> Config:
@@ -49,38 +50,33 @@ def adam(folder: Path) -> Config:
     return config
 
 
-def everything_trains(folder: Path) -> Config:
-    """No group is frozen in stage 2, text stands in the prompt, and losses are over sampled items."""
+def sampled(folder: Path) -> Config:
+    """Sampled softmax losses, and item text in the prompt."""
     config = base_config(folder)
     config.loss.full_softmax_max_items, config.loss.num_negatives = 20, 16
     config.encoder.name = "srgnn"
     config.align.epochs = 0
-    config.behave.trainable = ["tables", "encoder", "adapter", "lora", "head"]
     config.prompt.text_items = 2
     config.prompt.templates = str(folder / "prompts-with-text.yaml")
     return config
 
 
-def parts_train(folder: Path) -> Config:
-    """Stages that train a part only of what gradients reach: they run through frozen tables and a frozen head.
-
-    Stages sbr and 2 read all prefixes of a session in one pass.
-    """
+def one_pass(folder: Path) -> Config:
+    """Stages sbr and behave encode all prefixes of a session in one pass; longer sessions are split."""
     config = base_config(folder)
-    config.sbr.trainable = ["tables"]
     config.encoder.name = "sasrec"
     config.align.epochs = 0
-    config.behave.trainable = ["encoder", "adapter"]
-    # And in several parts sessions of more than two or three clicks.
     config.prompt.one_pass, config.prompt.max_nodes = True, 2
     config.encoder.one_pass, config.encoder.max_clicks = True, 3
+    config.head.separate_loss = True
     return config
 
 
-def text_reader(folder: Path) -> Config:
-    """A language model that reads sessions as text, in several parts those of more than three clicks."""
+def llm_text(folder: Path) -> Config:
+    """A language model encodes sessions as text; sessions of more than three clicks are split."""
     config = base_config(folder)
-    config.text = replace(config.text, epochs=1, dim=8, clicks=3, dropout=0.0, max_steps=STEPS, drawn_items=20)
+    config.llm_text.epochs, config.llm_text.max_steps = 1, STEPS
+    config.text_encoder = TextEncoderConfig(dim=8, max_clicks=3, dropout=0.0, num_negatives=20)
     config.prompt.max_text_tokens = 24
     config.align.epochs = config.behave.epochs = 0
     return config
@@ -89,9 +85,9 @@ def text_reader(folder: Path) -> Config:
 CASES = {
     "adagrad": adagrad,
     "adam": adam,
-    "everything_trains": everything_trains,
-    "parts_train": parts_train,
-    "text_reader": text_reader,
+    "sampled": sampled,
+    "one_pass": one_pass,
+    "llm_text": llm_text,
 }
 SHARDINGS = ("table_wise", "column_wise")
 
@@ -154,7 +150,7 @@ class Watched:
 
 def compare_base(model: LLMGR, config: Config) -> tuple[int, list[str]]:
     """Number of the base's tensors, and names of those that are not what is loaded afresh."""
-    fresh = assemble_decoder(config, CPU).state_dict()
+    fresh = ModelFactory().decoder(config, CPU).state_dict()
     trained = {
         name.replace(".base_layer", ""): value
         for name, value in model.language_model.base.state_dict().items()
@@ -193,6 +189,7 @@ def test_two_ranks_compute_what_one_does(trained: Trained, case: str, sharding: 
     assert one.keys() == two.keys()
     assert {name.split("/")[0] for name in one if name.endswith("/loss")} == stages_of(case)
     assert any("valid" in name and "ndcg@20" in name for name in one)
+    assert not any(name.startswith("align/valid") for name in one), "align trains on another task than the next item"
     worst = max(one, key=lambda name: abs(one[name] - two[name]))
     assert two[worst] == pytest.approx(one[worst], abs=1e-5), worst
 
@@ -201,9 +198,9 @@ def stages_of(case: str) -> set[str]:
     return {
         "adagrad": {"sbr", "align", "behave"},
         "adam": {"sbr", "align", "behave"},
-        "everything_trains": {"sbr", "behave"},
-        "parts_train": {"sbr", "behave"},
-        "text_reader": {"sbr", "text"},
+        "sampled": {"sbr", "behave"},
+        "one_pass": {"sbr", "behave"},
+        "llm_text": {"sbr", "llm_text"},
     }[case]
 
 
@@ -233,75 +230,62 @@ def test_the_base_language_model_never_moves(trained: Trained) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("sharding", SHARDINGS)
-@pytest.mark.parametrize("case", ["adagrad", "adam"])
+@pytest.mark.parametrize("case", ["adagrad", "adam", "sampled", "one_pass"])
 def test_stages_train_their_groups_and_nothing_else(trained: Trained, case: str, sharding: str, size: int) -> None:
-    run = trained.run(size, case, sharding)
-    config, start = CASES[case](trained.folder), fresh_tensors(CASES[case](trained.folder), trained.folder)
-    sbr, align, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "align", "behave"))
-    assert config.align.trainable == ["adapter", "head"]
-    assert config.behave.trainable == ["adapter", "lora", "head"]
-
-    assert moved(start.tables, sbr.tables) == set(start.tables) - {"item_text"}
-    assert moved(start.recommender, sbr.recommender) == set(start.recommender)
-    for earlier, later in ((sbr, align), (align, behave)):
-        assert moved(earlier.tables, later.tables) == set()
-        assert moved(earlier.recommender, later.recommender) == set()
-    assert moved(start.language, align.language) == set(start.language) - CONSTANTS
-    assert moved(align.language, behave.language) == set(start.language) - CONSTANTS
-    assert moved(start.lora, align.lora) == set()
-    assert moved(align.lora, behave.lora) == set(start.lora)
+    """Gradients of align and behave reach frozen tables and a frozen encoder, which stay bit-identical."""
+    run, start = trained.run(size, case, sharding), fresh_tensors(CASES[case](trained.folder), trained.folder)
+    before = Exported.read(run / "export" / "sbr")
+    assert moved(start.tables, before.tables) == set(start.tables) - {"item_text"}
+    assert moved(start.recommender, before.recommender) == set(start.recommender)
+    before.language, before.lora = start.language, start.lora
+    for stage in ("align", "behave"):
+        if stage not in stages_of(case):
+            continue
+        after = Exported.read(run / "export" / stage)
+        assert moved(before.tables, after.tables) == set()
+        assert moved(before.recommender, after.recommender) == set()
+        assert moved(before.language, after.language) == set(start.language) - CONSTANTS
+        assert moved(before.lora, after.lora) == (set() if stage == "align" else set(start.lora))
+        before = after
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_the_reader_trains_whole_and_leaves_its_items_vectors(trained: Trained, sharding: str, size: int) -> None:
-    run = trained.run(size, "text_reader", sharding)
-    sbr, text = (Exported.read(run / "export" / stage) for stage in ("sbr", "text"))
+def test_the_text_encoder_trains_as_a_whole_and_exports_its_item_vectors(
+    trained: Trained, sharding: str, size: int
+) -> None:
+    run = trained.run(size, "llm_text", sharding)
+    sbr, text = (Exported.read(run / "export" / stage) for stage in ("sbr", "llm_text"))
     assert all(torch.equal(text.recommender[name], values) for name, values in sbr.recommender.items())
     assert all(torch.equal(text.tables[name], values) for name, values in sbr.tables.items())
-    reader = assemble_reader(text_reader(trained.folder), Catalog.load(trained.folder / "dataset"), CPU)
-    start = {f"text_encoder.{name}": value for name, value in reader.state_dict().items()}
+    model = fresh_model("llm_text", llm_text(trained.folder), trained.folder)
+    assert isinstance(model, SessionRecommender)
+    encoder = model.text_encoder
+    assert encoder is not None
+    start = {f"text_encoder.{name}": value.clone() for name, value in encoder.state_dict().items()}
     assert start.keys() == text.recommender.keys() - sbr.recommender.keys()
     assert moved(start, text.recommender) >= {name for name in start if "layers" in name or "projection" in name}
-    reader.load_state_dict({name.removeprefix("text_encoder."): text.recommender[name] for name in start})
-    expected = reader.eval().item_vectors(torch.arange(64)).detach()
+    encoder.load_state_dict({name.removeprefix("text_encoder."): text.recommender[name] for name in start})
+    expected = encoder.eval().item_vectors(torch.arange(64)).detach()
     torch.testing.assert_close(text.tables["item_text"], expected, atol=1e-5, rtol=1e-4)
-    assert min(losses(run, "text")[1:]) < losses(run, "text")[0]
+    assert min(losses(run, "llm_text")[1:]) < losses(run, "llm_text")[0]
 
 
 def losses(run: Path, stage: str) -> list[float]:
     return [values["loss"] for (at, _, split), values in records(run).items() if at == stage and not split]
 
 
-def test_every_group_trains_when_asked_to(trained: Trained) -> None:
-    run = trained.run(2, "everything_trains", "column_wise")
-    sbr, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "behave"))
-    start = fresh_tensors(everything_trains(trained.folder), trained.folder)
-    assert moved(sbr.tables, behave.tables) == {"item_id", "category", "brand", "word"}
-    assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
-    assert moved(start.language, behave.language) == set(start.language) - CONSTANTS
-    assert moved(start.lora, behave.lora) == set(start.lora)
-
-
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_what_gradients_reach_stays_frozen(trained: Trained, sharding: str, size: int) -> None:
-    run = trained.run(size, "parts_train", sharding)
-    start = fresh_tensors(parts_train(trained.folder), trained.folder)
-    sbr, behave = (Exported.read(run / "export" / stage) for stage in ("sbr", "behave"))
-    assert moved(start.tables, sbr.tables) == {"item_id", "category", "brand", "word"}
-    assert moved(start.recommender, sbr.recommender) == set()
-    assert moved(sbr.tables, behave.tables) == set()
-    assert moved(sbr.recommender, behave.recommender) == set(sbr.recommender)
-    adapter = {name for name in start.language if name.startswith("hybrid.")} - CONSTANTS
-    assert moved(start.language, behave.language) == adapter
-    assert moved(start.lora, behave.lora) == set()
+def fresh_model(stage: StageName, config: Config, folder: Path) -> SessionRecommender | LLMGR:
+    """The model that a stage starts from where no earlier one was trained."""
+    catalog, factory = Catalog.load(folder / "dataset"), ModelFactory()
+    spec = factory.spec(stage, config, catalog)
+    return factory.build(spec, factory.language_parts(spec, catalog, CPU), CPU)
 
 
 def fresh_tensors(config: Config, folder: Path) -> Exported:
     """What a run with these settings starts from."""
-    catalog = Catalog.load(folder / "dataset")
-    model = assemble_llmgr(config, catalog, assemble_decoder(config, CPU))
+    model = fresh_model("behave", config, folder)
+    assert isinstance(model, LLMGR)
     init_tables(model, config.seed, config.tables.init_std)
     return Exported(
         {shard.table: shard.tensor.clone() for shard in local_shards(model)},

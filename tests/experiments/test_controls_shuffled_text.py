@@ -1,0 +1,43 @@
+"""Item texts shuffled between items: the control `shuffled_text`."""
+
+import pytest
+import torch
+
+from llmgr_rec.data.item_tokens import tokenize_texts
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.experiments.controls import shuffle_texts
+from llmgr_rec.storage.pretrained import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("random-tiny")
+
+
+def rows(tokens, tokenizer):
+    bounds = zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True)
+    return [tokenizer.decode(tokens.values[start:end]) for start, end in bounds]
+
+
+def test_shuffled_texts_are_all_elsewhere_and_empty_ones_where_they_were(tokenizer):
+    texts = ["" if number % 5 == 2 else f"thing {number}" for number in range(40)]
+    tokens = tokenize_texts(texts, tokenizer, 16)
+    shuffled = rows(shuffle_texts(tokens, seed=3), tokenizer)
+    assert sorted(shuffled) == sorted(texts)
+    for before, after in zip(texts, shuffled, strict=True):
+        assert (before == after) == (before == "")
+    assert rows(shuffle_texts(tokens, seed=3), tokenizer) == shuffled
+    assert rows(shuffle_texts(tokens, seed=4), tokenizer) != shuffled
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["alone"], ["", "alone", ""]])
+def test_where_there_is_no_other_text_nothing_moves(tokenizer, texts):
+    tokens = tokenize_texts(texts, tokenizer, 16)
+    assert rows(shuffle_texts(tokens, seed=0), tokenizer) == texts
+
+
+def test_every_order_of_texts_is_drawn():
+    tokens = Jagged.from_lengths(torch.arange(4), torch.ones(4, dtype=torch.int64))
+    found = {tuple(shuffle_texts(tokens, seed).values.tolist()) for seed in range(100)}
+    # Permutations of four items that are one cycle.
+    assert len(found) == 6
