@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import sparse
@@ -95,11 +95,14 @@ def test_full_sized_blocks_with_real_numbers() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(width=32, allow_nan=False)), max_size=20))
+@example([(2, -float(np.finfo(np.float32).smallest_subnormal))])
 def test_sort_keys_order_by_query_then_falling_score(entries: list[tuple[int, float]]) -> None:
     entries += [(2, value) for value in (0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, -1.0, -2.0)]
-    queries, scores = (torch.tensor(column) for column in zip(*entries, strict=True))
-    order = torch.argsort(topk._sort_keys(queries, scores.float()), stable=True).tolist()
-    assert order == sorted(range(len(entries)), key=lambda entry: (entries[entry][0], -entries[entry][1]))
+    queries = torch.tensor([query for query, _ in entries])
+    scores = torch.tensor([score for _, score in entries], dtype=torch.float32)
+    order = torch.argsort(topk._sort_keys(queries, scores), stable=True).tolist()
+    pairs = list(zip(queries.tolist(), scores.tolist(), strict=True))
+    assert order == sorted(range(len(pairs)), key=lambda entry: (pairs[entry][0], -pairs[entry][1]))
 
 
 def test_merge_keeps_the_order_of_indices() -> None:
