@@ -36,8 +36,8 @@ class PaddedIndex:
     """Rows of a matrix, padded to [B, W].
 
     Args:
-        row_BW: Row of the matrix at each place; an arbitrary one at padding.
-        is_real_BW: Whether a place is no padding.
+        row_BW: Row of the matrix at each element; an arbitrary one at padding.
+        is_real_BW: Whether an element is not padding.
     """
 
     row_BW: Tensor
@@ -53,7 +53,7 @@ class PaddedIndex:
         return cls(rows.values[index_BW], is_real_BW)
 
     def gather(self, matrix_YF: Tensor) -> Tensor:
-        """Rows of a matrix at their places, [B, W, F]."""
+        """Rows of a matrix, padded to [B, W, F]."""
         return matrix_YF.index_select(0, self.row_BW.flatten()).unflatten(0, self.row_BW.shape)
 
 
@@ -80,13 +80,13 @@ class PackedMask:
         query_tokens_Y: The querying tokens, counted from the end of the prefix.
         prefix_length: Tokens of the prefix P; all queries attend to all of them.
         buckets: The prompts.
-        place_Y: Place of each query among the places of all buckets, one bucket after another.
+        padded_index_Y: Index of each query in the flattened padded rows of all buckets, one bucket after another.
     """
 
     query_tokens_Y: Tensor
     prefix_length: int
     buckets: list[MaskBucket]
-    place_Y: Tensor
+    padded_index_Y: Tensor
 
     @classmethod
     def of(cls, packed: PackedPrompts, query_tokens_Y: Tensor) -> "PackedMask":
@@ -101,7 +101,7 @@ class PackedMask:
             padded_queries, padded_keys = PaddedIndex.of(queries.select(prompts)), PaddedIndex.of(keys.select(prompts))
             is_masked_BQK = _masked(packed, query_tokens_Y, padded_queries, padded_keys)
             buckets.append(MaskBucket(padded_queries, padded_keys, is_masked_BQK))
-        return cls(query_tokens_Y, packed.prefix_P.numel(), buckets, _places(buckets, query_tokens_Y))
+        return cls(query_tokens_Y, packed.prefix_P.numel(), buckets, _padded_index(buckets, query_tokens_Y))
 
 
 def _masked(packed: PackedPrompts, query_tokens_Y: Tensor, queries: PaddedIndex, keys: PaddedIndex) -> Tensor:
@@ -111,13 +111,13 @@ def _masked(packed: PackedPrompts, query_tokens_Y: Tensor, queries: PaddedIndex,
     return ~(attends_BQK & keys.is_real_BW.unsqueeze(1))
 
 
-def _places(buckets: list[MaskBucket], query_tokens_Y: Tensor) -> Tensor:
-    """Place of each query in the concatenated results of all buckets."""
+def _padded_index(buckets: list[MaskBucket], query_tokens_Y: Tensor) -> Tensor:
+    """Index of each query in the concatenated results of all buckets."""
     is_real = torch.cat([bucket.queries.is_real_BW.flatten() for bucket in buckets])
     query = torch.cat([bucket.queries.row_BW.flatten() for bucket in buckets])
-    place_Y = torch.empty_like(query_tokens_Y)
-    place_Y[query[is_real]] = torch.nonzero(is_real).squeeze(1)
-    return place_Y
+    padded_index_Y = torch.empty_like(query_tokens_Y)
+    padded_index_Y[query[is_real]] = torch.nonzero(is_real).squeeze(1)
+    return padded_index_Y
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float) -> Tensor:
@@ -161,7 +161,7 @@ def _attend_after_prefix(
     results = [
         _attend_in_bucket(bucket, query, own_key, own_value, prefix_key, prefix_value) for bucket in mask.buckets
     ]
-    return torch.cat(results).index_select(0, mask.place_Y).view(query_YhE.shape)
+    return torch.cat(results).index_select(0, mask.padded_index_Y).view(query_YhE.shape)
 
 
 def _attend_in_bucket(
@@ -172,7 +172,7 @@ def _attend_in_bucket(
     prefix_key_GPE: Tensor,
     prefix_value_GPE: Tensor,
 ) -> Tensor:
-    """Results at the places of one bucket, [B * Q, h * E]."""
+    """Results of one bucket, padded: [B * Q, h * E]."""
     groups, prefix, width = prefix_key_GPE.shape
     batch, queries, keys = bucket.is_masked_BQK.shape
     heads = query_YF.shape[1] // (groups * width)

@@ -33,7 +33,7 @@ Sequence 2 (5 8) ends at packed click 2, the 8 of the longest; its node 2 (the 5
 >>> [(bucket.num_rows, bucket.width) for bucket in packed.buckets]
 [(1, 1), (1, 3)]
 
-Shapes: B sequences of the batch, C their clicks, N nodes, P passes, L packed clicks, R rows of T places in a bucket, D
+Shapes: B sequences of the batch, C their clicks, N nodes, P passes, L packed clicks, R rows of T columns in a bucket, D
 and F columns.
 """
 
@@ -52,9 +52,9 @@ class LengthBucket:
     """Sessions of similar length, one row each, oldest click first and padding at the end.
 
     Args:
-        slot_L: Place of each of the bucket's clicks, counted row by row: row * T + place.
+        slot_L: Index of each of the bucket's clicks in its flattened rows: row * T + column.
         num_rows: Number R of sessions.
-        width: Places T of a row, the clicks of the longest session.
+        width: Columns T of a row, the clicks of the longest session.
     """
 
     slot_L: Tensor
