@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmgr_rec.cli import is_rank0, make_parser, run_cli
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.config_file import add_config_arguments, parse_with_config
+from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config
 from llmgr_rec.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,10 +98,21 @@ def _with_default_config(argv: Sequence[str]) -> list[str]:
         return list(argv)
     run_config = Path(given.output, "config.yaml")
     if given.resume and given.output and run_config.is_file():
+        _check_settings_of_run(run_config)
         return ["--config", str(run_config), *argv]
     if not any(word.startswith("--") for word in argv):
         return ["--config", BARE_RECIPE, *argv]
     return list(argv)
+
+
+def _check_settings_of_run(run_config: Path) -> None:
+    try:
+        load_config(run_config)
+    except UserError as error:
+        raise UserError(
+            f"cannot resume with the settings of the run: {error}; if another version of llmgr_rec wrote them, resume "
+            "with that version, or train into another --output"
+        ) from None
 
 
 def _launch() -> str:

@@ -18,6 +18,7 @@ from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.storage.bundle import load_bundle, open_bundle
 from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
+from llmgr_rec.train import parse_arguments
 from tests.data.prepare_inputs import edit_manifest
 from tests.scoring.sessions import all_bytes, raw_sessions, write_sessions
 from tests.small_run import run_with, small_run
@@ -78,6 +79,13 @@ def test_a_checkpoint_is_refused(tmp_path: Path, number: int) -> None:
     for read in (manager.check, lambda: manager.load(torch.nn.Linear(1, 1), None)):
         line = refused(read, folder)
         assert f"has format {number}, this version reads 5; resume with the version that wrote it, or" in line
+
+
+def test_a_run_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("tables:\n  item_text: sum\n")
+    line = refused(lambda: parse_arguments(["--dataset", "data", "--output", str(tmp_path), "--resume"]), tmp_path)
+    assert line.startswith("cannot resume with the settings of the run: unknown setting tables.item_text")
+    assert line.endswith("resume with that version, or train into another --output")
 
 
 @pytest.fixture
