@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if is_rank0():
         print(
-            f"scored {totals.rows_out:,} sessions into {totals.parts} parts in {arguments.output}; "
+            f"scored {totals.rows_out:,} sessions to {arguments.output} (Parquet files: {totals.parts}); "
             f"{totals.unknown_items:,} clicks on unknown items skipped, "
             f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
             f"{totals.llm_rows:,} were encoded by a language model"
