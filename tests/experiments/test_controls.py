@@ -22,6 +22,7 @@ from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import load_tokenizer
 from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.text_embeddings import embed_catalog
+from tests.modules.random_weights import randomize_weights
 from tests.modules.small_llmgr import raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
 
@@ -115,17 +116,6 @@ def test_the_hash_is_of_the_decoder_that_is_made() -> None:
     assert torch.equal(random.decoder(chosen, CPU).get_input_embeddings().weight, embeddings[1])
 
 
-def shaken(model: LLMGR) -> LLMGR:
-    """Fresh LoRA layers give nothing, so weights are moved to where all of them matter."""
-    init_tables(model, 1, 0.5)
-    generator = torch.Generator().manual_seed(8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embedding_bags" not in name and ("language_model" not in name or "lora_" in name):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.eval()
-
-
 @torch.no_grad()
 def scores(model: LLMGR, chosen: Config, catalog: Catalog, made: ModelFactory) -> Tensor:
     collate = made.collator(made.spec("behave", chosen, catalog), catalog, "rank")
@@ -138,7 +128,7 @@ def test_a_bundle_scores_as_the_model_that_was_exported(tmp_path: Path) -> None:
     found = {}
     for control in ("", *OF_LLMGR):
         chosen, made = settings(), factory(*filter(None, [control]))
-        model = shaken(build(made, chosen, catalog))
+        model = randomize_weights(build(made, chosen, catalog))
         found[control] = scores(model, chosen, catalog, made)
         folder = tmp_path / (control or "none") / "export" / "behave"
         folder.parent.mkdir(parents=True)
@@ -189,7 +179,7 @@ def test_constant_tokens_are_alike_and_learned(off: str) -> None:
 @torch.no_grad()
 def test_a_model_does_not_read_constant_tokens(off: str) -> None:
     catalog, chosen, made = small_run().catalog, settings(), factory(off)
-    model = shaken(build(made, chosen, catalog))
+    model = randomize_weights(build(made, chosen, catalog))
     collate = made.collator(made.spec("behave", chosen, catalog), catalog, "rank")
     batch = collate(raw_sessions([[3, 5, 3, 9], [7], [0, 1, 2]], [-1, -1, -1]))
     output = model.look_up(batch)

@@ -27,6 +27,7 @@ from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import is_complete, latest_bundle, read_index, resolve_bundle
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
+from tests.modules.random_weights import randomize_dense_weights
 from tests.ranks import run_on_ranks
 
 NUM_ITEMS = 37
@@ -108,15 +109,6 @@ def answers(model: SessionRecommender | LLMGR, catalog: Catalog) -> tuple[Tensor
     return queries, model.item_vectors(collator("sbr", catalog).item_features(torch.arange(NUM_ITEMS)))
 
 
-def shaken(model: torch.nn.Module) -> None:
-    """Moves every dense weight, LoRA included, away from where a fresh model starts."""
-    generator = torch.Generator().manual_seed(8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embedding_bags" not in name and ("language_model" not in name or "lora_" in name):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-
-
 def export_rank(world: World, dataset: str, run: str) -> list[tuple[Tensor, Tensor]]:
     """Exports a recommender, then a language stage that starts from it; returns their answers."""
     catalog = Catalog.load(dataset)
@@ -124,13 +116,13 @@ def export_rank(world: World, dataset: str, run: str) -> list[tuple[Tensor, Tens
     recommender = build("sbr", catalog, config(), "meta")
     shard(recommender, config().tables, world, lambda name: True)
     init_tables(recommender, 5, 0.1)
-    shaken(recommender)
+    randomize_dense_weights(recommender)
     found.append(answers(recommender, catalog))
     export_bundle(recommender, "sbr", config(), catalog, Path(run, "export/sbr"), world)
     llmgr = build("align", catalog, config(), "meta")
     model = shard(llmgr, config().tables, world, lambda name: False)
     init_tables(llmgr, 77, 0.1)
-    shaken(llmgr)
+    randomize_dense_weights(llmgr)
     left = load_weights(model, latest_bundle(Path(run, "export")))
     assert "text_tables.embedding_bags.item_text.weight" in left
     assert not any("recommender" in name for name in left), left

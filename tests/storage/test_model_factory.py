@@ -16,7 +16,7 @@ from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.storage.model_factory import ModelFactory, meta_language_parts
 from llmgr_rec.storage.pretrained import load_tokenizer
-from llmgr_rec.storage.table_io import init_tables
+from tests.modules.random_weights import randomize_weights
 from tests.modules.small_llmgr import raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
 
@@ -78,17 +78,6 @@ def test_parts_without_weights_make_a_model_of_the_same_shapes(stage: StageName)
     assert all(value.is_meta for name, value in planned.named_parameters() if "decoder" in name and "lora" not in name)
 
 
-def shaken(model: SessionRecommender | LLMGR) -> SessionRecommender | LLMGR:
-    """Fresh LoRA layers give nothing, so weights are moved to where all of them matter."""
-    init_tables(model, 1, 0.5)
-    generator = torch.Generator().manual_seed(8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embedding_bags" not in name and ("language_model" not in name or "lora_" in name):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    return model.eval()
-
-
 @torch.no_grad()
 def scores(model: SessionRecommender | LLMGR, stage: StageName, catalog: Catalog) -> Tensor:
     collate = FACTORY.collator(FACTORY.spec(stage, settings(), catalog), catalog, "rank")
@@ -100,7 +89,7 @@ def scores(model: SessionRecommender | LLMGR, stage: StageName, catalog: Catalog
 @pytest.mark.parametrize("stage", ["sbr", "align", "behave", "llm_text"])
 def test_a_bundle_scores_as_the_model_that_was_exported(tmp_path: Path, stage: StageName) -> None:
     catalog = small_run().catalog
-    model = shaken(build(stage, catalog))
+    model = randomize_weights(build(stage, catalog))
     folder = tmp_path / "export" / stage
     folder.parent.mkdir(parents=True)
     export_bundle(model, stage, settings(), catalog, folder, ONE_RANK)
