@@ -1,0 +1,79 @@
+"""Which files of an input folder are read, and what is said of the others."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from llmgr_rec.data.parquet_files import list_parquet_files
+from llmgr_rec.errors import UserError
+
+
+def make(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_files_at_any_depth_by_any_suffix_and_through_links_are_read_once(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", "b.PARQUET", "a/x.parq", "a/y.pq", "c.parquet", "notes.txt", "_SUCCESS", ".c.crc")
+    outside = make(tmp_path / "outside", "z.parquet")
+    make(folder, "out/_manifest.json", "out/part-0.parquet")
+    (folder / "far").symlink_to(outside)
+    (folder / "a0").symlink_to(folder / "a")
+    (folder / "a/up").symlink_to(folder)
+    (folder / "d.parquet").symlink_to(folder / "c.parquet")
+    os.mkfifo(folder / "pipe.parquet")
+    listing = list_parquet_files(folder, "input", output_marker="_manifest.json")
+    assert [file.name for file in listing.files] == ["a/x.parq", "a/y.pq", "b.PARQUET", "c.parquet", "far/z.parquet"]
+    assert all(file.path == folder / file.name for file in listing.files)
+    reasons = dict(listing.skipped)
+    assert reasons.pop("a0/x.parq") == "same file as a/x.parq"
+    assert reasons.pop("a0/y.pq") == "same file as a/y.pq"
+    assert reasons.pop("d.parquet") == "same file as c.parquet"
+    assert reasons.pop("a/up") == reasons.pop("a0/up") == "a link to a folder that contains it"
+    assert reasons.pop("pipe.parquet") == "not a regular file"
+    assert reasons.pop("out") == "an output of this program"
+    assert reasons.pop("notes.txt") == "not named *.parquet"
+    assert set(reasons) == {"_SUCCESS", ".c.crc"}
+    text = listing.describe()
+    assert text.startswith("5 files read (a/x.parq, a/y.pq, b.PARQUET, c.parquet, far/z.parquet), 8 skipped (")
+    assert text.endswith("and 3 more), 2 hidden skipped (name starts with . or _)")
+
+
+def test_a_link_without_another_name_is_followed_and_a_single_file_may_have_any_name(tmp_path: Path) -> None:
+    make(tmp_path, "out/data", "in/x.txt")
+    (tmp_path / "in/x.parquet").symlink_to(tmp_path / "out/data")
+    assert [file.name for file in list_parquet_files(tmp_path / "in", "input").files] == ["x.parquet"]
+    single = list_parquet_files(tmp_path / "out/data", "input")
+    assert (single.files[0].name, single.skipped) == ("data", ())
+    assert single.describe() == "1 file read (data)"
+
+
+def test_partition_columns_come_from_folders_below_the_input(tmp_path: Path) -> None:
+    folder = make(
+        tmp_path / "dt=ignored",
+        "dt=2026-11-01/shop=a%2Fb/x.parquet",
+        "dt=__HIVE_DEFAULT_PARTITION__/=odd/x.parquet",
+        "dt=/k=a=b.parquet",
+        "x.parquet",
+    )
+    partitions = {file.name: file.partitions for file in list_parquet_files(folder, "input").files}
+    assert partitions == {
+        "dt=/k=a=b.parquet": {"dt": ""},
+        "dt=2026-11-01/shop=a%2Fb/x.parquet": {"dt": "2026-11-01", "shop": "a/b"},
+        "dt=__HIVE_DEFAULT_PARTITION__/=odd/x.parquet": {"dt": None},
+        "x.parquet": {},
+    }
+
+
+def test_broken_links_and_folders_without_parquet_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="absent does not exist; give a Parquet file or a folder of them to --input"):
+        list_parquet_files(tmp_path / "absent", "input")
+    make(tmp_path, "in/clicks.csv")
+    with pytest.raises(UserError, match=r"in has no \*\.parquet file \(skipped clicks.csv: not named \*\.parquet\)"):
+        list_parquet_files(tmp_path / "in", "input")
+    (tmp_path / "in/day").symlink_to("gone")
+    with pytest.raises(UserError, match="day is a link to gone, which does not exist"):
+        list_parquet_files(tmp_path / "in", "input")
