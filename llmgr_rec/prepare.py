@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
         else ""
     )
     print(f"{settings.output}: {clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}{held_out}")
+    for option, files in manifest.inputs.items():
+        print(f"  {option}: {files}")
 
 
 if __name__ == "__main__":

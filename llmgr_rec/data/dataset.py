@@ -51,6 +51,7 @@ class Manifest:
             two clicks were left. Empty if no items are held out.
         clicks_repeat: Whether any training session contains an item twice, its target included; true if unknown, as in
             data sets of early versions.
+        inputs: Which files of each input folder were read and which were skipped, by option of prepare.
         format_version: Version of the data set format.
     """
 
@@ -69,6 +70,7 @@ class Manifest:
     num_clicks: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
     clicks_repeat: bool = True
+    inputs: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property

@@ -93,7 +93,9 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
             num_items = filters.number_items(database, settings.keep_unseen_items)
             bar.update()
             manifest = _write_files(draft, database, settings, items, num_items, bar)
-            manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks)
+            described = {"interactions" if settings.interactions else "sessions": clicks, "items": items}
+            inputs = {option: source.description for option, source in described.items() if source.description}
+            manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks, inputs=inputs)
             (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

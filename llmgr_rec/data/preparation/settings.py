@@ -13,7 +13,7 @@ class PrepareSettings:
 
     Args:
         items: Item catalog: a Parquet file or a folder of them, with item_id, title and any of category, brand,
-            description.
+            description. In folders, files at any depth are read, and dt=2026-11-01 in a path is a column.
         output: Data set folder to write; must not exist or be empty.
         interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions.
         sessions: Parquet file or folder with session_id, items (list of item ids, oldest first) and, optionally,

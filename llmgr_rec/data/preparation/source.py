@@ -1,6 +1,8 @@
 """Input files. Columns and types are checked by the Parquet footers, before rows are read."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -8,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.errors import UserError
 
 Kind = Literal["id", "time", "text", "id_list"]
@@ -19,6 +22,11 @@ _EXPECTED_TYPES = {
     "text": "string",
     "id_list": "a list of string or int64",
 }
+# Type of a column that a file does not have, and the name of its folder has.
+_FROM_FOLDER = "from the folder name"
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+_SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT", "date": "DATE"}
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,16 @@ class Source:
         types: Type of each column present: string, int64, timestamp or date; for a list, of its elements.
         first_rows: Row number in the table of the first row of each file.
         row_groups: Number of rows of each row group of each file.
+        partitions: Value in each file of the columns that come from folder names such as `dt=2026-11-01`.
+        description: Which files were read and which were skipped; empty for a single file.
     """
 
     files: tuple[Path, ...]
     types: dict[str, str]
     first_rows: tuple[int, ...]
     row_groups: tuple[tuple[int, ...], ...]
+    partitions: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
+    description: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -59,13 +71,21 @@ class Source:
         names = ("".join(f"[{c}]" if c in "*?[" else c for c in str(file)) for file in self.files)
         quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
         starts = ", ".join(f"{row}::BIGINT" for row in self.first_rows)
-        columns = ", ".join(map(quote, self.types))
-        # A folder named category=Tea is not a partition. Files may have different integer widths and time units.
+        columns = ", ".join(map(self._column_sql, self.types))
+        # Not DuckDB's partitions: those override columns of the file, and begin above the input folder. Files may have
+        # different integer widths and time units.
         options = "file_row_number=true, hive_partitioning=false, union_by_name=true"
         return (
             f"(SELECT {columns}, file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT) AS source_row "
             f"FROM read_parquet([{quoted}], {options}))"
         )
+
+    def _column_sql(self, name: str) -> str:
+        if name not in self.partitions:
+            return quote(name)
+        values = ", ".join("NULL" if v is None else "'" + v.replace("'", "''") + "'" for v in self.partitions[name])
+        value = f"list_extract([{values}]::VARCHAR[], (file_index + 1)::BIGINT)"
+        return f"CAST({value} AS {_SQL_TYPES[self.types[name]]}) AS {quote(name)}"
 
 
 def quote(name: str) -> str:
@@ -80,8 +100,11 @@ def quote(name: str) -> str:
 def open_source(path: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
     """Finds the files of an input and checks that each is a Parquet file with the right columns.
 
+    A column that no file has may come from the names of folders, `dt=2026-11-01`. Files without rows may have any
+    columns.
+
     Args:
-        path: Parquet file, or folder of *.parquet files.
+        path: Parquet file, or folder of Parquet files at any depth.
         option: Command-line option that named the path, for messages.
         required: Kind of each required column.
         optional: Kind of each optional column.
@@ -89,37 +112,61 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     Raises:
         UserError: A file is missing or unreadable, or a column is missing or has the wrong type.
     """
-    files = _find(Path(path), option)
+    listing = list_parquet_files(Path(path), option)
+    files: list[ParquetFile] = []
     first_rows, row_groups, types = [], [], dict[str, str]()
     rows = 0
-    for position, file in enumerate(files):
-        parquet = _open(file, option)
+    for file in listing.files:
+        parquet = _open(file.path, option)
+        groups = tuple(parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
+        # Some writers give the columns of a file without rows no types.
+        if not sum(groups):
+            continue
         found = _column_types(file, parquet.schema_arrow, required, optional)
-        if position and found != types:
+        if files and found != types:
             name = next(name for name in {**types, **found} if types.get(name) != found.get(name))
             raise UserError(
-                f"{file}: column {name} is {found.get(name, 'missing')}, "
-                f"but {types.get(name, 'missing')} in {files[0]}; write all files with the same columns and types"
+                f"{file.path}: column {name} is {found.get(name, 'missing')}, but {types.get(name, 'missing')} in "
+                f"{files[0].path}; write all files with the same columns and types"
             )
         types = found
-        groups = tuple(parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
+        files.append(file)
         first_rows.append(rows)
         row_groups.append(groups)
         rows += sum(groups)
     if rows == 0:
         raise UserError(f"{path} (--{option}) has no rows; give a file with at least one")
-    return Source(tuple(files), types, tuple(first_rows), tuple(row_groups))
+    partitions = {
+        name: tuple(file.partitions[name] for file in files) for name, found in types.items() if found == _FROM_FOLDER
+    }
+    kinds = {**required, **optional}
+    types |= {name: _partition_type(name, values, kinds[name], path) for name, values in partitions.items()}
+    return Source(
+        tuple(file.path for file in files),
+        types,
+        tuple(first_rows),
+        tuple(row_groups),
+        partitions,
+        listing.describe() if Path(path).is_dir() else "",
+    )
 
 
-def _find(path: Path, option: str) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a Parquet file or a folder of them to --{option}")
-    files = sorted(file for file in path.glob("*.parquet") if file.is_file() and file.name[0] not in "._")
-    if not files:
-        raise UserError(f"folder {path} has no *.parquet file; give another one to --{option}")
-    return files
+def _partition_type(name: str, values: Sequence[str | None], kind: Kind, path: str) -> str:
+    """Type of a column whose values are parts of folder names."""
+    known = [value for value in values if value is not None]
+    if kind == "text":
+        return "string"
+    if all(_INTEGER.fullmatch(value) for value in known):
+        return "int64"
+    if kind == "id":
+        return "string"
+    wrong = [value for value in known if not _DATE.fullmatch(value)]
+    if kind == "time" and not wrong:
+        return "date"
+    raise UserError(
+        f"{path}: column {name} is in the folder name {name}={(wrong or known)[0]}, but must be "
+        f"{_EXPECTED_TYPES[kind]}; write it into the files"
+    )
 
 
 def _open(file: Path, option: str) -> pq.ParquetFile:
@@ -133,9 +180,9 @@ def _open(file: Path, option: str) -> pq.ParquetFile:
 
 
 def _column_types(
-    file: Path, schema: pa.Schema, required: dict[str, Kind], optional: dict[str, Kind]
+    source: ParquetFile, schema: pa.Schema, required: dict[str, Kind], optional: dict[str, Kind]
 ) -> dict[str, str]:
-    types = {}
+    file, types = source.path, {}
     for name in _RESERVED & set(schema.names):
         raise UserError(f"{file}: the name of column {name} is reserved; rename the column")
     for name, kind in {**required, **optional}.items():
@@ -143,6 +190,9 @@ def _column_types(
         if len(indices) > 1:
             raise UserError(f"{file}: column {name} occurs {len(indices)} times; keep one of them")
         if not indices:
+            if name in source.partitions:
+                types[name] = _FROM_FOLDER
+                continue
             if name in optional:
                 continue
             raise UserError(f"{file}: column {name} is missing (it has {', '.join(schema.names)}); add or rename it")

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.prepare_inputs import prepare, write_interactions, write_items
+from llmgr_rec.errors import UserError
+from llmgr_rec.prepare import main
+from tests.data.prepare_inputs import prepare, read, write_interactions, write_items
 
 
 def test_integer_ids_and_arrow_timestamps_in_a_folder_of_files(tmp_path: Path) -> None:
@@ -53,3 +55,60 @@ def test_files_may_hold_a_column_in_other_units_and_widths(tmp_path: Path, monke
     items = write_items(tmp_path / "items.parquet", list(range(4)))
     result = prepare(tmp_path, interactions=str(tmp_path / "clicks"), items=str(items))
     assert result.rows["test"] == [("7", (0, 1, 2), 3)]
+
+
+def test_partitioned_folders_are_read_with_their_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, elsewhere = tmp_path / "clicks", tmp_path / "elsewhere"
+    # In alphabetical order of the folders, which is the order of ties in time.
+    for path, items in (
+        (elsewhere / "split=train/x.PARQUET", "ab"),
+        (folder / "dt=2026-11-03/split=test/x.parq", "d"),
+        (folder / "dt=2026-11-02/split=valid/x.parquet", "c"),
+    ):
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"user_id": ["u"] * len(items), "item_id": list(items)}), path)
+    (folder / "dt=2026-11-01").symlink_to(elsewhere)
+    (folder / "notes.txt").touch()
+    pq.write_table(pa.table({"user_id": pa.nulls(0)}), folder / "empty.parquet")
+    catalog = tmp_path / "items" / "category=Te%20a"
+    catalog.mkdir(parents=True)
+    write_items(catalog / "items.parquet", list("abcd"))
+    options = ["--interactions", str(folder), "--items", str(tmp_path / "items"), "--output", str(tmp_path / "dataset")]
+    with pytest.raises(UserError, match=r"x.PARQUET: column timestamp is missing"):
+        main(options)
+    for day in list(folder.iterdir()):
+        if day.name.startswith("dt="):
+            day.rename(folder / day.name.replace("dt=", "timestamp="))
+    main([*options, "--split", "predefined", "--min_interactions", "0"])
+    result = read(tmp_path / "dataset")
+    assert result.rows == {
+        "train": [("u", ("a",), "b")],
+        "valid": [("u", ("a", "b"), "c")],
+        "test": [("u", ("a", "b", "c"), "d")],
+    }
+    assert [item["category"] for item in result.items] == ["Te a"] * 4
+    printed = capsys.readouterr().out
+    assert "  interactions: 4 files read (empty.parquet, timestamp=2026-11-01/split=train/x.PARQUET, " in printed
+    assert ", 1 skipped (notes.txt: not named *.parquet)\n" in printed
+    assert "  items: 1 file read (category=Te%20a/items.parquet)\n" in printed
+    (folder / "timestamp=2026-11-02").rename(folder / "timestamp=Monday")
+    with pytest.raises(UserError, match="column timestamp is in the folder name timestamp=Monday, but must be int64"):
+        main([*options[:-1], str(tmp_path / "other")])
+
+
+def test_partition_values_have_the_type_of_their_column(tmp_path: Path) -> None:
+    folder = tmp_path / "clicks"
+    for user in ("7", "12"):
+        (folder / f"user_id={user}").mkdir(parents=True)
+        table = pa.table({"item_id": list("abcd"), "timestamp": [0, 1, 2, 3]})
+        pq.write_table(table, folder / f"user_id={user}" / "x.parquet")
+    items = str(write_items(tmp_path / "items.parquet", list("abcd")))
+    result = prepare(tmp_path, interactions=str(folder), items=items)
+    assert [row[0] for row in result.rows["test"]] == ["12", "7"]
+    # A null is an error like a null in a file, and a column that only some files have is named.
+    (folder / "user_id=7").rename(folder / "user_id=__HIVE_DEFAULT_PARTITION__")
+    with pytest.raises(UserError, match=r"PARTITION__/x.parquet, row group 0, row 0: column user_id is null"):
+        prepare(tmp_path, interactions=str(folder), items=items, output=str(tmp_path / "o"))
+    write_interactions(folder / "z.parquet", [("u", "a", 0)])
+    with pytest.raises(UserError, match=r"z.parquet: column user_id is string, but from the folder name in"):
+        prepare(tmp_path, interactions=str(folder), items=items, output=str(tmp_path / "o"))
