@@ -1,14 +1,13 @@
 """The two output files of all programs in this package. Their folder appears only when both are complete."""
 
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import atomic_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,18 +33,8 @@ def output_folder(path: str | Path) -> Iterator[Path]:
         raise UserError(f"--output {final} is a file; give a folder that does not exist")
     if final.is_dir() and any(final.iterdir()):
         raise UserError(f"--output {final} is not empty; give a new folder or delete this one first")
-    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"--output {final} cannot be created: {error.strerror}; check the path and its permissions"
-        ) from None
-    try:
+    with atomic_folder(final) as temporary:
         yield temporary
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def interactions_schema() -> "pa.Schema":

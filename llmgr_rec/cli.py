@@ -1,7 +1,6 @@
 """Shared by all commands: argument parsing with suggestions, one-line user errors, logging, and progress bars."""
 
 import difflib
-import errno
 import logging
 import multiprocessing
 import os
@@ -13,20 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import storage_error
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
     from tqdm import tqdm
 
 EXIT_USER_ERROR = 2
-# Operating system errors that the user can fix, and how.
-_FIXES = {
-    errno.ENOSPC: "free some space and run the same command again",
-    errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EROFS: "choose a writable folder",
-    errno.EACCES: "choose a folder that you have permission for",
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
+# The exit code of a shell for a command that Ctrl-C (signal 2) has ended.
+EXIT_INTERRUPTED = 128 + 2
 _OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components")
 # Seconds that other ranks give rank 0 to report an error. Ranks start within a few seconds of each other, more on a
 # busy machine.
@@ -34,7 +28,7 @@ _RANK0_REPORTS_S = 15.0
 
 
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command. Errors that the user can fix become one line on stderr and exit code 2.
+    """Runs a command. Errors that the user can fix become one line on stderr and exit code 2, Ctrl-C becomes code 130.
 
     Args:
         main: Entry point; receives the arguments without the program name.
@@ -54,13 +48,16 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
             "activate the environment built by `make venv`, and run python -m llmgr_rec.doctor\n"
         )
         sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if error.errno not in _FIXES:
-            raise
-        _report_error(UserError(f"{error.filename or 'a file'}: {os.strerror(error.errno)}; {_FIXES[error.errno]}"))
-        sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        sys.exit(130)
+        if is_rank0():
+            sys.stderr.write("error: interrupted\n")
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        known = storage_error(error)
+        if known is None:
+            raise
+        _report_error(known)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _report_error(error: UserError) -> None:

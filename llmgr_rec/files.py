@@ -1,8 +1,19 @@
-"""Local files: writable checks, atomic replacement, fsync, and the package versions recorded in them."""
+"""Local files: atomic replacement of files and folders, errors of the storage, and recorded package versions.
 
+A temporary file or folder is named by the process that writes it, so that a later process can tell whether the writer
+still runs, and remove what a killed one left.
+"""
+
+import errno
+import hashlib
 import os
+import re
+import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +29,26 @@ _RECORDED_PACKAGES = (
     "peft",
     "safetensors",
 )
+
+# Process id, hash of machine, and start time of the process; the names of version 0.2 had the process id alone.
+_WRITER = r"(?P<pid>\d+)(?:-(?P<machine>[0-9a-f]{8})-(?P<start>\d+))?"
+# Temporaries of another machine, whose processes are not visible here, are left alone for this time after a write.
+_FOREIGN_AGE_S = 24 * 3600
+
+# Errors of the storage that the user can fix, and how.
+_FIXES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EIO: "the device fails; use a folder on another one",
+    errno.EROFS: "choose a writable folder",
+    errno.EACCES: "choose a folder that you have permission for",
+    errno.EFBIG: "its file system has no space for larger files; choose a folder on another one",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ESTALE: "the network storage has changed under it; run the same command again",
+}
+# Libraries that report the error of a write as text, by its number or by its description.
+_ERROR_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
+_REPORTED_AS_TEXT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def require_writable(folder: Path, option: str = "--output") -> None:
@@ -37,23 +68,215 @@ def require_writable(folder: Path, option: str = "--output") -> None:
         raise UserError(f"{option} {folder}: {existing} is not writable; give another {option}")
 
 
+def storage_error(error: BaseException, path: Path | None = None) -> UserError | None:
+    """The user error of a full disk, an exceeded quota, a failing device or a missing permission.
+
+    Args:
+        error: Exception of a write. Its causes and its text are searched too, because libraries wrap the error of the
+            operating system.
+        path: What was being written; None uses the file that the error names.
+
+    Returns:
+        An error with the file and the remedy; None if the exception has another reason.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        number = _error_number(cause)
+        if number is not None:
+            named = getattr(cause, "filename", None)
+            file = path or named or "a file"
+            return UserError(f"{file}: {os.strerror(number)}; {_FIXES[number]}")
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _error_number(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno in _FIXES:
+        return error.errno
+    text = str(error)
+    numbers = [int(match) for match in _ERROR_NUMBER.findall(text)]
+    numbers += [number for number in _REPORTED_AS_TEXT if os.strerror(number) in text]
+    return next((number for number in numbers if number in _REPORTED_AS_TEXT), None)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns errors of the storage in the block into user errors that name what was being written.
+
+    Args:
+        path: The file or folder.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if known := storage_error(error, path):
+            raise known from error
+        raise
+
+
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
     """Yields the path of a temporary file, which replaces `file` if the block succeeds and is deleted if it fails.
 
-    Does not call fsync: a reader never sees a partial file, but the file may be lost if the machine crashes.
+    The content is flushed to disk before the file gets its name, so a crash of the machine leaves the old file or the
+    new one. Temporary files for the same name that killed processes have left are deleted.
 
     Args:
         file: File to create or replace. Missing parent folders are created. Several processes may write it at once.
+
+    Raises:
+        UserError: The storage is full or cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays the same, because some writers choose the format by it.
-    partial = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    try:
+    with storage_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(file)
+        # The suffix stays the same, because some writers choose the format by it.
+        partial = file.with_name(f".tmp-{_this_writer()}-{file.name}")
+        try:
+            yield partial
+            fsync(partial)
+            os.replace(partial, file)
+            fsync(file.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new temporary folder, which is renamed to `folder` if the block succeeds and deleted if it fails.
+
+    Its content is flushed to disk before it gets its name. Temporary folders for the same name that killed processes
+    have left are deleted.
+
+    Args:
+        folder: Folder to create; may exist if it is empty. Missing parent folders are created.
+
+    Raises:
+        UserError: The storage is full or cannot be written, or the folder exists and is not empty.
+    """
+    with _own_folder(folder, "tmp") as partial:
         yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+        publish_folder(partial, folder)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside `folder`, which is deleted at the end; those of killed processes are deleted too.
+
+    Args:
+        folder: Path by which the folder is named.
+
+    Raises:
+        UserError: The storage is full or cannot be written.
+    """
+    with _own_folder(folder, "scratch") as scratch:
+        yield scratch
+
+
+@contextmanager
+def _own_folder(folder: Path, kind: str) -> Iterator[Path]:
+    with storage_errors(folder):
+        remove_stale(folder)
+        own = folder.with_name(f"{folder.name}.{kind}-{_this_writer()}")
+        try:
+            own.mkdir(parents=True)
+            yield own
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Flushes a folder with all its content to disk, then gives it its final name.
+
+    Args:
+        partial: Complete folder.
+        folder: Its final path, absent or an empty folder.
+
+    Raises:
+        UserError: The final path exists.
+    """
+    for path in [*partial.rglob("*"), partial]:
+        fsync(path)
+    try:
+        os.replace(partial, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise UserError(f"cannot write {folder} ({error.strerror}); give a folder that does not exist") from None
+    fsync(folder.parent)
+
+
+def remove_stale(path: Path) -> None:
+    """Deletes temporary files and folders for a path whose writers do not run any more.
+
+    Temporaries of other machines are deleted a day after the last change in them.
+
+    Args:
+        path: The file or folder that the temporaries were to become, or were named by.
+    """
+    name = re.escape(path.name)
+    pattern = re.compile(rf"\.tmp-{_WRITER}-{name}|{name}\.(?:tmp|scratch)-{_WRITER.replace('?P<', '?P<folder_')}")
+    if not path.parent.is_dir():
+        return
+    for other in path.parent.iterdir():
+        match = pattern.fullmatch(other.name)
+        if match is None:
+            continue
+        pid, machine, start = (match[key] or match[f"folder_{key}"] for key in ("pid", "machine", "start"))
+        if not _is_stale(other, int(pid), machine, start):
+            continue
+        if other.is_dir():
+            shutil.rmtree(other, ignore_errors=True)
+        else:
+            other.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path, pid: int, machine: str | None, start: str | None) -> bool:
+    if machine not in (None, _this_machine()):
+        return time.time() - _last_change(path) > _FOREIGN_AGE_S
+    running = _start_time(pid)
+    # The same process id with another start time is another process.
+    return running is None or (start is not None and running != int(start))
+
+
+def _last_change(path: Path) -> float:
+    newest = 0.0
+    for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        try:
+            newest = max(newest, entry.lstat().st_mtime)
+        except FileNotFoundError:
+            # Its writer is at work.
+            return time.time()
+    return newest
+
+
+def _this_writer() -> str:
+    pid = os.getpid()
+    return f"{pid}-{_this_machine()}-{_start_time(pid) or 0}"
+
+
+@cache
+def _this_machine() -> str:
+    """Hash of what a process id is unique in: the running system and, in it, the container."""
+    known = [socket.gethostname()]
+    try:
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        known.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        pass
+    return hashlib.blake2b("\0".join(known).encode(), digest_size=4).hexdigest()
+
+
+def _start_time(pid: int) -> int | None:
+    """Start time of a process in clock ticks since boot; None if it does not run, 0 if that is not known."""
+    try:
+        # The name of the program, in parentheses, may contain anything.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except OSError:
+        return None if Path("/proc/self/stat").exists() else 0
 
 
 def fsync(path: Path) -> None:

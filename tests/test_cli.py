@@ -47,6 +47,42 @@ def test_a_full_disk_is_one_line_with_a_fix(capsys, tmp_path):
         run_cli(lambda argv: (tmp_path / "absent").open())
 
 
+def test_a_full_disk_is_found_in_the_errors_of_libraries(capsys):
+    """They report it as text, or as the cause of an error of their own."""
+
+    def save(argv):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    def wrapped(argv):
+        try:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded", "metrics.jsonl")
+        except OSError:
+            raise RuntimeError("file write failed")  # noqa: B904
+
+    for main, line in (
+        (save, "error: a file: No space left on device; free some space and run the same command again\n"),
+        (
+            wrapped,
+            "error: metrics.jsonl: Disk quota exceeded; free some of your quota and run the same command again\n",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run_cli(main)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == line
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(capsys, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    for rank, line in (("0", "error: interrupted\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            run_cli(interrupted)
+        assert (stop.value.code, capsys.readouterr().err) == (130, line)
+
+
 def test_other_exceptions_keep_their_stack_trace(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(ZeroDivisionError):

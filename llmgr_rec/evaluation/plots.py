@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llmgr_rec.evaluation.metrics import BUCKET_NAMES, BY_FREQUENCY
 from llmgr_rec.evaluation.results import MODEL_NAMES, in_table_order
+from llmgr_rec.files import atomic_write
 
 STAGE_TITLES = {
     "sbr": "Session recommender",
@@ -170,4 +171,5 @@ def _by_stage(records: Records) -> dict[str, list[Mapping[str, Any]]]:
 def _save(figure: Figure, file: Path) -> None:
     figure.tight_layout()
     # Without the software version, the same data give the same bytes.
-    figure.savefig(file, dpi=_DPI, format="png", metadata={"Software": None})
+    with atomic_write(file) as partial:
+        figure.savefig(partial, dpi=_DPI, format="png", metadata={"Software": None})

@@ -135,7 +135,8 @@ class SharedRuns:
                 embeddings = self.folder / "text_embeddings"
                 request = RunRequest(settings, self.dataset.path, run, "all", resume=True)
                 train_run(replace(request, text_embeddings=embeddings, factory=factory))
-                done.write_text(f"{time.monotonic() - started:.1f}\n")
+                with atomic_write(done) as partial:
+                    partial.write_text(f"{time.monotonic() - started:.1f}\n")
             seconds = float(done.read_text())
         return FinishedRun(run, seconds + (before.seconds if before else 0.0))
 

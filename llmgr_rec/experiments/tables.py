@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from llmgr_rec.evaluation.metrics import BUCKET_NAMES, BY_FREQUENCY
 from llmgr_rec.experiments.compare import METRICS
 from llmgr_rec.experiments.experiment import Experiment
+from llmgr_rec.files import atomic_write
 
 _COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
 # With a fixed salt, the same results give the same bytes.
@@ -134,8 +135,7 @@ def plot_gains(experiment: Experiment, results: Mapping[str, Any], file: Path) -
         panel.set_xlabel(f"gain over {over}, with its 95 % interval")
         panel.set_title(experiment.title, loc="left", fontsize=10)
         panel.legend(frameon=False, loc="best")
-        figure.tight_layout()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        _save(figure, file)
 
 
 def _label(name: str, results: Mapping[str, Any]) -> str:
@@ -162,5 +162,10 @@ def plot_cold(results: Mapping[str, Any], file: Path) -> None:
         panel.set_xlabel("training interactions of the target item")
         panel.set_ylabel("HR@20")
         panel.legend(frameon=False, fontsize=7)
-        figure.tight_layout()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    figure.tight_layout()
+    with atomic_write(file) as partial:
+        figure.savefig(partial, format="svg", metadata={"Date": None})

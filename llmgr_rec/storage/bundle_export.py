@@ -25,7 +25,7 @@ from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.fsdp import gather_full
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import fsync, installed_versions
+from llmgr_rec.files import installed_versions, publish_folder
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.bundle_index import (
@@ -281,9 +281,7 @@ def _publish(partial: Path, folder: Path) -> None:
     for path in [*partial.rglob("*"), partial]:
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
-        fsync(path)
-    partial.rename(folder)
-    fsync(folder.parent)
+    publish_folder(partial, folder)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -254,21 +254,16 @@ def _convert_smollm2(source: Path, target: Path) -> None:
 
     started = time.monotonic()
     sys.stderr.write(f"converting SmolLM2-135M-Instruct to safetensors in {target} (once, about 40 s)\n")
-    unfinished = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    try:
-        with _quiet_transformers():
-            quantized = AutoModelForCausalLM.from_pretrained(
-                source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32, local_files_only=True
-            )
-            settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
-            plain = LlamaForCausalLM(LlamaConfig.from_dict(settings))
-            plain.load_state_dict(quantized.state_dict())
-            plain.save_pretrained(unfinished)
-            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE, local_files_only=True)
-            tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with atomic_folder(target) as unfinished, _quiet_transformers():
+        quantized = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32, local_files_only=True
+        )
+        settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
+        plain = LlamaForCausalLM(LlamaConfig.from_dict(settings))
+        plain.load_state_dict(quantized.state_dict())
+        plain.save_pretrained(unfinished)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE, local_files_only=True)
+        tokenizer.save_pretrained(unfinished)
     sys.stderr.write(f"converted SmolLM2-135M-Instruct in {time.monotonic() - started:.0f} s\n")
 
 

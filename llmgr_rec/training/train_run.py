@@ -51,7 +51,8 @@ def _train(request: RunRequest, checked: CheckedRun, world: World) -> None:
     # A complete run keeps the settings of its training.
     if world.rank == 0 and checked.stages:
         _save_config(config, output / "config.yaml")
-        (output / LAUNCH).write_text(request.launch)
+        with atomic_write(output / LAUNCH) as partial:
+            partial.write_text(request.launch)
     metrics = MetricsLogger(output, enabled=world.rank == 0)
     context = RunContext(
         config=config,

@@ -1,7 +1,5 @@
 """The steps of prepare in order. The data set folder appears only when it is complete."""
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.data.preparation.source import Source
 from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import atomic_folder, scratch_folder
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -40,39 +39,13 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
     check_settings(settings)
     clicks, items = load.open_inputs(settings)
     output = Path(settings.output).resolve()
-    draft = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    scratch = Path(settings.temp_folder or output.parent).absolute() / f"{output.name}.scratch-{os.getpid()}"
-    try:
-        _make_folders(draft, scratch)
+    temporary = Path(settings.temp_folder or output.parent).absolute() / output.name
+    with atomic_folder(output) as draft, scratch_folder(temporary) as scratch:
         database = Database(scratch, settings.memory_gb, settings.threads)
         try:
-            manifest = _run_steps(draft, database, settings, clicks, items)
+            return _run_steps(draft, database, settings, clicks, items)
         finally:
             database.close()
-        _publish(draft, output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-    return manifest
-
-
-def _publish(draft: Path, output: Path) -> None:
-    try:
-        draft.rename(output)
-    except OSError as error:
-        raise UserError(
-            f"cannot rename {draft} to {output} ({error.strerror}); give an --output that does not exist"
-        ) from None
-
-
-def _make_folders(*folders: Path) -> None:
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {folder} ({error.strerror}); give another --output or --temp_folder"
-            ) from None
 
 
 def _run_steps(draft: Path, database: Database, settings: PrepareSettings, clicks: Source, items: Source) -> Manifest:
