@@ -42,7 +42,7 @@ venv:
 		--torch-index "$(TORCH_INDEX)" --python "$(PYTHON)"
 
 demo: venv
-	@$(BIN)/python -m torchx_components.pipeline --data "$(DATA)" --output "$(RUN)" --config "$(CONFIG)"
+	@$(BIN)/python -m torchx_components.pipeline $(if $(DATA),--data "$(DATA)") --output "$(RUN)" --config "$(CONFIG)"
 
 test: venv
 	$(BIN)/python -m pytest $(XDIST) $(ARGS)

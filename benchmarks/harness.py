@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, progress
 from llmgr_rec.files import atomic_write
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -115,7 +116,9 @@ def benchmark_parser(name: str, description: str) -> "ArgumentParser":
         description: What is compared, one sentence.
     """
     parser = make_parser(f"benchmarks.{name}", description)
-    parser.add_argument("--output", type=str, default=f"runs/benchmarks/{name}.json", help="JSON file of the results.")
+    parser.add_argument(
+        "--output", type=LocalPath, default=f"runs/benchmarks/{name}.json", help="JSON file of the results."
+    )
     parser.add_argument("--rounds", type=int, default=5, help="Rounds that are measured.")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 takes all cores.")
     return parser

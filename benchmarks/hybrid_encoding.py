@@ -31,6 +31,7 @@ from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import CompiledPrompt, prompt_nodes
 from llmgr_rec.modules.recommender import RecommenderOutput
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.storage.bundle import Bundle, load_bundle
 from llmgr_rec.storage.bundle_index import is_complete
 
@@ -65,7 +66,7 @@ class Similarity:
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
     parser = benchmark_parser("hybrid_encoding", "Compares node vectors before and after hybrid encoding.")
-    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
+    parser.add_argument("--run", type=LocalPath, required=True, help="Run folder made by llmgr_rec.train.")
     parser.add_argument(
         "--items", type=int, default=2000, help="Most items compared, drawn from those with training clicks."
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.straightforward import StraightforwardLLMGR
 from datagen.synthetic import generate
-from llmgr_rec.config import Config, StageName
+from llmgr_rec.config import Config, DType, StageName
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -19,6 +19,7 @@ from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.param_groups import ParamGroup, select_trainable
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.text_embeddings import cache_catalog
@@ -33,21 +34,21 @@ CPU = torch.device("cpu")
 
 def add_language_arguments(parser: "ArgumentParser") -> None:
     """Adds the arguments that select data and model."""
-    parser.add_argument("--dataset", type=str, default="", help="Folder made by llmgr_rec.prepare; empty makes one.")
-    parser.add_argument("--llm", type=str, default="smollm2", help="Language model, as llm.name_or_path.")
+    parser.add_argument("--dataset", type=LocalPath, help="Folder made by llmgr_rec.prepare; default: one is made.")
+    parser.add_argument("--llm", type=LocalPath, default="smollm2", help="Language model, as llm.name_or_path.")
     parser.add_argument(
         "--num_layers", type=int, default=4, help="Number of decoder layers kept, from the first; 0 keeps all."
     )
-    parser.add_argument("--templates", type=str, default="compact", help="Prompts of both sides.")
-    parser.add_argument("--dtype", type=str, default="float32", help="float32 or bfloat16, of both sides.")
+    parser.add_argument("--templates", type=LocalPath, default="compact", help="Prompts of both sides.")
+    parser.add_argument("--dtype", type=DType, default="float32", help="float32 or bfloat16, of both sides.")
     parser.add_argument("--batch_size", type=int, default=64, help="Sessions of a batch.")
 
 
-def open_dataset(folder: str, work: str) -> Dataset:
+def open_dataset(folder: str | None, work: str) -> Dataset:
     """The prepared data set, or a synthetic one of the size of Amazon Beauty.
 
     Args:
-        folder: Folder made by llmgr_rec.prepare; empty makes a synthetic data set.
+        folder: Folder made by llmgr_rec.prepare; None makes a synthetic data set.
         work: Folder for the synthetic data set.
     """
     if folder:
@@ -66,11 +67,11 @@ def open_dataset(folder: str, work: str) -> Dataset:
     return Dataset(root / "dataset")
 
 
-def make_config(llm: str, num_layers: int, templates: str, dtype: str, batch_size: int) -> Config:
+def make_config(llm: str, num_layers: int, templates: str, dtype: DType, batch_size: int) -> Config:
     """Settings of both sides: no dropout, so that losses can be compared step by step."""
     config = Config()
     config.llm.name_or_path, config.llm.num_layers = llm, num_layers
-    config.llm.dtype = dtype  # type: ignore[assignment]
+    config.llm.dtype = dtype
     config.llm.lora_dropout = config.encoder.dropout = 0.0
     config.prompt.templates = templates
     config.align.batch_size = config.behave.batch_size = batch_size

@@ -26,6 +26,7 @@ from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.scoring.routing import uncertainty
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.storage.pretrained import num_decoder_layers, resolve_dtype
@@ -57,12 +58,12 @@ class Mode:
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     parser = benchmark_parser("quality_cost", "Measures quality and speed of the cheaper modes of scoring.")
-    parser.add_argument("--run", type=str, required=True, help="Run folder made by llmgr_rec.train.")
-    parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
+    parser.add_argument("--run", type=LocalPath, required=True, help="Run folder made by llmgr_rec.train.")
+    parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument(
         "--sessions", type=int, default=0, help="Number of validation sessions, from the first; 0 takes all."
     )
-    parser.add_argument("--plot", type=str, default="", help="SVG file; default beside the JSON file.")
+    parser.add_argument("--plot", type=LocalPath, help="SVG file; default beside the JSON file.")
     args = parse_args(parser, argv)
     set_threads(args.threads)
     logging.getLogger("llmgr_rec").setLevel(logging.ERROR)

@@ -28,6 +28,7 @@ from benchmarks.harness import (
 )
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 METRIC = "ndcg@20"
 LEAST_QUALITY = 0.98
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--num_negatives", type=int, default=8192, help="Negatives per step.")
     parser.add_argument("--seeds", type=int, default=3, help="Seeds of the comparison of quality; 0 skips it.")
     parser.add_argument("--epochs", type=int, default=6, help="Epochs of each training run of that comparison.")
-    parser.add_argument("--dataset", type=str, help="Prepared data set for it; by default synthetic sessions.")
+    parser.add_argument("--dataset", type=LocalPath, help="Prepared data set for it; by default synthetic sessions.")
     args = parse_args(parser, argv).as_dict()
     if args["optimizer"] not in ("adagrad", "rowwise_adagrad", "sgd"):
         raise UserError(f"--optimizer is {args['optimizer']}; fused ones are adagrad, rowwise_adagrad and sgd")

@@ -24,6 +24,7 @@ from benchmarks.language_setup import add_language_arguments, open_dataset
 from benchmarks.plain_scoring import score_plainly
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 
 OURS, PLAIN = "llmgr_rec", "straightforward"
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     """Command line."""
     parser = benchmark_parser("scoring", "Compares offline scoring with the straightforward implementation.")
     add_language_arguments(parser)
-    parser.add_argument("--run", type=str, default="", help="Run folder made by llmgr_rec.train; empty trains one.")
+    parser.add_argument("--run", type=LocalPath, help="Run folder made by llmgr_rec.train; default: one is trained.")
     parser.add_argument("--sessions", type=int, default=4000, help="Sessions scored per round.")
     args = parse_args(parser, argv)
     threads = set_threads(args.threads)

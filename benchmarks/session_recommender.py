@@ -22,6 +22,7 @@ from benchmarks.harness import Side, Spread, benchmark_parser, rate_table, ratio
 from benchmarks.turns_protocol import Trainer, TrainerFailed
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from benchmarks.session_settings import Settings
@@ -34,7 +35,7 @@ LEAST_TIMES = {"gcsan": 15.0, "srgnn": 10.0}
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
     parser = benchmark_parser("session_recommender", "Compares training of the session recommender with RecBole's.")
-    parser.add_argument("--dataset", type=str, required=True, help="Folder made by llmgr_rec.prepare.")
+    parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument("--encoder", type=Literal["gcsan", "srgnn"], default="gcsan", help="Model.")
     parser.add_argument("--max_examples", type=int, default=0, help="Most training examples; 0 takes all.")
     parser.add_argument("--max_validation", type=int, default=0, help="Most validation examples; 0 takes all.")
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="Learning rate of Adam.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of both sides, and of the choice of examples.")
     parser.add_argument(
-        "--environment", type=str, default="runs/benchmarks/recbole", help="Folder of RecBole's environment."
+        "--environment", type=LocalPath, default="runs/benchmarks/recbole", help="Folder of RecBole's environment."
     )
     # A round is one epoch of each side, and the first one counts.
     parser.set_defaults(rounds=3)

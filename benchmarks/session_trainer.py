@@ -12,6 +12,7 @@ from benchmarks.turns_protocol import Epoch, Replies
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
@@ -76,8 +77,8 @@ def main(argv: Sequence[str]) -> None:
     """Trains one epoch for each request."""
     replies = Replies()
     parser = make_parser("benchmarks.session_trainer", "Trains stage sbr, pausing between epochs.")
-    parser.add_argument("--dataset", type=str, required=True, help="Prepared data set.")
-    parser.add_argument("--output", type=str, required=True, help="Run folder.")
+    parser.add_argument("--dataset", type=LocalPath, required=True, help="Prepared data set.")
+    parser.add_argument("--output", type=LocalPath, required=True, help="Run folder.")
     add_config_arguments(parser)
     arguments, config = parse_with_config(parser, argv)
     request = RunRequest(config, Path(arguments.dataset), Path(arguments.output), STAGE, resume=False)

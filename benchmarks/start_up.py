@@ -18,6 +18,7 @@ from benchmarks.commands import language_model, prepare_arguments, run_module
 from benchmarks.harness import Spread, benchmark_parser, write_report
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 COMMANDS = ("score", "prepare", "train", "evaluate", "report", "plan")
 MOST_HELP_S, MOST_FIRST_STEP_S = 1.0, 20.0
@@ -28,7 +29,7 @@ _TIMEOUT_S = 600.0
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
     parser = benchmark_parser("start_up", "Measures the start-up time of the commands.")
-    parser.add_argument("--dataset", type=str, help="Prepared data set to train on; by default MovieLens-100K.")
+    parser.add_argument("--dataset", type=LocalPath, help="Prepared data set to train on; by default MovieLens-100K.")
     args = parse_args(parser, argv).as_dict()
     if args["rounds"] < 1:
         raise UserError(f"--rounds is {args['rounds']}; set it to 1 or more")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from datagen.conversion import Item
@@ -39,10 +40,12 @@ def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser("datagen.amazon", "Converts an Amazon review dump to interactions.parquet and items.parquet.")
     parser.add_argument("--year", type=int, required=True, help="release of the dump: 2014, 2018 or 2023")
-    parser.add_argument("--reviews", type=str, required=True, help="reviews, one JSON object per line, may be gzipped")
-    parser.add_argument("--meta", type=str, required=True, help="metadata of the same category, may be gzipped")
+    parser.add_argument(
+        "--reviews", type=LocalPath, required=True, help="reviews, a JSON object per line, may be gzipped"
+    )
+    parser.add_argument("--meta", type=LocalPath, required=True, help="metadata of the same category, may be gzipped")
     parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
-    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
+    parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     convert(args.year, args.reviews, args.meta, args.output, args.min_rating)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from datagen.conversion import Conversion, Item
@@ -24,20 +25,20 @@ _TEXTS = ("title", "category", "brand", "description")
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser("datagen.csv", "Converts delimited text to interactions.parquet and items.parquet.")
-    parser.add_argument("--interactions", type=str, required=True, help="file with a header line, may be gzipped")
+    parser.add_argument("--interactions", type=LocalPath, required=True, help="file with a header line, may be gzipped")
     parser.add_argument("--user_column", type=str, required=True, help="user or session column")
     parser.add_argument("--item_column", type=str, required=True, help="item column, in both files")
     parser.add_argument("--time_column", type=str, required=True, help="time column: numbers, or ISO dates")
     parser.add_argument("--rating_column", type=str | None, default=None, help="rating column, for --min_rating")
     parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
-    parser.add_argument("--items", type=str | None, default=None, help="item file; may be the same file")
+    parser.add_argument("--items", type=LocalPath, default=None, help="item file; may be the same file")
     parser.add_argument(
         "--items_id_column", type=str | None, default=None, help="item column of --items, if it has another name"
     )
     for name in _TEXTS:
         parser.add_argument(f"--{name}_column", type=str | None, default=None, help=f"{name} column of --items")
     parser.add_argument("--delimiter", type=str, default=",", help="one character; 'tab' for a tab")
-    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
+    parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv).as_dict()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     _convert(args)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from datagen.conversion import Conversion, Item
@@ -34,9 +35,12 @@ def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser("datagen.movielens", "Converts a MovieLens dump to interactions.parquet and items.parquet.")
     parser.add_argument(
-        "--input", type=str, default=_WHEEL, help=f"folder with {_EXPECTED}; 'recbole': ml-100k of the wheel recbole"
+        "--input",
+        type=LocalPath,
+        default=_WHEEL,
+        help=f"folder with {_EXPECTED}; recbole: ml-100k of the wheel",
     )
-    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
+    parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
     args = parse_args(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

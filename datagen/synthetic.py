@@ -12,12 +12,13 @@ from pathlib import Path
 
 from llmgr_rec.cli import make_parser, parse_args, progress, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and writes the folder."""
     parser = make_parser("datagen.synthetic", "Writes synthetic interactions.parquet and items.parquet.")
-    parser.add_argument("--output", type=str, required=True, help="output folder, must not exist or be empty")
+    parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     parser.add_argument("--sessions", type=int, default=2000, help="number of sessions, each of one user")
     parser.add_argument("--items", type=int, default=500, help="catalog size, at least 32")
     parser.add_argument("--mean_length", type=float, default=9.0, help="mean clicks per session, at least 2")

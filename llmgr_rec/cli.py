@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.paths import LocalPath, local_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -67,11 +68,13 @@ def _report_error(error: UserError) -> None:
     others wait, because a rank that exits first makes the launcher stop rank 0 before it prints. A rank that is still
     running after the wait failed alone and prints its own error.
     """
+    # A path in the message may contain line breaks.
+    line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(error))
     if is_rank0():
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {line}\n")
         return
     time.sleep(_RANK0_REPORTS_S)
-    sys.stderr.write(f"error: rank {os.environ['RANK']}: {error}\n")
+    sys.stderr.write(f"error: rank {os.environ['RANK']}: {line}\n")
 
 
 def configure_logging() -> None:
@@ -95,6 +98,10 @@ def is_rank0() -> bool:
 def make_parser(prog: str, description: str) -> "ArgumentParser":
     """Creates a jsonargparse parser that raises on errors, so that `parse_args` can rewrite the messages."""
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    from jsonargparse.typing import register_type
+
+    # Without a type check, because the value stays a str.
+    register_type(LocalPath, deserializer=local_path, type_check=_is_never_checked)
 
     class _Formatter(DefaultHelpFormatter):
         def __init__(self, prog: str) -> None:
@@ -109,12 +116,16 @@ def make_parser(prog: str, description: str) -> "ArgumentParser":
     )
 
 
+def _is_never_checked(*_: Any) -> bool:
+    return False
+
+
 def add_run_argument(parser: "ArgumentParser") -> None:
     """Adds --run and its alias --run_folder, because torchrun takes --run for an abbreviation of its own --run-path."""
     parser.add_argument(
         "--run",
         "--run_folder",
-        type=str,
+        type=LocalPath,
         required=True,
         help="Run folder written by llmgr_rec.train. Under torchrun, use --run_folder.",
     )
@@ -172,6 +183,9 @@ def _rewrite_message(message: str, parser: "ArgumentParser", words: Sequence[str
     if nested or top:
         name = ".".join((nested or top).groups())  # type: ignore[union-attr]
         return f"unknown setting {name}{_config_source(words)}{_suggestion(name, known)}; see --help for all settings"
+    path = re.search(r'Parser key "([\w.]+)": .*?Not of type LocalPath: (.*?)(?: - Expected a <class .*)?$', line)
+    if path:
+        return f"setting {path[1]} is {path[2]}"
     # For a union type, jsonargparse repeats the whole error for each member type.
     union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: (.*)"
     line = re.sub(union, lambda match: f"Expected {match[1].replace(', ', ' or ')}. Got value: {match[2]}", line)

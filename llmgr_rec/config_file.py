@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmgr_rec.cli import make_parser, parse_args
 from llmgr_rec.config import Config, settings
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.paths import path_problem
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -99,6 +100,8 @@ def _resolve_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _config_file(name: str) -> str:
+    if problem := path_problem(name):
+        raise UserError(f"--config {name}: {problem}")
     if Path(name).is_file():
         return name
     shipped = RECIPES / f"{name}.yaml"

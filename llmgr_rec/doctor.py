@@ -19,9 +19,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from llmgr_rec.cli import EXIT_USER_ERROR, run_cli
+from llmgr_rec.errors import UserError
 
 # The only versions known to work together: fbgemm 1.9 does not load with torch 2.13.
 TRIPLE = {"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm": "1.8.0"}
@@ -301,9 +302,17 @@ def print_finding(finding: Finding) -> None:
         print(f"      {'':<14} fix: {finding.fix}", flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argument parser without jsonargparse, which may be missing."""
+
+    def error(self, message: str) -> NoReturn:
+        """Reports a mistake in one line, as all commands do."""
+        raise UserError(f"{message}; see --help")
+
+
 def make_argument_parser() -> argparse.ArgumentParser:
-    """Parser of the command line. Uses argparse, because jsonargparse may be missing."""
-    parser = argparse.ArgumentParser("python -m llmgr_rec.doctor", description="Checks whether this machine can train.")
+    """Parser of the command line."""
+    parser = _Parser("python -m llmgr_rec.doctor", description="Checks whether this machine can train.")
     parser.add_argument(
         "--core", action="store_true", help="only check whether torch, torchrec and fbgemm work together"
     )

@@ -19,6 +19,7 @@ from llmgr_rec.cli import (
 )
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.results import MODEL_NAMES
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import is_import_path
 
 MODELS = tuple(MODEL_NAMES)
@@ -36,9 +37,9 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and baselines by ranking the full catalog.")
     add_run_argument(parser)
-    parser.add_argument("--dataset", type=str, required=True, help="Folder written by llmgr_rec.prepare.")
+    parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Split to evaluate.")
-    parser.add_argument("--output", type=str, required=True, help="Metrics file (JSON) to write.")
+    parser.add_argument("--output", type=LocalPath, required=True, help="Metrics file (JSON) to write.")
     parser.add_argument(
         "--models",
         type=str,

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import path_problem
 
 _RECORDED_PACKAGES = (
     "llmgr-rec",
@@ -61,6 +62,8 @@ def require_writable(folder: Path, option: str = "--output") -> None:
     Raises:
         UserError: The folder, or its nearest existing parent, is a file or is not writable.
     """
+    if problem := path_problem(str(folder)):
+        raise UserError(f"{option} {folder}: {problem}")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{option} {folder}: {existing} is a file; give the path of a folder")

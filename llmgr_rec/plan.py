@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from llmgr_rec.training.memory_plan import CatalogSizes, StagePlan
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: An argument or setting is not usable, or the tables do not fit.
     """
     parser = make_parser("llmgr_rec.plan", "Prints table sharding, memory and trained parameters of a run.")
-    parser.add_argument("--dataset", type=str, help="Folder written by llmgr_rec.prepare.")
+    parser.add_argument("--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument("--num_items", type=int, help="Number of items, instead of --dataset.")
     parser.add_argument("--num_categories", type=int, default=0, help="Number of categories, with --num_items.")
     parser.add_argument("--num_brands", type=int, default=0, help="Number of brands, with --num_items.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,15 +22,17 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = make_parser("llmgr_rec.report", "Writes a report: ranking quality, training curves, example sessions.")
     add_run_argument(parser)
-    parser.add_argument("--output", type=str, required=True, help="Folder for index.html, PNG files and results.csv.")
+    parser.add_argument("--output", type=LocalPath, required=True, help="Folder for index.html, plots and results.csv.")
     parser.add_argument(
-        "--metrics", type=str, help="Metrics file of llmgr_rec.evaluate; default: RUN/metrics.json if it exists."
+        "--metrics", type=LocalPath, help="Metrics file of llmgr_rec.evaluate; default: RUN/metrics.json if it exists."
     )
     parser.add_argument(
-        "--scores", type=str, help="Output folder of llmgr_rec.score for the example sessions; default: rank them."
+        "--scores",
+        type=LocalPath,
+        help="Output folder of llmgr_rec.score for the example sessions; default: rank.",
     )
     parser.add_argument(
-        "--dataset", type=str, help="Folder written by llmgr_rec.prepare; default: the path in the metrics file."
+        "--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare; default: the path in the metrics file."
     )
     add_code_argument(parser)
     parser.add_argument("--sessions", type=int, default=6, help="Number of example sessions, half of them hits.")

@@ -21,6 +21,7 @@ from llmgr_rec.cli import (
     split_code,
 )
 from llmgr_rec.config import DType, StageName
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -75,7 +76,7 @@ def _parser() -> "ArgumentParser":
     add_run_argument(parser)
     parser.add_argument(
         "--input",
-        type=str,
+        type=LocalPath,
         required=True,
         help="Parquet file, or folder of Parquet files, with columns session_id and items (a list of item ids, oldest "
         "first), such as a split of a prepared data set.",
@@ -99,7 +100,7 @@ def _parser() -> "ArgumentParser":
 
 def _add_output_arguments(parser: "ArgumentParser") -> None:
     """Adds the options of the output."""
-    parser.add_argument("--output", type=str, required=True, help="Output folder; an incomplete one is continued.")
+    parser.add_argument("--output", type=LocalPath, required=True, help="Output folder; continued if incomplete.")
     parser.add_argument("--k", type=int, default=20, help="Items per session.")
     parser.add_argument(
         "--columns",

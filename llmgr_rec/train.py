@@ -17,6 +17,7 @@ from llmgr_rec.cli import is_rank0, make_parser, run_cli
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -71,10 +72,12 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
         "llmgr_rec.train", "Trains the session recommender and, if the recipe has one, a language model."
     )
     parser.add_argument(
-        "--dataset", type=str, help="Folder written by llmgr_rec.prepare; default: small synthetic sessions."
+        "--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare; default: small synthetic sessions."
     )
     parser.add_argument(
-        "--output", type=str, help="Run folder; default: runs/ID with the run id of the launcher, or runs/train-TIME."
+        "--output",
+        type=LocalPath,
+        help="Run folder; default: runs/ID with the run id of the launcher, or train-TIME.",
     )
     parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to train.")
     parser.add_argument(

@@ -8,7 +8,6 @@ an interrupted step is resumed or repeated, so the same command continues where 
 runner for sequential steps: all roles of an application start at once.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,13 +19,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmgr_rec.cli import run_cli
+from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.config import trained_stages
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.results import blend_notes, format_table, read_metrics
 from llmgr_rec.files import atomic_write, require_writable
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.train import parse_arguments
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 INPUT_FILES = ("interactions.parquet", "items.parquet")
 STOP_TIMEOUT_S = 60
@@ -218,17 +222,17 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def make_argument_parser() -> argparse.ArgumentParser:
+def _parser() -> "ArgumentParser":
     """Parser of the command line before `--`; arguments after it go to the trainer."""
-    parser = argparse.ArgumentParser(
-        "python -m torchx_components.pipeline",
-        description="Runs data, prepare, train, evaluate, score and report. Arguments after -- go to the trainer.",
+    parser = make_parser(
+        "torchx_components.pipeline",
+        "Runs data, prepare, train, evaluate, score and report. Arguments after -- go to the trainer.",
     )
     parser.add_argument(
-        "--data", default="", help="folder with interactions.parquet and items.parquet; default: MovieLens-100K"
+        "--data", type=LocalPath, help="folder with interactions.parquet and items.parquet; default: MovieLens-100K"
     )
-    parser.add_argument("--output", required=True, help="folder for all results")
-    parser.add_argument("--config", default="quickstart", help="recipe name or YAML file")
+    parser.add_argument("--output", type=LocalPath, required=True, help="folder for all results")
+    parser.add_argument("--config", type=LocalPath, default="quickstart", help="recipe name or YAML file")
     parser.add_argument("--ranks", type=int, default=2, help="number of training processes")
     return parser
 
@@ -241,7 +245,7 @@ def main(argv: Sequence[str]) -> None:
     """
     words = list(argv)
     separator = words.index("--") if "--" in words else len(words)
-    arguments = make_argument_parser().parse_args(words[:separator])
+    arguments = parse_args(_parser(), words[:separator])
     train_arguments = words[separator + 1 :]
     if arguments.ranks < 1:
         raise UserError(f"--ranks is {arguments.ranks}; give at least 1")

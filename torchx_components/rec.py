@@ -10,6 +10,8 @@ the typing forms of Python 3.8, imports no other module of the package, and has 
 Helpers have no return annotation, because TorchX takes each function annotated with AppDef for a component.
 """
 
+import re
+import sys
 from typing import Dict, List, Optional
 
 import torchx.specs as specs
@@ -19,13 +21,35 @@ from torchx.components import dist
 # the store of the agent, and two of five restarts failed or hung (torch 2.13).
 RESTART_ENV = {"PET_MAX_RESTARTS": "2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
+# What TorchX or Kubernetes replaces: TorchX makes $ of $$, and Kubernetes also replaces $(NAME).
+_REPLACED = re.compile(r"\$[$(]")
+_REMOTE = re.compile(r"(?:--[\w.]+=)?[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def _check(args):  # type: ignore[no-untyped-def]
+    """Refuses arguments that would not arrive as written, or that the container would refuse."""
+    for word in args:
+        problem = ""
+        if _REPLACED.search(word):
+            problem = "$$ and $( are replaced on the way to the container; give a name without them"
+        elif _REMOTE.match(word):
+            problem = "remote storage is not supported yet; mount it (--mounts), and give the path in the container"
+        elif "\0" in word:
+            problem = "give a name without null characters"
+        if problem:
+            # An exception would print a stack trace, because TorchX shows only its own in one line.
+            sys.stderr.write(f"error: argument {word!r}: {problem}\n")
+            sys.exit(2)
+
 
 def _torchrun(*args, **settings):  # type: ignore[no-untyped-def]
+    _check(args)
     # Newer versions of TorchX rename dist.ddp.
     return getattr(dist, "torchrun", dist.ddp)(*args, **settings)
 
 
 def _one_process(step, args, image, cpu, mem_mb, env, mounts):  # type: ignore[no-untyped-def]
+    _check(args)
     role = specs.Role(
         name=step,
         image=image,

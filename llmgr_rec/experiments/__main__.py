@@ -13,6 +13,7 @@ from typing import Literal
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,10 +26,10 @@ def main(argv: Sequence[str]) -> None:
         UserError: An argument, the experiment or the data set is not usable.
     """
     parser = make_parser("llmgr_rec.experiments", "Trains and compares the variants of an experiment.")
-    parser.add_argument("--experiment", type=str, required=True, help="Name of a shipped experiment, or a YAML file.")
-    parser.add_argument("--dataset", type=str, required=True, help="Folder written by llmgr_rec.prepare.")
+    parser.add_argument("--experiment", type=LocalPath, required=True, help="Shipped experiment, or a YAML file.")
+    parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument(
-        "--output", type=str, required=True, help="Folder for runs, table and plots; existing runs are reused."
+        "--output", type=LocalPath, required=True, help="Folder for runs, table and plots; existing runs are reused."
     )
     parser.add_argument("--seeds", type=str, default="0,1,2", help="Comma-separated seeds of each trained variant.")
     parser.add_argument(

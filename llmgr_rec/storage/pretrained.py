@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, PreTrai
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder
+from llmgr_rec.paths import path_problem
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +161,15 @@ def pretrained_folder(name: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Folder of converted models: $LLMGR_CACHE, or llmgr_rec in $XDG_CACHE_HOME or ~/.cache."""
+    """Folder of converted models: $LLMGR_CACHE, or llmgr_rec in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        UserError: $LLMGR_CACHE is not the path of a folder of this machine.
+    """
     chosen = os.environ.get("LLMGR_CACHE")
     if chosen:
+        if problem := path_problem(chosen):
+            raise UserError(f"LLMGR_CACHE is {chosen}; {problem}")
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmgr_rec"
 

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import inspect
+import subprocess
 from pathlib import Path
 
 import jsonschema
 import pytest
 import torchx.specs as specs
+import yaml
 from torchx.components.component_test_base import ComponentTestCase
 from torchx.runner import get_runner
 from torchx.schedulers.kubernetes_scheduler import app_to_resource, sanitize_for_serialization
@@ -81,3 +83,47 @@ def test_registered_components_hide_no_builtin() -> None:
         pytest.skip("the project is not installed in this environment (make venv installs it)")
     found = set(finder.get_components())
     assert {"dist.ddp", "utils.echo", *(f"llmgr.{name}" for name in NAMES)} <= found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("/data/a$$b", "are replaced on the way"),
+        ("--output=/data/$(HOME)", "are replaced on the way"),
+        ("s3://bucket/run", "remote storage is not supported yet"),
+        ("--output=gs://bucket/run", "remote storage is not supported yet"),
+        ("/data/a\0b", "null characters"),
+    ],
+)
+def test_an_argument_that_would_not_arrive_is_refused_in_one_line(
+    name: str, word: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with get_runner() as runner, pytest.raises(SystemExit) as stop:
+        runner.dryrun_component(f"{FILE}:{name}", ["--", "--output", word], "kubernetes", {"queue": "q"})
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: argument {word!r}: ")
+    assert problem in said
+
+
+# A quote, a backslash, wildcards, a lone dollar and a line break.
+ODD_WORDS = ['/data/it\'s "a\\b"?*[1]', "/data/$x 5$ ~ `id` ; & !", "/data/a\nb", "/data/é 日本"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_odd_argument_arrives_as_it_is_written(name: str) -> None:
+    """The words of the container, as Kubernetes and bash read them."""
+    with get_runner() as runner:
+        info = runner.dryrun_component(f"{FILE}:{name}", ["--", *ODD_WORDS], "kubernetes", {"queue": "q"})
+    job = yaml.safe_load(yaml.safe_dump(sanitize_for_serialization(info.request.resource)))
+    command = job["spec"]["tasks"][0]["template"]["spec"]["containers"][0]["command"]
+    # Kubernetes leaves a $ alone where neither $ nor ( follows.
+    assert not any("$$" in word or "$(" in word for word in command)
+    if command[0] == "bash":
+        # Only the quoted arguments at the end are of interest; before them stands the launcher.
+        script = command[2][command[2].index("-m llmgr_rec.train") :]
+        command = subprocess.run(
+            ["bash", "-c", f"printf '%s\\0' {script}"], capture_output=True, text=True, check=True
+        ).stdout.split("\0")[:-1]
+    assert command[-len(ODD_WORDS) :] == ODD_WORDS

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class PrepareSettings:
         temp_folder: Folder for spilled data; default: next to the output.
     """
 
-    items: str
-    output: str
-    interactions: str | None = None
-    sessions: str | None = None
+    items: LocalPath
+    output: LocalPath
+    interactions: LocalPath | None = None
+    sessions: LocalPath | None = None
     min_interactions: int = 5
     min_session_length: int | None = None
     max_length: int = 50
@@ -64,7 +65,7 @@ class PrepareSettings:
     hold_out_seed: int = 0
     memory_gb: float = 1.0
     threads: int = 0
-    temp_folder: str | None = None
+    temp_folder: LocalPath | None = None
 
     @property
     def augmented_splits(self) -> list[str]:

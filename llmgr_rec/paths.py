@@ -1,0 +1,57 @@
+"""Paths that the user names. There is no remote storage: a path is a file or folder of this machine."""
+
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    LocalPath = str
+else:
+
+    class LocalPath(str):
+        """Type of a command-line option that is a path; the value is a `str` that `local_path` has checked."""
+
+
+# One slash is enough, because Path makes s3:/b of s3://b.
+_REMOTE = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/")
+# Longest name of a file or folder, in bytes, of the usual file systems.
+_LONGEST_NAME = 255
+
+
+def path_problem(text: str) -> str:
+    """What to give instead of a path; empty where it may name a file or folder of this machine.
+
+    Args:
+        text: The path, as the user wrote it.
+    """
+    if not text.strip():
+        return "give the path of a file or folder"
+    if remote := _REMOTE.match(text):
+        if remote[1].lower() == "file":
+            return f"leave out {remote[1]}://, because this is an address and not a path"
+        return "give a path on this machine, because remote storage is not supported yet"
+    if "\0" in text:
+        return "give a path without null characters"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "give a path in UTF-8"
+    if any(len(name.encode()) > _LONGEST_NAME for name in text.split("/")):
+        return f"give a path of names of at most {_LONGEST_NAME} bytes"
+    if text.startswith("~") and os.path.expanduser(text) == text:
+        return f"give the name of a user of this machine after ~, or ./{text} for a folder of that name"
+    return ""
+
+
+def local_path(value: Any) -> str:
+    """Checks the value of an option, and puts the home folder in place of a leading ~.
+
+    Args:
+        value: The value.
+
+    Raises:
+        ValueError: It is not the path of a file or folder of this machine.
+    """
+    problem = path_problem(value) if isinstance(value, str) else "give the path of a file or folder"
+    if problem:
+        shown = value if isinstance(value, str) and value and value.isprintable() else repr(value)
+        raise ValueError(f"{shown}; {problem}")
+    return os.path.expanduser(value)

@@ -1,0 +1,104 @@
+"""Paths that the user names: what is not on this machine, or no path at all, is refused in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmgr_rec.cli import run_cli
+from llmgr_rec.config import Config, settings
+from llmgr_rec.config_file import load_config
+from llmgr_rec.errors import UserError
+from llmgr_rec.files import require_writable
+from llmgr_rec.paths import local_path, path_problem
+from llmgr_rec.storage.pretrained import cache_folder
+from tests.commands import command_names, main_of, options_of, takes_path, type_of
+
+# Options of text that is no path.
+TEXTS = {
+    "--allow_code", "--blend.neighbors+", "--brand_column", "--category_column", "--columns", "--delimiter",
+    "--description_column", "--encoder.name", "--head.name", "--item_column", "--items_id_column", "--models",
+    "--neighbors", "--optimizer", "--rating_column", "--seeds", "--split_column", "--time_column", "--title_column",
+    "--user_column",
+}  # fmt: skip
+# Settings that may be paths; `Config.validate` checks them.
+SETTINGS = {f"--{one.name}" for one in settings(Config()) if one.info.is_path}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("runs/a", ""),
+        ("/data/a b'c", ""),
+        ("C:a", ""),
+        ("dt=2026:07/x", ""),
+        ("./s3:/b", ""),
+        (r"a\b$$c$(HOME)?*[1]", ""),
+        ("s3://b/ds", "remote storage is not supported yet"),
+        ("S3:/b/ds", "remote storage is not supported yet"),
+        (" gs://b", "remote storage is not supported yet"),
+        ("dbfs:/mnt/x", "remote storage is not supported yet"),
+        ("abfss://c@account.dfs.core.windows.net/x", "remote storage is not supported yet"),
+        ("file:///data/a", "leave out file://"),
+        ("a\0b", "without null characters"),
+        ("a\udc80b", "in UTF-8"),
+        ("a/" + "é" * 128, "at most 255 bytes"),
+        ("~no_such_user/a", r"\./~no_such_user/a"),
+        ("", "give the path"),
+        (" ", "give the path"),
+    ],
+)
+def test_a_path_is_on_this_machine(text: str, problem: str) -> None:
+    if not problem:
+        assert path_problem(text) == ""
+        assert local_path(text) == text
+        return
+    assert problem.replace("\\", "") in path_problem(text)
+    with pytest.raises(ValueError, match=problem):
+        local_path(text)
+
+
+def test_the_home_folder_is_put_in_place_of_a_tilde() -> None:
+    assert local_path("~/runs") == str(Path.home() / "runs")
+
+
+@pytest.mark.parametrize("command", command_names())
+def test_every_option_that_is_a_path_refuses_remote_storage(command: str) -> None:
+    options = options_of(command)
+    texts = {name for name, option in options.items() if "str" in str(type_of(option)) and not takes_path(option)}
+    assert texts <= TEXTS | SETTINGS, "options of type str; give those that are paths the type LocalPath"
+    for name, option in options.items():
+        if takes_path(option) or name in SETTINGS:
+            with pytest.raises(UserError, match=r"is s3://b/c; give a path on this machine, because remote storage"):
+                main_of(command)([*_required(options), name, "s3://b/c"])
+
+
+def _required(options: dict[str, object]) -> list[str]:
+    required = [name for name, option in options.items() if getattr(option, "required", False)]
+    return [word for name in required for word in (name, "2018" if name == "--year" else "absent")]
+
+
+def test_settings_files_and_variables_refuse_remote_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = "give a path on this machine, because remote storage"
+    with pytest.raises(UserError, match=f"--config s3://b/c.yaml: {remote}"):
+        load_config("s3://b/c.yaml")
+    (tmp_path / "c.yaml").write_text("prompt:\n  templates: gs://b/prompts.yaml\n")
+    with pytest.raises(UserError, match=f"setting prompt.templates is gs://b/prompts.yaml; {remote}"):
+        load_config(tmp_path / "c.yaml")
+    monkeypatch.setenv("LLMGR_CACHE", "s3://b/cache")
+    with pytest.raises(UserError, match=f"LLMGR_CACHE is s3://b/cache; {remote}"):
+        cache_folder()
+    with pytest.raises(UserError, match=f"--output s3:/b/run: {remote}"):
+        require_writable(Path("s3://b/run"))
+
+
+def test_a_message_about_a_path_with_a_line_break_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare", "--items", "a\nb", "--sessions", "x", "--output", "out\0put"])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main_of("llmgr_rec.prepare"))
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "null characters" in said
