@@ -1,10 +1,10 @@
 """Output folder of a scoring job: a manifest of the job, the finished parts, and a marker file of completeness.
 
-A part gets its final name when it is complete, so an interrupted job resumes with the missing parts.
+Every file gets its name when its content is on disk, in the order manifest, parts, marker. So a job that is killed at
+any moment resumes with the missing parts, and a folder with the marker has all of them.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import require_writable
+from llmgr_rec.files import atomic_write, fsync, require_writable
+from llmgr_rec.folder_lock import LOCK_NAME, FolderLock
 from llmgr_rec.scoring.input import MANIFEST_NAME, Part
 
 SUCCESS_NAME = "_SUCCESS"
@@ -51,7 +52,7 @@ class Totals:
 
 
 class ScoreFolder:
-    """Output of one scoring job.
+    """Output of one scoring job. One process at a time may have it open.
 
     Args:
         path: The folder, new or of an interrupted job.
@@ -62,6 +63,7 @@ class ScoreFolder:
     def __init__(self, path: Path, job: Mapping[str, Any], parts: list[Part]) -> None:
         self.path = path
         self.parts = parts
+        self._lock = FolderLock(path, "scoring")
         listed = [
             {"name": part.name, "file": part.file.name, "first_row": part.first_row, "rows": part.rows}
             for part in parts
@@ -69,25 +71,25 @@ class ScoreFolder:
         self._manifest = {"format": FORMAT, "version": FORMAT_VERSION, **job, "parts": listed}
 
     def open(self) -> None:
-        """Creates the folder, or checks that an existing one belongs to the same job.
+        """Creates and locks the folder, or checks that an existing one belongs to the same job; see `close`.
 
         Raises:
-            UserError: The folder is not a scoring output, belongs to another job, or has a damaged part.
+            UserError: The folder is not a scoring output, belongs to another job, has a damaged part, or another
+                process has it open.
         """
-        manifest = self.path / MANIFEST_NAME
         require_writable(self.path)
-        if manifest.is_file():
-            self._check_same_job(manifest)
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"--output {self.path} is not empty and not a scoring output; give another folder")
+        self._check_not_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
-        if not manifest.is_file():
-            self._write_json(MANIFEST_NAME, self._manifest)
-        for part in self.parts:
-            if self.is_done(part):
-                self._check_part(part)
+        self._lock.acquire()
+        try:
+            self._continue()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unlocks the folder; without effect if it is not open."""
+        self._lock.release()
 
     def is_done(self, part: Part) -> bool:
         """Whether a part is finished."""
@@ -98,7 +100,7 @@ class ScoreFolder:
         return (self.path / SUCCESS_NAME).is_file()
 
     def write(self, part: Part, table: pa.Table, unknown_items: int, fallback_rows: int, llm_rows: int) -> None:
-        """Writes a part to a temporary file, which is then renamed.
+        """Writes a part.
 
         Args:
             part: The part.
@@ -109,12 +111,8 @@ class ScoreFolder:
         """
         counts = {_UNKNOWN_KEY: unknown_items, _FALLBACK_KEY: fallback_rows, _LLM_KEY: llm_rows}
         metadata = {key: str(count).encode() for key, count in counts.items()}
-        partial = self.path / f".{part.name}.tmp"
-        with partial.open("wb") as file:
-            pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / part.name)
+        with atomic_write(self.path / part.name) as partial:
+            pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
 
     def finish(self) -> Totals:
         """Counts the rows of all parts and marks the folder complete.
@@ -139,6 +137,34 @@ class ScoreFolder:
         if not self.is_complete():
             self._write_json(SUCCESS_NAME, vars(totals))
         return totals
+
+    def _check_not_foreign(self) -> None:
+        if not self.path.is_dir() or (self.path / MANIFEST_NAME).is_file():
+            return
+        # A job that was killed before it had a manifest leaves these.
+        if set(self.path.iterdir()) - {self.path / LOCK_NAME, *self._temporaries()}:
+            raise UserError(f"--output {self.path} is not empty and not a scoring output; give another folder")
+
+    def _continue(self) -> None:
+        """Brings the locked folder to a state in which parts are missing, but nothing is wrong."""
+        manifest = self.path / MANIFEST_NAME
+        if manifest.is_file():
+            self._check_same_job(manifest)
+        for temporary in self._temporaries():
+            temporary.unlink()
+        if not manifest.is_file():
+            self._write_json(MANIFEST_NAME, self._manifest)
+        for part in self.parts:
+            if self.is_done(part):
+                self._check_part(part)
+        if self.is_complete() and not all(self.is_done(part) for part in self.parts):
+            # A part was deleted, to be scored again.
+            (self.path / SUCCESS_NAME).unlink()
+            fsync(self.path)
+
+    def _temporaries(self) -> list[Path]:
+        """Temporary files, of dead processes where the folder is locked; the second pattern is of version 0.2."""
+        return [*self.path.glob(".tmp-*"), *self.path.glob(".*.tmp")]
 
     def _check_part(self, part: Part) -> Path:
         path = self.path / part.name
@@ -173,9 +199,8 @@ class ScoreFolder:
                 )
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        partial = self.path / f".{name}.tmp"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path / name)
+        with atomic_write(self.path / name) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

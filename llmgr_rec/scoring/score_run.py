@@ -44,6 +44,7 @@ def score_run(request: ScoreRequest) -> Totals:
         barrier(world)
         totals = run_on_rank0(world, folder.finish)
     finally:
+        folder.close()
         shutdown()
     return totals
 

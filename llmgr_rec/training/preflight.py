@@ -14,6 +14,7 @@ from llmgr_rec.data.row_groups import RowGroups
 from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import require_writable
+from llmgr_rec.folder_lock import LOCK_NAME
 from llmgr_rec.modules.encoders import ENCODERS, encoder_class
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
@@ -22,9 +23,6 @@ from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
-
-# File in a run folder that a process locks while it trains in it.
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _complete_stages(output: Path) -> set[StageName]:
 def _check_output(output: Path) -> None:
     """Checks that the folder is writable, and absent, empty or a run."""
     require_writable(output)
-    files = [path for path in output.iterdir() if path.name != LOCK] if output.exists() else []
+    files = [path for path in output.iterdir() if path.name != LOCK_NAME] if output.exists() else []
     if files and not (output / "config.yaml").is_file():
         raise UserError(f"output folder {output} is not empty and not a training run; give another --output")
 

@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
-
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import save_config
 from llmgr_rec.distributed.process_group import World, init_distributed, run_on_rank0, shutdown
-from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
+from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.training.metrics_logger import MetricsLogger
-from llmgr_rec.training.preflight import LOCK, CheckedRun, RunRequest, check_run
+from llmgr_rec.training.preflight import CheckedRun, RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
 
 logger = logging.getLogger(__name__)
@@ -78,23 +76,12 @@ def _locked(output: Path, world: World) -> Iterator[None]:
         UserError: Another process is training in the folder; raised on every rank.
     """
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK, timeout=0)
-    run_on_rank0(world, lambda: _acquire(lock, output))
+    lock = FolderLock(output, "training")
+    run_on_rank0(world, lock.acquire)
     try:
         yield
     finally:
         lock.release()
-
-
-def _acquire(lock: BaseFileLock, output: Path) -> None:
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"another process is training in {output}; wait until it ends, or give another --output"
-        ) from None
-    except (NotImplementedError, OSError) as error:
-        logger.warning("%s cannot be locked (%s); do not start a second process in it", output, error)
 
 
 def _save_config(config: Config, path: Path) -> None:

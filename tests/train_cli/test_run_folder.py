@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.training.preflight import LOCK
+from llmgr_rec.folder_lock import LOCK_NAME
 from llmgr_rec.training.train_run import _locked
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
@@ -128,7 +128,7 @@ def test_a_run_of_an_experiment_with_controls_is_not_continued_without(refused: 
 
 def test_a_run_that_another_process_trains_is_left_locked(refused: Refused, finished: Path) -> None:
     begun(refused.output, finished, ["sbr"], [])
-    with FileLock(refused.output / LOCK):
+    with FileLock(refused.output / LOCK_NAME):
         assert "another process is training in" in refused("--resume")
 
 

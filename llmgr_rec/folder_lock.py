@@ -1,0 +1,52 @@
+"""A lock on an output folder, which the operating system releases when its process ends, however it ends."""
+
+import logging
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llmgr_rec.errors import UserError
+
+LOCK_NAME = ".lock"
+
+logger = logging.getLogger(__name__)
+
+
+class FolderLock:
+    """Lock on a folder that one process writes to.
+
+    Args:
+        folder: The folder.
+        task: What a process that has the lock does in the folder, for the error message.
+    """
+
+    def __init__(self, folder: Path, task: str) -> None:
+        self._folder = folder
+        self._task = task
+        # Not the library's substitute for storage without locks: a file that a killed process would leave locked.
+        self._lock = FileLock(folder / LOCK_NAME, timeout=0, thread_local=False, fallback_to_soft=False)
+
+    def acquire(self) -> None:
+        """Locks the folder, which must exist. On storage without locks this only logs a warning.
+
+        Raises:
+            UserError: Another process has locked the folder.
+        """
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"another process is {self._task} in {self._folder}; wait until it ends, or give another --output"
+            ) from None
+        except (NotImplementedError, OSError) as error:
+            logger.warning("%s cannot be locked (%s); do not start a second process in it", self._folder, error)
+
+    def release(self) -> None:
+        """Deletes the lock file and unlocks the folder; without effect if this process has not locked it."""
+        if not self._lock.is_locked:
+            return
+        try:
+            # Before unlocking: afterwards it may be the lock of another process.
+            (self._folder / LOCK_NAME).unlink(missing_ok=True)
+        finally:
+            self._lock.release()
