@@ -45,6 +45,11 @@ def main(argv: Sequence[str]) -> None:
         else ""
     )
     print(f"{settings.output}: {clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}{held_out}")
+    if cut := manifest.session_gap:
+        print(
+            f"  sessions cut at gaps above {cut['gap']}: users {cut['users']:,}, sessions {cut['sessions']:,}, clicks "
+            f"per session {cut['clicks'] / cut['sessions']:.1f}, before filters (timestamps in {cut['unit']})"
+        )
     for option, files in manifest.inputs.items():
         print(f"  {option}: {files}")
 

@@ -52,6 +52,8 @@ class Manifest:
         clicks_repeat: Whether any training session contains an item twice, its target included; true if unknown, as in
             data sets of early versions.
         inputs: Which files of each input folder were read and which were skipped, by option of prepare.
+        session_gap: Sessions cut from the users' logs: the inactivity `gap`, the `unit` of the timestamps, and the
+            numbers of `users`, `sessions` and `clicks` before the filters. Empty if the input was not cut.
         format_version: Version of the data set format.
     """
 
@@ -71,6 +73,7 @@ class Manifest:
     held_out: dict[str, float] = field(default_factory=dict)
     clicks_repeat: bool = True
     inputs: dict[str, str] = field(default_factory=dict)
+    session_gap: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest
-from llmgr_rec.data.preparation import filters, load, phases
+from llmgr_rec.data.preparation import filters, load, phases, sessionize
 from llmgr_rec.data.preparation.database import Database, user_errors
 from llmgr_rec.data.preparation.hold_out import HeldOutFilter, choose_held_out
 from llmgr_rec.data.preparation.items import catalog_hash, write_items
@@ -59,6 +59,7 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
         bar.update()
         bar.set_description("prepare: k-core")
         with user_errors("preparing"):
+            cut = sessionize.cut_sessions(database, clicks, settings) if settings.session_gap else {}
             num_clicks = {"read": read, "kept": _filter(database, settings)}
             bar.update()
             bar.set_description("prepare: split")
@@ -68,7 +69,7 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
             manifest = _write_files(draft, database, settings, items, num_items, bar)
             described = {"interactions" if settings.interactions else "sessions": clicks, "items": items}
             inputs = {option: source.description for option, source in described.items() if source.description}
-            manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks, inputs=inputs)
+            manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks, inputs=inputs, session_gap=cut)
             (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

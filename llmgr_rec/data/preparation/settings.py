@@ -1,9 +1,10 @@
-"""Settings of prepare. Imports only the standard library, so that `--help` is fast."""
+"""Settings of prepare. Imports no third-party package, so that `--help` is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llmgr_rec.data.preparation.duration import nanoseconds_of
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
@@ -19,6 +20,9 @@ class PrepareSettings:
         interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions.
         sessions: Parquet file or folder with session_id, items (list of item ids, oldest first) and, optionally,
             timestamp. Give this or interactions.
+        session_gap: Inactivity that ends a session of a user_id, such as 30min, 2h or 1d (s, min, h, d); default: all
+            clicks of a user_id are one session. Needs interactions.
+        time_unit: Unit of integer timestamps for session_gap: s, ms, us or ns since 1970; auto: by their size.
         min_interactions: k of the iterative k-core filter: users and items with fewer interactions are dropped until
             all have at least k; 0 or 1 disables it.
         min_session_length: k for users (sessions), if it differs from k for items.
@@ -49,6 +53,8 @@ class PrepareSettings:
     output: LocalPath
     interactions: LocalPath | None = None
     sessions: LocalPath | None = None
+    session_gap: str | None = None
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
     min_interactions: int = 5
     min_session_length: int | None = None
     max_length: int = 50
@@ -84,6 +90,7 @@ def check_settings(settings: PrepareSettings) -> None:
     """
     if (settings.interactions is None) == (settings.sessions is None):
         raise UserError("give exactly one of --interactions and --sessions")
+    _check_sessions(settings)
     if settings.max_length < 1:
         raise UserError(f"--max_length is {settings.max_length}; give 1 or more clicks")
     if settings.min_interactions < 0:
@@ -100,6 +107,16 @@ def check_settings(settings: PrepareSettings) -> None:
     output = Path(settings.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not an empty folder; give another --output or delete it")
+
+
+def _check_sessions(settings: PrepareSettings) -> None:
+    if settings.session_gap is None:
+        if settings.time_unit != "auto":
+            raise UserError("--time_unit is for --session_gap; add it, such as --session_gap 30min, or leave it out")
+        return
+    nanoseconds_of(settings.session_gap, "--session_gap")
+    if settings.interactions is None:
+        raise UserError("--session_gap cuts a log of --interactions; --sessions are sessions already, leave it out")
 
 
 def _check_split(settings: PrepareSettings) -> None:

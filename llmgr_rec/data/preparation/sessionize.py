@@ -1,0 +1,78 @@
+"""Cuts the log of each user into sessions where the user was inactive for a time."""
+
+from typing import Any
+
+from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.duration import nanoseconds_of
+from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.preparation.source import Source
+from llmgr_rec.errors import UserError
+
+# Nanoseconds.
+_UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+# Smallest numbers since 1970 of each unit that are not taken for a finer one: March 1973 in all of them.
+_FIRST_TIMES = {"s": 10**8, "ms": 10**11, "us": 10**14, "ns": 10**17}
+
+
+def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) -> dict[str, Any]:
+    """Replaces the users of tables users and events by their sessions.
+
+    A session ends before a click whose time is more than the gap after that of the click before. The sessions of user
+    `u` are named `u/1`, `u/2` and so on, in the order of time.
+
+    Args:
+        database: Scratch database with tables users and events.
+        clicks: Source of the interactions.
+        settings: Settings of this run, with a session gap.
+
+    Returns:
+        The gap, the unit of the timestamps, and the numbers of users, sessions and clicks.
+
+    Raises:
+        UserError: The unit of the timestamps is unknown.
+    """
+    assert settings.session_gap is not None
+    unit = _time_unit(database, clicks, settings)
+    gap = nanoseconds_of(settings.session_gap, "--session_gap") // _UNITS[unit]
+    users = int(database.value("SELECT count(*) FROM users"))
+    # HUGEINT, because the difference of two times may exceed 64 bits.
+    database.run(
+        "CREATE TABLE numbered AS SELECT *, 1 + sum(CAST(starts AS BIGINT)) OVER clicks AS number FROM (SELECT *, "
+        f"coalesce(CAST(time AS HUGEINT) - lag(time) OVER clicks > {gap}, false) AS starts FROM events "
+        "WINDOW clicks AS (PARTITION BY user ORDER BY time, row)) "
+        "WINDOW clicks AS (PARTITION BY user ORDER BY time, row ROWS UNBOUNDED PRECEDING)"
+    )
+    # Like the key of a user: the first row of the input, so that sessions keep the order of the input.
+    database.run("CREATE TABLE cut AS SELECT user, number, min(row) AS key FROM numbered GROUP BY user, number")
+    database.run(
+        "CREATE OR REPLACE TABLE users AS SELECT c.key, CAST(u.name AS VARCHAR) || '/' || c.number AS name "
+        "FROM cut c JOIN users u ON u.key = c.user"
+    )
+    database.run(
+        "CREATE OR REPLACE TABLE events AS SELECT n.* EXCLUDE (starts, number) REPLACE (c.key AS user) "
+        "FROM numbered n JOIN cut c ON c.user = n.user AND c.number = n.number"
+    )
+    database.run("DROP TABLE numbered")
+    database.run("DROP TABLE cut")
+    sessions, count = database.run("SELECT count(DISTINCT user), count(*) FROM events")[0]
+    return {"gap": settings.session_gap, "unit": unit, "users": users, "sessions": sessions, "clicks": count}
+
+
+def _time_unit(database: Database, clicks: Source, settings: PrepareSettings) -> str:
+    """Unit of the column time of events: s, ms, us or ns."""
+    if clicks.types["timestamp"] != "int64":
+        if settings.time_unit != "auto":
+            raise UserError(
+                f"--time_unit {settings.time_unit}: column timestamp is not an integer, its unit is known; leave it out"
+            )
+        return "ns"
+    if settings.time_unit != "auto":
+        return settings.time_unit
+    first, last = database.run("SELECT min(time), max(time) FROM events")[0]
+    units = [next((unit for unit in reversed(_UNITS) if time >= _FIRST_TIMES[unit]), "") for time in (first, last)]
+    if not units[0] or units[0] != units[1]:
+        raise UserError(
+            f"--session_gap {settings.session_gap}: the unit of column timestamp is unclear, its numbers are from "
+            f"{first} to {last}; correct them, or name the unit of all by --time_unit (s, ms, us or ns since 1970)"
+        )
+    return units[0]
