@@ -137,8 +137,8 @@ def add_code_argument(parser: "ArgumentParser") -> None:
         "--allow_code",
         type=str,
         default="",
-        help="Packages, comma-separated, that the run's bundles may import their encoder or head from; needed only "
-        "where encoder.name or head.name is an import path.",
+        help="Packages, comma-separated, that the settings of the run and its bundles may import from; needed only "
+        "where they contain an import path, as in encoder.name.",
     )
 
 

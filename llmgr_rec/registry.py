@@ -3,7 +3,7 @@
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -105,11 +105,6 @@ def require_allowed(names: Mapping[str, str], allow_code: Collection[str], sourc
                 f"code, allow it with --allow_code {package} (load_bundle: allow_code=['{package}']), or import "
                 "the module first"
             )
-
-
-def modules_of(names: Iterable[str]) -> list[str]:
-    """Modules of the names that are import paths."""
-    return [name.split(":")[0] for name in names if is_import_path(name)]
 
 
 def _split(name: str, what: str) -> tuple[str, str]:

@@ -8,16 +8,18 @@ torchx run -s local_cwd dist.ddp -j 1x2 -m llmgr_rec.train -- --config quickstar
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmgr_rec.cli import is_rank0, make_parser, run_cli
+from llmgr_rec.cli import add_code_argument, is_rank0, make_parser, run_cli, split_code
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
+from llmgr_rec.registry import require_allowed
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -85,6 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
         action="store_true",
         help="Continue an interrupted run exactly where it stopped, with the settings of the run.",
     )
+    add_code_argument(parser)
     add_config_arguments(parser)
     return parse_with_config(parser, _with_default_config(argv))
 
@@ -96,26 +99,33 @@ def _with_default_config(argv: Sequence[str]) -> list[str]:
     parser.add_argument("--config", nargs="?", const="")
     parser.add_argument("--output", nargs="?", default="", const="")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--allow_code", nargs="?", default="", const="")
     given, _ = parser.parse_known_args(argv)
     if given.config is not None:
         return list(argv)
     run_config = Path(given.output, "config.yaml")
     if given.resume and given.output and run_config.is_file():
-        _check_settings_of_run(run_config)
+        _check_settings_of_run(run_config, argv, split_code(given.allow_code))
         return ["--config", str(run_config), *argv]
     if not any(word.startswith("--") for word in argv):
         return ["--config", BARE_RECIPE, *argv]
     return list(argv)
 
 
-def _check_settings_of_run(run_config: Path) -> None:
+def _check_settings_of_run(run_config: Path, argv: Sequence[str], allow_code: Sequence[str]) -> None:
+    """Checks that the settings can be read, and that they import only what is allowed or named on the command line."""
     try:
-        load_config(run_config)
+        config = load_config(run_config)
     except UserError as error:
         raise UserError(
             f"cannot resume with the settings of the run: {error}; if another version of llmgr_rec wrote them, resume "
             "with that version, or train into another --output"
         ) from None
+    names = {"encoder.name": config.encoder.name, "head.name": config.head.name}
+    names |= {f"blend.neighbors[{place}]": name for place, name in enumerate(config.blend.neighbors)}
+    given = re.split(r"[\s\[\],='\"]+", " ".join(argv))
+    asked = {setting: name for setting, name in names.items() if name not in given}
+    require_allowed(asked, allow_code, str(run_config))
 
 
 def _launch() -> str:

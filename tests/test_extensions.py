@@ -151,6 +151,18 @@ def test_evaluate_and_a_head_from_outside_are_refused_without_leave(run: Path, t
 
 
 @pytest.mark.usefixtures("importable")
+def test_a_run_is_resumed_with_code_that_is_named_or_allowed(run: Path) -> None:
+    words = ["--resume", "--output", str(run), "--dataset", str(small_run().dataset.path)]
+    with pytest.raises(UserError, match=r"config\.yaml: setting encoder\.name is my_parts:MeanPool, which would run"):
+        train(words)
+    with pytest.raises(UserError, match=r"setting blend\.neighbors\[0\] is my_parts:CoOccurrence, which would run"):
+        train([*words, "--encoder.name", "my_parts:MeanPool", "--head.name=my_parts:PlainHead"])
+    assert "my_parts" not in sys.modules
+    train([*words, "--allow_code", "my_parts"])
+    assert "my_parts" in sys.modules
+
+
+@pytest.mark.usefixtures("importable")
 def test_an_experiment_compares_parts_from_outside(tmp_path: Path) -> None:
     file = tmp_path / "outside.yaml"
     file.write_text("""

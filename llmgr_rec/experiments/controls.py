@@ -181,7 +181,10 @@ def draw_decoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(np.random.SeedSequence([seed, _SALT]).generate_state(1)[0]))
         decoder: PreTrainedModel = AutoModel.from_config(
-            decoder_config(name, num_layers), dtype=torch.float32, attn_implementation="sdpa"
+            decoder_config(name, num_layers),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
         )
     # Not the buffers: a pre-trained decoder has the frequencies of rotary positions in float32, too.
     for parameter in decoder.parameters():

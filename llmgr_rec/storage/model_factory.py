@@ -17,11 +17,13 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.model_folder import one_line_errors
 from llmgr_rec.storage.pretrained import (
     RANDOM_TINY,
     decoder_config,
     load_decoder,
     load_tokenizer,
+    pretrained_folder,
     resolve_dtype,
     weights_hash,
 )
@@ -159,7 +161,11 @@ def meta_language_parts(spec: ModelSpec) -> LanguageParts | None:
         decoder = load_decoder(RANDOM_TINY, llm.num_layers, dtype).to("meta")
     else:
         settings = decoder_config(llm.name_or_path, llm.num_layers)
-        with torch.device("meta"):
-            decoder = AutoModel.from_config(settings).to(resolve_dtype(dtype))
+        folder = pretrained_folder(llm.name_or_path)
+        fix = "give the folder of a model that transformers knows"
+        with one_line_errors(folder, "configuration (config.json)", fix), torch.device("meta"):
+            # The configuration of the folder may name another attention implementation, to be downloaded.
+            decoder = AutoModel.from_config(settings, attn_implementation="sdpa", trust_remote_code=False)
+        decoder = decoder.to(resolve_dtype(dtype))
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
     return LanguageParts(decoder, prompts, Jagged.empty(spec.num_items), embedding_norm=1.0)

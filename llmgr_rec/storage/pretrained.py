@@ -1,6 +1,7 @@
 """Loads pre-trained decoders and tokenizers from a local folder, a hub id, `smollm2` or `random-tiny`.
 
-Weights are read only from safetensors, never from pickles.
+Weights are read only from safetensors, and code of a model folder is never run; see `model_folder`. transformers would
+ask on stdin whether it may run such code, so every call states `trust_remote_code=False`.
 """
 
 import functools
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, PreTrai
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder
 from llmgr_rec.paths import path_problem
+from llmgr_rec.storage.model_folder import check_model_folder, first_line, one_line_errors
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +63,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         name: Local folder, hub id, `smollm2` or `random-tiny`.
 
     Raises:
-        UserError: The folder, the package or the tokenizer is not available.
+        UserError: The folder, the package or the tokenizer is not available, or the tokenizer needs code of the folder.
     """
     if name == RANDOM_TINY:
         return _byte_tokenizer()
     folder = pretrained_folder(name)
     from transformers import AutoTokenizer
 
-    try:
-        with _quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"llm.name_or_path: no readable tokenizer in {folder} ({_first_line(error)}); "
-            "put tokenizer.json and tokenizer_config.json there"
-        ) from None
+    fix = "put tokenizer.json and tokenizer_config.json there"
+    with one_line_errors(folder, "tokenizer", fix), _quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_decoder(
@@ -92,7 +89,8 @@ def load_decoder(
         device: Device of the weights.
 
     Raises:
-        UserError: The folder or package is not available, has no safetensors, or has fewer layers than `num_layers`.
+        UserError: The folder or package is not available, has no readable safetensors or too few, needs code of the
+            folder, or has fewer layers than `num_layers`.
     """
     weight_dtype = resolve_dtype(dtype, device)
     if name == RANDOM_TINY:
@@ -100,14 +98,22 @@ def load_decoder(
     else:
         folder = pretrained_folder(name)
         config = decoder_config(name, num_layers)
-        with _quiet_transformers():
-            decoder = AutoModel.from_pretrained(
+        with one_line_errors(folder, "weights", "copy the model again"), _quiet_transformers():
+            decoder, loaded = AutoModel.from_pretrained(
                 folder,
                 config=config,
                 dtype=weight_dtype,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
                 attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        # transformers would draw them at random.
+        if missing := sorted(loaded["missing_keys"]):
+            raise UserError(
+                f"llm.name_or_path: {folder} lacks {len(missing)} weights of the model, such as {missing[0]}; "
+                "copy the model again"
             )
     return decoder.to(device).eval().requires_grad_(False)
 
@@ -138,7 +144,7 @@ def pretrained_folder(name: str) -> Path:
         name: Local folder, hub id or `smollm2`, which is converted to a folder in the cache on its first use.
 
     Raises:
-        UserError: The folder does not exist or lacks a file, or the model cannot be downloaded.
+        UserError: The folder does not exist or is refused by `check_model_folder`, or the model cannot be downloaded.
     """
     if name == SMOLLM2:
         return _smollm2_folder()
@@ -150,13 +156,7 @@ def pretrained_folder(name: str) -> Path:
                 f"a hub id (owner/name), {SMOLLM2} or {RANDOM_TINY}"
             )
         folder = _hub_folder(name)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"llm.name_or_path: {folder} has no config.json; give the folder of a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"llm.name_or_path: {folder} has no *.safetensors; pickled weights are never read, "
-            "convert them with save_pretrained(folder, safe_serialization=True)"
-        )
+    check_model_folder(folder)
     return folder
 
 
@@ -182,20 +182,17 @@ def decoder_config(name: str, num_layers: int = 0) -> Any:
         num_layers: Number of layers; see `load_decoder`.
 
     Raises:
-        UserError: The folder or package is not available, or has fewer layers than `num_layers`.
+        UserError: The folder or package is not available, needs code of the folder, or has fewer layers than
+            `num_layers`.
     """
     if name == RANDOM_TINY:
         return _tiny_config(num_layers)
     folder = pretrained_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"llm.name_or_path: {folder}/config.json is not a model that transformers knows ({_first_line(error)}); "
-            "give the folder of a transformers model"
-        ) from None
-    text_config = config.get_text_config(decoder=True)
-    available = text_config.num_hidden_layers
+    fix = "give the folder of a model that transformers knows"
+    with one_line_errors(folder, "configuration (config.json)", fix), _quiet_transformers():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        text_config = config.get_text_config(decoder=True)
+        available = int(text_config.num_hidden_layers)
     if num_layers > available:
         raise UserError(f"llm.num_layers is {num_layers}, but {folder} has {available} layers; 0 uses all")
     if num_layers:
@@ -220,7 +217,7 @@ def _hub_folder(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"llm.name_or_path: {name} is neither a local folder nor a hub model that can be downloaded "
-            f"({_first_line(error)}); give a folder with config.json and safetensors, {SMOLLM2} or {RANDOM_TINY}"
+            f"({first_line(error)}); give a folder with config.json and safetensors, {SMOLLM2} or {RANDOM_TINY}"
         ) from None
 
 
@@ -245,7 +242,7 @@ def _smollm2_folder() -> Path:
                 _convert_smollm2(source, target)
     except OSError as error:
         raise UserError(
-            f"cannot write the converted {SMOLLM2} to {target} ({_first_line(error)}); "
+            f"cannot write the converted {SMOLLM2} to {target} ({first_line(error)}); "
             "set LLMGR_CACHE to a folder with 600 MB of free space"
         ) from None
     return target
@@ -263,13 +260,19 @@ def _convert_smollm2(source: Path, target: Path) -> None:
     sys.stderr.write(f"converting SmolLM2-135M-Instruct to safetensors in {target} (once, about 40 s)\n")
     with atomic_folder(target) as unfinished, _quiet_transformers():
         quantized = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32, local_files_only=True
+            source,
+            gguf_file=_SMOLLM2_FILE,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         settings = {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
         plain = LlamaForCausalLM(LlamaConfig.from_dict(settings))
         plain.load_state_dict(quantized.state_dict())
         plain.save_pretrained(unfinished)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, gguf_file=_SMOLLM2_FILE, local_files_only=True, trust_remote_code=False
+        )
         tokenizer.save_pretrained(unfinished)
     sys.stderr.write(f"converted SmolLM2-135M-Instruct in {time.monotonic() - started:.0f} s\n")
 
@@ -340,7 +343,3 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
