@@ -51,6 +51,8 @@ class Manifest:
             two clicks were left. Empty if no items are held out.
         clicks_repeat: Whether any training session contains an item twice, its target included; true if unknown, as in
             data sets of early versions.
+        long_sessions: How training sessions longer than max_length became rows: newest or split.
+        click_use: Number of clicks that are targets, inputs or unused, and why; see `preparation.click_use.ClickUse`.
         inputs: Which files of each input folder were read and which were skipped, by option of prepare.
         session_gap: Sessions cut from the users' logs: the inactivity `gap`, the `unit` of the timestamps, and the
             numbers of `users`, `sessions` and `clicks` before the filters. Empty if the input was not cut.
@@ -72,6 +74,8 @@ class Manifest:
     num_clicks: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
     clicks_repeat: bool = True
+    long_sessions: str = "newest"
+    click_use: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     session_gap: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION

@@ -66,6 +66,16 @@ class HeldOutFilter:
         self.clicks = 0
         self.sessions = 0
 
+    def trains(self, offsets_U1: Ints, items_L: Ints, end_U: Ints) -> Bools:
+        """Whether each click of a block is a training click that is not removed, bool [L].
+
+        Args:
+            offsets_U1: Offsets of the users' clicks.
+            items_L: Item indices.
+            end_U: Position after the last training click of each user.
+        """
+        return _training_clicks(offsets_U1, end_U) & ~self.held_out_V[items_L]
+
     def __call__(self, offsets_U1: Ints, items_L: Ints, end_U: Ints) -> tuple[Ints, Ints]:
         """The training clicks of a block without those on held-out items.
 
@@ -78,12 +88,15 @@ class HeldOutFilter:
             Offsets [U + 1] and item indices of the remaining clicks. A user may have none.
         """
         start_U = offsets_U1[:-1]
-        # A row needs a history and a target, so a session of one click is no training session.
-        trains_U = end_U - start_U >= 2
-        trains_L = np.arange(len(items_L)) < np.repeat(np.where(trains_U, end_U, start_U), np.diff(offsets_U1))
-        held_out_L = self.held_out_V[items_L]
-        kept_L = trains_L & ~held_out_L
+        kept_L = self.trains(offsets_U1, items_L, end_U)
         kept_U = np.add.reduceat(kept_L.astype(np.int64), start_U)
-        self.clicks += int((trains_L & held_out_L).sum())
-        self.sessions += int((trains_U & (kept_U < 2)).sum())
+        self.clicks += int((_training_clicks(offsets_U1, end_U) & self.held_out_V[items_L]).sum())
+        self.sessions += int(((end_U - start_U >= 2) & (kept_U < 2)).sum())
         return np.concatenate([[0], np.cumsum(kept_U)]).astype(np.int64), items_L[kept_L]
+
+
+def _training_clicks(offsets_U1: Ints, end_U: Ints) -> Bools:
+    """Whether each click is of a training session. One click is none: a row needs a history and a target."""
+    start_U = offsets_U1[:-1]
+    end_U = np.where(end_U - start_U >= 2, end_U, start_U)
+    return np.arange(offsets_U1[-1]) < np.repeat(end_U, np.diff(offsets_U1))

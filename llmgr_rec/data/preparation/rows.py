@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmgr_rec.data.preparation.click_use import ClickUse
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.hold_out import Bools, HeldOutFilter
 from llmgr_rec.data.preparation.parts import PartWriter
@@ -101,6 +102,7 @@ class RowBuilder:
     def __init__(self, settings: PrepareSettings, held_out_V: Bools) -> None:
         self._settings = settings
         self.held_out_filter = HeldOutFilter(held_out_V)
+        self.click_use = ClickUse(settings, self.held_out_filter)
         self.train_count_V = np.zeros(len(held_out_V), np.int64)
         self.clicks_repeat = False
 
@@ -118,6 +120,8 @@ class RowBuilder:
         if not positional:
             _check_phase_order(block)
         ends_3U = phase_ends(block.offsets_U1, None if positional else block.phases_L)
+        if "train" in writers:
+            self.click_use.add(block.offsets_U1, block.items_L, ends_3U)
         for split, writer in writers.items():
             if split == "train" and self._settings.hold_out_items:
                 self._write_split(*self._without_held_out(block, ends_3U), split, writer)

@@ -36,7 +36,7 @@ def naive_sessions(clicks: list[Click], gap: int) -> dict[str, list[str]]:
     return {name: items for _, name, items in sorted(sessions)}
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(
     clicks=st.lists(
         # The user a/1 has the name of the first session of a.
