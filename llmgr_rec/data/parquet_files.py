@@ -13,8 +13,10 @@ SUFFIXES = (".parquet", ".parq", ".pq")
 # How Hive, Spark and DuckDB write a null in the name of a partition folder.
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _HIDDEN = "name starts with . or _"
+# Folders that these formats keep beside files, of which some hold rows that were deleted or replaced.
+_TABLE_LOGS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
 # Names in a message.
-_LISTED = 5
+_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def list_parquet_files(path: Path, option: str, output_marker: str | None = None
         output_marker: Folders that contain a file of this name are skipped, because they are outputs of this program.
 
     Raises:
-        UserError: The path does not exist, a folder cannot be read, a link is broken, or there is no Parquet file.
+        UserError: The path does not exist, a folder cannot be read, a link is broken, there is no Parquet file, or the
+            folder is a table of a format whose files are not all valid.
     """
     if path.is_file():
         return ParquetFiles((ParquetFile(path, path.name, {}),), ())
@@ -115,6 +118,15 @@ def _walk(
         skipped.append(("/".join(folder), "an output of this program"))
         return
     for entry in entries:
+        if entry.name in _TABLE_LOGS:
+            raise UserError(
+                f"--{option}: {root.joinpath(*folder)} is a {_TABLE_LOGS[entry.name]} table, whose files also hold "
+                "rows that were deleted or replaced; export its current rows to Parquet files"
+            )
+        if not _is_text(entry.name):
+            raise UserError(
+                f"--{option}: a name in {root.joinpath(*folder)} is not UTF-8: {_shown(entry.name)}; rename it"
+            )
         name = (*folder, entry.name)
         link = through_link or entry.is_symlink()
         if entry.name.startswith((".", "_")):
@@ -141,16 +153,28 @@ def _walk(
 def _partitions(folders: Sequence[str]) -> dict[str, str | None]:
     partitions: dict[str, str | None] = {}
     for folder in folders:
-        column, equals, value = folder.partition("=")
+        # Hive escapes characters that a folder name cannot hold, as in a URL.
+        column, equals, value = (unquote(part) for part in folder.partition("="))
+        if column in partitions:
+            raise UserError(f"{'/'.join(folders)}: two folders name column {column}; rename one of them")
         if equals and column:
-            # Hive escapes characters that a folder name cannot hold, as in a URL.
-            partitions[unquote(column)] = None if value == _NULL_PARTITION else unquote(value)
+            partitions[column] = None if value == _NULL_PARTITION else value
     return partitions
 
 
 def _first_names(names: Sequence[str]) -> str:
     more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-    return ", ".join([*names[:_LISTED], *more])
+    return ", ".join([*map(_shown, names[:_LISTED]), *more])
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file name is UTF-8; Python shows other bytes as surrogates, which no other program accepts."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _shown(name: str) -> str:
+    """A name for a message of one line."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _hint(skipped: Sequence[tuple[str, str]]) -> str:

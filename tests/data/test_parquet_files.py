@@ -37,9 +37,11 @@ def test_files_at_any_depth_by_any_suffix_and_through_links_are_read_once(tmp_pa
     assert reasons.pop("out") == "an output of this program"
     assert reasons.pop("notes.txt") == "not named *.parquet"
     assert set(reasons) == {"_SUCCESS", ".c.crc"}
-    text = listing.describe()
-    assert text.startswith("5 files read (a/x.parq, a/y.pq, b.PARQUET, c.parquet, far/z.parquet), 8 skipped (")
-    assert text.endswith("and 3 more), 2 hidden skipped (name starts with . or _)")
+    make(folder, *(f"a/old{n}\n.csv" for n in range(5)))
+    text = list_parquet_files(folder, "input", output_marker="_manifest.json").describe()
+    assert text.startswith("5 files read (a/x.parq, a/y.pq, b.PARQUET, c.parquet, far/z.parquet), 18 skipped (")
+    assert "'a/old0\\n.csv: not named *.parquet'" in text
+    assert text.endswith("and 8 more), 2 hidden skipped (name starts with . or _)")
 
 
 def test_a_link_without_another_name_is_followed_and_a_single_file_may_have_any_name(tmp_path: Path) -> None:
@@ -66,6 +68,9 @@ def test_partition_columns_come_from_folders_below_the_input(tmp_path: Path) -> 
         "dt=__HIVE_DEFAULT_PARTITION__/=odd/x.parquet": {"dt": None},
         "x.parquet": {},
     }
+    make(folder, "dt=1/dt=2/x.parquet")
+    with pytest.raises(UserError, match="dt=1/dt=2: two folders name column dt"):
+        list_parquet_files(folder, "input")
 
 
 def test_broken_links_and_folders_without_parquet_files_are_refused(tmp_path: Path) -> None:
@@ -77,3 +82,12 @@ def test_broken_links_and_folders_without_parquet_files_are_refused(tmp_path: Pa
     (tmp_path / "in/day").symlink_to("gone")
     with pytest.raises(UserError, match="day is a link to gone, which does not exist"):
         list_parquet_files(tmp_path / "in", "input")
+
+
+def test_tables_with_deleted_rows_and_names_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "in/table/part-0.parquet", "in/table/_delta_log/0.json", "other/x.parquet")
+    with pytest.raises(UserError, match="table is a Delta Lake table, whose files also hold rows that were deleted"):
+        list_parquet_files(tmp_path / "in", "input")
+    (tmp_path / "other" / os.fsdecode(b"\xff.parquet")).touch()
+    with pytest.raises(UserError, match=r"a name in .*other is not UTF-8: '\\udcff.parquet'; rename it"):
+        list_parquet_files(tmp_path / "other", "input")

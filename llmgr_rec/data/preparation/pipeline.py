@@ -148,6 +148,7 @@ def _check_not_empty(writers: dict[str, PartWriter], settings: PrepareSettings) 
     for split in required:
         if writers[split].num_rows == 0:
             advice = "lower --hold_out_items, or " if settings.hold_out_items and split == "train" else ""
+            advice += "give a longer --session_gap, or " if settings.session_gap else ""
             raise UserError(
                 f"--split {settings.split} gives no {split} rows: no session has a {split} click with earlier clicks "
                 f"that may be its history; {advice}lower --min_interactions, or use another --split or other shares"

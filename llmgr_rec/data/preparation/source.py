@@ -195,7 +195,8 @@ def _column_types(
                 continue
             if name in optional:
                 continue
-            raise UserError(f"{file}: column {name} is missing (it has {', '.join(schema.names)}); add or rename it")
+            known = ", ".join([*schema.names, *source.partitions])
+            raise UserError(f"{file}: column {name} is missing (it has {known}); add or rename it")
         if alike := [other for other in schema.names if other != name and other.casefold() == name.casefold()]:
             raise UserError(f"{file}: columns {name} and {alike[0]} differ only in case; rename or drop one of them")
         found = schema.field(indices[0]).type
