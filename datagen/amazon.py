@@ -75,7 +75,8 @@ def convert(
     reviews_file, meta_file = require_file(reviews, "--reviews"), require_file(meta, "--meta")
     with conversion(output) as work:
         table = json_sql(reviews_file, [dump.user, dump.item, dump.rating, dump.time])
-        work.read_interactions(reviews_file, table, dump.user, dump.item, dump.time, dump.rating, min_rating)
+        names = {"user_id": dump.user, "item_id": dump.item, "time": dump.time, "rating": dump.rating}
+        work.read_interactions(reviews_file, table, names, min_rating)
         work.read_items(meta_file, _items(meta_file, year))
 
 

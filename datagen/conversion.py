@@ -6,7 +6,8 @@ DuckDB reads, checks and sorts the rows. Its memory is limited to `_MEMORY`; the
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -16,17 +17,23 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from datagen.bad_rows import BadRows, Policy
+from datagen.delimited import BadLine, DelimitedFile, Rows
 from datagen.output import ITEM_COLUMNS, ROW_GROUP_ROWS, interactions_schema, items_schema, output_folder
+from datagen.sessions import session_batches, sessions_schema
 from datagen.sources import clean_text, identifier, quote
+from datagen.times import TimeReading, read_times
 from llmgr_rec.cli import progress
+from llmgr_rec.data.item_ids import is_float_id_sql, lost_digits_sql, match_problem, plain_id_sql, plain_ids
 from llmgr_rec.errors import UserError
 
 _MEMORY = "2GiB"
 _ITEM_BATCH = 1 << 14
-# Stripped from both ends of ids.
-_BLANKS = " \t\n\r\f\v"
-_IS_FRACTION = "TRY_CAST(time AS DOUBLE) <> round(TRY_CAST(time AS DOUBLE))"
-_NOT_A_NUMBER = "NOT coalesce(isfinite(TRY_CAST({} AS DOUBLE)), false)"
+# Stripped from both ends of ids and times; the last two are no-break space and byte order mark.
+_BLANKS = " \t\n\r\f\v\u00a0\ufeff"
+_IDS = ("user_id", "item_id")
+# Ids shown on each side where few match.
+_EXAMPLES = 3
 
 _log = logging.getLogger(__name__)
 
@@ -38,10 +45,17 @@ class Conversion:
 
     Args:
         folder: Unfinished output folder.
+        policy: What happens to bad rows of delimited files; None for files of a known dump, which have none.
+        missing_values: Words that stand for a missing value.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, policy: Policy | None = None, missing_values: frozenset[str] = frozenset()
+    ) -> None:
         self._folder = folder
+        self._policy: Policy | None = policy
+        self._missing_values = missing_values
+        self._has_item_file = False
         scratch = folder / "scratch"
         scratch.mkdir()
         config: dict[str, str | bool | int | float | list[str]] = {
@@ -60,81 +74,108 @@ class Conversion:
         """Closes the scratch database."""
         self._database.close()
 
-    def sql_rows(self, source: Path, query: str) -> Iterator[dict[str, Any]]:
-        """Yields the rows of a query as dictionaries.
-
-        Args:
-            source: File that the query reads, for messages.
-            query: SQL.
-
-        Raises:
-            UserError: The file cannot be read.
-        """
-        with _user_errors(source), self._database.cursor() as cursor:
-            for batch in cursor.sql(query).to_arrow_reader(_ITEM_BATCH):
-                yield from batch.to_pylist()
-
     def read_interactions(
         self,
         source: Path,
-        table: str,
-        user: str,
-        item: str,
-        time: str,
-        rating: str | None = None,
+        rows: str | Iterable[Rows | BadLine],
+        names: dict[str, str],
         min_rating: float | None = None,
-        dates: bool = False,
+        time_format: str = "number",
     ) -> None:
         """Loads the interactions of a dump.
 
         Args:
             source: Input file, for messages.
-            table: DuckDB table expression with string columns.
-            user: Name of the user column.
-            item: Name of the item column.
-            time: Name of the time column: numbers in any unit. If any has a fraction, all are converted to millionths.
-            rating: Name of the rating column; required with `min_rating`.
+            rows: Rows and broken lines of the columns in `names`, or a DuckDB table expression with string columns.
+            names: Name in the file of `user_id`, `item_id`, `time` and `rating`. Without `time`, rows keep their order;
+                `rating` is required with `min_rating`.
             min_rating: Drop rows with a lower rating.
-            dates: Whether times may be ISO dates and times, which become milliseconds since 1970 (UTC).
+            time_format: How times are read, see `read_times`.
 
         Raises:
             UserError: A value is missing or not a number, or no row remains.
         """
         _log.info("reading %s", source)
-        names = {"user_id": user, "item_id": item, "time": time}
-        if min_rating is not None and rating is not None:
-            names["rating"] = rating
-        selected = ", ".join(f"{identifier(column)} AS {name}" for name, column in names.items())
-        self._run(f"CREATE TABLE raw AS SELECT row_number() OVER () AS place, {selected} FROM {table}", source)
-        for name in ("user_id", "item_id"):
-            self._check(f"{_trimmed(name)} = '' OR {name} IS NULL", source, names[name], "is missing or empty")
-        number = "CAST(round(TRY_CAST(time AS DOUBLE)) AS BIGINT)"
-        # Integers are cast directly, because a double cannot represent all of them.
-        time_sql = f"coalesce(TRY_CAST(time AS BIGINT), {number})"
-        if dates and self._value("SELECT count(TRY_CAST(time AS DOUBLE)) = 0 FROM raw"):
-            time_sql = "epoch_ms(TRY_CAST(time AS TIMESTAMPTZ))"
-            self._check(
-                "TRY_CAST(time AS TIMESTAMPTZ) IS NULL", source, time, "is not a date like 2024-01-31T12:00:00Z"
-            )
-        else:
-            self._check(_NOT_A_NUMBER.format("time"), source, time, "is not a number")
-            if self._value(f"SELECT count(*) FROM raw WHERE {_IS_FRACTION}"):
-                _log.info("%s: %s has fractions, so times are converted to millionths", source, time)
-                time_sql = "CAST(round(TRY_CAST(time AS DOUBLE) * 1e6) AS BIGINT)"
-        condition = "true"
-        if "rating" in names:
-            self._check(_NOT_A_NUMBER.format("rating"), source, names["rating"], "is not a number")
-            condition = f"CAST(rating AS DOUBLE) >= {min_rating!r}"
+        bad = BadRows(source, self._policy)
+        broken = self._load(source, rows, names, bad)
+        times = read_times(self._row, time_format) if "time" in names else TimeReading("0::BIGINT", "")
+        for note in times.notes:
+            _log.warning("%s: %s: %s", source, names["time"], note)
+        rated = min_rating is not None
+        problem = self._find_problems(bad, names, times, rated)
+        total = self._value("SELECT count(*) FROM raw")
+        bad.finish(total + broken)
+        condition = f"({problem}) IS NULL" if bad.count else "true"
+        if rated:
+            condition += f" AND CAST(rating AS DOUBLE) >= {min_rating!r}"
         self._run(
-            f"CREATE TABLE interactions AS SELECT place, {_trimmed('user_id')} AS user_id, "
-            f"{_trimmed('item_id')} AS item_id, {time_sql} AS timestamp FROM raw WHERE {condition}",
+            f"CREATE TABLE interactions AS SELECT line AS place, {plain_id_sql('user_id')} AS user_id, "
+            f"{plain_id_sql('item_id')} AS item_id, {times.sql} AS timestamp FROM raw WHERE {condition}",
             source,
         )
         if not self._value("SELECT count(*) FROM interactions"):
-            raw = self._value("SELECT count(*) FROM raw")
-            reason = f"all {raw:,} rows are below --min_rating {min_rating}" if raw else "the file has no rows"
+            reason = f"all {total:,} rows are below --min_rating {min_rating}" if total else "the file has no rows"
             raise UserError(f"{source}: nothing to convert: {reason}; check the file and the options")
+        floats = self._row(
+            f"SELECT {', '.join(f'count(*) FILTER ({is_float_id_sql(name)})' for name in _IDS)} FROM raw"
+        )
+        for name, count in zip(_IDS, floats, strict=True):
+            if count:
+                _log.info("%s: %s: %s ids such as 12.0 are read as 12", source, names[name], f"{count:,}")
         self._run("DROP TABLE raw")
+
+    def _load(self, source: Path, rows: str | Iterable[Rows | BadLine], names: dict[str, str], bad: BadRows) -> int:
+        """Creates table raw with trimmed texts, null where missing; returns the number of broken lines."""
+        columns = ", ".join(f"{self._trimmed(name)} AS {name}" for name in names)
+        if isinstance(rows, str):
+            selected = ", ".join(f"{identifier(column)} AS {name}" for name, column in names.items())
+            query = f"SELECT row_number() OVER () AS line, {selected} FROM {rows}"
+            self._run(f"CREATE TABLE raw AS SELECT line, {columns} FROM ({query})", source)
+            return 0
+        types = ", ".join(f"{name} VARCHAR" for name in names)
+        self._run(f"CREATE TABLE raw (line BIGINT, {types})")
+        broken = 0
+        with progress(None, "rows", "row") as bar:
+            for part in rows:
+                if isinstance(part, BadLine):
+                    broken += 1
+                    bad.add(part.problem, 1, [(part.line, "")])
+                    continue
+                arrays = [pa.array(part.lines, pa.int64()), *part.columns]
+                self._database.register("batch", pa.table(arrays, names=["line", *names]))
+                self._run(f"INSERT INTO raw SELECT line, {columns} FROM batch", source)
+                bar.update(len(part.lines))
+        return broken
+
+    def _find_problems(self, bad: BadRows, names: dict[str, str], times: TimeReading, rated: bool) -> str:
+        """Reports the bad rows of table raw; returns SQL of a row's problem, null for a good row."""
+        problems = [(f"{names[name]} is missing", f"{name} IS NULL", "''") for name in names if name != "rating"]
+        problems += [
+            (f"of {names[name]} was written as a float and has lost digits", lost_digits_sql(name), name)
+            for name in _IDS
+        ]
+        if "time" in names:
+            problems.append((f"of {names['time']} {times.problem}", f"{times.sql} IS NULL", "time"))
+        if rated:
+            number = "NOT coalesce(isfinite(TRY_CAST(rating AS DOUBLE)), false)"
+            problems.append((f"of {names['rating']} is not a number", number, "coalesce(rating, '')"))
+        cases = " ".join(f"WHEN {test} THEN {place}" for place, (_, test, _) in enumerate(problems))
+        problem = f"CASE {cases} END"
+        values = " ".join(f"WHEN {place} THEN {value}" for place, (_, _, value) in enumerate(problems))
+        found = self._rows(
+            f"SELECT problem, count(*), min(line, 3), arg_min(value, line, 3) FROM (SELECT *, "
+            f"CASE problem {values} END AS value FROM (SELECT *, {problem} AS problem FROM raw)) "
+            "WHERE problem IS NOT NULL GROUP BY problem"
+        )
+        for place, count, lines, shown in found:
+            bad.add(problems[place][0], count, zip(lines, shown, strict=True))
+        return problem
+
+    def _trimmed(self, column: str) -> str:
+        """SQL of a text column, stripped of white space at both ends; null where it is empty or a missing value."""
+        words = ", ".join(quote(word) for word in ("", *sorted(self._missing_values)))
+        trimmed = f"trim({column}, {quote(_BLANKS)})"
+        return f"CASE WHEN {trimmed} NOT IN ({words}) THEN {trimmed} END"
 
     def read_items(self, source: Path, items: Iterable[Item]) -> None:
         """Loads the catalog. Of duplicate items, the first row is kept.
@@ -152,21 +193,92 @@ class Conversion:
         rows = iter(items)
         with progress(None, "items", "item") as bar:
             while batch := list(islice(rows, _ITEM_BATCH)):
-                columns: dict[str, list[Any]] = {"place": list(range(place, place + len(batch)))}
-                columns["item_id"] = [str(item.get("item_id") or "").strip(_BLANKS) for item in batch]
-                if "" in columns["item_id"]:
-                    row = place + columns["item_id"].index("") + 1
+                columns: dict[str, Any] = {"place": list(range(place, place + len(batch)))}
+                ids = [str(item.get("item_id") or "").strip(_BLANKS) for item in batch]
+                if "" in ids:
+                    row = place + ids.index("") + 1
                     raise UserError(f"{source}: row {row}: the item id is missing; delete or complete the row")
+                columns["item_id"] = plain_ids(pa.array(ids, pa.string()))
                 for name in ITEM_COLUMNS[1:]:
                     columns[name] = [clean_text(item.get(name)) for item in batch]
                 self._database.register("batch", pa.table(columns, schema=schema))
                 self._run("INSERT INTO items SELECT * FROM batch")
                 place += len(batch)
                 bar.update(len(batch))
+        self._has_item_file = True
+        lost = self._rows(f"SELECT item_id FROM items WHERE {lost_digits_sql('item_id')} ORDER BY place LIMIT 1")
+        if lost:
+            raise UserError(
+                f"{source}: item id {lost[0][0]!r} was written as a float and has lost digits; write ids as text"
+            )
+
+    def read_delimited_items(self, file: DelimitedFile, columns: dict[str, str]) -> None:
+        """Loads the catalog from a delimited file. Of duplicate items, the first row is kept.
+
+        Args:
+            file: The file.
+            columns: Name in the file of `item_id` and of the text columns.
+
+        Raises:
+            UserError: An item has no id, and bad rows are an error.
+        """
+        bad = BadRows(file.path, self._policy)
+        words: Counter[str] = Counter()
+        total = 0
+
+        def items() -> Iterator[Item]:
+            nonlocal total
+            for part in file.read(list(columns.values())):
+                if isinstance(part, BadLine):
+                    total += 1
+                    bad.add(part.problem, 1, [(part.line, "")])
+                    continue
+                total += len(part.lines)
+                for line, *values in zip(part.lines, *(column.to_pylist() for column in part.columns), strict=True):
+                    stripped = [value.strip(_BLANKS) for value in values]
+                    known = [None if word in self._missing_values else word for word in stripped]
+                    if known[0]:
+                        words.update(name for name, word in zip(columns, known, strict=True) if word is None)
+                        yield dict(zip(columns, known, strict=True))
+                    else:
+                        bad.add(f"{columns['item_id']} is missing", 1, [(line, "")])
+
+        self.read_items(file.path, items())
+        bad.finish(total)
+        if words:
+            counts = ", ".join(f"{count:,} {columns[name]}" for name, count in words.items())
+            _log.info("%s: read as missing, because they are words such as NULL or nan: %s", file.path, counts)
+
+    def write_sessions(self) -> None:
+        """Writes sessions.parquet, one session per user in the order of their first rows; clicks are oldest first."""
+        query = (
+            "SELECT first, user_id, item_id FROM interactions JOIN (SELECT user_id, min(place) AS first "
+            "FROM interactions GROUP BY user_id) USING (user_id) ORDER BY first, timestamp, place"
+        )
+        path = self._folder / "sessions.parquet"
+        sessions = 0
+        with (
+            _user_errors(path),
+            self._database.cursor() as cursor,
+            pq.ParquetWriter(path, sessions_schema()) as writer,
+        ):
+            for batch in session_batches(cursor.sql(query).to_arrow_reader(ROW_GROUP_ROWS)):
+                writer.write_batch(batch)
+                sessions += batch.num_rows
+        clicks = self._value("SELECT count(*) FROM interactions")
+        _log.info("%s clicks, %s sessions", f"{clicks:,}", f"{sessions:,}")
 
     def write(self) -> None:
-        """Writes both files. Interactions are grouped by user, oldest first; ties are in the order of the input."""
+        """Writes interactions.parquet and items.parquet.
+
+        Interactions are grouped by user, oldest first; ties are in the order of the input.
+
+        Raises:
+            UserError: There is an item file, and no item of it occurs in the interactions.
+        """
         missing = self._value("SELECT count(DISTINCT item_id) FROM interactions ANTI JOIN items USING (item_id)")
+        if self._has_item_file:
+            self._compare_ids(missing)
         columns = ", ".join(ITEM_COLUMNS)
         nulls = ", ".join(f"NULL AS {name}" for name in ITEM_COLUMNS[1:])
         self._write(
@@ -190,6 +302,21 @@ class Conversion:
         note = f" ({missing:,} of them only in the interactions, without text)" if missing else ""
         _log.info("%s interactions, %s users, %s items%s", f"{rows:,}", f"{users:,}", f"{items:,}", note)
 
+    def _compare_ids(self, missing: int) -> None:
+        """Warns if few ids of the interactions are in the item file."""
+        total = self._value("SELECT count(DISTINCT item_id) FROM interactions")
+        first = "SELECT item_id FROM {} ANTI JOIN {} USING (item_id) GROUP BY item_id ORDER BY min(place) LIMIT {}"
+        in_log, in_items = (
+            [item_id for (item_id,) in self._rows(first.format(one, other, _EXAMPLES))]
+            for one, other in (("interactions", "items"), ("items", "interactions"))
+        )
+        problem = match_problem(total - missing, total, in_log, in_items)
+        if problem is None:
+            return
+        if missing == total:
+            raise UserError(f"{problem}; write the ids of both files in the same form, or leave out --items")
+        _log.warning("%s; the others become items without text", problem)
+
     def _write(self, name: str, schema: pa.Schema, query: str, rows: int | None = None) -> None:
         with (
             _user_errors(self._folder / name),
@@ -205,40 +332,40 @@ class Conversion:
         with _user_errors(source or self._folder):
             self._database.execute(statement)
 
-    def _value(self, query: str) -> Any:
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
         with _user_errors(self._folder):
-            return self._database.execute(query).fetchall()[0][0]
+            return self._database.execute(query).fetchall()
 
-    def _check(self, condition: str, source: Path, column: str, problem: str) -> None:
-        count = self._value(f"SELECT count(*) FROM raw WHERE {condition}")
-        if count:
-            place = self._value(f"SELECT min(place) FROM raw WHERE {condition}")
-            raise UserError(
-                f"{source}: row {place:,}: {column} {problem} ({count:,} rows in all); correct or delete such rows, or "
-                "check the format of the file"
-            )
+    def _row(self, query: str) -> tuple[Any, ...]:
+        return self._rows(query)[0]
 
-
-def _trimmed(column: str) -> str:
-    """SQL of a text column, stripped of leading and trailing white space."""
-    return f"trim({column}, {quote(_BLANKS)})"
+    def _value(self, query: str) -> Any:
+        return self._row(query)[0]
 
 
 @contextmanager
-def conversion(output: str | Path) -> Iterator[Conversion]:
+def conversion(
+    output: str | Path,
+    policy: Policy | None = None,
+    missing_values: frozenset[str] = frozenset(),
+    write: Callable[[Conversion], None] = Conversion.write,
+) -> Iterator[Conversion]:
     """Yields a `Conversion`; the output folder appears when the block succeeds.
 
     Args:
         output: Output folder.
+        policy: What happens to bad rows of delimited files; None for files of a known dump, which have none.
+        missing_values: Words that stand for a missing value.
+        write: Writes the output when the block has ended.
 
     Raises:
         UserError: `output` exists and is not empty.
     """
     with output_folder(output) as folder:
-        work = Conversion(folder)
+        work = Conversion(folder, policy, missing_values)
         try:
             yield work
-            work.write()
+            write(work)
         finally:
             work.close()
             shutil.rmtree(folder / "scratch", ignore_errors=True)

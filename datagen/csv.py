@@ -2,33 +2,56 @@ r"""Converts delimited text files with a header line; the columns are named on t
 
     python -m datagen.csv --interactions log.csv --user_column user --item_column sku --time_column at \
         --items products.csv --title_column name --output data/shop
+    python -m datagen.csv --sessions today.csv --user_column user --item_column sku --time_column at --output data/today
 
-Times are numbers in any unit, or ISO dates and times. If any number has a fraction, all are converted to millionths.
-Dates are converted to milliseconds since 1970 (UTC).
+`--sessions` writes sessions to score. It reads ids and times as `--interactions` does.
+
+Times are numbers or dates, see `datagen.times`. If any number has a fraction, all are converted to millionths. Dates
+become microseconds since 1970 (UTC).
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
-    from datagen.conversion import Conversion, Item
+    from datagen.conversion import Conversion
+    from datagen.delimited import DelimitedFile
 
 _TEXTS = ("title", "category", "brand", "description")
+_MISSING_VALUES = r"nan,NaN,-nan,NULL,null,None,\N,NaT,<NA>,N/A,#N/A"
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser("datagen.csv", "Converts delimited text to interactions.parquet and items.parquet.")
-    parser.add_argument("--interactions", type=LocalPath, required=True, help="file with a header line, may be gzipped")
+    parser.add_argument("--interactions", type=LocalPath, default=None, help="log with a header line")
+    parser.add_argument(
+        "--sessions",
+        type=LocalPath,
+        default=None,
+        help="log of new sessions; writes sessions.parquet for llmgr_rec.score. Give this or --interactions",
+    )
     parser.add_argument("--user_column", type=str, required=True, help="user or session column")
     parser.add_argument("--item_column", type=str, required=True, help="item column, in both files")
-    parser.add_argument("--time_column", type=str, required=True, help="time column: numbers, or ISO dates")
+    parser.add_argument(
+        "--time_column",
+        type=str | None,
+        default=None,
+        help="time column: numbers, or ISO dates; with --sessions it may be left out, and rows keep their order",
+    )
+    parser.add_argument(
+        "--time_format",
+        type=str,
+        default="auto",
+        help="how times are read: auto (numbers or ISO dates), number (numbers of one unit, whatever their size), mdy "
+        "(01/31/2024), dmy (31.01.2024), or a pattern such as '%%d %%b %%Y %%H:%%M'",
+    )
     parser.add_argument("--rating_column", type=str | None, default=None, help="rating column, for --min_rating")
     parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
     parser.add_argument("--items", type=LocalPath, default=None, help="item file; may be the same file")
@@ -37,7 +60,27 @@ def main(argv: Sequence[str]) -> None:
     )
     for name in _TEXTS:
         parser.add_argument(f"--{name}_column", type=str | None, default=None, help=f"{name} column of --items")
-    parser.add_argument("--delimiter", type=str, default=",", help="one character; 'tab' for a tab")
+    parser.add_argument(
+        "--delimiter",
+        type=str,
+        default="auto",
+        help="one character; 'tab' for a tab; auto: the one of , ; tab and | that the header has",
+    )
+    parser.add_argument(
+        "--encoding", type=str | None, default=None, help="such as cp1252; default: UTF-8, or by the byte order mark"
+    )
+    parser.add_argument(
+        "--bad_rows",
+        type=Literal["error", "drop"],
+        default="error",
+        help="rows without user, item or time, or with a wrong number of fields: stop, or drop and count them",
+    )
+    parser.add_argument(
+        "--missing_values",
+        type=str,
+        default=_MISSING_VALUES,
+        help="words that stand for a missing value, separated by commas",
+    )
     parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv).as_dict()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -45,51 +88,57 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _convert(args: dict[str, Any]) -> None:
-    from datagen.conversion import conversion
+    from datagen.conversion import Conversion, conversion
     from datagen.sources import require_file
+    from datagen.times import check_time_format
 
+    texts = {name: args[f"{name}_column"] for name in _TEXTS if args[f"{name}_column"] is not None}
+    _check_options(args, texts)
+    check_time_format(args["time_format"])
+    option = "interactions" if args["sessions"] is None else "sessions"
+    log = require_file(args[option], f"--{option}")
+    items = require_file(args["items"], "--items") if args["items"] is not None else None
+    missing_values = frozenset(word.strip() for word in args["missing_values"].split(","))
+    write = Conversion.write if option == "interactions" else Conversion.write_sessions
+    with conversion(args["output"], args["bad_rows"], missing_values, write) as work:
+        _read_log(work, log, args)
+        if items is not None:
+            columns = {"item_id": args["items_id_column"] or args["item_column"]} | texts
+            options = {"item_id": "items_id_column"} | {name: f"{name}_column" for name in texts}
+            wanted = {f"--{options[name]}": column for name, column in columns.items()}
+            work.read_delimited_items(_open(items, wanted, args), columns)
+
+
+def _check_options(args: dict[str, Any], texts: dict[str, str]) -> None:
+    if (args["interactions"] is None) == (args["sessions"] is None):
+        raise UserError("give exactly one of --interactions and --sessions")
+    if args["interactions"] is not None and args["time_column"] is None:
+        raise UserError("--interactions needs --time_column; name the column with the times of the clicks")
+    if args["sessions"] is not None and (texts or args["items"] is not None):
+        raise UserError("--sessions takes no item file, because the run has the items; remove --items and its columns")
     if (args["min_rating"] is None) != (args["rating_column"] is None):
         raise UserError("--min_rating and --rating_column require each other; give both or neither")
-    texts = {name: args[f"{name}_column"] for name in _TEXTS if args[f"{name}_column"] is not None}
     if (args["items"] is None) != (not texts):
         raise UserError(
             "--items needs at least one of --title_column, --category_column, --brand_column, "
             "--description_column, and these options need --items"
         )
-    delimiter = {"tab": "\t", "\\t": "\t"}.get(args["delimiter"], args["delimiter"])
-    if len(delimiter) != 1:
-        raise UserError(f"--delimiter {args['delimiter']!r} is not one character; use 'tab' for a tab")
-    interactions = require_file(args["interactions"], "--interactions")
-    items = require_file(args["items"], "--items") if args["items"] is not None else None
-    with conversion(args["output"]) as work:
-        _read_interactions(work, interactions, delimiter, args)
-        if items is not None:
-            _read_items(work, items, delimiter, args["items_id_column"] or args["item_column"], texts)
 
 
-def _read_interactions(work: "Conversion", path: Path, delimiter: str, args: dict[str, Any]) -> None:
-    from datagen.sources import delimited_sql, read_header, require_columns
-
-    options = ["user_column", "item_column", "time_column", "rating_column"]
-    header = read_header(path, delimiter)
-    require_columns(path, header, {f"--{option}": args[option] for option in options if args[option] is not None})
-    table = delimited_sql(path, header, delimiter, header=True, quotes=True)
-    user, item, time, rating = (args[option] for option in options)
-    work.read_interactions(path, table, user, item, time, rating, args["min_rating"], dates=True)
+def _read_log(work: "Conversion", path: Path, args: dict[str, Any]) -> None:
+    columns = {"user_id": "user", "item_id": "item", "time": "time", "rating": "rating"}
+    names = {name: args[f"{column}_column"] for name, column in columns.items() if args[f"{column}_column"] is not None}
+    file = _open(path, {f"--{columns[name]}_column": column for name, column in names.items()}, args)
+    work.read_interactions(path, file.read(list(names.values())), names, args["min_rating"], args["time_format"])
 
 
-def _read_items(work: "Conversion", path: Path, delimiter: str, item_column: str, texts: dict[str, str]) -> None:
-    from datagen.sources import delimited_sql, identifier, read_header, require_columns
+def _open(path: Path, wanted: dict[str, str], args: dict[str, Any]) -> "DelimitedFile":
+    from datagen.delimited import DelimitedFile, encoding_name
 
-    header = read_header(path, delimiter)
-    wanted = {"--items_id_column": item_column} | {f"--{name}_column": column for name, column in texts.items()}
-    require_columns(path, header, wanted)
-    columns = {"item_id": item_column} | texts
-    selected = ", ".join(f"{identifier(column)} AS {name}" for name, column in columns.items())
-    rows: Iterator[Item] = work.sql_rows(
-        path, f"SELECT {selected} FROM {delimited_sql(path, header, delimiter, header=True, quotes=True)}"
-    )
-    work.read_items(path, rows)
+    delimiter = {"tab": "\t", "\\t": "\t", "auto": None}.get(args["delimiter"], args["delimiter"])
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '\r\n"' or ord(delimiter) > 127):
+        raise UserError(f"--delimiter {args['delimiter']!r} is not one ASCII character; use 'tab' for a tab")
+    return DelimitedFile(path, wanted, delimiter, encoding_name(args["encoding"]))
 
 
 if __name__ == "__main__":

@@ -150,10 +150,12 @@ def _read_atomic(work: "Conversion", folder: Path, min_rating: float | None) -> 
     clicks = next(iter(folder.glob("*.inter")))
     columns = _atomic_columns(read_header(clicks, "\t"))
     require_columns(clicks, columns, {f"RecBole {name}": name for name in ("user_id", "item_id", "timestamp")})
-    if min_rating is not None:
+    rated = min_rating is not None
+    if rated:
         require_columns(clicks, columns, {"--min_rating": "rating"})
     table = delimited_sql(clicks, columns, "\t", header=True, quotes=False)
-    work.read_interactions(clicks, table, "user_id", "item_id", "timestamp", "rating", min_rating)
+    fields = {"user_id": "user_id", "item_id": "item_id", "time": "timestamp"} | ({"rating": "rating"} if rated else {})
+    work.read_interactions(clicks, table, fields, min_rating)
 
     items = _item_file(folder, clicks.with_suffix(".item").name)
     names = _atomic_columns(read_header(items, "\t"))
@@ -198,7 +200,8 @@ def _read_ratings(work: "Conversion", path: Path, delimiter: str, *, header: boo
         require_columns(path, present, {f"MovieLens {path.name}": name for name in columns})
         columns = present
     table = delimited_sql(path, columns, delimiter, header=header, quotes=False)
-    work.read_interactions(path, table, "userId", "movieId", "timestamp", "rating", min_rating)
+    names = {"user_id": "userId", "item_id": "movieId", "time": "timestamp", "rating": "rating"}
+    work.read_interactions(path, table, names, min_rating)
 
 
 def _item_file(folder: Path, name: str) -> Path:

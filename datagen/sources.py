@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from llmgr_rec.data.preparation.database import literal_path
 from llmgr_rec.errors import UserError, did_you_mean
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
@@ -87,8 +88,9 @@ def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header:
     # Blank lines before the header.
     skipped = next(read_lines(path), (1, ""))[0] - 1 if header else 0
     mark = "'\"'" if quotes else "''"
+    source = quote(literal_path(path))
     return (
-        f"read_csv({quote(path)}, delim={quote(delimiter)}, header={str(header).lower()}, skip={skipped}, "
+        f"read_csv({source}, delim={quote(delimiter)}, header={str(header).lower()}, skip={skipped}, "
         f"quote={mark}, escape={mark}, auto_detect=false, columns={{{types}}})"
     )
 
@@ -101,7 +103,7 @@ def json_sql(path: Path, fields: Sequence[str]) -> str:
         fields: Names of the fields.
     """
     types = ", ".join(f"{identifier(name)}: 'VARCHAR'" for name in fields)
-    return f"read_json({quote(path)}, format='newline_delimited', columns={{{types}}})"
+    return f"read_json({quote(literal_path(path))}, format='newline_delimited', columns={{{types}}})"
 
 
 def read_header(path: Path, delimiter: str) -> list[str]:

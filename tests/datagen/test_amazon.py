@@ -127,7 +127,7 @@ def _bad(tmp_path: Path, year: int, reviews: str, meta: str, suffix: str = "") -
         (2018, json_lines(OLD_REVIEWS), META_2014, r"m\.json: line 1 is not a JSON object"),
         (2018, json_lines(OLD_REVIEWS), "[1]\n", r"m\.json: line 1 is a list, not an object"),
         (2018, json_lines(OLD_REVIEWS), json_lines(META_2023), r"m\.json: line 1: asin is missing; .* of 2018\?"),
-        (2018, json_lines(REVIEWS_2023), json_lines(META_2018), r"r\.json: row 1: reviewerID is missing"),
+        (2018, json_lines(REVIEWS_2023), json_lines(META_2018), r"r\.json: line 1: reviewerID is missing"),
         (2018, json_lines(OLD_REVIEWS) + '{"asin": \n', json_lines(META_2018), r"r\.json: .*Malformed JSON"),
         (2018, "", json_lines(META_2018), r"r\.json: nothing to convert: the file has no rows"),
         (2019, json_lines(OLD_REVIEWS), META_2014, r"--year is 2019; it must be one of 2014, 2018, 2023"),

@@ -118,9 +118,9 @@ def test_same_input_same_bytes(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("196\t242\t3\n", r"u\.data: line 5: Expected Number of Columns: 4 Found: 3"),
-        ("196\t\t3\t881250949\n", r"u\.data: row 5: movieId is missing or empty \(1 rows"),
-        ("196\t242\t3\tyesterday\n", r"u\.data: row 5: timestamp is not a number"),
-        ("196\t242\tgood\t881250949\n", r"u\.data: row 5: rating is not a number"),
+        ("196\t\t3\t881250949\n", r"u\.data: line 5: movieId is missing; correct such rows$"),
+        ("196\t242\t3\tyesterday\n", r"u\.data: line 5: 'yesterday' of timestamp is not a number"),
+        ("196\t242\tgood\t881250949\n", r"u\.data: line 5: 'good' of rating is not a number"),
     ],
 )
 def test_bad_ratings_are_named_and_leave_nothing(tmp_path: Path, line: str, message: str) -> None:

@@ -72,6 +72,23 @@ class Database:
         self._connection.close()
 
 
+def literal_path(path: Path) -> str:
+    """A path that DuckDB reads as it is. DuckDB takes each path for a glob pattern, or for an address such as `s3:`.
+
+    Args:
+        path: Path of a file.
+
+    Raises:
+        UserError: The path has a backslash beside `*`, `?` or `[`, which no pattern of DuckDB can match.
+    """
+    text = str(path.absolute())
+    if not set(text) & set("*?["):
+        return text
+    if "\\" in text:
+        raise UserError(f"{path}: DuckDB cannot read a path with a backslash and one of * ? [; rename the file")
+    return "".join(f"[{character}]" if character in "*?[" else character for character in text)
+
+
 @contextmanager
 def user_errors(action: str) -> Iterator[None]:
     """Converts errors of DuckDB and of the file system to one-line user errors.

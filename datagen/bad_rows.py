@@ -1,0 +1,68 @@
+"""What happens to rows that cannot be used: they end the conversion, or they are dropped and counted."""
+
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from llmgr_rec.errors import UserError
+
+Policy = Literal["error", "drop"]
+
+# Rows shown in the message.
+_SHOWN = 3
+_log = logging.getLogger(__name__)
+
+
+class BadRows:
+    """The bad rows of a file: how many there are, and the first three.
+
+    Args:
+        source: The file, for messages.
+        policy: Whether bad rows are an error or dropped; None if the program cannot drop them.
+    """
+
+    def __init__(self, source: Path, policy: Policy | None) -> None:
+        self._source = source
+        self._policy = policy
+        self._counts: Counter[str] = Counter()
+        self._first: list[tuple[int, str]] = []
+
+    @property
+    def count(self) -> int:
+        """Number of bad rows."""
+        return self._counts.total()
+
+    def add(self, problem: str, count: int, first: Iterable[tuple[int, str]]) -> None:
+        """Adds rows that have the same problem.
+
+        Args:
+            problem: What is wrong, as the end of a sentence.
+            count: Number of rows.
+            first: Number and value (empty if there is none to show) of the first of them.
+        """
+        self._counts[problem] += count
+        shown = [(number, f"{value!r} {problem}" if value else problem) for number, value in first]
+        self._first = heapq.nsmallest(_SHOWN, [*self._first, *shown])
+
+    def finish(self, rows: int) -> None:
+        """Ends the conversion, or logs what is dropped.
+
+        Args:
+            rows: Number of rows of the file, the bad ones included.
+
+        Raises:
+            UserError: There are bad rows, and they are an error or all rows are bad.
+        """
+        if not self.count:
+            return
+        shown = "; ".join(f"line {number:,}: {problem}" for number, problem in self._first)
+        if self._policy != "drop":
+            more = f" ({self.count:,} bad rows of {rows:,} in all)" if self.count > len(self._first) else ""
+            remedy = ", or drop them with --bad_rows drop" if self._policy else ""
+            raise UserError(f"{self._source}: {shown}{more}; correct such rows{remedy}")
+        if self.count == rows:
+            raise UserError(f"{self._source}: all {rows:,} rows are bad: {shown}; check the options and the file")
+        _log.warning("%s: dropped %s bad rows of %s: %s", self._source, f"{self.count:,}", f"{rows:,}", shown)
