@@ -6,12 +6,8 @@ from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.duration import nanoseconds_of
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.preparation.source import Source
+from llmgr_rec.data.time_units import UNITS, unit_sql
 from llmgr_rec.errors import UserError
-
-# Nanoseconds.
-_UNITS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
-# Smallest numbers since 1970 of each unit that are not taken for a finer one: March 1973 in all of them.
-_FIRST_TIMES = {"s": 10**8, "ms": 10**11, "us": 10**14, "ns": 10**17}
 
 
 def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) -> dict[str, Any]:
@@ -33,7 +29,7 @@ def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) 
     """
     assert settings.session_gap is not None
     unit = _time_unit(database, clicks, settings)
-    gap = nanoseconds_of(settings.session_gap, "--session_gap") // _UNITS[unit]
+    gap = nanoseconds_of(settings.session_gap, "--session_gap") * UNITS[unit] // UNITS["nanoseconds"]
     users = int(database.value("SELECT count(*) FROM users"))
     # HUGEINT, because the difference of two times may exceed 64 bits.
     database.run(
@@ -59,20 +55,22 @@ def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) 
 
 
 def _time_unit(database: Database, clicks: Source, settings: PrepareSettings) -> str:
-    """Unit of the column time of events: s, ms, us or ns."""
+    """Unit of the column time of events, a key of UNITS."""
     if clicks.types["timestamp"] != "int64":
         if settings.time_unit != "auto":
             raise UserError(
                 f"--time_unit {settings.time_unit}: column timestamp is not an integer, its unit is known; leave it out"
             )
-        return "ns"
+        return "nanoseconds"
     if settings.time_unit != "auto":
         return settings.time_unit
-    first, last = database.run("SELECT min(time), max(time) FROM events")[0]
-    units = [next((unit for unit in reversed(_UNITS) if time >= _FIRST_TIMES[unit]), "") for time in (first, last)]
-    if not units[0] or units[0] != units[1]:
+    first, last, *units = database.run(
+        f"SELECT first, last, {unit_sql('first')}, {unit_sql('last')} "
+        "FROM (SELECT min(time) AS first, max(time) AS last FROM events)"
+    )[0]
+    if units[0] is None or units[0] != units[1]:
         raise UserError(
             f"--session_gap {settings.session_gap}: the unit of column timestamp is unclear, its numbers are from "
-            f"{first} to {last}; correct them, or name the unit of all by --time_unit (s, ms, us or ns since 1970)"
+            f"{first} to {last}; correct them, or name their unit since 1970 by --time_unit ({', '.join(UNITS)})"
         )
-    return units[0]
+    return str(units[0])

@@ -22,7 +22,8 @@ class PrepareSettings:
             timestamp. Give this or interactions.
         session_gap: Inactivity that ends a session of a user_id, such as 30min, 2h or 1d (s, min, h, d); default: all
             clicks of a user_id are one session. Needs interactions.
-        time_unit: Unit of integer timestamps for session_gap: s, ms, us or ns since 1970; auto: by their size.
+        time_unit: Unit of integer timestamps since 1970, for session_gap; auto: by their size, if all are from 1990 to
+            2100.
         min_interactions: k of the iterative k-core filter: users and items with fewer interactions are dropped until
             all have at least k; 0 or 1 disables it.
         min_session_length: k for users (sessions), if it differs from k for items.
@@ -54,7 +55,7 @@ class PrepareSettings:
     interactions: LocalPath | None = None
     sessions: LocalPath | None = None
     session_gap: str | None = None
-    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"
+    time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds"] = "auto"
     min_interactions: int = 5
     min_session_length: int | None = None
     max_length: int = 50

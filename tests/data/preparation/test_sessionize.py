@@ -57,7 +57,7 @@ def test_sessions_equal_the_naive_ones(
         (name, tuple(items[:-1]), items[-1]) for name, items in expected.items() if len(items) > 1
     ]
     cut = result.dataset.manifest.session_gap
-    assert (cut["unit"], cut["sessions"], cut["clicks"]) == ("s", len(expected), len(clicks))
+    assert (cut["unit"], cut["sessions"], cut["clicks"]) == ("seconds", len(expected), len(clicks))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_the_summary_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFix
     items = write_items(tmp_path / "items.parquet", list("abcd"))
     words = ["--interactions", str(path), "--items", str(items), "--output", str(tmp_path / "o"), "--session_gap", "1d"]
     main([*words, "--min_interactions", "2"])
-    expected = "at gaps above 1d: users 1, sessions 2, clicks per session 4.0, before filters (timestamps in ms)\n"
+    expected = "1d: users 1, sessions 2, clicks per session 4.0, before filters (timestamps in milliseconds)\n"
     assert expected in capsys.readouterr().out
     with pytest.raises(UserError, match="--session_gap cuts a log of --interactions; --sessions are sessions already"):
         main([*words[2:], "--sessions", str(path)])
@@ -121,8 +121,8 @@ def test_the_summary_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (range(4), {}, "the unit of column timestamp is unclear, its numbers are from 0 to 3; .* --time_unit"),
         ([START, START, START * 1000, START], {}, "the unit of column timestamp is unclear"),
-        (pa.array(range(4), pa.timestamp("s")), {"time_unit": "s"}, "column timestamp is not an integer"),
-        (range(4), {"session_gap": None, "time_unit": "s"}, "--time_unit is for --session_gap"),
+        (pa.array(range(4), pa.timestamp("s")), {"time_unit": "seconds"}, "column timestamp is not an integer"),
+        (range(4), {"session_gap": None, "time_unit": "seconds"}, "--time_unit is for --session_gap"),
     ],
 )
 def test_times_of_unknown_unit_are_refused(tmp_path: Path, times: Any, options: dict[str, Any], message: str) -> None:
@@ -136,7 +136,7 @@ def test_times_of_unknown_unit_are_refused(tmp_path: Path, times: Any, options: 
 
 def test_a_unit_may_be_named(tmp_path: Path) -> None:
     clicks: list[Click] = [("u", item, minute) for minute, item in zip([0, 1, 2, 3, 64], "abcda", strict=True)]
-    result = prepare(tmp_path, clicks, session_gap="1min", time_unit="s")
+    result = prepare(tmp_path, clicks, session_gap="1min", time_unit="seconds")
     assert result.rows["test"] == [("u/1", ("a", "b", "c"), "d")]
 
 
