@@ -62,6 +62,8 @@ class SettingInfo:
     def problem(self, value: Any) -> str:
         """What a value has to be instead; empty where it may stay."""
         values = value if isinstance(value, list) else [value]
+        if None in values:
+            return "give a value, or leave the setting out"
         if self.needs_values and not values:
             return "give at least one value"
         if self.is_path and (problem := path_problem(value)):

@@ -10,6 +10,7 @@ from llmgr_rec.cli import make_parser, parse_args
 from llmgr_rec.config import Config, settings
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.paths import path_problem
+from llmgr_rec.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -103,6 +104,7 @@ def _config_file(name: str) -> str:
     if problem := path_problem(name):
         raise UserError(f"--config {name}: {problem}")
     if Path(name).is_file():
+        _check_sections(Path(name))
         return name
     shipped = RECIPES / f"{name}.yaml"
     if shipped.is_file():
@@ -110,6 +112,17 @@ def _config_file(name: str) -> str:
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         raise UserError(f"settings file {name} does not exist; give a YAML file or one of {', '.join(recipe_names())}")
     raise UserError(f"no recipe named {name}{did_you_mean(name, recipe_names())}")
+
+
+def _check_sections(file: Path) -> None:
+    """Checks what the parser would take without a word, or fail on: keys given twice, emptied sections."""
+    content = read_yaml(file)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{file} has no settings; give a YAML file of settings, or one of {', '.join(recipe_names())}")
+    for group in (item.name for item in fields(Config) if is_dataclass(item.type)):
+        if group in content and not isinstance(content[group], dict):
+            found = "is empty" if content[group] is None else f"is {content[group]!r:.60}"
+            raise UserError(f"{file}: section {group} {found}; give settings under it, or remove it")
 
 
 def _build(cls: type, values: Any) -> Any:

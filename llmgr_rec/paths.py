@@ -2,7 +2,11 @@
 
 import os
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llmgr_rec.errors import UserError
 
 if TYPE_CHECKING:
     LocalPath = str
@@ -55,3 +59,20 @@ def local_path(value: Any) -> str:
         shown = value if isinstance(value, str) and value and value.isprintable() else repr(value)
         raise ValueError(f"{shown}; {problem}")
     return os.path.expanduser(value)
+
+
+def check_inside(folder: Path, names: Iterable[str], source: Path) -> None:
+    """Checks that files which a folder lists as its own lie in it, so that a folder from elsewhere opens no other file.
+
+    Args:
+        folder: The folder.
+        names: Paths relative to it.
+        source: File that lists them, for the message.
+
+    Raises:
+        UserError: A name is absolute, leads out of the folder, or is a link to a file outside.
+    """
+    root = folder.resolve()
+    for name in names:
+        if not isinstance(name, str) or path_problem(name) or not (root / name).resolve().is_relative_to(root):
+            raise UserError(f"{source}: {name!r} is not a file within {folder}; make or copy the folder again")

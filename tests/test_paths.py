@@ -1,5 +1,6 @@
 """Paths that the user names: what is not on this machine, or no path at all, is refused in one line."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -14,14 +15,9 @@ from llmgr_rec.paths import local_path, path_problem
 from llmgr_rec.storage.pretrained import cache_folder
 from tests.commands import command_names, main_of, options_of, takes_path, type_of
 
-# Options of text that is no path.
-TEXTS = {
-    "--allow_code", "--blend.neighbors+", "--brand_column", "--category_column", "--columns", "--delimiter",
-    "--description_column", "--encoder.name", "--head.name", "--item_column", "--items_id_column", "--models",
-    "--neighbors", "--optimizer", "--rating_column", "--seeds", "--split_column", "--time_column", "--title_column",
-    "--user_column",
-}  # fmt: skip
 # Settings that may be paths; `Config.validate` checks them.
+# Help texts begin with what the value is.
+_FILE = re.compile(r"(\w+ ){0,2}(file|folder)s?\b", re.IGNORECASE)
 SETTINGS = {f"--{one.name}" for one in settings(Config()) if one.info.is_path}
 
 
@@ -65,8 +61,9 @@ def test_the_home_folder_is_put_in_place_of_a_tilde() -> None:
 @pytest.mark.parametrize("command", command_names())
 def test_every_option_that_is_a_path_refuses_remote_storage(command: str) -> None:
     options = options_of(command)
-    texts = {name for name, option in options.items() if "str" in str(type_of(option)) and not takes_path(option)}
-    assert texts <= TEXTS | SETTINGS, "options of type str; give those that are paths the type LocalPath"
+    for name, option in options.items():
+        if "str" in str(type_of(option)) and _FILE.match(str(option.help)) and name not in SETTINGS:
+            assert takes_path(option), f"{name} is the path of a file or folder; give it the type LocalPath"
     for name, option in options.items():
         if takes_path(option) or name in SETTINGS:
             with pytest.raises(UserError, match=r"is s3://b/c; give a path on this machine, because remote storage"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmgr_rec.data.schema import FORMAT_VERSION, ITEMS_NAME, MANIFEST_NAME, SPLITS
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import check_inside
 
 _REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 
@@ -146,6 +147,7 @@ def load_manifest(path: str | Path) -> Manifest:
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}); {_REMEDY}") from None
     manifest = _parse(values, file)
+    check_inside(folder, manifest.files, file)
     for name, entry in sorted(manifest.files.items()):
         part = folder / name
         if not part.is_file():

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, get_args
-
-import yaml
+from typing import Any, Literal, get_args
 
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.yaml_file import read_yaml
 
 Task = Literal["behave", "align", "structure_graph", "structure_nodes"]
 Placeholder = Literal["graph", "nodes", "text"]
@@ -73,11 +72,7 @@ def load_templates(name_or_path: str) -> dict[Task, PromptTemplate]:
     Raises:
         UserError: The file is missing or not valid YAML, lacks a task, or has an unknown task or placeholder.
     """
-    file, content = _read(name_or_path)
-    try:
-        templates = yaml.safe_load(content)
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    file, templates = _read(name_or_path)
     if not isinstance(templates, dict) or not all(isinstance(text, str) for text in templates.values()):
         raise UserError(f"{file} must map each of {', '.join(_PLACEHOLDERS)} to the text of its prompt")
     for task in templates:
@@ -116,15 +111,15 @@ def parse_template(task: Task, text: str, source: str) -> PromptTemplate:
     return PromptTemplate(task, source, text)
 
 
-def _read(name_or_path: str) -> tuple[str, str]:
-    built_in = files("llmgr_rec.recipes") / "prompts"
-    names = sorted(Path(str(entry)).stem for entry in built_in.iterdir() if entry.name.endswith(".yaml"))
+def _read(name_or_path: str) -> tuple[str, Any]:
+    built_in = Path(str(files("llmgr_rec.recipes"))) / "prompts"
+    names = sorted(path.stem for path in built_in.glob("*.yaml"))
     if name_or_path in names:
-        return f"{name_or_path}.yaml", (built_in / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    try:
-        return name_or_path, Path(name_or_path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return f"{name_or_path}.yaml", read_yaml(built_in / f"{name_or_path}.yaml")
+    file = Path(name_or_path).expanduser()
+    if not file.is_file():
         raise UserError(
             f"prompt.templates: {name_or_path} is neither a readable file nor a built-in one"
             f"{did_you_mean(name_or_path, names)}"
-        ) from None
+        )
+    return name_or_path, read_yaml(file)

@@ -7,8 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from llmgr_rec.baselines.builders import BASELINES, baseline_builder, check_blended
 from llmgr_rec.cli import make_parser
 from llmgr_rec.config import STAGES, Config, trained_stages
@@ -18,6 +16,7 @@ from llmgr_rec.experiments.controls import CONTROLS
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.registry import is_import_path
 from llmgr_rec.storage.bundle_index import STAGES_OF_MODEL
+from llmgr_rec.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -129,17 +128,6 @@ def _settings_parser() -> "ArgumentParser":
     return parser
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Constructs a dictionary."""
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        if duplicates := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{duplicates[0]} is given twice{node.start_mark}; rename or remove one")
-        return super().construct_mapping(node, deep)
-
-
 def experiment_names() -> list[str]:
     """Names of the experiments of this package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -157,10 +145,7 @@ def load_experiment(name: str) -> Experiment:
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not file.is_file():
         raise UserError(f"no experiment or YAML file named {name}{did_you_mean(name, experiment_names())}")
-    try:
-        content = _UniqueKeyLoader(file.read_text()).get_single_data()
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(file)
     if not isinstance(content, dict) or not isinstance(content.get("variants"), dict) or not content["variants"]:
         raise UserError(f"{file} has no variants; add some under the key variants")
     _check_keys(content, _EXPERIMENT_KEYS, str(file))

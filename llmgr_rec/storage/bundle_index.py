@@ -19,6 +19,7 @@ from typing import Any
 from llmgr_rec.config import STAGES, StageName
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import check_inside
 
 FORMAT_VERSION = 2
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
@@ -231,6 +232,9 @@ def bundle_hash(folder: Path, index: BundleIndex | None = None) -> str:
 
 
 def _check_files(folder: Path, index: BundleIndex) -> None:
+    pieces = [part.file for parts in index.table_files.values() for part in parts]
+    present = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    check_inside(folder, [*index.files, *pieces, *present], folder / INDEX)
     for name, size in index.files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else 0

@@ -24,6 +24,7 @@ from llmgr_rec.config import Config, StageName
 from llmgr_rec.distributed.process_group import World, barrier, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import fsync, installed_versions, write_and_fsync
+from llmgr_rec.paths import check_inside
 from llmgr_rec.storage.checkpoint_reader import CheckpointReader
 from llmgr_rec.storage.checkpoint_state import column_widths, equalize_steps, model_tensors, optimizer_tensors
 from llmgr_rec.storage.fingerprint import fingerprint
@@ -238,6 +239,7 @@ class CheckpointManager:
                 f"checkpoint {chosen} has format {state['format']}, this version reads {FORMAT}; "
                 "resume with the version that wrote it, or give another --output"
             )
+        check_inside(chosen, files, chosen / _STATE)
         for name, size in files.items():
             found = (chosen / name).stat().st_size if (chosen / name).is_file() else None
             if found != size:

@@ -76,3 +76,12 @@ def test_part_that_is_missing_or_cut(dataset: Path) -> None:
     part.unlink()
     with pytest.raises(UserError, match=r"part-00000\.parquet is missing"):
         Dataset(dataset)
+
+
+@pytest.mark.parametrize("name", ["train/../../outside.parquet", "/etc/hostname", "train/link.parquet"])
+def test_no_file_outside_of_a_data_set_is_opened(dataset: Path, name: str) -> None:
+    (dataset.parent / "outside.parquet").write_bytes(b"x")
+    (dataset / "train" / "link.parquet").symlink_to(dataset.parent / "outside.parquet")
+    edit_manifest(dataset, lambda values: values["files"].update({name: values["files"]["items.parquet"]}))
+    with pytest.raises(UserError, match=r"is not a file within .*; make or copy the folder again"):
+        Dataset(dataset)

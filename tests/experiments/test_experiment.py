@@ -115,7 +115,7 @@ def test_a_grid_has_a_point_for_each_combination():
         ("variants: {a: {controls: [random_lm]}}\n", "control random_lm is not known, did you mean random_llm"),
         ("variants: {a: {controls: random_llm}}\n", "variant a: controls is 'random_llm', not a list"),
         ("variants: {a: {model: item_knn, controls: [random_llm]}}\n", "variant a: controls are for models that are"),
-        ("variants: [\n", "is not YAML"),
+        ("variants: [\n", "is not valid YAML"),
         ("settings: [tables.lr]\nvariants: {a: {}}\n", r": settings is \['tables.lr'\], not a mapping"),
         ("variants: {a: 3}\n", "variant a is 3, not a mapping"),
         ("variants: {a: {model: sbr, grid: [1]}}\n", r"variant a grid is \[1\], not a mapping"),
