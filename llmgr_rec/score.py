@@ -78,8 +78,8 @@ def _parser() -> "ArgumentParser":
         "--input",
         type=LocalPath,
         required=True,
-        help="Parquet file, or folder of Parquet files, with columns session_id and items (a list of item ids, oldest "
-        "first), such as a split of a prepared data set.",
+        help="Parquet file, or folder of Parquet files at any depth, with columns session_id and items (a list of item "
+        "ids, oldest first), such as a split of a prepared data set.",
     )
     _add_output_arguments(parser)
     parser.add_argument(
@@ -106,7 +106,8 @@ def _add_output_arguments(parser: "ArgumentParser") -> None:
         "--columns",
         type=str,
         default="session_id",
-        help="Comma-separated input columns to copy to the output, such as session_id,target.",
+        help="Comma-separated input columns to copy to the output, such as session_id,target. A folder dt=2026-11-01 "
+        "gives its files a column dt.",
     )
     parser.add_argument(
         "--exclude_seen",

@@ -4,20 +4,23 @@ Shapes: R rows of a part, L clicks of its sessions.
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.schema import CATALOG_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.scoring.blocks import Block, RowGroup, open_parquet, read_blocks, row_groups
+from llmgr_rec.scoring.common_schema import CommonSchema
 
 Ints = NDArray[np.int64]
 UnknownItems = Literal["skip", "error"]
@@ -27,7 +30,7 @@ ITEMS = "items"
 # A folder with this file is a scoring output, whose files are not input.
 MANIFEST_NAME = "_manifest.json"
 
-_CACHED_GROUPS = 2
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,21 @@ class InputFile:
     Args:
         path: Path of the file.
         name: Path relative to the input folder.
-        group_rows: Number of rows of each row group.
+        groups: Sizes of its row groups.
         has_indices: Whether the column `items` contains item indices, as in prepared data sets; otherwise raw item ids.
+        partitions: Columns to copy that the file does not have, from the names of its folders.
     """
 
     path: Path
     name: str
-    group_rows: tuple[int, ...]
+    groups: tuple[RowGroup, ...]
     has_indices: bool
+    partitions: dict[str, pa.Scalar]
 
     @property
     def rows(self) -> int:
         """Number of rows of the file."""
-        return sum(self.group_rows)
+        return sum(group.rows for group in self.groups)
 
     def sha256(self) -> str:
         """Hexadecimal hash of the content."""
@@ -94,10 +99,12 @@ class PartSessions:
 class SessionFiles:
     """The input of a scoring job. The constructor reads and checks the file footers.
 
+    Files without rows may have any columns, because some writers give those no types.
+
     Args:
-        path: A Parquet file, or a folder with Parquet files at any depth. Files and folders whose names begin with `.`
-            or `_` are ignored.
-        columns: Input columns that are copied to the output, `session_id` first.
+        path: A Parquet file, or a folder with Parquet files at any depth; see `list_parquet_files`.
+        columns: Input columns that are copied to the output, `session_id` first. A column that a file does not have may
+            come from the name of its folder, such as `dt=2026-11-01`.
         catalog: Catalog of the model.
         unknown_items: Whether clicks on unknown items are skipped or an error.
 
@@ -109,13 +116,17 @@ class SessionFiles:
         self.columns = list(columns)
         self._catalog = catalog
         self._unknown_items = unknown_items
-        self._schema: pa.Schema | None = None
-        self.files = [self._open(file, name) for file, name in _find_files(path)]
+        self._schema = CommonSchema(frozenset([SESSION_ID]))
+        listing = list_parquet_files(path, "input", MANIFEST_NAME)
+        self.description = listing.describe()
+        partition_types = self._partition_types(listing.files)
+        self.files = [self._open(file, partition_types) for file in listing.files]
         if not self.rows:
             raise UserError(
                 f"{path} has no sessions: its {len(self.files)} Parquet files have no rows; give sessions to score"
             )
-        self._group = lru_cache(maxsize=_CACHED_GROUPS)(self._read_group)
+        # The reader of the part that was read last continues with the next one.
+        self._reader: tuple[InputFile, Iterator[Block], Block | None] | None = None
 
     @property
     def rows(self) -> int:
@@ -139,15 +150,17 @@ class SessionFiles:
         """Reads and checks all rows, so that an invalid row ends the job before anything is written.
 
         Args:
-            on_rows: Called after each row group with its number of rows.
+            on_rows: Called after each block of rows with its size.
 
         Raises:
-            UserError: There is a null, an index out of range or, if that is an error, an unknown item.
+            UserError: There is a null, an index out of range or, if that is an error, an unknown item, or a value does
+                not fit the type of its column in other files.
         """
         for file in self.files:
-            for number, rows in enumerate(file.group_rows):
-                self._decode(file, number, self._read_group(file, number))
-                on_rows(rows)
+            for block in self._blocks(file, 0):
+                self._decode(file, block.group, block.table)
+                self._copied(file, block.group, block.table)
+                on_rows(block.table.num_rows)
 
     def read(self, part: Part) -> PartSessions:
         """Reads the sessions of a part.
@@ -155,63 +168,87 @@ class SessionFiles:
         Raises:
             UserError: As from `check`.
         """
-        slices = [(group, table.slice(start, stop - start)) for group, table, start, stop in self._slices(part)]
+        slices = list(self._slices(part))
         decoded = [self._decode(part.file, group, table) for group, table in slices]
         lengths = np.concatenate([np.diff(offsets) for _, offsets, _ in decoded])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         items = np.concatenate([items for items, _, _ in decoded])
-        table = pa.concat_tables([table.select(self.columns) for _, table in slices]).combine_chunks()
+        table = pa.concat_tables([self._copied(part.file, group, table) for group, table in slices])
         return PartSessions(table, items, offsets, sum(unknown for _, _, unknown in decoded))
 
-    def _slices(self, part: Part) -> Iterator[tuple[int, pa.Table, int, int]]:
-        """Row groups of a part: number, content, and the first and last + 1 row that belong to the part."""
-        first = 0
-        for number, rows in enumerate(part.file.group_rows):
-            start, stop = max(part.first_row - first, 0), min(part.first_row + part.rows - first, rows)
-            if start < stop:
-                yield number, self._group(part.file, number), start, stop
-            first += rows
+    def _slices(self, part: Part) -> Iterator[tuple[int, pa.Table]]:
+        """Rows of a part block by block, with their row groups. Parts in order are read without reading a row twice."""
+        row, end = part.first_row, part.first_row + part.rows
+        file, blocks, block = self._reader or (None, iter(()), None)
+        if file is not part.file or block is None or block.first_row > row:
+            blocks, block = self._blocks(part.file, row), None
+        while row < end:
+            if block is None or block.end <= row:
+                block = next(blocks)
+                continue
+            yield block.group, block.table.slice(row - block.first_row, end - row)
+            row = min(block.end, end)
+        self._reader = part.file, blocks, block
 
-    def _open(self, path: Path, name: str) -> InputFile:
-        try:
-            metadata = pq.read_metadata(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is truncated or not a Parquet file ({reason}); write it again") from None
-        schema = metadata.schema.to_arrow_schema()
+    def _blocks(self, file: InputFile, first_row: int) -> Iterator[Block]:
+        columns = [name for name in dict.fromkeys([ITEMS, *self.columns]) if name not in file.partitions]
+        return read_blocks(file.path, file.groups, columns, first_row)
+
+    def _copied(self, file: InputFile, group: int, table: pa.Table) -> pa.Table:
+        """The columns that are copied to the output, in their common types."""
+        for name, value in file.partitions.items():
+            table = table.append_column(name, pa.repeat(value, table.num_rows))
+        where = f"{file.path}, row group {group}"
+        copied = self._schema.conform(table, where)
+        if nulls := copied[SESSION_ID].null_count:
+            raise UserError(f"{where}: column {SESSION_ID} has {nulls} nulls; give every row an id")
+        return copied
+
+    def _partition_types(self, files: Sequence[ParquetFile]) -> dict[str, pa.DataType]:
+        """Types of columns that come from folder names: int64 if all values are integers, otherwise string."""
+        values = {name: [file.partitions.get(name) for file in files] for name in self.columns}
+        return {
+            name: pa.int64() if all(_INTEGER.fullmatch(value) for value in found if value is not None) else pa.string()
+            for name, found in values.items()
+        }
+
+    def _open(self, file: ParquetFile, partition_types: dict[str, pa.DataType]) -> InputFile:
+        with open_parquet(file.path) as parquet:
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+        groups = row_groups(metadata, [ITEMS, *self.columns])
+        if not metadata.num_rows:
+            return InputFile(file.path, file.name, groups, has_indices=False, partitions={})
+        partitions: dict[str, pa.Scalar] = {}
         for column in (ITEMS, *self.columns):
-            if column not in schema.names:
-                raise UserError(f"{path} has no column {column}{did_you_mean(column, schema.names)}")
-            if len(schema.get_all_field_indices(column)) > 1:
-                raise UserError(f"{path} has more than one column {column}; keep one of them")
+            if column not in schema.names and column in file.partitions and column != ITEMS:
+                value = file.partitions[column]
+                partitions[column] = pa.scalar(value, pa.string()).cast(partition_types[column])
+            elif column not in schema.names:
+                known = [*schema.names, *file.partitions]
+                raise UserError(f"{file.path} has no column {column}{did_you_mean(column, known)}")
+            elif len(schema.get_all_field_indices(column)) > 1:
+                raise UserError(f"{file.path} has more than one column {column}; keep one of them")
         has_indices = (schema.metadata or {}).get(ITEMS_KIND_KEY) == ITEMS_KIND_INDEX
-        # Some writers give the columns of a file without rows no types.
-        if metadata.num_rows:
-            self._check_types(schema, path, has_indices)
-        group_rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-        return InputFile(path, name, group_rows, has_indices)
+        self._check_items_type(schema, file.path, has_indices)
+        types = {
+            name: partitions[name].type if name in partitions else schema.field(name).type for name in self.columns
+        }
+        self._schema.add(file.path, types)
+        return InputFile(file.path, file.name, groups, has_indices, partitions)
 
-    def _check_types(self, schema: pa.Schema, path: Path, has_indices: bool) -> None:
+    def _check_items_type(self, schema: pa.Schema, path: Path, has_indices: bool) -> None:
         items_type = schema.field(ITEMS).type
-        if not isinstance(items_type, pa.ListType | pa.LargeListType | pa.FixedSizeListType):
+        if not _is_list(items_type):
             raise UserError(f"{path}: column {ITEMS} is {items_type}, not a list of item ids; write it as a list")
-        if has_indices:
-            catalog_hash = schema.metadata.get(CATALOG_HASH_KEY, b"").decode()
-            if catalog_hash != self._catalog.hash:
-                raise UserError(
-                    f"{path} has item indices of another catalog ({catalog_hash[:12]}, the model's is "
-                    f"{self._catalog.hash[:12]}); score the data set that the model was trained on, or raw item ids"
-                )
-        else:
+        if not has_indices:
             self._check_id_type(items_type.value_type, path)
-        columns = pa.schema([schema.field(column) for column in self.columns])
-        self._schema = self._schema or columns
-        for first, column in zip(self._schema, columns, strict=True):
-            if first.type != column.type:
-                raise UserError(
-                    f"{path}: column {column.name} is {column.type}, but {first.type} in the files before; "
-                    "write it as one type in all files"
-                )
+            return
+        catalog_hash = schema.metadata.get(CATALOG_HASH_KEY, b"").decode()
+        if catalog_hash != self._catalog.hash:
+            raise UserError(
+                f"{path} has item indices of another catalog ({catalog_hash[:12]}, the model's is "
+                f"{self._catalog.hash[:12]}); score the data set that the model was trained on, or raw item ids"
+            )
 
     def _check_id_type(self, id_type: pa.DataType, path: Path) -> None:
         try:
@@ -223,29 +260,17 @@ class SessionFiles:
                 f"cast them to {expected}"
             ) from None
 
-    def _read_group(self, file: InputFile, number: int) -> pa.Table:
-        columns = list(dict.fromkeys([ITEMS, *self.columns]))
-        try:
-            with pq.ParquetFile(file.path) as parquet:
-                return parquet.read_row_group(number, columns=columns, use_threads=False).select(columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file.path}, row group {number}: unreadable ({reason}); write it again") from None
-
     def _decode(self, file: InputFile, group: int, table: pa.Table) -> tuple[Ints, Ints, int]:
         """Item indices, session offsets and number of unknown items of rows of a row group."""
         where = f"{file.path}, row group {group}"
-        for column in (SESSION_ID, ITEMS):
-            if table[column].null_count:
-                fix = "write an empty list for a session without clicks" if column == ITEMS else "give every row an id"
-                raise UserError(f"{where}: column {column} has {table[column].null_count} nulls; {fix}")
+        if nulls := table[ITEMS].null_count:
+            raise UserError(
+                f"{where}: column {ITEMS} has {nulls} nulls; write an empty list for a session without clicks"
+            )
         lists = table[ITEMS].combine_chunks()
-        if isinstance(lists.type, pa.FixedSizeListType):
-            lists = lists.cast(pa.list_(lists.type.value_type))
-        offsets = np.asarray(lists.offsets, dtype=np.int64)
-        # The values of a sliced list array include those outside of the slice.
-        clicks = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
-        offsets = offsets - offsets[0]
+        # Not casts and offsets: pyarrow 26 loses the last list of a view when it casts it to a list.
+        clicks, lengths = lists.flatten(), pc.list_value_length(lists).to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         if clicks.null_count:
             raise UserError(f"{where}: column {ITEMS} has {clicks.null_count} null item ids; remove them")
         if file.has_indices:
@@ -271,19 +296,6 @@ class SessionFiles:
         return items
 
 
-def _find_files(path: Path) -> list[tuple[Path, str]]:
-    """Parquet files with their paths relative to the input folder, sorted."""
-    if path.is_file():
-        return [(path, path.name)]
-    if not path.exists():
-        raise UserError(f"--input {path} does not exist; give a Parquet file or a folder of Parquet files")
-    found = [
-        (file, file.relative_to(path).as_posix())
-        for file in sorted(path.rglob("*.parquet"))
-        if file.is_file() and not any(step.startswith((".", "_")) for step in file.relative_to(path).parts)
-        # An earlier scoring output may be a folder inside of the input folder.
-        if not (file.parent / MANIFEST_NAME).is_file()
-    ]
-    if not found:
-        raise UserError(f"--input {path} has no .parquet files; give a Parquet file or a folder of Parquet files")
-    return found
+def _is_list(found: pa.DataType) -> bool:
+    types = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType, pa.LargeListViewType)
+    return isinstance(found, types)

@@ -1,17 +1,19 @@
 """Runs a scoring job: preflight, scoring of the missing parts, completion of the output."""
 
 import logging
+import os
 from dataclasses import asdict
 from typing import Any
 
 from llmgr_rec.cli import progress
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, run_on_rank0, shutdown
+from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
 from llmgr_rec.scoring.input import Part, SessionFiles
 from llmgr_rec.scoring.output import ScoreFolder, Totals
 from llmgr_rec.scoring.score_checks import ScoreRequest, preflight
-from llmgr_rec.scoring.scorer import Scorer, ScoreSettings
+from llmgr_rec.scoring.scorer import LIST_ITEM_BYTES, Scorer, ScoreSettings
 from llmgr_rec.storage.bundle import BundleFiles, load_model
 from llmgr_rec.storage.bundle_index import bundle_hash
 
@@ -32,9 +34,13 @@ def score_run(request: ScoreRequest) -> Totals:
     """
     bundle = preflight(request)
     files = SessionFiles(request.input, request.passed_columns, bundle.catalog, request.unknown_items)
+    if request.input.is_dir():
+        logger.info("--input %s: %s", request.input, files.description)
     _check_rows(files)
     settings = _settings(request, bundle)
-    folder = ScoreFolder(request.output, _job(request, bundle, files, settings), files.parts(request.part_rows))
+    parts = files.parts(request.part_rows)
+    _check_list_size(request, bundle, parts)
+    folder = ScoreFolder(request.output, _job(request, bundle, files, settings), parts)
     runtime = bundle.config.runtime
     world = init_distributed(request.device or runtime.device, runtime.timeout_s, runtime.threads_per_rank)
     try:
@@ -108,3 +114,14 @@ def _check_rows(files: SessionFiles) -> None:
     bar = progress(files.rows, "check input", "session")
     files.check(bar.update)
     bar.close()
+
+
+def _check_list_size(request: ScoreRequest, bundle: BundleFiles, parts: list[Part]) -> None:
+    """Raises a `UserError` if the memory of this machine is smaller than the lists of a part."""
+    rows, k = max(part.rows for part in parts), min(request.k, bundle.catalog.num_items)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (needed := rows * k * LIST_ITEM_BYTES) > memory:
+        raise UserError(
+            f"lists of {k:,} items (--k) for {rows:,} sessions of a part need {needed / 2**30:.0f} GiB of memory, this "
+            f"machine has {memory / 2**30:.0f}; lower --part_rows or --k"
+        )

@@ -26,12 +26,15 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
 from llmgr_rec.scoring.input import Part, PartSessions, SessionFiles
 from llmgr_rec.scoring.output import ScoreFolder
+from llmgr_rec.scoring.ranked_lists import RankedLists
 from llmgr_rec.scoring.routing import ROUTE_ALL, Routing, uncertainty
 from llmgr_rec.storage.bundle import Bundle
 
 # Batches that are prepared in advance, and ranked parts that may wait to be written.
 _READ_AHEAD = 4
 _WRITE_BEHIND = 2
+# Memory of an item of a list: index and score.
+LIST_ITEM_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,10 @@ class Scorer:
             folder: The output.
             on_rows: Called with the number of sessions that were ranked since the last call.
         """
+        lists = RankedLists(self._catalog.item_ids, max(part.rows for part in folder.parts), self._k)
         with (
             evaluation_mode(self._ranking.model),
-            WriteBehind[_RankedPart](lambda ranked: self._write(ranked, folder), _WRITE_BEHIND) as out,
+            WriteBehind[_RankedPart](lambda ranked: self._write(ranked, folder, lists), _WRITE_BEHIND) as out,
         ):
             ranker = self._ranking.ranker(self._world)
             current: _RankedPart | None = None
@@ -243,25 +247,21 @@ class Scorer:
         sum_over_ranks(ranked.ids_RK, self._world)
         sum_over_ranks(ranked.scores_RK, self._world)
 
-    def _write(self, ranked: _RankedPart, folder: ScoreFolder) -> None:
+    def _write(self, ranked: _RankedPart, folder: ScoreFolder, lists: RankedLists) -> None:
         empty = int(ranked.is_empty_R.sum())
-        folder.write(ranked.part, self._table(ranked), ranked.sessions.unknown_items, empty, ranked.routed)
+        folder.write(ranked.part, self._table(ranked, lists), ranked.sessions.unknown_items, empty, ranked.routed)
 
-    def _table(self, ranked: _RankedPart) -> pa.Table:
+    def _table(self, ranked: _RankedPart, lists: RankedLists) -> pa.Table:
         ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()
         empty_R = ranked.is_empty_R
         nothing = np.zeros(0, np.int64)
         ids_RK[empty_R], scores_RK[empty_R] = self._fallback.rank(nothing, np.zeros(2, np.int64), self._k)
-        # Lists are shorter than K if fewer items remain after exclusion.
-        is_item_RK = ids_RK >= 0
-        offsets = pa.array(np.concatenate([[0], np.cumsum(is_item_RK.sum(1))]), type=pa.int32())
-        item_ids = self._catalog.item_ids.take(pa.array(ids_RK[is_item_RK]))
-        lists = {
-            "item_ids": pa.ListArray.from_arrays(offsets, item_ids),
-            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores_RK[is_item_RK], type=pa.float32())),
+        session_id, *copied = ranked.sessions.table.column_names
+        columns = {
+            session_id: ranked.sessions.table[session_id],
+            # Lists are shorter than K if fewer items remain after exclusion.
+            **lists.columns(ids_RK, scores_RK),
             "fallback": pa.array(empty_R),
         }
-        session_id, *copied = ranked.sessions.table.column_names
-        columns = {session_id: ranked.sessions.table[session_id], **lists}
         columns.update({name: ranked.sessions.table[name] for name in copied})
         return pa.table(columns)

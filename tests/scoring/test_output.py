@@ -72,7 +72,7 @@ def fsync_is_an_operation(killer: Killer, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def job(path: Path) -> ScoreFolder:
-    file = InputFile(Path("in.parquet"), "in.parquet", (5,), False)
+    file = InputFile(Path("in.parquet"), "in.parquet", (), False, {})
     return ScoreFolder(path, {"settings": {"k": 1}}, [Part(f"part-{n:05d}.parquet", file, 2 * n, 2) for n in range(2)])
 
 
