@@ -13,6 +13,7 @@ from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.distributed.process_group import init_distributed, shutdown
 from llmgr_rec.paths import LocalPath
+from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
@@ -41,9 +42,9 @@ class PausingLogger(MetricsLogger):
         self._step = self._first_step = 0
         self._started = self._ended = 0.0
 
-    def rewind(self, stage: str, step: int) -> None:
+    def rewind(self, stage: str, step: int, validated: bool = True) -> None:
         """Called right before the first step: waits for the first request."""
-        super().rewind(stage, step)
+        super().rewind(stage, step, validated)
         self._replies.ready()
         self._pause()
 
@@ -60,7 +61,7 @@ class PausingLogger(MetricsLogger):
             self._loss_sum += (step - self._step) * float(values["loss"])
             self._step, self._ended = step, time.perf_counter()
             return
-        # What follows a validation, such as writing a checkpoint, counts toward the next epoch.
+        # The checkpoint between the last step and the validation counts toward no epoch.
         self._replies.done(
             Epoch(
                 examples=self._examples,
@@ -97,6 +98,7 @@ def main(argv: Sequence[str]) -> None:
             resume=False,
             factory=request.factory,
             text_embeddings=request.output / "text_embeddings",
+            signals=StopSignals(config.runtime.grace_s),
         )
         run_stage(STAGE, context)
     except EnoughEpochs:

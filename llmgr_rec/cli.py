@@ -5,14 +5,18 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import StopRequested, UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.parent_process import end_with_parent
 from llmgr_rec.paths import LocalPath, local_path
 
 if TYPE_CHECKING:
@@ -31,12 +35,22 @@ _RANK0_REPORTS_S = 15.0
 def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     """Runs a command. Errors that the user can fix become one line on stderr and exit code 2, Ctrl-C becomes code 130.
 
+    SIGTERM becomes `StopRequested`, so that the command removes its temporary files, and exit code 143. Without a
+    handler, the first process of a container would ignore it.
+
     Args:
         main: Entry point; receives the arguments without the program name.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     configure_logging()
     try:
-        main(sys.argv[1:])
+        with _stop_on_sigterm():
+            main(sys.argv[1:])
+    except StopRequested as stop:
+        if is_rank0():
+            sys.stderr.write(f"{stop}\n")
+        sys.exit(stop.exit_code)
     except UserError as error:
         _report_error(error)
         sys.exit(EXIT_USER_ERROR)
@@ -59,6 +73,22 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
             raise
         _report_error(known)
         sys.exit(EXIT_USER_ERROR)
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise StopRequested(number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report_error(error: UserError) -> None:

@@ -452,10 +452,25 @@ class RuntimeConfig(Group):
         at_least=0,
         invalidates="checkpoint",
     )
-    checkpoint_every: int = setting(0, "Steps between checkpoints; 0 writes one at the end of every epoch.", at_least=0)
+    checkpoint_every: int = setting(
+        0, "Steps between checkpoints, beside those at the end of every epoch; 0 counts no steps.", at_least=0
+    )
+    checkpoint_minutes: float = setting(
+        10.0,
+        "Minutes after which a checkpoint is written if there was none since; 0 writes none by time.",
+        unit="minutes",
+        at_least=0,
+    )
     keep_checkpoints: int = setting(2, "Newest complete checkpoints kept per stage.", at_least=1)
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.", at_least=1)
     timeout_s: int = setting(600, "Longest wait for another rank.", unit="seconds", at_least=1)
+    grace_s: int = setting(
+        25,
+        "Time to write a checkpoint and end after SIGTERM or SIGINT; then the process exits without. Keep it below the "
+        "time of the launcher, which kills the ranks after 30 s if not told otherwise.",
+        unit="seconds",
+        at_least=1,
+    )
 
 
 @dataclass

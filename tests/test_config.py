@@ -13,7 +13,7 @@ from llmgr_rec.config import STAGES, BlendConfig, Config, Group, SettingInfo, se
 from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
 
-MOST_SETTINGS = 85
+MOST_SETTINGS = 90
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
 # llmgr_rec/recipes and the documentation that names the setting.
 COMMAND_LINE = """
@@ -99,9 +99,11 @@ runtime.reader_workers            int                                           
 runtime.eval_batch_size           int                                               256
 runtime.eval_every                int                                               1
 runtime.checkpoint_every          int                                               0
+runtime.checkpoint_minutes        float                                             10.0
 runtime.keep_checkpoints          int                                               2
 runtime.log_every                 int                                               10
 runtime.timeout_s                 int                                               600
+runtime.grace_s                   int                                               25
 """
 
 

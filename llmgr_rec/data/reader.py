@@ -24,6 +24,7 @@ from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes, prefix_examples
 from llmgr_rec.data.row_groups import LRUCache, RowGroup, RowGroups
 from llmgr_rec.errors import UserError
+from llmgr_rec.parent_process import become_worker
 
 T = TypeVar("T")
 
@@ -185,6 +186,7 @@ class SessionReader(Generic[T]):
             prefetch_factor=_PREFETCHED_BATCHES,
             collate_fn=_identity,
             pin_memory=self._prefetch.pin_memory,
+            worker_init_fn=_start_worker,
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -320,6 +322,10 @@ class _Steps(Dataset[Any]):
             return self._reader.collated(self._epoch, step)
         except UserError as error:
             return error
+
+
+def _start_worker(index: int) -> None:
+    become_worker()
 
 
 def _identity(batch: T) -> T:

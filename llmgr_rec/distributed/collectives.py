@@ -1,9 +1,14 @@
 """Collective operations on small tensors; without effect in a single process."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 
 from llmgr_rec.distributed.process_group import World
+
+T = TypeVar("T")
 
 
 def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
@@ -30,3 +35,33 @@ def mean_over_ranks(values: dict[str, torch.Tensor], world: World) -> dict[str, 
     stacked = torch.stack([values[name].detach().double() for name in names])
     means = sum_over_ranks(stacked, world) / world.size
     return dict(zip(names, means.tolist(), strict=True))
+
+
+def start_max_over_ranks(values: torch.Tensor, world: World) -> Callable[[], torch.Tensor]:
+    """Starts the elementwise maximum of a CPU tensor over all ranks. A collective: all ranks must call it.
+
+    Args:
+        values: This rank's values; not to be used before the result.
+        world: This process and the world size.
+
+    Returns:
+        A function that waits for the maximum and returns it.
+    """
+    if world.size == 1:
+        return lambda: values
+    work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> torch.Tensor:
+        work.wait()
+        return values
+
+    return wait
+
+
+def gather_from_ranks(value: T, world: World) -> list[T]:
+    """The values of all ranks in rank order, on every rank; pickled. A collective: all ranks must call it."""
+    if world.size == 1:
+        return [value]
+    gathered: list[T | None] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered  # type: ignore[return-value]

@@ -23,7 +23,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.distributed.process_group import World, barrier, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import fsync, installed_versions, write_and_fsync
+from llmgr_rec.files import atomic_write, fsync, installed_versions, write_and_fsync
 from llmgr_rec.paths import check_inside
 from llmgr_rec.storage.checkpoint_reader import CheckpointReader
 from llmgr_rec.storage.checkpoint_state import column_widths, equalize_steps, model_tensors, optimizer_tensors
@@ -99,8 +99,9 @@ class CheckpointManager:
     ) -> None:
         """Writes a checkpoint and removes old ones.
 
-        A complete checkpoint of the same step is not written again, because its state is the same. Checkpoints of later
-        steps are removed: they were written by a run that was then resumed from an earlier checkpoint.
+        Of a complete checkpoint of the same step only the further state is replaced, because the rest is the same.
+        Checkpoints of later steps are removed: they were written by a run that was then resumed from an earlier
+        checkpoint.
 
         Args:
             step: Number of completed training steps.
@@ -114,6 +115,7 @@ class CheckpointManager:
         final = self._folder / f"step-{step:08d}"
         partial = final.with_name(final.name + ".tmp")
         if not run_on_rank0(self._world, lambda: self._prepare(final, partial)):
+            run_on_rank0(self._world, lambda: self._replace_extra(final, extra))
             return
         tensors = model_tensors(model)
         if optimizer is not None:
@@ -181,6 +183,13 @@ class CheckpointManager:
                 shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         return True
+
+    @staticmethod
+    def _replace_extra(final: Path, extra: Mapping[str, Any] | None) -> None:
+        before = json.loads((final / _STATE).read_text())
+        if (state := before | {"extra": dict(extra or {})}) != before:
+            with atomic_write(final / _STATE) as partial:
+                partial.write_text(json.dumps(state, indent=1))
 
     def _complete_folder(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -15,10 +16,11 @@ from llmgr_rec.cli import progress
 from llmgr_rec.config import RuntimeConfig, StageConfig
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.reader import SessionReader
-from llmgr_rec.distributed.collectives import mean_over_ranks
+from llmgr_rec.distributed.collectives import gather_from_ranks, mean_over_ranks, start_max_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.tasks import LossAndParts
+from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.checkpoint import CheckpointManager
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import CosineSchedule
@@ -40,6 +42,7 @@ class Position:
         step: Steps done in the stage.
         best: Best validation value of `SELECTION_METRIC` so far.
         stale: Number of validations since the best one.
+        unvalidated: Whether an epoch has ended whose validation is due.
     """
 
     epoch: int = 0
@@ -47,6 +50,7 @@ class Position:
     step: int = 0
     best: float = -1.0
     stale: int = 0
+    unvalidated: bool = False
 
 
 @dataclass
@@ -68,6 +72,8 @@ class StageLoop:
         best: Best state by validation, for export.
         validate: Computes validation metrics of the current weights; all ranks call it together. None without
             validation: then the last weights are the result.
+        signals: Asks to stop, on any rank: then all ranks write a checkpoint after the same step and raise
+            `StopRequested`.
     """
 
     name: str
@@ -83,22 +89,28 @@ class StageLoop:
     checkpoints: CheckpointManager
     best: CheckpointManager
     validate: Callable[[], dict[str, float]] | None
+    signals: StopSignals
 
     def __post_init__(self) -> None:
         steps = self.settings.epochs * self.reader.steps_per_epoch
         self._total_steps = min(steps, self.settings.max_steps) if self.settings.max_steps else steps
         self._schedule = CosineSchedule(self.optimizer, self._total_steps, self.warmup)
         self._bar = progress(self._total_steps, self.name, "step")
+        self._resumed_window: dict[str, Any] = {}
 
     def run(self, position: Position) -> None:
         """Trains from a position to the end of the stage, then loads the best weights by validation.
 
         Raises:
             UserError: The loss is not finite.
+            StopRequested: A signal asked to stop. The newest checkpoint is that of the last step, unless the validation
+                after it has ended, too.
         """
         self._bar.update(position.step)
         self._first_step, self._started = position.step, time.monotonic()
-        self._last_progress = self._started
+        self._last_progress = self._last_saved = self._started
+        if position.unvalidated:
+            self._validate(position)
         while position.step < self._total_steps and not self._out_of_patience(position):
             self._run_epoch(position)
         self._bar.close()
@@ -116,11 +128,22 @@ class StageLoop:
             state = self.checkpoints.load(self.model, self.optimizer)
             self.reader.load_state_dict(state["reader"])
             position = Position(**state["position"])
-        self.metrics.rewind(self.name, position.step)
+            self._resumed_window = state.get("window", {})
+        self.metrics.rewind(self.name, position.step, validated=not position.unvalidated)
         logger.info("%s resumes after step %d", self.name, position.step)
         return position
 
     def _run_epoch(self, position: Position) -> None:
+        """Trains to the end of the epoch and validates.
+
+        A signal that arrives in a step ends the training after the next one, on all ranks.
+        """
+        with self.signals.deferred():
+            self._run_steps(position)
+        if position.unvalidated:
+            self._validate(position)
+
+    def _run_steps(self, position: Position) -> None:
         steps = min(
             self.reader.steps_per_epoch - position.epoch_step,
             self._total_steps - position.step,
@@ -136,8 +159,11 @@ class StageLoop:
 
         pipeline = TrainPipelineSparseDist(self.model, self.optimizer, self.world.device, custom_model_fwd=forward)
         self.model.train()
-        window = _Window(batches)
+        window = _Window(batches, self._resumed_window, self.world)
+        self._resumed_window = {}
         for _ in range(steps):
+            # Overlaps with the step.
+            requests = self._start_requests()
             factor = self._schedule.apply(position.step)
             outputs = pipeline.progress(batches)
             position.step += 1
@@ -148,28 +174,38 @@ class StageLoop:
                 raise RuntimeError(
                     f"stage {self.name}: no lookup was pipelined; does forward change the batch before it?"
                 )
-            epoch_ends, checkpoint_due = position.epoch_step == last_step, self._checkpoint_due(position)
-            # A resumed run starts with an empty window, so each window ends at a checkpoint.
-            if position.step % self.runtime.log_every == 0 or checkpoint_due or epoch_ends:
+            stop, minutes_over = requests()
+            epoch_ends = position.epoch_step == last_step
+            if position.step % self.runtime.log_every == 0 or epoch_ends:
                 self._log(position, window, factor)
-                if checkpoint_due and not epoch_ends:
-                    self._save(position)
                 window = _Window(batches)
+            if epoch_ends:
+                self._end_epoch(position)
+            if stop or minutes_over or epoch_ends or self._checkpoint_due(position):
+                self._save(position, window)
+            if stop:
+                self._stop(position, stop)
         pipeline.detach()
-        self._end_epoch(position)
+        # A signal in the last step.
+        if stop := self._start_requests()()[0]:
+            self._stop(position, stop)
 
     def _end_epoch(self, position: Position) -> None:
         position.epoch += 1
         position.epoch_step = 0
         every = self.runtime.eval_every
         last = position.step >= self._total_steps
-        if every and (last or position.epoch % every == 0):
-            self._validate(position)
-        self._save(position)
+        position.unvalidated = bool(self.validate is not None and every and (last or position.epoch % every == 0))
+
+    def _stop(self, position: Position, number: int) -> None:
+        if self.world.rank == 0:
+            logger.info(
+                "%s stops after step %d, whose checkpoint is complete; --resume continues", self.name, position.step
+            )
+        self.signals.stop(number)
 
     def _validate(self, position: Position) -> None:
-        if self.validate is None:
-            return
+        assert self.validate is not None
         metrics = self.validate()
         self.metrics.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
         if metrics[SELECTION_METRIC] > position.best:
@@ -186,6 +222,8 @@ class StageLoop:
                 metrics[SELECTION_METRIC],
                 position.best,
             )
+        position.unvalidated = False
+        self._save(position, None)
 
     def _out_of_patience(self, position: Position) -> bool:
         return bool(self.settings.patience) and position.stale >= self.settings.patience
@@ -194,19 +232,32 @@ class StageLoop:
         every = self.runtime.checkpoint_every
         return bool(every) and position.step % every == 0
 
-    def _save(self, position: Position) -> None:
+    def _start_requests(self) -> Callable[[], list[int]]:
+        """Starts to ask all ranks; the result is a signal that asks to stop, or 0, and whether a checkpoint is due."""
+        minutes = self.runtime.checkpoint_minutes
+        # The clock of rank 0 counts for all.
+        due = self.world.rank == 0 and minutes and time.monotonic() - self._last_saved >= 60 * minutes
+        wait = start_max_over_ranks(torch.tensor([self.signals.requested, int(due)]), self.world)
+        return lambda: wait().tolist()
+
+    def _save(self, position: Position, window: "_Window | None" = None) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            position: Position after the last step.
+            window: The current window; None at the end of an epoch.
+        """
         # Not the reader's own position, which is ahead by the batches in the pipeline.
         reader = {**self.reader.state_dict(), "epoch": position.epoch, "step": position.epoch_step}
-        state = {"position": asdict(position), "reader": reader}
+        state = {"position": asdict(position), "reader": reader, "window": window.state(self.world) if window else {}}
+        if window and window.steps:
+            self._require_finite(mean_over_ranks(window.means(), self.world), position)
         self.checkpoints.save(position.step, self.model, self.optimizer, state)
+        self._last_saved = time.monotonic()
 
     def _log(self, position: Position, window: "_Window", factor: float) -> None:
         means = mean_over_ranks(window.means(), self.world)
-        if not all(map(_is_finite, means.values())):
-            raise UserError(
-                f"stage {self.name}: the loss is not finite at step {position.step}; "
-                f"lower --{self.name}.lr or --tables.lr and start again with another --output"
-            )
+        self._require_finite(means, position)
         self._bar.set_postfix(loss=f"{means['loss']:.4f}")
         self._log_progress(position.step, means["loss"])
         self.metrics.write(
@@ -218,6 +269,13 @@ class StageLoop:
             data_wait=window.waiting_share(),
             **means,
         )
+
+    def _require_finite(self, means: dict[str, float], position: Position) -> None:
+        if not all(map(_is_finite, means.values())):
+            raise UserError(
+                f"stage {self.name}: the loss is not finite at step {position.step}; "
+                f"lower --{self.name}.lr or --tables.lr and start again with another --output"
+            )
 
     def _log_progress(self, step: int, loss: float) -> None:
         """Logs progress and remaining time every `_LOG_LINE_SECONDS`, unless a progress bar is shown."""
@@ -261,23 +319,39 @@ class _TimedBatches(Iterator[SessionBatch]):
 
 
 class _Window:
-    """Sums over the steps between two log records; they stay on the device until the record is written."""
+    """Sums over the steps between two log records; they stay on the device until the record is written.
 
-    def __init__(self, batches: _TimedBatches) -> None:
+    Args:
+        batches: The batches of the steps.
+        state: From `state` of a window that a checkpoint interrupted, to go on with; empty for a new window.
+        world: Ranks.
+    """
+
+    def __init__(self, batches: _TimedBatches, state: dict[str, Any] | None = None, world: World | None = None) -> None:
         self._batches = batches
         self._wait_seconds_before = batches.wait_seconds
         self._used_before = batches.used
         self._start = time.perf_counter()
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor | float] = {}
         self.steps = 0
+        if state and world:
+            self.steps = state["steps"]
+            self._sums = _sums_of_rank(state["sums"], world)
 
     def add(self, outputs: dict[str, torch.Tensor]) -> None:
         for name, value in outputs.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self.steps += 1
 
+    def state(self, world: World) -> dict[str, Any]:
+        """The sums of all ranks as plain values. A collective: all ranks must call it."""
+        return {
+            "steps": self.steps,
+            "sums": gather_from_ranks({name: float(value) for name, value in self._sums.items()}, world),
+        }
+
     def means(self) -> dict[str, torch.Tensor]:
-        return {name: value / self.steps for name, value in self._sums.items()}
+        return {name: torch.as_tensor(value / self.steps) for name, value in self._sums.items()}
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start
@@ -287,6 +361,13 @@ class _Window:
 
     def waiting_share(self) -> float:
         return (self._batches.wait_seconds - self._wait_seconds_before) / self.seconds()
+
+
+def _sums_of_rank(sums: list[dict[str, float]], world: World) -> dict[str, torch.Tensor | float]:
+    """This rank's sums; the means of all ranks if they were written by another number of ranks."""
+    if len(sums) == world.size:
+        return dict(sums[world.rank])
+    return {name: sum(of_rank[name] for of_rank in sums) / len(sums) for name in sums[0]}
 
 
 def _is_finite(value: float) -> bool:

@@ -42,14 +42,20 @@ class MetricsLogger:
             if isinstance(value, int | float):
                 self._writer.add_scalar("/".join(filter(None, (stage, prefix, name))), value, step)
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Deletes the records of a stage after a step, because a resumed run writes them again."""
+    def rewind(self, stage: str, step: int, validated: bool = True) -> None:
+        """Deletes the records of a stage after a step, because a resumed run writes them again.
+
+        Args:
+            stage: Stage name.
+            step: Last step whose records are kept.
+            validated: Whether its validation is kept, too.
+        """
         if not self._enabled or not self._path.exists():
             return
         lines = [
             line
             for line in self._path.read_text().splitlines()
-            if (record := _parse(line)) and not (record["stage"] == stage and record["step"] > step)
+            if (record := _parse(line)) and not (record["stage"] == stage and _is_later(record, step, validated))
         ]
         with atomic_write(self._path) as partial:
             partial.write_text("".join(f"{line}\n" for line in lines))
@@ -58,6 +64,11 @@ class MetricsLogger:
         """Flushes TensorBoard events."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _is_later(record: dict[str, Any], step: int, validated: bool) -> bool:
+    repeated = record["step"] == step and not validated and record.get("split") == "valid"
+    return record["step"] > step or repeated
 
 
 def _parse(line: str) -> dict[str, Any] | None:

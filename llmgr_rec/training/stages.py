@@ -27,6 +27,7 @@ from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
+from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle import load_weights
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import CONFIG, latest_bundle
@@ -68,6 +69,7 @@ class RunContext:
         resume: Whether to continue from the newest checkpoint, if there is one.
         factory: Builds the models.
         text_embeddings: Folder of text embeddings of the items.
+        signals: Signals that ask the run to stop.
     """
 
     config: Config
@@ -79,6 +81,7 @@ class RunContext:
     resume: bool
     factory: ModelFactory
     text_embeddings: Path
+    signals: StopSignals
 
     @property
     def export(self) -> Path:
@@ -124,6 +127,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         checkpoints=_checkpoints(spec, context, "steps", spec.config.runtime.keep_checkpoints),
         best=_checkpoints(spec, context, "best", 1),
         validate=validate if _is_validated(spec, context.dataset) else None,
+        signals=context.signals,
     )
     position = _start(loop, context)
     loop.run(position)

@@ -8,8 +8,10 @@ from pathlib import Path
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import save_config
 from llmgr_rec.distributed.process_group import World, init_distributed, run_on_rank0, shutdown
+from llmgr_rec.errors import StopRequested
 from llmgr_rec.files import atomic_write
 from llmgr_rec.folder_lock import FolderLock
+from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import CheckedRun, RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
@@ -32,19 +34,26 @@ def train_run(request: RunRequest) -> list[StageName]:
     Raises:
         UserError: A setting, an input or the run folder is not usable. Except for a locked folder or a loss that is not
             finite, it is raised on every rank before the process group starts.
+        StopRequested: SIGTERM or SIGINT; a resumed run continues after the last step.
     """
     checked = check_run(request)
     runtime = request.config.runtime
-    world = init_distributed(runtime.device, runtime.timeout_s, runtime.threads_per_rank)
-    try:
-        with _locked(request.output, world):
-            _train(request, checked, world)
-    finally:
-        shutdown()
+    with StopSignals(runtime.grace_s) as signals:
+        world = init_distributed(runtime.device, runtime.timeout_s, runtime.threads_per_rank)
+        try:
+            with _locked(request.output, world):
+                _train(request, checked, world, signals)
+        except Exception:
+            # Another rank has stopped before this one, so a collective failed here.
+            if signals.requested:
+                raise StopRequested(signals.requested) from None
+            raise
+        finally:
+            shutdown()
     return checked.stages
 
 
-def _train(request: RunRequest, checked: CheckedRun, world: World) -> None:
+def _train(request: RunRequest, checked: CheckedRun, world: World, signals: StopSignals) -> None:
     config, output = request.config, request.output
     # A complete run keeps the settings of its training.
     if world.rank == 0 and checked.stages:
@@ -62,10 +71,13 @@ def _train(request: RunRequest, checked: CheckedRun, world: World) -> None:
         resume=request.resume,
         factory=request.factory,
         text_embeddings=request.text_embeddings or output / "text_embeddings",
+        signals=signals,
     )
-    for stage in checked.stages:
-        run_stage(stage, context)
-    metrics.close()
+    try:
+        for stage in checked.stages:
+            run_stage(stage, context)
+    finally:
+        metrics.close()
 
 
 @contextmanager

@@ -139,9 +139,10 @@ def save_rank(world: World, folder: str) -> tuple[list[str], list[str], list[str
     for step in (3, 7, 5, 6):
         kept.save(step, model, optimizer)
     kept_names = sorted(path.name for path in Path(folder, "kept").iterdir())
-    inode = Path(folder, "kept/step-00000006/state.json").stat().st_ino
+    inode = Path(folder, "kept/step-00000006/.metadata").stat().st_ino
     kept.save(6, model, optimizer, {"other": 1})
-    assert Path(folder, "kept/step-00000006/state.json").stat().st_ino == inode, "a complete checkpoint was rewritten"
+    assert Path(folder, "kept/step-00000006/.metadata").stat().st_ino == inode, "a complete checkpoint was rewritten"
+    assert kept.load(model, optimizer) == {"other": 1}, "only the further state is replaced"
     return keys, kept_names, refusals(world, folder, model, optimizer)
 
 

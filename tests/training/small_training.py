@@ -13,6 +13,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle_index import is_complete
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.metrics_logger import MetricsLogger
@@ -92,7 +93,14 @@ def small_config(prompts: Path) -> Config:
     return config
 
 
-def train(world: World, config: Config, run: Path, dataset: Path, resume: bool = False) -> None:
+def train(
+    world: World,
+    config: Config,
+    run: Path,
+    dataset: Path,
+    resume: bool = False,
+    signals: StopSignals | None = None,
+) -> None:
     """Trains what is missing in a run folder, as `train_run` does, but in a process group that stands already."""
     metrics = MetricsLogger(run, enabled=world.rank == 0)
     context = RunContext(
@@ -105,6 +113,7 @@ def train(world: World, config: Config, run: Path, dataset: Path, resume: bool =
         resume=resume,
         factory=ModelFactory(),
         text_embeddings=run / "text_embeddings",
+        signals=signals or StopSignals(config.runtime.grace_s),
     )
     for stage in trained_stages(config):
         if not is_complete(run / "export" / stage):

@@ -1,7 +1,9 @@
 """A run that is killed and resumed computes what an uninterrupted one does, at any number of ranks."""
 
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,10 @@ import torch
 
 from llmgr_rec.config import Config
 from llmgr_rec.config_file import load_config, save_config
-from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.process_group import World, barrier
+from llmgr_rec.errors import StopRequested
+from llmgr_rec.stop_signals import StopSignals
+from llmgr_rec.training import loop, stages
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from tests.ranks import run_on_ranks
 from tests.training.exported import Exported
@@ -242,6 +247,84 @@ def test_random_numbers_go_on_where_they_stopped(place: Place, tmp_path: Path) -
     run_on_ranks(stop_and_go, 1, str(place.settings), str(tmp_path), str(place.dataset))
     assert_same(tmp_path / "stopped", tmp_path / "whole")
     assert len(records(tmp_path / "whole")) > 15
+
+
+@dataclass
+class Stop:
+    """A signal in a step of a stage (counted from 1), or in its validation or export (step 0), and what then holds.
+
+    Args:
+        stage: The stage.
+        step: The step.
+        place: Function of `training.stages` that the signal precedes; empty for a step.
+        checkpoint: Step of the newest checkpoint afterwards.
+    """
+
+    stage: str
+    step: int
+    place: str
+    checkpoint: int
+
+
+# A signal in a step stops the run after the next one, or at the end of the epoch (12).
+STOPS = [
+    Stop("sbr", 5, "", 6),
+    Stop("sbr", 12, "", 12),
+    Stop("sbr", 0, "evaluate_model", 12),
+    Stop("sbr", 0, "export_bundle", 24),
+    Stop("align", 1, "", 2),
+    Stop("behave", 0, "embed_catalog", 0),
+    Stop("behave", 6, "", 7),
+]
+
+
+def stop_and_resume(world: World, settings: str, run: str, dataset: str) -> list[tuple[str, list[str]]]:
+    """Trains with a signal at each of `STOPS`: what each attempt raised, and its newest checkpoint."""
+    config, folder = load_config(settings), Path(run)
+    config.runtime.checkpoint_every = 0
+    folder.mkdir(exist_ok=True)
+    seen = []
+    for stop in STOPS:
+        with pytest.MonkeyPatch.context() as patch, StopSignals(grace_s=60) as signals:
+            if stop.place:
+                patch.setattr(stages, stop.place, signalled)
+            elif world.rank == 1:
+                # The other rank hears of it from this one.
+                patch.setattr(loop, "step_seed", signalled_at(stop, loop.step_seed))
+            try:
+                train(world, config, folder, Path(dataset), resume=True, signals=signals)
+            except StopRequested as error:
+                found = sorted((folder / "checkpoints" / stop.stage / "steps").glob("*"))
+                seen.append((f"{error}, {error.exit_code}", [path.name for path in found[-1:]]))
+        barrier(world)
+    train(world, config, folder, Path(dataset), resume=True)
+    return seen
+
+
+def signalled(*arguments: Any, **named: Any) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise AssertionError("the signal was not noticed")
+
+
+def signalled_at(stop: Stop, seed: Callable[..., int]) -> Callable[..., int]:
+    def signalling(base: int, stage: str, step: int, rank: int) -> int:
+        if (stage, step + 1) == (stop.stage, stop.step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return seed(base, stage, step, rank)
+
+    return signalling
+
+
+def test_a_signal_stops_all_ranks_at_the_same_step(place: Place) -> None:
+    run = place.folder / "signalled"
+    seen = run_on_ranks(stop_and_resume, 2, str(place.settings), str(run), str(place.dataset))
+    expected = [
+        ("stopped by SIGTERM, 143", [f"step-{stop.checkpoint:08d}"] if stop.checkpoint else []) for stop in STOPS
+    ]
+    assert seen == [expected, expected]
+    assert_same(run, place.whole)
+    for stage in ("sbr", "align", "behave"):
+        assert weights(run / "export" / stage) == weights(place.whole / "export" / stage)
 
 
 @pytest.mark.slow

@@ -1,0 +1,30 @@
+"""Processes that end with the process that started them, even if that one is killed."""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Lets the kernel kill this process when the thread that started it ends. Without effect except on Linux."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It ended before the call.
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def become_worker() -> None:
+    """Called first in a forked worker process: signals are for the parent, which then ends this process.
+
+    A launcher and a terminal send signals to the whole process group of the parent, so a worker has its own.
+    """
+    end_with_parent()
+    os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
