@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from llmgr_rec.config import Config, DType, StageName
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import Collator
-from llmgr_rec.distributed.fsdp import shard_like
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.distributed.sharding import shard
@@ -28,6 +26,7 @@ from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.registry import require_allowed
+from llmgr_rec.storage.adapter_files import load_adapter
 from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors, model_of
 from llmgr_rec.storage.bundle_index import (
     BLEND,
@@ -45,8 +44,6 @@ from llmgr_rec.storage.bundle_index import (
 )
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import fill_table, table_parameters
-
-_LORA_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -247,7 +244,7 @@ def _load_weights(model: SessionRecommender | LLMGR, folder: Path, index: Bundle
             )
         if isinstance(model, LLMGR):
             not_found += _load_dense(language_tensors(model), folder, LANGUAGE)
-            not_found += _load_lora(model, folder)
+            not_found += load_adapter(model.language_model.decoder, folder / LORA)
     except (SafetensorError, OSError) as error:
         raise UserError(f"bundle {folder} is damaged ({error}); copy or export it again") from None
     return not_found
@@ -307,23 +304,6 @@ def _load_dense(targets: dict[str, Tensor], folder: Path, name: str) -> list[str
         if key in stored:
             target.copy_(stored[key])
     return [key for key in targets if key not in stored]
-
-
-def _load_lora(model: LLMGR, folder: Path) -> list[str]:
-    """Loads the LoRA weights; returns the names of those that are not in the bundle."""
-    names = [name for name, _ in model.language_model.named_parameters() if "lora_" in name]
-    if not (folder / LORA / _LORA_FILE).is_file():
-        return names
-    decoder, stored = model.language_model.decoder, load_file(folder / LORA / _LORA_FILE)
-    targets = get_peft_model_state_dict(decoder, save_embedding_layers=False)
-    weights = {name: shard_like(value, targets.get(name, value)) for name, value in stored.items()}
-    result = set_peft_model_state_dict(decoder, weights)
-    if result.unexpected_keys:
-        raise UserError(
-            f"bundle {folder} has LoRA weights for {result.unexpected_keys[0]}, which the model lacks; "
-            "use the settings of the run that made it"
-        )
-    return [name for name in result.missing_keys if "lora_" in name]
 
 
 def _check_language_model(index: BundleIndex, weights_hash: str, folder: Path) -> None:

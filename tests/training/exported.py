@@ -33,5 +33,8 @@ class Exported:
             tables,
             load_file(bundle / "recommender.safetensors"),
             load_file(language) if language.exists() else {},
-            load_file(lora) if lora.exists() else {},
+            # Each weight has a second name, in the causal language model around the decoder.
+            {name: value for name, value in load_file(lora).items() if not name.startswith("base_model.model.model.")}
+            if lora.exists()
+            else {},
         )
