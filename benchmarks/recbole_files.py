@@ -50,7 +50,7 @@ def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: in
         num_examples={split: examples for split, (_, examples) in written.items()},
         files=files,
         # RecBole also ranks the items of the session, so both sides do.
-        clicks_repeat=True,
+        repeats="allow",
     )
     (folder / MANIFEST_NAME).write_text(part.to_json())
     return Dataset(folder)

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
 
         def score() -> float:
             shutil.rmtree(ours, ignore_errors=True)
-            options = {"max_length": MAX_LENGTH, "batch_size": args.batch_size, "exclude_seen": False}
+            options = {"max_length": MAX_LENGTH, "batch_size": args.batch_size, "repeats": "allow"}
             request = ScoreRequest(run, source, ours, K, **options)
             return float(score_run(request).rows_in)
 

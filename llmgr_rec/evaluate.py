@@ -18,6 +18,7 @@ from llmgr_rec.cli import (
     split_code,
 )
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import is_import_path
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
         "my_package.knn:Recent; default: popularity, item_knn and all trained models of the run.",
     )
     add_code_argument(parser)
+    add_ranking_arguments(parser)
     parser.add_argument("--batch_size", type=int, help="Sessions per batch; default: the setting of the run.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default: the setting of the run.")
     arguments = parse_args(parser, argv)
@@ -61,6 +63,8 @@ def main(argv: Sequence[str]) -> None:
             split=arguments.split,
             output=Path(arguments.output),
             models=split_names(arguments.models, "--models", MODELS) if arguments.models else None,
+            repeats=arguments.repeats,
+            max_length=arguments.max_length,
             batch_size=arguments.batch_size,
             device=arguments.device,
             allow_code=split_code(arguments.allow_code),

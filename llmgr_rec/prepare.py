@@ -31,27 +31,11 @@ def main(argv: Sequence[str]) -> None:
     check_settings(settings)
 
     from llmgr_rec.data.preparation.pipeline import prepare_dataset
+    from llmgr_rec.data.preparation.summary import summary_lines
 
     manifest = prepare_dataset(settings)
-    rows = ", ".join(f"{split} {rows:,} rows" for split, rows in manifest.num_sessions.items())
-    examples = ", ".join(f"{split} {manifest.num_examples[split]:,}" for split in manifest.prefix_augmentation)
-    note = f" (with their prefixes: {examples} examples)" if examples else ""
-    clicks = f"{manifest.num_clicks['kept']:,} of {manifest.num_clicks['read']:,} clicks kept"
-    counts = manifest.held_out
-    held_out = (
-        f", {counts['items']:,} items held out of training (without {counts['clicks']:,} clicks, "
-        f"{counts['sessions']:,} sessions)"
-        if counts
-        else ""
-    )
-    print(f"{settings.output}: {clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}{held_out}")
-    if cut := manifest.session_gap:
-        print(
-            f"  sessions cut at gaps above {cut['gap']}: users {cut['users']:,}, sessions {cut['sessions']:,}, clicks "
-            f"per session {cut['clicks'] / cut['sessions']:.1f}, before filters (timestamps in {cut['unit']})"
-        )
-    for option, files in manifest.inputs.items():
-        print(f"  {option}: {files}")
+    first, *others = summary_lines(manifest)
+    print(f"{settings.output}: {first}", *others, sep="\n  ")
 
 
 if __name__ == "__main__":

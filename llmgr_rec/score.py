@@ -21,6 +21,7 @@ from llmgr_rec.cli import (
     split_code,
 )
 from llmgr_rec.config import DType, StageName
+from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
             k=arguments.k,
             columns=[name.strip() for name in arguments.columns.strip("[]").split(",") if name.strip()],
             unknown_items=arguments.unknown_items,
-            exclude_seen=arguments.exclude_seen,
+            repeats=arguments.repeats,
             stage=arguments.stage,
             max_length=arguments.max_length,
             part_rows=arguments.part_rows,
@@ -90,7 +91,7 @@ def _parser() -> "ArgumentParser":
     )
     parser.add_argument("--stage", type=StageName, help="Stage whose model to use; default: the last complete one.")
     add_code_argument(parser)
-    parser.add_argument("--max_length", type=int, default=50, help="Number of newest clicks per session that are used.")
+    add_ranking_arguments(parser)
     parser.add_argument("--part_rows", type=int, default=16384, help="Sessions per output file.")
     parser.add_argument("--batch_size", type=int, help="Sessions per batch; default: the setting of the run.")
     _add_language_arguments(parser)
@@ -108,12 +109,6 @@ def _add_output_arguments(parser: "ArgumentParser") -> None:
         default="session_id",
         help="Comma-separated input columns to copy to the output, such as session_id,target. A folder dt=2026-11-01 "
         "gives its files a column dt.",
-    )
-    parser.add_argument(
-        "--exclude_seen",
-        type=bool | Literal["auto"],
-        default="auto",
-        help="Exclude the items of a session from its list; auto excludes them if no training session repeats an item.",
     )
 
 

@@ -126,10 +126,10 @@ def small_run() -> SmallRun:
 
 @cache
 def without_repeats() -> Dataset:
-    """The shared data set again, but that its manifest says that no training session repeats a click."""
+    """The shared data set again, but that its manifest says that repeats are excluded."""
     folder = Path(_folder().name) / "without-repeats"
     shutil.copytree(small_run().dataset.path, folder)
-    edit_manifest(folder, lambda values: values.update(clicks_repeat=False))
+    edit_manifest(folder, lambda values: values.update(repeats="exclude"))
     return Dataset(folder)
 
 

@@ -44,8 +44,9 @@ def test_writes_all_models_and_prints_the_table(tmp_path, capsys):
 def test_says_that_clicked_items_are_excluded(tmp_path, capsys):
     output = tmp_path / "metrics.json"
     main(arguments(output, dataset=without_repeats().path, models="item_knn"))
-    rule = "full catalog, ties by lower index, clicked items excluded: no training session repeats one"
-    assert json.loads(output.read_text())["protocol"] == rule
+    rule = "full catalog, ties by lower index, clicked items excluded"
+    content = json.loads(output.read_text())
+    assert (content["protocol"], content["repeats"], content["max_length"]) == (rule, "exclude", 50)
     assert rule in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmgr_rec.errors import UserError
 from llmgr_rec.score import main
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
 from tests.small_run import small_run
@@ -22,29 +23,16 @@ def words(source: Path, output: Path, *more: str) -> list[str]:
 
 def test_scores_and_says_what_it_did(tmp_path, capsys):
     source = write_sessions(tmp_path / "in.parquet", raw_sessions(12), country=["se"] * 12)
-    main(words(source, tmp_path / "out", "--k", "3", "--columns", "session_id,country", "--exclude_seen", "true"))
+    main(words(source, tmp_path / "out", "--k", "3", "--columns", "session_id,country", "--repeats", "exclude"))
     rows = read_scores(tmp_path / "out")
     assert list(rows[0]) == ["session_id", "item_ids", "scores", "fallback", "country"]
     assert all(len(row["item_ids"]) == 3 for row in rows)
     assert re.search(r"scored 12 sessions to \S+ \(Parquet files: 1\); 3 clicks", capsys.readouterr().out)
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["model"]["stage"] == "behave"
-
-
-@pytest.mark.parametrize(
-    ("more", "excludes"),
-    [
-        ((), False),
-        (("--exclude_seen", "auto"), False),
-        (("--exclude_seen", "true"), True),
-        (("--exclude_seen=false",), False),
-    ],
-)
-def test_exclude_seen_takes_auto_true_and_false(tmp_path, more, excludes):
-    source = write_sessions(tmp_path / "in.parquet", raw_sessions(3))
-    main(words(source, tmp_path / "out", "--stage", "sbr", *more))
-    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
-    assert manifest["settings"]["exclude_seen"] is excludes
+    assert manifest["settings"]["repeats"] == "exclude"
+    with pytest.raises(UserError, match="repeats"):
+        main(words(source, tmp_path / "other", "--repeats", "true"))
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ class RawSessions:
     pass_offsets_P1: Tensor = field(default_factory=_no_passes)
     global_batch: "RawSessions | None" = None
 
+    def newest(self, max_length: int) -> "RawSessions":
+        """The sessions with their newest clicks only, at most `max_length` of each."""
+        clicks = Jagged(self.items_L, self.offsets_B1).last(max_length)
+        return replace(self, items_L=clicks.values, offsets_B1=clicks.offsets)
+
 
 @dataclass
 class SessionBatch(Pipelineable):

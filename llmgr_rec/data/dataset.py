@@ -4,8 +4,9 @@ import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from llmgr_rec.data.repeats import ConsecutiveRepeats, RepeatCounts, Repeats, RepeatsOption
 from llmgr_rec.data.schema import FORMAT_VERSION, ITEMS_NAME, MANIFEST_NAME, SPLITS
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import check_inside
@@ -46,12 +47,16 @@ class Manifest:
         files: Rows, bytes and content hash of each file, by path relative to the data set.
         cuts: Last timestamp of the training window and of the validation window, in the input's unit (nanoseconds for
             Arrow timestamps); empty for other splits than the temporal one.
-        num_clicks: Number of clicks before and after the filters.
+        num_clicks: Number of clicks before and after the filters: `read` and `kept`; and of those, `duplicates` and
+            `consecutive_repeats`, that `prepare` found.
         held_out: Items held out of training: their `share` and sampling `seed`, the number of `items`, the number of
             `clicks` removed from training sessions, and the number of training `sessions` dropped because fewer than
             two clicks were left. Empty if no items are held out.
-        clicks_repeat: Whether any training session contains an item twice, its target included; true if unknown, as in
-            data sets of early versions.
+        duplicates: Whether rows that are equal in user, item and time were dropped.
+        consecutive_repeats: Whether clicks in a row on the same item were merged into the first.
+        repeats: Whether rankings may contain items that the session has clicked.
+        repeats_option: What `prepare` was given: auto, allow or exclude.
+        repeat_counts: Repeats by split; empty if they were not measured, as in data sets of version 0.2.
         long_sessions: How training sessions longer than max_length became rows: newest or split.
         click_use: Number of clicks that are targets, inputs or unused, and why; see `preparation.click_use.ClickUse`.
         inputs: Which files of each input folder were read and which were skipped, by option of prepare.
@@ -74,7 +79,11 @@ class Manifest:
     cuts: dict[str, int] = field(default_factory=dict)
     num_clicks: dict[str, int] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
-    clicks_repeat: bool = True
+    duplicates: Literal["drop", "keep"] = "keep"
+    consecutive_repeats: ConsecutiveRepeats = "keep"
+    repeats: Repeats = "allow"
+    repeats_option: RepeatsOption = "auto"
+    repeat_counts: dict[str, RepeatCounts] = field(default_factory=dict)
     long_sessions: str = "newest"
     click_use: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -166,6 +175,9 @@ def _parse(values: Any, file: Path) -> Manifest:
     # Name of the field in data sets of version 0.1.
     if "catalogue_hash" in values:
         values["catalog_hash"] = values.pop("catalogue_hash")
+    # Version 0.2 recorded whether any training session repeats a click.
+    if not values.get("clicks_repeat", True):
+        values.setdefault("repeats", "exclude")
     try:
         required = [entry.name for entry in fields(Manifest) if entry.default is entry.default_factory is MISSING]
         missing = [name for name in required if name not in values]
@@ -173,6 +185,8 @@ def _parse(values: Any, file: Path) -> Manifest:
             raise KeyError(missing[0])
         known = {entry.name: values[entry.name] for entry in fields(Manifest) if entry.name in values}
         known["files"] = {name: FileEntry(**entry) for name, entry in known["files"].items()}
+        counts = known.get("repeat_counts", {})
+        known["repeat_counts"] = {split: RepeatCounts(**entry) for split, entry in counts.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{file} has a missing or invalid field ({error}); {_REMEDY}") from None
     return Manifest(**known)

@@ -96,6 +96,11 @@ class Jagged:
         offsets = lengths_to_offsets(lengths)
         return Jagged(self.values.index_select(0, ranges(starts, offsets, total)), offsets)
 
+    def last(self, count: int) -> "Jagged":
+        """The last `count` values of each row, or all of a shorter row."""
+        lengths = self.lengths.clamp(max=count)
+        return self.gather(self.offsets[1:] - lengths, lengths)
+
     def narrow(self, start: int, stop: int) -> "Jagged":
         """Rows start .. stop - 1, with a view of the values."""
         offsets = self.offsets[start : stop + 1]

@@ -1,7 +1,7 @@
 """Evaluates the models of a training run and the baselines, and writes metrics.json."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,21 @@ from llmgr_rec.config import Config, Device
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.exclusion import ranking_rule
+from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
 from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
-from llmgr_rec.storage.bundle_index import CONFIG, STAGES_OF_MODEL, bundle_hash, check_trained_on, find_bundle
+from llmgr_rec.storage.bundle_index import (
+    CONFIG,
+    STAGES_OF_MODEL,
+    bundle_hash,
+    check_trained_on,
+    find_bundle,
+    read_index,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,8 @@ class EvaluationRequest:
         split: `valid` or `test`.
         output: Metrics file to write.
         models: Names of models and baselines; None takes the default baselines and all trained models of the run.
+        repeats: Whether lists may contain items that the session has clicked; auto takes what the bundles record.
+        max_length: Number of newest clicks of a session that are shown; None takes what the bundles record.
         batch_size: Sessions per batch; None takes the run's setting.
         device: Device of the models; None takes the run's setting.
         allow_code: Packages from which bundles may import their encoder or head.
@@ -40,6 +50,8 @@ class EvaluationRequest:
     split: str
     output: Path
     models: list[str] | None = None
+    repeats: RepeatsOption = "auto"
+    max_length: int | None = None
     batch_size: int | None = None
     device: Device | None = None
     allow_code: Sequence[str] = ()
@@ -67,6 +79,8 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
             baseline_builder(name, "--models")
     check_baselines(names, catalog)
     config = _config(request)
+    indexes = {name: read_index(bundle) for name, bundle in bundles.items()}
+    rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length)
     refuse_foreign_output(request.output)
     world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
     try:
@@ -75,9 +89,9 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         for name in names:
             if name not in bundles:
                 baseline = build_baseline(name, dataset, catalog)
-                results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world)
+                results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world, rule)
             else:
-                results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalog, world)
+                results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalog, world, rule)
                 blends |= {name: dict(blend.weights)} if blend else {}
     finally:
         shutdown()
@@ -88,7 +102,8 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "split": request.split,
         "dataset": dataset.manifest.catalog_hash,
         "dataset_path": str(request.dataset.resolve()),
-        "protocol": f"full catalog, ties by lower index, {ranking_rule(dataset)}",
+        "protocol": f"full catalog, ties by lower index, {rule}",
+        **asdict(rule),
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
         "bundles": {name: bundle_hash(bundle) for name, bundle in bundles.items() if name in results},
@@ -100,12 +115,17 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
 
 
 def _evaluate_bundle(
-    bundle: Path, request: EvaluationRequest, dataset: Dataset, catalog: Catalog, world: World
+    bundle: Path,
+    request: EvaluationRequest,
+    dataset: Dataset,
+    catalog: Catalog,
+    world: World,
+    rule: RankingRule,
 ) -> tuple[dict[str, Any], Blend | None]:
     """The metrics of a bundle, and its blend."""
     loaded = load_bundle(bundle, world, allow_code=request.allow_code)
     ranking = loaded.ranking(request.batch_size)
-    metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V)
+    metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V, rule)
     return metrics, loaded.blend
 
 
@@ -143,6 +163,8 @@ def _config(request: EvaluationRequest) -> Config:
     config = load_config(file) if file.is_file() else Config()
     if request.device:
         config.runtime.device = request.device
-    if request.batch_size is not None and request.batch_size < 1:
-        raise UserError(f"--batch_size is {request.batch_size}; give at least 1")
+    for name in ("batch_size", "max_length"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}; give at least 1")
     return config

@@ -17,7 +17,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.exclusion import excludes_seen, seen_items
+from llmgr_rec.evaluation.exclusion import ranking_rule, seen_items
 from llmgr_rec.storage.bundle import load_bundle
 
 LIST_LENGTH = 20
@@ -75,6 +75,7 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str, allow_code: Sequ
     """
     loaded = load_bundle(bundle, allow_code=allow_code)
     titles = _titles(loaded.catalog)
+    rule = ranking_rule(dataset.manifest)
     size = min(_SEARCHED_SESSIONS, loaded.config.runtime.eval_batch_size)
     ranking = loaded.ranking(size)
     ranker = ranking.ranker(World.alone())
@@ -84,7 +85,7 @@ def ranked_examples(bundle: Path, dataset: Dataset, split: str, allow_code: Sequ
     )
     rows = _rows(dataset, split)
     for batch in islice(reader.batches(0), -(-_SEARCHED_SESSIONS // size)):
-        exclude = seen_items(batch) if excludes_seen(dataset) else None
+        exclude = seen_items(batch) if rule.excludes_seen else None
         with torch.no_grad():
             ids_BK, _ = ranker.rank(ranking.queries(batch), LIST_LENGTH, exclude, clicks_of(batch))
         for ids_K, (session_id, clicks, target) in zip(ids_BK.tolist(), rows, strict=False):

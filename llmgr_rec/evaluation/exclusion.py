@@ -1,30 +1,96 @@
-"""Exclusion of seen items, those that a session has clicked, from its ranking; the training data decide on it.
+"""What a ranking shows and excludes of a session: its newest clicks, and, if repeats are excluded, their items.
 
-If no training session repeats an item, seen items are excluded, because they are not targets, and nearest-neighbor
-methods would rank them first. If sessions repeat items, no item is excluded.
+`prepare` decides on repeats by their measured share (`data.repeats`) and limits the length of histories. A bundle
+records both, and `evaluate` and `score` follow it. Only items of clicks that the model sees are excluded, because a
+prepared data set has no others.
 
 Shapes: B sessions, L clicks, D items of a list before exclusion, K after.
 """
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.baselines.sparse_scores import Ints
 from llmgr_rec.data.batch import RawSessions, SessionBatch
-from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.repeats import DEFAULT_MAX_LENGTH, Repeats, RepeatsOption
+from llmgr_rec.errors import UserError
+from llmgr_rec.storage.bundle_index import BundleIndex
 
 
-def excludes_seen(dataset: Dataset) -> bool:
-    """Whether evaluation excludes the items that a session has clicked from its ranking."""
-    return not dataset.manifest.clicks_repeat
+@dataclass(frozen=True)
+class RankingRule:
+    """What a ranking shows and excludes of a session.
+
+    Args:
+        repeats: Whether the list may contain items of the clicks that are shown.
+        max_length: Maximum number of clicks that are shown, the newest ones.
+    """
+
+    repeats: Repeats
+    max_length: int
+
+    @property
+    def excludes_seen(self) -> bool:
+        """Whether the items of the clicks that are shown are excluded from the list."""
+        return self.repeats == "exclude"
+
+    def __str__(self) -> str:
+        return "clicked items excluded" if self.excludes_seen else "no item excluded"
 
 
-def ranking_rule(dataset: Dataset) -> str:
-    """The exclusion rule as text, for tables and reports."""
-    if excludes_seen(dataset):
-        return "clicked items excluded: no training session repeats one"
-    return "no item excluded"
+def ranking_rule(
+    recorded: Manifest | BundleIndex, repeats: RepeatsOption = "auto", max_length: int | None = None
+) -> RankingRule:
+    """The rule of a data set or a bundle, with what the user asks for instead.
+
+    Args:
+        recorded: Manifest of the data set, or index of the bundle.
+        repeats: `auto` takes what is recorded.
+        max_length: None takes what is recorded.
+    """
+    return RankingRule(
+        repeats=recorded.repeats if repeats == "auto" else repeats,
+        max_length=max_length or recorded.max_length or DEFAULT_MAX_LENGTH,
+    )
+
+
+def rule_of_bundles(
+    indexes: Mapping[str, BundleIndex], manifest: Manifest, repeats: RepeatsOption, max_length: int | None
+) -> RankingRule:
+    """The rule by which the models of a run and the baselines are compared.
+
+    Args:
+        indexes: Index of each bundle by the name of its model; empty to compare baselines only.
+        manifest: Manifest of the data set, which is the rule without bundles.
+        repeats: `auto` takes what the bundles record.
+        max_length: None takes what the bundles record, or the data set where they record nothing.
+
+    Raises:
+        UserError: The bundles record different rules, or the data set has shorter histories than asked for.
+    """
+    if (max_length or 0) > manifest.max_length:
+        raise UserError(
+            f"--max_length is {max_length}, but the histories of the data set end at {manifest.max_length} clicks; "
+            f"prepare it with --max_length {max_length}, or give at most {manifest.max_length}"
+        )
+    rules = {
+        name: ranking_rule(index, repeats, max_length or index.max_length or manifest.max_length)
+        for name, index in indexes.items()
+    }
+    if not rules:
+        return ranking_rule(manifest, repeats, max_length)
+    if len(set(rules.values())) > 1:
+        recorded = "; ".join(f"{name}: {rule.repeats}, {rule.max_length}" for name, rule in rules.items())
+        raise UserError(
+            f"the models record different repeats and max_length ({recorded}); give --repeats and --max_length, or "
+            "one of the models in --models"
+        )
+    return next(iter(rules.values()))
 
 
 def seen_items(batch: SessionBatch) -> Jagged:

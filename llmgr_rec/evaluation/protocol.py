@@ -22,7 +22,7 @@ from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import RankingModel
-from llmgr_rec.evaluation.exclusion import excludes_seen, ranked_by, seen_items
+from llmgr_rec.evaluation.exclusion import RankingRule, ranked_by, ranking_rule, seen_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
 
 T = TypeVar("T")
@@ -33,11 +33,14 @@ _READ_ROWS = 8192
 
 @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
 def evaluate_model(
-    ranking: RankingModel, dataset: Dataset, split: str, world: World, train_count_V: Tensor
+    ranking: RankingModel,
+    dataset: Dataset,
+    split: str,
+    world: World,
+    train_count_V: Tensor,
+    rule: RankingRule | None = None,
 ) -> dict[str, Any]:
     """Ranks the whole catalog for every session of a split and computes the ranking metrics.
-
-    Seen items are excluded if no training session of the data set repeats an item, see `evaluation.exclusion`.
 
     Args:
         ranking: The model; its training mode is restored afterwards.
@@ -45,19 +48,20 @@ def evaluate_model(
         split: train, valid or test.
         world: Ranks; all call together, and all return the same result.
         train_count_V: Training clicks of each item.
+        rule: What a ranking shows and excludes of a session; None takes what the data set records.
 
     Returns:
         The result of `RankingMetrics.compute`.
     """
     metrics = RankingMetrics(train_count_V.to(world.device))
-    for ids_BK, batch in ranked_lists(ranking, dataset, split, world):
+    for ids_BK, batch in ranked_lists(ranking, dataset, split, world, rule):
         metrics.update(ids_BK, batch.targets_B, batch.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
 
 @torch.no_grad()
 def ranked_lists(
-    ranking: RankingModel, dataset: Dataset, split: str, world: World
+    ranking: RankingModel, dataset: Dataset, split: str, world: World, rule: RankingRule | None = None
 ) -> Iterator[tuple[Tensor, SessionBatch]]:
     """Ranks the whole catalog for this rank's sessions of a split; see `evaluate_model` for the arguments.
 
@@ -67,7 +71,7 @@ def ranked_lists(
     """
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
-        for sessions in evaluation_batches(ranking, dataset, split, world, f"evaluate {split}"):
+        for sessions in evaluation_batches(ranking, dataset, split, world, f"evaluate {split}", rule):
             clicks = None if ranking.blend is None else clicks_of(sessions.batch)
             ids_BK, _ = ranker.rank(sessions.queries_BQ, RankingMetrics.depth, sessions.exclude, clicks)
             yield ids_BK, sessions.batch
@@ -75,7 +79,12 @@ def ranked_lists(
 
 @torch.no_grad()
 def evaluate_baseline(
-    baseline: Baseline, dataset: Dataset, split: str, catalog: Catalog, world: World
+    baseline: Baseline,
+    dataset: Dataset,
+    split: str,
+    catalog: Catalog,
+    world: World,
+    rule: RankingRule | None = None,
 ) -> dict[str, Any]:
     """`evaluate_model` for a baseline.
 
@@ -85,24 +94,25 @@ def evaluate_baseline(
         split: train, valid or test.
         catalog: The data set's items.
         world: Ranks; all call together, and all return the same result.
+        rule: As in `evaluate_model`.
 
     Returns:
         The result of `RankingMetrics.compute`.
     """
     metrics = RankingMetrics(catalog.train_count_V)
-    for ids_BK, raw in baseline_lists(baseline, dataset, split, world):
+    for ids_BK, raw in baseline_lists(baseline, dataset, split, world, rule):
         metrics.update(ids_BK, raw.targets_B, raw.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
 
 def baseline_lists(
-    baseline: Baseline, dataset: Dataset, split: str, world: World
+    baseline: Baseline, dataset: Dataset, split: str, world: World, rule: RankingRule | None = None
 ) -> Iterator[tuple[Tensor, RawSessions]]:
     """`ranked_lists` for a baseline; see `evaluate_baseline` for the arguments."""
-    reader = split_reader(dataset, split, _READ_ROWS, identity)
-    exclude = excludes_seen(dataset)
+    rule = rule or ranking_rule(dataset.manifest)
+    reader = split_reader(dataset, split, _READ_ROWS, lambda raw: raw.newest(rule.max_length))
     for raw in batches_of_rank(reader, world, f"evaluate {split}"):
-        yield torch.from_numpy(ranked_by(baseline, raw, RankingMetrics.depth, exclude)), raw
+        yield torch.from_numpy(ranked_by(baseline, raw, RankingMetrics.depth, rule.excludes_seen)), raw
 
 
 @contextmanager
@@ -154,7 +164,12 @@ class EvaluationBatch:
 
 
 def evaluation_batches(
-    ranking: RankingModel, dataset: Dataset, split: str, world: World, description: str
+    ranking: RankingModel,
+    dataset: Dataset,
+    split: str,
+    world: World,
+    description: str,
+    rule: RankingRule | None = None,
 ) -> Iterator[EvaluationBatch]:
     """Batches of this rank's sessions of a split, with queries and excluded items.
 
@@ -164,12 +179,13 @@ def evaluation_batches(
         split: train, valid or test.
         world: Ranks; all call together, and all have to consume every batch.
         description: Title of the progress bar.
+        rule: As in `evaluate_model`.
     """
-    exclude = excludes_seen(dataset)
-    reader = split_reader(dataset, split, ranking.batch_size, ranking.collate)
+    rule = rule or ranking_rule(dataset.manifest)
+    reader = split_reader(dataset, split, ranking.batch_size, lambda raw: ranking.collate(raw.newest(rule.max_length)))
     for loaded in batches_of_rank(reader, world, description):
         batch = loaded.to(world.device)
-        yield EvaluationBatch(batch, ranking.queries(batch), seen_items(batch) if exclude else None)
+        yield EvaluationBatch(batch, ranking.queries(batch), seen_items(batch) if rule.excludes_seen else None)
 
 
 def batches_of_rank(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:

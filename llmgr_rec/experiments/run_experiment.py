@@ -191,7 +191,7 @@ def compare(experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runne
         "items": catalog.num_items,
         "chance_hr@20": min(K / catalog.num_items, 1.0),
         "protocol": dataset.manifest.split,
-        "ranking": ranking_rule(dataset),
+        "ranking": str(ranking_rule(dataset.manifest)),
         "variants": variants,
     }
 

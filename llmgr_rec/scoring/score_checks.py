@@ -6,9 +6,9 @@ The checks use no collective operation and write no file, so an invalid request 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from llmgr_rec.config import PROMPT_STAGES, Device, DType, StageName
+from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
 from llmgr_rec.scoring.output import OUTPUT_COLUMNS
@@ -29,10 +29,9 @@ class ScoreRequest:
         k: Items per session.
         columns: Input columns that are copied to the output.
         unknown_items: Whether clicks on unknown items are skipped or an error.
-        exclude_seen: Whether the items of a session are excluded from its list. `auto` excludes them if no training
-            session contains an item twice.
+        repeats: Whether a list may contain the items of the session's clicks; `auto` takes what the bundle records.
         stage: Stage whose bundle is used; None uses the default bundle.
-        max_length: Number of clicks of a session that the model encodes, the last ones.
+        max_length: Number of newest clicks of a session that are used; None takes what the bundle records.
         part_rows: Sessions per output file.
         batch_size: Sessions per batch of one rank; None uses the setting of the run.
         device: Device of the model; None uses the setting of the run.
@@ -49,9 +48,9 @@ class ScoreRequest:
     k: int = 20
     columns: list[str] | None = None
     unknown_items: UnknownItems = "skip"
-    exclude_seen: bool | Literal["auto"] = "auto"
+    repeats: RepeatsOption = "auto"
     stage: StageName | None = None
-    max_length: int = 50
+    max_length: int | None = None
     part_rows: int = 16384
     batch_size: int | None = None
     device: Device | None = None

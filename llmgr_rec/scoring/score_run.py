@@ -8,6 +8,7 @@ from typing import Any
 from llmgr_rec.cli import progress
 from llmgr_rec.distributed.process_group import World, barrier, init_distributed, run_on_rank0, shutdown
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
 from llmgr_rec.scoring.input import Part, SessionFiles
@@ -56,11 +57,9 @@ def score_run(request: ScoreRequest) -> Totals:
 
 
 def _settings(request: ScoreRequest, bundle: BundleFiles) -> ScoreSettings:
-    excludes = not bundle.index.clicks_repeat if request.exclude_seen == "auto" else request.exclude_seen
     return ScoreSettings(
         k=request.k,
-        exclude_seen=excludes,
-        max_length=request.max_length,
+        rule=ranking_rule(bundle.index, request.repeats, request.max_length),
         batch_size=request.batch_size or bundle.config.runtime.eval_batch_size,
         routing=request.routing,
     )
@@ -71,7 +70,7 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
     return {
         "input": {file.name: {"rows": file.rows, "sha256": file.sha256()} for file in files.files},
         "settings": {
-            **asdict(settings),
+            **_flat(settings),
             "llm_dtype": request.llm_dtype or bundle.config.llm.dtype,
             "llm_layers": request.llm_layers,
             "columns": request.passed_columns,
@@ -84,6 +83,11 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
             "catalog": bundle.catalog.hash,
         },
     }
+
+
+def _flat(settings: ScoreSettings) -> dict[str, Any]:
+    values = asdict(settings)
+    return {**values.pop("rule"), **values}
 
 
 def _load_scorer(request: ScoreRequest, bundle: BundleFiles, settings: ScoreSettings, world: World) -> Scorer:

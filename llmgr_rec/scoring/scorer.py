@@ -21,6 +21,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker
+from llmgr_rec.evaluation.exclusion import RankingRule
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
@@ -43,15 +44,13 @@ class ScoreSettings:
 
     Args:
         k: Items per session.
-        exclude_seen: Whether the items of a session are excluded from its list.
-        max_length: Number of clicks of a session that the model encodes, the last ones.
+        rule: What a ranking shows and excludes of a session.
         batch_size: Sessions per batch of one rank.
         routing: Rule that routes sessions to the language model; the session recommender scores the others.
     """
 
     k: int
-    exclude_seen: bool
-    max_length: int
+    rule: RankingRule
     batch_size: int
     routing: Routing = ROUTE_ALL
 
@@ -187,27 +186,15 @@ class Scorer:
             start = first + world.rank * size
             rows = torch.from_numpy(order_S[start : start + size])
             # A rank without a batch takes part in the collectives with one session, whose result is discarded.
-            clicks = all_clicks.select(rows if rows.numel() else torch.from_numpy(order_S[:1]))
+            rows_or_filler = rows if rows.numel() else torch.from_numpy(order_S[:1])
+            clicks = all_clicks.select(rows_or_filler).last(self._settings.rule.max_length)
             yield _RankBatch(
                 rows=rows,
-                batch=self._ranking.collate(self._raw(clicks)),
-                exclude=clicks if self._settings.exclude_seen else None,
+                batch=self._ranking.collate(_raw(clicks)),
+                exclude=clicks if self._settings.rule.excludes_seen else None,
                 sessions=min(size * world.size, len(order_S) - first),
                 routed=routed,
             )
-
-    def _raw(self, clicks: Jagged) -> RawSessions:
-        lengths = clicks.lengths.clamp(max=self._settings.max_length)
-        newest = clicks.gather(clicks.offsets[1:] - lengths, lengths)
-        none_B = torch.full_like(lengths, -1)
-        return RawSessions(
-            items_L=newest.values,
-            offsets_B1=newest.offsets,
-            targets_B=none_B,
-            weights_B=torch.ones(len(lengths)),
-            rows_B=none_B,
-            global_size=len(lengths),
-        )
 
     def _rank(self, ranker: CatalogRanker, step: _RankBatch, ranked: _RankedPart) -> None:
         """Ranks the catalog for a batch and stores the lists in its part."""
@@ -265,3 +252,15 @@ class Scorer:
         }
         columns.update({name: ranked.sessions.table[name] for name in copied})
         return pa.table(columns)
+
+
+def _raw(clicks: Jagged) -> RawSessions:
+    none_B = torch.full((clicks.num_rows,), -1)
+    return RawSessions(
+        items_L=clicks.values,
+        offsets_B1=clicks.offsets,
+        targets_B=none_B,
+        weights_B=torch.ones(clicks.num_rows),
+        rows_B=none_B,
+        global_size=clicks.num_rows,
+    )

@@ -270,7 +270,9 @@ def _index(
             if path.is_file() and path.parent.name != "tables"
         },
         versions=installed_versions(),
-        clicks_repeat=trained_on is None or trained_on.clicks_repeat,
+        repeats=trained_on.repeats if trained_on else "allow",
+        max_length=trained_on.max_length if trained_on else 0,
+        consecutive_repeats=trained_on.consecutive_repeats if trained_on else "keep",
         features_hash=catalog.features_hash,
         sessions_hash=trained_on.sessions_hash if trained_on else "",
     )

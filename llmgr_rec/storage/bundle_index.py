@@ -18,6 +18,7 @@ from typing import Any
 
 from llmgr_rec.config import STAGES, StageName
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.repeats import ConsecutiveRepeats, Repeats
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import check_inside
 
@@ -71,7 +72,9 @@ class BundleIndex:
         table_files: Files of each table, which cover it without overlap.
         files: Size in bytes of every other file, by path relative to the bundle.
         versions: Versions of the installed packages at export.
-        clicks_repeat: Whether any training session contains an item twice; true if unknown.
+        repeats: Whether rankings may contain items that the session has clicked; allowed if unknown.
+        max_length: Maximum length of a history in the training data, in clicks; 0 if unknown.
+        consecutive_repeats: Whether clicks in a row on the same item were merged in the training data.
         features_hash: `Catalog.features_hash` of the items; empty if unknown.
         sessions_hash: `Manifest.sessions_hash` of the training data; empty if unknown.
         factory: Name of the model factory that built the model; empty for the default factory.
@@ -86,7 +89,9 @@ class BundleIndex:
     table_files: dict[str, list[TableFile]]
     files: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    clicks_repeat: bool = True
+    repeats: Repeats = "allow"
+    max_length: int = 0
+    consecutive_repeats: ConsecutiveRepeats = "keep"
     features_hash: str = ""
     sessions_hash: str = ""
     factory: str = ""
@@ -176,6 +181,9 @@ def read_index(folder: Path) -> BundleIndex:
                 f"{file} has format version {version}, this version of llmgr_rec reads {FORMAT_VERSION}; train the "
                 "stage again, or use the version that wrote the bundle"
             )
+        # Version 0.2 recorded whether any training session repeats a click.
+        if not content.pop("clicks_repeat", True):
+            content.setdefault("repeats", "exclude")
         content["tables"] = {name: (rows, cols) for name, (rows, cols) in content["tables"].items()}
         content["table_files"] = {
             table: [TableFile(**part) for part in parts] for table, parts in content["table_files"].items()

@@ -35,9 +35,9 @@ def test_parts_and_items(dataset: Path) -> None:
 
 
 def test_fields_that_have_a_default_may_be_absent(dataset: Path) -> None:
-    edit_manifest(dataset, lambda values: (values.pop("cuts"), values.pop("num_clicks"), values.pop("clicks_repeat")))
+    edit_manifest(dataset, lambda values: (values.pop("cuts"), values.pop("num_clicks"), values.pop("repeats")))
     assert load_manifest(dataset).cuts == {}
-    assert load_manifest(dataset).clicks_repeat
+    assert load_manifest(dataset).repeats == "allow"
 
 
 def test_folder_that_is_no_data_set(tmp_path: Path) -> None:

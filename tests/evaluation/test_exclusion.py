@@ -1,13 +1,18 @@
 """Lists without seen items, against plain loops."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.evaluation.exclusion import excludes_seen, ranked_by, ranking_rule, without_seen
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.exclusion import RankingRule, ranked_by, ranking_rule, rule_of_bundles, without_seen
+from llmgr_rec.storage.bundle_index import read_index
 from tests.baselines.test_knn import flat
 from tests.small_run import small_run, without_repeats
 
@@ -43,8 +48,19 @@ def test_a_baseline_fills_all_positions_that_unseen_items_can_fill(sessions, k):
     assert ranked_by(popularity, raw, k, False).tolist() == [reference(order, [], k)] * len(sessions)
 
 
-def test_the_data_set_decides_and_the_ranking_rule_says_so():
-    assert not excludes_seen(small_run().dataset)
-    assert ranking_rule(small_run().dataset) == "no item excluded"
-    assert excludes_seen(without_repeats())
-    assert ranking_rule(without_repeats()) == "clicked items excluded: no training session repeats one"
+def test_the_rule_is_what_is_recorded_unless_asked_for():
+    shared, excluding = small_run().dataset.manifest, without_repeats().manifest
+    assert (str(ranking_rule(shared)), str(ranking_rule(excluding))) == ("no item excluded", "clicked items excluded")
+    assert ranking_rule(shared, "exclude", 7) == RankingRule("exclude", 7)
+    index = read_index(small_run().run / "export" / "sbr")
+    recorded = [replace(index, repeats=repeats, max_length=9) for repeats in ("allow", "exclude", "allow")]
+    # The models of the run decide over the data set, and have to agree.
+    assert rule_of_bundles({"sbr": recorded[1]}, shared, "auto", None) == RankingRule("exclude", 9)
+    assert rule_of_bundles({"sbr": index}, excluding, "auto", None) == RankingRule("allow", shared.max_length)
+    assert rule_of_bundles({}, excluding, "auto", None) == RankingRule("exclude", excluding.max_length)
+    differing = {"sbr": recorded[0], "llmgr": recorded[1]}
+    with pytest.raises(UserError, match=r"sbr: allow, 9; llmgr: exclude, 9\); give --repeats"):
+        rule_of_bundles(differing, shared, "auto", None)
+    assert rule_of_bundles(differing, shared, "exclude", None) == RankingRule("exclude", 9)
+    with pytest.raises(UserError, match=r"--max_length is 51, but the histories of the data set end at 50 clicks"):
+        rule_of_bundles({}, shared, "auto", 51)

@@ -44,7 +44,7 @@ def baseline_reference(baseline: Baseline, dataset: Dataset, split: str) -> dict
 
 def rank_in(order: list[int], clicked: set[int], target: int, dataset: Dataset) -> float:
     """Rank of the target, from 1, in a list of all items; without seen items where the data set excludes them."""
-    if not dataset.manifest.clicks_repeat:
+    if dataset.manifest.repeats == "exclude":
         order = [item for item in order if item not in clicked]
     return order.index(target) + 1 if target in order else float("inf")
 

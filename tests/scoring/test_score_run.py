@@ -35,7 +35,7 @@ def loaded(stage: str) -> tuple[Bundle, torch.Tensor]:
 
 
 @torch.no_grad()
-def reference(stage: str, session: list[str], k: int, max_length: int, exclude_seen: bool) -> tuple[list[str], Any]:
+def reference(stage: str, session: list[str], k: int, max_length: int, repeats: str) -> tuple[list[str], Any]:
     """Ranks one session alone; None where it has no known click."""
     bundle, items = loaded(stage)
     ids = bundle.catalog.item_ids.to_pylist()
@@ -46,27 +46,28 @@ def reference(stage: str, session: list[str], k: int, max_length: int, exclude_s
         return [ids[item] for item in order], counts[order] / counts.sum()
     batch = bundle.collate(as_raw([clicks[-max_length:]], [-1]))
     scores = (bundle.ranking().queries(batch) @ items.T)[0].numpy()
-    if exclude_seen:
-        scores[clicks] = -np.inf
+    if repeats == "exclude":
+        scores[clicks[-max_length:]] = -np.inf
     order = [item for item in np.argsort(-scores, kind="stable")[:k] if scores[item] > -np.inf]
     return [ids[item] for item in order], scores[order]
 
 
 @pytest.mark.parametrize(
-    ("stage", "k", "exclude_seen", "max_length"), [("sbr", 5, False, 50), ("sbr", 58, True, 3), ("behave", 5, True, 4)]
+    ("stage", "k", "repeats", "max_length"),
+    [("sbr", 5, "allow", 50), ("sbr", 58, "exclude", 3), ("behave", 5, "exclude", 4)],
 )
-def test_each_row_gets_what_ranking_it_alone_gives(tmp_path, stage, k, exclude_seen, max_length):
+def test_each_row_gets_what_ranking_it_alone_gives(tmp_path, stage, k, repeats, max_length):
     sessions = raw_sessions(40)
     sessions[6] = sessions[6] * 5
     source = write_sessions(tmp_path / "in.parquet", sessions, weight=np.arange(40.0))
-    options = {"stage": stage, "k": k, "exclude_seen": exclude_seen, "max_length": max_length, "part_rows": 11}
+    options = {"stage": stage, "k": k, "repeats": repeats, "max_length": max_length, "part_rows": 11}
     totals = score_run(request(source, tmp_path / "out", columns=["weight"], **options))
     rows = read_scores(tmp_path / "out")
     assert [row["session_id"] for row in rows] == [f"in-{number}" for number in range(40)]
     assert [row["weight"] for row in rows] == list(range(40))
     known = set(small_run().catalog.item_ids.to_pylist())
     for session, row in zip(sessions, rows, strict=True):
-        items, scores = reference(stage, session, k, max_length, exclude_seen)
+        items, scores = reference(stage, session, k, max_length, repeats)
         assert row["item_ids"] == items
         np.testing.assert_allclose(row["scores"], scores, rtol=1e-4, atol=1e-5)
         assert row["fallback"] == (not known & set(session))
@@ -79,35 +80,37 @@ def test_each_row_gets_what_ranking_it_alone_gives(tmp_path, stage, k, exclude_s
 
 def test_a_list_is_as_long_as_the_catalog_however_many_items_are_asked_for(tmp_path):
     source = write_sessions(tmp_path / "in.parquet", [["i1"], []])
-    score_run(request(source, tmp_path / "out", k=1_000_000_000, exclude_seen=False))
+    score_run(request(source, tmp_path / "out", k=1_000_000_000, repeats="allow"))
     assert [len(row["item_ids"]) for row in read_scores(tmp_path / "out")] == [NUM_ITEMS, NUM_ITEMS]
 
 
 @pytest.mark.parametrize(
-    ("option", "clicks_repeat", "excludes"),
+    ("option", "recorded", "rule"),
     [
-        ({}, True, False),
-        ({}, False, True),
-        ({}, None, False),
-        ({"exclude_seen": "auto"}, False, True),
-        ({"exclude_seen": False}, False, False),
-        ({"exclude_seen": True}, True, True),
+        ({}, {"repeats": "exclude", "max_length": 3}, ("exclude", 3)),
+        ({"repeats": "auto", "max_length": 2}, {"repeats": "allow", "max_length": 3}, ("allow", 2)),
+        ({"repeats": "allow"}, {"repeats": "exclude", "max_length": 3}, ("allow", 3)),
+        ({"repeats": "exclude"}, {}, ("exclude", 50)),
+        # Bundles of version 0.2, and of before.
+        ({}, {"clicks_repeat": False}, ("exclude", 50)),
+        ({}, {"clicks_repeat": True}, ("allow", 50)),
+        ({}, {}, ("allow", 50)),
     ],
 )
-def test_seen_items_are_excluded_where_training_repeats_none_or_where_asked(tmp_path, option, clicks_repeat, excludes):
+def test_the_bundle_says_what_a_ranking_shows_and_excludes_unless_asked(tmp_path, option, recorded, rule):
     run = run_with(tmp_path / "run", "sbr")
     index = run / "export" / "sbr" / "bundle.json"
     content = json.loads(index.read_text())
-    assert content.pop("clicks_repeat") is True
-    # A bundle of before says nothing.
-    index.write_text(json.dumps(content if clicks_repeat is None else content | {"clicks_repeat": clicks_repeat}))
+    for name in ("repeats", "max_length", "consecutive_repeats"):
+        del content[name]
+    index.write_text(json.dumps(content | recorded))
     sessions = raw_sessions(20)
     source = write_sessions(tmp_path / "in.parquet", sessions)
     score_run(request(source, tmp_path / "out", run=run, k=40, **option))
     for session, row in zip(sessions, read_scores(tmp_path / "out"), strict=True):
-        assert row["item_ids"] == reference("sbr", session, 40, 50, excludes)[0]
+        assert row["item_ids"] == reference("sbr", session, 40, rule[1], rule[0])[0]
     settings = json.loads((tmp_path / "out" / "_manifest.json").read_text())["settings"]
-    assert settings["exclude_seen"] is excludes
+    assert (settings["repeats"], settings["max_length"]) == rule
 
 
 def test_files_and_parts_have_stable_names_and_lose_no_row(tmp_path):
@@ -222,7 +225,7 @@ def test_damaged_and_foreign_parts_are_reported(tmp_path):
         score_run(job)
 
 
-ON_RANKS = {"stage": "behave", "part_rows": 10, "k": 5, "batch_size": 3, "exclude_seen": True}
+ON_RANKS = {"stage": "behave", "part_rows": 10, "k": 5, "batch_size": 3, "repeats": "exclude"}
 
 
 def scored_on_ranks(world: World, source: Path, output: Path) -> None:

@@ -97,7 +97,7 @@ def manifest() -> Manifest:
         has_text=True,
         catalog_hash="",
         files={},
-        clicks_repeat=False,
+        repeats="exclude",
     )
 
 
@@ -195,7 +195,10 @@ def test_files(exported: tuple[Path, list[tuple[Tensor, Tensor]]]) -> None:
     index = read_index(align)
     assert index.language_model["name"] == "random-tiny"
     assert index.dims == {"d1": 16, "d2": 64}
-    assert (read_index(sbr).clicks_repeat, index.clicks_repeat) == (True, False)
+    assert [(bundle.repeats, bundle.max_length) for bundle in (read_index(sbr), index)] == [
+        ("allow", 0),
+        ("exclude", 50),
+    ]
     assert not list((run / "export").glob("*.tmp"))
 
 
@@ -233,9 +236,10 @@ def test_foreign_bundles_are_refused(exported: tuple[Path, list[tuple[Tensor, Te
         (tmp_path / "align/bundle.json").write_text(json.dumps({**index, **change}))
         with pytest.raises(UserError, match=message):
             load_bundle(tmp_path / "align")
-    former = {name: value for name, value in index.items() if name != "clicks_repeat"}
+    optional = ("repeats", "max_length", "consecutive_repeats")
+    former = {name: value for name, value in index.items() if name not in optional}
     (tmp_path / "align/bundle.json").write_text(json.dumps(former))
-    assert read_index(tmp_path / "align").clicks_repeat, "a bundle of before reads as one with repeats"
+    assert read_index(tmp_path / "align").repeats == "allow", "a bundle of before reads as one with repeats"
     wider = Config(tables=TablesConfig(dim=32), llm=config().llm)
     model = build("sbr", Catalog.load(exported[0] / "export/sbr"), wider)
     with pytest.raises(UserError, match=r"37, 16\) rows and columns in table item_id, the model \(37, 32\)"):

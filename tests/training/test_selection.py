@@ -141,10 +141,10 @@ def sessions_file(trained: Run, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("stage", "options"),
     [
-        ("sbr", {"exclude_seen": False}),
-        ("sbr", {"exclude_seen": True}),
-        ("behave", {"exclude_seen": False}),
-        ("behave", {"exclude_seen": True, "llm_budget": 0.0}),
+        ("sbr", {"repeats": "allow"}),
+        ("sbr", {"repeats": "exclude"}),
+        ("behave", {"repeats": "allow"}),
+        ("behave", {"repeats": "exclude", "llm_budget": 0.0}),
     ],
 )
 def test_scoring_gives_the_items_of_the_blend_and_the_same_bytes_after_a_restart(
@@ -157,7 +157,7 @@ def test_scoring_gives_the_items_of_the_blend_and_the_same_bytes_after_a_restart
     ids = trained.catalog.item_ids.to_pylist()
     for clicks, row in zip(known_sessions(trained.dataset), read_scores(output), strict=True):
         scores = dense_scores(bundle, clicks, by_recommender="llm_budget" in options)
-        expected = top_items(scores, clicks if options["exclude_seen"] else [])
+        expected = top_items(scores, clicks if options["repeats"] == "exclude" else [])
         assert row["item_ids"] == [ids[item] for item in expected]
         np.testing.assert_allclose(row["scores"], scores[expected].numpy(), rtol=1e-4, atol=1e-5)
     whole = all_bytes(output)
@@ -174,7 +174,7 @@ def test_the_report_shows_what_the_blend_recommends(trained: Run) -> None:
     assert len(found) == 9
     for example in found:
         clicks = [titles.index(title) for title in example.clicks]
-        expected = top_items(dense_scores(bundle, clicks), [] if dataset.manifest.clicks_repeat else clicks)
+        expected = top_items(dense_scores(bundle, clicks), [] if dataset.manifest.repeats == "allow" else clicks)
         assert example.recommended[:K] == [titles[item] for item in expected]
 
 

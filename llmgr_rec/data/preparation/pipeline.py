@@ -10,12 +10,14 @@ from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.preparation import filters, load, phases, sessionize
 from llmgr_rec.data.preparation.database import Database, user_errors
+from llmgr_rec.data.preparation.duplicates import count_duplicates, drop_duplicates, merge_consecutive_repeats
 from llmgr_rec.data.preparation.hold_out import HeldOutFilter, choose_held_out
 from llmgr_rec.data.preparation.items import catalog_hash, write_items
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
 from llmgr_rec.data.preparation.rows import INPUT_ORDER, SHUFFLED, RowBuilder, stream_blocks
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.data.preparation.source import Source
+from llmgr_rec.data.repeats import decide_repeats
 from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder, scratch_folder
@@ -60,7 +62,7 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
         bar.set_description("prepare: k-core")
         with user_errors("preparing"):
             cut = sessionize.cut_sessions(database, clicks, settings) if settings.session_gap else {}
-            num_clicks = {"read": read, "kept": _filter(database, settings)}
+            num_clicks = {"read": read, **_filter(database, settings)}
             bar.update()
             bar.set_description("prepare: split")
             cuts = phases.assign_phases(database, settings)
@@ -74,12 +76,25 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
     return manifest
 
 
-def _filter(database: Database, settings: PrepareSettings) -> int:
-    """Applies the k-core filter; returns the number of remaining clicks."""
+def _filter(database: Database, settings: PrepareSettings) -> dict[str, int]:
+    """Removes duplicates, merges consecutive repeats and applies the k-core filter.
+
+    Returns:
+        Numbers of duplicate clicks, of merged clicks and of remaining clicks.
+    """
+    duplicates = merged = 0
+    # The clicks of a row of sessions share one time, so there equal clicks are no duplicates.
+    if settings.interactions:
+        duplicates = (drop_duplicates if settings.duplicates == "drop" else count_duplicates)(database)
     per_item, per_session = settings.min_interactions, settings.min_session_length
-    kept = filters.apply_core(database, per_item, per_item if per_session is None else per_session)
+    minimums = per_item, per_item if per_session is None else per_session
+    kept = filters.apply_core(database, *minimums)
+    # The filter removes clicks between repeats, and merging removes clicks that the filter counts.
+    while settings.consecutive_repeats == "merge" and (found := merge_consecutive_repeats(database)):
+        merged += found
+        kept = filters.apply_core(database, *minimums)
     filters.drop_users_without_clicks(database)
-    return kept
+    return {"duplicates": duplicates, "consecutive_repeats": merged, "kept": kept}
 
 
 def _write_files(
@@ -122,8 +137,12 @@ def _write_files(
         has_text=has_text,
         catalog_hash=digest,
         held_out=_held_out_counts(settings, builder.held_out_filter),
+        duplicates=settings.duplicates,
+        consecutive_repeats=settings.consecutive_repeats,
+        repeats=decide_repeats(settings.repeats, builder.repeat_counter.counts),
+        repeats_option=settings.repeats,
+        repeat_counts=builder.repeat_counter.counts,
         click_use=builder.click_use.counts,
-        clicks_repeat=builder.clicks_repeat,
         files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},
     )
 

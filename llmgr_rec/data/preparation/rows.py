@@ -11,8 +11,9 @@ from llmgr_rec.data.preparation.click_use import ClickUse
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.hold_out import Bools, HeldOutFilter
 from llmgr_rec.data.preparation.parts import PartWriter
+from llmgr_rec.data.preparation.repeat_counter import RepeatCounter
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.data.preparation.windows import Ints, Windows, gather_ranges, has_repeats, make_windows, phase_ends
+from llmgr_rec.data.preparation.windows import Ints, Windows, gather_ranges, make_windows, phase_ends
 from llmgr_rec.data.schema import SPLITS
 from llmgr_rec.errors import UserError
 
@@ -104,7 +105,7 @@ class RowBuilder:
         self.held_out_filter = HeldOutFilter(held_out_V)
         self.click_use = ClickUse(settings, self.held_out_filter)
         self.train_count_V = np.zeros(len(held_out_V), np.int64)
-        self.clicks_repeat = False
+        self.repeat_counter = RepeatCounter()
 
     def write(self, block: Block, writers: dict[str, PartWriter]) -> None:
         """Writes the rows of a block.
@@ -148,8 +149,7 @@ class RowBuilder:
         writer.write(_table(block, windows))
         if split == "train":
             self._count(block, windows)
-            # Checks the whole session, not only the newest clicks that its row keeps.
-            self.clicks_repeat = self.clicks_repeat or has_repeats(block.offsets_U1, block.items_L, ends_3U[0])
+        self.repeat_counter.add(split, block.offsets_U1, block.items_L, ends_3U, windows, augmented)
 
     def _count(self, block: Block, windows: Windows) -> None:
         """Counts training clicks; a click that two rows share counts once."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.data.preparation.duration import nanoseconds_of
+from llmgr_rec.data.repeats import ConsecutiveRepeats, RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
@@ -24,6 +25,11 @@ class PrepareSettings:
             clicks of a user_id are one session. Needs interactions.
         time_unit: Unit of integer timestamps since 1970, for session_gap; auto: by their size, if all are from 1990 to
             2100.
+        duplicates: Rows that are equal in user, item and time: drop all but the first, or keep them. Rows of sessions
+            have no time per click, so nothing is dropped there.
+        consecutive_repeats: Clicks in a row on the same item: keep them, or merge them into the first.
+        repeats: Whether rankings may contain items that the session has clicked. auto excludes them if less than 5 % of
+            the targets of each split are repeats.
         min_interactions: k of the iterative k-core filter: users and items with fewer interactions are dropped until
             all have at least k; 0 or 1 disables it.
         min_session_length: k for users (sessions), if it differs from k for items.
@@ -56,6 +62,9 @@ class PrepareSettings:
     sessions: LocalPath | None = None
     session_gap: str | None = None
     time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds"] = "auto"
+    duplicates: Literal["drop", "keep"] = "drop"
+    consecutive_repeats: ConsecutiveRepeats = "keep"
+    repeats: RepeatsOption = "auto"
     min_interactions: int = 5
     min_session_length: int | None = None
     max_length: int = 50

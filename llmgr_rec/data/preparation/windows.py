@@ -74,18 +74,20 @@ def make_windows(offsets_U1: Ints, ends_3U: Ints, phase: int, max_length: int, s
     return Windows(user_R, start_R, stop_R, (start_R > first_R) & split_long)
 
 
-def has_repeats(offsets_U1: Ints, items_L: Ints, end_U: Ints) -> bool:
-    """Whether any user clicks an item twice before a given position.
+def previous_clicks(offsets_U1: Ints, items_L: Ints) -> Ints:
+    """Position of each click's previous click by the same user on the same item, int64 [L]; -1 if there is none.
 
     Args:
         offsets_U1: Offsets of the users' clicks.
         items_L: Item indices.
-        end_U: Position after the last click of each user to consider.
     """
-    user_L = np.repeat(np.arange(len(end_U)), np.diff(offsets_U1))
-    counts_L = np.arange(len(items_L)) < end_U[user_L]
-    pairs = np.sort(user_L[counts_L] * (items_L.max(initial=0) + 1) + items_L[counts_L])
-    return bool((pairs[1:] == pairs[:-1]).any())
+    user_L = np.repeat(np.arange(len(offsets_U1) - 1), np.diff(offsets_U1))
+    pair_L = user_L * (items_L.max(initial=0) + 1) + items_L
+    order_L = np.argsort(pair_L, kind="stable")
+    is_repeat = pair_L[order_L][1:] == pair_L[order_L][:-1]
+    previous_L = np.full(len(items_L), -1)
+    previous_L[order_L[1:][is_repeat]] = order_L[:-1][is_repeat]
+    return previous_L
 
 
 def gather_ranges(values_L: Ints, start_R: Ints, stop_R: Ints) -> tuple[Ints, Ints]:

@@ -80,7 +80,8 @@ def naive_temporal(
 def test_leave_one_out_equals_the_naive_split(
     tmp_path_factory: pytest.TempPathFactory, clicks: list[Click], k: int, max_length: int
 ) -> None:
-    sequences = naive_core(clicks, k)
+    # Of equal clicks, the first counts.
+    sequences = naive_core(list(dict.fromkeys(clicks)), k)
     expected = naive_leave_one_out(sequences, max_length)
     folder = tmp_path_factory.mktemp("prepare")
     if not all(expected.values()):
@@ -109,7 +110,8 @@ def test_leave_one_out_equals_the_naive_split(
 def test_temporal_split_equals_the_naive_split_and_never_trains_after_the_cut(
     tmp_path_factory: pytest.TempPathFactory, clicks: list[Click], k: int, shares: tuple[float, float]
 ) -> None:
-    sequences = naive_core(clicks, k)
+    # Of equal clicks, the first counts.
+    sequences = naive_core(list(dict.fromkeys(clicks)), k)
     folder = tmp_path_factory.mktemp("prepare")
     options = {"split": "temporal", "valid_share": shares[0], "test_share": shares[1], "min_interactions": k}
     try:
@@ -257,7 +259,7 @@ def test_items_missing_from_the_catalog_are_dropped_or_kept(tmp_path: Path, poli
     items = write_items(tmp_path / "items.parquet", ["i4", "i1", "i0", "i2"])
     result = prepare(tmp_path, SMALL, items=str(items), missing_items=policy)
     assert result.ids == ["i4", "i1", "i0", "i2"] + (["i3"] if policy == "keep" else [])
-    assert result.dataset.manifest.num_clicks == {"read": 11, "kept": 11 if policy == "keep" else 9}
+    assert result.dataset.manifest.num_clicks["kept"] == (11 if policy == "keep" else 9)
     if policy == "keep":
         assert result.items[-1]["title"] is None
 
@@ -336,13 +338,14 @@ def test_predefined_split_of_single_clicks_gives_history_from_earlier_splits(tmp
     }
 
 
-def test_command_line_prints_one_summary_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     interactions = write_interactions(tmp_path / "interactions.parquet", SMALL)
     items = write_items(tmp_path / "items.parquet", [f"i{n}" for n in range(5)] + ["x"])
     words = ["--interactions", str(interactions), "--items", str(items), "--output", str(tmp_path / "new" / "set")]
     main([*words, "--min_interactions", "1", "--keep_unseen_items"])
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
+    assert printed.count("\n") == 2
+    assert "targets train 0.0%, valid 0.0%, test 0.0%; excluded from rankings (less than 5% of the targets" in printed
     assert "11 of 11 clicks kept, 6 items, train 2 rows, valid 2 rows, test 2 rows" in printed
     manifest = json.loads((tmp_path / "new" / "set" / "manifest.json").read_text())
     assert manifest["num_items"] == 6

@@ -33,7 +33,7 @@ def test_beauty_has_the_published_counts(tmp_path: Path) -> None:
     # 198,502 clicks less validation, test and the first click of each user.
     assert manifest.num_examples["train"] == 198_502 - 3 * 22_363
     assert manifest.has_text
-    assert not manifest.clicks_repeat
+    assert manifest.repeats == "exclude"
     assert set(manifest.features) == {"category", "word"}
 
 
@@ -46,7 +46,8 @@ def test_diginetica_restores_the_published_split(tmp_path: Path) -> None:
     assert published.num_sessions == {"train": 186_670, "valid": 0, "test": 15_963}
     assert published.num_examples == {"train": 719_470, "valid": 0, "test": 60_858}
     assert not published.has_text
-    assert published.clicks_repeat
+    assert published.repeats == "allow"
+    assert published.repeat_counts["test"].target_share > 0.2
 
 
 @pytest.mark.real_data
@@ -55,8 +56,8 @@ def test_movielens_keeps_every_user(tmp_path: Path) -> None:
     manifest = result.dataset.manifest
     assert manifest.num_sessions == {"train": 943, "valid": 943, "test": 943}
     assert manifest.num_items == 1_349
-    assert manifest.num_clicks == {"read": 100_000, "kept": 99_287}
-    assert not manifest.clicks_repeat
+    assert manifest.num_clicks == {"read": 100_000, "duplicates": 0, "consecutive_repeats": 0, "kept": 99_287}
+    assert manifest.repeats == "exclude"
     assert manifest.features["category"]["num_embeddings"] == 19
     assert result.items[0]["title"] == "Toy Story (1995)"
 

@@ -51,7 +51,7 @@ def test_sessions_equal_the_naive_ones(
 ) -> None:
     clicks = [(user, item, START + 60 * minute) for user, item, minute in clicks]
     clicks += [("c", item, START) for item in "wxyz"]
-    result = prepare(tmp_path_factory.mktemp("cut"), clicks, session_gap=f"{minutes}min")
+    result = prepare(tmp_path_factory.mktemp("cut"), clicks, session_gap=f"{minutes}min", duplicates="keep")
     expected = naive_sessions(clicks, 60 * minutes)
     assert result.rows["test"] == [
         (name, tuple(items[:-1]), items[-1]) for name, items in expected.items() if len(items) > 1

@@ -1,0 +1,53 @@
+"""Duplicate rows and consecutive repeats."""
+
+from llmgr_rec.data.preparation.database import Database
+
+# Rows of an event that are equal in user, item, time and, with a predefined split, split.
+_SAME = "user, item, time, phase"
+
+
+def count_duplicates(database: Database) -> int:
+    """Number of clicks that are equal to an earlier one in user, item and time.
+
+    Args:
+        database: Scratch database with table events.
+    """
+    groups = f"SELECT count(*) - 1 AS more FROM events GROUP BY {_SAME} HAVING count(*) > 1"
+    return int(database.value(f"SELECT coalesce(sum(more), 0) FROM ({groups})"))
+
+
+def drop_duplicates(database: Database) -> int:
+    """Deletes clicks that are equal to an earlier one in user, item and time.
+
+    Args:
+        database: Scratch database with table events.
+
+    Returns:
+        Number of deleted clicks.
+    """
+    database.run(
+        f"CREATE OR REPLACE TABLE duplicates AS SELECT {_SAME}, min(row) AS first FROM events GROUP BY {_SAME} "
+        "HAVING count(*) > 1"
+    )
+    return int(
+        database.value(
+            "DELETE FROM events USING duplicates d WHERE events.user = d.user AND events.item = d.item "
+            "AND events.time = d.time AND events.phase = d.phase AND events.row > d.first"
+        )
+    )
+
+
+def merge_consecutive_repeats(database: Database) -> int:
+    """Deletes clicks on the item that the session clicked just before.
+
+    Args:
+        database: Scratch database with table events.
+
+    Returns:
+        Number of deleted clicks.
+    """
+    database.run(
+        "CREATE OR REPLACE TABLE merged AS SELECT user, row FROM events "
+        "QUALIFY item = lag(item) OVER (PARTITION BY user ORDER BY time, row)"
+    )
+    return int(database.value("DELETE FROM events USING merged m WHERE events.user = m.user AND events.row = m.row"))

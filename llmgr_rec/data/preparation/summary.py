@@ -1,0 +1,77 @@
+"""Summary of a preparation: what was read, dropped and written, in lines for the terminal."""
+
+from collections.abc import Callable
+
+from llmgr_rec.data.dataset import Manifest
+from llmgr_rec.data.repeats import MIN_SHARE_TO_ALLOW, RepeatCounts
+from llmgr_rec.data.schema import SPLITS
+
+# From this share of duplicate rows on, the summary says how times may make them.
+_MANY_DUPLICATES = 0.05
+
+
+def summary_lines(manifest: Manifest) -> list[str]:
+    """The summary of a data set; its first line has the sizes."""
+    return [
+        _sizes(manifest),
+        *_session_cuts(manifest),
+        *_deduplication(manifest),
+        *_repeats(manifest),
+        *(f"{option}: {files}" for option, files in manifest.inputs.items()),
+    ]
+
+
+def _sizes(manifest: Manifest) -> str:
+    rows = ", ".join(f"{split} {rows:,} rows" for split, rows in manifest.num_sessions.items())
+    examples = ", ".join(f"{split} {manifest.num_examples[split]:,}" for split in manifest.prefix_augmentation)
+    note = f" (with their prefixes: {examples} examples)" if examples else ""
+    clicks = f"{manifest.num_clicks['kept']:,} of {manifest.num_clicks['read']:,} clicks kept"
+    counts = manifest.held_out
+    held_out = (
+        f", {counts['items']:,} items held out of training (without {counts['clicks']:,} clicks, "
+        f"{counts['sessions']:,} sessions)"
+        if counts
+        else ""
+    )
+    return f"{clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}{held_out}"
+
+
+def _session_cuts(manifest: Manifest) -> list[str]:
+    if not (cut := manifest.session_gap):
+        return []
+    return [
+        f"sessions cut at gaps above {cut['gap']}: users {cut['users']:,}, sessions {cut['sessions']:,}, clicks "
+        f"per session {cut['clicks'] / cut['sessions']:.1f}, before filters (timestamps in {cut['unit']})"
+    ]
+
+
+def _deduplication(manifest: Manifest) -> list[str]:
+    lines = []
+    if duplicates := manifest.num_clicks["duplicates"]:
+        share = duplicates / manifest.num_clicks["read"]
+        what = "dropped" if manifest.duplicates == "drop" else "kept"
+        line = f"{duplicates:,} rows ({share:.1%}) equal to another one in user, item and time: {what}"
+        if share > _MANY_DUPLICATES and what == "dropped":
+            line += "; if times are coarser than clicks, keep them (--duplicates keep)"
+        lines.append(line)
+    if merged := manifest.num_clicks["consecutive_repeats"]:
+        lines.append(f"{merged:,} clicks on the item clicked just before: merged")
+    return lines
+
+
+def _repeats(manifest: Manifest) -> list[str]:
+    counts = manifest.repeat_counts
+    verb = {"allow": "allowed in", "exclude": "excluded from"}[manifest.repeats]
+    if manifest.repeats_option != "auto":
+        why = f"--repeats {manifest.repeats_option}"
+    else:
+        relation = "at least" if manifest.repeats == "allow" else "less than"
+        why = f"{relation} {MIN_SHARE_TO_ALLOW:.0%} of the targets of a split are repeats"
+    return [
+        f"repeats (items the session has clicked before): clicks {_shares(counts, lambda found: found.click_share)}; "
+        f"targets {_shares(counts, lambda found: found.target_share)}; {verb} rankings ({why})"
+    ]
+
+
+def _shares(counts: dict[str, RepeatCounts], share: Callable[[RepeatCounts], float]) -> str:
+    return ", ".join(f"{split} {share(counts[split]):.1%}" for split in SPLITS if split in counts)

@@ -1,0 +1,27 @@
+"""Options of `evaluate` and `score` that say what a ranking shows and excludes of a session.
+
+Imports only what `--help` needs.
+"""
+
+from typing import TYPE_CHECKING
+
+from llmgr_rec.data.repeats import RepeatsOption
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def add_ranking_arguments(parser: "ArgumentParser") -> None:
+    """Adds --repeats and --max_length, which say what a ranking shows and excludes of a session."""
+    parser.add_argument(
+        "--repeats",
+        type=RepeatsOption,
+        default="auto",
+        help="Whether a list may contain the items of the clicks that the model uses; auto takes what prepare decided "
+        "for the data of the run.",
+    )
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        help="Number of newest clicks of a session that are used; default: that of the run's data set.",
+    )
