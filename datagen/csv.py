@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
+from llmgr_rec.data.missing_values import MISSING_VALUES
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from datagen.delimited import DelimitedFile
 
 _TEXTS = ("title", "category", "brand", "description")
-_MISSING_VALUES = r"nan,NaN,-nan,NULL,null,None,\N,NaT,<NA>,N/A,#N/A"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--missing_values",
         type=str,
-        default=_MISSING_VALUES,
+        default=",".join(MISSING_VALUES),
         help="words that stand for a missing value, separated by commas",
     )
     parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")

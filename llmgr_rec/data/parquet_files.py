@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from llmgr_rec.data.delimited_text import conversion_advice, is_delimited_text
 from llmgr_rec.errors import UserError
 
 SUFFIXES = (".parquet", ".parq", ".pq")
@@ -93,7 +94,9 @@ def list_parquet_files(path: Path, option: str, output_marker: str | None = None
             first = by_target[os.path.realpath(path.joinpath(*name))]
             skipped.append(("/".join(name), f"same file as {'/'.join(first)}"))
     if not read:
-        raise UserError(f"folder {path} has no *.parquet file{_hint(skipped)}; give another one to --{option}")
+        text = next((name for name, _ in skipped if is_delimited_text(name)), None)
+        remedy = conversion_advice(path / text, option) if text else f"give another one to --{option}"
+        raise UserError(f"folder {path} has no *.parquet file{_hint(skipped)}; {remedy}")
     files = [ParquetFile(path.joinpath(*name), "/".join(name), _partitions(name[:-1])) for name in sorted(read)]
     return ParquetFiles(tuple(files), tuple(sorted(skipped)))
 

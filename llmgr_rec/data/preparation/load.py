@@ -7,16 +7,24 @@
 Keys are row numbers, so sorting by key restores the order of the input.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 
+from llmgr_rec.data.missing_values import MISSING_VALUES
 from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.missing_items import resolve_missing_items
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.data.preparation.source import Kind, Source, open_source, quote
+from llmgr_rec.data.preparation.source import Kind, Source, inexact, open_source, quote
 from llmgr_rec.data.schema import TEXT_COLUMNS
+from llmgr_rec.data.time_units import describe_units, unit_sql
 from llmgr_rec.errors import UserError
 
+# Above, a number has no fraction that matters, and a millionth of it exceeds int64.
+_LARGEST_WITH_FRACTION = 9e12
+_WORDS = ", ".join(f"'{word}'" for word in MISSING_VALUES)
+_log = logging.getLogger(__name__)
 _SPLIT_WORDS = {"train": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
-_SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT"}
 
 
 def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
@@ -48,10 +56,9 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
     texts: dict[str, Kind] = {column: "text" for column in TEXT_COLUMNS if column != "title"}
     items = open_source(settings.items, "items", {"item_id": "id", "title": "text"}, texts)
     if clicks.types[item_column] != items.types["item_id"]:
-        raise UserError(
-            f"column {item_column} is {clicks.types[item_column]} in {path} but item_id is {items.types['item_id']} in "
-            f"{settings.items}; write both with the same type"
-        )
+        # One file has text, so the ids of the other are compared as text.
+        clicks = replace(clicks, types=clicks.types | {item_column: "string"})
+        items = replace(items, types=items.types | {"item_id": "string"})
     return clicks, items
 
 
@@ -77,11 +84,7 @@ def load_items(database: Database, items: Source) -> None:
         for column in TEXT_COLUMNS
     )
     _check_values(database, items, ["item_id"])
-    id_type = _SQL_TYPES[items.types["item_id"]]
-    database.run(
-        f"CREATE TABLE items AS SELECT source_row AS key, CAST(item_id AS {id_type}) AS item_id, {texts} "
-        f"FROM {items.sql()}"
-    )
+    database.run(f"CREATE TABLE items AS SELECT source_row AS key, item_id, {texts} FROM {items.sql()}")
     duplicates = database.run(
         "SELECT count(*) OVER (), item_id, keys[1], keys[2] FROM (SELECT item_id, list_sort(list(key)) AS keys "
         "FROM items WHERE item_id IN (SELECT item_id FROM items GROUP BY item_id HAVING count(*) > 1) "
@@ -110,18 +113,17 @@ def load_interactions(database: Database, clicks: Source, settings: PrepareSetti
         UserError: A value is null or negative, or an item is unknown.
     """
     _check_values(database, clicks, ["user_id", "item_id", "timestamp"])
-    user_type, item_type = _SQL_TYPES[clicks.types["user_id"]], _SQL_TYPES[clicks.types["item_id"]]
-    label = _label_sql(clicks, settings)
+    _check_units(database, clicks, settings)
+    label, time = _label_sql(clicks, settings), _time_sql(database, clicks)
     database.run(
-        f"CREATE TABLE users AS SELECT min(source_row) AS key, CAST(user_id AS {user_type}) AS name "
-        f"FROM {clicks.sql()} GROUP BY ALL"
+        f"CREATE TABLE users AS SELECT min(source_row) AS key, user_id AS name FROM {clicks.sql()} GROUP BY ALL"
     )
     return _load_events(
         database,
         clicks,
         settings,
-        f"SELECT CAST(user_id AS {user_type}) AS name, CAST(item_id AS {item_type}) AS item_id, "
-        f"{_time_sql(clicks)} AS time, source_row AS row, source_row AS place, {label} AS label FROM {clicks.sql()}",
+        f"SELECT user_id AS name, item_id, {time} AS time, source_row AS row, "
+        f"source_row AS place, {label} AS label FROM {clicks.sql()}",
     )
 
 
@@ -141,23 +143,21 @@ def load_sessions(database: Database, clicks: Source, settings: PrepareSettings)
     """
     columns = ["session_id", "items"] + (["timestamp"] if "timestamp" in clicks.types else [])
     _check_values(database, clicks, columns)
-    name_type = _SQL_TYPES[clicks.types["session_id"]]
-    database.run(
-        f"CREATE TABLE users AS SELECT source_row AS key, CAST(session_id AS {name_type}) AS name FROM {clicks.sql()}"
-    )
+    _check_units(database, clicks, settings)
+    time = _time_sql(database, clicks)
+    database.run(f"CREATE TABLE users AS SELECT source_row AS key, session_id AS name FROM {clicks.sql()}")
     duplicates = database.run("SELECT name, max(key) FROM users GROUP BY name HAVING count(*) > 1 ORDER BY 2 LIMIT 1")
     if duplicates:
         name, key = duplicates[0]
         raise UserError(
             f"{clicks.locate(key)}: session_id {name!r} occurs more than once; give each session one row and one id"
         )
-    item_type = _SQL_TYPES[clicks.types["items"]]
     return _load_events(
         database,
         clicks,
         settings,
-        f"SELECT CAST(session_id AS {name_type}) AS name, CAST(unnest(items) AS {item_type}) AS item_id, "
-        f"{_time_sql(clicks)} AS time, generate_subscripts(items, 1) AS row, source_row AS place, "
+        f"SELECT session_id AS name, unnest(items) AS item_id, {time} AS time, "
+        "generate_subscripts(items, 1) AS row, source_row AS place, "
         f"{_label_sql(clicks, settings)} AS label FROM {clicks.sql()}",
     )
 
@@ -177,22 +177,7 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
     Raises:
         UserError: An item or a split label is unknown.
     """
-    database.run(
-        f"CREATE TABLE missing AS SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
-        "ANTI JOIN items USING (item_id) GROUP BY item_id"
-    )
-    count, first = database.run("SELECT sum(clicks), arg_min(item_id, first) FROM missing")[0]
-    if count and settings.missing_items == "error":
-        raise UserError(
-            f"{settings.items}: column item_id lacks the items of {count:,} clicks, the first is {first!r}; "
-            "complete the file, or use --missing_items drop (drop those clicks) or keep (items without text)"
-        )
-    if settings.missing_items == "keep":
-        texts = ", ".join(f"NULL AS {column}" for column in TEXT_COLUMNS)
-        database.run(
-            "INSERT INTO items SELECT (SELECT max(key) FROM items) + row_number() OVER (ORDER BY first, item_id), "
-            f"item_id, {texts} FROM missing"
-        )
+    dropped = resolve_missing_items(database, settings, raw)
     user = "u.key" if settings.interactions else "r.place"
     join = "JOIN users u ON u.name = r.name" if settings.interactions else ""
     database.run(
@@ -200,49 +185,53 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
         f"{_phase_sql(clicks, settings)} AS phase FROM ({raw}) r JOIN items i ON i.item_id = r.item_id {join}"
     )
     _check_split_labels(database, clicks, settings)
-    dropped = count if count and settings.missing_items == "drop" else 0
-    return int(database.value("SELECT count(*) FROM events")) + int(dropped)
+    return int(database.value("SELECT count(*) FROM events")) + dropped
 
 
 def _check_values(database: Database, source: Source, columns: list[str]) -> None:
-    """Raises a `UserError` if a column has a null, an empty string, a negative number or an invalid time."""
-    tests: list[tuple[str, str, Callable[[str], str]]] = []
-    for column in columns:
-        tests.append((column, f"{column} IS NULL", lambda count: f"is null ({count} in all); fill or delete such rows"))
-        if column == "items":
-            tests.append(
-                (
-                    column,
-                    "list_count(items) < len(items)",
-                    lambda count: f"holds a null item ({count} rows in all); delete it from the list",
-                )
-            )
-            negative = "list_min(items) < 0"
-        else:
-            negative = f"{column} < 0"
-        if source.types[column] in ("timestamp", "date"):
-            years = f"{column} NOT BETWEEN TIMESTAMP '1678-01-01' AND TIMESTAMP '2262-01-01'"
-            tests.append(
-                (
-                    column,
-                    years,
-                    lambda count: f"is not between the years 1678 and 2261 ({count} rows in all); correct it",
-                )
-            )
-        if source.types[column] == "string" and column != "items":
-            tests.append(
-                (column, f"{column} = ''", lambda count: f"is empty ({count} in all); fill or delete such rows")
-            )
-        if source.types[column] == "int64":
-            tests.append(
-                (column, negative, lambda count: f"is negative ({count} rows in all); give numbers of at least 0")
-            )
+    """Raises a `UserError` if a value is invalid; warns of ids that are words for a missing value."""
+    tests = [(column, *test) for column in columns for test in _value_tests(source, column)]
+    words = [column for column in columns if source.types[column] == "string" and column != "items"]
+    tests += [(column, f"{column} IN ({_WORDS})", "") for column in words]
     selected = ", ".join(f"count(*) FILTER ({test}), min(source_row) FILTER ({test})" for _, test, _ in tests)
     results = database.run(f"SELECT {selected} FROM {source.sql()}")[0]
-    for position, (column, _, message) in enumerate(tests):
+    for position, (column, _, problem) in enumerate(tests):
         count, row = results[2 * position : 2 * position + 2]
+        if count and problem:
+            raise UserError(f"{source.locate(row)}: column {column} {problem.format(f'{count:,}')}")
         if count:
-            raise UserError(f"{source.locate(row)}: column {column} {message(f'{count:,}')}")
+            _log.warning(
+                "%s: column %s is a word for a missing value in %s rows (one of %s); they count as one id",
+                source.locate(row),
+                column,
+                f"{count:,}",
+                _WORDS,
+            )
+
+
+def _value_tests(source: Source, column: str) -> Iterator[tuple[str, str]]:
+    """SQL conditions of an invalid value, each with the end of a message, in which {} is the number of rows."""
+    kind = source.types[column]
+    if column in source.float_ids:
+        yield (
+            inexact(column),
+            "is a float, but no exact integer ({} rows in all), so digits are lost; write ids as integers or strings",
+        )
+    null = "null or NaN" if kind == "float" or column in source.float_ids else "null"
+    yield f"{column} IS NULL", f"is {null} ({{}} in all); fill or delete such rows"
+    if column == "items":
+        yield "list_count(items) < len(items)", "holds a null item ({} rows in all); delete it from the list"
+    if kind in ("timestamp", "date"):
+        years = f"{column} NOT BETWEEN TIMESTAMP '1678-01-01' AND TIMESTAMP '2262-01-01'"
+        yield years, "is not between the years 1678 and 2261 ({} rows in all); correct it"
+    elif column == "timestamp":
+        # NaT of pandas is the smallest integer.
+        yield f"abs(CAST({column} AS DOUBLE)) >= 9.2e18", "is not a time ({} rows in all); fill or delete such rows"
+    elif kind == "string" and column != "items":
+        yield f"{column} = ''", "is empty ({} in all); fill or delete such rows"
+    elif kind == "int64":
+        number = "list_min(items)" if column == "items" else column
+        yield f"{number} < 0", "is negative ({} rows in all); give numbers of at least 0"
 
 
 def _check_split_labels(database: Database, clicks: Source, settings: PrepareSettings) -> None:
@@ -278,10 +267,30 @@ def _phase_sql(clicks: Source, settings: PrepareSettings) -> str:
     return f"CAST(CASE {word} {cases} END AS TINYINT)"
 
 
-def _time_sql(clicks: Source) -> str:
+def _check_units(database: Database, clicks: Source, settings: PrepareSettings) -> None:
+    """Raises a `UserError` if the numbers of column timestamp are of several units, which would mix up their order."""
+    if clicks.types.get("timestamp") not in ("int64", "float") or settings.time_unit != "auto":
+        return
+    units = f"SELECT {unit_sql('timestamp')} AS unit FROM {clicks.sql()}"
+    counts = dict(database.run(f"SELECT unit, count(*) FROM ({units}) WHERE unit IS NOT NULL GROUP BY unit"))
+    if len(counts) > 1:
+        raise UserError(
+            f"{settings.interactions or settings.sessions}: column timestamp is {describe_units(counts)} since 1970; "
+            "write one unit, or name that of all by --time_unit, such as milliseconds"
+        )
+
+
+def _time_sql(database: Database, clicks: Source) -> str:
     kind = clicks.types.get("timestamp")
     if kind is None:
         return "CAST(0 AS BIGINT)"
+    if kind == "float":
+        # Seconds with a fraction become microseconds; whole numbers stay as they are.
+        whole, largest = database.run(
+            f"SELECT bool_and(timestamp = floor(timestamp)), max(abs(timestamp)) FROM {clicks.sql()}"
+        )[0]
+        factor = 1 if whole or largest > _LARGEST_WITH_FRACTION else 10**6
+        return f"CAST(round(timestamp * {factor}) AS BIGINT)"
     return {"timestamp": "epoch_ns(timestamp)", "date": "epoch_ns(CAST(timestamp AS TIMESTAMP))"}.get(
         kind, "CAST(timestamp AS BIGINT)"
     )

@@ -56,7 +56,7 @@ def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) 
 
 def _time_unit(database: Database, clicks: Source, settings: PrepareSettings) -> str:
     """Unit of the column time of events, a key of UNITS."""
-    if clicks.types["timestamp"] != "int64":
+    if clicks.types["timestamp"] not in ("int64", "float"):
         if settings.time_unit != "auto":
             raise UserError(
                 f"--time_unit {settings.time_unit}: column timestamp is not an integer, its unit is known; leave it out"

@@ -23,8 +23,8 @@ class PrepareSettings:
             timestamp. Give this or interactions.
         session_gap: Inactivity that ends a session of a user_id, such as 30min, 2h or 1d (s, min, h, d); default: all
             clicks of a user_id are one session. Needs interactions.
-        time_unit: Unit of integer timestamps since 1970, for session_gap; auto: by their size, if all are from 1990 to
-            2100.
+        time_unit: Unit of timestamps that are numbers since 1970; auto: by their size, if all are from 1990 to 2100.
+            Used by session_gap, and to accept a column that seems to have several units.
         duplicates: Rows that are equal in user, item and time: drop all but the first, or keep them. Rows of sessions
             have no time per click, so nothing is dropped there.
         consecutive_repeats: Clicks in a row on the same item: keep them, or merge them into the first.
@@ -121,8 +121,6 @@ def check_settings(settings: PrepareSettings) -> None:
 
 def _check_sessions(settings: PrepareSettings) -> None:
     if settings.session_gap is None:
-        if settings.time_unit != "auto":
-            raise UserError("--time_unit is for --session_gap; add it, such as --session_gap 30min, or leave it out")
         return
     nanoseconds_of(settings.session_gap, "--session_gap")
     if settings.interactions is None:

@@ -10,23 +10,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmgr_rec.data.delimited_text import not_parquet
+from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, plain_id_sql
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
+from llmgr_rec.data.preparation.database import literal_path
 from llmgr_rec.errors import UserError
 
 Kind = Literal["id", "time", "text", "id_list"]
-# Columns that DuckDB adds.
+# Columns that DuckDB adds to those of a file, in any case, and the column that `Source.sql` adds.
 _RESERVED = {"file_row_number", "file_index"}
+_SOURCE_ROW = "source_row"
 _EXPECTED_TYPES = {
-    "id": "string or int64",
-    "time": "int64 or a timestamp",
+    "id": "string, int64 or whole floats",
+    "time": "int64, float or a timestamp",
     "text": "string",
-    "id_list": "a list of string or int64",
+    "id_list": "a list of string, int64 or whole floats",
 }
+# Largest integer up to which all integers are exact, by type.
+_EXACT = {"float": LARGEST_EXACT_FLOAT, "float32": 2**24}
 # Type of a column that a file does not have, and the name of its folder has.
 _FROM_FOLDER = "from the folder name"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT", "date": "DATE"}
+_SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT", "date": "DATE", "float": "DOUBLE"}
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,14 @@ class Source:
 
     Args:
         files: The files.
-        types: Type of each column present: string, int64, timestamp or date; for a list, of its elements.
+        types: Type that each column present is read as: string, int64, float, timestamp or date; for a list, that of
+            its elements. Ids are string or int64.
         first_rows: Row number in the table of the first row of each file.
         row_groups: Number of rows of each row group of each file.
         partitions: Value in each file of the columns that come from folder names such as `dt=2026-11-01`.
         description: Which files were read and which were skipped; empty for a single file.
+        stored: Type of each column in each file.
+        kinds: Kind of each column.
     """
 
     files: tuple[Path, ...]
@@ -48,6 +57,17 @@ class Source:
     row_groups: tuple[tuple[int, ...], ...]
     partitions: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
     description: str = ""
+    stored: tuple[dict[str, str], ...] = ()
+    kinds: dict[str, Kind] = field(default_factory=dict)
+
+    @property
+    def float_ids(self) -> list[str]:
+        """Columns of ids that are floats in a file. `sql` has a column `inexact(NAME)` for each."""
+        return [
+            name
+            for name in self.types
+            if self.kinds[name] in ("id", "id_list") and any(types[name] in _EXACT for types in self.stored)
+        ]
 
     @property
     def num_rows(self) -> int:
@@ -66,26 +86,70 @@ class Source:
         return f"{self.files[file]}, row group {group}, row {in_file}"
 
     def sql(self) -> str:
-        """A DuckDB table expression of the checked columns and `source_row`, the row number in the table."""
-        # DuckDB reads each name as a glob pattern; brackets escape its special characters.
-        names = ("".join(f"[{c}]" if c in "*?[" else c for c in str(file)) for file in self.files)
-        quoted = ", ".join("'" + name.replace("'", "''") + "'" for name in names)
-        starts = ", ".join(f"{row}::BIGINT" for row in self.first_rows)
-        columns = ", ".join(map(self._column_sql, self.types))
+        """A DuckDB table expression of the checked columns and `source_row`, the row number in the table.
+
+        Ids have the type in `types`, those that are whole floats as integers (`12.0` is 12, also in text); NaN and
+        infinity are null. A float that is no exact integer is true in the column `inexact(NAME)`.
+        """
+        # Not one query for all files, where DuckDB would cast integers to floats if another file has floats.
+        groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        for place, stored in enumerate(self.stored):
+            groups.setdefault(tuple(stored.items()), []).append(place)
+        return "(" + " UNION ALL ".join(map(self._files_sql, groups.values())) + ")"
+
+    def _files_sql(self, places: list[int]) -> str:
+        """SQL of some of the files, which store all columns as the same types."""
+        stored = self.stored[places[0]]
+        quoted = ", ".join("'" + literal_path(self.files[place]).replace("'", "''") + "'" for place in places)
+        starts = ", ".join(f"{self.first_rows[place]}::BIGINT" for place in places)
+        columns = [f"{self._column_sql(name, stored[name], places)} AS {quote(name)}" for name in self.types]
+        columns += [f"{self._inexact_sql(name, stored[name])} AS {inexact(name)}" for name in self.float_ids]
         # Not DuckDB's partitions: those override columns of the file, and begin above the input folder. Files may have
         # different integer widths and time units.
         options = "file_row_number=true, hive_partitioning=false, union_by_name=true"
-        return (
-            f"(SELECT {columns}, file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT) AS source_row "
-            f"FROM read_parquet([{quoted}], {options}))"
-        )
+        row = f"file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT)"
+        return f"SELECT {', '.join(columns)}, {row} AS {_SOURCE_ROW} FROM read_parquet([{quoted}], {options})"
 
-    def _column_sql(self, name: str) -> str:
-        if name not in self.partitions:
-            return quote(name)
-        values = ", ".join("NULL" if v is None else "'" + v.replace("'", "''") + "'" for v in self.partitions[name])
-        value = f"list_extract([{values}]::VARCHAR[], (file_index + 1)::BIGINT)"
-        return f"CAST({value} AS {_SQL_TYPES[self.types[name]]}) AS {quote(name)}"
+    def _column_sql(self, name: str, stored: str, places: list[int]) -> str:
+        target = self.types[name]
+        if name in self.partitions:
+            values = [self.partitions[name][place] for place in places]
+            texts = ", ".join("NULL" if v is None else "'" + v.replace("'", "''") + "'" for v in values)
+            return f"CAST(list_extract([{texts}]::VARCHAR[], (file_index + 1)::BIGINT) AS {_SQL_TYPES[target]})"
+        column = quote(name)
+        if self.kinds[name] == "id":
+            return _id_sql(column, stored, target)
+        if self.kinds[name] == "id_list":
+            return f"list_transform({column}, lambda x: {_id_sql('x', stored, target)})"
+        if target == "float":
+            return f"CASE WHEN isfinite({column}) THEN CAST({column} AS DOUBLE) END"
+        return column
+
+    def _inexact_sql(self, name: str, stored: str) -> str:
+        if stored not in _EXACT:
+            return "false"
+        # Not isnan, which DuckDB takes for false where the statistics of a file have a minimum and a maximum.
+        wrong = f"isfinite({{0}}) AND ({{0}} <> floor({{0}}) OR abs({{0}}) > {_EXACT[stored]})"
+        if self.kinds[name] == "id":
+            return f"coalesce({wrong.format(quote(name))}, false)"
+        return f"coalesce(len(list_filter({quote(name)}, lambda x: {wrong.format('x')})) > 0, false)"
+
+
+def _id_sql(value: str, stored: str, target: str) -> str:
+    """SQL of an id in the type `target`."""
+    if stored == "string":
+        return plain_id_sql(f"CAST({value} AS VARCHAR)")
+    number = f"TRY_CAST({value} AS BIGINT)" if stored in _EXACT else f"CAST({value} AS BIGINT)"
+    return f"CAST({number} AS VARCHAR)" if target == "string" else number
+
+
+def inexact(name: str) -> str:
+    """The column of `Source.sql` that says whether an id of column `name` is a float but no exact integer, quoted.
+
+    Args:
+        name: Column name.
+    """
+    return quote(f"inexact({name})")
 
 
 def quote(name: str) -> str:
@@ -101,7 +165,7 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     """Finds the files of an input and checks that each is a Parquet file with the right columns.
 
     A column that no file has may come from the names of folders, `dt=2026-11-01`. Files without rows may have any
-    columns.
+    columns. Ids may be strings in one file, integers or whole floats in another.
 
     Args:
         path: Parquet file, or folder of Parquet files at any depth.
@@ -114,7 +178,9 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     """
     listing = list_parquet_files(Path(path), option)
     files: list[ParquetFile] = []
-    first_rows, row_groups, types = [], [], dict[str, str]()
+    first_rows, row_groups, stored = [], [], list[dict[str, str]]()
+    types: dict[str, str] = {}
+    kinds = {**required, **optional}
     rows = 0
     for file in listing.files:
         parquet = _open(file.path, option)
@@ -123,14 +189,16 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
         if not sum(groups):
             continue
         found = _column_types(file, parquet.schema_arrow, required, optional)
-        if files and found != types:
-            name = next(name for name in {**types, **found} if types.get(name) != found.get(name))
-            raise UserError(
-                f"{file.path}: column {name} is {found.get(name, 'missing')}, but {types.get(name, 'missing')} in "
-                f"{files[0].path}; write all files with the same columns and types"
-            )
-        types = found
+        for name in {**types, **found} if files else found:
+            common = _unify(types.get(name), found.get(name), kinds[name]) if files else found[name]
+            if common is None:
+                raise UserError(
+                    f"{file.path}: column {name} is {found.get(name, 'missing')}, but {types.get(name, 'missing')} in "
+                    f"{files[0].path}; write all files with the same columns and types"
+                )
+            types[name] = common
         files.append(file)
+        stored.append(found)
         first_rows.append(rows)
         row_groups.append(groups)
         rows += sum(groups)
@@ -139,8 +207,10 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     partitions = {
         name: tuple(file.partitions[name] for file in files) for name, found in types.items() if found == _FROM_FOLDER
     }
-    kinds = {**required, **optional}
     types |= {name: _partition_type(name, values, kinds[name], path) for name, values in partitions.items()}
+    for name, found_type in types.items():
+        if found_type in _EXACT:
+            types[name] = "float" if kinds[name] == "time" else "int64"
     return Source(
         tuple(file.path for file in files),
         types,
@@ -148,7 +218,21 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
         tuple(row_groups),
         partitions,
         listing.describe() if Path(path).is_dir() else "",
+        tuple(stored),
+        {name: kinds[name] for name in types},
     )
+
+
+def _unify(first: str | None, second: str | None, kind: Kind) -> str | None:
+    """Type of a column that two files store as different types; None if it is missing in one or cannot be unified."""
+    both = {first, second}
+    if len(both) == 1:
+        return first
+    if both <= {"timestamp", "date"}:
+        return "timestamp"
+    if kind != "text" and both <= {"int64", *_EXACT}:
+        return "float"
+    return "string" if kind in ("id", "id_list") and both <= {"string", "int64", *_EXACT} else None
 
 
 def _partition_type(name: str, values: Sequence[str | None], kind: Kind, path: str) -> str:
@@ -173,18 +257,16 @@ def _open(file: Path, option: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"{file} (--{option}) is not a complete Parquet file ({reason}); write or download it again"
-        ) from None
+        raise not_parquet(file, option, error) from None
 
 
 def _column_types(
     source: ParquetFile, schema: pa.Schema, required: dict[str, Kind], optional: dict[str, Kind]
 ) -> dict[str, str]:
     file, types = source.path, {}
-    for name in _RESERVED & set(schema.names):
-        raise UserError(f"{file}: the name of column {name} is reserved; rename the column")
+    for name in schema.names:
+        if name.lower() in _RESERVED or (name == _SOURCE_ROW and name in {**required, **optional}):
+            raise UserError(f"{file}: the name of column {name} is reserved; rename the column")
     for name, kind in {**required, **optional}.items():
         indices = schema.get_all_field_indices(name)
         if len(indices) > 1:
@@ -208,7 +290,7 @@ def _column_types(
 
 
 def _common_type(found: pa.DataType, kind: Kind) -> str | None:
-    """Type of a column of a given kind: string, int64, timestamp or date; None if the type is not allowed."""
+    """Type that a column of a given kind is stored as; None if the type is not allowed."""
     if kind == "id_list":
         is_list = pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found)
         return _common_type(found.value_type, "id") if is_list else None
@@ -221,6 +303,8 @@ def _common_type(found: pa.DataType, kind: Kind) -> str | None:
         return "string" if kind == "text" else None
     if pa.types.is_integer(found) and found != pa.uint64():
         return "int64" if kind in ("id", "time") else None
+    if pa.types.is_floating(found) and found != pa.float16():
+        return {pa.float32(): "float32", pa.float64(): "float"}[found] if kind in ("id", "time") else None
     if kind == "time" and pa.types.is_timestamp(found):
         return "timestamp"
     return "date" if kind == "time" and pa.types.is_date(found) else None

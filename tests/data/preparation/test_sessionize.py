@@ -120,9 +120,8 @@ def test_the_summary_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFix
     ("times", "options", "message"),
     [
         (range(4), {}, "the unit of column timestamp is unclear, its numbers are from 0 to 3; .* --time_unit"),
-        ([START, START, START * 1000, START], {}, "the unit of column timestamp is unclear"),
+        ([START, START, START * 1000, START], {}, "column timestamp is 3 in seconds and 1 in milliseconds"),
         (pa.array(range(4), pa.timestamp("s")), {"time_unit": "seconds"}, "column timestamp is not an integer"),
-        (range(4), {"session_gap": None, "time_unit": "seconds"}, "--time_unit is for --session_gap"),
     ],
 )
 def test_times_of_unknown_unit_are_refused(tmp_path: Path, times: Any, options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,70 @@
+"""Clicks on items that the item file does not have."""
+
+import logging
+
+from llmgr_rec.data.item_ids import match_problem
+from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.schema import TEXT_COLUMNS
+from llmgr_rec.errors import UserError
+
+# Ids shown on each side where few match.
+_EXAMPLES = 3
+_log = logging.getLogger(__name__)
+
+
+def resolve_missing_items(database: Database, settings: PrepareSettings, raw: str) -> int:
+    """Adds the missing items to table items, if they are to be kept.
+
+    Args:
+        database: Scratch database with table items.
+        settings: Settings of this run.
+        raw: Query of the clicks with columns item_id and place (row of the input).
+
+    Returns:
+        Number of clicks that are dropped because their item is missing.
+
+    Raises:
+        UserError: Items are missing and may not be, or no item of the clicks is in the item file.
+    """
+    database.run(
+        f"CREATE TABLE missing AS SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
+        "ANTI JOIN items USING (item_id) GROUP BY item_id"
+    )
+    count, first = database.run("SELECT sum(clicks), arg_min(item_id, first) FROM missing")[0]
+    if not count:
+        return 0
+    problem = _match_problem(database, raw)
+    if settings.missing_items == "error":
+        raise UserError(
+            f"{settings.items}: column item_id lacks the items of {count:,} clicks, the first is {first!r}; "
+            + (f"{problem}; write both in the same form, " if problem else "complete the file, ")
+            + "or use --missing_items drop (drop those clicks) or keep (items without text)"
+        )
+    if problem is not None:
+        if not database.value(f"SELECT count(*) FROM ({raw}) SEMI JOIN items USING (item_id)"):
+            raise UserError(
+                f"no click in the input names an item of {settings.items}: {problem}; write both in one form"
+            )
+        _log.warning("%s: %s", settings.items, problem)
+    if settings.missing_items == "drop":
+        return int(count)
+    texts = ", ".join(f"NULL AS {column}" for column in TEXT_COLUMNS)
+    database.run(
+        "INSERT INTO items SELECT (SELECT max(key) FROM items) + row_number() OVER (ORDER BY first, item_id), "
+        f"item_id, {texts} FROM missing"
+    )
+    return 0
+
+
+def _match_problem(database: Database, raw: str) -> str | None:
+    missing = database.value("SELECT count(*) FROM missing")
+    total = database.value(f"SELECT count(DISTINCT item_id) FROM ({raw})")
+    in_log = database.run(f"SELECT item_id FROM missing ORDER BY first LIMIT {_EXAMPLES}")
+    clicked = f"SELECT item_id FROM ({raw})"
+    in_items = database.run(
+        f"SELECT item_id FROM items WHERE item_id NOT IN ({clicked}) ORDER BY key LIMIT {_EXAMPLES}"
+        if 2 * missing > total
+        else "SELECT 0 WHERE false"
+    )
+    return match_problem(total - missing, total, [i for (i,) in in_log], [i for (i,) in in_items])
