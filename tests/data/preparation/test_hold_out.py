@@ -137,12 +137,11 @@ def test_long_sessions_are_cut_after_the_items_have_left(tmp_path: Path) -> None
     unseen = held_out(ids, 0.3, 0)
     clicks = [("u", item, n) for n, item in enumerate(ids)]
     left = [item for item in ids[:-2] if item not in unseen]
-    newest = prepare(tmp_path, clicks, hold_out_items=0.3, max_length=4, output=str(tmp_path / "newest"))
+    options: dict[str, Any] = {"hold_out_items": 0.3, "max_length": 4}
+    newest = prepare(tmp_path, clicks, long_sessions="newest", output=str(tmp_path / "newest"), **options)
     assert newest.rows["train"] == [("u", tuple(left[-5:-1]), left[-1])]
     assert newest.rows["test"] == [("u", tuple(ids[-5:-1]), ids[-1])]
-    every = prepare(
-        tmp_path, clicks, hold_out_items=0.3, max_length=4, long_sessions="split", output=str(tmp_path / "split")
-    )
+    every = prepare(tmp_path, clicks, long_sessions="split", output=str(tmp_path / "split"), **options)
     assert every.dataset.manifest.num_examples["train"] == len(left) - 1
     assert {item["item_id"]: item["train_count"] for item in every.items} == {item: item in left for item in ids}
 

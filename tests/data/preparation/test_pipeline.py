@@ -52,13 +52,17 @@ def naive_row(user: str, items: list[str], max_length: int) -> Row:
     return user, tuple(items[:-1][-max_length:]), items[-1]
 
 
-def naive_leave_one_out(sequences: dict[str, list[tuple[str, int]]], max_length: int) -> dict[str, list[Row]]:
+def naive_leave_one_out(
+    sequences: dict[str, list[tuple[str, int]]], max_length: int, long_sessions: str
+) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     for user, clicks in sequences.items():
         items = [item for item, _ in clicks]
         for split, cut in (("train", len(items) - 2), ("valid", len(items) - 1), ("test", len(items))):
-            if cut >= 2:
+            while cut >= 2:
                 rows[split].append(naive_row(user, items[:cut], max_length))
+                # Further training rows end where the history of the one before began.
+                cut = cut - max_length if split == "train" and long_sessions == "split" else 0
     return rows
 
 
@@ -76,26 +80,30 @@ def naive_temporal(
 
 
 @FEW
-@given(clicks=CLICKS, k=st.integers(0, 3), max_length=st.integers(1, 4))
+@given(
+    clicks=CLICKS, k=st.integers(0, 3), max_length=st.integers(1, 4), long_sessions=st.sampled_from(["newest", "split"])
+)
 def test_leave_one_out_equals_the_naive_split(
-    tmp_path_factory: pytest.TempPathFactory, clicks: list[Click], k: int, max_length: int
+    tmp_path_factory: pytest.TempPathFactory, clicks: list[Click], k: int, max_length: int, long_sessions: str
 ) -> None:
     # Of equal clicks, the first counts.
     sequences = naive_core(list(dict.fromkeys(clicks)), k)
-    expected = naive_leave_one_out(sequences, max_length)
+    expected = naive_leave_one_out(sequences, max_length, long_sessions)
+    options: dict[str, Any] = {"min_interactions": k, "max_length": max_length, "long_sessions": long_sessions}
     folder = tmp_path_factory.mktemp("prepare")
     if not all(expected.values()):
         with pytest.raises(UserError):
-            prepare(folder, clicks, min_interactions=k, max_length=max_length)
+            prepare(folder, clicks, **options)
         assert not (folder / "dataset").exists()
         return
-    result = prepare(folder, clicks, min_interactions=k, max_length=max_length)
+    result = prepare(folder, clicks, **options)
     assert sorted(result.rows["train"]) == sorted(expected["train"])
     assert result.rows["valid"] == expected["valid"]
     assert result.rows["test"] == expected["test"]
     assert result.ids == sorted({item for clicks in sequences.values() for item, _ in clicks})
     # No leak: a user's training row ends two clicks before its test target, one before its validation target.
-    train, valid = ({row[0]: row for row in result.rows[split]} for split in ("train", "valid"))
+    # Of several training rows of a user, the first ends last.
+    train, valid = ({row[0]: row for row in reversed(result.rows[split])} for split in ("train", "valid"))
     for user, history, _ in result.rows["test"]:
         if user in valid:
             assert history[-1] == valid[user][2]
@@ -157,7 +165,7 @@ def test_split_long_sessions_predict_every_click_once(
 
 def test_training_counts_count_each_click_of_the_rows_once(tmp_path: Path) -> None:
     clicks = [("u", f"i{n % 3}", n) for n in range(12)] + [("v", "i3", n) for n in range(4)]
-    cut = prepare(tmp_path, clicks, max_length=4)
+    cut = prepare(tmp_path, clicks, max_length=4, long_sessions="newest")
     in_rows = Counter(item for _, items, target in cut.rows["train"] for item in (*items, target))
     assert {item["item_id"]: item["train_count"] for item in cut.items} == {id_: in_rows[id_] for id_ in cut.ids}
     whole = prepare(tmp_path, clicks, max_length=4, long_sessions="split", output=str(tmp_path / "split"))
