@@ -1,14 +1,15 @@
-"""Exact top-K against the bare matrix product of the same blocks, and its peak memory against all scores at once.
+"""Exact top-K against the bare matrix product and against torch.topk, and its peak memory against all scores at once.
 
 ```sh
 python -m benchmarks.topk
+python -m benchmarks.topk --sweep
 ```
 """
 
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.commands import run_module
@@ -26,8 +27,13 @@ from benchmarks.harness import (
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.errors import UserError
 
-TOP_K, BARE, WHOLE = "exact top-K", "bare product", "product and torch.topk of a block"
+TOP_K, BARE, WHOLE = "exact top-K", "bare product", "product and torch.topk"
 _MIB = 1 << 20
+# Scores of one call of torch.topk.
+_MAX_SCORES = 1 << 25
+# Items and places of the sweep.
+_SWEEP_ITEMS = (500, 1349, 4000, 12_101, 40_000, 200_000, 1_000_000)
+_SWEEP_K = (1, 20, 21, 100, 1000)
 _RANKS = 2
 
 
@@ -55,6 +61,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--dim", type=int, default=64, help="Columns of items and queries.")
     parser.add_argument("--queries", type=int, default=1024, help="Queries.")
     parser.add_argument("--k", type=int, default=20, help="Items per list.")
+    parser.add_argument(
+        "--sweep", action="store_true", help="Compare with torch.topk over many sizes, and nothing else."
+    )
     parser.add_argument("--memory_only", action="store_true", help="Rank once and print MiB before and at the peak.")
     args = parse_args(parser, argv).as_dict()
     settings = Settings(*(args[name] for name in ("items", "dim", "queries", "k")))
@@ -64,6 +73,11 @@ def main(argv: Sequence[str]) -> None:
     threads = set_threads(args["threads"])
     if args["memory_only"]:
         print(*ranking_memory(settings))
+        return
+    if args["sweep"]:
+        speeds = sweep(settings, args["rounds"])
+        print(sweep_table(speeds, threads))
+        write_report(args["output"], {**args, "threads": threads}, {"speed": speeds})
         return
     results = compare(settings, args["rounds"])
     results["peak_mib"] = memory_in_own_process(settings, threads)
@@ -91,8 +105,8 @@ def compare(settings: Settings, rounds: int) -> dict[str, Any]:
         return settings.queries
 
     def multiply_and_select() -> float:
-        for scores_BN in _score_blocks(queries_BQ, items_RQ):
-            scores_BN.topk(min(settings.k, scores_BN.shape[1]), dim=1)
+        for queries_bQ in queries_BQ.split(max(1, min(256, _MAX_SCORES // settings.items))):
+            (queries_bQ @ items_RQ.T).topk(min(settings.k, settings.items), dim=1)
         return settings.queries
 
     rates = take_turns([Side(TOP_K, rank), Side(BARE, multiply), Side(WHOLE, multiply_and_select)], rounds)
@@ -100,6 +114,28 @@ def compare(settings: Settings, rounds: int) -> dict[str, Any]:
         "queries_per_s": rate_table(rates),
         "times_bare": {name: asdict(ratio(rates, BARE, name)) for name in (TOP_K, WHOLE)},
     }
+
+
+def sweep(settings: Settings, rounds: int) -> dict[str, dict[str, float]]:
+    """Speed of the exact top-K over that of product and torch.topk, by items and by places of a list."""
+    speeds: dict[str, dict[str, float]] = {}
+    for items in _SWEEP_ITEMS:
+        # Fewer queries where the product takes long.
+        queries = min(settings.queries, max(64, _MAX_SCORES // items))
+        for k in _SWEEP_K:
+            times = compare(replace(settings, items=items, queries=queries, k=k), rounds)["times_bare"]
+            speeds.setdefault(str(items), {})[str(k)] = times[WHOLE]["median"] / times[TOP_K]["median"]
+    return speeds
+
+
+def sweep_table(speeds: dict[str, dict[str, float]], threads: int) -> str:
+    """The sweep as text."""
+    lines = [
+        f"speed of exact top-K over {WHOLE}, {threads} threads",
+        f"{'items':>10}" + "".join(f"{f'k {k}':>9}" for k in _SWEEP_K),
+    ]
+    lines += [f"{int(items):>10,}" + "".join(f"{row[str(k)]:>9.2f}" for k in _SWEEP_K) for items, row in speeds.items()]
+    return "\n".join(lines)
 
 
 def _vectors(settings: Settings) -> tuple[Any, Any]:

@@ -4,18 +4,19 @@ A score is the dot product of a query and an item, plus a sparse term where ther
 item index.
 
     for each block of queries:
-        threshold[b] = -inf                      the K-th best score of query b so far
+        lowest[b] = the lowest finite number     a score below it is not among the K best of query b
         for each block of items, in order:
             scores = queries @ block.T, plus sparse terms; -inf at excluded items
-            candidates = scores above threshold[b]
-            candidates of several blocks are collected, then merged: sort, keep K of each query, raise the threshold
+            in the first block, raise lowest[b] to the K-th highest maximum of the strips of the row
+            candidates = scores that are not below lowest[b]
+            candidates of several blocks are collected, then merged: sort, keep K of each query, raise lowest[b]
 
-Three things keep this near the cost of the product. Few scores exceed the threshold after the first blocks. They are
-found from the maxima of strips of 64 scores, so most of a block is passed over once, while it is still in the cache.
-And one sort of integers ranks the candidates of all queries, see `_sort_keys`.
+Three things keep this near the cost of the product. A strip is a few neighboring scores: K strips have a maximum as
+high as the K-th highest one, so at least K scores are as high, and few more. Hardly any score of a later block is a
+candidate. And a candidate is one integer, which holds score and item, see `_sort_keys`.
 
-Shapes: B queries of a block, R items, N items of a block, M strips of it, S strips with a candidate, Q columns, K
-results of a query, C candidates over all queries, E entries of sparse terms.
+Shapes: B queries of a block, R items, N items of a block, M strips of it, Q columns, K results of a query, C candidates
+over all queries, W candidates of a query, E entries of sparse terms.
 """
 
 from collections.abc import Iterator
@@ -32,17 +33,25 @@ NOT_NUMBERS = (
     "the model gives scores that are not numbers, so nothing can be ranked; it has diverged: "
     "train it again with a lower learning rate"
 )
-_QUERY_BLOCK = 512
-# On a CPU a block of scores stays in the cache until its maxima are taken; a GPU needs more work at once.
+_QUERY_BLOCK = 256
+# The first block raises `lowest` and may be large; a later one is searched while it is still in the cache. A GPU needs
+# more work at once.
+_CPU_FIRST_BLOCK = 16384
 _CPU_ITEM_BLOCK = 2048
 _GPU_ITEM_BLOCK = 65536
-_STRIP = 64
-# A block with more strips for each query, or more candidates for each result, than so many is first reduced to its own
-# top K. That is so for the first block, whose scores are all above the threshold.
-_MAX_PER_RESULT = 64
-# Candidates for each result that are collected before they are merged: the threshold lags a little, and sorts are rare.
+# Lengths of a strip; the first one that gives enough strips for each place is taken. On a CPU, maxima of 16 neighbors
+# take longer than those of 8 or 32.
+_STRIPS = (64, 32, 8, 4)
+_MIN_STRIPS_PER_PLACE = 2
+# With more candidates for each place, `lowest` is raised by the strips of a later block as well.
+_MAX_PER_PLACE = 2
+# Candidates for each place, and in addition, that are collected before they are merged: `lowest` lags a little, and
+# sorts are rare.
 _MERGE_EVERY = 0.5
+_MERGE_EVERY_PLUS = 8
 _LOW_31_BITS = 0x7FFFFFFF
+# Follows the sort key of every item.
+_NO_ITEM = torch.iinfo(torch.int64).max
 
 
 @torch.no_grad()
@@ -103,57 +112,127 @@ def merge_top_k(ids_WBK: Tensor, scores_WBK: Tensor, k: int) -> tuple[Tensor, Te
 
 
 class _RunningTopK:
-    """The best items so far of every query, flat: query after query, best first.
+    """The best items so far of every query.
 
     Attributes:
-        threshold_B: K-th best score of each query at the last merge, -inf where it has fewer than K items.
+        lowest_B: Lowest score of each query that can be among its K best.
     """
 
     def __init__(self, num_queries: int, k: int, device: torch.device) -> None:
-        self._num_queries, self._k = num_queries, k
-        self._queries = [torch.empty(0, dtype=torch.int64, device=device)]
-        self._ids = [torch.empty(0, dtype=torch.int64, device=device)]
-        self._scores = [torch.empty(0, device=device)]
-        self._num_collected = 0
-        self.threshold_B = torch.full((num_queries,), float("-inf"), device=device)
+        self._k = k
+        # The K best at the last merge, and the candidates of each block since then, as sort keys.
+        self._keys_BW = [torch.empty(num_queries, 0, dtype=torch.int64, device=device)]
+        self.lowest_B = torch.full((num_queries,), torch.finfo(torch.float32).min, device=device)
 
-    def add(self, queries_C: Tensor, ids_C: Tensor, scores_C: Tensor) -> None:
-        """Collects candidates: for each query ascending by id, with ids above all those that were added before."""
-        self._queries.append(queries_C)
-        self._ids.append(ids_C)
-        self._scores.append(scores_C)
-        self._num_collected += queries_C.numel()
-        if self._num_collected > _MERGE_EVERY * self._k * self._num_queries:
+    def add_block(self, scores_BN: Tensor, start: int) -> None:
+        """Collects the candidates of a block of items.
+
+        Args:
+            scores_BN: Scores of the block; -inf at excluded items.
+            start: First item of the block.
+
+        Raises:
+            UserError: A candidate is not a number. NaN is not below any score, so it is a candidate.
+        """
+        strip = _strip_length(scores_BN.shape[1], self._k)
+        if start == 0 and not strip:
+            self._keys_BW.append(self._keys_of_all(scores_BN))
+        else:
+            self._keys_BW.append(self._keys_of_candidates(scores_BN, start, strip))
+        if sum(keys.shape[1] for keys in self._keys_BW[1:]) > _MERGE_EVERY * self._k + _MERGE_EVERY_PLUS:
             self._merge()
 
+    def _keys_of_all(self, scores_BN: Tensor) -> Tensor:
+        """Keys of all items of the first block, [B, N], or of the K best."""
+        if scores_BN.isnan().any():
+            raise UserError(NOT_NUMBERS)
+        keys_BN = _sort_keys(scores_BN, torch.arange(scores_BN.shape[1], device=scores_BN.device))
+        keys_BN.masked_fill_(scores_BN.isneginf(), _NO_ITEM)
+        if keys_BN.device.type == "cpu" and keys_BN.shape[1] >= 2 * self._k:
+            # The sort that follows takes longer for all items than the partition does.
+            keys_BN.numpy().partition(self._k - 1, axis=1)
+            return keys_BN[:, : self._k]
+        return keys_BN
+
+    def _keys_of_candidates(self, scores_BN: Tensor, start: int, strip: int) -> Tensor:
+        """Keys of the candidates of a block, [B, W]."""
+        num_queries, num_items = scores_BN.shape
+        if start == 0:
+            self._raise_lowest(scores_BN, strip)
+        flat_C = self._candidates(scores_BN)
+        if start > 0 and strip and flat_C.numel() > _MAX_PER_PLACE * self._k * num_queries:
+            self._raise_lowest(scores_BN, strip)
+            flat_C = self._candidates(scores_BN)
+        scores_C = scores_BN.view(-1)[flat_C]
+        if scores_C.isnan().any():
+            raise UserError(NOT_NUMBERS)
+        queries_C = flat_C // num_items
+        return _padded_rows(_sort_keys(scores_C, flat_C - queries_C * num_items + start), queries_C, num_queries)
+
+    def _raise_lowest(self, scores_BN: Tensor, strip: int) -> None:
+        self.lowest_B = torch.maximum(self.lowest_B, _kth_maximum_of_strips(scores_BN, strip, self._k))
+
+    def _candidates(self, scores_BN: Tensor) -> Tensor:
+        """Positions of the candidates in the flattened scores, ascending."""
+        lowest_B1 = self.lowest_B.unsqueeze(1)
+        if scores_BN.device.type == "cpu":
+            with np.errstate(invalid="ignore"):
+                return torch.from_numpy(np.flatnonzero(~(scores_BN.numpy() < lowest_B1.numpy())))
+        return (~(scores_BN < lowest_B1)).view(-1).nonzero().squeeze(1)
+
     def _merge(self) -> None:
-        queries, ids, scores = torch.cat(self._queries), torch.cat(self._ids), torch.cat(self._scores)
-        # Stable: equal scores stay in order of arrival, which is that of ids.
-        order = torch.argsort(_sort_keys(queries, scores), stable=True)
-        queries = queries[order]
-        rank = _rank_in_query(queries, self._num_queries)
-        is_best = rank < self._k
-        best, queries = order[is_best], queries[is_best]
-        self._queries, self._ids, self._scores = [queries], [ids[best]], [scores[best]]
-        self._num_collected = 0
-        is_last = rank[is_best] == self._k - 1
-        self.threshold_B[queries[is_last]] = self._scores[0][is_last]
+        keys_BW = torch.cat(self._keys_BW, dim=1)
+        if keys_BW.device.type == "cpu":
+            # Several times faster than torch.sort on a CPU.
+            keys_BW.numpy().sort(axis=1)
+        else:
+            keys_BW = keys_BW.sort(dim=1).values
+        self._keys_BW = [keys_BW[:, : self._k]]
+        if keys_BW.shape[1] >= self._k:
+            kth_B = _scores_of(keys_BW[:, self._k - 1])
+            # Later items have higher indices, so only a higher score comes before the K-th.
+            self.lowest_B = torch.maximum(self.lowest_B, torch.nextafter(kth_B, torch.full_like(kth_B, torch.inf)))
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Ids and scores, [B, K], padded with -1 and -inf."""
-        self._merge()
-        queries, ids, scores = self._queries[0], self._ids[0], self._scores[0]
-        rank = _rank_in_query(queries, self._num_queries)
-        ids_BK = torch.full((self._num_queries, self._k), -1, dtype=torch.int64, device=ids.device)
-        scores_BK = torch.full((self._num_queries, self._k), float("-inf"), device=ids.device)
-        ids_BK[queries, rank] = ids
-        # Adding zero turns -0 into 0, so that equal scores are equal bit by bit.
-        scores_BK[queries, rank] = scores + 0.0
-        return ids_BK, scores_BK
+        if len(self._keys_BW) > 1:
+            self._merge()
+        keys_BX = self._keys_BW[0]
+        missing_BX = keys_BX.new_full((keys_BX.shape[0], self._k - keys_BX.shape[1]), _NO_ITEM)
+        keys_BK = torch.cat([keys_BX, missing_BX], dim=1)
+        return (keys_BK & _LOW_31_BITS).masked_fill(keys_BK == _NO_ITEM, -1), _scores_of(keys_BK)
 
 
-def _sort_keys(queries_C: Tensor, scores_C: Tensor) -> Tensor:
-    """Integers that order entries by query, then by falling score: one sort in place of one for each query.
+def _strip_length(num_items: int, k: int) -> int:
+    """Length of a strip; 0 where K places are so many that sorting all items of the first block is faster."""
+    most = num_items // (_MIN_STRIPS_PER_PLACE * k)
+    return next((strip for strip in _STRIPS if strip <= most), 0)
+
+
+def _kth_maximum_of_strips(scores_BN: Tensor, strip: int, k: int) -> Tensor:
+    """K-th highest maximum of the strips of each row: a lower bound of the K-th highest score."""
+    num_strips = scores_BN.shape[1] // strip
+    maxima_BM = scores_BN[:, : num_strips * strip].unflatten(1, (num_strips, strip)).amax(dim=2)
+    if maxima_BM.device.type == "cpu":
+        # Several times faster than torch.topk on a CPU.
+        return torch.from_numpy(np.partition(maxima_BM.numpy(), num_strips - k, axis=1)[:, num_strips - k])
+    return maxima_BM.topk(k, dim=1).values[:, -1]
+
+
+def _padded_rows(keys_C: Tensor, queries_C: Tensor, num_queries: int) -> Tensor:
+    """Entries in order of queries as one row a query, [B, W], padded to the longest one."""
+    counts_B = torch.bincount(queries_C, minlength=num_queries)
+    first_B = counts_B.cumsum(0) - counts_B
+    width = int(counts_B.max())
+    keys_BW = keys_C.new_full((num_queries, width), _NO_ITEM)
+    start_B = torch.arange(num_queries, device=keys_C.device) * width
+    places_C = torch.arange(keys_C.numel(), device=keys_C.device) + (start_B - first_B)[queries_C]
+    keys_BW.view(-1)[places_C] = keys_C
+    return keys_BW
+
+
+def _sort_keys(scores: Tensor, items: Tensor) -> Tensor:
+    """Integers that rise as scores fall, and with the item where scores are equal.
 
     The bits of a float32, read as a signed integer, rise with a float of 0 or above; of a negative one they fall, since
     they are sign and magnitude. Inverting the 31 magnitude bits of the negative ones makes all of them rise:
@@ -162,26 +241,30 @@ def _sort_keys(queries_C: Tensor, scores_C: Tensor) -> Tensor:
         bits    ff800000  c0000000  bf800000  00000000  3f800000  7f800000
         rising  807fffff  bfffffff  c07fffff  00000000  3f800000  7f800000
 
-    The key is query * 2^32 plus (2^31 - 1 - rising), which lies in 0 .. 2^32 - 1 and falls with the score.
+    Inverting all bits of those makes them fall. They are the high bits of a key, and the item is its low 31 bits.
 
     Args:
-        queries_C: Query of each entry, 0 .. 2^31 - 1.
-        scores_C: Its score, float32, no NaN.
+        scores: Scores, float32, no NaN.
+        items: Items, 0 .. 2^31 - 1, of the same shape as the scores or one that broadcasts to it.
 
     Returns:
-        Keys, int64 [C]; equal for equal scores of a query, -0 and 0 included.
+        Keys, int64.
     """
     # Adding zero turns -0 into 0: they are equal as scores, but their bits differ.
-    bits_C = (scores_C + 0.0).view(torch.int32).long()
-    rising_C = torch.where(bits_C < 0, bits_C ^ _LOW_31_BITS, bits_C)
-    return (queries_C << 32) + (_LOW_31_BITS - rising_C)
+    rising = _invert_magnitude_of_negative((scores + 0.0).view(torch.int32))
+    return rising.bitwise_not_().long().bitwise_left_shift_(31).add_(items)
 
 
-def _rank_in_query(queries_C: Tensor, num_queries: int) -> Tensor:
-    """Rank of each entry within its query, 0 first, of entries in order of queries."""
-    counts_B = torch.bincount(queries_C, minlength=num_queries)
-    first_B = counts_B.cumsum(0) - counts_B
-    return torch.arange(queries_C.numel(), device=queries_C.device) - first_B[queries_C]
+def _scores_of(keys: Tensor) -> Tensor:
+    """Scores of sort keys; -inf of the key that stands for no item."""
+    rising = (keys >> 31).int().bitwise_not_()
+    scores = _invert_magnitude_of_negative(rising).view(torch.float32)
+    return scores.masked_fill_(keys == _NO_ITEM, float("-inf"))
+
+
+def _invert_magnitude_of_negative(bits: Tensor) -> Tensor:
+    # The shift gives all ones for a negative number and zero otherwise.
+    return (bits >> 31).bitwise_and_(_LOW_31_BITS).bitwise_xor_(bits)
 
 
 class _SparseTerms:
@@ -207,68 +290,30 @@ def _top_k_of_queries(
     queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None, added: _SparseTerms | None
 ) -> tuple[Tensor, Tensor]:
     """Top K of one block of queries, as `top_k`."""
-    best = _RunningTopK(queries_BQ.shape[0], k, queries_BQ.device)
-    width = min(_CPU_ITEM_BLOCK if queries_BQ.device.type == "cpu" else _GPU_ITEM_BLOCK, items_RQ.shape[0])
-    buffer = queries_BQ.new_empty(queries_BQ.shape[0] * width)
-    for start, stop in _item_blocks(items_RQ.shape[0], width):
-        scores_BN = buffer[: queries_BQ.shape[0] * (stop - start)].view(-1, stop - start)
+    num_queries, num_items = queries_BQ.shape[0], items_RQ.shape[0]
+    best = _RunningTopK(num_queries, k, queries_BQ.device)
+    first, width = _block_widths(queries_BQ.device)
+    buffer = queries_BQ.new_empty(num_queries * min(max(first, width), num_items))
+    for start, stop in _item_blocks(num_items, first, width):
+        scores_BN = buffer[: num_queries * (stop - start)].view(num_queries, stop - start)
         torch.mm(queries_BQ, items_RQ[start:stop].T, out=scores_BN)
         if added is not None:
             added.add_to(scores_BN, start)
         if exclude is not None:
             inside = (exclude.values >= start) & (exclude.values < stop)
             scores_BN[exclude.row_of_value[inside], exclude.values[inside] - start] = float("-inf")
-        queries_C, columns_C, scores_C = _candidates(scores_BN, best.threshold_B, k)
-        best.add(queries_C, columns_C + start, scores_C)
+        best.add_block(scores_BN, start)
     return best.result()
 
 
-def _item_blocks(num_items: int, block: int) -> Iterator[tuple[int, int]]:
-    """First item of each block and the one after its last; a block is a whole number of strips or less than one."""
-    start = 0
+def _block_widths(device: torch.device) -> tuple[int, int]:
+    """Items of the first block and of a later one."""
+    return (_CPU_FIRST_BLOCK, _CPU_ITEM_BLOCK) if device.type == "cpu" else (_GPU_ITEM_BLOCK, _GPU_ITEM_BLOCK)
+
+
+def _item_blocks(num_items: int, first: int, width: int) -> Iterator[tuple[int, int]]:
+    """First item of each block and the one after its last."""
+    start, stop = 0, min(first, num_items)
     while start < num_items:
-        width = min(block, num_items - start)
-        width -= width % _STRIP if width > _STRIP else 0
-        yield start, start + width
-        start += width
-
-
-def _candidates(scores_BN: Tensor, threshold_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, column and score of what exceeds the threshold, or of the block's own top K where that is too much."""
-    strip = min(_STRIP, scores_BN.shape[1])
-    strips_BM = scores_BN.unflatten(1, (-1, strip)).amax(dim=2)
-    if strips_BM.isnan().any():
-        raise UserError(NOT_NUMBERS)
-    # Strips that hold a candidate, as numbers of rows of the scores viewed as [B * M, strip].
-    flat_S = (strips_BM > threshold_B.unsqueeze(1)).flatten().nonzero().squeeze(1)
-    if flat_S.numel() > _MAX_PER_RESULT * threshold_B.numel():
-        return _top_k_of_block(scores_BN, threshold_B, k)
-    values_SX = scores_BN.view(-1, strip).index_select(0, flat_S)
-    queries_S = flat_S // strips_BM.shape[1]
-    above_C = (values_SX > threshold_B[queries_S].unsqueeze(1)).flatten().nonzero().squeeze(1)
-    if above_C.numel() > _MAX_PER_RESULT * k * threshold_B.numel():
-        return _top_k_of_block(scores_BN, threshold_B, k)
-    queries_C = queries_S[above_C // strip]
-    flat_C = flat_S[above_C // strip] * strip + above_C % strip
-    return queries_C, flat_C - queries_C * scores_BN.shape[1], values_SX.flatten()[above_C]
-
-
-def _top_k_of_block(scores_BN: Tensor, threshold_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, column and score of each query's K best of a block; of scores equal to the K-th, the leftmost."""
-    if scores_BN.shape[1] <= k:
-        return _entries_of(scores_BN, scores_BN > threshold_B.unsqueeze(1))
-    kth_B1 = torch.topk(scores_BN, k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    chosen_BN = scores_BN >= kth_B1
-    has_ties = (chosen_BN.sum(dim=1) > k).nonzero().squeeze(1)
-    if has_ties.numel():
-        rows = scores_BN[has_ties]
-        above, equal = rows > kth_B1[has_ties], rows == kth_B1[has_ties]
-        room = k - above.sum(dim=1, keepdim=True)
-        chosen_BN[has_ties] = above | (equal & (equal.cumsum(dim=1) <= room))
-    return _entries_of(scores_BN, chosen_BN & (scores_BN > threshold_B.unsqueeze(1)))
-
-
-def _entries_of(scores_BN: Tensor, chosen_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, column and score of the chosen scores."""
-    queries_C, columns_C = chosen_BN.nonzero().unbind(dim=1)
-    return queries_C, columns_C, scores_BN[queries_C, columns_C]
+        yield start, stop
+        start, stop = stop, min(stop + width, num_items)

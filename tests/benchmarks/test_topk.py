@@ -27,6 +27,14 @@ def test_the_bare_product_scores_every_item_of_every_query():
     assert sums == pytest.approx(float((queries.double() @ items.double().T).sum()), abs=1e-2)
 
 
+def test_the_sweep_has_every_size(monkeypatch):
+    monkeypatch.setattr(topk, "_SWEEP_ITEMS", (300, 500))
+    speeds = topk.sweep(SMALL, rounds=1)
+    assert list(speeds) == ["300", "500"]
+    assert all(speed > 0 for row in speeds.values() for speed in row.values())
+    assert len(topk.sweep_table(speeds, 1).splitlines()) == 4
+
+
 def test_a_ranking_that_holds_all_scores_is_refused(monkeypatch):
     def found(*_, **__):
         return type("Done", (), {"stdout": "100.0 5000.0\n"})

@@ -108,7 +108,7 @@ def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tenso
 
 def rank_with_blend(world: World, sizes: list[int], catalogs: list[int]) -> list[tuple[Tensor, ...]]:
     # Many blocks of queries and of items.
-    topk._QUERY_BLOCK, topk._CPU_ITEM_BLOCK = 4, 128
+    topk._QUERY_BLOCK, topk._CPU_FIRST_BLOCK, topk._CPU_ITEM_BLOCK = 4, 128, 128
     answers: list[tuple[Tensor, ...]] = []
     for num_items in catalogs:
         model = Items(num_items, "meta")

@@ -59,10 +59,12 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
     ]
     sizes: dict[str, Any] = {
         "_QUERY_BLOCK": data.draw(st.integers(1, 4)),
+        "_CPU_FIRST_BLOCK": data.draw(st.integers(1, 60)),
         "_CPU_ITEM_BLOCK": data.draw(st.integers(8, 40)),
+        "_MERGE_EVERY_PLUS": data.draw(st.sampled_from([0, 8])),
         "_MERGE_EVERY": data.draw(st.sampled_from([0.0, 0.5, 10.0])),
-        "_STRIP": data.draw(st.integers(1, 5)),
-        "_MAX_PER_RESULT": data.draw(st.sampled_from([0, 1, 64])),
+        "_STRIPS": data.draw(st.sampled_from([(), (2,), (5, 3)])),
+        "_MAX_PER_PLACE": data.draw(st.sampled_from([0, 1, 64])),
     }
     use_exclude = data.draw(st.booleans(), "exclude")
     added = generator.integers(-levels, levels + 1, (num_queries, num_items)).astype(np.float32)
@@ -94,15 +96,17 @@ def test_full_sized_blocks_with_real_numbers() -> None:
     assert ids[5].tolist() == list(range(20)), "a session without information gets items in order of index"
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.floats(width=32, allow_nan=False)), max_size=20))
-@example([(2, -float(np.finfo(np.float32).smallest_subnormal))])
-def test_sort_keys_order_by_query_then_falling_score(entries: list[tuple[int, float]]) -> None:
-    entries += [(2, value) for value in (0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, -1.0, -2.0)]
-    queries = torch.tensor([query for query, _ in entries])
-    scores = torch.tensor([score for _, score in entries], dtype=torch.float32)
-    order = torch.argsort(topk._sort_keys(queries, scores), stable=True).tolist()
-    pairs = list(zip(queries.tolist(), scores.tolist(), strict=True))
-    assert order == sorted(range(len(pairs)), key=lambda entry: (pairs[entry][0], -pairs[entry][1]))
+@given(st.lists(st.tuples(st.floats(width=32, allow_nan=False), st.integers(0, 2**31 - 2)), max_size=20))
+@example([(-float(np.finfo(np.float32).smallest_subnormal), 2**31 - 1)])
+def test_sort_keys_hold_score_and_item(entries: list[tuple[float, int]]) -> None:
+    entries += [(value, 7) for value in (0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, -1.0, -2.0)]
+    scores = torch.tensor([score for score, _ in entries], dtype=torch.float32)
+    items = torch.tensor([item for _, item in entries])
+    keys = topk._sort_keys(scores, items)
+    order = np.lexsort((items.numpy(), -scores.numpy()))
+    assert (keys.numpy()[order][1:] >= keys.numpy()[order][:-1]).all()
+    assert torch.equal(topk._scores_of(keys), scores)
+    assert torch.equal(keys & (2**31 - 1), items)
 
 
 def test_merge_keeps_the_order_of_indices() -> None:
