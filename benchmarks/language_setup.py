@@ -100,7 +100,7 @@ class Setup:
     def make(cls, config: Config, dataset: Dataset) -> "Setup":
         """Fresh models; LoRA matrices and text encodings are nonzero, so that no gradient is zero."""
         torch.manual_seed(config.seed)
-        catalog = Catalog.load(dataset.path)
+        catalog = Catalog.of(dataset)
         factory = ModelFactory()
         spec = factory.spec("behave", config, catalog)
         fast = factory.build(spec, factory.language_parts(spec, catalog, CPU), CPU)

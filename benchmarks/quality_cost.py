@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     run, dataset = Path(args.run), Dataset(Path(args.dataset))
     with TemporaryDirectory() as folder:
         source = _input(dataset, args.sessions, Path(folder) / "input.parquet")
-        results = measure(list(modes(run)), run, source, Catalog.load(dataset.path), args.rounds, Path(folder))
+        results = measure(list(modes(run)), run, source, Catalog.of(dataset), args.rounds, Path(folder))
     print(table(results))
     write_report(args.output, args.as_dict(), results)
     file = Path(args.plot) if args.plot else Path(args.output).with_suffix(".svg")

@@ -13,6 +13,7 @@ from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main
+from tests.json_files import edit_json
 from tests.small_run import prepare_small, run_with, small_run, without_repeats, write_log
 
 
@@ -100,10 +101,8 @@ def test_a_dataset_of_other_training_sessions_is_refused(tmp_path):
     """The catalog is the same, so nothing else would tell that the model has learned what it is tested on."""
     shared = small_run()
     index = run_with(tmp_path / "run", "sbr") / "export" / "sbr" / "bundle.json"
-    index.unlink()
-    content = json.loads((shared.run / "export" / "sbr" / "bundle.json").read_text())
     for trained_on, outcome in (("other", "trained on other sessions"), (shared.dataset.manifest.sessions_hash, "")):
-        index.write_text(json.dumps(content | {"sessions_hash": trained_on}))
+        edit_json(index, lambda values, trained_on=trained_on: values.update(sessions_hash=trained_on))
         words = arguments(tmp_path / "metrics.json", run=tmp_path / "run", models="sbr")
         if outcome:
             with pytest.raises(UserError, match=outcome):

@@ -20,6 +20,7 @@ from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.train import parse_arguments
 from tests.data.prepare_inputs import edit_manifest
+from tests.json_files import edit_json
 from tests.scoring.sessions import all_bytes, raw_sessions, write_sessions
 from tests.small_run import run_with, small_run
 
@@ -34,12 +35,6 @@ def refused(read: Callable[[], object], folder: Path) -> str:
     assert "\n" not in line
     assert str(folder) in line
     return line
-
-
-def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads(file.read_text())
-    change(values)
-    file.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize("read", [load_bundle, open_bundle, read_index])

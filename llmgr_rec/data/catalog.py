@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
 from llmgr_rec.errors import UserError
@@ -76,6 +77,18 @@ class Catalog:
             train_count_V=torch.from_numpy(_ints(table["train_count"], file, "train_count")),
             features={name: rows for name, rows in features.items() if rows.values.numel()},
         )
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Self:
+        """Reads the catalog of a data set, after its file was compared with the recorded checksum.
+
+        Args:
+            dataset: The data set.
+
+        Raises:
+            UserError: The file is damaged, or does not have the format that `prepare` writes.
+        """
+        return cls.load(dataset.verified(ITEMS_NAME).parent)
 
     @property
     def num_items(self) -> int:

@@ -1,14 +1,19 @@
-"""A prepared data set on disk: the manifest, which is checked on opening, and the part files of each split."""
+"""A prepared data set on disk: the manifest, which is checked on opening, and the part files of each split.
+
+A file is compared with its recorded checksum before a process reads it for the first time.
+"""
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from llmgr_rec.checksums import verify_file
 from llmgr_rec.data.repeats import ConsecutiveRepeats, RepeatCounts, Repeats, RepeatsOption
 from llmgr_rec.data.schema import FORMAT_VERSION, ITEMS_NAME, MANIFEST_NAME, SPLITS
 from llmgr_rec.errors import UserError
+from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
 
 _REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
@@ -22,11 +27,13 @@ class FileEntry:
         rows: Rows in the file.
         bytes: Size in bytes.
         sha256: Hexadecimal content hash.
+        checksum: Checksum of the content that is faster to verify; empty in data sets of earlier versions.
     """
 
     rows: int
     bytes: int
     sha256: str
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal text."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return json.dumps(seal(asdict(self)), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class Dataset:
 
     @property
     def items_path(self) -> Path:
-        """The catalog file."""
+        """The catalog file; `Catalog.of` verifies and reads it."""
         return self.path / ITEMS_NAME
 
     def parts(self, split: str) -> list[Path]:
@@ -132,10 +139,25 @@ class Dataset:
 
         Raises:
             ValueError: There is no such split.
+            UserError: A part is damaged.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}, not one of {SPLITS}")
-        return [self.path / name for name in sorted(self.manifest.files) if name.startswith(f"{split}/")]
+        return [self.verified(name) for name in sorted(self.manifest.files) if name.startswith(f"{split}/")]
+
+    def verified(self, name: str) -> Path:
+        """The path of a file, whose content is the one that was recorded.
+
+        Args:
+            name: Path relative to the data set.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is not None:
+            verify_file(self.path / name, entry.checksum or entry.sha256, _REMEDY)
+        return self.path / name
 
 
 def load_manifest(path: str | Path) -> Manifest:
@@ -152,9 +174,11 @@ def load_manifest(path: str | Path) -> Manifest:
     if not file.is_file():
         raise UserError(f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}; {_REMEDY}")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = read_json(file)
+    except json.JSONDecodeError as error:
         raise UserError(f"{file} is not valid JSON ({error}); {_REMEDY}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); {_REMEDY}") from None
     manifest = _parse(values, file)
     check_inside(folder, manifest.files, file)
     for name, entry in sorted(manifest.files.items()):
@@ -168,25 +192,20 @@ def load_manifest(path: str | Path) -> Manifest:
     return manifest
 
 
-def _parse(values: Any, file: Path) -> Manifest:
-    version = values.get("format_version") if isinstance(values, dict) else None
+def _parse(values: dict[str, Any], file: Path) -> Manifest:
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{file} has format_version {version}, this version reads {FORMAT_VERSION}; {_REMEDY}")
-    # Name of the field in data sets of version 0.1.
-    if "catalogue_hash" in values:
-        values["catalog_hash"] = values.pop("catalogue_hash")
-    # Version 0.2 recorded whether any training session repeats a click.
-    if not values.get("clicks_repeat", True):
-        values.setdefault("repeats", "exclude")
     try:
-        required = [entry.name for entry in fields(Manifest) if entry.default is entry.default_factory is MISSING]
-        missing = [name for name in required if name not in values]
-        if missing:
-            raise KeyError(missing[0])
-        known = {entry.name: values[entry.name] for entry in fields(Manifest) if entry.name in values}
-        known["files"] = {name: FileEntry(**entry) for name, entry in known["files"].items()}
-        counts = known.get("repeat_counts", {})
-        known["repeat_counts"] = {split: RepeatCounts(**entry) for split, entry in counts.items()}
-    except (AttributeError, KeyError, TypeError) as error:
+        values = unseal(values)
+        # Name of the field in data sets of version 0.1.
+        if "catalogue_hash" in values:
+            values["catalog_hash"] = values.pop("catalogue_hash")
+        # Version 0.2 recorded whether any training session repeats a click.
+        if not values.get("clicks_repeat", True):
+            values.setdefault("repeats", "exclude")
+        known = {entry.name for entry in fields(Manifest)}
+        manifest = from_json(Manifest, {name: value for name, value in values.items() if name in known})
+    except ValueError as error:
         raise UserError(f"{file} has a missing or invalid field ({error}); {_REMEDY}") from None
-    return Manifest(**known)
+    return manifest

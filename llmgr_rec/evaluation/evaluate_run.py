@@ -19,11 +19,11 @@ from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
 from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
 from llmgr_rec.storage.bundle_index import (
-    CONFIG,
     STAGES_OF_MODEL,
     bundle_hash,
     check_trained_on,
     find_bundle,
+    read_config,
     read_index,
 )
 
@@ -71,7 +71,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
             starts.
     """
     dataset = Dataset(request.dataset)
-    catalog = Catalog.load(request.dataset)
+    catalog = Catalog.of(dataset)
     bundles = _bundles(request, dataset)
     names = _in_order(request.models or [*DEFAULT_BASELINES, *bundles])
     for name in names:
@@ -149,7 +149,7 @@ def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
     bundles = {name: complete[name] for name in requested if name in complete}
     for bundle in bundles.values():
         check_trained_on(bundle, dataset)
-        check_bundle_code(load_config(bundle / CONFIG), bundle, request.allow_code)
+        check_bundle_code(read_config(bundle), bundle, request.allow_code)
     return bundles
 
 

@@ -113,7 +113,7 @@ def scored_examples(scores: Path, dataset: Dataset, split: str, bundle_hashes: C
         raise UserError(f"--scores {scores} belong to another catalog than {dataset.path}; give the model's data set")
     if job["model"]["sha256"] not in bundle_hashes:
         raise UserError(f"--scores {scores} belong to another run; score with the model of this run")
-    catalog = Catalog.load(dataset.path)
+    catalog = Catalog.of(dataset)
     titles = _titles(catalog)
     sessions = {row[0]: row[1:] for row in islice(_rows(dataset, split), _SEARCHED_SESSIONS)}
     session_ids = pa.array(list(sessions), pa.string())

@@ -72,7 +72,7 @@ class TrialRunner:
     @cached_property
     def catalog(self) -> Catalog:
         """The data set's items."""
-        return Catalog.load(self.dataset.path)
+        return Catalog.of(self.dataset)
 
     def trial(self, experiment: Experiment, variant: Variant, seed: int) -> Trial:
         """A trial, read from disk if it exists and run otherwise.

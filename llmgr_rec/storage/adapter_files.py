@@ -15,7 +15,7 @@ from torch import Tensor
 from llmgr_rec.distributed.fsdp import shard_like
 from llmgr_rec.errors import UserError
 
-_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # What peft puts before the name of a module of the model that it was given.
 _PREFIX = "base_model.model."
 
@@ -31,10 +31,12 @@ def save_adapter(decoder: PeftModel, weights: dict[str, Tensor], folder: Path, b
     """
     decoder.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)
-    stored = load_file(folder / _WEIGHTS)
+    stored = load_file(folder / ADAPTER_WEIGHTS)
     both = {name: value for key, value in stored.items() for name in (key, _outer_name(decoder, key))}
     # safetensors does not accept two names for the same memory.
-    save_file({name: value.clone() for name, value in both.items()}, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: value.clone() for name, value in both.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"}
+    )
     settings = json.loads((folder / _SETTINGS).read_text())
     # PEFT writes the local path of the base model, or none.
     settings["base_model_name_or_path"] = base
@@ -56,9 +58,12 @@ def load_adapter(decoder: PeftModel, folder: Path) -> list[str]:
     Raises:
         UserError: The folder has weights for a layer without LoRA.
     """
-    if not (folder / _WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         return [name for name, _ in decoder.named_parameters() if "lora_" in name]
-    targets, stored = get_peft_model_state_dict(decoder, save_embedding_layers=False), load_file(folder / _WEIGHTS)
+    targets, stored = (
+        get_peft_model_state_dict(decoder, save_embedding_layers=False),
+        load_file(folder / ADAPTER_WEIGHTS),
+    )
     if unknown := stored.keys() - targets.keys() - {_outer_name(decoder, name) for name in targets}:
         raise UserError(
             f"{folder} has LoRA weights for {min(unknown)}, which the model lacks; "

@@ -5,6 +5,7 @@ Shapes: R rows and C columns of a block of a table.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from llmgr_rec.config import Config, DType, StageName
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.distributed.sharding import shard
@@ -26,7 +28,7 @@ from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.registry import require_allowed
-from llmgr_rec.storage.adapter_files import load_adapter
+from llmgr_rec.storage.adapter_files import ADAPTER_WEIGHTS, load_adapter
 from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors, model_of
 from llmgr_rec.storage.bundle_index import (
     BLEND,
@@ -41,6 +43,8 @@ from llmgr_rec.storage.bundle_index import (
     TableFile,
     read_index,
     resolve_bundle,
+    verified_file,
+    verified_table_file,
 )
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import fill_table, table_parameters
@@ -142,10 +146,10 @@ def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFil
     """
     folder = resolve_bundle(Path(path))
     index = read_index(folder)
-    config = load_config(folder / CONFIG)
+    config = load_config(verified_file(folder, index, CONFIG))
     check_bundle_code(config, folder, allow_code)
-    config = replace(config, prompt=replace(config.prompt, templates=str(folder / PROMPTS)))
-    catalog = Catalog.load(folder)
+    config = replace(config, prompt=replace(config.prompt, templates=str(verified_file(folder, index, PROMPTS))))
+    catalog = Catalog.load(verified_file(folder, index, ITEMS_NAME).parent)
     if catalog.hash != index.catalog_hash:
         raise UserError(
             f"bundle {folder} is damaged: items.parquet belongs to another catalog; copy or export it again"
@@ -192,7 +196,7 @@ def load_model(
         model.to(device)
     if missing := _load_weights(model, folder, index):
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
-    blend = Blend.load(folder / BLEND) if BLEND in index.files else None
+    blend = Blend.load(verified_file(folder, index, BLEND)) if BLEND in index.files else None
     if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
         raise UserError(f"bundle {folder} is damaged: {BLEND} belongs to another catalog; copy or export it again")
     return Bundle(folder, spec, model.eval(), catalog, factory.collator(spec, catalog, "rank"), blend)
@@ -234,7 +238,7 @@ def _load_weights(model: SessionRecommender | LLMGR, folder: Path, index: Bundle
     try:
         not_found = _load_tables(model, folder, index)
         recommender = model.recommender if isinstance(model, LLMGR) else model
-        missing = _load_dense(dense_tensors(recommender), folder, RECOMMENDER)
+        missing = _load_dense(dense_tensors(recommender), folder, index, RECOMMENDER)
         of_later_stage = [name for name in missing if index.stage == "sbr" and param_group(name) == "text_encoder"]
         not_found += of_later_stage
         if first := next((name for name in missing if name not in of_later_stage), None):
@@ -243,8 +247,9 @@ def _load_weights(model: SessionRecommender | LLMGR, folder: Path, index: Bundle
                 "session recommender; copy or train it again"
             )
         if isinstance(model, LLMGR):
-            not_found += _load_dense(language_tensors(model), folder, LANGUAGE)
-            not_found += load_adapter(model.language_model.decoder, folder / LORA)
+            not_found += _load_dense(language_tensors(model), folder, index, LANGUAGE)
+            adapter = verified_file(folder, index, f"{LORA}/{ADAPTER_WEIGHTS}")
+            not_found += load_adapter(model.language_model.decoder, adapter.parent)
     except (SafetensorError, OSError) as error:
         raise UserError(f"bundle {folder} is damaged ({error}); copy or export it again") from None
     return not_found
@@ -271,8 +276,9 @@ class _TableReader:
     """Reads blocks of a table from those of its files that overlap them."""
 
     def __init__(self, folder: Path, table_files: list[TableFile]) -> None:
-        self._folder = folder
         self._table_files = table_files
+        # Verified when a file is read for the first time.
+        self._path = cache(partial(verified_table_file, folder))
 
     def read(self, rows: range, cols: range) -> Tensor:
         """Reads a block of the table, float32 [R, C]."""
@@ -282,7 +288,7 @@ class _TableReader:
             col0, col1 = max(cols.start, part.col), min(cols.stop, part.col + part.cols)
             if row0 >= row1 or col0 >= col1:
                 continue
-            with safe_open(self._folder / part.file, framework="pt") as file:
+            with safe_open(self._path(part), framework="pt") as file:
                 values_RC[row0 - rows.start : row1 - rows.start, col0 - cols.start : col1 - cols.start] = (
                     file.get_slice(TENSOR)[row0 - part.row : row1 - part.row, col0 - part.col : col1 - part.col]
                 )
@@ -290,11 +296,11 @@ class _TableReader:
 
 
 @torch.no_grad()
-def _load_dense(targets: dict[str, Tensor], folder: Path, name: str) -> list[str]:
+def _load_dense(targets: dict[str, Tensor], folder: Path, index: BundleIndex, name: str) -> list[str]:
     """Copies the tensors of a safetensors file into the targets; returns the names that are not in the file."""
     if not (folder / name).is_file():
         return list(targets)
-    stored = load_file(folder / name)
+    stored = load_file(verified_file(folder, index, name))
     for key, target in targets.items():
         if key in stored and stored[key].shape != target.shape:
             raise UserError(

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.checksums import file_checksum
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.config_file import save_config
 from llmgr_rec.data.catalog import Catalog
@@ -176,7 +177,8 @@ def _write_tables(
                 temporary = target.with_name(f"{target.name}.rank{rank}")
                 save_file({TENSOR: values}, temporary)
                 os.replace(temporary, target)
-            written.append((shard.table, (shard.num_rows, shard.dim), part))
+            checksum = file_checksum(target)
+            written.append((shard.table, (shard.num_rows, shard.dim), replace(part, checksum=checksum)))
     return written
 
 
@@ -256,6 +258,8 @@ def _index(
     if isinstance(model, LLMGR):
         dims["d2"] = model.language_model.hidden_size
         language_model = {"name": config.llm.name_or_path, "weights_hash": weights_hash}
+    files = sorted(path for path in partial.rglob("*") if path.is_file() and path.parent.name != "tables")
+    names = {str(path.relative_to(partial)): path for path in files}
     return BundleIndex(
         stage=stage,
         catalog_hash=catalog.hash,
@@ -264,11 +268,8 @@ def _index(
         language_model=language_model,
         tables={table: shape for table, shape, _ in written},
         table_files={name: [part for table, _, part in written if table == name] for name, *_ in written},
-        files={
-            str(path.relative_to(partial)): path.stat().st_size
-            for path in sorted(partial.rglob("*"))
-            if path.is_file() and path.parent.name != "tables"
-        },
+        files={name: path.stat().st_size for name, path in names.items()},
+        checksums={name: file_checksum(path) for name, path in names.items()},
         versions=installed_versions(),
         repeats=trained_on.repeats if trained_on else "allow",
         max_length=trained_on.max_length if trained_on else 0,

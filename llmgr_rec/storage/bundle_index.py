@@ -12,14 +12,17 @@ Files of a bundle RUN/export/<stage>/:
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from llmgr_rec.config import STAGES, StageName
+from llmgr_rec.checksums import damage, verify_file
+from llmgr_rec.config import STAGES, Config, StageName
+from llmgr_rec.config_file import load_config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import ConsecutiveRepeats, Repeats
 from llmgr_rec.errors import UserError
+from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
 
 FORMAT_VERSION = 2
@@ -28,6 +31,7 @@ RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "l
 BLEND = "blend.npz"
 TENSOR = "weight"
 _HASH_BYTES = 1 << 22
+_REMEDY = "copy or export it again"
 
 # Stages that train each model of the results, the last one first.
 STAGES_OF_MODEL: dict[str, tuple[StageName, ...]] = {
@@ -48,6 +52,7 @@ class TableFile:
         rows: Number of rows.
         cols: Number of columns.
         sha256: Hash of the bytes of the values.
+        checksum: Checksum of the file; empty in bundles of earlier versions.
     """
 
     file: str
@@ -56,6 +61,7 @@ class TableFile:
     rows: int
     cols: int
     sha256: str
+    checksum: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class BundleIndex:
         features_hash: `Catalog.features_hash` of the items; empty if unknown.
         sessions_hash: `Manifest.sessions_hash` of the training data; empty if unknown.
         factory: Name of the model factory that built the model; empty for the default factory.
+        checksums: Checksum of each file of `files`; empty in bundles of earlier versions.
     """
 
     stage: StageName
@@ -95,10 +102,12 @@ class BundleIndex:
     features_hash: str = ""
     sessions_hash: str = ""
     factory: str = ""
+    checksums: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The text of bundle.json."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1)
+        content = json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}))
+        return json.dumps(seal(content), indent=1)
 
 
 def is_complete(folder: Path) -> bool:
@@ -174,25 +183,78 @@ def read_index(folder: Path) -> BundleIndex:
     if not is_complete(folder):
         raise UserError(f"{folder} is not a complete bundle (no {INDEX}); export it again by training its stage")
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
-        version = content.pop("format_version")
-        if version != FORMAT_VERSION:
+        content = read_json(file)
+        if (version := content.get("format_version")) != FORMAT_VERSION:
             raise UserError(
                 f"{file} has format version {version}, this version of llmgr_rec reads {FORMAT_VERSION}; train the "
                 "stage again, or use the version that wrote the bundle"
             )
+        content = unseal(content)
+        del content["format_version"]
         # Version 0.2 recorded whether any training session repeats a click.
         if not content.pop("clicks_repeat", True):
             content.setdefault("repeats", "exclude")
-        content["tables"] = {name: (rows, cols) for name, (rows, cols) in content["tables"].items()}
-        content["table_files"] = {
-            table: [TableFile(**part) for part in parts] for table, parts in content["table_files"].items()
-        }
-        index = BundleIndex(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        index = from_json(BundleIndex, content)
+    except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); export the bundle again by training its stage") from None
     _check_files(folder, index)
     return index
+
+
+def verified_file(folder: Path, index: BundleIndex, name: str) -> Path:
+    """The path of a file of a bundle, whose content is the one that was exported.
+
+    Args:
+        folder: A bundle.
+        index: Its index.
+        name: Path of the file relative to the bundle, one of `BundleIndex.files`.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if recorded := index.checksums.get(name):
+        verify_file(folder / name, recorded, _REMEDY)
+    return folder / name
+
+
+def verified_table_file(folder: Path, part: TableFile) -> Path:
+    """The path of a file of a table, whose content is the one that was exported.
+
+    Args:
+        folder: A bundle.
+        part: The file.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / part.file
+    if part.checksum:
+        verify_file(path, part.checksum, _REMEDY)
+    elif (found := _values_hash(path)) != part.sha256:
+        raise UserError(f"{damage(path, found, part.sha256)}; {_REMEDY}")
+    return path
+
+
+def _values_hash(path: Path) -> str:
+    """Hash of the bytes of the values of a table file, which follow a header of safetensors and its length."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_config(folder: Path) -> Config:
+    """The settings of a bundle.
+
+    Args:
+        folder: A bundle.
+
+    Raises:
+        UserError: The bundle is incomplete or damaged.
+    """
+    return load_config(verified_file(folder, read_index(folder), CONFIG))
 
 
 def check_trained_on(folder: Path, dataset: Dataset) -> None:
@@ -247,11 +309,11 @@ def _check_files(folder: Path, index: BundleIndex) -> None:
         path = folder / name
         found = path.stat().st_size if path.is_file() else 0
         if found != size:
-            raise UserError(f"bundle {folder} is damaged: {name} has {found} of {size} bytes; copy or export it again")
+            raise UserError(f"bundle {folder} is damaged: {name} has {found} of {size} bytes; {_REMEDY}")
     for name, (rows, cols) in index.tables.items():
-        parts = index.table_files[name]
+        parts = index.table_files.get(name, [])
         covered = sum(part.rows * part.cols for part in parts)
         missing = [part.file for part in parts if not (folder / part.file).is_file()]
         if missing or covered != rows * cols:
             what = missing[0] if missing else f"{rows * cols - covered} values of table {name}"
-            raise UserError(f"bundle {folder} is damaged: {what} is missing; copy or export it again")
+            raise UserError(f"bundle {folder} is damaged: {what} is missing; {_REMEDY}")

@@ -9,31 +9,41 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
+from llmgr_rec.checksums import damage, file_checksum
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.distributed.process_group import World, barrier, run_on_rank0
+from llmgr_rec.distributed.process_group import World, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import atomic_write, fsync, installed_versions, write_and_fsync
+from llmgr_rec.files import atomic_write, installed_versions, publish_folder, storage_errors, write_and_fsync
+from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
-from llmgr_rec.storage.checkpoint_reader import CheckpointReader
-from llmgr_rec.storage.checkpoint_state import column_widths, equalize_steps, model_tensors, optimizer_tensors
+from llmgr_rec.storage.checkpoint_reader import CheckpointReader, DamagedCheckpointError
+from llmgr_rec.storage.checkpoint_state import (
+    StateTensors,
+    column_widths,
+    equalize_steps,
+    model_tensors,
+    optimizer_tensors,
+)
+from llmgr_rec.storage.checkpoint_writer import CheckpointWriter, TensorChecksums, merge
 from llmgr_rec.storage.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 5
-_STATE, _COMPLETE = "state.json", "COMPLETE"
-_FOLDER = re.compile(r"step-(\d{8})")
+_STATE, _COMPLETE, _INDEX = "state.json", "COMPLETE", ".metadata"
+_FOLDER, _UNFINISHED = re.compile(r"step-(\d{8})"), re.compile(r"step-(\d{8})(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,41 @@ class Identity:
             factory: Name of the model factory.
         """
         return cls(stage, catalog, fingerprint(stage, config, device), factory)
+
+
+@dataclass(frozen=True)
+class _State:
+    """Content of state.json.
+
+    Args:
+        format: Version of the format of checkpoints.
+        step: Number of completed training steps.
+        identity: Identity of the checkpoint.
+        world_size: Number of ranks that wrote it.
+        has_optimizer: Whether it has the state of the optimizer.
+        column_widths: `checkpoint_state.column_widths` of the model.
+        versions: Versions of the installed packages.
+        extra: Further state.
+        files: Size in bytes of each other file.
+        checksums: Checksums of files; empty in checkpoints of earlier versions.
+        tensor_checksums: Checksums of the tensors; None in checkpoints of earlier versions.
+    """
+
+    format: int
+    step: int
+    identity: Identity
+    world_size: int
+    has_optimizer: bool
+    column_widths: dict[str, list[int]]
+    versions: dict[str, str]
+    extra: dict[str, Any]
+    files: dict[str, int]
+    checksums: dict[str, str] = field(default_factory=dict)
+    tensor_checksums: TensorChecksums | None = None
+
+    def to_json(self) -> str:
+        """The text of state.json."""
+        return json.dumps(seal(json.loads(json.dumps(asdict(self)))), indent=1)
 
 
 class CheckpointManager:
@@ -110,7 +155,7 @@ class CheckpointManager:
             extra: Further state, which must be serializable as JSON.
 
         Raises:
-            UserError: The storage is not shared by all ranks.
+            UserError: The storage is full, fails, or is not shared by all ranks. The checkpoints before are complete.
         """
         final = self._folder / f"step-{step:08d}"
         partial = final.with_name(final.name + ".tmp")
@@ -120,18 +165,19 @@ class CheckpointManager:
         tensors = model_tensors(model)
         if optimizer is not None:
             tensors |= equalize_steps(optimizer_tensors(optimizer, model))
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial))
-        barrier(self._world)
-        state = {
-            "format": FORMAT,
-            "step": step,
-            "identity": asdict(self._identity),
-            "world_size": self._world.size,
-            "has_optimizer": optimizer is not None,
-            "column_widths": column_widths(tensors),
-            "versions": installed_versions(),
-            "extra": dict(extra or {}),
-        }
+        checksums = self._write_tensors(tensors, partial)
+        state = _State(
+            format=FORMAT,
+            step=step,
+            identity=self._identity,
+            world_size=self._world.size,
+            has_optimizer=optimizer is not None,
+            column_widths=column_widths(tensors),
+            versions=installed_versions(),
+            extra=dict(extra or {}),
+            files={},
+            tensor_checksums=checksums,
+        )
         run_on_rank0(self._world, lambda: self._complete_folder(partial, final, state))
 
     def load(self, model: nn.Module, optimizer: KeyedOptimizer | None, path: Path | None = None) -> dict[str, Any]:
@@ -156,18 +202,42 @@ class CheckpointManager:
         chosen, state = run_on_rank0(self._world, lambda: self._check(path, optimizer is not None, widths))
         tensors |= states
         try:
-            dcp.load(tensors, storage_reader=CheckpointReader(chosen))
+            dcp.load(tensors, storage_reader=CheckpointReader(chosen, state.tensor_checksums))
         except CheckpointException as error:
-            causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
-            known = next((cause for cause in causes if isinstance(cause, UserError)), None)
-            raise known or UserError(
-                f"{chosen} does not fit this model ({' '.join(str(causes[0]).split())[:200]}); "
+            known = _cause(error)
+            if isinstance(known, DamagedCheckpointError):
+                remedy = run_on_rank0(self._world, lambda: self._remedy(chosen))
+                raise UserError(f"{known}; {remedy}") from error
+            if isinstance(known, UserError):
+                raise known from error
+            raise UserError(
+                f"{chosen} does not fit this model ({' '.join(str(known).split())[:200]}); "
                 "use the settings of the run that wrote it"
             ) from error
         if optimizer is not None:
             # Fused Adam stores its step count in the kernel, not in its state tensors.
-            optimizer.set_optimizer_step(state["step"])
-        return state["extra"]
+            optimizer.set_optimizer_step(state.step)
+        return state.extra
+
+    def _write_tensors(self, tensors: StateTensors, partial: Path) -> TensorChecksums:
+        """Writes the tensors of all ranks; returns their checksums, complete only on rank 0."""
+        writer = CheckpointWriter(partial)
+        try:
+            dcp.save(tensors, storage_writer=writer)
+        except CheckpointException as error:
+            if self._world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            known = _cause(error)
+            if isinstance(known, UserError):
+                raise known from error
+            raise
+        checksums: list[TensorChecksums] = [{}] * self._world.size
+        if self._world.size > 1:
+            # Also a barrier: all ranks have written their files when it returns.
+            dist.all_gather_object(checksums, writer.checksums)
+        else:
+            checksums = [writer.checksums]
+        return merge(checksums)
 
     def _complete(self) -> list[Path]:
         if not self._folder.is_dir():
@@ -178,20 +248,22 @@ class CheckpointManager:
     def _prepare(self, final: Path, partial: Path) -> bool:
         if (final / _COMPLETE).is_file():
             return False
-        for leftover in (final, partial):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+        with storage_errors(partial):
+            # A run that was killed may have left them at any step. The lock of the run keeps other processes out.
+            for leftover in self._folder.iterdir() if self._folder.is_dir() else ():
+                if _UNFINISHED.fullmatch(leftover.name) and not (leftover / _COMPLETE).is_file():
+                    shutil.rmtree(leftover)
+            partial.mkdir(parents=True)
         return True
 
     @staticmethod
     def _replace_extra(final: Path, extra: Mapping[str, Any] | None) -> None:
-        before = json.loads((final / _STATE).read_text())
-        if (state := before | {"extra": dict(extra or {})}) != before:
+        before = _read_whole_state(final)
+        if (state := replace(before, extra=dict(extra or {}))).to_json() != before.to_json():
             with atomic_write(final / _STATE) as partial:
-                partial.write_text(json.dumps(state, indent=1))
+                partial.write_text(state.to_json())
 
-    def _complete_folder(self, partial: Path, final: Path, state: dict[str, Any]) -> None:
+    def _complete_folder(self, partial: Path, final: Path, state: _State) -> None:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         written = {
             str(entry.relative_path) for entry in CheckpointReader(partial).read_metadata().storage_data.values()
@@ -201,10 +273,15 @@ class CheckpointManager:
                 f"checkpoint {partial} lacks {missing[0]}, which another rank wrote elsewhere; "
                 "give an --output on storage that all ranks share"
             )
-        write_and_fsync(partial / _STATE, json.dumps({**state, "files": files}, indent=1))
-        write_and_fsync(partial / _COMPLETE, "")
-        partial.rename(final)
-        fsync(self._folder)
+        state = replace(state, files=files, checksums={_INDEX: file_checksum(partial / _INDEX)})
+        try:
+            with storage_errors(partial):
+                write_and_fsync(partial / _STATE, state.to_json())
+                write_and_fsync(partial / _COMPLETE, "")
+                publish_folder(partial, final)
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         complete = self._complete()
         later = [path for path in complete if path.name > final.name]
         old = [path for path in complete if path.name <= final.name][self._keep :]
@@ -215,7 +292,7 @@ class CheckpointManager:
 
     def _check(
         self, path: Path | None, needs_optimizer: bool, widths: Mapping[str, list[int]] | None
-    ) -> tuple[Path, dict[str, Any]]:
+    ) -> tuple[Path, _State]:
         chosen = path or next(iter(self._complete()), None)
         if chosen is None:
             raise UserError(f"{self._folder} has no complete checkpoint; start the stage again without --resume")
@@ -227,56 +304,48 @@ class CheckpointManager:
         state = self._read_state(chosen)
         if widths is not None:
             self._check_widths(chosen, state, widths)
-        if needs_optimizer and not state["has_optimizer"]:
+        if needs_optimizer and not state.has_optimizer:
             raise UserError(
                 f"checkpoint {chosen} has no optimizer state, so training cannot resume from it; "
                 "remove it to resume from the one before"
             )
         return chosen, state
 
-    def _read_state(self, chosen: Path) -> dict[str, Any]:
-        """Reads state.json of a complete checkpoint, and checks the file sizes and the identity."""
+    def _read_state(self, chosen: Path) -> _State:
+        """Reads state.json of a complete checkpoint, and checks the files and the identity."""
         try:
-            state: dict[str, Any] = json.loads((chosen / _STATE).read_text())
-            files, identity = state["files"], state["identity"]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{chosen / _STATE} is damaged ({error}); remove {chosen} to resume from the one before"
-            ) from None
-        if state["format"] != FORMAT:
-            raise UserError(
-                f"checkpoint {chosen} has format {state['format']}, this version reads {FORMAT}; "
-                "resume with the version that wrote it, or give another --output"
-            )
-        check_inside(chosen, files, chosen / _STATE)
-        for name, size in files.items():
-            found = (chosen / name).stat().st_size if (chosen / name).is_file() else None
-            if found != size:
-                raise UserError(
-                    f"checkpoint {chosen} is not complete: {name} has {found or 0} of {size} bytes; "
-                    "remove the folder to resume from the one before"
-                )
-        self._check_identity(chosen, identity)
+            state = _read_whole_state(chosen)
+        except DamagedCheckpointError as error:
+            raise UserError(f"{error}; {self._remedy(chosen)}") from None
+        self._check_identity(chosen, state.identity)
         return state
 
-    def _check_identity(self, path: Path, identity: Mapping[str, Any]) -> None:
-        if identity["catalog"] != self._identity.catalog:
+    def _remedy(self, damaged: Path) -> str:
+        """What to do about a damaged checkpoint: which older one is whole."""
+        older = [path for path in self._complete() if path.name < damaged.name]
+        whole = next((path for path in older if _is_whole(path)), None)
+        if whole is None:
+            return "there is no older checkpoint that is whole, so train the stage again in another --output"
+        remove = [damaged, *(path for path in older if path.name > whole.name)]
+        return f"remove {' and '.join(map(str, remove))} to resume from {whole.name}, which is whole"
+
+    def _check_identity(self, path: Path, identity: Identity) -> None:
+        if identity.catalog != self._identity.catalog:
             raise UserError(
                 f"checkpoint {path} belongs to another catalog (other items, words, brands or categories: "
-                f"{identity['catalog'][:12]} instead of {self._identity.catalog[:12]}); "
+                f"{identity.catalog[:12]} instead of {self._identity.catalog[:12]}); "
                 "give the data set it was trained on, or another --output"
             )
-        if identity["stage"] != self._identity.stage:
+        if identity.stage != self._identity.stage:
             raise UserError(
-                f"checkpoint {path} is of stage {identity['stage']}, not of {self._identity.stage}; "
-                "give another --output"
+                f"checkpoint {path} is of stage {identity.stage}, not of {self._identity.stage}; give another --output"
             )
-        if (made_with := identity.get("factory", "")) != self._identity.factory:
+        if (made_with := identity.factory) != self._identity.factory:
             raise UserError(
                 f"checkpoint {path} was made with {made_with or 'no'} controls, not with "
                 f"{self._identity.factory or 'none'}; give another --output"
             )
-        before, now = identity["settings"], json.loads(json.dumps(dict(self._identity.settings)))
+        before, now = identity.settings, json.loads(json.dumps(dict(self._identity.settings)))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(
@@ -284,12 +353,58 @@ class CheckpointManager:
                     f"{before.get(name, 'off')}; give the same settings to resume, or another --output"
                 )
 
-    def _check_widths(self, path: Path, state: Mapping[str, Any], widths: Mapping[str, list[int]]) -> None:
+    def _check_widths(self, path: Path, state: _State, widths: Mapping[str, list[int]]) -> None:
         """Row-wise Adagrad has one state value per row of each column shard, which cannot be loaded at other widths."""
-        row_wise = state["identity"]["settings"].get("tables.optimizer") == "rowwise_adagrad"
-        if row_wise and state["column_widths"] != widths:
+        row_wise = state.identity.settings.get("tables.optimizer") == "rowwise_adagrad"
+        if row_wise and state.column_widths != widths:
             raise UserError(
-                f"checkpoint {path} was written by {state['world_size']} ranks with other column shards, and row-wise "
+                f"checkpoint {path} was written by {state.world_size} ranks with other column shards, and row-wise "
                 "Adagrad has a state for each; resume with the same --tables.sharding and number of ranks, "
                 "or train with --tables.optimizer adagrad"
             )
+
+
+def _read_whole_state(path: Path) -> _State:
+    """Reads state.json and checks it, the sizes of the files, and the index. Tensors are verified when they are read.
+
+    Raises:
+        DamagedCheckpointError: A file is missing or damaged.
+        UserError: Another version wrote the checkpoint.
+    """
+    file = path / _STATE
+    try:
+        content = read_json(file)
+        if (number := content.get("format")) != FORMAT:
+            raise UserError(
+                f"checkpoint {path} has format {number}, this version reads {FORMAT}; "
+                "resume with the version that wrote it, or give another --output"
+            )
+        state = from_json(_State, unseal(content))
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{file} is damaged ({error})") from None
+    check_inside(path, [*state.files, *state.checksums], file)
+    for name, size in state.files.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            raise DamagedCheckpointError(f"checkpoint {path} is not complete: {name} has {found or 0} of {size} bytes")
+    for name, recorded in state.checksums.items():
+        if (checksum := file_checksum(path / name)) != recorded:
+            raise DamagedCheckpointError(damage(path / name, checksum, recorded))
+    return state
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether no file of a checkpoint is damaged; reads all of it."""
+    try:
+        CheckpointReader(path, _read_whole_state(path).tensor_checksums).verify()
+    except UserError:
+        return False
+    return True
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """The failure of a rank; one that the user can fix, if there is one."""
+    causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
+    if interrupted := [cause for cause in causes if isinstance(cause, KeyboardInterrupt)]:
+        raise interrupted[0]
+    return next((cause for cause in causes if isinstance(cause, UserError)), causes[0])

@@ -1,4 +1,4 @@
-"""Reads sharded checkpoints from untrusted sources: no code of the checkpoint is executed.
+"""Reads sharded checkpoints from untrusted sources: no code of the checkpoint is executed, and damage is found.
 
 `torch.distributed.checkpoint` stores its index in `.metadata`, a pickle. The unpickler of this module resolves only the
 data classes of such an index. The index may describe only tensors, because other values would be unpickled in full.
@@ -11,9 +11,14 @@ from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from llmgr_rec.checksums import Checksum
 from llmgr_rec.errors import UserError
+from llmgr_rec.storage.checkpoint_writer import TensorChecksums
+
+_BLOCK_BYTES = 1 << 20
 
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", "Metadata"),
@@ -58,31 +63,69 @@ def _enum_member(kind: Any, name: str) -> Enum:
     return kind[name]
 
 
+class DamagedCheckpointError(UserError):
+    """A file of a checkpoint has another content than was written."""
+
+
 class CheckpointReader(FileSystemReader):
     """Storage reader that reads the index with `MetadataUnpickler`; torch reads the tensors with weights_only=True.
 
+    Each tensor is hashed immediately before it is read, so that it is read from storage once.
+
     Args:
         path: Checkpoint folder.
+        checksums: Recorded checksums of the tensors; None for checkpoints of earlier versions, which have none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, checksums: TensorChecksums | None = None) -> None:
         super().__init__(path)
         self._folder = path
+        self._checksums = checksums
+
+    def verify(self) -> None:
+        """Compares all tensors with their checksums.
+
+        Raises:
+            DamagedCheckpointError: The index or a tensor is damaged.
+        """
+        for entry in (self.read_metadata().storage_data or {}).values():
+            with (self._folder / entry.relative_path).open("rb") as file:
+                self._verify_tensor(file, entry)
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        self._verify_tensor(file, sinfo)
+        return super()._slice_file(file, sinfo)
+
+    def _verify_tensor(self, file: IO[bytes], entry: _StorageInfo) -> None:
+        if self._checksums is None:
+            return
+        checksum, left = Checksum(), entry.length
+        file.seek(entry.offset)
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            checksum.update(block)
+            left -= len(block)
+        recorded = self._checksums.get(entry.relative_path, {}).get(str(entry.offset), "none")
+        if checksum.text() != recorded:
+            raise DamagedCheckpointError(
+                f"checkpoint file {self._folder / entry.relative_path} is damaged: the checksum of its {entry.length} "
+                f"bytes from {entry.offset} is {checksum.text()}, recorded was {recorded}"
+            )
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Reads the index.
 
         Raises:
-            UserError: The file is not a checkpoint index, or names other classes or files outside of the folder.
+            DamagedCheckpointError: The file is not a checkpoint index, or names other classes or files outside of the
+                folder.
         """
         file = self._folder / ".metadata"
         try:
             with file.open("rb") as stream:
                 metadata = _load(stream)
-        except (OSError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"{file} is not the index of a checkpoint ({error}); remove the folder to resume from an older one"
-            ) from None
+        except Exception as error:
+            # A damaged pickle calls the allowed classes with any arguments, which may raise anything.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DamagedCheckpointError(f"{file} is not the index of a checkpoint ({reason})") from None
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

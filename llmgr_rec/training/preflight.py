@@ -7,7 +7,6 @@ from typing import Literal
 
 from llmgr_rec.baselines.builders import check_blended
 from llmgr_rec.config import STAGES, Config, StageName, trained_stages
-from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.row_groups import RowGroups
@@ -18,7 +17,7 @@ from llmgr_rec.folder_lock import LOCK_NAME
 from llmgr_rec.modules.encoders import ENCODERS, encoder_class
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
-from llmgr_rec.storage.bundle_index import check_trained_on, is_complete, latest_bundle, read_index
+from llmgr_rec.storage.bundle_index import check_trained_on, is_complete, latest_bundle, read_config, read_index
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
@@ -77,7 +76,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     request.config.validate()
     check_blended(request.config.blend.neighbors)
     dataset = Dataset(request.dataset)
-    catalog = Catalog.load(request.dataset)
+    catalog = Catalog.of(dataset)
     _check_sessions(dataset, catalog)
     stages = _stages_to_run(request)
     _check_output(request.output)
@@ -173,7 +172,7 @@ def _check_earlier_stage(request: RunRequest, first: StageName) -> None:
         return
     config, output = request.config, request.output
     bundle = latest_bundle(output / "export")
-    index, trained_config = read_index(bundle), load_config(bundle / "config.yaml")
+    index, trained_config = read_index(bundle), read_config(bundle)
     if index.factory and not request.factory.name:
         raise UserError(
             f"stage {index.stage} in {output} was trained by an experiment with controls {index.factory}; "

@@ -10,7 +10,6 @@ from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.data.dataset import Dataset
@@ -30,7 +29,7 @@ from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle import load_weights
 from llmgr_rec.storage.bundle_export import export_bundle
-from llmgr_rec.storage.bundle_index import CONFIG, latest_bundle
+from llmgr_rec.storage.bundle_index import latest_bundle, read_config
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import resolve_dtype
@@ -160,7 +159,7 @@ def _with_selected_smoothing(stage: StageName, context: RunContext) -> Config:
     config = context.config
     if stage == "sbr":
         return config
-    selected = load_config(latest_bundle(context.export) / CONFIG).tables.knn_smoothing
+    selected = read_config(latest_bundle(context.export)).tables.knn_smoothing
     return replace(config, tables=replace(config.tables, knn_smoothing=selected))
 
 

@@ -1,6 +1,7 @@
 """The blend: its scores, its parts and its file."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import sparse
 
 from llmgr_rec.baselines.blend import Blend, clicks_of, combine
 from llmgr_rec.baselines.knn import ItemNeighbors
+from llmgr_rec.checksums import file_checksum
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
@@ -17,6 +19,7 @@ from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
+from tests.json_files import edit_json
 from tests.modules.small_llmgr import collator, raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
 
@@ -122,10 +125,12 @@ def test_a_damaged_blend_is_refused(tmp_path: Path, damage: str) -> None:
         file.unlink()
         smaller = sparse.csr_array((NUM_ITEMS - 1, NUM_ITEMS - 1), dtype=np.float32)
         Blend({"item_knn": 1.0}, smaller, 0.7).save(file)
-        index = bundle / "bundle.json"
-        size = f'"blend.npz": {len(content)}'
-        assert size in index.read_text()
-        index.write_text(index.read_text().replace(size, f'"blend.npz": {file.stat().st_size}'))
+
+        def foreign(index: dict[str, Any]) -> None:
+            index["files"]["blend.npz"] = file.stat().st_size
+            index["checksums"]["blend.npz"] = file_checksum(file)
+
+        edit_json(bundle / "bundle.json", foreign)
     with pytest.raises(UserError, match=r"blend\.npz") as caught:
         load_bundle(bundle)
     assert "damaged" in str(caught.value)

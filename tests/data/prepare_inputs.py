@@ -1,6 +1,5 @@
 """Small raw inputs for the tests of prepare, and a reader of what it wrote."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
+from tests.json_files import edit_json
 
 Click = tuple[str, str, int]
 Row = tuple[str, tuple[Any, ...], Any]
@@ -79,6 +79,4 @@ def read(path: Path) -> Prepared:
 
 def edit_manifest(dataset: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Changes what manifest.json of a data set says."""
-    values = json.loads((dataset / "manifest.json").read_text())
-    change(values)
-    (dataset / "manifest.json").write_text(json.dumps(values))
+    edit_json(dataset / "manifest.json", change)

@@ -1,6 +1,5 @@
 """Which bundle of a run is the default one, and that an index names no file outside of its bundle."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from llmgr_rec.storage.bundle_index import (
     read_index,
     resolve_bundle,
 )
+from tests.json_files import edit_json
 from tests.small_run import run_with
 
 
@@ -92,9 +92,7 @@ def test_no_file_outside_of_a_bundle_is_opened(
 ) -> None:
     bundle = run_with(tmp_path / "run", "sbr") / "export" / "sbr"
     (bundle.parent / "outside.safetensors").write_bytes(b"not of the bundle")
-    index = json.loads((bundle / INDEX).read_text())
-    change(index, bundle)
-    (bundle / INDEX).write_text(json.dumps(index))
+    edit_json(bundle / INDEX, lambda index: change(index, bundle))
     with pytest.raises(UserError, match=r"is not a file within .*sbr; make or copy the folder again") as error:
         read_index(bundle)
     assert "\n" not in str(error.value)

@@ -22,6 +22,7 @@ from llmgr_rec.storage.checkpoint_reader import MetadataUnpickler
 from llmgr_rec.storage.checkpoint_state import is_stored, model_tensors, optimizer_tensors
 from llmgr_rec.training.optimizers import build_optimizer
 from tests.distributed.small_model import assemble, batch, shard_list, sharded_model
+from tests.json_files import edit_json
 from tests.ranks import run_on_ranks
 
 IDENTITY = Identity("sbr", "catalog-a", {"seed": 0, "tables.optimizer": "adagrad"})
@@ -156,6 +157,9 @@ def refusals(world: World, folder: str, model: nn.Module, optimizer: KeyedOptimi
         if damage:
             target = copy / "step-00000006" / damage
             target.unlink() if content is None else target.write_bytes(content)
+        if damage == ".metadata":
+            # Who can exchange the index can exchange its checksum, too.
+            edit_json(copy / "step-00000006/state.json", lambda state: state["checksums"].clear())
         before = [tensor.clone() for *_, tensor in shard_list(model)]
         path = copy / "step-00000006" if damage == "COMPLETE" else None
         with pytest.raises(UserError) as caught:

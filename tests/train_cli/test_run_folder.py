@@ -1,14 +1,12 @@
 """The train command: run folders that it refuses, in one line, and leaves as they are."""
 
 import errno
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +16,10 @@ from filelock import FileLock
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.folder_lock import LOCK_NAME
 from llmgr_rec.training.train_run import _locked
+from tests.json_files import edit_json
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
+    agree,
     edit_manifest,
     of_another_catalog,
 )
@@ -110,12 +110,6 @@ def test_a_run_goes_on_with_its_own_settings(
     assert re.search(message, refused("--resume", *words))
 
 
-def edit_json(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
 def test_a_run_of_an_experiment_with_controls_is_not_continued_without(refused: Refused, finished: Path) -> None:
     begun(refused.output, finished, ["sbr"], ["align"])
     edit_json(refused.output / "export/sbr/bundle.json", lambda index: index.update(factory="shuffled_words"))
@@ -191,8 +185,7 @@ def test_a_run_whose_words_were_numbered_otherwise_is_refused(
         table.set_column(column, "category_ids", table["category_ids"].take(pa.array(range(table.num_rows)[::-1]))),
         dataset / "items.parquet",
     )
-    size = (dataset / "items.parquet").stat().st_size
-    edit_manifest(dataset, lambda manifest: manifest["files"]["items.parquet"].update(bytes=size))
+    agree(dataset, "items.parquet")
     where = (
         r"export/sbr was trained on the same items with other words"
         if done
@@ -206,7 +199,9 @@ def test_a_damaged_checkpoint_is_refused(refused: Refused, finished: Path) -> No
     newest = refused.output / "checkpoints/sbr/steps/step-00000003"
     (newest / "__0_0.distcp").write_bytes(b"abc")
     said = refused("--resume")
-    assert re.search(r"step-00000003 is not complete: __0_0\.distcp has 3 of \d+ bytes; remove the folder", said)
+    assert re.search(
+        r"step-00000003 is not complete: __0_0\.distcp has 3 of \d+ bytes; remove \S+-00000003 to resume", said
+    )
 
 
 def test_a_damaged_export_is_refused(refused: Refused, finished: Path) -> None:

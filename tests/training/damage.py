@@ -1,13 +1,14 @@
 """Ways to damage a copy of a prepared data set."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from llmgr_rec.checksums import file_checksum
+from tests.data.prepare_inputs import edit_manifest
 
 PART = "train/part-00000.parquet"
 
@@ -20,13 +21,9 @@ def rewrite(dataset: Path, name: str, change: Callable[[pa.Table], pa.Table]) ->
 
 
 def agree(dataset: Path, name: str) -> None:
-    edit_manifest(dataset, lambda manifest: manifest["files"][name].update(bytes=(dataset / name).stat().st_size))
-
-
-def edit_manifest(dataset: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    manifest = json.loads((dataset / "manifest.json").read_text())
-    change(manifest)
-    (dataset / "manifest.json").write_text(json.dumps(manifest))
+    file = dataset / name
+    entry = {"bytes": file.stat().st_size, "checksum": file_checksum(file)}
+    edit_manifest(dataset, lambda manifest: manifest["files"][name].update(entry))
 
 
 def set_target(table: pa.Table, value: int) -> pa.Table:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmgr_rec.checksums import file_checksum
 from llmgr_rec.data.dataset import FileEntry
 from llmgr_rec.data.schema import PART_ROWS, ROW_GROUP_ROWS
 
@@ -67,11 +68,11 @@ class PartWriter:
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Number of rows, size and SHA-256 hash of a Parquet file.
+    """Number of rows, size, SHA-256 hash and checksum of a Parquet file.
 
     Args:
         path: Path of the file.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(rows=pq.read_metadata(path).num_rows, bytes=path.stat().st_size, sha256=digest)
+    return FileEntry(pq.read_metadata(path).num_rows, path.stat().st_size, digest, file_checksum(path))
