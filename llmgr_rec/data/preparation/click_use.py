@@ -5,7 +5,6 @@ Shape suffixes: U users of a block, L clicks of the block.
 
 import numpy as np
 
-from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.preparation.hold_out import Bools, HeldOutFilter
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.preparation.windows import Ints, make_windows
@@ -87,27 +86,3 @@ def _covered(positions: Ints, start_R: Ints, stop_R: Ints, num_clicks: int) -> B
     covered_L = np.zeros(num_clicks, np.bool_)
     covered_L[positions[np.cumsum(steps[:-1]) > 0]] = True
     return covered_L
-
-
-def describe_use(manifest: Manifest) -> str:
-    """How many clicks of a data set are targets, inputs or unused, why, and which options would use them.
-
-    Args:
-        manifest: Manifest of a data set that `prepare` just made.
-    """
-    use = manifest.click_use
-    targets = ", ".join(f"{split} {use[f'{split}_targets']:,}" for split in SPLITS)
-    augmentation = "" if manifest.prefix_augmentation else " with --prefix_augmentation train"
-    splits = manifest.long_sessions == "split" and not augmentation
-    option = "" if splits else f"--long_sessions split{augmentation} or "
-    reasons = {
-        "too_old": f"older than the newest {manifest.max_length} of their session, which {option}a larger --max_length "
-        "would use",
-        "alone": "the only click of their session",
-        "held_out": "on items held out of training",
-    }
-    counts = (
-        f"of {manifest.num_clicks['kept']:,} clicks, {use['targets']:,} are targets ({targets}), "
-        f"{use['only_inputs']:,} only inputs, {use['unused']:,} neither"
-    )
-    return "; ".join([counts, *(f"{use[name]:,} {reason}" for name, reason in reasons.items() if use[name])])

@@ -16,6 +16,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
         _sizes(manifest),
         *_session_cuts(manifest),
         *_deduplication(manifest),
+        _click_use(manifest),
         *_repeats(manifest),
         *(f"{option}: {files}" for option, files in manifest.inputs.items()),
     ]
@@ -57,6 +58,26 @@ def _deduplication(manifest: Manifest) -> list[str]:
     if merged := manifest.num_clicks["consecutive_repeats"]:
         lines.append(f"{merged:,} clicks on the item clicked just before: merged")
     return lines
+
+
+def _click_use(manifest: Manifest) -> str:
+    """How many clicks are targets, inputs or unused, why, and which options would use them."""
+    use = manifest.click_use
+    targets = ", ".join(f"{split} {use[f'{split}_targets']:,}" for split in SPLITS)
+    augmentation = "" if manifest.prefix_augmentation else " with --prefix_augmentation train"
+    splits = manifest.long_sessions == "split" and not augmentation
+    option = "" if splits else f"--long_sessions split{augmentation} or "
+    reasons = {
+        "too_old": f"older than the newest {manifest.max_length} of their session, which {option}a larger --max_length "
+        "would use",
+        "alone": "the only click of their session",
+        "held_out": "on items held out of training",
+    }
+    counts = (
+        f"of {manifest.num_clicks['kept']:,} clicks, {use['targets']:,} are targets ({targets}), "
+        f"{use['only_inputs']:,} only inputs, {use['unused']:,} neither"
+    )
+    return "; ".join([counts, *(f"{use[name]:,} {reason}" for name, reason in reasons.items() if use[name])])
 
 
 def _repeats(manifest: Manifest) -> list[str]:

@@ -8,9 +8,9 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmgr_rec.data.preparation.click_use import describe_use
 from llmgr_rec.data.preparation.rows import Block, RowBuilder
 from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.preparation.summary import summary_lines
 from llmgr_rec.data.schema import SPLITS
 from tests.data.prepare_inputs import Click, prepare
 
@@ -80,7 +80,8 @@ def test_the_summary_names_the_option_that_uses_the_other_clicks(tmp_path: Path)
 
     def described(name: str, **options: Any) -> str:
         result = prepare(tmp_path, clicks, max_length=3, output=str(tmp_path / name), **options)
-        return describe_use(result.dataset.manifest)
+        (line,) = (line for line in summary_lines(result.dataset.manifest) if line.startswith("of "))
+        return line
 
     assert described("newest", long_sessions="newest") == (
         "of 13 clicks, 5 are targets (train 3, valid 1, test 1), 1 only inputs, 7 neither; "
