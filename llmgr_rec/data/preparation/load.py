@@ -285,12 +285,22 @@ def _time_sql(database: Database, clicks: Source) -> str:
     if kind is None:
         return "CAST(0 AS BIGINT)"
     if kind == "float":
-        # Seconds with a fraction become microseconds; whole numbers stay as they are.
-        whole, largest = database.run(
-            f"SELECT bool_and(timestamp = floor(timestamp)), max(abs(timestamp)) FROM {clicks.sql()}"
-        )[0]
-        factor = 1 if whole or largest > _LARGEST_WITH_FRACTION else 10**6
-        return f"CAST(round(timestamp * {factor}) AS BIGINT)"
+        return f"CAST(round(timestamp * {time_factor(database, clicks)}) AS BIGINT)"
     return {"timestamp": "epoch_ns(timestamp)", "date": "epoch_ns(CAST(timestamp AS TIMESTAMP))"}.get(
         kind, "CAST(timestamp AS BIGINT)"
     )
+
+
+def time_factor(database: Database, clicks: Source) -> int:
+    """What column timestamp is multiplied by in table events: seconds with a fraction become microseconds.
+
+    Args:
+        database: Scratch database.
+        clicks: Source of the interactions or sessions.
+    """
+    if clicks.types.get("timestamp") != "float":
+        return 1
+    whole, largest = database.run(
+        f"SELECT bool_and(timestamp = floor(timestamp)), max(abs(timestamp)) FROM {clicks.sql()}"
+    )[0]
+    return 1 if whole or largest > _LARGEST_WITH_FRACTION else 10**6

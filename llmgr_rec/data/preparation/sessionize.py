@@ -4,6 +4,7 @@ from typing import Any
 
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.duration import nanoseconds_of
+from llmgr_rec.data.preparation.load import time_factor
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.preparation.source import Source
 from llmgr_rec.data.time_units import UNITS, unit_sql
@@ -28,8 +29,8 @@ def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) 
         UserError: The unit of the timestamps is unknown.
     """
     assert settings.session_gap is not None
-    unit = _time_unit(database, clicks, settings)
-    gap = nanoseconds_of(settings.session_gap, "--session_gap") * UNITS[unit] // UNITS["nanoseconds"]
+    unit, per_second = _time_unit(database, clicks, settings)
+    gap = nanoseconds_of(settings.session_gap, "--session_gap") * per_second // UNITS["nanoseconds"]
     users = int(database.value("SELECT count(*) FROM users"))
     # HUGEINT, because the difference of two times may exceed 64 bits.
     database.run(
@@ -54,23 +55,25 @@ def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) 
     return {"gap": settings.session_gap, "unit": unit, "users": users, "sessions": sessions, "clicks": count}
 
 
-def _time_unit(database: Database, clicks: Source, settings: PrepareSettings) -> str:
-    """Unit of the column time of events, a key of UNITS."""
+def _time_unit(database: Database, clicks: Source, settings: PrepareSettings) -> tuple[str, int]:
+    """Unit of column timestamp, a key of UNITS, and how many units of column time of events are a second."""
     if clicks.types["timestamp"] not in ("int64", "float"):
         if settings.time_unit != "auto":
             raise UserError(
-                f"--time_unit {settings.time_unit}: column timestamp is not an integer, its unit is known; leave it out"
+                f"--time_unit {settings.time_unit}: column timestamp is not a number, its unit is known; leave it out"
             )
-        return "nanoseconds"
+        return "nanoseconds", UNITS["nanoseconds"]
+    factor = time_factor(database, clicks)
     if settings.time_unit != "auto":
-        return settings.time_unit
+        return settings.time_unit, UNITS[settings.time_unit] * factor
     first, last, *units = database.run(
         f"SELECT first, last, {unit_sql('first')}, {unit_sql('last')} "
-        "FROM (SELECT min(time) AS first, max(time) AS last FROM events)"
+        f"FROM (SELECT min(time) / {factor} AS first, max(time) / {factor} AS last FROM events)"
     )[0]
     if units[0] is None or units[0] != units[1]:
         raise UserError(
             f"--session_gap {settings.session_gap}: the unit of column timestamp is unclear, its numbers are from "
-            f"{first} to {last}; correct them, or name their unit since 1970 by --time_unit ({', '.join(UNITS)})"
+            f"{first:.15g} to {last:.15g}; correct them, or name their unit since 1970 by --time_unit "
+            f"({', '.join(UNITS)})"
         )
-    return str(units[0])
+    return units[0], UNITS[units[0]] * factor

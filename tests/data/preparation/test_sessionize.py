@@ -121,7 +121,7 @@ def test_the_summary_says_what_was_cut(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (range(4), {}, "the unit of column timestamp is unclear, its numbers are from 0 to 3; .* --time_unit"),
         ([START, START, START * 1000, START], {}, "column timestamp is 3 in seconds and 1 in milliseconds"),
-        (pa.array(range(4), pa.timestamp("s")), {"time_unit": "seconds"}, "column timestamp is not an integer"),
+        (pa.array(range(4), pa.timestamp("s")), {"time_unit": "seconds"}, "column timestamp is not a number"),
     ],
 )
 def test_times_of_unknown_unit_are_refused(tmp_path: Path, times: Any, options: dict[str, Any], message: str) -> None:
@@ -133,10 +133,17 @@ def test_times_of_unknown_unit_are_refused(tmp_path: Path, times: Any, options: 
     assert not (tmp_path / "dataset").exists()
 
 
-def test_a_unit_may_be_named(tmp_path: Path) -> None:
-    clicks: list[Click] = [("u", item, minute) for minute, item in zip([0, 1, 2, 3, 64], "abcda", strict=True)]
-    result = prepare(tmp_path, clicks, session_gap="1min", time_unit="seconds")
+@pytest.mark.parametrize(("factor", "unit"), [(1.0, "seconds"), (1.0, "auto"), (1000.0, "milliseconds")])
+def test_the_unit_may_be_named_and_times_may_be_floats(tmp_path: Path, factor: float, unit: str) -> None:
+    start = 0 if unit == "seconds" else START
+    times = [factor * (start + seconds) for seconds in (0.25, 60.25, 120.25, 180, 240.25)]
+    table = pa.table({"user_id": ["u"] * 5, "item_id": list("abcda"), "timestamp": times})
+    pq.write_table(table, tmp_path / "i.parquet")
+    items = str(write_items(tmp_path / "items.parquet", list("abcd")))
+    options: dict[str, Any] = {"session_gap": "1min", "time_unit": unit, "items": items}
+    result = prepare(tmp_path, interactions=str(tmp_path / "i.parquet"), **options)
     assert result.rows["test"] == [("u/1", ("a", "b", "c"), "d")]
+    assert result.dataset.manifest.session_gap["unit"] == (unit if unit != "auto" else "seconds")
 
 
 def test_durations() -> None:
