@@ -64,9 +64,11 @@ def main(argv: Sequence[str]) -> None:
         )
     )
     if is_rank0():
+        merged = totals.consecutive_repeats
+        repeats = f"{merged:,} clicks on the item clicked just before merged, " if merged else ""
         print(
             f"scored {totals.rows_out:,} sessions to {arguments.output} (Parquet files: {totals.parts}); "
-            f"{totals.unknown_items:,} clicks on unknown items skipped, "
+            f"{totals.unknown_items:,} clicks on unknown items skipped, {repeats}"
             f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
             f"{totals.llm_rows:,} were encoded by a language model"
         )

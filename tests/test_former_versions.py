@@ -123,3 +123,18 @@ def test_a_data_set_is_read(tmp_path: Path) -> None:
     former = Dataset(folder)
     assert former.manifest == now.manifest
     assert len(former.parts("train")) == len(now.parts("train"))
+
+
+@pytest.mark.parametrize(("clicks_repeat", "repeats"), [(True, "allow"), (False, "exclude")])
+def test_a_data_set_of_version_0_2_is_read_with_its_rule(tmp_path: Path, clicks_repeat: bool, repeats: str) -> None:
+    folder = tmp_path / "dataset"
+    shutil.copytree(small_run().dataset.path, folder)
+
+    def former(values: dict[str, Any]) -> None:
+        for name in ("duplicates", "consecutive_repeats", "repeats", "repeats_option", "repeat_counts"):
+            del values[name]
+        values["clicks_repeat"] = clicks_repeat
+
+    edit_manifest(folder, former)
+    manifest = Dataset(folder).manifest
+    assert (manifest.repeats, manifest.duplicates, manifest.repeat_counts) == (repeats, "keep", {})

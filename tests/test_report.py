@@ -15,10 +15,11 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
 from llmgr_rec.evaluation.examples import ranked_examples
+from llmgr_rec.evaluation.exclusion import RankingRule
 from llmgr_rec.report import main
 from llmgr_rec.score import main as score
 from tests.data.prepare_inputs import edit_manifest
-from tests.small_run import prepare_small, run_with, small_run, without_repeats
+from tests.small_run import prepare_small, run_with, small_run
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,15 @@ def test_run_and_output_are_enough(run, tmp_path, capsys):
 
 
 def test_sessions_shown_are_ranked_by_the_rule_they_are_judged_by(run, tmp_path):
-    pages = [report(run, tmp_path / "plain"), report(run, tmp_path / "left-out", "--dataset", without_repeats().path)]
+    words = ["--run", str(run), "--dataset", str(small_run().dataset.path), "--models", "sbr"]
+    evaluate([*words, "--repeats", "exclude", "--output", str(tmp_path / "excluding.json")])
+    pages = [report(run, tmp_path / "plain"), report(run, tmp_path / "r", "--metrics", tmp_path / "excluding.json")]
     assert "full catalog, ties by lower index, no item excluded" in pages[0]
+    assert "full catalog, ties by lower index, clicked items excluded" in pages[1]
     assert pages[0].split("<article")[1:] != pages[1].split("<article")[1:]
-    for example in itertools.islice(ranked_examples(run / "export" / "sbr", without_repeats(), "test"), 40):
+    rule = RankingRule("exclude", 50)
+    examples = ranked_examples(run / "export" / "sbr", small_run().dataset, "test", rule=rule)
+    for example in itertools.islice(examples, 40):
         assert not set(example.clicks) & set(example.recommended)
 
 

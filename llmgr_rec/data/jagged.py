@@ -101,6 +101,14 @@ class Jagged:
         lengths = self.lengths.clamp(max=count)
         return self.gather(self.offsets[1:] - lengths, lengths)
 
+    def without_consecutive_repeats(self) -> "Jagged":
+        """The rows without values that are equal to the value before them in their row; on the CPU."""
+        values, offsets = self.values.numpy(), self.offsets.numpy()
+        is_kept = np.append(True, values[1:] != values[:-1])[: len(values)]
+        is_kept[offsets[:-1][offsets[:-1] < len(values)]] = True
+        kept_before = np.append(0, np.cumsum(is_kept))
+        return Jagged(torch.from_numpy(values[is_kept]), torch.from_numpy(kept_before[offsets]))
+
     def narrow(self, start: int, stop: int) -> "Jagged":
         """Rows start .. stop - 1, with a view of the values."""
         offsets = self.offsets[start : stop + 1]

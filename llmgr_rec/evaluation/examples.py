@@ -17,8 +17,9 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.exclusion import ranking_rule, seen_items
+from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles, seen_items
 from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.storage.bundle_index import read_index
 
 LIST_LENGTH = 20
 
@@ -64,24 +65,30 @@ def choose_examples(examples: Iterator[Example], hits: int, misses: int) -> list
     return hit_examples + missed_examples
 
 
-def ranked_examples(bundle: Path, dataset: Dataset, split: str, allow_code: Sequence[str] = ()) -> Iterator[Example]:
-    """Ranks the catalog for the first sessions of a split, with the exclusion rule of the evaluation.
+def ranked_examples(
+    bundle: Path, dataset: Dataset, split: str, allow_code: Sequence[str] = (), rule: RankingRule | None = None
+) -> Iterator[Example]:
+    """Ranks the catalog for the first sessions of a split.
 
     Args:
         bundle: Bundle of the model.
         dataset: Prepared sessions of the model's catalog.
         split: train, valid or test.
         allow_code: As in `load_bundle`.
+        rule: What a ranking shows and excludes of a session; None takes what the bundle records.
     """
     loaded = load_bundle(bundle, allow_code=allow_code)
     titles = _titles(loaded.catalog)
-    rule = ranking_rule(dataset.manifest)
+    rule = rule or rule_of_bundles({bundle.name: read_index(bundle)}, dataset.manifest)
     size = min(_SEARCHED_SESSIONS, loaded.config.runtime.eval_batch_size)
     ranking = loaded.ranking(size)
     ranker = ranking.ranker(World.alone())
     # Whole sessions, even if the split is evaluated on each of their prefixes.
     reader = SessionReader(
-        dataset.parts(split), num_items=loaded.catalog.num_items, collate=ranking.collate, order=SamplingOrder(size)
+        dataset.parts(split),
+        num_items=loaded.catalog.num_items,
+        collate=lambda raw: ranking.collate(raw.newest(rule.max_length)),
+        order=SamplingOrder(size),
     )
     rows = _rows(dataset, split)
     for batch in islice(reader.batches(0), -(-_SEARCHED_SESSIONS // size)):

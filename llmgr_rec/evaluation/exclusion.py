@@ -60,7 +60,10 @@ def ranking_rule(
 
 
 def rule_of_bundles(
-    indexes: Mapping[str, BundleIndex], manifest: Manifest, repeats: RepeatsOption, max_length: int | None
+    indexes: Mapping[str, BundleIndex],
+    manifest: Manifest,
+    repeats: RepeatsOption = "auto",
+    max_length: int | None = None,
 ) -> RankingRule:
     """The rule by which the models of a run and the baselines are compared.
 

@@ -12,6 +12,7 @@ from llmgr_rec.config import STAGES
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
+from llmgr_rec.evaluation.exclusion import RankingRule
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, blend_notes, in_table_order, read_metrics
@@ -64,7 +65,7 @@ def write_report(request: ReportRequest) -> Path:
     split = metrics.get("split", "test")
     models: Mapping[str, Any] = metrics.get(split, {})
     _check_output(request.output)
-    examples, note = _examples(request, dataset, split, hashes)
+    examples, note = _examples(request, dataset, split, hashes, _rule(metrics))
     request.output.mkdir(parents=True, exist_ok=True)
     content = ReportContent(
         title=f"Session recommendation: {request.run.resolve().name}",
@@ -116,6 +117,11 @@ def _bundle_hashes(run: Path) -> set[str]:
     """Hashes of the bundles of a run."""
     exports = [run / "export" / stage for stage in STAGES]
     return {bundle_hash(export) for export in exports if is_complete(export)}
+
+
+def _rule(metrics: Mapping[str, Any]) -> RankingRule | None:
+    """The rule of an evaluation; None without metrics, and for those of version 0.2."""
+    return RankingRule(metrics["repeats"], metrics["max_length"]) if "repeats" in metrics else None
 
 
 def _dataset(request: ReportRequest, metrics: Mapping[str, Any]) -> Dataset | None:
@@ -178,7 +184,11 @@ def _plots(records: list[dict[str, Any]], models: Mapping[str, Any], output: Pat
 
 
 def _examples(
-    request: ReportRequest, dataset: Dataset | None, split: str, bundle_hashes: Collection[str]
+    request: ReportRequest,
+    dataset: Dataset | None,
+    split: str,
+    bundle_hashes: Collection[str],
+    rule: RankingRule | None,
 ) -> tuple[list[Example], str]:
     """Example sessions, and the note that describes them."""
     if dataset is None or request.sessions == 0:
@@ -191,7 +201,7 @@ def _examples(
             return [], ""
         check_trained_on(bundle, dataset)
         source, model = (
-            ranked_examples(bundle, dataset, split, request.allow_code),
+            ranked_examples(bundle, dataset, split, request.allow_code, rule),
             MODEL_NAMES[model_of_bundle(bundle)],
         )
     half = -(-request.sessions // 2)

@@ -6,16 +6,18 @@ Shapes: R rows of a part, L clicks of its sessions.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from numpy.typing import NDArray
 
 from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.schema import CATALOG_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
 from llmgr_rec.errors import UserError, did_you_mean
@@ -88,12 +90,20 @@ class PartSessions:
         items_L: Item index of each click on a known item, oldest first.
         offsets: First click of each session, [R + 1]; a session may be empty.
         unknown_items: Number of clicks on unknown items, which are not in `items_L`.
+        consecutive_repeats: Number of clicks on the item clicked just before, which are not in `items_L`.
     """
 
     table: pa.Table
     items_L: Ints
     offsets: Ints
     unknown_items: int
+    consecutive_repeats: int = 0
+
+    def without_consecutive_repeats(self) -> "PartSessions":
+        """The sessions with clicks in a row on the same item merged into one."""
+        clicks = Jagged(torch.from_numpy(self.items_L), torch.from_numpy(self.offsets)).without_consecutive_repeats()
+        merged = len(self.items_L) - clicks.values.numel()
+        return replace(self, items_L=clicks.values.numpy(), offsets=clicks.offsets.numpy(), consecutive_repeats=merged)
 
 
 class SessionFiles:

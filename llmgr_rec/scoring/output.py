@@ -26,6 +26,7 @@ OUTPUT_COLUMNS = ("item_ids", "scores", "fallback")
 
 # Parquet schema metadata with the counts of a part.
 _UNKNOWN_KEY = b"llmgr_rec.unknown_items"
+_REPEATS_KEY = b"llmgr_rec.consecutive_repeats"
 _FALLBACK_KEY = b"llmgr_rec.fallback_rows"
 _LLM_KEY = b"llmgr_rec.llm_rows"
 
@@ -38,6 +39,7 @@ class Totals:
         rows_in: Rows of the input.
         rows_out: Rows of all parts.
         unknown_items: Clicks on unknown items, which were skipped.
+        consecutive_repeats: Clicks on the item clicked just before, which were merged as in the training data.
         fallback_rows: Sessions without a known item, which got the most popular items.
         llm_rows: Sessions that a language model encoded.
         parts: Output files.
@@ -46,6 +48,7 @@ class Totals:
     rows_in: int
     rows_out: int
     unknown_items: int
+    consecutive_repeats: int
     fallback_rows: int
     llm_rows: int
     parts: int
@@ -99,7 +102,15 @@ class ScoreFolder:
         """Whether `finish` has marked the folder complete."""
         return (self.path / SUCCESS_NAME).is_file()
 
-    def write(self, part: Part, table: pa.Table, unknown_items: int, fallback_rows: int, llm_rows: int) -> None:
+    def write(
+        self,
+        part: Part,
+        table: pa.Table,
+        unknown_items: int,
+        fallback_rows: int,
+        llm_rows: int,
+        consecutive_repeats: int = 0,
+    ) -> None:
         """Writes a part.
 
         Args:
@@ -108,8 +119,14 @@ class ScoreFolder:
             unknown_items: Clicks on unknown items in its sessions.
             fallback_rows: Sessions that got the most popular items.
             llm_rows: Sessions that a language model encoded.
+            consecutive_repeats: Clicks on the item clicked just before, which were merged.
         """
-        counts = {_UNKNOWN_KEY: unknown_items, _FALLBACK_KEY: fallback_rows, _LLM_KEY: llm_rows}
+        counts = {
+            _UNKNOWN_KEY: unknown_items,
+            _REPEATS_KEY: consecutive_repeats,
+            _FALLBACK_KEY: fallback_rows,
+            _LLM_KEY: llm_rows,
+        }
         metadata = {key: str(count).encode() for key, count in counts.items()}
         with atomic_write(self.path / part.name) as partial:
             pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
@@ -125,6 +142,7 @@ class ScoreFolder:
             rows_in=sum(part.rows for part in self.parts),
             rows_out=sum(entry.num_rows for entry in metadata),
             unknown_items=sum(int(entry.metadata[_UNKNOWN_KEY]) for entry in metadata),
+            consecutive_repeats=sum(int(entry.metadata[_REPEATS_KEY]) for entry in metadata),
             fallback_rows=sum(int(entry.metadata[_FALLBACK_KEY]) for entry in metadata),
             llm_rows=sum(int(entry.metadata[_LLM_KEY]) for entry in metadata),
             parts=len(metadata),

@@ -60,6 +60,7 @@ def _settings(request: ScoreRequest, bundle: BundleFiles) -> ScoreSettings:
     return ScoreSettings(
         k=request.k,
         rule=ranking_rule(bundle.index, request.repeats, request.max_length),
+        consecutive_repeats=bundle.index.consecutive_repeats,
         batch_size=request.batch_size or bundle.config.runtime.eval_batch_size,
         routing=request.routing,
     )

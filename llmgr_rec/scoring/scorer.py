@@ -18,6 +18,7 @@ from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.repeats import ConsecutiveRepeats
 from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker
@@ -45,12 +46,14 @@ class ScoreSettings:
     Args:
         k: Items per session.
         rule: What a ranking shows and excludes of a session.
+        consecutive_repeats: Whether clicks in a row on the same item are merged, as in the training data.
         batch_size: Sessions per batch of one rank.
         routing: Rule that routes sessions to the language model; the session recommender scores the others.
     """
 
     k: int
     rule: RankingRule
+    consecutive_repeats: ConsecutiveRepeats
     batch_size: int
     routing: Routing = ROUTE_ALL
 
@@ -165,7 +168,10 @@ class Scorer:
     def _parts_and_batches(self, files: SessionFiles, parts: list[Part]) -> Iterator[_RankedPart | _RankBatch | None]:
         """Iterates over parts, each followed by its batches, and a final None."""
         for part in parts:
-            ranked = _RankedPart(part, files.read(part), k=self._k)
+            sessions = files.read(part)
+            if self._settings.consecutive_repeats == "merge":
+                sessions = sessions.without_consecutive_repeats()
+            ranked = _RankedPart(part, sessions, k=self._k)
             yield ranked
             known_S = np.flatnonzero(np.diff(ranked.sessions.offsets))
             yield from self._batches(ranked.sessions, known_S, routed=not self._routes)
@@ -236,7 +242,9 @@ class Scorer:
 
     def _write(self, ranked: _RankedPart, folder: ScoreFolder, lists: RankedLists) -> None:
         empty = int(ranked.is_empty_R.sum())
-        folder.write(ranked.part, self._table(ranked, lists), ranked.sessions.unknown_items, empty, ranked.routed)
+        sessions = ranked.sessions
+        counts = sessions.unknown_items, empty, ranked.routed, sessions.consecutive_repeats
+        folder.write(ranked.part, self._table(ranked, lists), *counts)
 
     def _table(self, ranked: _RankedPart, lists: RankedLists) -> pa.Table:
         ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()

@@ -75,8 +75,8 @@ def export_bundle(
         catalog: The items.
         folder: RUN/export/STAGE, on storage that all ranks share.
         world: This process and the world size. All ranks must call this.
-        trained_on: Manifest of the training data set. If it states that no training session contains an item twice,
-            scoring excludes clicked items by default; if None, scoring excludes none.
+        trained_on: Manifest of the training data set, whose max_length and repeats evaluation and scoring follow; if
+            None, they are unknown.
         blend: Nearest-neighbor scores that are added to the model's scores; rank 0 writes its own.
         factory: Factory that built the model; None for the default factory.
 

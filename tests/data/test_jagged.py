@@ -66,3 +66,10 @@ def test_beside_puts_the_same_rows_of_all_parts_together(
     beside = Jagged.concatenate([jagged(part) for part in parts])
 
     assert as_lists(beside) == [[value for part in parts for value in part[row]] for row in range(len(rows))]
+
+
+@given(rows=ROWS, count=st.integers(1, 5))
+def test_rows_shorten_to_their_last_values_and_lose_consecutive_repeats(rows: list[list[int]], count: int) -> None:
+    assert as_lists(jagged(rows).last(count)) == [row[-count:] for row in rows]
+    without = [[value for value, before in zip(row, [None, *row], strict=False) if value != before] for row in rows]
+    assert as_lists(jagged(rows).without_consecutive_repeats()) == without
