@@ -113,7 +113,10 @@ class Conversion:
             f"{plain_id_sql('item_id')} AS item_id, {times.sql} AS timestamp FROM raw WHERE {condition}",
             source,
         )
-        if not self._value("SELECT count(*) FROM interactions"):
+        kept = self._value("SELECT count(*) FROM interactions")
+        if low := total + broken - bad.count - kept:
+            _log.info("%s: %s rows are below --min_rating %s", source, f"{low:,}", min_rating)
+        if not kept:
             reason = f"all {total:,} rows are below --min_rating {min_rating}" if total else "the file has no rows"
             raise UserError(f"{source}: nothing to convert: {reason}; check the file and the options")
         floats = self._row(
@@ -249,8 +252,13 @@ class Conversion:
             counts = ", ".join(f"{count:,} {columns[name]}" for name, count in words.items())
             _log.info("%s: read as missing, because they are words such as NULL or nan: %s", file.path, counts)
 
-    def write_sessions(self) -> None:
-        """Writes sessions.parquet, one session per user in the order of their first rows; clicks are oldest first."""
+    def write_sessions(self, drop_duplicates: bool) -> None:
+        """Writes sessions.parquet, one session per user in the order of their first rows; clicks are oldest first.
+
+        Args:
+            drop_duplicates: Whether clicks that are equal to an earlier one in user, item and time are dropped.
+        """
+        dropped = self._drop_duplicates() if drop_duplicates else 0
         query = (
             "SELECT first, user_id, item_id FROM interactions JOIN (SELECT user_id, min(place) AS first "
             "FROM interactions GROUP BY user_id) USING (user_id) ORDER BY first, timestamp, place"
@@ -266,7 +274,17 @@ class Conversion:
                 writer.write_batch(batch)
                 sessions += batch.num_rows
         clicks = self._value("SELECT count(*) FROM interactions")
-        _log.info("%s clicks, %s sessions", f"{clicks:,}", f"{sessions:,}")
+        note = f", {dropped:,} duplicate clicks dropped" if dropped else ""
+        _log.info("%s clicks, %s sessions%s", f"{clicks:,}", f"{sessions:,}", note)
+
+    def _drop_duplicates(self) -> int:
+        """Deletes clicks that are equal to an earlier one in user, item and time; returns their number."""
+        before = self._value("SELECT count(*) FROM interactions")
+        self._run(
+            "DELETE FROM interactions WHERE place NOT IN "
+            "(SELECT min(place) FROM interactions GROUP BY user_id, item_id, timestamp)"
+        )
+        return int(before - self._value("SELECT count(*) FROM interactions"))
 
     def write(self) -> None:
         """Writes interactions.parquet and items.parquet.
@@ -289,6 +307,8 @@ class Conversion:
             f"SELECT 1, min(place), item_id, {nulls} FROM interactions ANTI JOIN items USING (item_id) "
             "GROUP BY item_id) ORDER BY later, place",
         )
+        if repeated := self._value("SELECT count(*) - count(DISTINCT item_id) FROM items"):
+            _log.info("%s rows of the item file repeat an earlier item id and are dropped", f"{repeated:,}")
         rows = self._value("SELECT count(*) FROM interactions")
         # Shorter ids first, so that numbers are in numerical order.
         self._write(

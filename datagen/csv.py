@@ -12,6 +12,7 @@ become microseconds since 1970 (UTC).
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +82,12 @@ def main(argv: Sequence[str]) -> None:
         default=",".join(MISSING_VALUES),
         help="words that stand for a missing value, separated by commas",
     )
+    parser.add_argument(
+        "--duplicates",
+        type=Literal["drop", "keep"],
+        default="drop",
+        help="rows of --sessions that are equal in user, item and time: drop all but the first, or keep them",
+    )
     parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv).as_dict()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -99,7 +106,9 @@ def _convert(args: dict[str, Any]) -> None:
     log = require_file(args[option], f"--{option}")
     items = require_file(args["items"], "--items") if args["items"] is not None else None
     missing_values = frozenset(word.strip() for word in args["missing_values"].split(","))
-    write = Conversion.write if option == "interactions" else Conversion.write_sessions
+    # Without times, equal rows may be clicks at different times.
+    drop = args["duplicates"] == "drop" and args["time_column"] is not None
+    write = Conversion.write if option == "interactions" else partial(Conversion.write_sessions, drop_duplicates=drop)
     with conversion(args["output"], args["bad_rows"], missing_values, write) as work:
         _read_log(work, log, args)
         if items is not None:

@@ -233,7 +233,7 @@ class DelimitedFile:
                         raise UserError(f"{self.path} {remedy}")
                 marked = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), None)
                 encoding = marked or self._encoding or "utf-8"
-                if marked is None and self._encoding is None and b"\0" in head[1:2000:2]:
+                if marked is None and self._encoding is None and 4 * head.count(0) > len(head):
                     raise UserError(
                         f"{self.path} seems to be UTF-16 without a byte order mark; pass --encoding utf-16-le"
                     )

@@ -25,6 +25,8 @@ def require_file(path: str | Path, option: str) -> Path:
         UserError: The file does not exist.
     """
     file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder; give one file, in which the header stands once")
     if not file.is_file():
         raise UserError(f"{option} {file} is not a file; check the path")
     return file

@@ -376,5 +376,10 @@ def test_sessions_are_read_as_the_log_is(tmp_path: Path, monkeypatch: pytest.Mon
     # Without times, rows keep their order.
     main(["--sessions", str(log), *COLUMNS[:2], "--output", str(tmp_path / "rows")])
     assert pq.read_table(tmp_path / "rows")["items"].to_pylist() == [["0", "1", "2", "3"]] * 2
+    # Equal clicks are dropped, as in prepare.
+    twice = write(tmp_path / "twice.csv", "at,who,sku\n1,u,a\n1,u,a\n1,u,b\n2,u,a\n")
+    for choice, kept in (("drop", "aba"), ("keep", "aaba")):
+        main(["--sessions", str(twice), *COLUMNS, "--output", str(tmp_path / choice), f"--duplicates={choice}"])
+        assert pq.read_table(tmp_path / choice)["items"].to_pylist() == [list(kept)]
     with pytest.raises(UserError, match="--sessions takes no item file"):
         main(["--sessions", str(log), *COLUMNS, "--output", "o", "--items", str(log), "--title_column=at"])

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from tests.datagen.dumps import json_lines, write
 from tests.datagen.test_amazon import META_2014, META_2018, META_2023, OLD_REVIEWS, REVIEWS_2023
 
 ROOT = Path(__file__).resolve().parents[2]
+AHEAD = timezone(timedelta(hours=5, minutes=30))
 # What the --output of a command holds when it has ended well; nothing, where that is a file.
 PRODUCTS = {
     "llmgr_rec.train": "export/sbr/bundle.json",
@@ -49,12 +51,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path / "products.csv", "sku,name,kind\na,Tea,Food > Drinks\n" + "".join(f"p{i},Cup {i},\n" for i in range(20))
     )
     for name, visits in (("clicks.csv", 60), ("today.csv", 3)):
-        write(path / name, "visit,sku,clicked_at\n" + "".join(_clicks(visit) for visit in range(visits)))
+        # The newest click first, so that the order comes from the times.
+        lines = [click for visit in range(visits) for click in reversed(_clicks(visit))]
+        write(path / name, "visit,sku,clicked_at\n" + "".join(lines))
     return path
 
 
-def _clicks(visit: int) -> str:
-    return "".join(f"v{visit},p{(visit * visit + 3 * n) % 20},2024-01-31T08:00:{n:02d}\n" for n in range(8))
+def _clicks(visit: int) -> list[str]:
+    """Eight clicks of a visit, oldest first, when clocks are put forward in New York, in three notations."""
+    start = datetime(2024, 3, 10, 6, 58, tzinfo=UTC)
+    items = [f"p{(visit * visit + 3 * n) % 20}" for n in range(8)]
+    moments = [start + timedelta(seconds=30 * n, microseconds=n) for n in range(8)]
+    texts = [
+        (moment.strftime("%Y-%m-%d %H:%M:%S.%f"), moment.isoformat(), moment.astimezone(AHEAD).isoformat())[n % 3]
+        for n, moment in enumerate(moments)
+    ]
+    return [f"v{visit},{item},{text}\n" for item, text in zip(items, texts, strict=True)]
 
 
 @pytest.mark.parametrize("command", _commands())
@@ -66,7 +78,7 @@ def test_command_runs(folder: Path, command: str) -> None:
             wheel_folder()
         except UserError as error:
             pytest.skip(str(error))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TZ": "America/New_York"}
     line = [sys.executable, *words[1:]]
     done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -76,7 +88,8 @@ def test_command_runs(folder: Path, command: str) -> None:
     elif words[2] in PRODUCTS:
         assert (output / PRODUCTS[words[2]]).exists()
     elif "--sessions" in words:
-        assert pq.read_metadata(output / "sessions.parquet").num_rows > 0
+        sessions = pq.read_table(output / "sessions.parquet")["items"].to_pylist()
+        assert sessions == [[click.split(",")[1] for click in _clicks(visit)] for visit in range(3)]
     else:
         assert sorted(path.name for path in output.iterdir()) == ["interactions.parquet", "items.parquet"]
         assert pq.read_metadata(output / "interactions.parquet").num_rows > 0
