@@ -29,7 +29,8 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.scoring.routing import uncertainty
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
-from llmgr_rec.storage.pretrained import num_decoder_layers, resolve_dtype
+from llmgr_rec.storage.number_format import resolve_dtype
+from llmgr_rec.storage.pretrained import num_decoder_layers
 
 K = 20
 BUDGETS = (0.0, 0.1, 0.25, 0.5)

@@ -126,7 +126,7 @@ def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path)
 
 def _ours(settings: "Settings") -> dict[str, list[str]]:
     """Arguments of each of our sides."""
-    from llmgr_rec.storage.pretrained import resolve_dtype
+    from llmgr_rec.storage.number_format import resolve_dtype
 
     sides = {SAME: settings.recbole_words()}
     if resolve_dtype("auto").itemsize == 2:

@@ -184,7 +184,8 @@ def check_backends(facts: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("devices", "-", ", ".join(devices) if devices else "CPU only")
     if devices and version_of("fbgemm-gpu") is None:
         yield Finding("fbgemm on GPU", "FAIL", "the CPU wheel is installed, but there is a GPU", "make venv LOCK=gpu")
-    yield Finding("bfloat16", "-", "native" if facts["bf16"] else "not native; dtype auto uses float32")
+    usable = "available; dtype auto takes it where it is faster" if facts["bf16"] else "not available"
+    yield Finding("bfloat16", "-", usable)
 
 
 def check_threads(facts: dict[str, Any]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from llmgr_rec.config_file import load_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import require_writable
 from llmgr_rec.paths import local_path, path_problem
-from llmgr_rec.storage.pretrained import cache_folder
+from llmgr_rec.storage.cache import cache_folder
 from tests.commands import command_names, main_of, options_of, takes_path, type_of
 
 # Settings that may be paths; `Config.validate` checks them.

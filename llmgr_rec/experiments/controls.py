@@ -33,7 +33,8 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.storage.pretrained import decoder_config, resolve_dtype
+from llmgr_rec.storage.number_format import resolve_dtype
+from llmgr_rec.storage.pretrained import decoder_config
 
 CONTROLS = ("random_llm", "shuffled_text", "shuffled_words", "no_graph", "no_nodes")
 # Controls that change the models without prompts; all of them change LLMGR.

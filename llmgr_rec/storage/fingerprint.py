@@ -12,7 +12,7 @@ import torch
 
 from llmgr_rec.config import Config, StageName, settings
 from llmgr_rec.data.prompt_templates import load_templates
-from llmgr_rec.storage.pretrained import resolve_dtype
+from llmgr_rec.storage.number_format import resolve_dtype
 
 
 def fingerprint(stage: StageName, config: Config, device: torch.device) -> dict[str, Any]:

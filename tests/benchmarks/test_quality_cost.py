@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.quality_cost import ROUTED, main, ndcg, paired_interval
-from llmgr_rec.storage.pretrained import resolve_dtype
+from llmgr_rec.storage.number_format import resolve_dtype
 from tests.small_run import small_run
 
 

@@ -9,6 +9,7 @@ import torch
 
 from llmgr_rec.config import STAGES, Config, StageName, settings
 from llmgr_rec.config_file import load_config, save_config
+from llmgr_rec.storage import number_format
 from llmgr_rec.storage.fingerprint import fingerprint, inherited_settings
 
 CPU = torch.device("cpu")
@@ -121,9 +122,9 @@ def test_a_fingerprint_survives_json_and_the_config_file(stage: StageName, tmp_p
 def test_auto_stands_for_the_number_format_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config()
 
-    def found(stage: StageName, is_native: bool) -> dict[str, str]:
-        monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: is_native)
-        monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    def found(stage: StageName, is_faster: bool) -> dict[str, str]:
+        monkeypatch.setattr(number_format, "_has_bfloat16", lambda: True)
+        monkeypatch.setattr(number_format, "_gain_of_bfloat16", lambda: 2.0 if is_faster else 0.5)
         return {name: value for name, value in fingerprint(stage, config, CPU).items() if name.endswith(".dtype")}
 
     assert found("sbr", True) == {"loss.dtype": "bfloat16"}

@@ -10,11 +10,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from llmgr_rec.errors import UserError
 from llmgr_rec.storage import pretrained
 from llmgr_rec.storage.pretrained import (
-    cache_folder,
     load_decoder,
     load_tokenizer,
     pretrained_folder,
-    resolve_dtype,
     weights_hash,
 )
 
@@ -133,24 +131,6 @@ def test_random_tiny_tokenizer_takes_any_text():
     assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
     assert max(ids) < load_decoder("random-tiny").config.vocab_size
-
-
-def test_dtype(monkeypatch):
-    assert resolve_dtype("float32") == torch.float32
-    assert resolve_dtype("bfloat16") == torch.bfloat16
-    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert resolve_dtype("auto", "cpu") == expected
-    assert load_decoder("random-tiny", dtype="auto").dtype == torch.float32
-
-
-def test_cache_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("LLMGR_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("LLMGR_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "llmgr_rec"
 
 
 def test_absent_wheel_gives_the_line_that_installs_it(monkeypatch):
