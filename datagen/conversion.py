@@ -25,6 +25,7 @@ from datagen.sources import clean_text, identifier, quote
 from datagen.times import TimeReading, read_times
 from llmgr_rec.cli import progress
 from llmgr_rec.data.item_ids import is_float_id_sql, lost_digits_sql, match_problem, plain_id_sql, plain_ids
+from llmgr_rec.data.preparation.database import connect
 from llmgr_rec.errors import UserError
 
 _MEMORY = "2GiB"
@@ -58,15 +59,7 @@ class Conversion:
         self._has_item_file = False
         scratch = folder / "scratch"
         scratch.mkdir()
-        config: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": _MEMORY,
-            "temp_directory": str(scratch / "spill"),
-            # Never download extensions; those used here are in the wheel.
-            "autoinstall_known_extensions": False,
-        }
-        self._database = duckdb.connect(str(scratch / "scratch.duckdb"), config=config)
-        # Dates without a time zone are UTC, whatever the time zone of the machine.
-        self._run("SET TimeZone = 'UTC'")
+        self._database = connect(scratch, memory_limit=_MEMORY)
         columns = ", ".join(f"{name} VARCHAR" for name in ITEM_COLUMNS)
         self._run(f"CREATE TABLE items (place BIGINT, {columns})")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from llmgr_rec.bounds import check_options
 from llmgr_rec.errors import StopRequested, UserError
 from llmgr_rec.files import storage_error
 from llmgr_rec.parent_process import end_with_parent
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 # The exit code of a shell for a command that Ctrl-C (signal 2) has ended.
 EXIT_INTERRUPTED = 128 + 2
+# As torch, CUDA, C++ and the operating system say it.
+_OUT_OF_MEMORY = re.compile(r"(can't|cannot) allocate memory|out of memory|bad_alloc", re.IGNORECASE)
+_MESSAGE_LENGTH = 150
 _OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components")
 # Seconds that other ranks give rank 0 to report an error. Ranks start within a few seconds of each other, more on a
 # busy machine.
@@ -68,7 +72,7 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
             sys.stderr.write("error: interrupted\n")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        known = storage_error(error)
+        known = storage_error(error) or _memory_error(error)
         if known is None:
             raise
         _report_error(known)
@@ -89,6 +93,16 @@ def _stop_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _memory_error(error: Exception) -> UserError | None:
+    """The user error of a request for more memory than there is; None if the exception has another reason."""
+    if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        return None
+    first = str(error).strip().split("\n")[0]
+    return UserError(
+        f"there is not enough memory ({first[:_MESSAGE_LENGTH]}); give smaller batches or tables, or more memory"
+    )
 
 
 def _report_error(error: UserError) -> None:
@@ -194,11 +208,14 @@ def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
     if words and words[0] == parser.prog.split()[-1]:
         words = words[2:] if words[1:2] == ["--"] else words[1:]
     try:
-        return parser.parse_args(words)
+        namespace = parser.parse_args(words)
     except ArgumentError as error:
         raise UserError(_rewrite_message(str(error), parser, words)) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(_rewrite_message(str(error), parser, words)) from None
+    # Groups of settings have bounds of their own.
+    check_options({name: value for name, value in namespace.as_dict().items() if not isinstance(value, dict)}, {})
+    return namespace
 
 
 def _rewrite_message(message: str, parser: "ArgumentParser", words: Sequence[str]) -> str:

@@ -5,13 +5,12 @@ width of item and session vectors, d2 the hidden width of the language model. do
 values of these settings cost or gain.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
+from llmgr_rec.bounds import Bounds, shown
 from llmgr_rec.errors import UserError
-from llmgr_rec.paths import path_problem
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -20,6 +19,12 @@ StageName = Literal["sbr", "align", "behave", "llm_text"]
 STAGES: tuple[StageName, ...] = get_args(StageName)
 # Stages of LLMGR, which encode prompts with soft tokens by the language model.
 PROMPT_STAGES: tuple[StageName, ...] = ("align", "behave")
+
+# Options of the commands that rank sessions.
+RANKING_BOUNDS = {
+    "batch_size": Bounds(at_least=1, at_most=1 << 20),
+    "max_length": Bounds(at_least=1, at_most=2**31),
+}
 
 # What has to be made again when a setting changes, from nothing to most:
 # - nothing: the setting says how the machine is used.
@@ -30,65 +35,20 @@ Invalidates = Literal["nothing", "bundle", "checkpoint", "stages"]
 
 
 @dataclass(frozen=True)
-class SettingInfo:
-    """What stands with a setting beside its type and default.
+class SettingInfo(Bounds):
+    """What stands with a setting beside its type and default; its bounds are those of `Bounds`.
 
     Args:
         help: Help text.
         unit: Unit of its number; empty where the help text says all.
         invalidates: What has to be made again when it changes.
         stages: Stages that depend on it.
-        at_least: Smallest value.
-        above: Value that it must exceed.
-        at_most: Largest value.
-        below: Value that it must stay below.
-        multiple_of: Number that it must be a multiple of.
-        needs_values: Whether a list must not be empty.
-        is_path: Whether it may be the path of a file or folder.
     """
 
     help: str
     unit: str = ""
     invalidates: Invalidates = "stages"
     stages: tuple[StageName, ...] = STAGES
-    at_least: float | None = None
-    above: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-    multiple_of: int | None = None
-    needs_values: bool = False
-    is_path: bool = False
-
-    def problem(self, value: Any) -> str:
-        """What a value has to be instead; empty where it may stay."""
-        values = value if isinstance(value, list) else [value]
-        if None in values:
-            return "give a value, or leave the setting out"
-        if self.needs_values and not values:
-            return "give at least one value"
-        if self.is_path and (problem := path_problem(value)):
-            return problem
-        numbers = (one for one in values if isinstance(one, int | float) and not isinstance(one, bool))
-        return next((problem for number in numbers if (problem := self._problem_of(number))), "")
-
-    def _problem_of(self, number: float) -> str:
-        if not math.isfinite(number):
-            return "give a finite number"
-        lowest = f"{self.at_least} or more" if self.at_least is not None else f"a number above {self.above}"
-        highest = f"{self.at_most} at most" if self.at_most is not None else f"a number below {self.below}"
-        too_low = (self.at_least is not None and number < self.at_least) or (
-            self.above is not None and number <= self.above
-        )
-        too_high = (self.at_most is not None and number > self.at_most) or (
-            self.below is not None and number >= self.below
-        )
-        if too_low:
-            return f"give {lowest}"
-        if too_high:
-            return f"give {highest}"
-        if self.multiple_of and number % self.multiple_of:
-            return f"give a multiple of {self.multiple_of}"
-        return ""
 
 
 def setting(default: Any, help: str, **info: Any) -> Any:
@@ -130,7 +90,9 @@ class Group:
 class TablesConfig(Group):
     """Item tables: one sharded EmbeddingBagCollection, one bag per node."""
 
-    dim: int = setting(128, "Width d1 of item, node and session vectors.", unit="columns", at_least=4, multiple_of=4)
+    dim: int = setting(
+        128, "Width d1 of item, node and session vectors.", unit="columns", at_least=4, at_most=1 << 16, multiple_of=4
+    )
     side_features: list[Literal["category", "brand", "word"]] = setting(
         ["category", "brand", "word"],
         "Side features pooled into the item vector, where the data set has them: the item's category and its parent "
@@ -142,10 +104,17 @@ class TablesConfig(Group):
     optimizer: Literal["adagrad", "rowwise_adagrad", "sgd", "adam"] = setting(
         "adagrad", "Optimizer of the tables; all but adam run fused in the backward pass.", invalidates="checkpoint"
     )
-    lr: float = setting(0.2, "Learning rate of the tables.", above=0, invalidates="checkpoint")
-    init_std: float = setting(0.1, "Standard deviation of the initial rows.", above=0, invalidates="checkpoint")
+    lr: float = setting(0.2, "Learning rate of the tables.", above=0, at_most=1e3, invalidates="checkpoint")
+    init_std: float = setting(
+        0.1, "Standard deviation of the initial rows.", above=0, at_most=1e3, invalidates="checkpoint"
+    )
     memory_per_rank_gb: float = setting(
-        8.0, "Memory that the planner may use for tables on each rank.", unit="GiB", above=0, invalidates="nothing"
+        8.0,
+        "Memory that the planner may use for tables on each rank.",
+        unit="GiB",
+        above=0,
+        at_most=1e6,
+        invalidates="nothing",
     )
     knn_smoothing: list[float] = setting(
         [0.0, 2.0],
@@ -154,6 +123,7 @@ class TablesConfig(Group):
         "ten nearest neighbors by words, with this weight. 0 leaves the rows as trained.",
         unit="clicks",
         at_least=0,
+        at_most=1e9,
         needs_values=True,
         invalidates="bundle",
     )
@@ -168,22 +138,24 @@ class EncoderConfig(Group):
         "Encoder: gcsan, srgnn, sasrec, gru4rec, stamp, or the import path of a SessionEncoder class "
         "(my_package.encoders:MeanPool).",
     )
-    steps: int = setting(1, "Message-passing steps of the gated graph network (gcsan, srgnn).", at_least=1)
-    attention_layers: int = setting(
-        1, "Self-attention blocks, in gcsan after the graph network (gcsan, sasrec).", at_least=0
+    steps: int = setting(
+        1, "Message-passing steps of the gated graph network (gcsan, srgnn).", at_least=1, at_most=1000
     )
-    attention_heads: int = setting(1, "Heads of each self-attention block (gcsan, sasrec).", at_least=1)
+    attention_layers: int = setting(
+        1, "Self-attention blocks, in gcsan after the graph network (gcsan, sasrec).", at_least=0, at_most=1000
+    )
+    attention_heads: int = setting(1, "Heads of each self-attention block (gcsan, sasrec).", at_least=1, at_most=1024)
     last_item_weight: float = setting(
         0.6, "Weight of the self-attention output against the last item's state (gcsan).", at_least=0, at_most=1
     )
-    max_clicks: int = setting(50, "Newest clicks that are encoded (sasrec, gru4rec).", at_least=1)
+    max_clicks: int = setting(50, "Newest clicks that are encoded (sasrec, gru4rec).", at_least=1, at_most=100_000)
     dropout: float = setting(
         0.5, "Probability of dropping an activation.", at_least=0, below=1, invalidates="checkpoint"
     )
     score: Literal["dot", "cosine"] = setting(
         "cosine", "Session-item score: dot product, or cosine divided by the temperature."
     )
-    temperature: float = setting(0.07, "Divisor of the cosine score.", above=0)
+    temperature: float = setting(0.07, "Divisor of the cosine score.", above=0, at_most=1e6)
     one_pass: bool = setting(
         False,
         "Train stage sbr on all prefixes of a session in one pass of the encoder, instead of one pass per prefix: the "
@@ -211,6 +183,7 @@ class LLMConfig(Group):
         4,
         "Number of decoder layers kept, from the first; 0 keeps all.",
         at_least=0,
+        at_most=10_000,
         stages=(*PROMPT_STAGES, "llm_text"),
     )
     dtype: DType = setting(
@@ -219,8 +192,8 @@ class LLMConfig(Group):
         invalidates="checkpoint",
         stages=(*PROMPT_STAGES, "llm_text"),
     )
-    lora_rank: int = setting(16, "Rank of the LoRA matrices.", at_least=1)
-    lora_alpha: float = setting(16.0, "LoRA is scaled by lora_alpha / lora_rank.", above=0)
+    lora_rank: int = setting(16, "Rank of the LoRA matrices.", at_least=1, at_most=8192)
+    lora_alpha: float = setting(16.0, "LoRA is scaled by lora_alpha / lora_rank.", above=0, at_most=1e6)
     lora_dropout: float = setting(0.05, "Dropout of the LoRA input.", at_least=0, below=1, invalidates="checkpoint")
     recompute: bool = setting(
         False,
@@ -253,12 +226,18 @@ class PromptConfig(Group):
         invalidates="checkpoint",
     )
     max_nodes: int = setting(
-        20, "Newest nodes kept in a prompt; 0 keeps all.", unit="soft tokens", at_least=0, invalidates="checkpoint"
+        20,
+        "Newest nodes kept in a prompt; 0 keeps all.",
+        unit="soft tokens",
+        at_least=0,
+        at_most=1_000_000,
+        invalidates="checkpoint",
     )
     text_items: int = setting(
         0,
         "Number of last items whose titles stand at {text} in the prompt of stage behave.",
         at_least=0,
+        at_most=1000,
         invalidates="checkpoint",
     )
     max_text_tokens: int = setting(
@@ -266,6 +245,7 @@ class PromptConfig(Group):
         "Longest text of one item.",
         unit="tokens",
         at_least=1,
+        at_most=100_000,
         invalidates="checkpoint",
         stages=(*PROMPT_STAGES, "llm_text"),
     )
@@ -328,9 +308,13 @@ class LossConfig(Group):
         "Largest catalog that is trained with a softmax over all items; above it the softmax is sampled.",
         unit="items",
         at_least=0,
+        at_most=1 << 31,
     )
     num_negatives: int = setting(
-        8192, "Log-uniform negatives per step of a sampled softmax, beside the targets of the batch.", at_least=1
+        8192,
+        "Log-uniform negatives per step of a sampled softmax, beside the targets of the batch.",
+        at_least=1,
+        at_most=1 << 24,
     )
     dtype: DType = setting(
         "auto",
@@ -345,27 +329,35 @@ class LossConfig(Group):
 class OptimizerConfig(Group):
     """AdamW of the dense parameters, in every stage."""
 
-    weight_decay: float = setting(1e-2, "Weight decay.", at_least=0)
+    weight_decay: float = setting(1e-2, "Weight decay.", at_least=0, at_most=1e3)
     warmup: float = setting(
         0.05, "Share of the steps in linear warm-up; a cosine to zero follows.", at_least=0, at_most=1
     )
-    clip_norm: float = setting(1.0, "Largest global norm of the gradient.", above=0)
+    clip_norm: float = setting(1.0, "Largest global norm of the gradient.", above=0, at_most=1e9)
 
 
 @dataclass
 class StageConfig(Group):
     """Schedule of a training stage."""
 
-    epochs: int = setting(0, "Passes over the training sessions; 0 skips the training of this stage.", at_least=0)
-    max_steps: int = setting(0, "Optimizer steps after which the stage ends; 0 sets no limit.", at_least=0)
+    epochs: int = setting(
+        0, "Passes over the training sessions; 0 skips the training of this stage.", at_least=0, at_most=1_000_000
+    )
+    max_steps: int = setting(
+        0, "Optimizer steps after which the stage ends; 0 sets no limit.", at_least=0, at_most=1 << 31
+    )
     batch_size: int = setting(
         512,
         "Training examples per optimizer step, over all ranks; sessions where the stage trains in one pass.",
         at_least=1,
+        at_most=1 << 27,
     )
-    lr: float = setting(1e-3, "Peak learning rate of the dense parameters.", above=0)
+    lr: float = setting(1e-3, "Peak learning rate of the dense parameters.", above=0, at_most=1e3)
     patience: int = setting(
-        0, "Validations without a better NDCG@20 after which the stage stops; 0 never stops early.", at_least=0
+        0,
+        "Validations without a better NDCG@20 after which the stage stops; 0 never stops early.",
+        at_least=0,
+        at_most=1_000_000,
     )
 
 
@@ -373,18 +365,24 @@ class StageConfig(Group):
 class TextEncoderConfig(Group):
     """Text sequence encoder: a language model that encodes sessions as the texts of their items (stage llm_text)."""
 
-    dim: int = setting(128, "Width of its session and item vectors.", unit="columns", at_least=4, multiple_of=4)
-    max_clicks: int = setting(10, "Newest clicks whose texts are encoded.", at_least=1)
+    dim: int = setting(
+        128, "Width of its session and item vectors.", unit="columns", at_least=4, at_most=1 << 16, multiple_of=4
+    )
+    max_clicks: int = setting(10, "Newest clicks whose texts are encoded.", at_least=1, at_most=10_000)
     dropout: float = setting(
         0.1, "Share of tokens, and of activations, dropped in a training step.", at_least=0, below=1
     )
     num_negatives: int = setting(
-        512, "Log-uniform negatives per step, beside the targets of the batch; each has to be encoded.", at_least=1
+        512,
+        "Log-uniform negatives per step, beside the targets of the batch; each has to be encoded.",
+        at_least=1,
+        at_most=1 << 20,
     )
     score_weight: list[float] = setting(
         [0.0, 0.125, 0.25, 0.5, 1.0, 2.0],
         "Weights of its score beside the session encoder's to choose from on validation sessions; 0 leaves it out.",
         at_least=0,
+        at_most=1e6,
         needs_values=True,
         invalidates="bundle",
     )
@@ -394,10 +392,13 @@ class TextEncoderConfig(Group):
 class ContrastConfig(Group):
     """Structure-aware contrastive loss of stage align (InfoNCE); ours, the paper leaves its form open."""
 
-    weight: float = setting(0.1, "Weight beside the node-context loss; 0 leaves it out.", at_least=0)
-    temperature: float = setting(0.07, "Divisor of the cosine similarities.", above=0)
+    weight: float = setting(0.1, "Weight beside the node-context loss; 0 leaves it out.", at_least=0, at_most=1e6)
+    temperature: float = setting(0.07, "Divisor of the cosine similarities.", above=0, at_most=1e6)
     hard_negatives: int = setting(
-        0, "Corrupted node lists (one node replaced) per session, beside those of 15 other sessions.", at_least=0
+        0,
+        "Corrupted node lists (one node replaced) per session, beside those of 15 other sessions.",
+        at_least=0,
+        at_most=1000,
     )
 
 
@@ -411,20 +412,22 @@ class BlendConfig(Group):
         "words), or import paths of such baselines.",
     )
     k_neighbors: int = setting(
-        100, "Most similar items kept per item, 8 bytes each, for every item and neighbor score.", at_least=1
+        100,
+        "Most similar items kept per item, 8 bytes each, for every item and neighbor score.",
+        at_least=1,
+        at_most=100_000,
     )
     weights: list[float] = setting(
         [],
         "Weight of each neighbor score, in the order of blend.neighbors; empty chooses those with the best NDCG@20 on "
         "validation sessions, for every stage.",
         at_least=0,
+        at_most=1e6,
     )
 
     def validate(self, name: str) -> None:
-        """Each neighbor score once, and one weight for each."""
+        """One weight for each neighbor score."""
         names = ", ".join(self.neighbors) or "nothing"
-        if len(set(self.neighbors)) < len(self.neighbors):
-            raise UserError(f"setting {name}.neighbors names {names}; name each once")
         if self.weights and len(self.weights) != len(self.neighbors):
             raise UserError(
                 f"setting {name}.weights has {len(self.weights)} numbers, but {name}.neighbors names {names}; give one "
@@ -442,34 +445,45 @@ class RuntimeConfig(Group):
         "CPU threads of each rank; 0 divides the cores among the local ranks, and follows OMP_NUM_THREADS for a single "
         "rank.",
         at_least=0,
+        at_most=1024,
     )
-    reader_workers: int = setting(0, "Reader processes of each rank; 0 reads in the training process.", at_least=0)
-    eval_batch_size: int = setting(256, "Sessions per evaluation or scoring batch of one rank.", at_least=1)
+    reader_workers: int = setting(
+        0, "Reader processes of each rank; 0 reads in the training process.", at_least=0, at_most=256
+    )
+    eval_batch_size: int = setting(
+        256, "Sessions per evaluation or scoring batch of one rank.", at_least=1, at_most=1 << 20
+    )
     eval_every: int = setting(
         1,
         "Epochs between validations, the last epoch included; the best weights are kept. 0 never validates. Stage "
         "align is never validated.",
         at_least=0,
+        at_most=1_000_000,
         invalidates="checkpoint",
     )
     checkpoint_every: int = setting(
-        0, "Steps between checkpoints, beside those at the end of every epoch; 0 counts no steps.", at_least=0
+        0,
+        "Steps between checkpoints, beside those at the end of every epoch; 0 counts no steps.",
+        at_least=0,
+        at_most=1 << 31,
     )
     checkpoint_minutes: float = setting(
         10.0,
         "Minutes after which a checkpoint is written if there was none since; 0 writes none by time.",
         unit="minutes",
         at_least=0,
+        at_most=1e6,
     )
-    keep_checkpoints: int = setting(2, "Newest complete checkpoints kept per stage.", at_least=1)
-    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", at_least=1)
-    timeout_s: int = setting(600, "Longest wait for another rank.", unit="seconds", at_least=1)
+    keep_checkpoints: int = setting(2, "Newest complete checkpoints kept per stage.", at_least=1, at_most=1_000_000)
+    log_every: int = setting(10, "Steps between lines of metrics.jsonl.", at_least=1, at_most=1 << 31)
+    timeout_s: int = setting(600, "Longest wait for another rank.", unit="seconds", at_least=1, at_most=10_000_000)
     grace_s: int = setting(
         25,
         "Time to write a checkpoint and end after SIGTERM or SIGINT; then the process exits without. Keep it below the "
         "time of the launcher, which kills the ranks after 30 s if not told otherwise.",
         unit="seconds",
         at_least=1,
+        at_most=100_000,
     )
 
 
@@ -531,7 +545,7 @@ class Config:
         """
         for one in settings(self):
             if problem := one.info.problem(one.value):
-                raise UserError(f"setting {one.name} is {one.value}; {problem}")
+                raise UserError(f"setting {one.name} is {shown(one.value)}; {problem}")
         for item in fields(self):
             if isinstance(part := getattr(self, item.name), Group):
                 part.validate(item.name)

@@ -22,6 +22,19 @@ _REMOTE = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/")
 _LONGEST_NAME = 255
 
 
+def text_problem(text: str) -> str:
+    """What to give instead of a text; empty where it can be stored.
+
+    Args:
+        text: The text, as the user wrote it.
+    """
+    if "\0" in text:
+        return "leave out the null character"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "give text in UTF-8"
+    return ""
+
+
 def path_problem(text: str) -> str:
     """What to give instead of a path; empty where it may name a file or folder of this machine.
 
@@ -34,10 +47,8 @@ def path_problem(text: str) -> str:
         if remote[1].lower() == "file":
             return f"leave out {remote[1]}://, because this is an address and not a path"
         return "give a path on this machine, because remote storage is not supported yet"
-    if "\0" in text:
-        return "give a path without null characters"
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        return "give a path in UTF-8"
+    if problem := text_problem(text):
+        return problem
     if any(len(name.encode()) > _LONGEST_NAME for name in text.split("/")):
         return f"give a path of names of at most {_LONGEST_NAME} bytes"
     if text.startswith("~") and os.path.expanduser(text) == text:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 GIB = 1024**3
 # Option with the vocabulary size of each side feature.
 _FEATURE_SIZES = {"category": "num_categories", "brand": "num_brands", "word": "num_words"}
+
+_ROWS = Bounds(at_least=0, at_most=2**40)
+_BOUNDS = {
+    "num_items": Bounds(at_least=1, at_most=2**40),
+    **dict.fromkeys(_FEATURE_SIZES.values(), _ROWS),
+    "world_size": Bounds(at_least=1, at_most=65_536),
+    "local_world_size": Bounds(at_least=1, at_most=1024),
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,8 +52,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--local_world_size", type=int, help="Ranks per machine; default: all, at most 8.")
     add_config_arguments(parser)
     arguments, config = parse_with_config(parser, argv)
-    if arguments.world_size < 1:
-        raise UserError(f"--world_size is {arguments.world_size}; a run has at least 1 rank")
+    check_options({name: arguments[name] for name in _BOUNDS}, _BOUNDS)
     local_size = arguments.local_world_size or min(arguments.world_size, 8)
     if local_size < 1 or arguments.world_size % local_size:
         raise UserError(
@@ -72,9 +80,6 @@ def main(argv: Sequence[str]) -> None:
 def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int]) -> "CatalogSizes":
     from llmgr_rec.training.memory_plan import CatalogSizes
 
-    for name, size in features.items():
-        if size < 0:
-            raise UserError(f"--{_FEATURE_SIZES[name]} is {size}; give 0 or more")
     if (dataset is None) == (num_items is None):
         raise UserError("give either --dataset DATASET or --num_items N, so that the size of the catalog is known")
     if dataset is not None:
@@ -84,8 +89,7 @@ def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int])
         return CatalogSizes(
             manifest.num_items, {name: feature["num_embeddings"] for name, feature in manifest.features.items()}
         )
-    if num_items is None or num_items < 1:
-        raise UserError(f"--num_items is {num_items}; a catalog has at least 1 item")
+    assert num_items is not None
     return CatalogSizes(num_items, {name: size for name, size in features.items() if size > 0})
 
 

@@ -6,8 +6,8 @@ python -m llmgr_rec.report --run RUN --output FOLDER
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
-from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
 
@@ -37,8 +37,7 @@ def main(argv: Sequence[str]) -> None:
     add_code_argument(parser)
     parser.add_argument("--sessions", type=int, default=6, help="Number of example sessions, half of them hits.")
     arguments = parse_args(parser, argv)
-    if arguments.sessions < 0:
-        raise UserError(f"--sessions is {arguments.sessions}; give 0 or more")
+    check_options({"sessions": arguments.sessions}, {"sessions": Bounds(at_least=0, at_most=10_000)})
 
     from llmgr_rec.evaluation.report_page import ReportRequest, write_report
 

@@ -130,3 +130,24 @@ def test_the_run_has_a_name_that_torchrun_does_not_take_for_its_own(option):
     parser = make_parser("llmgr_rec.score", "Scores.")
     add_run_argument(parser)
     assert parse_args(parser, [option, "runs/demo"]).run == "runs/demo"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 7.45 EiB for an array"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.\nmore"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_too_little_memory_is_one_line(capsys, error):
+    def allocate(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(allocate)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is not enough memory (")
+    assert said.count("\n") == 1

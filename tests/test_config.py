@@ -243,7 +243,7 @@ def test_a_rule_between_or_within_settings_is_checked(change: Callable[[Config],
     ("blend", "message"),
     [
         (BlendConfig(["item_knn"], 0), r"setting blend\.k_neighbors is 0; give 1 or more"),
-        (BlendConfig(["item_knn", "item_knn"]), "names item_knn, item_knn; name each once"),
+        (BlendConfig(["item_knn", "item_knn"]), "name each once"),
         (BlendConfig(["item_knn"], weights=[1.0, 2.0]), "has 2 numbers, but blend.neighbors names item_knn; give one"),
         (BlendConfig([], weights=[1.0]), "has 1 numbers, but blend.neighbors names nothing"),
         (BlendConfig(["item_knn"], weights=[-1.0]), r"blend\.weights is \[-1\.0\]; give 0 or more"),

@@ -36,8 +36,8 @@ SETTINGS = {f"--{one.name}" for one in settings(Config()) if one.info.is_path}
         ("dbfs:/mnt/x", "remote storage is not supported yet"),
         ("abfss://c@account.dfs.core.windows.net/x", "remote storage is not supported yet"),
         ("file:///data/a", "leave out file://"),
-        ("a\0b", "without null characters"),
-        ("a\udc80b", "in UTF-8"),
+        ("a\0b", "leave out the null character"),
+        ("a\udc80b", "give text in UTF-8"),
         ("a/" + "é" * 128, "at most 255 bytes"),
         ("~no_such_user/a", r"\./~no_such_user/a"),
         ("", "give the path"),
@@ -98,4 +98,4 @@ def test_a_message_about_a_path_with_a_line_break_is_one_line(
     assert stop.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "null characters" in said
+    assert "null character" in said

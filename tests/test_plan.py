@@ -160,4 +160,4 @@ def test_the_command_exits_with_2_and_helps_fast() -> None:
         check=False,
     )
     assert failed.returncode == 2
-    assert failed.stderr == "error: --world_size is 0; a run has at least 1 rank\n"
+    assert failed.stderr == "error: --world_size is 0; give 1 or more\n"

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.config import trained_stages
 from llmgr_rec.errors import UserError
@@ -247,8 +248,7 @@ def main(argv: Sequence[str]) -> None:
     separator = words.index("--") if "--" in words else len(words)
     arguments = parse_args(_parser(), words[:separator])
     train_arguments = words[separator + 1 :]
-    if arguments.ranks < 1:
-        raise UserError(f"--ranks is {arguments.ranks}; give at least 1")
+    check_options({"ranks": arguments.ranks}, {"ranks": Bounds(at_least=1, at_most=1024)})
     data = Path(arguments.data) if arguments.data else None
     output = Path(arguments.output)
     _check_input(data)

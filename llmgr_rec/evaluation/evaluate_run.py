@@ -7,7 +7,8 @@ from typing import Any
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.builders import DEFAULT_BASELINES, baseline_builder, build_baseline, check_baselines
-from llmgr_rec.config import Config, Device
+from llmgr_rec.bounds import check_options
+from llmgr_rec.config import RANKING_BOUNDS, Config, Device
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -163,8 +164,5 @@ def _config(request: EvaluationRequest) -> Config:
     config = load_config(file) if file.is_file() else Config()
     if request.device:
         config.runtime.device = request.device
-    for name in ("batch_size", "max_length"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; give at least 1")
+    check_options({name: getattr(request, name) for name in RANKING_BOUNDS}, RANKING_BOUNDS)
     return config

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmgr_rec.baselines.builders import check_baselines
+from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.errors import UserError
@@ -93,8 +94,7 @@ def run_experiment(request: ExperimentRequest) -> str:
 def _check_request(request: ExperimentRequest) -> None:
     if not request.seeds or min(request.seeds) < 0 or len(set(request.seeds)) < len(request.seeds):
         raise UserError("--seeds must be distinct numbers from 0 on; give some, such as 0,1,2")
-    if request.jobs < 1:
-        raise UserError(f"--jobs is {request.jobs}; give 1 or more")
+    check_options({"jobs": request.jobs, "seeds": list(request.seeds)}, {"jobs": Bounds(at_least=1, at_most=256)})
     require_writable(request.output)
 
 

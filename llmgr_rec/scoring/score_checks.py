@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmgr_rec.config import PROMPT_STAGES, Device, DType, StageName
+from llmgr_rec.bounds import Bounds, check_options
+from llmgr_rec.config import PROMPT_STAGES, RANKING_BOUNDS, Device, DType, StageName
 from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
@@ -16,6 +17,13 @@ from llmgr_rec.scoring.routing import Routing
 from llmgr_rec.storage.bundle import BundleFiles, open_bundle
 from llmgr_rec.storage.bundle_index import default_bundle, is_complete
 from llmgr_rec.storage.pretrained import num_decoder_layers
+
+_BOUNDS = {
+    **RANKING_BOUNDS,
+    "k": Bounds(at_least=1, at_most=2**31),
+    "part_rows": Bounds(at_least=1, at_most=2**31),
+    "llm_threshold": Bounds(),
+}
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,7 @@ def preflight(request: ScoreRequest) -> BundleFiles:
 
 
 def _check_counts(request: ScoreRequest) -> None:
-    for name in ("k", "max_length", "part_rows", "batch_size"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} is {value}; give at least 1")
+    check_options({name: getattr(request, name) for name in _BOUNDS}, _BOUNDS)
 
 
 def _check_columns(request: ScoreRequest) -> None:

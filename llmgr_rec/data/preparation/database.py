@@ -26,17 +26,10 @@ class Database:
     """
 
     def __init__(self, folder: Path, memory_gb: float, threads: int) -> None:
-        config: dict[str, Any] = {
-            "memory_limit": f"{max(int(memory_gb * 1024), 1)}MiB",
-            "temp_directory": str(folder / "spill"),
-            "preserve_insertion_order": "false",
-            "autoinstall_known_extensions": "false",
-        }
-        if threads:
-            config["threads"] = threads
-        self._connection = duckdb.connect(str(folder / "scratch.duckdb"), config=config)
-        # Timestamps without a time zone are UTC, whatever the time zone of the machine.
-        self._connection.execute("SET TimeZone = 'UTC'")
+        options = {"threads": threads} if threads else {}
+        self._connection = connect(
+            folder, memory_limit=f"{max(int(memory_gb * 1024), 1)}MiB", preserve_insertion_order="false", **options
+        )
 
     def run(self, statement: str) -> list[tuple[Any, ...]]:
         """Executes a statement.
@@ -70,6 +63,33 @@ class Database:
     def close(self) -> None:
         """Closes the database; its files may then be deleted."""
         self._connection.close()
+
+
+def connect(folder: Path, **options: Any) -> duckdb.DuckDBPyConnection:
+    """Creates a database in a folder, beside its spilled data.
+
+    Args:
+        folder: Existing folder.
+        options: Options of DuckDB.
+
+    Raises:
+        UserError: DuckDB cannot create files in the folder, because it changes the path.
+    """
+    if changed := set(str(folder.resolve())) & set("\\?"):
+        raise UserError(
+            f"DuckDB cannot keep temporary files in {folder.parent}, because its path has a {changed.pop()}; give one "
+            "without it"
+        )
+    config = {
+        "temp_directory": str(folder / "spill"),
+        # Never download extensions; those used here are in the wheel.
+        "autoinstall_known_extensions": "false",
+        **options,
+    }
+    connection = duckdb.connect(str(folder / "scratch.duckdb"), config=config)
+    # Timestamps without a time zone are UTC, whatever the time zone of the machine.
+    connection.execute("SET TimeZone = 'UTC'")
+    return connection
 
 
 def literal_path(path: Path) -> str:

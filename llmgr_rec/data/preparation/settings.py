@@ -4,10 +4,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.data.preparation.duration import nanoseconds_of
 from llmgr_rec.data.repeats import ConsecutiveRepeats, RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
+
+_SHARE = Bounds(at_least=0, below=1)
+_CLICKS = Bounds(at_least=0, at_most=2**31)
+_BOUNDS = {
+    "min_interactions": _CLICKS,
+    "min_session_length": _CLICKS,
+    "max_length": Bounds(at_least=1, at_most=2**31),
+    "valid_share": _SHARE,
+    "test_share": _SHARE,
+    "hold_out_items": _SHARE,
+    # DuckDB starts all threads at once.
+    "threads": Bounds(at_least=0, at_most=1024),
+    "memory_gb": Bounds(above=0, at_most=1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -98,21 +113,10 @@ def check_settings(settings: PrepareSettings) -> None:
     Raises:
         UserError: A setting is invalid, or the output exists and is not empty.
     """
+    check_options(vars(settings), _BOUNDS)
     if (settings.interactions is None) == (settings.sessions is None):
         raise UserError("give exactly one of --interactions and --sessions")
     _check_sessions(settings)
-    if settings.max_length < 1:
-        raise UserError(f"--max_length is {settings.max_length}; give 1 or more clicks")
-    if settings.min_interactions < 0:
-        raise UserError(f"--min_interactions is {settings.min_interactions}; give 0 (no filter) or more")
-    if settings.min_session_length is not None and settings.min_session_length < 0:
-        raise UserError(f"--min_session_length is {settings.min_session_length}; give 0 (no filter) or more")
-    if not 0 <= settings.hold_out_items < 1:
-        raise UserError(
-            f"--hold_out_items is {settings.hold_out_items}; give a share of the items, at least 0 and below 1"
-        )
-    if settings.memory_gb <= 0 or settings.threads < 0:
-        raise UserError("--memory_gb must be above 0 and --threads 0 (one per core) or more")
     _check_split(settings)
     output = Path(settings.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -129,9 +133,6 @@ def _check_sessions(settings: PrepareSettings) -> None:
 
 def _check_split(settings: PrepareSettings) -> None:
     shares = {"valid_share": settings.valid_share, "test_share": settings.test_share}
-    for name, share in shares.items():
-        if not 0 <= share < 1:
-            raise UserError(f"--{name} is {share}; give a share of the sessions, at least 0 and below 1")
     if settings.split == "temporal" and not (settings.test_share > 0 and sum(shares.values()) < 1):
         raise UserError("--split temporal needs --test_share above 0 and --valid_share + --test_share below 1")
     if settings.split_column and settings.split_prefix:
