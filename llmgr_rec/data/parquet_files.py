@@ -1,7 +1,7 @@
 """The Parquet files of an input folder: which are read, which are skipped and why, and their partition columns."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,6 +16,8 @@ _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _HIDDEN = "name starts with . or _"
 # Folders that these formats keep beside files, of which some hold rows that were deleted or replaced.
 _TABLE_LOGS = {"_delta_log": "Delta Lake", ".hoodie": "Hudi"}
+# Steps from the input folder to a file or folder.
+Name = tuple[str, ...]
 # Names in a message.
 _LISTED = 10
 
@@ -82,17 +84,9 @@ def list_parquet_files(path: Path, option: str, output_marker: str | None = None
         return ParquetFiles((ParquetFile(path, path.name, {}),), ())
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a Parquet file or a folder of them to --{option}")
-    skipped: list[tuple[str, str]] = []
-    found = list(_walk(path, (), (os.path.realpath(path),), option, output_marker, skipped))
-    # Names without a link come first, so that a file is not read by the name of a link to it.
-    by_target: dict[str, tuple[str, ...]] = {}
-    for name, _ in sorted(found, key=lambda entry: (entry[1], entry[0])):
-        by_target.setdefault(os.path.realpath(path.joinpath(*name)), name)
-    read = set(by_target.values())
-    for name, _ in found:
-        if name not in read:
-            first = by_target[os.path.realpath(path.joinpath(*name))]
-            skipped.append(("/".join(name), f"same file as {'/'.join(first)}"))
+    search = _Search(path, option, output_marker)
+    search.run()
+    read, skipped = search.found, search.skipped
     if not read:
         text = next((name for name, _ in skipped if is_delimited_text(name)), None)
         remedy = conversion_advice(path / text, option) if text else f"give another one to --{option}"
@@ -101,56 +95,78 @@ def list_parquet_files(path: Path, option: str, output_marker: str | None = None
     return ParquetFiles(tuple(files), tuple(sorted(skipped)))
 
 
-def _walk(
-    root: Path,
-    folder: tuple[str, ...],
-    ancestors: tuple[str, ...],
-    option: str,
-    output_marker: str | None,
-    skipped: list[tuple[str, str]],
-    through_link: bool = False,
-) -> Iterator[tuple[tuple[str, ...], bool]]:
-    """Yields the name of each Parquet file below a folder, and whether a link leads to it."""
-    try:
-        entries = sorted(os.scandir(root.joinpath(*folder)), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(
-            f"--{option}: cannot read folder {root.joinpath(*folder)} ({error.strerror}); change its permissions"
-        ) from None
-    if folder and output_marker is not None and any(entry.name == output_marker for entry in entries):
-        skipped.append(("/".join(folder), "an output of this program"))
-        return
-    for entry in entries:
-        if entry.name in _TABLE_LOGS:
-            raise UserError(
-                f"--{option}: {root.joinpath(*folder)} is a {_TABLE_LOGS[entry.name]} table, whose files also hold "
-                "rows that were deleted or replaced; export its current rows to Parquet files"
-            )
-        if not _is_text(entry.name):
-            raise UserError(
-                f"--{option}: a name in {root.joinpath(*folder)} is not UTF-8: {_shown(entry.name)}; rename it"
-            )
-        name = (*folder, entry.name)
-        link = through_link or entry.is_symlink()
-        if entry.name.startswith((".", "_")):
-            skipped.append(("/".join(name), _HIDDEN))
-        elif entry.is_dir():
-            target = os.path.realpath(entry.path)
-            if target in ancestors:
-                skipped.append(("/".join(name), "a link to a folder that contains it"))
+class _Search:
+    """Finds what is below a folder, and visits every folder once."""
+
+    def __init__(self, root: Path, option: str, output_marker: str | None) -> None:
+        self._root = root
+        self._option = option
+        self._output_marker = output_marker
+        self._folders: list[Name] = [()]
+        self._links: list[Name] = []
+        # First name of each folder and Parquet file, by its path without links.
+        self._names: dict[str, Name] = {os.path.realpath(root): ()}
+        self.found: list[Name] = []
+        self.skipped: list[tuple[str, str]] = []
+
+    def run(self) -> None:
+        """Fills `found` and `skipped`. Links come last, so that nothing is read by a link that has another name."""
+        while self._folders or self._links:
+            if self._folders:
+                self._visit(self._folders.pop())
             else:
-                yield from _walk(root, name, (*ancestors, target), option, output_marker, skipped, link)
-        elif entry.is_symlink() and not os.path.exists(entry.path):
+                self._add(self._links.pop(0))
+
+    def _visit(self, folder: Name) -> None:
+        path = self._root.joinpath(*folder)
+        try:
+            with os.scandir(path) as entries:
+                content = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
             raise UserError(
-                f"--{option}: {entry.path} is a link to {os.readlink(entry.path)}, which does not exist; "
-                "restore it or delete the link"
+                f"--{self._option}: cannot read folder {path} ({error.strerror}); change its permissions"
+            ) from None
+        if folder and any(entry.name == self._output_marker for entry in content):
+            self._skip(folder, "an output of this program")
+            return
+        for entry in content:
+            self._check_name(entry.name, path)
+            if entry.name.startswith((".", "_")):
+                self._skip((*folder, entry.name), _HIDDEN)
+            elif entry.is_symlink():
+                self._links.append((*folder, entry.name))
+            else:
+                self._add((*folder, entry.name))
+
+    def _check_name(self, name: str, folder: Path) -> None:
+        if name in _TABLE_LOGS:
+            raise UserError(
+                f"--{self._option}: {folder} is a {_TABLE_LOGS[name]} table, whose files also hold rows that were "
+                "deleted or replaced; export its current rows to Parquet files"
             )
-        elif not entry.name.lower().endswith(SUFFIXES):
-            skipped.append(("/".join(name), "not named *.parquet"))
-        elif not entry.is_file():
-            skipped.append(("/".join(name), "not a regular file"))
+        if not _is_text(name):
+            raise UserError(f"--{self._option}: a name in {folder} is not UTF-8: {_shown(name)}; rename it")
+
+    def _add(self, name: Name) -> None:
+        """Reads a file, skips it, or remembers a folder to visit."""
+        path = self._root.joinpath(*name)
+        is_folder = path.is_dir()
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"--{self._option}: {path} is a link to {os.readlink(path)}, which does not exist; restore it or "
+                "delete the link"
+            )
+        if not is_folder and not name[-1].lower().endswith(SUFFIXES):
+            self._skip(name, "not named *.parquet")
+        elif not is_folder and not path.is_file():
+            self._skip(name, "not a regular file")
+        elif (first := self._names.setdefault(os.path.realpath(path), name)) != name:
+            self._skip(name, f"same as {'/'.join(first) or 'the folder itself'}")
         else:
-            yield name, link
+            (self._folders if is_folder else self.found).append(name)
+
+    def _skip(self, name: Name, reason: str) -> None:
+        self.skipped.append(("/".join(name), reason))
 
 
 def _partitions(folders: Sequence[str]) -> dict[str, str | None]:
