@@ -219,14 +219,16 @@ def remove_stale(path: Path) -> None:
     Args:
         path: The file or folder that the temporaries were to become, or were named by.
     """
-    name = re.escape(path.name)
-    pattern = re.compile(rf"\.tmp-{_WRITER}-{name}|{name}\.(?:tmp|scratch)-{_WRITER.replace('?P<', '?P<folder_')}")
+    own = re.escape(path.name)
+    pattern = re.compile(rf"\.tmp-{_WRITER}-{own}|{own}\.(?:tmp|scratch)-{_WRITER.replace('?P<', '?P<folder_')}")
     if not path.parent.is_dir():
         return
-    for other in path.parent.iterdir():
-        match = pattern.fullmatch(other.name)
+    # A folder of scores has thousands of files.
+    for name in os.listdir(path.parent):
+        match = pattern.fullmatch(name)
         if match is None:
             continue
+        other = path.parent / name
         pid, machine, start = (match[key] or match[f"folder_{key}"] for key in ("pid", "machine", "start"))
         if not _is_stale(other, int(pid), machine, start):
             continue

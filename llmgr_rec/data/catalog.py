@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.item_ids import int64_ids, matches, plain_ids
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
 from llmgr_rec.errors import UserError
 
 _REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 _TEXT_SEPARATOR = ", "
-_LARGEST_INT64 = pa.scalar(2**63 - 1, pa.uint64())
 
 
 @dataclass
@@ -157,49 +157,55 @@ class Catalog:
     def index_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Item index of each raw id, int64; -1 for unknown ids and nulls.
 
-        For string ids, each call builds a hash table of the catalog, so pass many ids per call. For int64 ids, a binary
-        search uses a sort order that is computed once.
+        An id that has been a float is found, too: `12.0` is 12, also in text.
+
+        If the catalog's ids are strings, each call builds a hash table of the catalog, so pass many ids per call. If
+        they are int64, a binary search uses a sort order that is computed once.
 
         Args:
-            ids: Raw ids of the catalog's type; any integer type if the catalog's is int64.
+            ids: Raw ids: text, or if the catalog's are int64, integers of any width, whole floats or text.
 
         Raises:
-            UserError: The ids have another type.
+            UserError: The ids have another type, or a float is not an exact integer.
         """
-        if not _castable(ids.type, self.item_ids.type):
+        array = _one_array(ids)
+        if not matches(array.type, self.item_ids.type):
             raise UserError(
                 f"item ids are {ids.type} but the catalog's are {self.item_ids.type} ({self.file}); "
                 f"cast them to {self.item_ids.type}"
             )
-        array = _one_array(ids)
-        if pa.types.is_uint64(array.type):
-            # The cast would fail on values beyond int64, which no catalog contains.
-            array = pc.if_else(pc.less_equal(array, _LARGEST_INT64), array, None)
-        queries = array.cast(self.item_ids.type)
         if pa.types.is_string(self.item_ids.type):
-            indices = pc.index_in(queries, value_set=self.item_ids, skip_nulls=True)
-            return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+            return self._index_of_text(array.cast(pa.large_string()))
+        queries = int64_ids(array)
         sorted_ids, order = self._search_order
         values = queries.fill_null(0).to_numpy()
         positions = np.minimum(np.searchsorted(sorted_ids, values), len(order) - 1)
         is_known = (sorted_ids[positions] == values) & queries.is_valid().to_numpy(zero_copy_only=False)
         return np.where(is_known, order[positions], -1)
 
+    def _index_of_text(self, ids: pa.Array) -> np.ndarray:
+        indices = self._look_up(ids)
+        unknown = np.flatnonzero(indices < 0)
+        as_given = ids.take(pa.array(unknown))
+        plain = plain_ids(as_given)
+        if not plain.equals(as_given):
+            indices[unknown] = self._look_up(plain)
+        return indices
+
+    def _look_up(self, ids: pa.Array) -> np.ndarray:
+        indices = pc.index_in(ids, value_set=self._large_item_ids, skip_nulls=True)
+        return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    @cached_property
+    def _large_item_ids(self) -> pa.Array:
+        """The string ids with offsets of 64 bits, because those of a query may need them."""
+        return self.item_ids.cast(pa.large_string())
+
     @cached_property
     def _search_order(self) -> tuple[np.ndarray, np.ndarray]:
         ids = self.item_ids.to_numpy()
         order = np.argsort(ids)
         return ids[order], order
-
-
-def _castable(given: pa.DataType, known: pa.DataType) -> bool:
-    if pa.types.is_dictionary(given):
-        given = given.value_type
-    if pa.types.is_null(given):
-        return True
-    if pa.types.is_string(known):
-        return pa.types.is_string(given) or pa.types.is_large_string(given) or pa.types.is_string_view(given)
-    return pa.types.is_integer(given)
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:

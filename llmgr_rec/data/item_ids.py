@@ -9,9 +9,14 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmgr_rec.errors import UserError
+
 # Integers up to this one are exact as float64.
 LARGEST_EXACT_FLOAT = 2**53
+LARGEST_EXACT_FLOAT32 = 2**24
 _FLOAT_ID = r"^(-?(?:0|[1-9][0-9]*))\.0$"
+_INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
+_LARGEST_INT64 = pa.scalar(2**63 - 1, pa.uint64())
 # As spreadsheets (1.23457E+12) and pandas (1e+16) write large numbers. Hexadecimal ids have no plus sign.
 _SCIENTIFIC = r"^[0-9](?:\.[0-9]+)?[eE]\+[0-9]{2,}$"
 
@@ -23,6 +28,59 @@ def plain_ids(ids: pa.Array) -> pa.Array:
         ids: Strings; nulls stay nulls.
     """
     return pc.replace_substring_regex(ids, _FLOAT_ID, r"\1")
+
+
+def int64_ids(ids: pa.Array) -> pa.Array:
+    """Ids as int64; null where no integer equals them.
+
+    Args:
+        ids: Integers, whole floats, text or nulls.
+
+    Raises:
+        UserError: A float is not an exact integer.
+    """
+    ids = _without_floats(ids)
+    if pa.types.is_uint64(ids.type):
+        # The cast would fail on larger values.
+        ids = pc.if_else(pc.less_equal(ids, _LARGEST_INT64), ids, None)
+    if is_text(ids.type):
+        ids = plain_ids(ids.cast(pa.large_string()))
+        numbers = pc.if_else(pc.match_substring_regex(ids, _INTEGER), ids, None).cast(pa.decimal128(20, 0))
+        ids = pc.if_else(pc.less_equal(pc.abs(numbers), _LARGEST_INT64.cast(numbers.type)), numbers, None)
+    return ids.cast(pa.int64())
+
+
+def is_text(found: pa.DataType) -> bool:
+    """Whether a type is text."""
+    return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
+
+
+def matches(found: pa.DataType, catalog: pa.DataType) -> bool:
+    """Whether ids of a type can be those of a catalog.
+
+    Integers do not match text: they may be item indices of a data set whose file has lost the mark of prepare.
+
+    Args:
+        found: Type of the ids.
+        catalog: Type of the catalog's ids, string or int64.
+    """
+    is_number = pa.types.is_integer(found) or pa.types.is_floating(found)
+    return is_text(found) or pa.types.is_null(found) or (is_number and pa.types.is_int64(catalog))
+
+
+def _without_floats(ids: pa.Array) -> pa.Array:
+    """Integers of whole floats, null for NaN; other types as they are."""
+    if not pa.types.is_floating(ids.type):
+        return ids
+    largest = LARGEST_EXACT_FLOAT if pa.types.is_float64(ids.type) else LARGEST_EXACT_FLOAT32
+    values = pc.if_else(pc.is_nan(ids), None, ids).cast(pa.float64())
+    lossy = values.filter(pc.or_(pc.not_equal(values, pc.floor(values)), pc.greater_equal(pc.abs(values), largest)))
+    if len(lossy):
+        raise UserError(
+            f"{len(lossy):,} ids are floats, but no exact integers, such as {lossy[0].as_py()!r}, so digits are lost; "
+            "write ids as integers or strings"
+        )
+    return values.cast(pa.int64())
 
 
 def is_float_id_sql(text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmgr_rec.data.delimited_text import not_parquet
 from llmgr_rec.errors import UserError
 
 # Mean number of values of a column, and of bytes as they are encoded in the file, of a block.
@@ -52,13 +53,18 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     """Opens a file and reads its footer.
 
     Raises:
-        UserError: The file is not a complete Parquet file.
+        UserError: The file is not a complete Parquet file; for a CSV, with the command that converts it.
     """
     try:
-        return pq.ParquetFile(path, buffer_size=_READ_BYTES)
+        return pq.ParquetFile(
+            path,
+            buffer_size=_READ_BYTES,
+            page_checksum_verification=True,
+            # In nanoseconds, times of Spark beyond the year 2262 become others without a word.
+            coerce_int96_timestamp_unit="us",
+        )
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is truncated or not a Parquet file ({reason}); write it again") from None
+        raise not_parquet(path, "input", error) from None
 
 
 def row_groups(metadata: pq.FileMetaData, columns: Sequence[str]) -> tuple[RowGroup, ...]:

@@ -4,6 +4,7 @@ Shapes: R rows of a part, L clicks of its sessions.
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.scoring.blocks import Block, RowGroup, open_parquet, read_blocks, row_groups
 from llmgr_rec.scoring.common_schema import CommonSchema
 
+logger = logging.getLogger(__name__)
+
 Ints = NDArray[np.int64]
 UnknownItems = Literal["skip", "error"]
 
@@ -32,6 +35,8 @@ ITEMS = "items"
 # A folder with this file is a scoring output, whose files are not input.
 MANIFEST_NAME = "_manifest.json"
 
+# Ids in a message.
+_EXAMPLES = 3
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 
 
@@ -126,6 +131,7 @@ class SessionFiles:
         self.columns = list(columns)
         self._catalog = catalog
         self._unknown_items = unknown_items
+        self._unknown_examples: list[str | int] = []
         self._schema = CommonSchema(frozenset([SESSION_ID]))
         listing = list_parquet_files(path, "input", MANIFEST_NAME)
         self.description = listing.describe()
@@ -166,11 +172,23 @@ class SessionFiles:
             UserError: There is a null, an index out of range or, if that is an error, an unknown item, or a value does
                 not fit the type of its column in other files.
         """
+        known = unknown = 0
         for file in self.files:
             for block in self._blocks(file, 0):
-                self._decode(file, block.group, block.table)
+                _check_encoding(block.table, f"{file.path}, row group {block.group}")
+                items, _, skipped = self._decode(file, block.group, block.table)
+                known, unknown = known + len(items), unknown + skipped
                 self._copied(file, block.group, block.table)
                 on_rows(block.table.num_rows)
+        if unknown > known:
+            logger.warning(
+                "only %s of %s clicks are on items that the model knows: the input has %s, the model %s; "
+                "check that both name items alike",
+                f"{known:,}",
+                f"{known + unknown:,}",
+                ", ".join(map(repr, self._unknown_examples)),
+                ", ".join(map(repr, self._catalog.item_ids[:_EXAMPLES].to_pylist())),
+            )
 
     def read(self, part: Part) -> PartSessions:
         """Reads the sessions of a part.
@@ -281,12 +299,20 @@ class SessionFiles:
         # Not casts and offsets: pyarrow 26 loses the last list of a view when it casts it to a list.
         clicks, lengths = lists.flatten(), pc.list_value_length(lists).to_numpy(zero_copy_only=False)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        if clicks.null_count:
-            raise UserError(f"{where}: column {ITEMS} has {clicks.null_count} null item ids; remove them")
+        # The null of pandas in a list of numbers.
+        nulls = pc.sum(pc.is_null(clicks, nan_is_null=True)).as_py() or 0
+        if nulls:
+            raise UserError(f"{where}: column {ITEMS} has {nulls} null item ids; remove them")
         if file.has_indices:
             return self._checked_indices(np.array(clicks, dtype=np.int64), where), offsets, 0
-        items = self._catalog.index_of(clicks)
+        try:
+            items = self._catalog.index_of(clicks)
+        except UserError as error:
+            raise UserError(f"{where}: column {ITEMS}: {error}") from None
         known = items >= 0
+        if len(self._unknown_examples) < _EXAMPLES:
+            examples = [clicks[row].as_py() for row in np.flatnonzero(~known)[:_EXAMPLES].tolist()]
+            self._unknown_examples = [*self._unknown_examples, *examples][:_EXAMPLES]
         if self._unknown_items == "error" and not known.all():
             first = clicks[int(np.argmin(known))].as_py()
             raise UserError(
@@ -304,6 +330,16 @@ class SessionFiles:
                 f"{self._catalog.num_items - 1}; prepare the data set again with python -m llmgr_rec.prepare"
             )
         return items
+
+
+def _check_encoding(table: pa.Table, where: str) -> None:
+    """Raises a `UserError` if text is not UTF-8, which neither this program nor a reader of its output can show."""
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: column {name} is damaged or not UTF-8 ({reason}); write it again") from None
 
 
 def _is_list(found: pa.DataType) -> bool:

@@ -129,7 +129,9 @@ class ScoreFolder:
         }
         metadata = {key: str(count).encode() for key, count in counts.items()}
         with atomic_write(self.path / part.name) as partial:
-            pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
+            pq.write_table(
+                table.replace_schema_metadata(metadata), partial, compression="zstd", write_page_checksum=True
+            )
 
     def finish(self) -> Totals:
         """Counts the rows of all parts and marks the folder complete.

@@ -47,6 +47,25 @@ def test_integer_ids_are_found(tmp_path: Path) -> None:
     assert catalog.index_of(pa.array(hashes, pa.uint64()).dictionary_encode()).tolist() == [-1, 2, -1, -1, -1]
 
 
+def test_ids_that_have_been_floats_are_found(tmp_path: Path) -> None:
+    numbers = Catalog.load(write_items(tmp_path / "numbers", 3, item_id=[50, -7, 2**60]))
+    assert numbers.index_of(pa.array([50.0, -7.0, None, float("nan"), 8.0])).tolist() == [0, 1, -1, -1, -1]
+    assert numbers.index_of(pa.array([50, -7], pa.float32())).tolist() == [0, 1]
+    texts = ["50", "-7.0", "x", "050", "50.5", "", None, str(2**60), str(2**63)]
+    assert numbers.index_of(pa.array(texts)).tolist() == [0, 1, -1, -1, -1, -1, -1, 2, -1]
+    assert numbers.index_of(pa.array(texts, pa.string_view())).tolist()[:2] == [0, 1]
+    for wrong in (
+        pa.array([50.0, 1.5]),
+        pa.array([2.0**53]),
+        pa.array([2**24], pa.float32()),
+        pa.array([float("inf")]),
+    ):
+        with pytest.raises(UserError, match=r"1 ids are floats, but no exact integers, such as .* so digits are lost"):
+            numbers.index_of(wrong)
+    words = Catalog.load(write_items(tmp_path / "words", 3, item_id=["12", "7.0", "x"]))
+    assert words.index_of(pa.array(["12.0", "7.0", "7", "x", "x.0", None])).tolist() == [0, 1, -1, 2, -1, -1]
+
+
 def test_zero_is_not_taken_for_null(tmp_path: Path) -> None:
     catalog = Catalog.load(write_items(tmp_path, 2, item_id=[0, 1]))
 
@@ -58,6 +77,8 @@ def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="item ids are int64 but the catalog's are string"):
         catalog.index_of(pa.array([1]))
+    with pytest.raises(UserError, match="item ids are bool but the catalog's are string"):
+        catalog.index_of(pa.array([True]))
 
 
 def test_texts_join_the_columns_that_hold_something(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Bad input to scoring: one line that names the place, before anything is written."""
 
+import logging
 from collections.abc import Iterator
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def null_lists() -> pa.Array:
         (null_lists(), {}, r"row group 1: column items has 1 nulls; write an empty list"),
         (pa.array([[1, 2], [3]]), {}, r"column items has int64 ids, but the catalog's item ids are string; cast"),
         (pa.array(["i1", "i2"]), {}, r"column items is string, not a list"),
+        (pa.array([[True], []]), {}, r"column items has bool ids, but the catalog's item ids are string; cast"),
         (GOOD, {"columns": ["weigth"]}, r"no column weigth, did you mean weight"),
         (GOOD, {"columns": ["scores"]}, r"--columns names scores, which is a column of the output"),
         (GOOD, {"k": 0}, r"--k is 0"),
@@ -67,7 +70,7 @@ def test_absent_truncated_and_missing_files(tmp_path):
         score(tmp_path / "empty", tmp_path / "out")
     source = write_sessions(tmp_path / "in" / "a.parquet", GOOD)
     source.write_bytes(source.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.parquet is truncated or not a Parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet \(--input\) is not a complete Parquet file"):
         score(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -250,6 +253,46 @@ def test_numbers_that_fit_are_read_as_one_type(tmp_path: Path, catalog: Catalog)
     table, _ = read_all(SessionFiles(tmp_path / "in", ["session_id", "n"], catalog, "skip"))
     assert table["n"].to_pylist() == [1, 2, -1, 2, 0.5, 1]
     assert table.schema.field("n").type == pa.float64()
+
+
+def test_a_warning_says_if_most_items_are_unknown(
+    tmp_path: Path, catalog: Catalog, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("llmgr_rec"), "propagate", True)
+    for name, sessions, warns in (("few", [["1", "2"], ["id0", "3", "4", "5"]], True), ("half", [["id0", "1"]], False)):
+        caplog.clear()
+        source = write_sessions(tmp_path / f"{name}.parquet", sessions)
+        SessionFiles(source, ["session_id"], catalog, "skip").check(lambda rows: None)
+        expected = "only 1 of 6 clicks are on items that the model knows: the input has '1', '2', '3', the model 'id0'"
+        assert (expected in caplog.text) == bool(caplog.text) == warns
+
+
+def test_times_of_spark_and_damaged_pages(tmp_path: Path, catalog: Catalog) -> None:
+    time = datetime(9999, 12, 31)
+    table = pa.table({"session_id": ["a"], "items": [["id0"]], "time": pa.array([time], pa.timestamp("us"))})
+    source = tmp_path / "in.parquet"
+    options = {"use_deprecated_int96_timestamps": True, "store_schema": False, "write_page_checksum": True}
+    pq.write_table(table, source, use_dictionary=False, compression="none", **options)
+    read, _ = read_all(SessionFiles(source, ["session_id", "time"], catalog, "skip"))
+    assert read["time"].to_pylist() == [time]
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"id0", b"id1"))
+    with pytest.raises(UserError, match=r"row group 0: unreadable .*CRC checksum"):
+        SessionFiles(source, ["session_id"], catalog, "skip").check(lambda rows: None)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path, catalog: Catalog) -> None:
+    wrong, right = pa.array([b"id\xff"]).view(pa.string()), pa.array(["a"])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), wrong)
+    kinds = [
+        ("session_id", {"session_id": wrong, "items": pa.array([["id0"]])}),
+        ("items", {"session_id": right, "items": lists}),
+    ]
+    for name, columns in kinds:
+        write(tmp_path / "in.parquet", **columns)
+        with pytest.raises(UserError, match=rf"row group 0: column {name} is damaged or not UTF-8 \(.*UTF8") as caught:
+            SessionFiles(tmp_path / "in.parquet", ["session_id"], catalog, "skip").check(lambda rows: None)
+        assert "\n" not in str(caught.value)
 
 
 def test_row_groups_that_arrow_cannot_read_at_once_are_read_in_blocks(

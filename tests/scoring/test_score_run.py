@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.process_group import World, barrier
 from llmgr_rec.errors import UserError
+from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.scoring import score_run as scoring_run
 from llmgr_rec.scoring.output import ScoreFolder
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
@@ -232,7 +233,15 @@ def scored_on_ranks(world: World, source: Path, output: Path) -> None:
     # A process group exists already here, as it does not under torchrun.
     shut, joined = scoring_run.shutdown, scoring_run.init_distributed
     scoring_run.shutdown, scoring_run.init_distributed = lambda: None, lambda *_: world
+    lock = FolderLock(output, "scoring")
     try:
+        if world.rank == 0:
+            output.mkdir()
+            lock.acquire()
+        barrier(world)
+        with pytest.raises(UserError, match="another process is scoring"):
+            score_run(request(source, output, **ON_RANKS))
+        lock.release()
         score_run(request(source, output, **ON_RANKS))
     finally:
         scoring_run.shutdown, scoring_run.init_distributed = shut, joined

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmgr_rec.data.delimited_text import not_parquet
-from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, plain_id_sql
+from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, LARGEST_EXACT_FLOAT32, plain_id_sql
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.preparation.database import literal_path
 from llmgr_rec.errors import UserError
@@ -27,7 +27,7 @@ _EXPECTED_TYPES = {
     "id_list": "a list of string, int64 or whole floats",
 }
 # Largest integer up to which all integers are exact, by type.
-_EXACT = {"float": LARGEST_EXACT_FLOAT, "float32": 2**24}
+_EXACT = {"float": LARGEST_EXACT_FLOAT, "float32": LARGEST_EXACT_FLOAT32}
 # Type of a column that a file does not have, and the name of its folder has.
 _FROM_FOLDER = "from the folder name"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
