@@ -47,11 +47,16 @@ class BadRows:
         shown = [(number, f"{value!r} {problem}" if value else problem) for number, value in first]
         self._first = heapq.nsmallest(_SHOWN, [*self._first, *shown])
 
-    def finish(self, rows: int) -> None:
+    def has(self, problem: str) -> bool:
+        """Whether any row has a problem."""
+        return problem in self._counts
+
+    def finish(self, rows: int, other_remedy: str = "") -> None:
         """Ends the conversion, or logs what is dropped.
 
         Args:
             rows: Number of rows of the file, the bad ones included.
+            other_remedy: What the user may do instead of correcting or dropping the rows.
 
         Raises:
             UserError: There are bad rows, and they are an error or all rows are bad.
@@ -61,8 +66,10 @@ class BadRows:
         shown = "; ".join(f"line {number:,}: {problem}" for number, problem in self._first)
         if self._policy != "drop":
             more = f" ({self.count:,} bad rows of {rows:,} in all)" if self.count > len(self._first) else ""
-            remedy = ", or drop them with --bad_rows drop" if self._policy else ""
-            raise UserError(f"{self._source}: {shown}{more}; correct such rows{remedy}")
+            remedies = ["correct such rows"]
+            remedies += ["drop them with --bad_rows drop"] if self._policy else []
+            remedies += [other_remedy] if other_remedy else []
+            raise UserError(f"{self._source}: {shown}{more}; {', or '.join(remedies)}")
         if self.count == rows:
             raise UserError(f"{self._source}: all {rows:,} rows are bad: {shown}; check the options and the file")
         _log.warning("%s: dropped %s bad rows of %s: %s", self._source, f"{self.count:,}", f"{rows:,}", shown)

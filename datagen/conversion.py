@@ -4,6 +4,7 @@ DuckDB reads, checks and sorts the rows. Its memory is limited to `_MEMORY`; the
 """
 
 import logging
+import math
 import re
 import shutil
 from collections import Counter
@@ -88,16 +89,21 @@ class Conversion:
         Raises:
             UserError: A value is missing or not a number, or no row remains.
         """
+        if min_rating is not None and not math.isfinite(min_rating):
+            raise UserError(f"--min_rating is {min_rating}; give a number")
         _log.info("reading %s", source)
         bad = BadRows(source, self._policy)
         broken = self._load(source, rows, names, bad)
-        times = read_times(self._row, time_format) if "time" in names else TimeReading("0::BIGINT", "")
+        times = TimeReading("0::BIGINT", "")
+        if "time" in names:
+            times = read_times(self._row, time_format, f"{source}: {names['time']}")
         for note in times.notes:
             _log.warning("%s: %s: %s", source, names["time"], note)
         rated = min_rating is not None
         problem = self._find_problems(bad, names, times, rated)
         total = self._value("SELECT count(*) FROM raw")
-        bad.finish(total + broken)
+        unreadable = "time" in names and bad.has(_not_a_time(names, times))
+        bad.finish(total + broken, times.remedy if unreadable else "")
         condition = f"({problem}) IS NULL" if bad.count else "true"
         if rated:
             condition += f" AND CAST(rating AS DOUBLE) >= {min_rating!r}"
@@ -151,7 +157,7 @@ class Conversion:
             for name in _IDS
         ]
         if "time" in names:
-            problems.append((f"of {names['time']} {times.problem}", f"{times.sql} IS NULL", "time"))
+            problems.append((_not_a_time(names, times), f"{times.sql} IS NULL", "time"))
         if rated:
             number = "NOT coalesce(isfinite(TRY_CAST(rating AS DOUBLE)), false)"
             problems.append((f"of {names['rating']} is not a number", number, "coalesce(rating, '')"))
@@ -354,6 +360,10 @@ class Conversion:
 
     def _value(self, query: str) -> Any:
         return self._row(query)[0]
+
+
+def _not_a_time(names: dict[str, str], times: TimeReading) -> str:
+    return f"of {names['time']} {times.problem}"
 
 
 @contextmanager

@@ -24,6 +24,7 @@ _ISO = (
 _CLOCKS = ("", "%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M:%S %p")
 _DAYS = {"mdy": "%m{0}%d{0}", "dmy": "%d{0}%m{0}"}
 _FORMATS = "auto, number, mdy (01/31/2024), dmy (31.01.2024), or a pattern such as '%d %b %Y %H:%M'"
+_OTHER_FORMATS = "name the form of the dates with --time_format, such as mdy for 01/31/2024"
 _MICROSECOND_DIGITS, _NANOSECOND_DIGITS = 6, 9
 
 
@@ -34,11 +35,13 @@ class TimeReading:
     Args:
         sql: SQL of the time, a BIGINT; null where the text is not a time.
         problem: What is wrong with such a text, as the end of a sentence.
+        remedy: What may help, if texts are not times, besides their correction.
         notes: What the user should know, one line each.
     """
 
     sql: str
     problem: str
+    remedy: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -62,13 +65,14 @@ def check_time_format(time_format: str) -> None:
         raise UserError(f"--time_format {time_format!r}: {reason}; give {_FORMATS}") from None
 
 
-def read_times(query: Query, time_format: str) -> TimeReading:
+def read_times(query: Query, time_format: str, where: str) -> TimeReading:
     """Chooses how the column `time` of table `raw` is read.
 
     Args:
         query: Runs SQL and returns the first row.
         time_format: `auto` reads numbers or ISO dates, whichever are more; `number` reads numbers of one unit, whatever
             their size; `mdy` and `dmy` read dates with month or day first; anything else is a pattern of strptime.
+        where: File and column, for messages.
 
     Raises:
         UserError: The numbers are in several units that cannot be told apart.
@@ -87,61 +91,66 @@ def read_times(query: Query, time_format: str) -> TimeReading:
         sql = f"CAST(try_strptime(time, {_literals([time_format])}) AS TIMESTAMPTZ)"
         return _dates(query, sql, f"a date of the form {time_format}")
     if time_format == "number":
-        return _numbers(query, one_unit=True)
+        return _numbers(query, where, one_unit=True)
     numbers, dates = query(f"SELECT count(*) FILTER ({_NUMBER}), count(*) FILTER ({_ISO} IS NOT NULL) FROM raw")
     if dates > numbers:
-        return _dates(query, _ISO, "a date like 2024-01-31T12:00:00Z, as most others are")
-    return _numbers(query, one_unit=False)
+        return _dates(query, _ISO, "a date like 2024-01-31T12:00:00Z")
+    return _numbers(query, where, one_unit=False)
 
 
 def _dates(query: Query, moment: str, expected: str) -> TimeReading:
     """Dates become microseconds since 1970, or nanoseconds if any has more than six digits after its seconds."""
-    problem = f"is not {expected}"
+    problem, remedy = f"is not {expected}", _OTHER_FORMATS
     if not query(f"SELECT count(*) FROM raw WHERE length({_decimals()}) > {_MICROSECOND_DIGITS}")[0]:
-        return TimeReading(f"CASE WHEN isfinite({moment}) THEN epoch_us({moment}) END", problem)
+        return TimeReading(f"CASE WHEN isfinite({moment}) THEN epoch_us({moment}) END", problem, remedy)
     below = f"CAST(rpad(substr({_decimals()}, 7, 3), 3, '0') AS BIGINT)"
     sql = f"CASE WHEN isfinite({moment}) THEN TRY(epoch_us({moment}) * 1000 + {below}) END"
-    return TimeReading(sql, problem, ("times have more digits than microseconds, so they become nanoseconds",))
+    return TimeReading(sql, problem, remedy, ("times have more digits than microseconds, so they become nanoseconds",))
 
 
-def _numbers(query: Query, one_unit: bool) -> TimeReading:
-    problem = "is not a number" if one_unit else "is not a number or a date like 2024-01-31; --time_format names others"
+def _numbers(query: Query, where: str, one_unit: bool) -> TimeReading:
+    problem, remedy = "is not a number", ""
+    if not one_unit:
+        problem, remedy = "is not a number or a date like 2024-01-31", _OTHER_FORMATS
     value = "TRY_CAST(time AS DOUBLE)"
-    digits, scientific, outside, *per_unit = query(
-        f"SELECT max(length({_decimals()})) FILTER ({value} <> round({value})), "
-        f"count(*) FILTER (contains(upper(time), 'E')), "
+    scientific = "contains(upper(time), 'E')"
+    digits, count_scientific, outside, *per_unit = query(
+        f"SELECT max(length({_decimals()})) FILTER (NOT {scientific} OR {value} <> round({value})), "
+        f"count(*) FILTER ({scientific}), "
         f"count(*) FILTER ({unit_sql(f'abs({value})')} IS NULL), "
         + ", ".join(f"count(*) FILTER ({unit_sql(f'abs({value})')} = '{name}')" for name in UNITS)
         + f" FROM raw WHERE {_NUMBER}"
     )
     digits = digits or 0
     notes = []
-    if scientific:
+    if count_scientific:
         notes.append(
-            f"{scientific:,} times are in scientific notation, as spreadsheets write them, and may have lost digits; "
-            "clicks of equal time keep the order of the file"
+            f"{count_scientific:,} times are in scientific notation, as spreadsheets write them, and may have lost "
+            "digits; clicks of equal time keep the order of the file"
         )
     counts = {name: count for name, count in zip(UNITS, per_unit, strict=True) if count}
     if len(counts) > 1 and not one_unit:
         if outside:
             raise UserError(
-                f"times are {describe_units(counts)} since 1970, and {outside:,} fit neither; correct them, or pass "
-                "--time_format number if all are of one unit"
+                f"{where}: times are {describe_units(counts)} since 1970, and {outside:,} fit neither; correct them, "
+                "or pass --time_format number if all are of one unit"
             )
         finest = max([UNITS[name] for name in counts] + [10**_MICROSECOND_DIGITS] * bool(digits))
         name = next(name for name, scale in UNITS.items() if scale == finest)
         notes.append(f"times are {describe_units(counts)} since 1970; all are converted to {name}")
         cases = " ".join(f"WHEN '{unit}' THEN {finest // UNITS[unit]}" for unit in counts)
         factor = f"CASE {unit_sql(f'abs({value})')} {cases} END"
-        return TimeReading(f"TRY(CAST(TRY_CAST(time AS DECIMAL(38, 9)) * {factor} AS BIGINT))", problem, tuple(notes))
+        return TimeReading(
+            f"TRY(CAST(TRY_CAST(time AS DECIMAL(38, 9)) * {factor} AS BIGINT))", problem, remedy, tuple(notes)
+        )
     if not digits:
         # Integers are cast directly, because a double cannot represent all of them.
         whole = f"coalesce(TRY_CAST(time AS BIGINT), TRY(CAST(round({value}) AS BIGINT)))"
-        return TimeReading(f"CASE WHEN {_NUMBER} THEN {whole} END", problem, tuple(notes))
+        return TimeReading(f"CASE WHEN {_NUMBER} THEN {whole} END", problem, remedy, tuple(notes))
     digits = _MICROSECOND_DIGITS if digits <= _MICROSECOND_DIGITS else _NANOSECOND_DIGITS
     notes.append(f"times have fractions, so they are converted to {'millionths' if digits == 6 else 'billionths'}")
     sql = f"TRY(CAST(TRY_CAST(time AS DECIMAL(38, {digits})) * {10**digits} AS BIGINT))"
-    return TimeReading(sql, problem, tuple(notes))
+    return TimeReading(sql, problem, remedy, tuple(notes))
 
 
 def _decimals() -> str:

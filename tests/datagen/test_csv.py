@@ -151,6 +151,7 @@ def test_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _times(tmp_path, "1706702400123456789", "1706702400123456788") == [1706702400123456789, 1706702400123456788]
     assert _times(tmp_path, "45321.75", "45321.5", "45322", "-2.5") == [45321750000, 45321500000, 45322000000, -2500000]
     assert _times(tmp_path, "1706702400.123456", "1706702400.123457") == [noon + 123456, noon + 123457]
+    assert _times(tmp_path, "1706702400.000000002", "1706702400.5") == [noon * 1000 + 2, noon * 1000 + 500_000_000]
     assert _times(tmp_path, "1706702400.0", "-3", "+4", "1.7e9") == [1706702400, -3, 4, 1700000000]
 
 
@@ -187,7 +188,9 @@ def test_units_are_not_mixed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     )
     assert _times(tmp_path, "1706702400.5", "1706702400250") == [1706702400500000, 1706702400250000]
     assert _times(tmp_path, *mixed, "5", options=("--time_format=number",)) == [*map(int, mixed), 5]
-    with pytest.raises(UserError, match=r"times are 1 in seconds and 2 in milliseconds since 1970, and 1 fit neither"):
+    with pytest.raises(
+        UserError, match=r"log\.csv: at: times are 1 in seconds and 2 in milliseconds since 1970, and 1 fit neither"
+    ):
         _times(tmp_path, *mixed, "5")
     assert _times(tmp_path, "1.70671E+12", "1.70671E+12") == [1706710000000] * 2
     assert "2 times are in scientific notation" in caplog.text
@@ -253,8 +256,9 @@ def test_bad_rows_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCapt
         _run(tmp_path, log)
     assert str(caught.value).endswith(
         "log.csv: line 4: has 3 fields, but the header has 4; line 5: has 5 fields, but the header has 4; "
-        "line 6: 'later' of at is not a number or a date like 2024-01-31; --time_format names others "
-        "(6 bad rows of 9 in all); correct such rows, or drop them with --bad_rows drop"
+        "line 6: 'later' of at is not a number or a date like 2024-01-31 (6 bad rows of 9 in all); correct such rows, "
+        "or drop them with --bad_rows drop, or name the form of the dates with --time_format, such as mdy for "
+        "01/31/2024"
     )
     _run(tmp_path, log, "--bad_rows=drop")
     assert [row[1] for row in interactions(tmp_path / "out")] == ["a", "f", "h"]
@@ -298,6 +302,7 @@ def test_plain_blocks_equal_quoted_blocks(tmp_path: Path, monkeypatch: pytest.Mo
         (LOG, ["--encoding=utf-16"], r"log\.csv is not utf-16 text; name its encoding"),
         (LOG, ["--bad_rows=skip"], r"bad_rows.*skip"),
         (LOG, ["--min_rating=3"], r"--min_rating and --rating_column require each other"),
+        (LOG, ["--min_rating=.nan", "--rating_column=stars"], r"--min_rating is nan; give a number"),
         (LOG, ["--min_rating=9", "--rating_column=stars"], r"all 4 rows are below --min_rating 9"),
         (LOG, ["--title_column=name"], r"these options need --items"),
         (LOG, ["--sessions=log.csv"], r"exactly one of --interactions and --sessions"),
@@ -310,7 +315,7 @@ def test_plain_blocks_equal_quoted_blocks(tmp_path: Path, monkeypatch: pytest.Mo
         (LOG + '1,u,"a,3\n', [], r"log\.csv: line 6: opens a quote that is never closed"),
         (LOG + '1,u,"a"b,3\n', [], r"log\.csv: line 6: has a quote inside a quoted field"),
         ("at,who,sku\n2024-01-31,u,a\nlater,u,b\n", [], r"log\.csv: line 3: 'later' of at is not a date like 2024"),
-        ("at,who,sku\n01/31/2024,u,a\n", [], r"line 2: '01/31/2024' of at is not .*; --time_format names others"),
+        ("at,who,sku\n01/31/2024,u,a\n", [], r"line 2: '01/31/2024' of at is not .* --time_format, such as mdy"),
         ("at,who,sku\n12-11-10,u,a\n", [], r"line 2: '12-11-10' of at is not "),
         ("at,who,sku\n5,u,a\n2024-01-31,u,b\n", [], r"log\.csv: line 3: '2024-01-31' of at is not a number"),
         ("at,who,sku,at\n1,u,a,2\n", [], r"column 'at' occurs twice"),
