@@ -16,6 +16,7 @@ from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
+from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.errors import UserError
 from llmgr_rec.registry import resolve
 
@@ -57,6 +58,12 @@ def _session_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) ->
 
 def _text_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
     texts = texts_to_compare(catalog)
+    if dataset.manifest.word_rule != WORD_RULE and not all(map(str.isascii, texts)):
+        logger.warning(
+            "%s was prepared by another version, which split other texts than plain English into other words; text_knn "
+            "splits them by the rule of this version, the side feature word does not. Prepare it again",
+            dataset.path,
+        )
     return TextKNN(texts) if k_neighbors is None else TextKNN(texts, k_neighbors=k_neighbors)
 
 

@@ -69,6 +69,7 @@ class Manifest:
         inputs: Which files of each input folder were read and which were skipped, by option of prepare.
         session_gap: Sessions cut from the users' logs: the inactivity `gap`, the `unit` of the timestamps, and the
             numbers of `users`, `sessions` and `clicks` before the filters. Empty if the input was not cut.
+        word_rule: `words.WORD_RULE` by which titles were split into the word feature.
         format_version: Version of the data set format.
     """
 
@@ -95,6 +96,7 @@ class Manifest:
     click_use: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     session_gap: dict[str, Any] = field(default_factory=dict)
+    word_rule: int = 1
     format_version: int = FORMAT_VERSION
 
     @property

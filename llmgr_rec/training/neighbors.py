@@ -13,6 +13,7 @@ from llmgr_rec.baselines.builders import build_neighbors
 from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
@@ -68,13 +69,13 @@ def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, fol
 
 
 def _key(name: str, k_neighbors: int, dataset: Dataset) -> str:
-    """Hash of a baseline's settings and of all files of the data set except validation and test."""
+    """Hash of a baseline's settings, of all files of the data set except validation and test, and of the word rule."""
     files = {
         path: entry.sha256
         for path, entry in dataset.manifest.files.items()
         if path.split("/")[0] not in ("valid", "test")
     }
-    return hashlib.sha256(json.dumps([name, k_neighbors, files], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([name, k_neighbors, files, WORD_RULE], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _compute(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog) -> Blend:

@@ -1,6 +1,8 @@
 """Text-kNN against plain loops, within its memory, and on items that no training session holds."""
 
+import logging
 import math
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ from llmgr_rec.baselines.builders import build_baseline, check_baselines
 from llmgr_rec.baselines.knn import ItemKNN
 from llmgr_rec.baselines.text_knn import TextKNN, texts_to_compare
 from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from tests.baselines.catalogs import CATALOGS
 from tests.baselines.test_knn import flat, sessions_of
-from tests.data.prepare_inputs import Prepared, prepare, write_items
+from tests.data.prepare_inputs import Prepared, edit_manifest, prepare, write_items
 
 NUM_ITEMS = 15
 text_of = st.lists(st.sampled_from(["Red", "red", "soap", "for", "hair", "x"]), max_size=6).map(", ".join)
@@ -77,6 +81,14 @@ def test_repeated_words_and_words_of_every_text_change_nothing():
     texts = ["red soap", "blue soap", "red tin", "blue lid"]
     other = ["all Red soap red", "all blue soap", "all red tin tin tin", "all blue lid"]
     np.testing.assert_allclose(TextKNN(texts).similarity_VV.toarray(), TextKNN(other).similarity_VV.toarray())
+
+
+@pytest.mark.parametrize("language", CATALOGS)
+def test_neighbors_of_every_language_are_those_of_the_english_titles(language: str) -> None:
+    for forms in (("NFC", "NFC"), ("NFC", "NFD"), ("NFKD", "NFC")):
+        titles = [unicodedata.normalize(forms[place % 2], title) for place, title in enumerate(CATALOGS[language])]
+        nearest = TextKNN(titles).similarity_VV.toarray().argmax(1)
+        assert nearest.tolist() == [1, 0, 3, 2, 5, 4, 7, 6, 9, 8]
 
 
 KINDS = ("amber soap", "velvet tea", "marble lamp", "copper ink")
@@ -141,3 +153,16 @@ def test_items_without_text_score_0_beside_items_with_a_brand_alone(tmp_path):
     scores = build_baseline("text_knn", dataset, Catalog.load(dataset.path)).scores(*flat([[0], [2]])).toarray()
     assert np.flatnonzero(scores[0]).tolist() == [item for item in range(1, 40) if item % 4 in (0, 3)]
     assert not scores[1].any()
+
+
+def test_a_data_set_of_another_word_rule_is_reported_where_its_words_differ(tmp_path, caplog):
+    titles = [f"{KINDS[number % 4]} no {number}" for number in range(40)]
+    for place, (changed, warned) in enumerate([("किताब", True), ("book", False)]):
+        dataset = kinds_log(
+            tmp_path, output=str(tmp_path / str(place)), columns={"title": [changed, *titles[1:]]}
+        ).dataset
+        edit_manifest(dataset.path, lambda values: values.pop("word_rule"))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "llmgr_rec.baselines.builders"):
+            build_baseline("text_knn", Dataset(dataset.path), Catalog.load(dataset.path))
+        assert ("Prepare it again" in caplog.text) == warned

@@ -1,5 +1,7 @@
 """Writes items.parquet: the catalog with texts, training clicks and side feature ids."""
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from llmgr_rec.data.words import words_of
 # little information.
 _MIN_TITLES = 2
 _MAX_TITLE_SHARE = 0.1
+# Commas of Latin, of Chinese and Japanese, and of Arabic script.
+_COMMA = re.compile("[,\u3001\u060c]")
 
 
 @dataclass
@@ -56,22 +60,24 @@ def category_paths(text: str | None) -> list[str]:
 
     Args:
         text: Levels are separated by " > " and alternatives by " | ". An alternative without levels (film genres) is
-            also split at ",". "Beauty > Hair Care" gives "Beauty" and "Beauty > Hair Care".
+            also split at commas. "Beauty > Hair Care" gives "Beauty" and "Beauty > Hair Care". Values that differ in
+            their Unicode form only are the same (NFKC).
     """
     values: dict[str, None] = {}
-    for alternative in (text or "").split(" | "):
+    for alternative in unicodedata.normalize("NFKC", text or "").split(" | "):
         # In a path, a comma is part of a name ("Bath, Shower & Soap").
         if " > " in alternative:
             levels = [level.strip() for level in alternative.split(" > ") if level.strip()]
             values.update((" > ".join(levels[: depth + 1]), None) for depth in range(len(levels)))
         else:
-            values.update((name.strip(), None) for name in alternative.split(",") if name.strip())
+            values.update((name.strip(), None) for name in _COMMA.split(alternative) if name.strip())
     return list(values)
 
 
 def brand_values(text: str | None) -> list[str]:
-    """The brand as a list of one, or an empty list."""
-    return [text.strip()] if text and text.strip() else []
+    """The brand, in Unicode form NFKC, as a list of one, or an empty list."""
+    brand = unicodedata.normalize("NFKC", text or "").strip()
+    return [brand] if brand else []
 
 
 def title_words(text: str | None) -> list[str]:
@@ -142,7 +148,9 @@ def write_items(
                 for name in FEATURES
             }
             first = batch.column("index")[0].as_py()
-            columns = {name: batch.column(name) for name in ("index", "item_id", *TEXT_COLUMNS)}
+            columns = {name: batch.column(name) for name in ("index", "item_id")}
+            # Tokenizers of language models know letters with accents as one character.
+            columns |= {name: pc.utf8_normalize(batch.column(name), "NFC") for name in TEXT_COLUMNS}
             columns["train_count"] = pa.array(train_count_V[first : first + batch.num_rows])
             columns[HELD_OUT] = pa.array(held_out_V[first : first + batch.num_rows])
             columns |= {f"{name}_ids": pa.array(ids, pa.list_(pa.int64())) for name, ids in feature_ids.items()}

@@ -19,6 +19,7 @@ from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.data.preparation.source import Source
 from llmgr_rec.data.repeats import decide_repeats
 from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
+from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder, scratch_folder
 
@@ -134,6 +135,7 @@ def _write_files(
         min_interactions=settings.min_interactions,
         prefix_augmentation=settings.augmented_splits,
         features=features,
+        word_rule=WORD_RULE,
         has_text=has_text,
         catalog_hash=digest,
         held_out=_held_out_counts(settings, builder.held_out_filter),
