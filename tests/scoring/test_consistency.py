@@ -11,6 +11,7 @@ import pytest
 from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from tests.data.prepare_inputs import prepare
+from tests.json_files import edit_json
 from tests.scoring.sessions import read_scores, write_sessions
 from tests.small_run import run_with, write_log
 
@@ -54,8 +55,8 @@ def test_metrics_computed_from_scores_equal_those_of_evaluate(
         tmp_path, interactions=str(interactions), items=str(items), max_length=MAX_LENGTH, **merge
     ).dataset
     run = run_with(tmp_path / "run", stage)
-    index = run / "export" / stage / "bundle.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"max_length": MAX_LENGTH} | recorded))
+    rule = {"max_length": MAX_LENGTH} | recorded
+    edit_json(run / "export" / stage / "bundle.json", lambda content: content.update(rule))
     sessions = raw_log(interactions)
     if merge:
         for history, target in sessions:

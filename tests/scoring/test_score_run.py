@@ -17,6 +17,7 @@ from llmgr_rec.scoring import score_run as scoring_run
 from llmgr_rec.scoring.output import ScoreFolder
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.storage.bundle import Bundle, load_bundle
+from tests.json_files import edit_json
 from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
@@ -100,11 +101,13 @@ def test_a_list_is_as_long_as_the_catalog_however_many_items_are_asked_for(tmp_p
 )
 def test_the_bundle_says_what_a_ranking_shows_and_excludes_unless_asked(tmp_path, option, recorded, rule):
     run = run_with(tmp_path / "run", "sbr")
-    index = run / "export" / "sbr" / "bundle.json"
-    content = json.loads(index.read_text())
-    for name in ("repeats", "max_length", "consecutive_repeats"):
-        del content[name]
-    index.write_text(json.dumps(content | recorded))
+
+    def record(content: dict[str, Any]) -> None:
+        for name in ("repeats", "max_length", "consecutive_repeats"):
+            del content[name]
+        content.update(recorded)
+
+    edit_json(run / "export" / "sbr" / "bundle.json", record)
     sessions = raw_sessions(20)
     source = write_sessions(tmp_path / "in.parquet", sessions)
     score_run(request(source, tmp_path / "out", run=run, k=40, **option))

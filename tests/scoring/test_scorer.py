@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmgr_rec.checksums import file_checksum
 from llmgr_rec.config import Config
 from llmgr_rec.config_file import load_config, save_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+from tests.json_files import edit_json
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
 from tests.scoring.test_score_run import request
 from tests.small_run import run_with
@@ -114,9 +116,11 @@ def test_a_head_without_the_recommenders_score_cannot_route(tmp_path, source):
     settings: Config = load_config(file)
     settings.head.residual = False
     save_config(settings, file)
-    index = file.parent / "bundle.json"
-    content = json.loads(index.read_text())
-    content["files"]["config.yaml"] = file.stat().st_size
-    index.write_text(json.dumps(content))
+
+    def record(content: dict[str, Any]) -> None:
+        content["files"]["config.yaml"] = file.stat().st_size
+        content["checksums"]["config.yaml"] = file_checksum(file)
+
+    edit_json(file.parent / "bundle.json", record)
     with pytest.raises(UserError, match=r"--llm_budget and --llm_threshold need a model whose head adds"):
         score_run(ScoreRequest(run=run, input=source, output=tmp_path / "out", llm_budget=0.5))
