@@ -149,7 +149,7 @@ def test_long_sessions_are_cut_after_the_items_have_left(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--hold_out_items", "1"], "--hold_out_items is 1.0; give a share of the items"),
+        (["--hold_out_items", "1"], "--hold_out_items is 1.0; give a number below 1"),
         (["--hold_out_items", "-0.1"], "--hold_out_items is -0.1"),
         (["--hold_out_items", "0.001"], "holds out none of 40 items; give a larger share or another --hold_out_seed"),
         (["--hold_out_items", "0.999"], "gives no train rows.*lower --hold_out_items"),
