@@ -3,8 +3,10 @@
 Shapes: L clicks, B sessions, S training sessions, V items.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,13 +60,30 @@ def _session_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) ->
 
 def _text_knn(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
     texts = texts_to_compare(catalog)
-    if dataset.manifest.word_rule != WORD_RULE and not all(map(str.isascii, texts)):
-        logger.warning(
-            "%s was prepared by another version, which split other texts than plain English into other words; text_knn "
-            "splits them by the rule of this version, the side feature word does not. Prepare it again",
-            dataset.path,
-        )
+    warn_of_word_rule(dataset, catalog)
     return TextKNN(texts) if k_neighbors is None else TextKNN(texts, k_neighbors=k_neighbors)
+
+
+def warn_of_word_rule(dataset: Dataset, catalog: Catalog) -> None:
+    """Logs a warning if another version split the titles of a data set into other words than this version would.
+
+    Args:
+        dataset: The data set.
+        catalog: Its items.
+    """
+    if dataset.manifest.word_rule == WORD_RULE:
+        return
+    if not all(map(str.isascii, catalog.texts(list(TEXT_FIELDS), required=False))):
+        _warn_once(dataset.path)
+
+
+@functools.cache
+def _warn_once(dataset: Path) -> None:
+    logger.warning(
+        "%s was prepared by another version, which split texts with other than ASCII characters into other words; "
+        "text_knn splits them by the rule of this version, the side feature word does not. Prepare it again",
+        dataset,
+    )
 
 
 BASELINES: dict[str, BaselineBuilder] = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llmgr_rec.baselines.builders import check_blended
+from llmgr_rec.baselines.builders import check_blended, warn_of_word_rule
 from llmgr_rec.config import STAGES, Config, StageName, trained_stages
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -78,6 +78,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     dataset = Dataset(request.dataset)
     catalog = Catalog.of(dataset)
     _check_sessions(dataset, catalog)
+    warn_of_word_rule(dataset, catalog)
     stages = _stages_to_run(request)
     _check_output(request.output)
     if _complete_stages(request.output):
