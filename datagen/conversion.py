@@ -4,7 +4,6 @@ DuckDB reads, checks and sorts the rows. Its memory is limited to `_MEMORY`; the
 """
 
 import logging
-import math
 import re
 import shutil
 from collections import Counter
@@ -89,8 +88,6 @@ class Conversion:
         Raises:
             UserError: A value is missing or not a number, or no row remains.
         """
-        if min_rating is not None and not math.isfinite(min_rating):
-            raise UserError(f"--min_rating is {min_rating}; give a number")
         _log.info("reading %s", source)
         bad = BadRows(source, self._policy)
         broken = self._load(source, rows, names, bad)
