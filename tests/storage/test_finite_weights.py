@@ -13,14 +13,14 @@ from tests.small_run import ONE_RANK, config, small_run
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("item_id.weight", float("nan")), ("item_id.weight", float("-inf")), ("lora_B", float("inf")), ("head.", float("nan"))],
+    [("item_id.weight", "nan"), ("item_id.weight", "-inf"), ("lora_B", "inf"), ("head.", "nan")],
 )
-def test_a_model_with_weights_that_are_not_finite_is_not_exported(tmp_path: Path, part: str, value: float) -> None:
+def test_a_model_with_weights_that_are_not_finite_is_not_exported(tmp_path: Path, part: str, value: str) -> None:
     bundle = load_bundle(small_run().run / "export" / "behave")
     name, weight = next((name, weight) for name, weight in bundle.model.named_parameters() if part in name)
     before = weight.detach().clone()
     with torch.no_grad():
-        weight.view(-1)[3] = value
+        weight.view(-1)[-1] = float(value)
     export = tmp_path / "export" / "behave"
     with pytest.raises(UserError) as caught:
         export_bundle(bundle.model, "behave", config(), bundle.catalog, export, ONE_RANK, step=7)
