@@ -12,10 +12,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from llmgr_rec.bounds import check_options
-from llmgr_rec.errors import StopRequested, UserError
+from llmgr_rec.errors import RankLostError, StopRequested, UserError
 from llmgr_rec.files import storage_error
 from llmgr_rec.parent_process import end_with_parent
 from llmgr_rec.paths import LocalPath, local_path
@@ -48,14 +48,16 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     configure_logging()
-    threading.excepthook = _report_thread_error
     try:
         with _stop_on_sigterm():
             main(sys.argv[1:])
     except StopRequested as stop:
         if is_rank0():
             sys.stderr.write(f"{stop}\n")
-        sys.exit(stop.exit_code)
+        _end_rank(stop.exit_code)
+    except RankLostError as error:
+        sys.stderr.write(f"error: {error}\n")
+        _end_rank(1)
     except UserError as error:
         _report_error(error)
         sys.exit(EXIT_USER_ERROR)
@@ -80,10 +82,13 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         sys.exit(EXIT_USER_ERROR)
 
 
-def _report_thread_error(error: threading.ExceptHookArgs) -> None:
-    """Without the stack trace of a full disk, which TensorBoard's thread also reports to the thread that logs."""
-    if error.exc_value is None or storage_error(error.exc_value) is None:
-        threading.__excepthook__(error)
+def _end_rank(code: int) -> NoReturn:
+    """Ends this process; a rank of several at once, because its threads may wait for another rank until a timeout."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextmanager

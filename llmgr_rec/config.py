@@ -476,7 +476,20 @@ class RuntimeConfig(Group):
     )
     keep_checkpoints: int = setting(2, "Newest complete checkpoints kept per stage.", at_least=1, at_most=1_000_000)
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.", at_least=1, at_most=1 << 31)
-    timeout_s: int = setting(600, "Longest wait for another rank.", unit="seconds", at_least=1, at_most=10_000_000)
+    timeout_s: int = setting(
+        600,
+        "Longest wait for another rank in a training step or validation, and for a sign of life of a rank at any time.",
+        unit="seconds",
+        at_least=1,
+        at_most=10_000_000,
+    )
+    startup_timeout_s: int = setting(
+        3600,
+        "Longest wait for another rank elsewhere: while ranks start, load, select, export or score.",
+        unit="seconds",
+        at_least=1,
+        at_most=10_000_000,
+    )
     grace_s: int = setting(
         25,
         "Time to write a checkpoint and end after SIGTERM or SIGINT; then the process exits without. Keep it below the "

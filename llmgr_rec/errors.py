@@ -13,6 +13,13 @@ class UserError(Exception):
     """
 
 
+class RankLostError(RuntimeError):
+    """Another rank hangs or has ended; a run can be resumed.
+
+    Entry points print the message as one line and exit with code 1.
+    """
+
+
 class StopRequested(BaseException):
     """A signal asked this process to end. Not an `Exception`, because nothing has failed.
 

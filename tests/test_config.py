@@ -103,6 +103,7 @@ runtime.checkpoint_minutes        float                                         
 runtime.keep_checkpoints          int                                               2
 runtime.log_every                 int                                               10
 runtime.timeout_s                 int                                               600
+runtime.startup_timeout_s         int                                               3600
 runtime.grace_s                   int                                               25
 """
 

@@ -35,7 +35,6 @@ PUBLIC = [
     "ModelSpec",
     "RankingModel",
     "RawSessions",
-    "Recommender",
     "RecommenderOutput",
     "SamplingOrder",
     "SessionBatch",

@@ -51,11 +51,11 @@ def start_max_over_ranks(values: torch.Tensor, world: World) -> Callable[[], tor
         return lambda: values
     work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True)
 
-    def wait() -> torch.Tensor:
+    def max_over_ranks() -> torch.Tensor:
         work.wait()
         return values
 
-    return wait
+    return max_over_ranks
 
 
 def gather_from_ranks(value: T, world: World) -> list[T]:

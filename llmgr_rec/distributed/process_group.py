@@ -14,15 +14,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from llmgr_rec.config import Device
-from llmgr_rec.errors import UserError
+from llmgr_rec.config import Device, RuntimeConfig
+from llmgr_rec.distributed.rank_watch import RankWatch
+from llmgr_rec.errors import RankLostError, StopRequested, UserError
 
 T = TypeVar("T")
 
 _STORE_PORT_KEY = "llmgr_rec/store_port"
 # Seconds: timeout of one connection attempt to rank 0, and pause between attempts.
 _CONNECT_TIMEOUT_S, _RETRY_S = 5.0, 0.05
+_AFTER_WATCH_S = 5
 _LONG_TIMEOUT = timedelta(days=7)
+_ARRIVED = "llmgr_rec/arrived/{}"
+# The watch of the other ranks in this process, while it is in a process group of several ranks.
+_watches: list[RankWatch] = []
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class World:
         return cls(0, 1, 1, torch.device(device))
 
 
-def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
+def init_distributed(device: Device, timeout_s: int, threads: int = 0, silence_s: int = 0) -> World:
     """Joins the process group described by torchrun's environment variables, or creates one with a single process.
 
     Args:
@@ -55,9 +60,11 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
         timeout_s: Timeout of collective operations, in seconds.
         threads: CPU threads of this rank; 0 divides the cores of the machine among its ranks, and follows
             OMP_NUM_THREADS for a single rank.
+        silence_s: Seconds without a sign of life after which a rank counts as hung; 0 takes `timeout_s`.
 
     Raises:
         UserError: CUDA was requested but is not available, or there are more local ranks than GPUs.
+        RankLostError: A rank does not come.
     """
     world = launched_world(device)
     torch.set_num_threads(threads or _default_threads(world.local_size))
@@ -67,8 +74,32 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0) -> World:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     store = _join_store(world, timeout) if _is_launched() else dist.HashStore()
+    if world.size > 1:
+        watch = RankWatch(store, world.rank, world.size, silence_s or timeout_s)
+        watch.announce()
+        _wait_for_all(store, world, timeout)
+        watch.start()
+        _watches.append(watch)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     return world
+
+
+def _wait_for_all(store: dist.Store, world: World, timeout: timedelta) -> None:
+    """Waits until all ranks have joined the store.
+
+    Raises:
+        RankLostError: Some have not within the timeout; names them.
+    """
+    store.set(_ARRIVED.format(world.rank), "")
+    keys = [_ARRIVED.format(rank) for rank in range(world.size)]
+    try:
+        store.wait(keys, timeout)
+    except dist.DistStoreError:
+        missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise RankLostError(
+            f"ranks {', '.join(map(str, missing))} of {world.size} have not started within "
+            f"{timeout.total_seconds():.0f} s; see their messages, and start all ranks again"
+        ) from None
 
 
 def _join_store(world: World, timeout: timedelta) -> dist.Store:
@@ -139,11 +170,67 @@ def choose_device(device: Device, local_rank: int = 0) -> torch.device:
 
 def shutdown() -> None:
     """Destroys the process group, if there is one, and stops its threads."""
+    while _watches:
+        _watches.pop().stop()
     if dist.is_initialized():
         dist.destroy_process_group()
         # Models in reference cycles keep process groups alive. Their threads would still run at interpreter exit and
         # sometimes abort the process there (torch 2.13).
         gc.collect()
+
+
+def report_progress(text: str) -> None:
+    """Sets what the other ranks say of this one if it hangs.
+
+    Args:
+        text: Progress, such as `stage sbr, step 12`.
+    """
+    for watch in _watches:
+        watch.progress(text)
+
+
+@contextmanager
+def process_group(runtime: RuntimeConfig, device: Device | None = None) -> Iterator[World]:
+    """Joins the process group of a command, and leaves it at the end of the block.
+
+    Several ranks do not leave it if another rank is lost or a signal asks to stop, because collectives that have begun
+    would have to end first; the process then has to end.
+
+    Args:
+        runtime: Timeouts, threads and device.
+        device: Device; None takes that of `runtime`.
+
+    Raises:
+        UserError: The device is not available.
+        RankLostError: Another rank hangs or has ended; in one line that names it.
+    """
+    world = init_distributed(
+        device or runtime.device, runtime.startup_timeout_s, runtime.threads_per_rank, silence_s=runtime.timeout_s
+    )
+    try:
+        yield world
+    except StopRequested:
+        if world.size == 1:
+            shutdown()
+        raise
+    except Exception as error:
+        for watch in _watches:
+            if lost := watch.explain(error):
+                raise lost from error
+        shutdown()
+        raise
+    shutdown()
+
+
+def set_collective_timeout(world: World, timeout_s: int) -> None:
+    """Sets the timeout of later collectives of the default group, also those that other libraries call.
+
+    Args:
+        world: This process and the world size. All ranks should call this at the same place.
+        timeout_s: Seconds; the collectives wait a little longer, so that the watch, which knows more, comes first.
+    """
+    if world.size > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s + _AFTER_WATCH_S))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import RepeatsOption
-from llmgr_rec.distributed.process_group import World, init_distributed, shutdown
+from llmgr_rec.distributed.process_group import World, process_group
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
@@ -83,8 +83,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     indexes = {name: read_index(bundle) for name, bundle in bundles.items()}
     rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length)
     refuse_foreign_output(request.output)
-    world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
-    try:
+    with process_group(config.runtime) as world:
         results: dict[str, dict[str, Any]] = {}
         blends: dict[str, dict[str, float]] = {}
         for name in names:
@@ -94,8 +93,6 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
             else:
                 results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalog, world, rule)
                 blends |= {name: dict(blend.weights)} if blend else {}
-    finally:
-        shutdown()
     content = {
         request.split: results,
         "count": next(iter(results.values()))["count"],

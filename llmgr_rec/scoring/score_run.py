@@ -2,11 +2,12 @@
 
 import logging
 import os
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
 from llmgr_rec.cli import progress
-from llmgr_rec.distributed.process_group import World, barrier, init_distributed, run_on_rank0, shutdown
+from llmgr_rec.distributed.process_group import World, barrier, process_group, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.modules.llmgr import LLMGR
@@ -43,17 +44,12 @@ def score_run(request: ScoreRequest) -> Totals:
     _check_list_size(request, bundle, parts)
     folder = ScoreFolder(request.output, _job(request, bundle, files, settings), parts)
     runtime = bundle.config.runtime
-    world = init_distributed(request.device or runtime.device, runtime.timeout_s, runtime.threads_per_rank)
-    try:
+    with process_group(runtime, request.device) as world, closing(folder):
         missing: list[Part] = run_on_rank0(world, lambda: _open(folder))
         if missing:
             _score(_load_scorer(request, bundle, settings, world), files, missing, folder)
         barrier(world)
-        totals = run_on_rank0(world, folder.finish)
-    finally:
-        folder.close()
-        shutdown()
-    return totals
+        return run_on_rank0(world, folder.finish)
 
 
 def _settings(request: ScoreRequest, bundle: BundleFiles) -> ScoreSettings:

@@ -17,7 +17,7 @@ from llmgr_rec.config import RuntimeConfig, StageConfig
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.reader import SessionReader
 from llmgr_rec.distributed.collectives import gather_from_ranks, mean_over_ranks, start_max_over_ranks
-from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.process_group import World, report_progress, set_collective_timeout
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.tasks import LossAndParts
 from llmgr_rec.stop_signals import StopSignals
@@ -109,11 +109,16 @@ class StageLoop:
         self._bar.update(position.step)
         self._first_step, self._started = position.step, time.monotonic()
         self._last_progress = self._last_saved = self._started
-        if position.unvalidated:
-            self._validate(position)
-        while position.step < self._total_steps and not self._out_of_patience(position):
-            self._run_epoch(position)
+        set_collective_timeout(self.world, self.runtime.timeout_s)
+        try:
+            if position.unvalidated:
+                self._validate(position)
+            while position.step < self._total_steps and not self._out_of_patience(position):
+                self._run_epoch(position)
+        finally:
+            set_collective_timeout(self.world, self.runtime.startup_timeout_s)
         self._bar.close()
+        report_progress(f"stage {self.name}, after its {position.step} steps")
         if self.best.latest() is not None:
             self.best.load(self.model, None)
 
@@ -162,6 +167,7 @@ class StageLoop:
         window = _Window(batches, self._resumed_window, self.world)
         self._resumed_window = {}
         for _ in range(steps):
+            report_progress(f"stage {self.name}, step {position.step + 1}")
             # Overlaps with the step.
             requests = self._start_requests()
             factor = self._schedule.apply(position.step)
@@ -206,6 +212,7 @@ class StageLoop:
 
     def _validate(self, position: Position) -> None:
         assert self.validate is not None
+        report_progress(f"stage {self.name}, validation after step {position.step}")
         metrics = self.validate()
         self.metrics.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
         if metrics[SELECTION_METRIC] > position.best:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import save_config
-from llmgr_rec.distributed.process_group import World, init_distributed, run_on_rank0, shutdown
-from llmgr_rec.errors import StopRequested
+from llmgr_rec.distributed.process_group import World, process_group, run_on_rank0
+from llmgr_rec.errors import RankLostError, StopRequested
 from llmgr_rec.files import atomic_write
 from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.stop_signals import StopSignals
@@ -39,17 +39,14 @@ def train_run(request: RunRequest) -> list[StageName]:
     checked = check_run(request)
     runtime = request.config.runtime
     with StopSignals(runtime.grace_s) as signals:
-        world = init_distributed(runtime.device, runtime.timeout_s, runtime.threads_per_rank)
         try:
-            with _locked(request.output, world):
+            with process_group(runtime) as world, _locked(request.output, world):
                 _train(request, checked, world, signals)
-        except Exception:
-            # Another rank has stopped before this one, so a collective failed here.
+        except RankLostError:
+            # Another rank has stopped before this one.
             if signals.requested:
                 raise StopRequested(signals.requested) from None
             raise
-        finally:
-            shutdown()
     return checked.stages
 
 

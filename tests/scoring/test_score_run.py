@@ -1,6 +1,7 @@
 """Scoring jobs: every row, in order, right, and the same after any interruption."""
 
 import json
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,8 @@ ON_RANKS = {"stage": "behave", "part_rows": 10, "k": 5, "batch_size": 3, "repeat
 
 def scored_on_ranks(world: World, source: Path, output: Path) -> None:
     # A process group exists already here, as it does not under torchrun.
-    shut, joined = scoring_run.shutdown, scoring_run.init_distributed
-    scoring_run.shutdown, scoring_run.init_distributed = lambda: None, lambda *_: world
+    joined = scoring_run.process_group
+    scoring_run.process_group = lambda *_: nullcontext(world)
     lock = FolderLock(output, "scoring")
     try:
         if world.rank == 0:
@@ -247,7 +248,7 @@ def scored_on_ranks(world: World, source: Path, output: Path) -> None:
         lock.release()
         score_run(request(source, output, **ON_RANKS))
     finally:
-        scoring_run.shutdown, scoring_run.init_distributed = shut, joined
+        scoring_run.process_group = joined
 
 
 @pytest.mark.dist
