@@ -4,7 +4,6 @@ DuckDB reads, checks and sorts the rows. Its memory is limited to `_MEMORY`; the
 """
 
 import logging
-import math
 import re
 import shutil
 from collections import Counter
@@ -28,6 +27,7 @@ from llmgr_rec.cli import progress
 from llmgr_rec.data.item_ids import is_float_id_sql, lost_digits_sql, match_problem, plain_id_sql, plain_ids
 from llmgr_rec.data.preparation.database import connect
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import storage_error
 
 _MEMORY = "2GiB"
 _ITEM_BATCH = 1 << 14
@@ -89,8 +89,6 @@ class Conversion:
         Raises:
             UserError: A value is missing or not a number, or no row remains.
         """
-        if min_rating is not None and not math.isfinite(min_rating):
-            raise UserError(f"--min_rating is {min_rating}; give a number")
         _log.info("reading %s", source)
         bad = BadRows(source, self._policy)
         broken = self._load(source, rows, names, bad)
@@ -400,10 +398,12 @@ def _user_errors(source: Path) -> Iterator[None]:
     try:
         yield
     except duckdb.Error as error:
+        if known := storage_error(error):
+            raise known from None
         text = " ".join(str(error).split())
         line = re.search(r"CSV Error on Line: (\d+)", text)
         reason = re.search(
             r"Expected Number of Columns: \d+ Found: \d+|Value with unterminated quote found|not utf-8 encoded", text
         )
         what = f"line {line.group(1)}: {reason.group(0)}" if line and reason else text[:300].rstrip(". ")
-        raise UserError(f"{source}: {what}; correct the file, or check its format and the free disk space") from None
+        raise UserError(f"{source}: {what}; correct the file, or check its format") from None

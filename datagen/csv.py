@@ -30,7 +30,9 @@ _TEXTS = ("title", "category", "brand", "description")
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
-    parser = make_parser("datagen.csv", "Converts delimited text to interactions.parquet and items.parquet.")
+    parser = make_parser(
+        "datagen.csv", "Converts delimited text to interactions.parquet and items.parquet, or to sessions."
+    )
     parser.add_argument("--interactions", type=LocalPath, default=None, help="log with a header line")
     parser.add_argument(
         "--sessions",
@@ -51,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         type=str,
         default="auto",
         help="how times are read: auto (numbers or ISO dates), number (numbers of one unit, whatever their size), mdy "
-        "(01/31/2024), dmy (31.01.2024), or a pattern such as '%%d %%b %%Y %%H:%%M'",
+        "(01/31/2024), dmy (31.01.2024), or a pattern such as '%d %b %Y %H:%M'",
     )
     parser.add_argument("--rating_column", type=str | None, default=None, help="rating column, for --min_rating")
     parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from llmgr_rec.modules.recommender import SessionRecommender as SessionRecommender
     from llmgr_rec.modules.session_encoder import EncodedSessions as EncodedSessions
     from llmgr_rec.modules.session_encoder import SessionEncoder as SessionEncoder
+    from llmgr_rec.python_api import Recommender as Recommender
     from llmgr_rec.storage.bundle import Bundle as Bundle
     from llmgr_rec.storage.bundle import load_bundle as load_bundle
     from llmgr_rec.storage.bundle import load_weights as load_weights
@@ -69,6 +70,7 @@ _MODULES = {
     "ModelSpec": "modules.model_spec",
     "RankingModel": "distributed.ranking",
     "RawSessions": "data.batch",
+    "Recommender": "python_api",
     "RecommenderOutput": "modules.recommender",
     "SamplingOrder": "data.reader",
     "SessionBatch": "data.batch",

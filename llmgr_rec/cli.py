@@ -48,6 +48,7 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     configure_logging()
+    threading.excepthook = _report_thread_error
     try:
         with _stop_on_sigterm():
             main(sys.argv[1:])
@@ -80,6 +81,12 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
             raise
         _report_error(known)
         sys.exit(EXIT_USER_ERROR)
+
+
+def _report_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Without the stack trace of a full disk, which TensorBoard's thread also reports to the thread that logs."""
+    if error.exc_value is None or storage_error(error.exc_value) is None:
+        threading.__excepthook__(error)
 
 
 def _end_rank(code: int) -> NoReturn:

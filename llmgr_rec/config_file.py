@@ -65,7 +65,10 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     """
     parser = make_parser("llmgr_rec.config_file", "Reads settings.")
     add_config_arguments(parser)
-    return parse_with_config(parser, ["--config", str(path)])[1]
+    try:
+        return parse_with_config(parser, ["--config", str(path)])[1]
+    except UserError as error:
+        raise UserError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:

@@ -49,6 +49,7 @@ _FIXES = {
 }
 # Libraries that report the error of a write as text, by its number or by its description.
 _ERROR_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
+_QUOTED_PATH = re.compile(r'"(/[^"]+)"')
 _REPORTED_AS_TEXT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -86,8 +87,8 @@ def storage_error(error: BaseException, path: Path | None = None) -> UserError |
     while cause is not None:
         number = _error_number(cause)
         if number is not None:
-            named = getattr(cause, "filename", None)
-            file = path or named or "a file"
+            quoted = _QUOTED_PATH.search(str(cause))
+            file = path or getattr(cause, "filename", None) or (quoted and quoted[1]) or "a file"
             return UserError(f"{file}: {os.strerror(number)}; {_FIXES[number]}")
         cause = cause.__cause__ or cause.__context__
     return None

@@ -35,6 +35,7 @@ PUBLIC = [
     "ModelSpec",
     "RankingModel",
     "RawSessions",
+    "Recommender",
     "RecommenderOutput",
     "SamplingOrder",
     "SessionBatch",

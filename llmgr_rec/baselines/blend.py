@@ -14,6 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from llmgr_rec.baselines.recency import recency_weights
+from llmgr_rec.baselines.sparse_scores import Ints
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
@@ -47,15 +48,16 @@ class Blend:
         # float32 like the similarity, which scipy would otherwise convert for each batch.
         return sparse.csr_array(weights_BV.astype(np.float32) @ self.similarity_VR)
 
-    def of_items(self, items: range) -> "Blend":
-        """Selects a range of the ranked items (columns); the clicked items (rows) stay.
+    def of_items(self, items: range | Ints) -> "Blend":
+        """Selects some of the ranked items (columns); the clicked items (rows) stay.
 
         Args:
-            items: Contiguous range of item indices.
+            items: Contiguous range of item indices, or ascending indices.
         """
         if len(items) == self.similarity_VR.shape[1]:
             return self
-        return replace(self, similarity_VR=sparse.csr_array(self.similarity_VR[:, items.start : items.stop]))
+        columns = slice(items.start, items.stop) if isinstance(items, range) else items
+        return replace(self, similarity_VR=sparse.csr_array(self.similarity_VR[:, columns]))
 
     def save(self, file: Path) -> None:
         """Writes the blend as an npz file without pickled objects. Equal blends give equal bytes.

@@ -50,6 +50,23 @@ class RawSessions:
     pass_offsets_P1: Tensor = field(default_factory=_no_passes)
     global_batch: "RawSessions | None" = None
 
+    @classmethod
+    def to_rank(cls, clicks: Jagged) -> "RawSessions":
+        """Sessions to rank items for, without targets.
+
+        Args:
+            clicks: Item indices of each session, oldest first.
+        """
+        none_B = torch.full((clicks.num_rows,), -1)
+        return cls(
+            items_L=clicks.values,
+            offsets_B1=clicks.offsets,
+            targets_B=none_B,
+            weights_B=torch.ones(clicks.num_rows),
+            rows_B=none_B,
+            global_size=clicks.num_rows,
+        )
+
     def newest(self, max_length: int) -> "RawSessions":
         """The sessions with their newest clicks only, at most `max_length` of each."""
         clicks = Jagged(self.items_L, self.offsets_B1).last(max_length)

@@ -22,7 +22,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.item_ids import int64_ids, matches, plain_ids
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import UserError, did_you_mean
 
 _REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 _TEXT_SEPARATOR = ", "
@@ -122,6 +122,23 @@ class Catalog:
     def titles(self) -> list[str | None]:
         """Title of each item; None for an item without a title."""
         return _read(self.file, ["title"])["title"].to_pylist()
+
+    def in_category(self, category: str) -> np.ndarray:
+        """Mask of the items of a category or of one below it, bool [V].
+
+        Args:
+            category: Name, with the levels above it as in the item file: `Tools > Saws`.
+
+        Raises:
+            UserError: No item has this category.
+        """
+        names = _read(self.file, ["category"])["category"]
+        below = pc.starts_with(names, f"{category} > ")
+        mask = pc.fill_null(pc.or_(pc.equal(names, category), below), False).to_numpy()
+        if not mask.any():
+            known = [name for name in names.unique().to_pylist() if name]
+            raise UserError(f"no item has the category {category!r}{did_you_mean(category, known)}")
+        return mask
 
     def texts(self, fields: list[str], required: bool = True) -> list[str]:
         """Text of each item: the non-empty text columns, joined by commas.

@@ -8,6 +8,7 @@ padding, R items of this rank, Q width of queries and item vectors, K length of 
 their weights.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -104,6 +105,29 @@ class CatalogRanker:
         self.items = range(first, collate.num_items * (world.rank + 1) // world.size)
         self._items_RQ = _item_vectors(model, collate, self.items, world)
         self._blend = None if blend is None else blend.of_items(self.items)
+        # Items of the rows, where they are not those of the range.
+        self._chosen_R: Tensor | None = None
+
+    @property
+    def item_vectors(self) -> Tensor:
+        """Vectors of this rank's items, float32 [R, Q]."""
+        return self._items_RQ
+
+    def among(self, items_R: Tensor) -> "CatalogRanker":
+        """A ranker of some of the items, which shares nothing that either changes. In a single process only.
+
+        Args:
+            items_R: Item indices, ascending, int64.
+
+        Raises:
+            ValueError: There are several ranks.
+        """
+        if self._world.size > 1:
+            raise ValueError("a choice of items is ranked in a single process only")
+        chosen = copy.copy(self)
+        chosen._items_RQ, chosen._chosen_R = self._items_RQ[items_R], items_R
+        chosen._blend = None if self._blend is None else self._blend.of_items(items_R.numpy())
+        return chosen
 
     @torch.no_grad()
     def rank(
@@ -210,7 +234,7 @@ class CatalogRanker:
             raise ValueError(f"k is {k}; it must be 1 or more")
         queries = queries_BQ.detach().float()
         if self._world.size == 1:
-            return top_k(queries, self._items_RQ, k, exclude, added_YR)
+            return self._top_k_of_chosen(queries, k, exclude, added_YR)
         max_sessions = max(_gather_sizes(queries.shape[0], queries.device, self._world))
         queries_WXQ = _gather(_pad_rows(queries, max_sessions), self._world)
         excluded = None if exclude is None else self._gather_lists(exclude, max_sessions)
@@ -222,6 +246,20 @@ class CatalogRanker:
             raise UserError(NOT_NUMBERS)
         ids_BK, scores_BK = merge_top_k(ids_WXK, scores_WXK, k)
         return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
+
+    def _top_k_of_chosen(
+        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None
+    ) -> tuple[Tensor, Tensor]:
+        if self._chosen_R is None:
+            return top_k(queries, self._items_RQ, k, exclude, added_YR)
+        if exclude is not None:
+            rows = torch.searchsorted(self._chosen_R, exclude.values).clamp(max=max(len(self._chosen_R) - 1, 0))
+            is_chosen = self._chosen_R[rows] == exclude.values if len(self._chosen_R) else rows.bool()
+            exclude = Jagged(torch.where(is_chosen, rows, -1), exclude.offsets)
+        ids, scores = top_k(queries, self._items_RQ, k, exclude, added_YR)
+        if not len(self._chosen_R):
+            return ids, scores
+        return torch.where(ids >= 0, self._chosen_R[ids.clamp(min=0)], ids), scores
 
     def _local_top_k(
         self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None

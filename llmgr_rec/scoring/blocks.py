@@ -1,6 +1,6 @@
 """Reads Parquet files in blocks of bounded size, however large their row groups are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,23 +10,10 @@ import pyarrow.parquet as pq
 from llmgr_rec.data.delimited_text import not_parquet
 from llmgr_rec.errors import UserError
 
-# Mean number of values of a column, and of bytes as they are encoded in the file, of a block.
-_BLOCK_VALUES, _BLOCK_BYTES = 2**20, 2**26
+# Rows that are decoded at a time, and decoded bytes of a block, unless those rows have more.
+_BATCH_ROWS, _BLOCK_BYTES = 2**10, 2**26
 # Bytes of a column that are read from the file at a time.
 _READ_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """Size of a row group.
-
-    Args:
-        rows: Number of rows.
-        block_rows: Number of rows that are read at a time, a power of two.
-    """
-
-    rows: int
-    block_rows: int
 
 
 @dataclass(frozen=True)
@@ -49,89 +36,106 @@ class Block:
         return self.first_row + self.table.num_rows
 
 
-def open_parquet(path: Path) -> pq.ParquetFile:
-    """Opens a file and reads its footer.
+@dataclass(frozen=True)
+class Footer:
+    """What a file has, by its footer.
+
+    Args:
+        schema: Schema of the file.
+        names: Names of its columns.
+        group_rows: Number of rows of each row group.
+    """
+
+    schema: pa.Schema
+    names: list[str]
+    group_rows: tuple[int, ...]
+
+
+def read_footer(path: Path) -> Footer:
+    """Reads the footer of a file.
 
     Raises:
         UserError: The file is not a complete Parquet file; for a CSV, with the command that converts it.
     """
     try:
-        return pq.ParquetFile(
-            path,
-            buffer_size=_READ_BYTES,
-            page_checksum_verification=True,
-            # In nanoseconds, times of Spark beyond the year 2262 become others without a word.
-            coerce_int96_timestamp_unit="us",
-        )
-    except (pa.ArrowException, OSError) as error:
+        with _open(path) as parquet:
+            metadata, schema = parquet.metadata, parquet.schema_arrow
+            # Not the sizes of its columns: pyarrow 26 ends the process where those of a damaged footer do not fit.
+            rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+            if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
+                raise pa.ArrowInvalid(f"{metadata.num_rows} rows in row groups of {rows}")
+            return Footer(schema, schema.names, rows)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise not_parquet(path, "input", error) from None
 
 
-def row_groups(metadata: pq.FileMetaData, columns: Sequence[str]) -> tuple[RowGroup, ...]:
-    """Sizes of the row groups of a file.
-
-    Args:
-        metadata: Footer of the file.
-        columns: Columns that are read.
-    """
-    leaves = [
-        leaf
-        for leaf in range(metadata.num_columns)
-        if any(f"{metadata.schema.column(leaf).path}.".startswith(f"{column}.") for column in columns)
-    ]
-    return tuple(_row_group(metadata.row_group(number), leaves) for number in range(metadata.num_row_groups))
-
-
-def _row_group(group: pq.RowGroupMetaData, leaves: Sequence[int]) -> RowGroup:
-    chunks = [group.column(leaf) for leaf in leaves]
-    blocks = max(
-        1,
-        sum(chunk.total_uncompressed_size for chunk in chunks) / _BLOCK_BYTES,
-        *(chunk.num_values / _BLOCK_VALUES for chunk in chunks),
+def _open(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        path,
+        buffer_size=_READ_BYTES,
+        page_checksum_verification=True,
+        # In nanoseconds, times of Spark beyond the year 2262 become others without a word.
+        coerce_int96_timestamp_unit="us",
     )
-    # Halves of a power of two start where blocks of that size start.
-    return RowGroup(group.num_rows, 1 << max(0, int(group.num_rows / blocks).bit_length() - 1))
 
 
-def read_blocks(path: Path, groups: Sequence[RowGroup], columns: Sequence[str], first_row: int = 0) -> Iterator[Block]:
+def read_blocks(path: Path, group_rows: Sequence[int], columns: Sequence[str], first_row: int = 0) -> Iterator[Block]:
     """Reads a file from the row group of a row on, in order. The blocks are the same from whichever row it is read.
 
     Args:
         path: Path of the file.
-        groups: Sizes of all its row groups.
+        group_rows: Number of rows of each of its row groups.
         columns: Columns to read.
         first_row: First row that is needed.
 
     Raises:
         UserError: The file is unreadable.
     """
-    with open_parquet(path) as parquet:
-        start = 0
-        for number, group in enumerate(groups):
-            if first_row < start + group.rows:
-                for row, table in _read_group(path, parquet, number, group.block_rows, columns):
-                    yield Block(start + row, number, table)
-            start += group.rows
+    start = 0
+    for number, rows in enumerate(group_rows):
+        if first_row < start + rows:
+            row = start
+            for table in _joined(_read_group(path, number, list(columns))):
+                yield Block(row, number, table)
+                row += table.num_rows
+            if row != start + rows:
+                raise UserError(
+                    f"{path}, row group {number}: has {row - start} rows, but {rows} by its footer; write it again"
+                )
+        start += rows
 
 
-def _read_group(
-    path: Path, parquet: pq.ParquetFile, number: int, block_rows: int, columns: Sequence[str]
-) -> Iterator[tuple[int, pa.Table]]:
-    done = 0
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Joins consecutive tables up to the size of a block."""
+    pending: list[pa.Table] = []
+    size = 0
+    for table in tables:
+        if pending and size + table.nbytes > _BLOCK_BYTES:
+            yield pa.concat_tables(pending)
+            pending, size = [], 0
+        pending.append(table)
+        size += table.nbytes
+    if pending:
+        yield pa.concat_tables(pending)
+
+
+def _read_group(path: Path, number: int, columns: list[str]) -> Iterator[pa.Table]:
+    batch_rows, done = _BATCH_ROWS, 0
     while True:
         row = 0
         try:
-            for batch in parquet.iter_batches(block_rows, [number], columns=list(columns), use_threads=False):
-                if row + batch.num_rows > done:
-                    table = pa.Table.from_batches([batch]).select(list(columns)).slice(max(0, done - row))
-                    yield max(row, done), table
-                    done = row + batch.num_rows
-                row += batch.num_rows
+            with _open(path) as parquet:
+                for batch in parquet.iter_batches(batch_rows, [number], columns=columns, use_threads=False):
+                    table = pa.Table.from_batches([batch]).select(columns)
+                    row += batch.num_rows
+                    if row > done:
+                        yield table.slice(max(0, table.num_rows - (row - done)))
+                        done = row
             return
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             # Arrow cannot read lists of text above 2 GiB at once.
-            if isinstance(error, pa.ArrowNotImplementedError) and block_rows > 1:
-                block_rows //= 2
+            if isinstance(error, pa.ArrowNotImplementedError) and batch_rows > 1:
+                batch_rows //= 2
                 continue
             reason = str(error).splitlines()[0]
             raise UserError(f"{path}, row group {number}: unreadable ({reason}); write it again") from None

@@ -22,7 +22,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.schema import CATALOG_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
 from llmgr_rec.errors import UserError, did_you_mean
-from llmgr_rec.scoring.blocks import Block, RowGroup, open_parquet, read_blocks, row_groups
+from llmgr_rec.scoring.blocks import Block, read_blocks, read_footer
 from llmgr_rec.scoring.common_schema import CommonSchema
 
 logger = logging.getLogger(__name__)
@@ -47,21 +47,21 @@ class InputFile:
     Args:
         path: Path of the file.
         name: Path relative to the input folder.
-        groups: Sizes of its row groups.
+        group_rows: Number of rows of each row group.
         has_indices: Whether the column `items` contains item indices, as in prepared data sets; otherwise raw item ids.
         partitions: Columns to copy that the file does not have, from the names of its folders.
     """
 
     path: Path
     name: str
-    groups: tuple[RowGroup, ...]
+    group_rows: tuple[int, ...]
     has_indices: bool
     partitions: dict[str, pa.Scalar]
 
     @property
     def rows(self) -> int:
         """Number of rows of the file."""
-        return sum(group.rows for group in self.groups)
+        return sum(self.group_rows)
 
     def sha256(self) -> str:
         """Hexadecimal hash of the content."""
@@ -220,7 +220,7 @@ class SessionFiles:
 
     def _blocks(self, file: InputFile, first_row: int) -> Iterator[Block]:
         columns = [name for name in dict.fromkeys([ITEMS, *self.columns]) if name not in file.partitions]
-        return read_blocks(file.path, file.groups, columns, first_row)
+        return read_blocks(file.path, file.group_rows, columns, first_row)
 
     def _copied(self, file: InputFile, group: int, table: pa.Table) -> pa.Table:
         """The columns that are copied to the output, in their common types."""
@@ -241,18 +241,17 @@ class SessionFiles:
         }
 
     def _open(self, file: ParquetFile, partition_types: dict[str, pa.DataType]) -> InputFile:
-        with open_parquet(file.path) as parquet:
-            metadata, schema = parquet.metadata, parquet.schema_arrow
-        groups = row_groups(metadata, [ITEMS, *self.columns])
-        if not metadata.num_rows:
-            return InputFile(file.path, file.name, groups, has_indices=False, partitions={})
+        footer = read_footer(file.path)
+        if not sum(footer.group_rows):
+            return InputFile(file.path, file.name, footer.group_rows, has_indices=False, partitions={})
+        schema = footer.schema
         partitions: dict[str, pa.Scalar] = {}
         for column in (ITEMS, *self.columns):
-            if column not in schema.names and column in file.partitions and column != ITEMS:
+            if column not in footer.names and column in file.partitions and column != ITEMS:
                 value = file.partitions[column]
                 partitions[column] = pa.scalar(value, pa.string()).cast(partition_types[column])
-            elif column not in schema.names:
-                known = [*schema.names, *file.partitions]
+            elif column not in footer.names:
+                known = [*footer.names, *file.partitions]
                 raise UserError(f"{file.path} has no column {column}{did_you_mean(column, known)}")
             elif len(schema.get_all_field_indices(column)) > 1:
                 raise UserError(f"{file.path} has more than one column {column}; keep one of them")
@@ -262,7 +261,7 @@ class SessionFiles:
             name: partitions[name].type if name in partitions else schema.field(name).type for name in self.columns
         }
         self._schema.add(file.path, types)
-        return InputFile(file.path, file.name, groups, has_indices, partitions)
+        return InputFile(file.path, file.name, footer.group_rows, has_indices, partitions)
 
     def _check_items_type(self, schema: pa.Schema, path: Path, has_indices: bool) -> None:
         items_type = schema.field(ITEMS).type

@@ -196,7 +196,7 @@ class Scorer:
             clicks = all_clicks.select(rows_or_filler).last(self._settings.rule.max_length)
             yield _RankBatch(
                 rows=rows,
-                batch=self._ranking.collate(_raw(clicks)),
+                batch=self._ranking.collate(RawSessions.to_rank(clicks)),
                 exclude=clicks if self._settings.rule.excludes_seen else None,
                 sessions=min(size * world.size, len(order_S) - first),
                 routed=routed,
@@ -260,15 +260,3 @@ class Scorer:
         }
         columns.update({name: ranked.sessions.table[name] for name in copied})
         return pa.table(columns)
-
-
-def _raw(clicks: Jagged) -> RawSessions:
-    none_B = torch.full((clicks.num_rows,), -1)
-    return RawSessions(
-        items_L=clicks.values,
-        offsets_B1=clicks.offsets,
-        targets_B=none_B,
-        weights_B=torch.ones(clicks.num_rows),
-        rows_B=none_B,
-        global_size=clicks.num_rows,
-    )

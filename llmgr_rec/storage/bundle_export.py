@@ -25,7 +25,7 @@ from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.fsdp import gather_full
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import installed_versions, publish_folder
+from llmgr_rec.files import installed_versions, publish_folder, storage_errors
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.adapter_files import save_adapter
@@ -43,6 +43,7 @@ from llmgr_rec.storage.bundle_index import (
     is_complete,
     read_index,
 )
+from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import saved_model
 from llmgr_rec.storage.table_io import Shard, local_shards
@@ -63,6 +64,7 @@ def export_bundle(
     trained_on: Manifest | None = None,
     blend: Blend | None = None,
     factory: ModelFactory | None = None,
+    step: int | None = None,
 ) -> None:
     """Exports the model of a stage as a bundle, which is self-contained except for the base language model.
 
@@ -79,30 +81,42 @@ def export_bundle(
             None, they are unknown.
         blend: Nearest-neighbor scores that are added to the model's scores; rank 0 writes its own.
         factory: Factory that built the model; None for the default factory.
+        step: Training steps after which the model has its weights, for error messages; None if unknown.
 
     Raises:
-        UserError: The folder is a complete bundle already.
+        UserError: The folder is a complete bundle already, a weight is NaN or infinite, or the storage is full or
+            fails. Nothing is left of the export.
     """
     model, factory = model_of(module), factory or ModelFactory()
     partial = folder.with_name(folder.name + ".tmp")
+    require_finite(model, stage, step, world)
     run_on_rank0(world, lambda: _prepare(folder, partial))
-    earlier = run_on_all_ranks(world, lambda: _earlier_table_files(folder, catalog))
-    written = run_on_all_ranks(world, lambda: _write_tables(model, partial, folder.parent, earlier, world.rank))
-    written = _gather_table_files(written, world)
-    weights = _gather_weights(model, world)
+
+    def write_tables() -> list[_WrittenFile]:
+        with storage_errors(partial):
+            return _write_tables(model, partial, folder.parent, earlier, world.rank)
 
     def finish() -> None:
-        weights_hash = factory.decoder_hash(config) if isinstance(model, LLMGR) else ""
-        _write_weights(model, weights, config, partial)
-        _write_inputs(config, catalog, partial)
-        if blend is not None:
-            blend.save(partial / BLEND)
-        index = _index(model, stage, config, catalog, partial, written, weights_hash, trained_on)
-        index = replace(index, factory=factory.name)
-        (partial / INDEX).write_text(index.to_json())
-        _publish(partial, folder)
+        with storage_errors(partial):
+            weights_hash = factory.decoder_hash(config) if isinstance(model, LLMGR) else ""
+            _write_weights(model, weights, config, partial)
+            _write_inputs(config, catalog, partial)
+            if blend is not None:
+                blend.save(partial / BLEND)
+            index = _index(model, stage, config, catalog, partial, written, weights_hash, trained_on)
+            index = replace(index, factory=factory.name)
+            (partial / INDEX).write_text(index.to_json())
+            _publish(partial, folder)
 
-    run_on_rank0(world, finish)
+    try:
+        earlier = run_on_all_ranks(world, lambda: _earlier_table_files(folder, catalog))
+        written = _gather_table_files(run_on_all_ranks(world, write_tables), world)
+        weights = _gather_weights(model, world)
+        run_on_rank0(world, finish)
+    except UserError:
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
@@ -136,10 +150,11 @@ def language_tensors(model: LLMGR) -> dict[str, Tensor]:
 def _prepare(folder: Path, partial: Path) -> None:
     if is_complete(folder):
         raise UserError(f"{folder} already contains an exported model; give another --output")
-    for leftover in (folder, partial):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    (partial / "tables").mkdir(parents=True)
+    with storage_errors(partial):
+        for leftover in (folder, partial):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        (partial / "tables").mkdir(parents=True)
 
 
 def _earlier_table_files(folder: Path, catalog: Catalog) -> dict[str, str]:

@@ -364,6 +364,11 @@ class CheckpointManager:
             )
 
 
+def step_of(checkpoint: Path) -> int:
+    """Number of training steps after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _read_whole_state(path: Path) -> _State:
     """Reads state.json and checks it, the sizes of the files, and the index. Tensors are verified when they are read.
 

@@ -1,10 +1,12 @@
 """Metrics logger of a run: metrics.jsonl and TensorBoard events, written by rank 0."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from llmgr_rec.files import atomic_write
+from llmgr_rec.errors import UserError
+from llmgr_rec.files import atomic_write, storage_errors
 
 
 class MetricsLogger:
@@ -18,12 +20,14 @@ class MetricsLogger:
             enabled: False on all ranks except 0, where every call does nothing.
         """
         self._path = run / "metrics.jsonl"
+        self._events = run / "tensorboard"
         self._enabled = enabled
         self._writer: Any = None
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run / "tensorboard"))
+            with storage_errors(self._events):
+                self._writer = SummaryWriter(str(self._events))
 
     def write(self, stage: str, step: int, **values: Any) -> None:
         """Appends one record; its line is in the file when the call returns.
@@ -32,15 +36,28 @@ class MetricsLogger:
             stage: Stage name.
             step: Steps done in the stage.
             **values: JSON values; `split` is part of the TensorBoard tag.
+
+        Raises:
+            UserError: The storage is full or fails; the file has whole lines only.
         """
         if not self._enabled:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+        self._append(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         prefix = "/".join(str(values[key]) for key in ("split",) if key in values)
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar("/".join(filter(None, (stage, prefix, name))), value, step)
+        with storage_errors(self._events):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar("/".join(filter(None, (stage, prefix, name))), value, step)
+
+    def _append(self, line: str) -> None:
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with storage_errors(self._path), self._path.open("a") as file:
+                file.write(line)
+        except UserError:
+            if self._path.exists():
+                os.truncate(self._path, size)
+            raise
 
     def rewind(self, stage: str, step: int, validated: bool = True) -> None:
         """Deletes the records of a stage after a step, because a resumed run writes them again.
@@ -61,9 +78,14 @@ class MetricsLogger:
             partial.write_text("".join(f"{line}\n" for line in lines))
 
     def close(self) -> None:
-        """Flushes TensorBoard events."""
+        """Flushes TensorBoard events.
+
+        Raises:
+            UserError: The storage is full or fails.
+        """
         if self._writer is not None:
-            self._writer.close()
+            with storage_errors(self._events):
+                self._writer.close()
 
 
 def _is_later(record: dict[str, Any], step: int, validated: bool) -> bool:

@@ -30,7 +30,8 @@ from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle import load_weights
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import latest_bundle, read_config
-from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
+from llmgr_rec.storage.checkpoint import CheckpointManager, Identity, step_of
+from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.number_format import resolve_dtype
 from llmgr_rec.storage.table_io import init_tables, zero_rows
@@ -110,6 +111,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     ranking = RankingModel(model, _collator(spec, "rank", context), spec.config.runtime.eval_batch_size)
 
     def validate() -> dict[str, float]:
+        require_finite(model, stage, position.step, world)
         refresh_item_vectors(model, world)
         return evaluate_model(ranking, context.dataset, "valid", world, context.catalog.train_count_V)
 
@@ -131,6 +133,9 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     )
     position = _start(loop, context)
     loop.run(position)
+    # Those of the best validation, if there was one.
+    step = position.step if (best := loop.best.latest()) is None else step_of(best)
+    require_finite(model, stage, step, world)
     refresh_item_vectors(model, world)
     # After the last checkpoint, so that a resumed run repeats it.
     selection = select_on_validation(
@@ -147,6 +152,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         context.dataset.manifest,
         selection.blend,
         context.factory,
+        step,
     )
     if selection.metrics:
         # After the export: a run that is killed before it selects and logs again when it is resumed.

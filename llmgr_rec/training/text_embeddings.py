@@ -6,15 +6,18 @@ text sequence encoder.
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmgr_rec.checksums import Checksum
 from llmgr_rec.cli import progress
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
@@ -37,6 +40,10 @@ _MAX_FILES = 256
 _ENCODE_ITEMS = 4096
 _BATCH_SIZE = 64
 _LOOKUP_ITEMS = 8192
+# Name of the checksum of the tensors in the metadata of a file.
+_CHECKSUM = "checksum"
+
+logger = logging.getLogger(__name__)
 
 
 class TextEmbeddings:
@@ -109,21 +116,45 @@ class TextEmbeddings:
 
     def _embed_file(self, start: int, decoder: PreTrainedModel, tokens: Jagged) -> Tensor:
         path = self._path(start)
-        if path.exists():
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor("embeddings")
+        stored = self._stored(path)
+        if stored is not None:
+            return stored
         items = torch.arange(start, min(start + self._rows, self._num_items))
         rows = tokens.select(items)
         embeddings = embed_item_texts(decoder, rows, _BATCH_SIZE)
         # Atomic, because another run may compute the same file.
+        tensors = {"embeddings": embeddings, "has_text": (rows.lengths > 0).float()}
         with atomic_write(path) as partial:
-            save_file({"embeddings": embeddings, "has_text": (rows.lengths > 0).float()}, partial)
+            save_file(tensors, partial, metadata={_CHECKSUM: _checksum(tensors)})
         return embeddings
+
+    @staticmethod
+    def _stored(path: Path) -> Tensor | None:
+        """The embeddings of a complete file; None if it is absent or damaged."""
+        if not path.exists():
+            return None
+        tensors: dict[str, Tensor] = {}
+        recorded = None
+        with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            recorded = (file.metadata() or {}).get(_CHECKSUM)
+            tensors = {name: file.get_tensor(name) for name in ("embeddings", "has_text")}
+        # Files of earlier versions have no checksum.
+        if tensors and recorded in (None, _checksum(tensors)):
+            return tensors["embeddings"]
+        logger.warning("%s is damaged; computing it again", path)
+        return None
 
     @staticmethod
     def _moments(embeddings: Tensor) -> Tensor:
         exact = embeddings[embeddings.any(dim=1)].double()
         return torch.cat([exact.sum(0), exact.square().sum().view(1), torch.tensor([float(len(exact))])])
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    checksum = Checksum()
+    for name in sorted(tensors):
+        checksum.update(tensors[name].contiguous().numpy())
+    return checksum.text()
 
 
 def embed_catalog(

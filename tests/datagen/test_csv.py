@@ -302,7 +302,6 @@ def test_plain_blocks_equal_quoted_blocks(tmp_path: Path, monkeypatch: pytest.Mo
         (LOG, ["--encoding=utf-16"], r"log\.csv is not utf-16 text; name its encoding"),
         (LOG, ["--bad_rows=skip"], r"bad_rows.*skip"),
         (LOG, ["--min_rating=3"], r"--min_rating and --rating_column require each other"),
-        (LOG, ["--min_rating=.nan", "--rating_column=stars"], r"--min_rating is nan; give a number"),
         (LOG, ["--min_rating=9", "--rating_column=stars"], r"all 4 rows are below --min_rating 9"),
         (LOG, ["--title_column=name"], r"these options need --items"),
         (LOG, ["--sessions=log.csv"], r"exactly one of --interactions and --sessions"),

@@ -84,3 +84,17 @@ def test_finished_files_are_not_computed_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(text_embeddings, "embed_item_texts", lambda *_: pytest.fail("computed again"))
     again: TextEmbeddings = embed_catalog(decoder, texts(), one, tmp_path, "hash")
     assert torch.equal(again.read(range(ITEMS), range(64)), first)
+
+
+def test_damaged_files_are_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_embeddings, "_MIN_ROWS", 4)
+    decoder = load_decoder("random-tiny", 1, "float32")
+    one = World.alone()
+    first = embed_catalog(decoder, texts(), one, tmp_path, "hash").read(range(ITEMS), range(64))
+    flipped, cut, *_ = sorted(tmp_path.rglob("*.safetensors"))
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    again = embed_catalog(decoder, texts(), one, tmp_path, "hash")
+    assert torch.equal(again.read(range(ITEMS), range(64)), first)

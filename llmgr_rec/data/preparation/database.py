@@ -9,6 +9,7 @@ import duckdb
 import pyarrow as pa
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import storage_error
 
 # Rows per batch of a streamed result.
 _BATCH_ROWS = 65536
@@ -124,14 +125,16 @@ def user_errors(action: str) -> Iterator[None]:
     try:
         yield
     except duckdb.OutOfMemoryException as error:
+        if known := storage_error(error):
+            raise known from None
         raise UserError(
             f"{action}: DuckDB ran out of memory ({_first_line(error)}); raise --memory_gb or lower --threads"
         ) from None
     except (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException, duckdb.InternalException):
         raise
     except (duckdb.Error, OSError) as error:
-        raise UserError(
-            f"{action}: {_first_line(error)}; the file may be damaged (write or download it again) or the disk full"
+        raise storage_error(error) or UserError(
+            f"{action}: {_first_line(error)}; the file may be damaged (write or download it again)"
         ) from None
 
 

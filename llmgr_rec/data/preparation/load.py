@@ -8,7 +8,7 @@ Keys are row numbers, so sorting by key restores the order of the input.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmgr_rec.data.missing_values import MISSING_VALUES
@@ -57,8 +57,15 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
     items = open_source(settings.items, "items", {"item_id": "id", "title": "text"}, texts)
     if clicks.types[item_column] != items.types["item_id"]:
         # One file has text, so the ids of the other are compared as text.
+        _log.info(
+            "item ids are numbers in %s, but text in %s; all are read as text",
+            *((path, settings.items) if clicks.types[item_column] == "int64" else (settings.items, path)),
+        )
         clicks = replace(clicks, types=clicks.types | {item_column: "string"})
         items = replace(items, types=items.types | {"item_id": "string"})
+    for source in (clicks, items):
+        if source.float_ids:
+            _log.info("%s: floats in column %s are read as integers", source.files[0], " and ".join(source.float_ids))
     return clicks, items
 
 
@@ -83,7 +90,7 @@ def load_items(database: Database, items: Source) -> None:
         f"CAST({column} AS VARCHAR) AS {column}" if column in items.types else f"CAST(NULL AS VARCHAR) AS {column}"
         for column in TEXT_COLUMNS
     )
-    _check_values(database, items, ["item_id"])
+    _check_values(database, items, ["item_id"], [column for column in TEXT_COLUMNS if column in items.types])
     database.run(f"CREATE TABLE items AS SELECT source_row AS key, item_id, {texts} FROM {items.sql()}")
     duplicates = database.run(
         "SELECT count(*) OVER (), item_id, keys[1], keys[2] FROM (SELECT item_id, list_sort(list(key)) AS keys "
@@ -188,10 +195,11 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
     return int(database.value("SELECT count(*) FROM events")) + dropped
 
 
-def _check_values(database: Database, source: Source, columns: list[str]) -> None:
-    """Raises a `UserError` if a value is invalid; warns of ids that are words for a missing value."""
+def _check_values(database: Database, source: Source, columns: list[str], texts: Sequence[str] = ()) -> None:
+    """Raises a `UserError` if a value is invalid; warns of ids and texts that are words for a missing value."""
     tests = [(column, *test) for column in columns for test in _value_tests(source, column)]
     words = [column for column in columns if source.types[column] == "string" and column != "items"]
+    words += texts
     tests += [(column, f"{column} IN ({_WORDS})", "") for column in words]
     selected = ", ".join(f"count(*) FILTER ({test}), min(source_row) FILTER ({test})" for _, test, _ in tests)
     results = database.run(f"SELECT {selected} FROM {source.sql()}")[0]
@@ -201,7 +209,7 @@ def _check_values(database: Database, source: Source, columns: list[str]) -> Non
             raise UserError(f"{source.locate(row)}: column {column} {problem.format(f'{count:,}')}")
         if count:
             _log.warning(
-                "%s: column %s is a word for a missing value in %s rows (one of %s); they count as one id",
+                "%s: column %s is a word for a missing value in %s rows (one of %s); it is read as any other text",
                 source.locate(row),
                 column,
                 f"{count:,}",

@@ -49,8 +49,8 @@ class PrepareSettings:
             all have at least k; 0 or 1 disables it.
         min_session_length: k for users (sessions), if it differs from k for items.
         max_length: Maximum length of a history in clicks; the newest clicks of a longer history are kept.
-        long_sessions: How to treat a training history longer than max_length: keep the newest clicks, or split it into
-            consecutive rows so that every click is predicted once.
+        long_sessions: How to treat a training history longer than max_length: split it into consecutive rows so that
+            every click is predicted once, or keep the newest clicks in one row.
         split: leave_one_out (last click test, the one before validation), temporal (global points in time) or
             predefined.
         valid_share: Share of sessions for validation. temporal: sessions by their last click; predefined: the newest
@@ -83,7 +83,7 @@ class PrepareSettings:
     min_interactions: int = 5
     min_session_length: int | None = None
     max_length: int = 50
-    long_sessions: Literal["newest", "split"] = "newest"
+    long_sessions: Literal["newest", "split"] = "split"
     split: Literal["leave_one_out", "temporal", "predefined"] = "leave_one_out"
     valid_share: float = 0.1
     test_share: float = 0.1

@@ -26,7 +26,7 @@ _EXPECTED_TYPES = {
     "text": "string",
     "id_list": "a list of string, int64 or whole floats",
 }
-# Largest integer up to which all integers are exact, by type.
+# From this number on, an integer may stand for others, by type.
 _EXACT = {"float": LARGEST_EXACT_FLOAT, "float32": LARGEST_EXACT_FLOAT32}
 # Type of a column that a file does not have, and the name of its folder has.
 _FROM_FOLDER = "from the folder name"
@@ -129,7 +129,7 @@ class Source:
         if stored not in _EXACT:
             return "false"
         # Not isnan, which DuckDB takes for false where the statistics of a file have a minimum and a maximum.
-        wrong = f"isfinite({{0}}) AND ({{0}} <> floor({{0}}) OR abs({{0}}) > {_EXACT[stored]})"
+        wrong = f"isfinite({{0}}) AND ({{0}} <> floor({{0}}) OR abs({{0}}) >= {_EXACT[stored]})"
         if self.kinds[name] == "id":
             return f"coalesce({wrong.format(quote(name))}, false)"
         return f"coalesce(len(list_filter({quote(name)}, lambda x: {wrong.format('x')})) > 0, false)"

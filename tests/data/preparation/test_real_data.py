@@ -54,7 +54,9 @@ def test_diginetica_restores_the_published_split(tmp_path: Path) -> None:
 def test_movielens_keeps_every_user(tmp_path: Path) -> None:
     result = prepare_real("ml100k", tmp_path, min_interactions=5)
     manifest = result.dataset.manifest
-    assert manifest.num_sessions == {"train": 943, "valid": 943, "test": 943}
+    # Sessions of more than 50 clicks become several training rows, which use every click.
+    assert manifest.num_sessions == {"train": 2_398, "valid": 943, "test": 943}
+    assert manifest.click_use["unused"] == 0
     assert manifest.num_items == 1_349
     assert manifest.num_clicks == {"read": 100_000, "duplicates": 0, "consecutive_repeats": 0, "kept": 99_287}
     assert manifest.repeats == "exclude"
