@@ -72,4 +72,4 @@ class BadRows:
             raise UserError(f"{self._source}: {shown}{more}; {', or '.join(remedies)}")
         if self.count == rows:
             raise UserError(f"{self._source}: all {rows:,} rows are bad: {shown}; check the options and the file")
-        _log.warning("%s: dropped %s bad rows of %s: %s", self._source, f"{self.count:,}", f"{rows:,}", shown)
+        _log.warning("%s: bad rows dropped: %s of %s: %s", self._source, f"{self.count:,}", f"{rows:,}", shown)

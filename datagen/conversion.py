@@ -305,7 +305,7 @@ class Conversion:
             "GROUP BY item_id) ORDER BY later, place",
         )
         if repeated := self._value("SELECT count(*) - count(DISTINCT item_id) FROM items"):
-            _log.info("%s rows of the item file repeat an earlier item id and are dropped", f"{repeated:,}")
+            _log.info("rows of the item file that repeat an earlier item id: %s dropped", f"{repeated:,}")
         rows = self._value("SELECT count(*) FROM interactions")
         # Shorter ids first, so that numbers are in numerical order.
         self._write(

@@ -319,7 +319,7 @@ def _parse_header(lines: list[str], delimiter: str) -> tuple[list[str], int]:
 
 def _quote_problem(error: str) -> str:
     if "unexpected end" in error or "field limit" in error:
-        return "opens a quote that is never closed"
+        return f"opens a quote that is never closed, or has a field of more than {_LONGEST_FIELD:,} characters"
     if "expected after" in error:
         return "has a quote inside a quoted field; double it"
     return f"cannot be parsed ({error})"

@@ -5,10 +5,13 @@ import gzip
 import logging
 import lzma
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from datagen.csv import main
 from datagen.delimited import BadLine, DelimitedFile
@@ -238,8 +241,8 @@ def test_words_for_missing_values(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     _run(tmp_path, log, "--items", str(shop), "--title_column=name", "--bad_rows=drop")
     assert interactions(tmp_path / "out") == [("u", "a", 9)]
     assert [(row["item_id"], row["title"]) for row in items(tmp_path / "out")] == [("a", None), ("None1", None)]
-    assert "log.csv: dropped 18 bad rows of 19: line 2: sku is missing; line 3: " in caplog.text
-    assert "shop.csv: dropped 6 bad rows of 8: line 3: sku is missing" in caplog.text
+    assert "log.csv: bad rows dropped: 18 of 19: line 2: sku is missing; line 3: " in caplog.text
+    assert "shop.csv: bad rows dropped: 6 of 8: line 3: sku is missing" in caplog.text
     assert "shop.csv: read as missing, because they are words such as NULL or nan: 2 name" in caplog.text
     log = write(tmp_path / "log.csv", "at,who,sku\n1,nan,n/a\n2,None,-\n")
     _run(tmp_path / "own", log, "--missing_values=-", "--bad_rows=drop")
@@ -262,9 +265,21 @@ def test_bad_rows_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCapt
     )
     _run(tmp_path, log, "--bad_rows=drop")
     assert [row[1] for row in interactions(tmp_path / "out")] == ["a", "f", "h"]
-    assert "log.csv: dropped 6 bad rows of 9: line 4: has 3 fields" in caplog.text
+    assert "log.csv: bad rows dropped: 6 of 9: line 4: has 3 fields" in caplog.text
     with pytest.raises(UserError, match=r"all 1 rows are bad: line 2: 'x' of at is not a number"):
         _run(tmp_path / "all", write(log, "at,who,sku\nx,u,a\n"), "--bad_rows=drop")
+
+
+def _parsed(path: Path) -> list[tuple[int, ...]]:
+    """Line numbers with values, without white space around them, or with what is wrong."""
+    found: list[tuple[int, ...]] = []
+    for part in DelimitedFile(path, {"a": "at", "b": "who", "c": "sku"}, ",").read(["sku", "at", "who"]):
+        if isinstance(part, BadLine):
+            found.append((part.line, part.problem))
+        else:
+            columns = ([value.strip() for value in column.to_pylist()] for column in part.columns)
+            found += zip(part.lines, *columns, strict=True)
+    return sorted(found)
 
 
 def test_plain_blocks_equal_quoted_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,24 +287,28 @@ def test_plain_blocks_equal_quoted_blocks(tmp_path: Path, monkeypatch: pytest.Mo
     lines = [f"{n},user {n % 7},i{n},{'x' * (n % 50)}" for n in range(400)]
     lines[100:100] = ["", "1,2", 'a,"b\nc",d,"e ""f"""', "1,2,3,4,,"]
     path = write(tmp_path / "log.csv", "at,who,sku,note\r\n" + "\r\n".join(lines))
-
-    def read() -> list[tuple[int, ...]]:
-        found = []
-        for part in DelimitedFile(path, {"a": "at", "b": "who", "c": "sku"}).read(["sku", "at", "who"]):
-            if isinstance(part, BadLine):
-                found.append((part.line, part.problem))
-            else:
-                found += zip(part.lines, *(column.to_pylist() for column in part.columns), strict=True)
-        return found
-
-    fast = read()
+    fast = _parsed(path)
     monkeypatch.setattr(DelimitedFile, "_parse_plain", lambda *_: None)
-    plain = read()
-    assert fast == plain
-    assert len(plain) == 403
-    assert plain[100] == (103, "has 2 fields, but the header has 4")
-    assert plain[101] == (104, "d", "a", "b\r\nc".replace("\r\n", "\n"))
-    assert plain[102] == (106, "3", "1", "2")
+    assert fast == _parsed(path)
+    assert len(fast) == 403
+    assert fast[100:103] == [
+        (103, "has 2 fields, but the header has 4"),
+        (104, "d", "a", "b\nc"),
+        (106, "3", "1", "2"),
+    ]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.text('ab",\n\r \x00é', max_size=12), max_size=12))
+def test_any_text_is_read_the_same_in_plain_and_quoted_blocks(pieces: list[str]) -> None:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = write(Path(folder) / "log.csv", "at,who,sku\n" + "1,u,a\n".join(pieces))
+        patch.setattr("datagen.delimited._BLOCK_BYTES", 8)
+        fast = _parsed(path)
+        patch.setattr(DelimitedFile, "_parse_plain", lambda *_: None)
+        assert fast == _parsed(path)
+        patch.setattr("datagen.delimited._BLOCK_BYTES", 1 << 20)
+        assert fast == _parsed(path)
 
 
 @pytest.mark.parametrize(
