@@ -72,7 +72,7 @@ def one_line_errors(folder: Path, what: str, fix: str) -> Iterator[None]:
                 f"llm.name_or_path: the {what} in {folder} needs code of its own (auto_map), and model code from "
                 "folders is not run; give a model that transformers has a class for"
             ) from None
-        raise UserError(f"llm.name_or_path: no readable {what} in {folder} ({first_line(error)}); {fix}") from error
+        raise UserError(f"llm.name_or_path: cannot load the {what} in {folder} ({first_line(error)}); {fix}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -81,7 +81,8 @@ def load_decoder(
     else:
         folder = pretrained_folder(name)
         config = decoder_config(name, num_layers)
-        with one_line_errors(folder, "weights", "copy the model again"), _quiet_transformers():
+        fix = "copy the model again, or give one that transformers runs with the attention of torch (sdpa)"
+        with one_line_errors(folder, "weights", fix), _quiet_transformers():
             decoder, loaded = AutoModel.from_pretrained(
                 folder,
                 config=config,

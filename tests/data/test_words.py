@@ -7,7 +7,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.data.words import words_of
@@ -22,6 +22,7 @@ def test_words() -> None:
     assert words_of(" -, ") == words_of(" …、") == words_of("") == words_of(None) == []
 
 
+@settings(max_examples=40)
 @given(st.text(st.characters(codec="ascii")))
 def test_ascii_has_the_words_that_it_always_had(text: str) -> None:
     expected = re.findall(r"\w+", text.lower())
@@ -30,6 +31,7 @@ def test_ascii_has_the_words_that_it_always_had(text: str) -> None:
     assert words_of(f"{text} é") == [*expected, "é"]
 
 
+@settings(max_examples=40)
 @given(st.text())
 def test_encodings_of_a_text_have_the_same_words(text: str) -> None:
     words = words_of(text)

@@ -162,13 +162,13 @@ def test_weights_from_elsewhere_are_refused(tmp_path: Path) -> None:
             ),
             ("config.json", {"model_type": "llama", "transformers_weights": 1}, "names the weights 1"),
             ("config.json", {"model_type": "bert"}, r"lacks \d+ weights of the model"),
-            ("config.json", {"model_type": "llama", "num_hidden_layers": None}, "no readable configuration"),
+            ("config.json", {"model_type": "llama", "num_hidden_layers": None}, "cannot load the configuration"),
             (
                 "config.json",
                 {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
-                "no readable weights",
+                "cannot load the weights",
             ),
-            ("model.safetensors", {}, "no readable weights"),
+            ("model.safetensors", {}, "cannot load the weights"),
         ]
     ):
         folder = tmp_path / str(place)

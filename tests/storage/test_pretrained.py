@@ -94,10 +94,10 @@ def test_folder_without_config_or_tokenizer(saved, tmp_path):
     with pytest.raises(UserError, match=r"has no config\.json"):
         load_decoder(str(tmp_path))
     saved[1].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no readable tokenizer"):
+    with pytest.raises(UserError, match="cannot load the tokenizer"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
-    with pytest.raises(UserError, match=r"no readable configuration \(config\.json\) in"):
+    with pytest.raises(UserError, match=r"cannot load the configuration \(config\.json\) in"):
         load_decoder(str(tmp_path))
 
 
