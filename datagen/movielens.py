@@ -153,7 +153,7 @@ def _read_atomic(work: "Conversion", folder: Path, min_rating: float | None) -> 
     rated = min_rating is not None
     if rated:
         require_columns(clicks, columns, {"--min_rating": "rating"})
-    table = delimited_sql(clicks, columns, "\t", header=True, quotes=False)
+    table = delimited_sql(clicks, columns, "\t", header=True)
     fields = {"user_id": "user_id", "item_id": "item_id", "time": "timestamp"} | ({"rating": "rating"} if rated else {})
     work.read_interactions(clicks, table, fields, min_rating)
 
@@ -199,7 +199,7 @@ def _read_ratings(work: "Conversion", path: Path, delimiter: str, *, header: boo
         present = read_header(path, delimiter)
         require_columns(path, present, {f"MovieLens {path.name}": name for name in columns})
         columns = present
-    table = delimited_sql(path, columns, delimiter, header=header, quotes=False)
+    table = delimited_sql(path, columns, delimiter, header=header)
     names = {"user_id": "userId", "item_id": "movieId", "time": "timestamp", "rating": "rating"}
     work.read_interactions(path, table, names, min_rating)
 

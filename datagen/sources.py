@@ -76,24 +76,22 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header: bool, quotes: bool) -> str:
-    """A DuckDB table expression of a delimited file. All columns are strings; empty fields are null.
+def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header: bool) -> str:
+    """A DuckDB table expression of a delimited file without quotes. All columns are strings; empty fields are null.
 
     Args:
         path: Path of the file.
         columns: Names of all columns, in order.
         delimiter: Field separator, up to four bytes.
         header: Whether the first line is a header.
-        quotes: Whether fields may be quoted with double quotes.
     """
     types = ", ".join(f"{quote(name)}: 'VARCHAR'" for name in columns)
     # Blank lines before the header.
     skipped = next(read_lines(path), (1, ""))[0] - 1 if header else 0
-    mark = "'\"'" if quotes else "''"
     source = quote(literal_path(path))
     return (
         f"read_csv({source}, delim={quote(delimiter)}, header={str(header).lower()}, skip={skipped}, "
-        f"quote={mark}, escape={mark}, auto_detect=false, columns={{{types}}})"
+        f"quote='', escape='', auto_detect=false, hive_partitioning=false, columns={{{types}}})"
     )
 
 
@@ -105,7 +103,8 @@ def json_sql(path: Path, fields: Sequence[str]) -> str:
         fields: Names of the fields.
     """
     types = ", ".join(f"{identifier(name)}: 'VARCHAR'" for name in fields)
-    return f"read_json({quote(literal_path(path))}, format='newline_delimited', columns={{{types}}})"
+    source = quote(literal_path(path))
+    return f"read_json({source}, format='newline_delimited', hive_partitioning=false, columns={{{types}}})"
 
 
 def read_header(path: Path, delimiter: str) -> list[str]:

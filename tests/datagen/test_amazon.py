@@ -67,8 +67,9 @@ def test_2014(tmp_path: Path) -> None:
 
 def test_2018_gzipped(tmp_path: Path) -> None:
     # As a pattern, the name would match the other file.
-    write(tmp_path / "Beauty1.json.gz", json_lines(OLD_REVIEWS[:1]))
-    reviews = write(tmp_path / "Beauty[1].json.gz", json_lines(OLD_REVIEWS))
+    folder = tmp_path / "reviewerID=7"
+    write(folder / "Beauty1.json.gz", json_lines(OLD_REVIEWS[:1]))
+    reviews = write(folder / "Beauty[1].json.gz", json_lines(OLD_REVIEWS))
     meta = write(tmp_path / "meta_All_Beauty.json.gz", json_lines(META_2018))
     main(["--year=2018", "--reviews", str(reviews), "--meta", str(meta), "--output", str(tmp_path / "out")])
     assert interactions(tmp_path / "out") == OLD_ROWS

@@ -63,13 +63,13 @@ def test_ml_1m_and_10m(tmp_path: Path, encoding: str) -> None:
 
 
 def test_ml_25m_and_latest(tmp_path: Path) -> None:
-    write(tmp_path / "in[1]*/ratings.csv", "userId,movieId,rating,timestamp\n" + U_DATA.replace("\t", ","))
+    write(tmp_path / "userId=7/in[1]*/ratings.csv", "userId,movieId,rating,timestamp\n" + U_DATA.replace("\t", ","))
     text = (
         'movieId,title,genres\r\n242,"American President, The (1995)",Comedy|Drama|Romance\r\n'
         '51,"He said ""Go"" &amp; went (2001)",(no genres listed)\r\n7,Amélie (2001),Comedy\r\n'
     )
-    write(tmp_path / "in[1]*/movies.csv", text)
-    convert(tmp_path / "in[1]*", tmp_path / "out")
+    write(tmp_path / "userId=7/in[1]*/movies.csv", text)
+    convert(tmp_path / "userId=7/in[1]*", tmp_path / "out")
     assert interactions(tmp_path / "out") == ROWS
     assert [(row["title"], row["category"]) for row in items(tmp_path / "out")] == [
         ("American President, The (1995)", "Comedy, Drama, Romance"),
