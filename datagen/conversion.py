@@ -74,7 +74,7 @@ class Conversion:
         rows: str | Iterable[Rows | BadLine],
         names: dict[str, str],
         min_rating: float | None = None,
-        time_format: str = "number",
+        time_format: str = "auto",
     ) -> None:
         """Loads the interactions of a dump.
 
@@ -101,7 +101,7 @@ class Conversion:
         problem = self._find_problems(bad, names, times, rated)
         total = self._value("SELECT count(*) FROM raw")
         unreadable = "time" in names and bad.has(_not_a_time(names, times))
-        bad.finish(total + broken, times.remedy if unreadable else "")
+        bad.finish(total + broken, times.remedy if unreadable and self._policy else "")
         condition = f"({problem}) IS NULL" if bad.count else "true"
         if rated:
             condition += f" AND CAST(rating AS DOUBLE) >= {min_rating!r}"
@@ -331,7 +331,7 @@ class Conversion:
         if problem is None:
             return
         if missing == total:
-            raise UserError(f"{problem}; write the ids of both files in the same form, or leave out --items")
+            raise UserError(f"{problem}; check that the files belong together, and write their ids in the same form")
         _log.warning("%s; the others become items without text", problem)
 
     def _write(self, name: str, schema: pa.Schema, query: str, rows: int | None = None) -> None:

@@ -223,7 +223,7 @@ def test_few_matching_ids_are_a_warning_and_none_an_error(tmp_path: Path, caplog
         "the item file has 'B1', 'B2'; the others become items without text"
     ) in caplog.text
     write(shop, "sku,name\nA,Tea\n")
-    with pytest.raises(UserError, match=r"only 0 of 5 item ids .* the item file has 'A'; write the ids of both files"):
+    with pytest.raises(UserError, match=r"only 0 of 5 item ids .* the item file has 'A'; check that the files belong together"):
         _run(tmp_path / "none", log, "--items", str(shop), "--title_column=name")
 
 
