@@ -11,8 +11,9 @@ from llmgr_rec.errors import UserError
 
 Policy = Literal["error", "drop"]
 
-# Rows shown in the message.
+# Rows, and kinds of problems, in a message.
 _SHOWN = 3
+_KINDS = 5
 _log = logging.getLogger(__name__)
 
 
@@ -72,4 +73,15 @@ class BadRows:
             raise UserError(f"{self._source}: {shown}{more}; {', or '.join(remedies)}")
         if self.count == rows:
             raise UserError(f"{self._source}: all {rows:,} rows are bad: {shown}; check the options and the file")
-        _log.warning("%s: bad rows dropped: %s of %s: %s", self._source, f"{self.count:,}", f"{rows:,}", shown)
+        common = self._counts.most_common(_KINDS)
+        kinds = [f"{problem.removeprefix('of ')}: {count:,}" for problem, count in common]
+        if (rest := self.count - sum(count for _, count in common)) > 0:
+            kinds.append(f"others: {rest:,}")
+        _log.warning(
+            "%s: bad rows dropped: %s of %s (%s); the first are %s",
+            self._source,
+            f"{self.count:,}",
+            f"{rows:,}",
+            ", ".join(kinds),
+            shown,
+        )

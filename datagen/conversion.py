@@ -165,7 +165,7 @@ class Conversion:
         found = self._rows(
             f"SELECT problem, count(*), min(line, 3), arg_min(value, line, 3) FROM (SELECT *, "
             f"CASE problem {values} END AS value FROM (SELECT *, {problem} AS problem FROM raw)) "
-            "WHERE problem IS NOT NULL GROUP BY problem"
+            "WHERE problem IS NOT NULL GROUP BY problem ORDER BY problem"
         )
         for place, count, lines, shown in found:
             bad.add(problems[place][0], count, zip(lines, shown, strict=True))
