@@ -26,6 +26,7 @@ _DAYS = {"mdy": "%m{0}%d{0}", "dmy": "%d{0}%m{0}"}
 _FORMATS = "auto, number, mdy (01/31/2024), dmy (31.01.2024), or a pattern such as '%d %b %Y %H:%M'"
 _OTHER_FORMATS = "name the form of the dates with --time_format, such as mdy for 01/31/2024"
 _MICROSECOND_DIGITS, _NANOSECOND_DIGITS = 6, 9
+_SCALES = {3: "thousandths", 6: "millionths", 9: "billionths"}
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,14 @@ def _numbers(query: Query, where: str, one_unit: bool) -> TimeReading:
         problem, remedy = "is not a number or a date like 2024-01-31", _OTHER_FORMATS
     value = "TRY_CAST(time AS DOUBLE)"
     scientific = "contains(upper(time), 'E')"
-    digits, count_scientific, outside, *per_unit = query(
-        f"SELECT max(length({_decimals()})) FILTER (NOT {scientific} OR {value} <> round({value})), "
+    digits, largest, count_scientific, outside, *per_unit = query(
+        f"SELECT max(length({_decimals()})) FILTER (NOT {scientific} OR {value} <> round({value})), max(abs({value})), "
         f"count(*) FILTER ({scientific}), "
         f"count(*) FILTER ({unit_sql(f'abs({value})')} IS NULL), "
         + ", ".join(f"count(*) FILTER ({unit_sql(f'abs({value})')} = '{name}')" for name in UNITS)
         + f" FROM raw WHERE {_NUMBER}"
     )
-    digits = digits or 0
+    digits = _scale_digits(digits or 0, largest or 0.0)
     notes = []
     if count_scientific:
         notes.append(
@@ -147,10 +148,17 @@ def _numbers(query: Query, where: str, one_unit: bool) -> TimeReading:
         # Integers are cast directly, because a double cannot represent all of them.
         whole = f"coalesce(TRY_CAST(time AS BIGINT), TRY(CAST(round({value}) AS BIGINT)))"
         return TimeReading(f"CASE WHEN {_NUMBER} THEN {whole} END", problem, remedy, tuple(notes))
-    digits = _MICROSECOND_DIGITS if digits <= _MICROSECOND_DIGITS else _NANOSECOND_DIGITS
-    notes.append(f"times have fractions, so they are converted to {'millionths' if digits == 6 else 'billionths'}")
+    notes.append(f"times have fractions, so they are converted to {_SCALES[digits]}")
     sql = f"TRY(CAST(TRY_CAST(time AS DECIMAL(38, {digits})) * {10**digits} AS BIGINT))"
     return TimeReading(sql, problem, remedy, tuple(notes))
+
+
+def _scale_digits(digits: int, largest: float) -> int:
+    """Decimal digits that all times keep: 0, 6 or 9, or fewer if a time would exceed int64."""
+    scale = 0 if not digits else _MICROSECOND_DIGITS if digits <= _MICROSECOND_DIGITS else _NANOSECOND_DIGITS
+    while scale and largest * 10**scale >= 2**63:
+        scale -= 3
+    return scale
 
 
 def _decimals() -> str:

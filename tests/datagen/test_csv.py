@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from datagen.csv import main
 from datagen.delimited import BadLine, DelimitedFile
+from datagen.sessions import session_batches
 from llmgr_rec.errors import UserError
 from tests.datagen.dumps import interactions, items, leftovers, write
 
@@ -155,6 +156,10 @@ def test_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _times(tmp_path, "45321.75", "45321.5", "45322", "-2.5") == [45321750000, 45321500000, 45322000000, -2500000]
     assert _times(tmp_path, "1706702400.123456", "1706702400.123457") == [noon + 123456, noon + 123457]
     assert _times(tmp_path, "1706702400.000000002", "1706702400.5") == [noon * 1000 + 2, noon * 1000 + 500_000_000]
+    # Fractions that int64 cannot hold beside the other times are rounded.
+    assert _times(tmp_path, "1706702400000000000.25", "3.25", "5") == [1706702400000000000, 3, 5]
+    assert _times(tmp_path, "9007199254740", "3.25") == [9007199254740000000, 3250000]
+    assert _times(tmp_path, "90071992547409", "3.0625") == [90071992547409000, 3063]
     assert _times(tmp_path, "1706702400.0", "-3", "+4", "1.7e9") == [1706702400, -3, 4, 1700000000]
 
 
@@ -390,6 +395,15 @@ def test_bad_catalog_is_named(tmp_path: Path) -> None:
 def test_unknown_option_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"did you mean user_column\?"):
         _run(tmp_path, write(tmp_path / "log.csv", LOG), "--user_colum=x")
+
+
+def test_sessions_may_continue_in_the_next_batch() -> None:
+    table = pa.table({"number": [1, 1, 1, 2, 5, 5], "id": list("aaabcc"), "item": list("uvwxyz")})
+    expected = [("a", ["u", "v", "w"]), ("b", ["x"]), ("c", ["y", "z"])]
+    for size in range(1, 8):
+        batches = session_batches(table.to_batches(max_chunksize=size))
+        assert [tuple(row.values()) for batch in batches for row in batch.to_pylist()] == expected
+    assert list(session_batches([])) == []
 
 
 def test_sessions_are_read_as_the_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
