@@ -6,7 +6,7 @@ neighboring characters, as in the CJK analyzer of Lucene, and single Chinese cha
 
 import re
 import unicodedata
-from itertools import pairwise
+from operator import add
 
 import regex
 
@@ -32,7 +32,7 @@ _CLUSTER = regex.compile(r"\X")
 
 
 def words_of(text: str | None) -> list[str]:
-    """Words of a text in order, folded by `fold`.
+    """Words of a text, folded by `fold`, with repetitions; in order except for pairs.
 
     A word is a maximal run of letters with their marks, digits and underscores; for Chinese, Japanese and Korean a pair
     of neighboring characters, and every Chinese character; for Thai, Lao, Khmer, Burmese and Tai scripts a pair of
@@ -49,6 +49,8 @@ def words_of(text: str | None) -> list[str]:
     for match in _RUN.finditer(folded):
         characters, clusters = match.groups()
         if characters:
+            if len(characters) > 1:
+                words += _HAN.findall(characters)
             words += _pairs(characters)
         elif clusters:
             words += _pairs(_CLUSTER.findall(clusters))
@@ -73,14 +75,5 @@ def fold(text: str) -> str:
 
 
 def _pairs(units: "str | list[str]") -> list[str]:
-    """Pairs of neighboring units, each after the Chinese character that it begins with; a single unit as it is."""
-    if len(units) == 1:
-        return list(units)
-    words = []
-    for first, second in pairwise(units):
-        if _HAN.match(first):
-            words.append(first)
-        words.append(first + second)
-    if _HAN.match(units[-1]):
-        words.append(units[-1])
-    return words
+    """Pairs of neighboring units; a single unit as it is."""
+    return list(map(add, units, units[1:])) or list(units)
