@@ -119,6 +119,13 @@ def test_a_path_is_read_as_it_is(tmp_path: Path, name: str) -> None:
     assert interactions(tmp_path / "out") == ROWS
 
 
+def test_an_output_may_look_like_an_address_of_duckdb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("md:out", "sqlite:out", ":memory:"):
+        main(["--interactions", str(write(tmp_path / "log.csv", CLICKS)), *COLUMNS, "--output", name])
+        assert interactions(tmp_path / name) == ROWS
+
+
 def test_columns_may_have_any_name(tmp_path: Path) -> None:
     names = ['it"s', "FILE_ROW_NUMBER", "filename", "place", "line"]
     log = write(tmp_path / "log.csv", '"it""s",FILE_ROW_NUMBER,filename,place,line\n1,u,a,9,9\n0,u,b,9,9\n')

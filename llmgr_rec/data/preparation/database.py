@@ -81,6 +81,8 @@ def connect(folder: Path, **options: Any) -> duckdb.DuckDBPyConnection:
             f"DuckDB cannot keep temporary files in {folder.parent}, because its path has a {changed.pop()}; give one "
             "without it"
         )
+    # DuckDB takes the start of a relative path such as `md:data` for an extension to load.
+    folder = folder.absolute()
     config = {
         "temp_directory": str(folder / "spill"),
         # Never download extensions; those used here are in the wheel.
