@@ -22,10 +22,13 @@ def words(source: Path, output: Path, *more: str) -> list[str]:
 
 
 def test_scores_and_says_what_it_did(tmp_path, capsys):
-    source = write_sessions(tmp_path / "in.parquet", raw_sessions(12), country=["se"] * 12)
-    main(words(source, tmp_path / "out", "--k", "3", "--columns", "session_id,country", "--repeats", "exclude"))
+    source = tmp_path / "in"
+    write_sessions(source / "day=7" / "in.PARQUET", raw_sessions(12), country=["se"] * 12)
+    columns = ("--columns", "session_id,country,day")
+    main(words(source, tmp_path / "out", "--k", "3", *columns, "--repeats", "exclude"))
     rows = read_scores(tmp_path / "out")
-    assert list(rows[0]) == ["session_id", "item_ids", "scores", "fallback", "country"]
+    assert list(rows[0]) == ["session_id", "item_ids", "scores", "fallback", "country", "day"]
+    assert rows[0]["day"] == 7
     assert all(len(row["item_ids"]) == 3 for row in rows)
     assert re.search(r"scored 12 sessions to \S+ \(Parquet files: 1\); 3 clicks", capsys.readouterr().out)
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())

@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from llmgr_rec.config import Device, RuntimeConfig
 from llmgr_rec.distributed.rank_watch import RankWatch
-from llmgr_rec.errors import RankLostError, StopRequested, UserError
+from llmgr_rec.errors import RankLostError, UserError
 
 T = TypeVar("T")
 
@@ -209,15 +209,16 @@ def process_group(runtime: RuntimeConfig, device: Device | None = None) -> Itera
     )
     try:
         yield world
-    except StopRequested:
-        if world.size == 1:
-            shutdown()
-        raise
     except Exception as error:
         for watch in _watches:
             if lost := watch.explain(error):
                 raise lost from error
         shutdown()
+        raise
+    except BaseException:
+        # Of Ctrl-C, too: a notebook goes on and may join a group again.
+        if world.size == 1:
+            shutdown()
         raise
     shutdown()
 

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.folder_lock import LOCK_NAME
 from llmgr_rec.scoring.input import InputFile, Part
 from llmgr_rec.scoring.output import ScoreFolder
-from tests.scoring.sessions import all_bytes
+from llmgr_rec.scoring.score_run import score_run
+from tests.scoring.sessions import all_bytes, raw_sessions, write_sessions
+from tests.scoring.test_score_run import request
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
@@ -96,25 +98,33 @@ def cut_what_was_not_flushed(folder: Path) -> None:
             os.truncate(path, path.stat().st_size // 2)
 
 
-def test_a_job_killed_at_any_operation_ends_with_the_same_bytes(tmp_path: Path, killer: Killer) -> None:
+def end_with_the_same_bytes(tmp_path: Path, killer: Killer, run: Callable[[Path], object]) -> None:
+    """Kills `run` at each of its operations, and again soon after it has continued, before it may end."""
     with killer.kills_at(tmp_path / "whole", sys.maxsize):
         run(tmp_path / "whole")
     expected, operations = all_bytes(tmp_path / "whole"), killer.count
-    assert set(expected) == {"_SUCCESS", "_manifest.json", "part-00000.parquet", "part-00001.parquet"}
+    assert set(expected) >= {"_SUCCESS", "_manifest.json", "part-00000.parquet", "part-00001.parquet"}
     assert operations > 15
     for operation in range(1, operations + 1):
         folder = tmp_path / f"killed-{operation}"
-        with pytest.raises(Killed), killer.kills_at(folder, operation):
-            run(folder)
-        if (folder / "_SUCCESS").is_file():
-            assert set(all_bytes(folder)) - {LOCK_NAME} >= set(expected)
-        cut_what_was_not_flushed(folder)
-        # Killed again where the second attempt has come half as far.
-        with pytest.raises(Killed), killer.kills_at(folder, 3):
-            run(folder)
-        cut_what_was_not_flushed(folder)
+        for deadly in (operation, 3):
+            with pytest.raises(Killed), killer.kills_at(folder, deadly):
+                run(folder)
+            if (folder / "_SUCCESS").is_file():
+                assert set(all_bytes(folder)) >= set(expected)
+            cut_what_was_not_flushed(folder)
         run(folder)
         assert all_bytes(folder) == expected, operation
+
+
+def test_a_job_killed_at_any_operation_ends_with_the_same_bytes(tmp_path: Path, killer: Killer) -> None:
+    end_with_the_same_bytes(tmp_path, killer, run)
+
+
+@pytest.mark.slow
+def test_scoring_killed_at_any_operation_ends_with_the_same_bytes(tmp_path: Path, killer: Killer) -> None:
+    source = write_sessions(tmp_path / "in.parquet", raw_sessions(30))
+    end_with_the_same_bytes(tmp_path, killer, lambda folder: score_run(request(source, folder, part_rows=10)))
 
 
 def test_a_folder_in_which_a_part_was_deleted_is_not_marked_complete(tmp_path: Path, killer: Killer) -> None:

@@ -199,6 +199,16 @@ def test_a_folder_of_another_job_is_refused(tmp_path, change, message):
     assert all_bytes(tmp_path / "out") == before
 
 
+def test_lists_that_exceed_the_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring_run, "LIST_ITEM_BYTES", 2**40)
+    source = write_sessions(tmp_path / "in.parquet", raw_sessions(9))
+    with pytest.raises(
+        UserError, match=r"lists of 20 items \(--k\) for 9 sessions of a part need \d+ GiB.* lower --part"
+    ):
+        score_run(request(source, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_changed_input_and_changed_model_are_refused(tmp_path):
     run = run_with(tmp_path / "run", "sbr")
     source = write_sessions(tmp_path / "in.parquet", raw_sessions(9))
