@@ -5,6 +5,8 @@ import gc
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -231,6 +233,18 @@ def test_fits_lists_without_items_in_a_temporary_folder(tmp_path: Path, monkeypa
     del fitted
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_session_recommender_loads_no_package_of_language_models() -> None:
+    code = f"""
+import sys
+from llmgr_rec import Recommender
+rec = Recommender.load({str(small_run().run / "export" / "sbr")!r})
+rec.recommend([rec.item_ids.to_pylist()[:2]])
+print(*({{"peft", "transformers", "duckdb", "matplotlib"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 def test_a_failed_fit_says_what_the_command_said(tmp_path: Path) -> None:

@@ -4,19 +4,24 @@ Shapes: V items.
 """
 
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Texts per call of the tokenizer: enough to use its threads, and little memory compared to the catalog.
 _TEXTS_PER_CALL = 8192
 
 
-def tokenize_items(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, fields: list[str], max_tokens: int) -> Jagged:
+def tokenize_items(
+    catalog: Catalog, tokenizer: "PreTrainedTokenizerBase", fields: list[str], max_tokens: int
+) -> Jagged:
     """Token ids of every item's text, without special tokens.
 
     Args:
@@ -34,7 +39,7 @@ def tokenize_items(catalog: Catalog, tokenizer: PreTrainedTokenizerBase, fields:
     return tokenize_texts(catalog.texts(fields), tokenizer, max_tokens)
 
 
-def tokenize_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Jagged:
+def tokenize_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Jagged:
     """Token ids of each text, without special tokens.
 
     A special token inside a text (`<|im_end|>` in a title) is split like ordinary text, so that a catalog cannot inject

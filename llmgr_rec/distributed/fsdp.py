@@ -7,6 +7,7 @@ stay gathered from the first call of a step to the end of its backward pass. Par
 
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
 
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
-from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def fully_shard_decoders(module: nn.Module, world: World) -> None:
@@ -36,6 +38,8 @@ def fully_shard_decoders(module: nn.Module, world: World) -> None:
     """
     if world.size == 1:
         return
+    from llmgr_rec.modules.language_model import LoraLanguageModel
+
     # The view is a slice of a hidden state, which is never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -51,6 +55,8 @@ def fully_shard_decoders(module: nn.Module, world: World) -> None:
 
 def decoder_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that `fully_shard_decoders` shards."""
+    from llmgr_rec.modules.language_model import LoraLanguageModel
+
     for part in module.modules():
         if isinstance(part, LoraLanguageModel):
             yield from part.parameters()
@@ -108,13 +114,13 @@ def shard_like(value: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def _shard_decoder(decoder: PreTrainedModel, root: nn.Module, mesh: DeviceMesh) -> None:
+def _shard_decoder(decoder: "PreTrainedModel", root: nn.Module, mesh: DeviceMesh) -> None:
     for layer in _layers(decoder):
         fully_shard(layer, mesh=mesh)
     fully_shard(root, mesh=mesh)
 
 
-def _layers(decoder: PreTrainedModel) -> list[nn.Module]:
+def _layers(decoder: "PreTrainedModel") -> list[nn.Module]:
     names = set(decoder._no_split_modules or ())
     layers = [part for part in decoder.modules() if names & {kind.__name__ for kind in type(part).__mro__}]
     if not layers:

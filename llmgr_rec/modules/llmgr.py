@@ -9,7 +9,7 @@ and item vectors.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,18 @@ from llmgr_rec.data.prompt_templates import Task
 from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.heads import RankingHead
 from llmgr_rec.modules.item_tables import ItemRows
-from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.modules.prompts import CompiledPrompt, NodeOrder, PromptSet, one_pass_nodes, prompt_nodes
 from llmgr_rec.modules.recommender import RecommenderOutput, SessionRecommender
+
+if TYPE_CHECKING:
+    from llmgr_rec.modules.language_model import LoraLanguageModel
 
 torch.fx.wrap("embed_tokens")
 torch.fx.wrap("prompt_nodes")
 torch.fx.wrap("one_pass_nodes")
 
 
-def embed_tokens(language_model: LoraLanguageModel, tokens_X: Tensor) -> Tensor:
+def embed_tokens(language_model: "LoraLanguageModel", tokens_X: Tensor) -> Tensor:
     """`LoraLanguageModel.embed` as a function that symbolic tracing does not enter."""
     return language_model.embed(tokens_X)
 
@@ -60,7 +62,7 @@ class LLMGR(nn.Module):
         self,
         recommender: SessionRecommender,
         adapter: ProjectionAdapter,
-        language_model: LoraLanguageModel,
+        language_model: "LoraLanguageModel",
         head: RankingHead,
         prompts: Mapping[Task, CompiledPrompt],
         text: EmbeddingBagCollection | None = None,

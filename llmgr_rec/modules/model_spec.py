@@ -4,11 +4,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from llmgr_rec.config import PROMPT_STAGES, Config, StageName
 from llmgr_rec.data.collate import CandidateSource, PromptTextSource
@@ -19,7 +18,6 @@ from llmgr_rec.modules.adapter import ProjectionAdapter
 from llmgr_rec.modules.encoders import build_encoder, encoder_class
 from llmgr_rec.modules.heads import build_head, head_class
 from llmgr_rec.modules.item_tables import ItemTables
-from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.param_groups import ParamGroup
 from llmgr_rec.modules.prompts import CompiledPrompt
@@ -27,6 +25,9 @@ from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LLMTextTask, SbrTask
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from llmgr_rec.modules.text_table import text_tables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What a batch is for: training of the stage, or ranking with its model.
 Purpose = Literal["train", "rank"]
@@ -50,7 +51,7 @@ class LanguageParts:
         embedding_norm: Mean norm of the decoder's token embeddings; None computes it.
     """
 
-    decoder: PreTrainedModel
+    decoder: "PreTrainedModel"
     prompts: Mapping[Task, CompiledPrompt]
     item_tokens: Jagged
     embedding_norm: float | None = None
@@ -230,6 +231,8 @@ class ModelSpec:
         return encoder.to(decoder.device)
 
     def _llmgr(self, language: LanguageParts, tables_device: torch.device | str) -> LLMGR:
+        from llmgr_rec.modules.language_model import LoraLanguageModel, mean_embedding_norm
+
         config, decoder = self.config, language.decoder
         recommender = self._recommender(tables_device)
         norm = language.embedding_norm

@@ -1,12 +1,14 @@
 """Preparation of a trained language model for inference: merging LoRA and dropping layers."""
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
-from llmgr_rec.modules.language_model import LoraLanguageModel
-from llmgr_rec.modules.last_token_layer import compute_last_token_only
+if TYPE_CHECKING:
+    from llmgr_rec.modules.language_model import LoraLanguageModel
 
 
-def prepare_for_inference(model: LoraLanguageModel, num_layers: int = 0) -> None:
+def prepare_for_inference(model: "LoraLanguageModel", num_layers: int = 0) -> None:
     """Merges LoRA into the weights, and optionally drops the last layers.
 
     Unless layers are dropped, hidden states change only by rounding. The model cannot be trained or exported after it.
@@ -26,4 +28,6 @@ def prepare_for_inference(model: LoraLanguageModel, num_layers: int = 0) -> None
             raise ValueError(f"the decoder does not have {num_layers} layers to keep")
         del layers[num_layers:]
         model.base.config.get_text_config(decoder=True).num_hidden_layers = num_layers
+        from llmgr_rec.modules.last_token_layer import compute_last_token_only
+
         compute_last_token_only(model.base)

@@ -5,16 +5,18 @@ tokens of all prompts after it.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_templates import PromptTemplate, Task
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NodeOrder = Literal["clicks", "unique"]
 
@@ -105,7 +107,7 @@ class PromptSet(nn.ModuleDict):
 
 
 def compile_prompt(
-    template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, with_text: bool = True
+    template: PromptTemplate, tokenizer: "PreTrainedTokenizerBase", with_text: bool = True
 ) -> CompiledPrompt:
     """Tokenizes a template.
 
@@ -170,11 +172,11 @@ def one_pass_nodes(graph: SessionGraph, pass_offsets_P1: Tensor) -> Jagged:
     return clicks.gather(ends_P - lengths_P, lengths_P, total=graph.num_sessions)
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
-def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _leading_special_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Special tokens that the tokenizer puts before every text, found by encoding one."""
     with_special, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     for count in range(len(with_special) - len(plain) + 1):

@@ -16,10 +16,10 @@ queries and item vectors.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
@@ -33,6 +33,9 @@ from llmgr_rec.data.session_tokens import (
 )
 from llmgr_rec.modules.normalize import normalize
 from llmgr_rec.modules.prompts import one_pass_nodes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Initial scale of the cosine.
 _SCALE = 20.0
@@ -67,7 +70,7 @@ class TextSequenceEncoder(nn.Module):
     weight: Tensor
 
     def __init__(
-        self, decoder: PreTrainedModel, item_tokens: Jagged, dim: int, max_clicks: int, dropout: float
+        self, decoder: "PreTrainedModel", item_tokens: Jagged, dim: int, max_clicks: int, dropout: float
     ) -> None:
         super().__init__()
         hidden = decoder.get_input_embeddings().weight.shape[1]

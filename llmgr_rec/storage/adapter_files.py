@@ -7,20 +7,23 @@ ignores the names that a model does not have.
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmgr_rec.distributed.fsdp import shard_like
 from llmgr_rec.errors import UserError
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ADAPTER_WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # What peft puts before the name of a module of the model that it was given.
 _PREFIX = "base_model.model."
 
 
-def save_adapter(decoder: PeftModel, weights: dict[str, Tensor], folder: Path, base: str) -> None:
+def save_adapter(decoder: "PeftModel", weights: dict[str, Tensor], folder: Path, base: str) -> None:
     """Writes LoRA weights.
 
     Args:
@@ -45,7 +48,7 @@ def save_adapter(decoder: PeftModel, weights: dict[str, Tensor], folder: Path, b
     (folder / _SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True))
 
 
-def load_adapter(decoder: PeftModel, folder: Path) -> list[str]:
+def load_adapter(decoder: "PeftModel", folder: Path) -> list[str]:
     """Copies LoRA weights into a decoder; each rank takes its shards.
 
     Args:
@@ -58,6 +61,8 @@ def load_adapter(decoder: PeftModel, folder: Path) -> list[str]:
     Raises:
         UserError: The folder has weights for a layer without LoRA.
     """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
     if not (folder / ADAPTER_WEIGHTS).is_file():
         return [name for name, _ in decoder.named_parameters() if "lora_" in name]
     targets, stored = (
@@ -74,7 +79,7 @@ def load_adapter(decoder: PeftModel, folder: Path) -> list[str]:
     return [name for name in result.missing_keys if "lora_" in name]
 
 
-def _outer_name(decoder: PeftModel, name: str) -> str:
+def _outer_name(decoder: "PeftModel", name: str) -> str:
     """Name of a weight in the class with an output head, of which the decoder is a submodule."""
     inner = decoder.base_model.model.base_model_prefix
     return name.replace(_PREFIX, f"{_PREFIX}{inner}." if inner else _PREFIX, 1)

@@ -1,10 +1,9 @@
 """Builds models and collators from settings and files. Training, planning and bundle loading use a `ModelFactory`."""
 
 from dataclasses import replace
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
-from transformers import AutoModel, PreTrainedModel
 
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.catalog import Catalog
@@ -27,6 +26,9 @@ from llmgr_rec.storage.pretrained import (
     pretrained_folder,
     weights_hash,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Separates item texts in a prompt.
 _TEXT_SEPARATOR = "; "
@@ -74,7 +76,7 @@ class ModelFactory:
         end = load_tokenizer(config.llm.name_or_path)(_TEXT_END, add_special_tokens=False)["input_ids"]
         return LanguageParts(decoder, {}, append_token(self.item_tokens(config, catalog), end[-1]))
 
-    def decoder(self, config: Config, device: torch.device) -> PreTrainedModel:
+    def decoder(self, config: Config, device: torch.device) -> "PreTrainedModel":
         """Loads the pre-trained decoder without output head.
 
         Raises:
@@ -162,6 +164,8 @@ def meta_language_parts(spec: ModelSpec) -> LanguageParts | None:
     else:
         settings = decoder_config(llm.name_or_path, llm.num_layers)
         folder = pretrained_folder(llm.name_or_path)
+        from transformers import AutoModel
+
         fix = "give the folder of a model that transformers knows"
         with one_line_errors(folder, "configuration (config.json)", fix), torch.device("meta"):
             # The configuration of the folder may name another attention implementation, to be downloaded.

@@ -15,16 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder
 from llmgr_rec.storage.cache import cache_folder
 from llmgr_rec.storage.model_folder import check_model_folder, first_line, one_line_errors
 from llmgr_rec.storage.number_format import resolve_dtype
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaModel, PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ _TINY_HIDDEN = 64
 _TINY_LAYERS = 2
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """Loads the tokenizer of a decoder.
 
     Args:
@@ -60,7 +62,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def load_decoder(
     name: str, num_layers: int = 0, dtype: str = "auto", device: str | torch.device = "cpu"
-) -> PreTrainedModel:
+) -> "PreTrainedModel":
     """Loads a decoder (token embedding, layers and final norm, no output head), frozen and in eval mode.
 
     Only the layers that are used are read from disk.
@@ -75,6 +77,8 @@ def load_decoder(
         UserError: The folder or package is not available, has no readable safetensors or too few, needs code of the
             folder, or has fewer layers than `num_layers`.
     """
+    from transformers import AutoModel
+
     weight_dtype = resolve_dtype(dtype, device)
     if name == RANDOM_TINY:
         decoder: PreTrainedModel = _random_tiny(num_layers).to(weight_dtype)
@@ -176,6 +180,8 @@ def decoder_config(name: str, num_layers: int = 0) -> Any:
     if name == RANDOM_TINY:
         return _tiny_config(num_layers)
     folder = pretrained_folder(name)
+    from transformers import AutoConfig
+
     fix = "give the folder of a model that transformers knows"
     with one_line_errors(folder, "configuration (config.json)", fix), _quiet_transformers():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -264,7 +270,7 @@ def _convert_smollm2(source: Path, target: Path) -> None:
     transformers treats a model loaded from GGUF as quantized and cannot save it, so its weights are copied to a new
     model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     started = time.monotonic()
     sys.stderr.write(f"converting SmolLM2-135M-Instruct to safetensors in {target} (once, about 40 s)\n")
@@ -287,14 +293,18 @@ def _convert_smollm2(source: Path, target: Path) -> None:
     sys.stderr.write(f"converted SmolLM2-135M-Instruct in {time.monotonic() - started:.0f} s\n")
 
 
-def _random_tiny(num_layers: int) -> LlamaModel:
+def _random_tiny(num_layers: int) -> "LlamaModel":
+    from transformers import LlamaModel
+
     config = _tiny_config(num_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaModel(config)
 
 
-def _tiny_config(num_layers: int) -> LlamaConfig:
+def _tiny_config(num_layers: int) -> "LlamaConfig":
+    from transformers import LlamaConfig
+
     tokenizer = _byte_tokenizer()
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -314,9 +324,10 @@ def _tiny_config(num_layers: int) -> LlamaConfig:
 
 
 @functools.cache
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def _byte_tokenizer() -> "PreTrainedTokenizerFast":
     """A tokenizer with one token per byte and three special tokens; needs no file and no network."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     specials = ["<s>", "</s>", "<pad>"]
     alphabet = specials + sorted(pre_tokenizers.ByteLevel.alphabet())

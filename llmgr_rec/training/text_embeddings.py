@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llmgr_rec.checksums import Checksum
 from llmgr_rec.cli import progress
@@ -27,11 +27,13 @@ from llmgr_rec.distributed.process_group import World, barrier, long_timeout_gro
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.item_tables import ItemRows
-from llmgr_rec.modules.language_model import embed_item_texts
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
 from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.storage.table_io import fill_table, local_rows, local_shards, table_parameters, write_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # A file contains at least this many items, and there are at most this many files. A file is the unit of work of a rank;
 # a resumed run does not repeat complete files.
@@ -66,7 +68,7 @@ class TextEmbeddings:
         self._mean_H = torch.zeros(width)
         self._scale = 1.0
 
-    def compute(self, decoder: PreTrainedModel, tokens: Jagged, world: World) -> None:
+    def compute(self, decoder: "PreTrainedModel", tokens: Jagged, world: World) -> None:
         """Computes the files that are missing, distributed over the ranks, and then mean and scale of the catalog.
 
         Args:
@@ -114,13 +116,15 @@ class TextEmbeddings:
     def _path(self, start: int) -> Path:
         return self._folder / f"items-{start:09d}.safetensors"
 
-    def _embed_file(self, start: int, decoder: PreTrainedModel, tokens: Jagged) -> Tensor:
+    def _embed_file(self, start: int, decoder: "PreTrainedModel", tokens: Jagged) -> Tensor:
         path = self._path(start)
         stored = self._stored(path)
         if stored is not None:
             return stored
         items = torch.arange(start, min(start + self._rows, self._num_items))
         rows = tokens.select(items)
+        from llmgr_rec.modules.language_model import embed_item_texts
+
         embeddings = embed_item_texts(decoder, rows, _BATCH_SIZE)
         # Atomic, because another run may compute the same file.
         tensors = {"embeddings": embeddings, "has_text": (rows.lengths > 0).float()}
@@ -158,7 +162,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def embed_catalog(
-    decoder: PreTrainedModel, tokens: Jagged, world: World, folder: Path, weights_hash: str
+    decoder: "PreTrainedModel", tokens: Jagged, world: World, folder: Path, weights_hash: str
 ) -> TextEmbeddings:
     """Text embeddings of the catalog, in a folder named by a hash of their inputs.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.modules import language_model
 from llmgr_rec.modules.language_model import embed_item_texts
 from llmgr_rec.storage.pretrained import load_decoder
 from llmgr_rec.training import text_embeddings
@@ -59,7 +60,7 @@ def embed_with_a_slow_rank(world: World, folder: str) -> None:
     """Rank 0 takes longer than the ranks' own group waits."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2), None)
     if world.rank == 0:
-        text_embeddings.embed_item_texts = slowly(text_embeddings.embed_item_texts)
+        language_model.embed_item_texts = slowly(language_model.embed_item_texts)
     embed_catalog(load_decoder("random-tiny", 1, "float32"), texts(), world, Path(folder), "hash")
 
 
@@ -81,7 +82,7 @@ def test_finished_files_are_not_computed_again(tmp_path: Path, monkeypatch: pyte
     decoder = load_decoder("random-tiny", 1, "float32")
     one = World.alone()
     first = embed_catalog(decoder, texts(), one, tmp_path, "hash").read(range(ITEMS), range(64))
-    monkeypatch.setattr(text_embeddings, "embed_item_texts", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(language_model, "embed_item_texts", lambda *_: pytest.fail("computed again"))
     again: TextEmbeddings = embed_catalog(decoder, texts(), one, tmp_path, "hash")
     assert torch.equal(again.read(range(ITEMS), range(64)), first)
 
