@@ -18,6 +18,7 @@ else:
 
 # One slash is enough, because Path makes s3:/b of s3://b.
 _REMOTE = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):/")
+_LIKE_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 # Longest name of a file or folder, in bytes, of the usual file systems.
 _LONGEST_NAME = 255
 
@@ -57,7 +58,7 @@ def path_problem(text: str) -> str:
 
 
 def local_path(value: Any) -> str:
-    """Checks the value of an option, and puts the home folder in place of a leading ~.
+    """Checks the value of an option, puts the home folder for a leading ~, and makes `md:data` absolute.
 
     Args:
         value: The value.
@@ -69,7 +70,9 @@ def local_path(value: Any) -> str:
     if problem:
         shown = value if isinstance(value, str) and value and value.isprintable() else repr(value)
         raise ValueError(f"{shown}; {problem}")
-    return os.path.expanduser(value)
+    path = os.path.expanduser(value)
+    # pyarrow takes a relative path such as md:data for an address.
+    return os.path.abspath(path) if _LIKE_ADDRESS.match(path) else path
 
 
 def check_inside(folder: Path, names: Iterable[str], source: Path) -> None:
