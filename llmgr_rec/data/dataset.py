@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmgr_rec.checksums import verify_file
-from llmgr_rec.data.repeats import ConsecutiveRepeats, RepeatCounts, Repeats, RepeatsOption
+from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, RepeatCounts, Repeats, RepeatsOption
 from llmgr_rec.data.schema import FORMAT_VERSION, ITEMS_NAME, MANIFEST_NAME, SPLITS
 from llmgr_rec.errors import UserError
 from llmgr_rec.index_files import from_json, read_json, seal, unseal
@@ -98,6 +98,10 @@ class Manifest:
     session_gap: dict[str, Any] = field(default_factory=dict)
     word_rule: int = 1
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_length <= LARGEST_MAX_LENGTH:
+            raise ValueError(f"max_length is {self.max_length}, not a number of clicks")
 
     @property
     def sessions_hash(self) -> str:

@@ -20,6 +20,7 @@ ConsecutiveRepeats = Literal["keep", "merge"]
 MIN_SHARE_TO_ALLOW = 0.05
 # Maximum length of a history where neither data set nor bundle says it.
 DEFAULT_MAX_LENGTH = 50
+LARGEST_MAX_LENGTH = 2**31
 
 
 @dataclass(frozen=True)

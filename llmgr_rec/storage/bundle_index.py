@@ -20,7 +20,7 @@ from llmgr_rec.checksums import damage, verify_file
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.repeats import ConsecutiveRepeats, Repeats
+from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, Repeats
 from llmgr_rec.errors import UserError
 from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
@@ -103,6 +103,10 @@ class BundleIndex:
     sessions_hash: str = ""
     factory: str = ""
     checksums: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_length <= LARGEST_MAX_LENGTH:
+            raise ValueError(f"max_length is {self.max_length}, not a number of clicks")
 
     def to_json(self) -> str:
         """The text of bundle.json."""

@@ -50,6 +50,8 @@ def test_folder_that_is_no_data_set(tmp_path: Path) -> None:
     [
         (lambda values: values.update(format_version=99), "format_version 99"),
         (lambda values: values.pop("num_items"), "num_items"),
+        (lambda values: values.update(max_length=-5), "max_length is -5"),
+        (lambda values: values.update(repeats="maybe"), "repeats is 'maybe'"),
         (lambda values: values["files"]["items.parquet"].pop("rows"), "rows"),
         (lambda values: values.update(files=[1]), "invalid field"),
     ],

@@ -232,6 +232,7 @@ def test_foreign_bundles_are_refused(exported: tuple[Path, list[tuple[Tensor, Te
         ({"catalog_hash": "other"}, "another catalog"),
         ({"language_model": {"name": "random-tiny", "weights_hash": "other"}}, "other weights"),
         ({"surplus": 1}, "is damaged"),
+        ({"max_length": -5}, "is damaged \\(max_length is -5"),
     ]
     for change, message in changes:
         (tmp_path / "align/bundle.json").write_text(json.dumps({**index, **change}))

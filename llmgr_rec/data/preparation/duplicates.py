@@ -1,7 +1,13 @@
 """Duplicate rows and consecutive repeats."""
 
-from llmgr_rec.data.preparation.database import Database
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.errors import UserError
+
+# From this share of duplicate rows on, times may be coarser than clicks.
+MANY_DUPLICATES = 0.05
 # Rows of an event that are equal in user, item, time and, with a predefined split, split.
 _SAME = "user, item, time, phase"
 
@@ -51,3 +57,22 @@ def merge_consecutive_repeats(database: Database) -> int:
         "QUALIFY item = lag(item) OVER (PARTITION BY user ORDER BY time, row)"
     )
     return int(database.value("DELETE FROM events USING merged m WHERE events.user = m.user AND events.row = m.row"))
+
+
+@contextmanager
+def naming_duplicates(dropped: int, read: int) -> Iterator[None]:
+    """Adds to user errors that many rows were dropped as duplicates, which may be the reason that too few are left.
+
+    Args:
+        dropped: Number of dropped clicks.
+        read: Number of clicks read.
+    """
+    try:
+        yield
+    except UserError as error:
+        if dropped <= MANY_DUPLICATES * read:
+            raise
+        raise UserError(
+            f"{error}; {dropped:,} of {read:,} rows were dropped before, because they equal another one in user, item "
+            "and time: if times are coarser than clicks, use --duplicates keep"
+        ) from None

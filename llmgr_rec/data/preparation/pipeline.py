@@ -10,7 +10,12 @@ from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.preparation import filters, load, phases, sessionize
 from llmgr_rec.data.preparation.database import Database, user_errors
-from llmgr_rec.data.preparation.duplicates import count_duplicates, drop_duplicates, merge_consecutive_repeats
+from llmgr_rec.data.preparation.duplicates import (
+    count_duplicates,
+    drop_duplicates,
+    merge_consecutive_repeats,
+    naming_duplicates,
+)
 from llmgr_rec.data.preparation.hold_out import HeldOutFilter, choose_held_out
 from llmgr_rec.data.preparation.items import catalog_hash, write_items
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
@@ -63,13 +68,15 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
         bar.set_description("prepare: k-core")
         with user_errors("preparing"):
             cut = sessionize.cut_sessions(database, clicks, settings) if settings.session_gap else {}
-            num_clicks = {"read": read, **_filter(database, settings)}
-            bar.update()
-            bar.set_description("prepare: split")
-            cuts = phases.assign_phases(database, settings)
-            num_items = filters.number_items(database, settings.keep_unseen_items)
-            bar.update()
-            manifest = _write_files(draft, database, settings, items, num_items, bar)
+            duplicates = _find_duplicates(database, settings)
+            with naming_duplicates(duplicates if settings.duplicates == "drop" else 0, read):
+                num_clicks = {"read": read, "duplicates": duplicates, **_filter(database, settings)}
+                bar.update()
+                bar.set_description("prepare: split")
+                cuts = phases.assign_phases(database, settings)
+                num_items = filters.number_items(database, settings.keep_unseen_items)
+                bar.update()
+                manifest = _write_files(draft, database, settings, items, num_items, bar)
             described = {"interactions" if settings.interactions else "sessions": clicks, "items": items}
             inputs = {option: source.description for option, source in described.items() if source.description}
             manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks, inputs=inputs, session_gap=cut)
@@ -77,16 +84,17 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
     return manifest
 
 
-def _filter(database: Database, settings: PrepareSettings) -> dict[str, int]:
-    """Removes duplicates, merges consecutive repeats and applies the k-core filter.
-
-    Returns:
-        Numbers of duplicate clicks, of merged clicks and of remaining clicks.
-    """
-    duplicates = merged = 0
+def _find_duplicates(database: Database, settings: PrepareSettings) -> int:
+    """Number of duplicate clicks, which are dropped unless the settings keep them."""
     # The clicks of a row of sessions share one time, so there equal clicks are no duplicates.
-    if settings.interactions:
-        duplicates = (drop_duplicates if settings.duplicates == "drop" else count_duplicates)(database)
+    if not settings.interactions:
+        return 0
+    return (drop_duplicates if settings.duplicates == "drop" else count_duplicates)(database)
+
+
+def _filter(database: Database, settings: PrepareSettings) -> dict[str, int]:
+    """Merges consecutive repeats, applies the k-core filter, and returns the numbers of merged and remaining clicks."""
+    merged = 0
     per_item, per_session = settings.min_interactions, settings.min_session_length
     minimums = per_item, per_item if per_session is None else per_session
     kept = filters.apply_core(database, *minimums)
@@ -95,7 +103,7 @@ def _filter(database: Database, settings: PrepareSettings) -> dict[str, int]:
         merged += found
         kept = filters.apply_core(database, *minimums)
     filters.drop_users_without_clicks(database)
-    return {"duplicates": duplicates, "consecutive_repeats": merged, "kept": kept}
+    return {"consecutive_repeats": merged, "kept": kept}
 
 
 def _write_files(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.data.preparation.duration import nanoseconds_of
-from llmgr_rec.data.repeats import ConsecutiveRepeats, RepeatsOption
+from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
@@ -15,7 +15,7 @@ _CLICKS = Bounds(at_least=0, at_most=2**31)
 _BOUNDS = {
     "min_interactions": _CLICKS,
     "min_session_length": _CLICKS,
-    "max_length": Bounds(at_least=1, at_most=2**31),
+    "max_length": Bounds(at_least=1, at_most=LARGEST_MAX_LENGTH),
     "valid_share": _SHARE,
     "test_share": _SHARE,
     "hold_out_items": _SHARE,

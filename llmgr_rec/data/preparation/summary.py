@@ -3,11 +3,9 @@
 from collections.abc import Callable
 
 from llmgr_rec.data.dataset import Manifest
+from llmgr_rec.data.preparation.duplicates import MANY_DUPLICATES
 from llmgr_rec.data.repeats import MIN_SHARE_TO_ALLOW, RepeatCounts
 from llmgr_rec.data.schema import SPLITS
-
-# From this share of duplicate rows on, the summary says how times may make them.
-_MANY_DUPLICATES = 0.05
 
 
 def summary_lines(manifest: Manifest) -> list[str]:
@@ -52,7 +50,7 @@ def _deduplication(manifest: Manifest) -> list[str]:
         share = duplicates / manifest.num_clicks["read"]
         what = "dropped" if manifest.duplicates == "drop" else "kept"
         line = f"{duplicates:,} rows ({share:.1%}) equal to another one in user, item and time: {what}"
-        if share > _MANY_DUPLICATES and what == "dropped":
+        if share > MANY_DUPLICATES and what == "dropped":
             line += "; if times are coarser than clicks, keep them (--duplicates keep)"
         lines.append(line)
     if merged := manifest.num_clicks["consecutive_repeats"]:

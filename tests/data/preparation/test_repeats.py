@@ -131,6 +131,15 @@ def test_duplicate_rows_are_dropped_and_counted(tmp_path: Path) -> None:
     assert summary_lines(kept)[1].endswith("time: kept")
 
 
+def test_an_error_names_duplicates_that_may_be_its_reason(tmp_path: Path) -> None:
+    without_times = [(user, item, 0) for user, item, _ in sessions(20, "ababab")]
+    with pytest.raises(UserError, match=r"no train rows.*; 80 of 120 rows were dropped before.*use --duplicates keep"):
+        prepare(tmp_path, without_times)
+    assert prepare(tmp_path, without_times, duplicates="keep").dataset.manifest.repeats == "allow"
+    with pytest.raises(UserError, match=r"lower --min_interactions \(0 disables the filter\)$"):
+        prepare(tmp_path, sessions(20, "abc"), min_interactions=50, output=str(tmp_path / "other"))
+
+
 def test_rows_of_sessions_and_rows_of_other_splits_are_no_duplicates(tmp_path: Path) -> None:
     pq.write_table(pa.table({"session_id": ["u", "v"], "items": [["a", "a", "b", "b"]] * 2}), tmp_path / "s.parquet")
     items = str(write_items(tmp_path / "items.parquet", ["a", "b"]))
