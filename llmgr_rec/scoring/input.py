@@ -50,6 +50,7 @@ class InputFile:
         group_rows: Number of rows of each row group.
         has_indices: Whether the column `items` contains item indices, as in prepared data sets; otherwise raw item ids.
         partitions: Columns to copy that the file does not have, from the names of its folders.
+        version: Size and time of the last change when the file was opened.
     """
 
     path: Path
@@ -57,11 +58,20 @@ class InputFile:
     group_rows: tuple[int, ...]
     has_indices: bool
     partitions: dict[str, pa.Scalar]
+    version: tuple[int, int] | None = None
 
     @property
     def rows(self) -> int:
         """Number of rows of the file."""
         return sum(self.group_rows)
+
+    def check_unchanged(self) -> None:
+        """Raises a `UserError` if the file has changed since it was opened."""
+        if self.version != _version(self.path):
+            raise UserError(
+                f"{self.path} has changed since the job began, which has read the former content; "
+                "restore it and run again, or score the new content to another --output"
+            )
 
     def sha256(self) -> str:
         """Hexadecimal hash of the content."""
@@ -194,7 +204,7 @@ class SessionFiles:
         """Reads the sessions of a part.
 
         Raises:
-            UserError: As from `check`.
+            UserError: As from `check`, or the file has changed since it was opened.
         """
         slices = list(self._slices(part))
         decoded = [self._decode(part.file, group, table) for group, table in slices]
@@ -202,6 +212,7 @@ class SessionFiles:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         items = np.concatenate([items for items, _, _ in decoded])
         table = pa.concat_tables([self._copied(part.file, group, table) for group, table in slices])
+        part.file.check_unchanged()
         return PartSessions(table, items, offsets, sum(unknown for _, _, unknown in decoded))
 
     def _slices(self, part: Part) -> Iterator[tuple[int, pa.Table]]:
@@ -241,7 +252,7 @@ class SessionFiles:
         }
 
     def _open(self, file: ParquetFile, partition_types: dict[str, pa.DataType]) -> InputFile:
-        footer = read_footer(file.path)
+        version, footer = _version(file.path), read_footer(file.path)
         if not sum(footer.group_rows):
             return InputFile(file.path, file.name, footer.group_rows, has_indices=False, partitions={})
         schema = footer.schema
@@ -261,7 +272,7 @@ class SessionFiles:
             name: partitions[name].type if name in partitions else schema.field(name).type for name in self.columns
         }
         self._schema.add(file.path, types)
-        return InputFile(file.path, file.name, footer.group_rows, has_indices, partitions)
+        return InputFile(file.path, file.name, footer.group_rows, has_indices, partitions, version)
 
     def _check_items_type(self, schema: pa.Schema, path: Path, has_indices: bool) -> None:
         items_type = schema.field(ITEMS).type
@@ -329,6 +340,14 @@ class SessionFiles:
                 f"{self._catalog.num_items - 1}; prepare the data set again with python -m llmgr_rec.prepare"
             )
         return items
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def _check_encoding(table: pa.Table, where: str) -> None:

@@ -1,6 +1,7 @@
 """Bad input to scoring: one line that names the place, before anything is written."""
 
 import logging
+import os
 from collections.abc import Iterator
 from datetime import datetime
 from itertools import pairwise
@@ -293,6 +294,18 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path, catalog: Catalog) -> N
         with pytest.raises(UserError, match=rf"row group 0: column {name} is damaged or not UTF-8 \(.*UTF8") as caught:
             SessionFiles(tmp_path / "in.parquet", ["session_id"], catalog, "skip").check(lambda rows: None)
         assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_changes_while_it_is_scored_is_refused(tmp_path: Path, catalog: Catalog) -> None:
+    source = write_sessions(tmp_path / "in.parquet", [["id0"], ["id1"], ["id2"]])
+    files = SessionFiles(source, ["session_id"], catalog, "skip")
+    first, second = files.parts(2)
+    assert files.read(first).items_L.tolist() == [0, 1]
+    write_sessions(source, [["id3"], ["id4"], ["id4"]])
+    os.utime(source, (0, 0))
+    for part in (second, first):
+        with pytest.raises(UserError, match=r"in\.parquet has changed since the job began"):
+            files.read(part)
 
 
 def test_damaged_files_give_all_rows_or_an_error(tmp_path: Path, catalog: Catalog) -> None:
