@@ -51,7 +51,7 @@ def test_targets_without_training_interactions_have_a_column_and_their_chance():
     assert "1,100 targets have no training interaction; a list of 20 random items holds a target in 0.0050" in text
 
 
-@pytest.mark.parametrize("rule", ["no item excluded", "clicked items excluded: no training session repeats one"])
+@pytest.mark.parametrize("rule", ["no item excluded", "clicked items excluded"])
 def test_the_rule_of_ranking_stands_above_the_table(rule):
     text = table(EXPERIMENT, results_of({"21+": (0.9, 10.0)}) | {"ranking": rule})
     assert f"4,000 items, full ranking, {rule}. Mean" in text
