@@ -8,15 +8,19 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """Lets the kernel kill this process when the thread that started it ends. Without effect except on Linux."""
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Lets the kernel end this process when the thread that started it ends. Without effect except on Linux.
+
+    Args:
+        number: Signal that this process gets.
+    """
     if sys.platform != "linux":
         return
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         # It ended before the call.
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 
 def become_worker() -> None:

@@ -24,7 +24,7 @@ from tests.torchx.launcher import ROOT, torchx_in_process
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RECIPE_COMMAND = re.compile(r"^#\s+((?:python -m|torchx run|torchrun) .*)$", re.MULTILINE)
 ASSIGNMENT = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*=")
-OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components", "benchmarks", "examples")
+OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components", "benchmarks", "examples", "tests")
 # Programs whose arguments are not ours to check.
 OTHER_PROGRAMS = {
     ".",

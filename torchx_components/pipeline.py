@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.config import trained_stages
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import StopRequested, UserError
 from llmgr_rec.evaluation.results import blend_notes, format_table, read_metrics
 from llmgr_rec.files import atomic_write, require_writable
+from llmgr_rec.parent_process import end_with_parent
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.train import parse_arguments
 
@@ -143,14 +144,18 @@ def run_steps(steps: Sequence[Step], run: Callable[[Sequence[str]], int]) -> Non
 
 
 def run_command(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs a command and returns its exit code. If this process is interrupted, the command is terminated first."""
+    """Runs a command and returns its exit code.
+
+    If this process is interrupted, the command is terminated first; if it is killed, the command is terminated, too.
+    """
     try:
-        child = subprocess.Popen(command, env=environment)
+        # SIGTERM, because torchx then stops the processes that it has started.
+        child = subprocess.Popen(command, env=environment, preexec_fn=lambda: end_with_parent(signal.SIGTERM))
     except FileNotFoundError:
         raise UserError(f"program {command[0]} is not installed; run python -m llmgr_rec.doctor") from None
     try:
         return child.wait()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopRequested):
         child.terminate()
         try:
             child.wait(STOP_TIMEOUT_S)
@@ -219,10 +224,6 @@ def _fingerprint(*files: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _parser() -> "ArgumentParser":
     """Parser of the command line before `--`; arguments after it go to the trainer."""
     parser = make_parser(
@@ -261,7 +262,6 @@ def main(argv: Sequence[str]) -> None:
     }
     steps = plan_steps(data, output, arguments.config, arguments.ranks, train_arguments)
     claim_output(output, settings)
-    signal.signal(signal.SIGTERM, _stop)
     environment = child_environment(arguments.ranks)
     run_steps(steps, lambda command: run_command(command, environment))
     metrics = read_metrics(output / "run" / "metrics.json")

@@ -7,6 +7,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,21 +25,25 @@ from llmgr_rec.errors import RankLostError
 from tests.ranks import run_on_ranks
 
 
+def slow(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def hang(world: World, how: str, output: str) -> None:
     """Rank 1 (rank 0 with `keeper`) does not come to the second sum; what the other says is written to a file."""
     (watch,) = process_group._watches
-    rank_watch._INTERVAL_S = 0.2
+    rank_watch._INTERVAL_S, process_group._AFTER_WATCH_S = 0.2, 0
     with open(output, "a") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     if how in ("stopped", "keeper"):
         watch._silence_s = 2
     if how == "asleep":
-        set_collective_timeout(world, 2)
+        set_collective_timeout(world, 3)
     report_progress("stage sbr, step 7")
     sum_over_ranks(torch.ones(1), world)
     if world.rank == (0 if how == "keeper" else 1):
-        # The first beats were written at the first interval.
-        time.sleep(2)
+        # The threads still wait for the interval that they have started with.
+        time.sleep(1.2)
         if how == "asleep":
             time.sleep(100)
         os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
@@ -55,8 +60,8 @@ def hang(world: World, how: str, output: str) -> None:
     [
         ("stopped", r"rank 1 \(pid \d+\) gave no sign of life for \d s, last at stage sbr, step 7, outside"),
         ("keeper", r"rank 0 \(pid \d+\) gave no sign of life for \d+ s, last at stage sbr, step 7, outside"),
-        ("asleep", r"rank 1 \(pid \d+\) did not come, last at stage sbr, step 7, outside of collectives"),
-        ("killed", r"rank 1 \(pid \d+\) has ended or hangs, last at stage sbr, step 7, outside of collectives"),
+        slow("asleep", r"rank 1 \(pid \d+\) did not come, last at stage sbr, step 7, outside of collectives"),
+        slow("killed", r"rank 1 \(pid \d+\) has ended or hangs, last at stage sbr, step 7, outside of collectives"),
     ],
 )
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path, how: str, says: str) -> None:
@@ -72,7 +77,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path, how: str, says: str)
 
 def late(world: World) -> str:
     if world.rank == 1:
-        time.sleep(3)
+        time.sleep(1.5)
         return ""
     dist.destroy_process_group()
     try:

@@ -195,22 +195,25 @@ def test_children_use_this_interpreters_programs() -> None:
     assert int(environment["OMP_NUM_THREADS"]) >= 1
 
 
-def test_the_child_is_stopped_with_the_driver(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_the_child_is_stopped_with_the_driver(tmp_path: Path, number: int, code: int) -> None:
     note = f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))"
     child = f"import os, pathlib, time; {note}; time.sleep(60)"
-    code = f"""
-import signal, sys
+    program = f"""
+import sys
+from llmgr_rec.cli import run_cli
 from torchx_components import pipeline
-signal.signal(signal.SIGTERM, pipeline._stop)
-pipeline.run_command([sys.executable, "-c", {child!r}], {{}})
+run_cli(lambda argv: pipeline.run_command([sys.executable, "-c", {child!r}], {{}}))
 """
-    driver = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline
         assert driver.poll() is None
         time.sleep(0.05)
-    driver.terminate()
-    assert driver.wait(60) != 0
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+    driver.send_signal(number)
+    assert driver.wait(60) == code
+    child_state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    while child_state.exists() and ") Z " not in child_state.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
