@@ -28,6 +28,7 @@ from llmgr_rec.data.item_ids import is_float_id_sql, lost_digits_sql, match_prob
 from llmgr_rec.data.preparation.database import connect
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.paths import text_problem
 
 _MEMORY = "2GiB"
 _ITEM_BATCH = 1 << 14
@@ -198,6 +199,9 @@ class Conversion:
                 if "" in ids:
                     row = place + ids.index("") + 1
                     raise UserError(f"{source}: row {row}: the item id is missing; delete or complete the row")
+                for row, item_id in enumerate(ids, start=place + 1):
+                    if problem := text_problem(item_id):
+                        raise UserError(f"{source}: row {row}: the item id is {item_id!r}; {problem}")
                 columns["item_id"] = plain_ids(pa.array(ids, pa.string()))
                 for name in ITEM_COLUMNS[1:]:
                     columns[name] = [clean_text(item.get(name)) for item in batch]

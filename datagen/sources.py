@@ -11,6 +11,7 @@ from pathlib import Path
 from llmgr_rec.data.preparation.database import literal_path
 from llmgr_rec.errors import UserError, did_you_mean
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
@@ -57,13 +58,15 @@ def read_lines(path: Path, encoding: str = "utf-8") -> Iterator[tuple[int, str]]
 def clean_text(text: object) -> str | None:
     """One line of plain text: HTML entities decoded, tags removed, white space collapsed; None if nothing is left.
 
+    Half of a surrogate pair, such as a cut emoji, becomes U+FFFD.
+
     Args:
         text: A string. Any other object gives None.
     """
     if not isinstance(text, str):
         return None
     plain = _TAG.sub(" ", html.unescape(text)) if "&" in text or "<" in text else text
-    return " ".join(plain.split()) or None
+    return " ".join(_SURROGATE.sub("\ufffd", plain).split()) or None
 
 
 def quote(text: str | Path) -> str:

@@ -179,6 +179,14 @@ def _stop(*_: Any) -> None:
     sys.exit(0)
 
 
+def _delete(paths: set[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def run_all(commands: list[str], share: tuple[int, int], report: Callable[[dict[str, Any]], None]) -> Counter[Any]:
     """Runs every case of some commands and counts the outcomes by command."""
     counts: Counter[Any] = Counter()
@@ -189,14 +197,14 @@ def run_all(commands: list[str], share: tuple[int, int], report: Callable[[dict[
         inputs = set(folder.iterdir())
         for command in commands:
             base = base_words(command, folder)
+            _delete(set(folder.iterdir()) - inputs)
             plain = call(command, base, folder / "log", 300)
             if plain.kind != "result":
                 raise RuntimeError(f"{command} {base}: {plain}")
             for number, (option, value) in enumerate(cases(command)):
                 if number % share[1] != share[0]:
                     continue
-                for path in set(folder.iterdir()) - inputs:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _delete(set(folder.iterdir()) - inputs)
                 started = time.monotonic()
                 outcome = call(command, [*base, f"{option}={value}"], folder / "log")
                 counts[command, outcome.kind] += 1

@@ -161,3 +161,28 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         convert(2018, reviews, tmp_path / "absent", tmp_path / "out")
     with pytest.raises(UserError, match=r"--reviews .*absent is not a file"):
         convert(2018, tmp_path / "absent", reviews, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("title", "expected"),
+    [
+        (r"Comb \ud83d\ude00", "Comb \U0001f600"),
+        (r"Comb \ud83d", "Comb \ufffd"),
+        (r"\udfffComb\u0000 \ud800", "\ufffdComb\0 \ufffd"),
+    ],
+)
+def test_half_a_character_is_replaced_in_texts(tmp_path: Path, title: str, expected: str) -> None:
+    reviews = write(tmp_path / "reviews.json", json_lines(OLD_REVIEWS[:1]))
+    meta = write(tmp_path / "meta.json", f'{{"asin": "B01", "title": "{title}", "category": ["a"]}}\n')
+    convert(2018, reviews, meta, tmp_path / "out")
+    assert items(tmp_path / "out")[0]["title"] == expected
+
+
+@pytest.mark.parametrize("item_id", [r"B\ud83d", r"B\u0000"])
+def test_an_id_that_cannot_be_stored_is_refused_with_its_row(tmp_path: Path, item_id: str) -> None:
+    reviews = write(tmp_path / "reviews.json", json_lines(OLD_REVIEWS[:1]))
+    meta = write(
+        tmp_path / "meta.json", f'{{"asin": "B01", "category": []}}\n{{"asin": "{item_id}", "category": []}}\n'
+    )
+    with pytest.raises(UserError, match="row 2: the item id is 'B"):
+        convert(2018, reviews, meta, tmp_path / "out")
