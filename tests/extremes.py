@@ -40,6 +40,7 @@ PATHS = (
     "", " ", "s3://b/c", "x" * 5000, "x" * 255, "é🙂", "a\udc80b", "a\0b", "a\nb", "[]", "'", "~no_such_user",
     "a?*[1]b", r"a\b$$(HOME)", "..", "/dev/null", "/proc/self/mem",
 )  # fmt: skip
+COMMANDS = [name for name in command_names() if not name.startswith("benchmarks.")]
 SECONDS = 90
 MEMORY = 8 * 2**30
 
@@ -106,7 +107,6 @@ def write_inputs(folder: Path) -> None:
     write(folder / "meta.json", json_lines([{"asin": "B02", "title": "Comb", "category": [], "brand": ""}]))
     write(folder / "ml/u.data", "196\t242\t3\t881250949\n22\t242\t1\t878887116\n")
     write(folder / "ml/u.item", "242|Kolya (1996)|01-Jan-1997||x|" + "|".join("0" * 19) + "\n")
-    main_of("llmgr_rec.evaluate")([*base_words("llmgr_rec.evaluate", folder)[:-1], str(folder / "m.json")])
 
 
 def cases(command: str) -> Iterator[tuple[str, str]]:
@@ -179,7 +179,8 @@ def _stop(*_: Any) -> None:
     sys.exit(0)
 
 
-def _delete(paths: set[Path]) -> None:
+def delete(paths: set[Path]) -> None:
+    """Deletes files and folders."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -193,18 +194,20 @@ def run_all(commands: list[str], share: tuple[int, int], report: Callable[[dict[
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder)
+        # Metrics for the report.
+        main_of("llmgr_rec.evaluate")([*base_words("llmgr_rec.evaluate", folder)[:-1], str(folder / "m.json")])
         os.chdir(folder)
         inputs = set(folder.iterdir())
         for command in commands:
             base = base_words(command, folder)
-            _delete(set(folder.iterdir()) - inputs)
+            delete(set(folder.iterdir()) - inputs)
             plain = call(command, base, folder / "log", 300)
             if plain.kind != "result":
                 raise RuntimeError(f"{command} {base}: {plain}")
             for number, (option, value) in enumerate(cases(command)):
                 if number % share[1] != share[0]:
                     continue
-                _delete(set(folder.iterdir()) - inputs)
+                delete(set(folder.iterdir()) - inputs)
                 started = time.monotonic()
                 outcome = call(command, [*base, f"{option}={value}"], folder / "log")
                 counts[command, outcome.kind] += 1
@@ -216,8 +219,7 @@ def run_all(commands: list[str], share: tuple[int, int], report: Callable[[dict[
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Runs every option of every command with extreme values.")
-    known = [name for name in command_names() if not name.startswith("benchmarks.")]
-    parser.add_argument("--commands", default=",".join(known), help="comma-separated commands")
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="comma-separated commands")
     parser.add_argument("--share", default="0/1", help="I/N runs every Nth case, from the Ith")
     parser.add_argument("--output", type=Path, required=True, help="file of the outcomes, one JSON object per line")
     arguments = parser.parse_args()
