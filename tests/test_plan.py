@@ -4,8 +4,10 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
+import torch
 
 from llmgr_rec.config import Config
 from llmgr_rec.distributed.sharding import GIB
@@ -161,3 +163,19 @@ def test_the_command_exits_with_2_and_helps_fast() -> None:
     )
     assert failed.returncode == 2
     assert failed.stderr == "error: --world_size is 0; give 1 or more\n"
+
+
+@pytest.mark.parametrize("recipe", ["llm", "llm_text"])
+def test_a_plan_takes_no_memory_for_the_items(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A billion items would take 8 GiB of offsets of their texts."""
+    zeros = torch.zeros
+
+    def small_zeros(*size: Any, **options: Any) -> torch.Tensor:
+        made = zeros(*size, **options)
+        assert made.device.type == "meta" or made.numel() < 1_000_000
+        return made
+
+    monkeypatch.setattr(torch, "zeros", small_zeros)
+    tiny = ["--llm.name_or_path", "random-tiny", "--llm.num_layers", "1", "--text_encoder.dim", "16"]
+    with pytest.raises(UserError, match="with 1000000000 rows"):
+        main(["--config", recipe, "--num_items", "1000000000", *tiny])

@@ -172,4 +172,6 @@ def meta_language_parts(spec: ModelSpec) -> LanguageParts | None:
             decoder = AutoModel.from_config(settings, attn_implementation="sdpa", trust_remote_code=False)
         decoder = decoder.to(resolve_dtype(dtype))
     prompts = {task: CompiledPrompt([0], ["nodes", "graph"]) for task in get_args(Task)}
-    return LanguageParts(decoder, prompts, Jagged.empty(spec.num_items), embedding_norm=1.0)
+    with torch.device("meta"):
+        texts = Jagged.empty(spec.num_items)
+    return LanguageParts(decoder, prompts, texts, embedding_norm=1.0)
