@@ -22,6 +22,8 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
     from datagen.conversion import Conversion
     from datagen.delimited import DelimitedFile
 
@@ -63,6 +65,15 @@ def main(argv: Sequence[str]) -> None:
     )
     for name in _TEXTS:
         parser.add_argument(f"--{name}_column", type=str | None, default=None, help=f"{name} column of --items")
+    _add_reading_options(parser)
+    parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
+    args = parse_args(parser, argv).as_dict()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _convert(args)
+
+
+def _add_reading_options(parser: "ArgumentParser") -> None:
+    """Adds the options that say how files are read and which rows count."""
     parser.add_argument(
         "--delimiter",
         type=str,
@@ -90,10 +101,6 @@ def main(argv: Sequence[str]) -> None:
         default="drop",
         help="rows of --sessions that are equal in user, item and time: drop all but the first, or keep them",
     )
-    parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
-    args = parse_args(parser, argv).as_dict()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _convert(args)
 
 
 def _convert(args: dict[str, Any]) -> None:
