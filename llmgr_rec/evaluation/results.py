@@ -9,6 +9,8 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, require_writable
 
 FORMAT = "llmgr_rec.metrics"
+# Leaves room for the name of a temporary file beside it, so that no evaluation fails at its end.
+_LONGEST_NAME = 150
 # Model names and titles in the order of the tables; other names follow.
 MODEL_NAMES = {
     "popularity": "Popularity",
@@ -65,6 +67,8 @@ def refuse_foreign_output(path: Path) -> None:
         UserError: The path exists and is not a metrics file, or its folder is not writable.
     """
     require_writable(path.parent)
+    if len(path.name.encode()) > _LONGEST_NAME:
+        raise UserError(f"--output {path}: the name has more than {_LONGEST_NAME} bytes; give a shorter one")
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file, such as {path / 'metrics.json'}")
     if path.exists():

@@ -1,11 +1,19 @@
 """The metrics file and the printed table."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.results import COLUMNS, best_by_column, format_table, read_metrics, write_metrics
+from llmgr_rec.evaluation.results import (
+    COLUMNS,
+    best_by_column,
+    format_table,
+    read_metrics,
+    refuse_foreign_output,
+    write_metrics,
+)
 
 
 def metrics(value: float) -> dict[str, float]:
@@ -45,3 +53,10 @@ def test_only_metrics_files_are_read(tmp_path):
             read_metrics(tmp_path / "x.json")
     with pytest.raises(UserError, match="does not exist"):
         read_metrics(tmp_path / "absent.json")
+
+
+def test_a_name_without_room_for_a_temporary_file_is_refused_before_the_evaluation(tmp_path: Path) -> None:
+    refuse_foreign_output(tmp_path / ("m" * 145 + ".json"))
+    write_metrics(tmp_path / ("m" * 145 + ".json"), {})
+    with pytest.raises(UserError, match="the name has more than 150 bytes; give a shorter one"):
+        refuse_foreign_output(tmp_path / ("m" * 250 + ".json"))
