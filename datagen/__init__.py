@@ -1,1 +1,5 @@
 """Writes interactions.parquet and items.parquet: synthetic data, and converters of public data sets (docs/data.md)."""
+
+from llmgr_rec.interruption import report_interrupts_of_imports
+
+report_interrupts_of_imports()

@@ -401,6 +401,8 @@ def _user_errors(source: Path) -> Iterator[None]:
     """Converts the multi-line errors of DuckDB to one-line user errors that name the file."""
     try:
         yield
+    except duckdb.InterruptException:
+        raise
     except duckdb.Error as error:
         if known := storage_error(error):
             raise known from None

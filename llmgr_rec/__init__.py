@@ -7,6 +7,8 @@ first asked for, so `import llmgr_rec` costs nothing and needs no torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from llmgr_rec.interruption import report_interrupts_of_imports
+
 if TYPE_CHECKING:
     from llmgr_rec.config import Config as Config
     from llmgr_rec.config import EncoderConfig as EncoderConfig
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from llmgr_rec.storage.table_io import init_tables as init_tables
 
 __version__ = "0.2.0"
+
+report_interrupts_of_imports()
 
 # Where each public name lives; the imports above tell type checkers the same.
 _MODULES = {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from llmgr_rec.bounds import check_options
 from llmgr_rec.errors import RankLostError, StopRequested, UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.interruption import EXIT_INTERRUPTED, no_signal_is_lost, report_interrupt
 from llmgr_rec.parent_process import end_with_parent
 from llmgr_rec.paths import LocalPath, local_path
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 EXIT_USER_ERROR = 2
-# The exit code of a shell for a command that Ctrl-C (signal 2) has ended.
-EXIT_INTERRUPTED = 128 + 2
 # As torch, CUDA, C++ and the operating system say it.
 _OUT_OF_MEMORY = re.compile(r"(can't|cannot) allocate memory|out of memory|bad_alloc", re.IGNORECASE)
 _MESSAGE_LENGTH = 150
@@ -50,7 +49,7 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     configure_logging()
     threading.excepthook = _report_thread_error
     try:
-        with _stop_on_sigterm():
+        with _stop_on_sigterm(), no_signal_is_lost():
             main(sys.argv[1:])
     except StopRequested as stop:
         if is_rank0():
@@ -72,8 +71,7 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         )
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        if is_rank0():
-            sys.stderr.write("error: interrupted\n")
+        report_interrupt()
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         known = storage_error(error) or _memory_error(error)

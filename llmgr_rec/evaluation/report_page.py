@@ -21,6 +21,8 @@ from llmgr_rec.storage.bundle_index import bundle_hash, check_trained_on, defaul
 
 PAGE_NAME = "index.html"
 TABLE_NAME = "results.csv"
+_PLOTS = ("frequency", "losses", "validation")
+_OTHER_NAMES = {TABLE_NAME, *(f"{name}.png" for name in _PLOTS)}
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,10 @@ def _dataset(request: ReportRequest, metrics: Mapping[str, Any]) -> Dataset | No
 def _check_output(output: Path) -> None:
     """Checks that the folder is absent, empty or contains a report."""
     require_writable(output)
-    if output.is_dir() and any(output.iterdir()) and GENERATOR not in _read_text(output / PAGE_NAME)[:400]:
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    # The page is written last, so a report that was interrupted has other files of its own only.
+    is_report = names <= _OTHER_NAMES or GENERATOR in _read_text(output / PAGE_NAME)[:400]
+    if not is_report:
         raise UserError(f"--output {output} is not empty and contains no report; give another folder")
 
 
@@ -169,7 +174,7 @@ def _facts(metrics: Mapping[str, Any], models: Mapping[str, Any], dataset: Datas
 
 
 def _plots(records: list[dict[str, Any]], models: Mapping[str, Any], output: Path) -> dict[str, list[tuple[str, Path]]]:
-    frequency, losses, validation = (output / f"{name}.png" for name in ("frequency", "losses", "validation"))
+    frequency, losses, validation = (output / f"{name}.png" for name in _PLOTS)
     plots: dict[str, list[tuple[str, Path]]] = {"quality": [], "training": []}
     if plot_frequency(models, frequency):
         caption = "HR@20 by the number of training interactions of the target item."

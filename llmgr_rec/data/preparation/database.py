@@ -13,6 +13,14 @@ from llmgr_rec.files import storage_error
 
 # Rows per batch of a streamed result.
 _BATCH_ROWS = 65536
+# Bugs in the SQL of this package, and Ctrl-C in a query.
+_NOT_OF_THE_USER = (
+    duckdb.BinderException,
+    duckdb.CatalogException,
+    duckdb.ParserException,
+    duckdb.InternalException,
+    duckdb.InterruptException,
+)
 
 
 class Database:
@@ -132,7 +140,7 @@ def user_errors(action: str) -> Iterator[None]:
         raise UserError(
             f"{action}: DuckDB ran out of memory ({_first_line(error)}); raise --memory_gb or lower --threads"
         ) from None
-    except (duckdb.BinderException, duckdb.CatalogException, duckdb.ParserException, duckdb.InternalException):
+    except _NOT_OF_THE_USER:
         raise
     except (duckdb.Error, OSError) as error:
         raise storage_error(error) or UserError(
