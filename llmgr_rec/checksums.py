@@ -1,7 +1,7 @@
 """Checksums of files, which find damage of the storage; they do not protect from an attacker.
 
-XXH3 hashes 15 GB/s in one thread, SHA-256 1.6 GB/s on a processor with instructions for it; the command is in
-docs/reliability.md.
+XXH3 is about ten times as fast as SHA-256 on a processor with instructions for it, so that verification costs little
+beside reading. docs/reliability.md says what is verified when.
 """
 
 import functools
