@@ -25,6 +25,7 @@ from datagen.sources import clean_text, identifier, quote
 from datagen.times import TimeReading, read_times
 from llmgr_rec.cli import progress
 from llmgr_rec.data.item_ids import is_float_id_sql, lost_digits_sql, match_problem, plain_id_sql, plain_ids
+from llmgr_rec.data.missing_values import SUSPECT_IDS
 from llmgr_rec.data.preparation.database import connect
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
@@ -124,6 +125,26 @@ class Conversion:
             if count:
                 _log.info("%s: %s: %s ids such as 12.0 are read as 12", source, names[name], f"{count:,}")
         self._run("DROP TABLE raw")
+        # Dumps have codes for ids, and their converters no option for missing values.
+        if self._policy is not None:
+            self._warn_of_suspect_ids(source, names)
+
+    def _warn_of_suspect_ids(self, source: Path, names: dict[str, str]) -> None:
+        """Warns of ids that may stand for a missing value."""
+        words = ", ".join(quote(word) for word in SUSPECT_IDS)
+        for name in _IDS:
+            found = self._rows(
+                f"SELECT {name}, count(*) FROM interactions WHERE lower({name}) IN ({words}) GROUP BY ALL ORDER BY ALL"
+            )
+            if found:
+                _log.warning(
+                    "%s: %s is a word that may stand for a missing value in %s rows (%s); it is read as an id, unless "
+                    "--missing_values names it",
+                    source,
+                    names[name],
+                    f"{sum(count for _, count in found):,}",
+                    ", ".join(repr(word) for word, _ in found),
+                )
 
     def _load(self, source: Path, rows: str | Iterable[Rows | BadLine], names: dict[str, str], bad: BadRows) -> int:
         """Creates table raw with trimmed texts, null where missing; returns the number of broken lines."""

@@ -21,6 +21,11 @@ _ISO = (
     "CASE WHEN substr(time, 5, 1) IN ('-', '/') THEN coalesce(TRY_CAST(time AS TIMESTAMPTZ), "
     r"TRY_CAST(regexp_replace(replace(time, ',', '.'), ' +([+-][0-9])', '\1') AS TIMESTAMPTZ)) END"
 )
+# Abbreviations that stand for several zones (BST, IST, CST) or are also used in the other half of the year (CET, PST).
+# ICU reads BST as Bangladesh and AST as Alaska.
+_AMBIGUOUS_ZONES = (
+    "ACT|AET|AGT|ART|AST|BET|BST|CAT|CET|CNT|CST|CTT|EAT|ECT|EET|IET|IST|MET|MIT|NET|NST|PLT|PNT|PRT|PST|SST|VST|WET"
+)
 _CLOCKS = ("", "%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M:%S %p")
 _DAYS = {"mdy": "%m{0}%d{0}", "dmy": "%d{0}%m{0}"}
 _FORMATS = "auto, number, mdy (01/31/2024), dmy (31.01.2024), or a pattern such as '%d %b %Y %H:%M'"
@@ -102,6 +107,10 @@ def read_times(query: Query, time_format: str, where: str) -> TimeReading:
 def _dates(query: Query, moment: str, expected: str) -> TimeReading:
     """Dates become microseconds since 1970, or nanoseconds if any has more than six digits after its seconds."""
     problem, remedy = f"is not {expected}", _OTHER_FORMATS
+    ambiguous = rf"regexp_matches(time, '\b({_AMBIGUOUS_ZONES})\b', 'i')"
+    if query(f"SELECT count(*) FROM raw WHERE {ambiguous}")[0]:
+        moment = f"CASE WHEN NOT {ambiguous} THEN {moment} END"
+        problem += ", or its time zone is ambiguous, as BST and CET are (write an offset such as +01:00)"
     if not query(f"SELECT count(*) FROM raw WHERE length({_decimals()}) > {_MICROSECOND_DIGITS}")[0]:
         return TimeReading(f"CASE WHEN isfinite({moment}) THEN epoch_us({moment}) END", problem, remedy)
     below = f"CAST(rpad(substr({_decimals()}, 7, 3), 3, '0') AS BIGINT)"

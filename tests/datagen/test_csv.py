@@ -154,6 +154,17 @@ def test_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "1969-12-31T23:59:59.5Z": -500_000,
     }
     assert _times(tmp_path, *dates) == list(dates.values())
+    zones = {
+        "2024-07-01 12:00:00 Europe/London": 11,
+        "2024-07-01 12:00:00 GMT": 12,
+        "2024-07-01 12:00:00 UTC+2": 10,
+        "2024-07-01 12:00:00 America/New_York": 16,
+    }
+    assert _times(tmp_path, *zones) == [(1719792000 + 3600 * hour) * 10**6 for hour in zones.values()]
+    # DuckDB reads the summer time of London as that of Bangladesh.
+    for zone in ("BST", "ist", "CET", "PST"):
+        with pytest.raises(UserError, match=f"'2024-07-01 12:00:00 {zone}' of at .*its time zone is ambiguous"):
+            _times(tmp_path, *zones, f"2024-07-01 12:00:00 {zone}")
     # More digits than microseconds.
     assert _times(tmp_path, "2024-01-31T12:00:00.123456789Z", "2024-01-31T12:00:00Z") == [
         noon * 1000 + 123456789,
@@ -189,6 +200,10 @@ def test_times_of_other_forms(tmp_path: Path) -> None:
     pattern = ("--time_format=%a %b %d %H:%M:%S %z %Y",)
     assert _times(tmp_path, "Wed Jan 31 12:00:00 +0200 2024", options=pattern) == [noon - 7200 * 10**6]
     assert _times(tmp_path, "20240131T120000Z", options=("--time_format=%Y%m%dT%H%M%SZ",)) == [noon]
+    pattern = ("--time_format=%a %b %d %H:%M:%S %Z %Y",)
+    assert _times(tmp_path, "Wed Jan 31 12:00:00 UTC 2024", options=pattern) == [noon]
+    with pytest.raises(UserError, match="its time zone is ambiguous"):
+        _times(tmp_path, "Mon Jul 01 12:00:00 BST 2024", options=pattern)
     for wrong in ("us", "%Q", "%"):
         with pytest.raises(UserError, match=rf"^--time_format '{wrong}'.*give auto, number, mdy"):
             _times(tmp_path, "1", options=(f"--time_format={wrong}",))
@@ -264,6 +279,12 @@ def test_words_for_missing_values(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     log = write(tmp_path / "log.csv", "at,who,sku\n1,nan,n/a\n2,None,-\n")
     _run(tmp_path / "own", log, "--missing_values=-", "--bad_rows=drop")
     assert interactions(tmp_path / "own/out") == [("nan", "n/a", 1)]
+    log = write(tmp_path / "log.csv", "at,who,sku\n1,NA,a\n2,NA,undefined\n3,NAM,a\n4,-,a\n")
+    _run(tmp_path / "suspect", log)
+    rows = [("-", "a", 4), ("NA", "a", 1), ("NA", "undefined", 2), ("NAM", "a", 3)]
+    assert interactions(tmp_path / "suspect/out") == rows
+    assert "who is a word that may stand for a missing value in 3 rows ('-', 'NA'); it is read as an id" in caplog.text
+    assert "sku is a word that may stand for a missing value in 1 rows ('undefined')" in caplog.text
 
 
 def test_bad_rows_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

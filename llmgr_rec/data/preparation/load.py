@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from llmgr_rec.data.missing_values import MISSING_VALUES
+from llmgr_rec.data.missing_values import MISSING_VALUES, SUSPECT_IDS
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.missing_items import resolve_missing_items
 from llmgr_rec.data.preparation.settings import PrepareSettings
@@ -23,6 +23,7 @@ from llmgr_rec.errors import UserError
 # Above, a number has no fraction that matters, and a millionth of it exceeds int64.
 _LARGEST_WITH_FRACTION = 9e12
 _WORDS = ", ".join(f"'{word}'" for word in MISSING_VALUES)
+_ID_WORDS = ", ".join(f"'{word}'" for word in dict.fromkeys([*MISSING_VALUES, *SUSPECT_IDS]))
 _log = logging.getLogger(__name__)
 _SPLIT_WORDS = {"train": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
 
@@ -198,9 +199,9 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
 def _check_values(database: Database, source: Source, columns: list[str], texts: Sequence[str] = ()) -> None:
     """Raises a `UserError` if a value is invalid; warns of ids and texts that are words for a missing value."""
     tests = [(column, *test) for column in columns for test in _value_tests(source, column)]
-    words = [column for column in columns if source.types[column] == "string" and column != "items"]
-    words += texts
-    tests += [(column, f"{column} IN ({_WORDS})", "") for column in words]
+    ids = [column for column in columns if source.types[column] == "string" and column != "items"]
+    tests += [(column, f"({column} IN ({_ID_WORDS}) OR lower({column}) IN ({_ID_WORDS}))", "") for column in ids]
+    tests += [(column, f"{column} IN ({_WORDS})", "") for column in texts]
     selected = ", ".join(f"count(*) FILTER ({test}), min(source_row) FILTER ({test})" for _, test, _ in tests)
     results = database.run(f"SELECT {selected} FROM {source.sql()}")[0]
     for position, (column, _, problem) in enumerate(tests):
@@ -213,7 +214,7 @@ def _check_values(database: Database, source: Source, columns: list[str], texts:
                 source.locate(row),
                 column,
                 f"{count:,}",
-                _WORDS,
+                _ID_WORDS if column in ids else _WORDS,
             )
 
 

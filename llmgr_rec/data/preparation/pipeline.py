@@ -95,8 +95,7 @@ def _find_duplicates(database: Database, settings: PrepareSettings) -> int:
 def _filter(database: Database, settings: PrepareSettings) -> dict[str, int]:
     """Merges consecutive repeats, applies the k-core filter, and returns the numbers of merged and remaining clicks."""
     merged = 0
-    per_item, per_session = settings.min_interactions, settings.min_session_length
-    minimums = per_item, per_item if per_session is None else per_session
+    minimums = _core_minimums(settings)
     kept = filters.apply_core(database, *minimums)
     # The filter removes clicks between repeats, and merging removes clicks that the filter counts.
     while settings.consecutive_repeats == "merge" and (found := merge_consecutive_repeats(database)):
@@ -104,6 +103,12 @@ def _filter(database: Database, settings: PrepareSettings) -> dict[str, int]:
         kept = filters.apply_core(database, *minimums)
     filters.drop_users_without_clicks(database)
     return {"consecutive_repeats": merged, "kept": kept}
+
+
+def _core_minimums(settings: PrepareSettings) -> tuple[int, int]:
+    """Fewest clicks of an item and of a session that the filter keeps."""
+    per_item, per_session = settings.min_interactions, settings.min_session_length
+    return per_item, per_item if per_session is None else per_session
 
 
 def _write_files(
@@ -178,7 +183,8 @@ def _check_not_empty(writers: dict[str, PartWriter], settings: PrepareSettings) 
         if writers[split].num_rows == 0:
             advice = "lower --hold_out_items, or " if settings.hold_out_items and split == "train" else ""
             advice += "give a longer --session_gap, or " if settings.session_gap else ""
+            advice += "lower --min_interactions, or " if max(_core_minimums(settings)) > 1 else ""
             raise UserError(
                 f"--split {settings.split} gives no {split} rows: no session has a {split} click with earlier clicks "
-                f"that may be its history; {advice}lower --min_interactions, or use another --split or other shares"
+                f"that may be its history; {advice}use another --split or other shares"
             )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -244,13 +245,20 @@ def _partition_type(name: str, values: Sequence[str | None], kind: Kind, path: s
         return "int64"
     if kind == "id":
         return "string"
-    wrong = [value for value in known if not _DATE.fullmatch(value)]
+    wrong = [value for value in known if not _is_date(value)]
     if kind == "time" and not wrong:
         return "date"
     raise UserError(
         f"{path}: column {name} is in the folder name {name}={(wrong or known)[0]}, but must be "
         f"{_EXPECTED_TYPES[kind]}; write it into the files"
     )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(_DATE.fullmatch(text) and date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def _open(file: Path, option: str) -> pq.ParquetFile:

@@ -147,6 +147,8 @@ def test_split_leaves_nothing(folder: Path) -> None:
     write(folder, user_id=[f"u{n // 2}" for n in range(60)])
     message = refused(folder, "--min_interactions", "0")
     assert_names(message, "leave_one_out gives no train rows", "another --split")
+    # The filter is off, so it cannot be the reason.
+    assert "--min_interactions" not in message
     write(folder, timestamp=[5] * 60)
     assert_names(refused(folder, "--split", "temporal"), "temporal leaves a split empty", "--test_share")
 

@@ -121,7 +121,7 @@ def test_few_matching_ids_and_words_for_missing_values_are_warnings(
     table = {"item_id": pa.array(["a", "b", "c", "A1", "A2", "A3", "A4", "nan"])}
     items = pa.array(["a", "b", "c", "a1"])
     (tmp_path / "clicks").mkdir()
-    times = {"user_id": [7] * 8, "timestamp": range(8)}
+    times = {"user_id": ["7"] * 7 + ["Undefined"], "timestamp": range(8)}
     pq.write_table(pa.table(times | table), tmp_path / "clicks" / "0.parquet")
     titles = ["Tea", "None", None, "nan"]
     catalog = write_items(tmp_path / "items.parquet", items, title=titles)
@@ -131,6 +131,7 @@ def test_few_matching_ids_and_words_for_missing_values_are_warnings(
     assert "row 1: column title is a word for a missing value in 2 rows" in caplog.text
     assert "only 3 of 8 item ids" in caplog.text
     assert "the clicks have 'A1', 'A2', 'A3', the item file has 'a1'" in caplog.text
+    assert "row 7: column user_id is a word for a missing value in 1 rows (one of 'nan'" in caplog.text
     assert "row 7: column item_id is a word for a missing value in 1 rows (one of 'nan'" in caplog.text
 
 

@@ -91,9 +91,10 @@ def test_partitioned_folders_are_read_with_their_columns(tmp_path: Path, capsys:
     assert "  interactions: 4 files read (empty.parquet, timestamp=2026-11-01/split=train/x.PARQUET, " in printed
     assert ", 1 skipped (notes.txt: not named *.parquet)\n" in printed
     assert "  items: 1 file read (category=Te%20a/items.parquet)\n" in printed
-    (folder / "timestamp=2026-11-02").rename(folder / "timestamp=Monday")
-    with pytest.raises(UserError, match="column timestamp is in the folder name timestamp=Monday, but must be int64"):
-        main([*options[:-1], str(tmp_path / "other")])
+    for before, name in (("timestamp=2026-11-02", "timestamp=Monday"), ("timestamp=Monday", "timestamp=2026-02-29")):
+        (folder / before).rename(folder / name)
+        with pytest.raises(UserError, match=f"column timestamp is in the folder name {name}, but must be int64"):
+            main([*options[:-1], str(tmp_path / "other")])
 
 
 def test_partition_values_have_the_type_of_their_column(tmp_path: Path) -> None:
