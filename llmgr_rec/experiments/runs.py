@@ -22,6 +22,7 @@ from llmgr_rec.config import STAGES, BlendConfig, Config, trained_stages
 from llmgr_rec.config_file import load_config, save_config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import choose_device
+from llmgr_rec.errors import UserError
 from llmgr_rec.experiments.controls import effective_controls, factory_of
 from llmgr_rec.files import atomic_write
 from llmgr_rec.storage.bundle_index import CONFIG, STAGES_OF_MODEL
@@ -132,13 +133,36 @@ class SharedRuns:
                     _start(run, config, before.folder / inherited if before else None)
                 # They may differ from `config` in settings that do not affect the stages of this run.
                 settings = load_config(run / CONFIG)
+                _check_settings(run / CONFIG, settings, config)
                 embeddings = self.folder / "text_embeddings"
                 request = RunRequest(settings, self.dataset.path, run, "all", resume=True)
                 train_run(replace(request, text_embeddings=embeddings, factory=factory))
                 with atomic_write(done) as partial:
                     partial.write_text(f"{time.monotonic() - started:.1f}\n")
-            seconds = float(done.read_text())
+            seconds = _read_seconds(done)
         return FinishedRun(run, seconds + (before.seconds if before else 0.0))
+
+
+def _check_settings(file: Path, found: Config, config: Config) -> None:
+    """Checks that a run which was started trains what its name says; a damaged file may name another variant.
+
+    Raises:
+        UserError: A setting that the weights depend on differs.
+    """
+    device = choose_device(config.runtime.device)
+    model = file.parent.name.split("-")[0]
+    named = [stage for stage in trained_stages(config) if stage in ("sbr", *STAGES_OF_MODEL.get(model, ()))]
+    if any(fingerprint(stage, found, device) != fingerprint(stage, config, device) for stage in named):
+        raise UserError(
+            f"{file} has other settings than those that its run was started with; delete {file.parent} to train again"
+        )
+
+
+def _read_seconds(file: Path) -> float:
+    try:
+        return float(file.read_text())
+    except ValueError:
+        raise UserError(f"{file} is damaged: it contains no number; delete it to check its run again") from None
 
 
 def _start(run: Path, config: Config, inherited: Path | None) -> None:

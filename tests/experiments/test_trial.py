@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from llmgr_rec.config import Config
+from llmgr_rec.config_file import save_config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
@@ -213,3 +214,21 @@ def test_an_untrained_recommender_may_be_smoothed(tmp_path):
     output = str(tmp_path / "out")
     main(["--experiment", str(file), "--dataset", str(small_run().dataset.path), "--output", output, "--seeds", "0"])
     assert json.loads((tmp_path / "out" / "untrained.json").read_text())["variants"].keys() == {"blank"}
+
+
+def test_settings_of_a_started_run_that_were_cut_are_not_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "train_run", lambda *_: pytest.fail("another variant was trained"))
+    shared = SharedRuns(tmp_path, small_run().dataset)
+    config = Config()
+    config.sbr.lr = 0.007
+    run = shared.run_folder("sbr", config)
+    run.mkdir(parents=True)
+    save_config(config, run / "config.yaml")
+    text = (run / "config.yaml").read_text()
+    # A shorter file is valid: what it lacks has default values.
+    (run / "config.yaml").write_text(text[: text.index("sbr:")])
+    with pytest.raises(UserError, match=rf"{run}/config\.yaml has other settings than .*; delete {run} to train again"):
+        shared._train(run, config, ModelFactory())
+    (run / "seconds").write_text("")
+    with pytest.raises(UserError, match=rf"{run}/seconds is damaged"):
+        shared._train(run, config, ModelFactory())
