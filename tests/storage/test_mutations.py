@@ -1,7 +1,7 @@
 """Damaged index files give one line that names the file, or the content as it was; never another exception.
 
-With checksums, no change of the content passes. Without, as in files of earlier versions, and if the damage cuts out the
-entry of the checksum, a changed value may pass if it has a valid type, but nothing else may happen.
+With checksums, no change of the content passes. Without, as in files of earlier versions and where the damage cuts out
+the entry of the checksum, a changed value may pass if it has a valid type, but nothing else may happen.
 """
 
 import json
