@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import atomic_folder
+from llmgr_rec.files import atomic_folder, require_writable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,6 +33,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
         raise UserError(f"--output {final} is a file; give a folder that does not exist")
     if final.is_dir() and any(final.iterdir()):
         raise UserError(f"--output {final} is not empty; give a new folder or delete this one first")
+    require_writable(final.parent)
     with atomic_folder(final) as temporary:
         yield temporary
 

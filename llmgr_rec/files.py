@@ -45,6 +45,8 @@ _FIXES = {
     errno.EACCES: "choose a folder that you have permission for",
     errno.EFBIG: "its file system has no space for larger files; choose a folder on another one",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.ELOOP: "the links of the path go in a circle; choose another folder",
     errno.ESTALE: "the network storage has changed under it; run the same command again",
 }
 # Libraries that report the error of a write as text, by its number or by its description.

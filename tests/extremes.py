@@ -38,7 +38,7 @@ VALUES = (
 # Any other text is a path, and a good one.
 PATHS = (
     "", " ", "s3://b/c", "x" * 5000, "x" * 255, "é🙂", "a\udc80b", "a\0b", "a\nb", "[]", "'", "~no_such_user",
-    "a?*[1]b", r"a\b$$(HOME)", "..", "/dev/null", "/proc/self/mem",
+    "a?*[1]b", r"a\b$$(HOME)", "..", "/dev/null", "/dev/null/below", "/proc/self/mem",
 )  # fmt: skip
 COMMANDS = [name for name in command_names() if not name.startswith("benchmarks.")]
 SECONDS = 90

@@ -207,3 +207,9 @@ def test_help_is_quick_and_imports_nothing_heavy(module: str) -> None:
     heavy = "('numpy', 'pyarrow', 'duckdb', 'torch', 'pandas')"
     code = f"import sys, datagen.{module}; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output .*file is a file; give the path of a folder"):
+        generate(tmp_path / "file" / "below")

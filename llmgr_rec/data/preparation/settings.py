@@ -8,6 +8,7 @@ from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.data.preparation.duration import nanoseconds_of
 from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, RepeatsOption
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import require_writable
 from llmgr_rec.paths import LocalPath
 
 _SHARE = Bounds(at_least=0, below=1)
@@ -118,7 +119,10 @@ def check_settings(settings: PrepareSettings) -> None:
         raise UserError("give exactly one of --interactions and --sessions")
     _check_sessions(settings)
     _check_split(settings)
+    if settings.temp_folder:
+        require_writable(Path(settings.temp_folder), "--temp_folder")
     output = Path(settings.output)
+    require_writable(output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output {output} exists and is not an empty folder; give another --output or delete it")
 

@@ -324,3 +324,11 @@ def test_the_program_exits_with_2_and_one_line(folder: Path) -> None:
     assert run.stdout == ""
     assert run.stderr.startswith("error: absent does not exist")
     assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--output", "--temp_folder"])
+def test_a_folder_below_a_file_is_refused(tmp_path: Path, option: str) -> None:
+    (tmp_path / "file").touch()
+    words = ["--interactions", "absent", "--items", "absent", "--output", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=f"{option} .*file is a file; give the path of a folder"):
+        main([*words, option, str(tmp_path / "file" / "below")])
