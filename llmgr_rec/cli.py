@@ -49,7 +49,7 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     configure_logging()
     threading.excepthook = _report_thread_error
     try:
-        with _stop_on_sigterm(), no_signal_is_lost():
+        with _signals(), no_signal_is_lost():
             main(sys.argv[1:])
     except StopRequested as stop:
         if is_rank0():
@@ -97,19 +97,33 @@ def _end_rank(code: int) -> NoReturn:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
+def _signals() -> Iterator[None]:
+    """Raises `StopRequested` on SIGTERM, also where DuckDB makes another exception of it or of Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise StopRequested(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    # A process in the background of a shell ignores SIGINT.
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    before = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
+    except (Exception, KeyboardInterrupt):
+        if not received:
+            raise
+        if received[0] == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise StopRequested(received[0]) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _memory_error(error: Exception) -> UserError | None:

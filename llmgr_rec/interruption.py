@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from llmgr_rec.errors import StopRequested
+
 # The exit code of a shell for a command that Ctrl-C (signal 2) has ended.
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 # Seconds after which a lost signal is sent again; by then the code that cannot be interrupted has returned.
@@ -48,10 +50,11 @@ def no_signal_is_lost() -> Iterator[None]:
     before = sys.unraisablehook
 
     def resend(lost: Any) -> None:
-        if not issubclass(lost.exc_type, KeyboardInterrupt):
+        if not issubclass(lost.exc_type, KeyboardInterrupt | StopRequested):
             before(lost)
             return
-        threading.Timer(_RESEND_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+        number = signal.SIGINT if issubclass(lost.exc_type, KeyboardInterrupt) else signal.SIGTERM
+        threading.Timer(_RESEND_S, os.kill, (os.getpid(), number)).start()
 
     sys.unraisablehook = resend
     try:

@@ -43,7 +43,9 @@ class StopSignals:
             received, self._wakeup = os.pipe()
             os.set_blocking(self._wakeup, False)
             self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            # A process in the background of a shell ignores SIGINT.
+            numbers = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
             threading.Thread(target=self._limit, args=(received,), name="grace period", daemon=True).start()
         return self
 
@@ -51,7 +53,7 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._left.set()
-        if self._before:
+        if self._wakeup >= 0:
             for number, handler in self._before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._wakeup_before)

@@ -5,12 +5,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from llmgr_rec.cli import run_cli
 from llmgr_rec.errors import StopRequested
 from llmgr_rec.stop_signals import StopSignals
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """A shell in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_is_raised_where_it_arrives_or_at_the_end_of_a_block() -> None:
@@ -63,6 +72,35 @@ def test_sigterm_ends_a_command_with_one_line(capsys: pytest.CaptureFixture[str]
     assert end.value.code == 143
     assert capsys.readouterr().err == "stopped by SIGTERM\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGTERM, 143, "stopped by SIGTERM\n"), (signal.SIGINT, 130, "error: interrupted\n")],
+)
+def test_a_signal_in_a_query_of_duckdb_is_no_failure(
+    capsys: pytest.CaptureFixture[str], number: int, code: int, said: str
+) -> None:
+    def query(argv: object) -> None:
+        # What DuckDB does with an exception of a signal handler in a query.
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            raise RuntimeError("Query interrupted") from None
+
+    with pytest.raises(SystemExit) as end:
+        run_cli(query)
+    assert end.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals(60):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # A wait in C, as that for another rank, which goes on after a signal; so no handler can run.

@@ -24,7 +24,7 @@ from tests.soak.soak_steps import STEPS, SoakStep, write_inputs
 
 # Longest time of a command on a busy machine, and of its end after a signal: the grace period and some more.
 _STEP_S, _END_S = 400.0, 45.0
-_MAX_INTERRUPTIONS = 3
+_MAX_INTERRUPTIONS = 5
 # Signals with the processes that get them; those to ranks only where there are several.
 _ANY = [
     ("SIGKILL", "all"),

@@ -39,7 +39,7 @@ class MarkedProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, name: value, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), "PYTHONPATH": root},
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=_start,
             )
 
     def code(self) -> int | None:
@@ -97,3 +97,9 @@ class MarkedProcess:
             time.sleep(_POLL_S)
         self._process.wait()
         return pids
+
+
+def _start() -> None:
+    end_with_parent()
+    # A soak in the background of a shell ignores SIGINT, and so would its children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
