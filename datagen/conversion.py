@@ -171,7 +171,9 @@ class Conversion:
 
     def _find_problems(self, bad: BadRows, names: dict[str, str], times: TimeReading, rated: bool) -> str:
         """Reports the bad rows of table raw; returns SQL of a row's problem, null for a good row."""
-        problems = [(f"{names[name]} is missing", f"{name} IS NULL", "''") for name in names if name != "rating"]
+        problems = [
+            (f"{names[name]} is missing", f"{name} IS NULL", "''") for name in names if name != "rating" or rated
+        ]
         problems += [
             (f"of {names[name]} was written as a float and has lost digits", lost_digits_sql(name), name)
             for name in _IDS
@@ -180,7 +182,7 @@ class Conversion:
             problems.append((_not_a_time(names, times), f"{times.sql} IS NULL", "time"))
         if rated:
             number = "NOT coalesce(isfinite(TRY_CAST(rating AS DOUBLE)), false)"
-            problems.append((f"of {names['rating']} is not a number", number, "coalesce(rating, '')"))
+            problems.append((f"of {names['rating']} is not a number", number, "rating"))
         cases = " ".join(f"WHEN {test} THEN {place}" for place, (_, test, _) in enumerate(problems))
         problem = f"CASE {cases} END"
         values = " ".join(f"WHEN {place} THEN {value}" for place, (_, _, value) in enumerate(problems))

@@ -12,7 +12,7 @@ from llmgr_rec.data.preparation.database import literal_path
 from llmgr_rec.errors import UserError, did_you_mean
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+_TAG = re.compile(r"<!--.*?-->|</?[A-Za-z][^<>]*>", re.DOTALL)
 
 
 def require_file(path: str | Path, option: str) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import pyarrow as pa
+import pyarrow.compute
 
 from llmgr_rec.errors import UserError
 
@@ -40,7 +41,7 @@ def to_table(data: object, name: str) -> pa.Table:
             return pa.table(dict(data))
         if isinstance(data, Sequence) and all(isinstance(record, Mapping) for record in data):
             return pa.Table.from_pylist(list(data))
-    except (pa.ArrowException, ValueError, TypeError) as error:
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{name} cannot be converted to an Arrow table: {_first_line(error)}") from None
     raise UserError(f"{name} is {type(data).__name__}; give {_ACCEPTED}")
 
@@ -59,7 +60,8 @@ def to_sessions(data: object, name: str = "sessions") -> pa.Table:
         their first row.
 
     Raises:
-        UserError: The data are of another kind or lack a column, or item ids have different types.
+        UserError: The data are of another kind or lack a column, item ids have different types, or an id or a time is
+            null or no time.
     """
     if is_lists(data):
         table = pa.table({"items": _lists(data, name)})
@@ -89,7 +91,7 @@ def _lists(rows: Sequence[Any], name: str) -> pa.Array:
         raise UserError(f"{name} holds {wrong!r}, which is not a list of item ids; give one list a session")
     try:
         lists = pa.array([list(row) for row in rows])
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise UserError(f"{name}: item ids must all be integers or all text ({_first_line(error)})") from None
     return lists if pa.types.is_list(lists.type) else pa.array([[] for _ in rows], pa.list_(pa.null()))
 
@@ -100,12 +102,26 @@ def _sessions_of_clicks(table: pa.Table, name: str) -> pa.Table:
         raise UserError(f"{name} has item_id but neither session_id nor user_id; name the session of each click")
     rows = pa.array(range(table.num_rows), pa.int64())
     clicks = table.select([key, "item_id"]).append_column("row", rows)
+    _require_values(table, key, name)
     if "timestamp" in table.column_names:
+        _require_values(table, "timestamp", name)
+        found = table.schema.field("timestamp").type
+        # Text would be sorted by its characters: "10" before "9".
+        if not (pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_temporal(found)):
+            raise UserError(
+                f"{name}: column timestamp is {found}, but must be numbers, timestamps or dates; convert it"
+            )
         clicks = clicks.append_column("timestamp", table["timestamp"])
         clicks = clicks.sort_by([("timestamp", "ascending"), ("row", "ascending")])
     grouped = clicks.group_by(key, use_threads=False).aggregate([("item_id", "list"), ("row", "min")])
     grouped = grouped.sort_by("row_min")
     return pa.table({"session_id": grouped[key], "items": grouped["item_id_list"]})
+
+
+def _require_values(table: pa.Table, column: str, name: str) -> None:
+    nulls = pa.compute.sum(pa.compute.is_null(table[column], nan_is_null=True)).as_py() or 0
+    if nulls:
+        raise UserError(f"{name}: column {column} has {nulls:,} nulls; fill or delete such rows")
 
 
 def _read(path: Path, name: str) -> pa.Table:

@@ -202,6 +202,7 @@ class Recommender:
         """
         if k < 1:
             raise UserError(f"k is {k}; give 1 or more")
+        k = min(k, len(self._catalog.item_ids))
         table = to_sessions(sessions)
         clicks = self._clicks(table["items"])
         allowed_R = self._allowed(among, without, category)
@@ -233,6 +234,7 @@ class Recommender:
         """
         if k < 1:
             raise UserError(f"k is {k}; give 1 or more")
+        k = min(k, len(self._catalog.item_ids))
         ids = _array(items, "items")
         indices_B = torch.from_numpy(self._catalog.index_of(ids))
         if (indices_B < 0).any():
@@ -283,7 +285,10 @@ class Recommender:
         """Item indices of the newest known clicks of each session that the model is shown."""
         filled = pa.compute.fill_null(lists, []) if lists.null_count else lists
         array = filled.combine_chunks()
-        items_L = self._catalog.index_of(array.flatten())
+        ids_L = array.flatten()
+        if nulls := pa.compute.sum(pa.compute.is_null(ids_L, nan_is_null=True)).as_py():
+            raise UserError(f"sessions hold {nulls:,} null item ids; remove them")
+        items_L = self._catalog.index_of(ids_L)
         lengths_B = pa.compute.list_value_length(array).to_numpy(zero_copy_only=False)
         known_before = np.concatenate([[0], np.cumsum(items_L >= 0)])
         offsets_B1 = known_before[np.concatenate([[0], np.cumsum(lengths_B, dtype=np.int64)])]
@@ -369,7 +374,7 @@ def _array(ids: Collection[Any], name: str) -> pa.Array:
         raise UserError(f"{name} is {ids!r}; give a list of item ids")
     try:
         return pa.array(list(ids))
-    except (pa.ArrowException, TypeError):
+    except (pa.ArrowException, TypeError, OverflowError):
         raise UserError(f"{name}: item ids must all be integers or all text") from None
 
 

@@ -109,6 +109,7 @@ def test_takes_data_frames(rec: Recommender, sessions: list[list[Any]]) -> None:
 def test_restricts_what_is_recommended(rec: Recommender, sessions: list[list[Any]]) -> None:
     num_items = len(rec.item_ids)
     complete = rec.recommend(sessions, k=num_items, exclude_seen=False).to_pylist()
+    assert rec.recommend(sessions, k=10**15, exclude_seen=False).to_pylist() == complete
     chosen = set(rec.item_ids.to_pylist()[5:20])
     for options in (
         {"among": chosen},
@@ -138,12 +139,22 @@ def test_similar_items_have_the_most_similar_vectors(rec: Recommender) -> None:
         np.testing.assert_allclose(row["scores"], np.sort(cosines)[::-1][:8], rtol=1e-5)
 
 
+def _clicks(times: list[Any]) -> dict[str, list[Any]]:
+    return {"user_id": [1] * len(times), "item_id": list(range(len(times))), "timestamp": times}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda rec: rec.recommend([[1]], k=0), "k is 0"),
         (lambda rec: rec.recommend("no/such.parquet"), "sessions no/such.parquet"),
         (lambda rec: rec.recommend([[1, "a"]]), "must all be integers or all text"),
+        (lambda rec: rec.recommend([[1, None]]), "sessions hold 1 null item ids"),
+        (lambda rec: rec.recommend([[2**70]]), "must all be integers or all text"),
+        (lambda rec: rec.similar([2**70]), "must all be integers or all text"),
+        (lambda rec: rec.recommend({"item_id": [1, 2], "user_id": ["u", None]}), "column user_id has 1 nulls"),
+        (lambda rec: rec.recommend(_clicks([5.0, float("nan")])), "column timestamp has 1 nulls"),
+        (lambda rec: rec.recommend(_clicks(["9", "10"])), "column timestamp is string, but must be numbers"),
         (lambda rec: rec.recommend(["abc"]), "not a list of item ids"),
         (lambda rec: rec.recommend(3), "sessions is int; give a pandas"),
         (lambda rec: rec.recommend({"item": [1]}), "no column items"),

@@ -71,6 +71,9 @@ def test_item_column_of_another_name_and_min_rating(tmp_path: Path) -> None:
     _run(tmp_path, log, "--items", str(shop), *more)
     assert [row["title"] for row in items(tmp_path / "out")] == ['Tea, "green"', "Cup"]
     assert interactions(tmp_path / "out") == [("u10", "a", 20), ("u10", "b", 20)]
+    log = write(tmp_path / "log.csv", LOG + "30,u2,b,\n")
+    with pytest.raises(UserError, match="line 6: stars is missing; correct"):
+        _run(tmp_path / "bad", log, *more[2:])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from datagen.sources import clean_text
         ("a\n\t b\u00a0 c ", "a b c"),
         ("<p>one</p><br/>two", "one two"),
         ("5 < 6 and <3 hearts", "5 < 6 and <3 hearts"),
+        ("<!-- a > b\n-->one", "one"),
         ("&lt;b&gt;bold&lt;/b&gt;", "bold"),
         ("  ", None),
         ("<br>", None),
