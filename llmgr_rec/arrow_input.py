@@ -129,7 +129,7 @@ def _read(path: Path, name: str) -> pa.Table:
 
     try:
         return pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{name} {path}: {_first_line(error)}") from None
 
 

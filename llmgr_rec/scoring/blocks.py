@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmgr_rec.data.delimited_text import not_parquet
 from llmgr_rec.errors import UserError
 
 # Rows that are decoded at a time, and decoded bytes of a block, unless those rows have more.
@@ -34,39 +33,6 @@ class Block:
     def end(self) -> int:
         """Row in the file after the last one."""
         return self.first_row + self.table.num_rows
-
-
-@dataclass(frozen=True)
-class Footer:
-    """What a file has, by its footer.
-
-    Args:
-        schema: Schema of the file.
-        names: Names of its columns.
-        group_rows: Number of rows of each row group.
-    """
-
-    schema: pa.Schema
-    names: list[str]
-    group_rows: tuple[int, ...]
-
-
-def read_footer(path: Path) -> Footer:
-    """Reads the footer of a file.
-
-    Raises:
-        UserError: The file is not a complete Parquet file; for a CSV, with the command that converts it.
-    """
-    try:
-        with _open(path) as parquet:
-            metadata, schema = parquet.metadata, parquet.schema_arrow
-            # Not the sizes of its columns: pyarrow 26 ends the process where those of a damaged footer do not fit.
-            rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-            if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-                raise pa.ArrowInvalid(f"{metadata.num_rows} rows in row groups of {rows}")
-            return Footer(schema, schema.names, rows)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise not_parquet(path, "input", error) from None
 
 
 def _open(path: Path) -> pq.ParquetFile:

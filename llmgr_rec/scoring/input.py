@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
+from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.schema import CATALOG_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
 from llmgr_rec.errors import UserError, did_you_mean
-from llmgr_rec.scoring.blocks import Block, read_blocks, read_footer
+from llmgr_rec.scoring.blocks import Block, read_blocks
 from llmgr_rec.scoring.common_schema import CommonSchema
 
 logger = logging.getLogger(__name__)
@@ -252,7 +253,7 @@ class SessionFiles:
         }
 
     def _open(self, file: ParquetFile, partition_types: dict[str, pa.DataType]) -> InputFile:
-        version, footer = _version(file.path), read_footer(file.path)
+        version, footer = _version(file.path), read_footer(file.path, "input")
         if not sum(footer.group_rows):
             return InputFile(file.path, file.name, footer.group_rows, has_indices=False, partitions={})
         schema = footer.schema

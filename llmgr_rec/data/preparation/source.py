@@ -9,11 +9,10 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from llmgr_rec.data.delimited_text import not_parquet
 from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, LARGEST_EXACT_FLOAT32, plain_id_sql
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
+from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.preparation.database import literal_path
 from llmgr_rec.errors import UserError
 
@@ -184,12 +183,11 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     kinds = {**required, **optional}
     rows = 0
     for file in listing.files:
-        parquet = _open(file.path, option)
-        groups = tuple(parquet.metadata.row_group(g).num_rows for g in range(parquet.metadata.num_row_groups))
+        footer = read_footer(file.path, option)
         # Some writers give the columns of a file without rows no types.
-        if not sum(groups):
+        if not sum(footer.group_rows):
             continue
-        found = _column_types(file, parquet.schema_arrow, required, optional)
+        found = _column_types(file, footer.schema, required, optional)
         for name in {**types, **found} if files else found:
             common = _unify(types.get(name), found.get(name), kinds[name]) if files else found[name]
             if common is None:
@@ -201,8 +199,8 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
         files.append(file)
         stored.append(found)
         first_rows.append(rows)
-        row_groups.append(groups)
-        rows += sum(groups)
+        row_groups.append(footer.group_rows)
+        rows += sum(footer.group_rows)
     if rows == 0:
         raise UserError(f"{path} (--{option}) has no rows; give a file with at least one")
     partitions = {
@@ -259,13 +257,6 @@ def _is_date(text: str) -> bool:
         return bool(_DATE.fullmatch(text) and date.fromisoformat(text))
     except ValueError:
         return False
-
-
-def _open(file: Path, option: str) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
-        raise not_parquet(file, option, error) from None
 
 
 def _column_types(

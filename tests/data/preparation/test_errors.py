@@ -203,6 +203,14 @@ def test_damaged_data_page(folder: Path) -> None:
     assert_names(refused(folder), "reading", "interactions.parquet", "damaged")
 
 
+def test_damaged_name_of_a_column(folder: Path) -> None:
+    path = folder / "interactions.parquet"
+    write(folder, note=["x"] * 60)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"note", b"n\xecte"))
+    assert_names(refused(folder), "interactions.parquet", "not a complete Parquet file")
+
+
 def test_files_of_a_folder_that_differ(folder: Path) -> None:
     (folder / "many").mkdir()
     for name, times in (("a", [datetime(2024, 1, 1)] * 2), ("b", [1, 2])):
