@@ -92,7 +92,7 @@ def test_item_column_of_another_name_and_min_rating(tmp_path: Path) -> None:
         (CLICKS.replace(",", "|").encode(), []),
         (b"sep=;\r\n" + CLICKS.replace(",", ";").encode(), []),
         (CLICKS.replace(",", "~").encode(), ["--delimiter=~"]),
-        (gzip.compress(CLICKS.encode()), []),
+        (gzip.compress(CLICKS.encode(), mtime=0), []),
         (bz2.compress(CLICKS.encode()), []),
         (lzma.compress(CLICKS.encode()), []),
         (pa.compress(CLICKS.encode(), "zstd", asbytes=True), []),
@@ -397,7 +397,7 @@ def test_bad_input_is_named_and_leaves_nothing(tmp_path: Path, log: str, options
     [
         (b"at,who,sku\n1,u,a\n2,u,\xe9\n", r"log\.csv: line 3 is not UTF-8 text; .* --encoding, such as cp1252"),
         (CLICKS.encode("utf-16-le"), r"UTF-16 without a byte order mark; pass --encoding utf-16-le"),
-        (gzip.compress(CLICKS.encode())[:-9], r"log\.csv: damaged compressed data"),
+        (gzip.compress(CLICKS.encode(), mtime=0)[:-9], r"log\.csv: damaged compressed data"),
         (b"PK\x03\x04rest", r"is a zip archive or an Excel workbook"),
         (b"PAR1rest", r"is a Parquet file; give it to python -m llmgr_rec\.prepare"),
     ],
