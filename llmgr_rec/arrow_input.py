@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import pyarrow as pa
 import pyarrow.compute
 
+from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
 
 _ACCEPTED = (
@@ -26,8 +27,19 @@ def to_table(data: object, name: str) -> pa.Table:
         name: Name of the argument, for messages.
 
     Raises:
-        UserError: The data are of another kind, a file is missing or unreadable, or records differ in type.
+        UserError: The data are of another kind or a prepared split, a file is missing or unreadable, or records differ
+            in type.
     """
+    table = _converted(data, name)
+    if has_item_indices(table.schema):
+        raise UserError(
+            f"{name}: items are indices, because this is a split of a prepared data set; give raw item ids (python -m "
+            "llmgr_rec.score takes such a split)"
+        )
+    return table
+
+
+def _converted(data: object, name: str) -> pa.Table:
     if isinstance(data, pa.Table):
         return data
     if isinstance(data, str | os.PathLike):
@@ -76,6 +88,8 @@ def to_sessions(data: object, name: str = "sessions") -> pa.Table:
         )
     if "session_id" not in table.column_names:
         table = table.append_column("session_id", pa.array(range(table.num_rows), pa.int64()))
+    if nulls := table["items"].null_count:
+        raise UserError(f"{name}: column items has {nulls:,} nulls; give an empty list for a session without clicks")
     return table.select(["session_id", "items"])
 
 

@@ -283,8 +283,7 @@ class Recommender:
 
     def _clicks(self, lists: pa.ChunkedArray) -> Jagged:
         """Item indices of the newest known clicks of each session that the model is shown."""
-        filled = pa.compute.fill_null(lists, []) if lists.null_count else lists
-        array = filled.combine_chunks()
+        array = lists.combine_chunks()
         ids_L = array.flatten()
         if nulls := pa.compute.sum(pa.compute.is_null(ids_L, nan_is_null=True)).as_py():
             raise UserError(f"sessions hold {nulls:,} null item ids; remove them")

@@ -77,3 +77,8 @@ def hash_item_ids(batches: Iterable[pa.Array]) -> str:
         for item_id in batch.cast(pa.string()).to_pylist():
             digest.update(item_id.encode() + b"\0")
     return digest.hexdigest()
+
+
+def has_item_indices(schema: pa.Schema) -> bool:
+    """Whether a file is a split of a prepared data set, whose items are indices and not raw ids."""
+    return bool((schema.metadata or {}).get(ITEMS_KIND_KEY) == ITEMS_KIND_INDEX)

@@ -21,7 +21,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
-from llmgr_rec.data.schema import CATALOG_HASH_KEY, ITEMS_KIND_INDEX, ITEMS_KIND_KEY
+from llmgr_rec.data.schema import CATALOG_HASH_KEY, has_item_indices
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.scoring.blocks import Block, read_blocks
 from llmgr_rec.scoring.common_schema import CommonSchema
@@ -267,7 +267,7 @@ class SessionFiles:
                 raise UserError(f"{file.path} has no column {column}{did_you_mean(column, known)}")
             elif len(schema.get_all_field_indices(column)) > 1:
                 raise UserError(f"{file.path} has more than one column {column}; keep one of them")
-        has_indices = (schema.metadata or {}).get(ITEMS_KIND_KEY) == ITEMS_KIND_INDEX
+        has_indices = has_item_indices(schema)
         self._check_items_type(schema, file.path, has_indices)
         types = {
             name: partitions[name].type if name in partitions else schema.field(name).type for name in self.columns

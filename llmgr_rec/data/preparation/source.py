@@ -14,6 +14,7 @@ from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, LARGEST_EXACT_FLOAT32, 
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.preparation.database import literal_path
+from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
 
 Kind = Literal["id", "time", "text", "id_list"]
@@ -184,6 +185,11 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     rows = 0
     for file in listing.files:
         footer = read_footer(file.path, option)
+        if "items" in required and has_item_indices(footer.schema):
+            raise UserError(
+                f"{file.path} is a split of a prepared data set, whose items are indices; give the log or the sessions "
+                "from which it was prepared"
+            )
         # Some writers give the columns of a file without rows no types.
         if not sum(footer.group_rows):
             continue

@@ -310,6 +310,14 @@ def test_bad_sessions(folder: Path, columns: dict[str, Any], parts: list[str]) -
     assert_names(message, "sessions.parquet", *parts)
 
 
+def test_a_prepared_split_is_no_input(folder: Path) -> None:
+    schema = pa.schema([("session_id", pa.string()), ("items", pa.list_(pa.int64()))])
+    marked = schema.with_metadata({"llmgr_rec.items": "index"})
+    pq.write_table(pa.table({"session_id": ["a"], "items": [[0, 1]]}, schema=marked), folder / "sessions.parquet")
+    message = refused(folder, interactions="", sessions=str(folder / "sessions.parquet"))
+    assert_names(message, "sessions.parquet", "split of a prepared data set")
+
+
 def test_temporal_split_of_sessions_needs_a_timestamp(folder: Path) -> None:
     pq.write_table(pa.table({"session_id": ["a"], "items": [["i0"]]}), folder / "sessions.parquet")
     message = refused(folder, "--split", "temporal", interactions="", sessions=str(folder / "sessions.parquet"))
