@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 5
 _STATE, _COMPLETE, _INDEX = "state.json", "COMPLETE", ".metadata"
-_FOLDER, _UNFINISHED = re.compile(r"step-(\d{8})"), re.compile(r"step-(\d{8})(\.tmp)?")
+_FOLDER, _PARTIAL = re.compile(r"step-(\d{8})"), re.compile(r"step-(\d{8})\.tmp")
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,10 @@ class CheckpointManager:
             return False
         with storage_errors(partial):
             # A run that was killed may have left them at any step. The lock of the run keeps other processes out.
+            # A complete folder that it had not renamed is removed as well: this step is written again.
             for leftover in self._folder.iterdir() if self._folder.is_dir() else ():
-                if _UNFINISHED.fullmatch(leftover.name) and not (leftover / _COMPLETE).is_file():
+                is_step = _FOLDER.fullmatch(leftover.name) and not (leftover / _COMPLETE).is_file()
+                if is_step or _PARTIAL.fullmatch(leftover.name):
                     shutil.rmtree(leftover)
             partial.mkdir(parents=True)
         return True

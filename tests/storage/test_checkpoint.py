@@ -181,10 +181,14 @@ def refusals(world: World, folder: str, model: nn.Module, optimizer: KeyedOptimi
     # The same size as the real index, so that only the unpickler stands in its way.
     attempt("evil", damage=".metadata", content=evil + b"\0" * (index.stat().st_size - len(evil)))
     Path(folder, "half/step-00000009.tmp").mkdir(parents=True)
+    # Killed when all was written, before the folder had its name.
+    Path(folder, "half/step-00000008.tmp").mkdir()
+    Path(folder, "half/step-00000008.tmp/COMPLETE").touch()
     Path(folder, "half/step-00000008").mkdir(parents=True)
     half = manager(str(Path(folder, "half")), world)
     assert half.latest() is None
     half.save(8, model, None)
+    assert [path.name for path in Path(folder, "half").iterdir()] == ["step-00000008"]
     assert half.latest() == Path(folder, "half/step-00000008")
     with pytest.raises(UserError) as no_optimizer:
         half.load(model, optimizer)
