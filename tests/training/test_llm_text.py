@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from llmgr_rec.score import main as score
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.storage.bundle import Bundle, load_bundle
-from llmgr_rec.training.loop import StageLoop
+from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.train_run import train_run
 from tests.small_run import ONE_RANK
@@ -143,9 +144,9 @@ def test_an_interrupted_stage_goes_on_as_if_nothing_had_happened(
     config = text_config(tmp_path)
     save = StageLoop._save
 
-    def save_and_stop(loop: StageLoop, position: object) -> None:
-        save(loop, position)  # type: ignore[arg-type]
-        if loop.name == "llm_text" and position.step >= 4:  # type: ignore[attr-defined]
+    def save_and_stop(loop: StageLoop, position: Position, window: Any = None) -> None:
+        save(loop, position, window)
+        if loop.name == "llm_text" and position.step >= 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
