@@ -6,6 +6,8 @@ from pathlib import Path
 
 # Files that tell when, and how often, something was done, and caches that a command computes again.
 _VOLATILE = re.compile(r"(^|/)(tensorboard/.*|launch|checkpoints/.*)$")
+# Folders that torchrun and Python's multiprocessing make for themselves, and leave behind if they are killed.
+_OF_LIBRARIES = ("torchelastic_", "pymp-")
 _TIMES = ("examples_per_s", "data_wait")
 
 
@@ -38,7 +40,7 @@ def differences(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str
 def leftovers(folder: Path) -> list[str]:
     """Temporary files, locks and unfinished folders that no process needs any more."""
     names = re.compile(r"(^\.tmp-|\.tmp(-|$)|^\.lock$|\.lock$|\.partial$)")
-    scratch = [f"tmp/{path.name}" for path in (folder / "tmp").iterdir() if not path.name.startswith("torchelastic_")]
+    scratch = [f"tmp/{path.name}" for path in (folder / "tmp").iterdir() if not path.name.startswith(_OF_LIBRARIES)]
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if names.search(path.name)) + scratch
 
 
