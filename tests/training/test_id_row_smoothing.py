@@ -178,7 +178,14 @@ def valid_ndcg(trained: Trained, run: Path) -> float:
 
 
 @pytest.mark.parametrize(
-    ("blend", "size"), [((), 1), ((), 2), (("item_knn",), 1), (("item_knn", "text_knn"), 2)], ids=str
+    ("blend", "size"),
+    [
+        ((), 1),
+        pytest.param((), 2, marks=pytest.mark.slow),
+        pytest.param(("item_knn",), 1, marks=pytest.mark.slow),
+        (("item_knn", "text_knn"), 2),
+    ],
+    ids=str,
 )
 def test_the_strength_that_ranks_best_is_selected(trained: Trained, blend: Neighbors, size: int) -> None:
     quality = {one: valid_ndcg(trained, trained.again([one], blend=blend)) for one in (0.0, STRENGTH, 7.0)}
