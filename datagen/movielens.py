@@ -197,7 +197,7 @@ def _read_ratings(work: "Conversion", path: Path, delimiter: str, *, header: boo
     columns = ["userId", "movieId", "rating", "timestamp"]
     if header:
         present = read_header(path, delimiter)
-        require_columns(path, present, {f"MovieLens {path.name}": name for name in columns})
+        require_columns(path, present, {f"MovieLens {name}": name for name in columns})
         columns = present
     table = delimited_sql(path, columns, delimiter, header=header)
     names = {"user_id": "userId", "item_id": "movieId", "time": "timestamp", "rating": "rating"}

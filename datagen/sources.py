@@ -136,12 +136,12 @@ def read_header(path: Path, delimiter: str) -> list[str]:
 
 
 def require_columns(path: Path, present: Sequence[str], wanted: dict[str, str]) -> None:
-    """Checks that a file has the columns that the user named.
+    """Checks that a file of a dump has the columns that are read.
 
     Args:
         path: Path of the file, for the message.
         present: Columns of the file.
-        wanted: Column name by command-line option.
+        wanted: Column name by what needs it, such as a command-line option.
 
     Raises:
         UserError: A column is missing. The message suggests the closest name.
@@ -149,5 +149,6 @@ def require_columns(path: Path, present: Sequence[str], wanted: dict[str, str]) 
     for option, name in wanted.items():
         if name not in present:
             raise UserError(
-                f"{path} has no column {name!r} ({option}), or --delimiter is wrong{did_you_mean(name, present)}"
+                f"{path} has no column {name!r} ({option}); give the file of the dump unchanged"
+                f"{did_you_mean(name, present)}"
             )

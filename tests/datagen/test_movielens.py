@@ -130,6 +130,16 @@ def test_bad_ratings_are_named_and_leave_nothing(tmp_path: Path, line: str, mess
     assert leftovers(tmp_path, "in") == []
 
 
+@pytest.mark.parametrize("column", ["userId", "movieId", "rating", "timestamp"])
+def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
+    header = "userId,movieId,rating,timestamp\n".replace(column, "other")
+    write(tmp_path / "in/ratings.csv", header + U_DATA.replace("\t", ","))
+    write(tmp_path / "in/movies.csv", "movieId,title,genres\n7,Amélie (2001),Comedy\n")
+    message = rf"ratings\.csv has no column '{column}' \(MovieLens {column}\); give the file of the dump unchanged"
+    with pytest.raises(UserError, match=message):
+        convert(tmp_path / "in", tmp_path / "out")
+
+
 def test_bad_films_are_named(tmp_path: Path) -> None:
     folder = _ml_100k(tmp_path / "in")
     write(folder / "u.item", "242|Kolya (1996)|24-Jan-1997\n")
