@@ -1,4 +1,4 @@
-"""Writes interactions.parquet and items.parquet: synthetic data, and converters of public data sets (docs/data.md)."""
+"""Writes interactions.parquet and items.parquet: synthetic data, and converters (docs/data.md)."""
 
 from llmgr_rec.interruption import report_interrupts_of_imports
 

@@ -1,6 +1,7 @@
-"""Shared by all converters: writes interactions.parquet and items.parquet from raw rows, out of core.
+"""Shared by all converters: writes interactions.parquet and items.parquet, or sessions.parquet, out of core.
 
-DuckDB reads, checks and sorts the rows. Its memory is limited to `_MEMORY`; the rest spills next to the output.
+DuckDB checks and sorts the rows, and reads those of known dumps. Its memory is limited to `_MEMORY`; the rest spills
+next to the output.
 """
 
 import logging
@@ -21,12 +22,20 @@ from datagen.bad_rows import BadRows, Policy
 from datagen.delimited import BadLine, DelimitedFile, Rows
 from datagen.output import ITEM_COLUMNS, ROW_GROUP_ROWS, interactions_schema, items_schema, output_folder
 from datagen.sessions import session_batches, sessions_schema
-from datagen.sources import clean_text, identifier, quote
+from datagen.sources import clean_text
 from datagen.times import TimeReading, read_times
 from llmgr_rec.cli import progress
-from llmgr_rec.data.item_ids import is_float_id_sql, lost_digits_sql, match_problem, plain_id_sql, plain_ids
+from llmgr_rec.data.item_ids import (
+    MATCH_EXAMPLES,
+    describe_few_matches,
+    few_match,
+    is_float_id_sql,
+    lost_digits_sql,
+    plain_id_sql,
+    plain_ids,
+)
 from llmgr_rec.data.missing_values import SUSPECT_IDS
-from llmgr_rec.data.preparation.database import connect
+from llmgr_rec.data.preparation.database import connect, identifier, literal
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
 from llmgr_rec.paths import text_problem
@@ -36,8 +45,6 @@ _ITEM_BATCH = 1 << 14
 # Stripped from both ends of ids and times; the last two are no-break space and byte order mark.
 _BLANKS = " \t\n\r\f\v\u00a0\ufeff"
 _IDS = ("user_id", "item_id")
-# Ids shown on each side where few match.
-_EXAMPLES = 3
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +138,7 @@ class Conversion:
 
     def _warn_of_suspect_ids(self, source: Path, names: dict[str, str]) -> None:
         """Warns of ids that may stand for a missing value."""
-        words = ", ".join(quote(word) for word in SUSPECT_IDS)
+        words = ", ".join(map(literal, SUSPECT_IDS))
         for name in _IDS:
             found = self._rows(
                 f"SELECT {name}, count(*) FROM interactions WHERE lower({name}) IN ({words}) GROUP BY ALL ORDER BY ALL"
@@ -197,8 +204,8 @@ class Conversion:
 
     def _trimmed(self, column: str) -> str:
         """SQL of a text column, stripped of white space at both ends; null where it is empty or a missing value."""
-        words = ", ".join(quote(word) for word in ("", *sorted(self._missing_values)))
-        trimmed = f"trim({column}, {quote(_BLANKS)})"
+        words = ", ".join(map(literal, ("", *sorted(self._missing_values))))
+        trimmed = f"trim({column}, {literal(_BLANKS)})"
         return f"CASE WHEN {trimmed} NOT IN ({words}) THEN {trimmed} END"
 
     def read_items(self, source: Path, items: Iterable[Item]) -> None:
@@ -303,12 +310,12 @@ class Conversion:
 
     def _drop_duplicates(self) -> int:
         """Deletes clicks that are equal to an earlier one in user, item and time; returns their number."""
-        before = self._value("SELECT count(*) FROM interactions")
-        self._run(
-            "DELETE FROM interactions WHERE place NOT IN "
-            "(SELECT min(place) FROM interactions GROUP BY user_id, item_id, timestamp)"
+        return int(
+            self._value(
+                "DELETE FROM interactions WHERE place NOT IN "
+                "(SELECT min(place) FROM interactions GROUP BY user_id, item_id, timestamp)"
+            )
         )
-        return int(before - self._value("SELECT count(*) FROM interactions"))
 
     def write(self) -> None:
         """Writes interactions.parquet and items.parquet.
@@ -349,14 +356,14 @@ class Conversion:
     def _compare_ids(self, missing: int) -> None:
         """Warns if few ids of the interactions are in the item file."""
         total = self._value("SELECT count(DISTINCT item_id) FROM interactions")
+        if not few_match(total - missing, total):
+            return
         first = "SELECT item_id FROM {} ANTI JOIN {} USING (item_id) GROUP BY item_id ORDER BY min(place) LIMIT {}"
         in_log, in_items = (
-            [item_id for (item_id,) in self._rows(first.format(one, other, _EXAMPLES))]
+            [item_id for (item_id,) in self._rows(first.format(one, other, MATCH_EXAMPLES))]
             for one, other in (("interactions", "items"), ("items", "interactions"))
         )
-        problem = match_problem(total - missing, total, in_log, in_items)
-        if problem is None:
-            return
+        problem = describe_few_matches(total - missing, total, in_log, in_items)
         if missing == total:
             raise UserError(f"{problem}; check that the files belong together, and write their ids in the same form")
         _log.warning("%s; the others become items without text", problem)

@@ -89,8 +89,7 @@ class DelimitedFile:
         self.path = path
         self._encoding = encoding
         self._delimiter = delimiter
-        header, self._header_lines = self._read_header(wanted)
-        self._names = header
+        self._names, self._header_lines = self._read_header(wanted)
         self._positions = {column: self._position(option, column) for option, column in wanted.items()}
 
     def read(self, columns: Sequence[str]) -> Iterator[Rows | BadLine]:

@@ -1,4 +1,4 @@
-"""The two output files of all programs in this package. Their folder appears only when both are complete."""
+"""The output folder of all programs in this package, which appears only when it is complete, and its two main files."""
 
 import logging
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmgr_rec.data.preparation.database import literal_path
+from llmgr_rec.data.preparation.database import identifier, literal, literal_path
 from llmgr_rec.errors import UserError, did_you_mean
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -69,16 +69,6 @@ def clean_text(text: object) -> str | None:
     return " ".join(_SURROGATE.sub("\ufffd", plain).split()) or None
 
 
-def quote(text: str | Path) -> str:
-    """A SQL string literal."""
-    return "'" + str(text).replace("'", "''") + "'"
-
-
-def identifier(name: str) -> str:
-    """A SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
 def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header: bool) -> str:
     """A DuckDB table expression of a delimited file without quotes. All columns are strings; empty fields are null.
 
@@ -88,12 +78,12 @@ def delimited_sql(path: Path, columns: Sequence[str], delimiter: str, *, header:
         delimiter: Field separator, up to four bytes.
         header: Whether the first line is a header.
     """
-    types = ", ".join(f"{quote(name)}: 'VARCHAR'" for name in columns)
+    types = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in columns)
     # Blank lines before the header.
     skipped = next(read_lines(path), (1, ""))[0] - 1 if header else 0
-    source = quote(literal_path(path))
+    source = literal(literal_path(path))
     return (
-        f"read_csv({source}, delim={quote(delimiter)}, header={str(header).lower()}, skip={skipped}, "
+        f"read_csv({source}, delim={literal(delimiter)}, header={str(header).lower()}, skip={skipped}, "
         f"quote='', escape='', auto_detect=false, hive_partitioning=false, columns={{{types}}})"
     )
 
@@ -106,7 +96,7 @@ def json_sql(path: Path, fields: Sequence[str]) -> str:
         fields: Names of the fields.
     """
     types = ", ".join(f"{identifier(name)}: 'VARCHAR'" for name in fields)
-    source = quote(literal_path(path))
+    source = literal(literal_path(path))
     return f"read_json({source}, format='newline_delimited', hive_partitioning=false, columns={{{types}}})"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 
+from llmgr_rec.data.preparation.database import literal
 from llmgr_rec.data.time_units import UNITS, describe_units, unit_sql
 from llmgr_rec.errors import UserError
 
@@ -179,4 +180,5 @@ def _decimals() -> str:
 
 
 def _literals(texts: list[str]) -> str:
-    return "[" + ", ".join("'" + text.replace("'", "''") + "'" for text in texts) + "]"
+    """SQL of a list of texts."""
+    return f"[{', '.join(map(literal, texts))}]"

@@ -14,6 +14,8 @@ from llmgr_rec.errors import UserError
 # Integers up to this one are exact as float64.
 LARGEST_EXACT_FLOAT = 2**53
 LARGEST_EXACT_FLOAT32 = 2**24
+# Ids that a message shows of the clicks, and of the item file.
+MATCH_EXAMPLES = 3
 _FLOAT_ID = r"^(-?(?:0|[1-9][0-9]*))\.0$"
 _INTEGER = r"^(0|-?[1-9][0-9]{0,18})$"
 _LARGEST_INT64 = pa.scalar(2**63 - 1, pa.uint64())
@@ -112,17 +114,25 @@ def lost_digits_sql(text: str) -> str:
     return f"(({large}) OR ({scientific}))"
 
 
-def match_problem(matched: int, total: int, in_log: Sequence[object], in_items: Sequence[object]) -> str | None:
-    """What is wrong if most item ids of the clicks are not in the item file; None if at least half of them are.
+def few_match(matched: int, total: int) -> bool:
+    """Whether so few item ids of the clicks are in the item file that one of the two may write ids in another form.
 
     Args:
         matched: Number of item ids of the clicks that are in the item file.
         total: Number of item ids of the clicks.
-        in_log: A few ids that occur in the clicks only.
-        in_items: A few ids that occur in the item file only.
     """
-    if 2 * matched >= total:
-        return None
+    return 2 * matched < total
+
+
+def describe_few_matches(matched: int, total: int, in_log: Sequence[object], in_items: Sequence[object]) -> str:
+    """What is wrong where `few_match` is true.
+
+    Args:
+        matched: Number of item ids of the clicks that are in the item file.
+        total: Number of item ids of the clicks.
+        in_log: The first `MATCH_EXAMPLES` ids that occur in the clicks only.
+        in_items: The first `MATCH_EXAMPLES` ids that occur in the item file only.
+    """
     return (
         f"only {matched:,} of {total:,} item ids of the clicks are in the item file ({matched / total:.0%}): "
         f"the clicks have {', '.join(map(repr, in_log))}, the item file has "

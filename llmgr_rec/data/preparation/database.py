@@ -120,6 +120,24 @@ def literal_path(path: Path) -> str:
     return "".join(f"[{character}]" if character in "*?[" else character for character in text)
 
 
+def literal(text: str) -> str:
+    """A text as a SQL string literal.
+
+    Args:
+        text: Any text.
+    """
+    return "'" + text.replace("'", "''") + "'"
+
+
+def identifier(name: str) -> str:
+    """A name, such as that of a column, as a SQL identifier.
+
+    Args:
+        name: Any name.
+    """
+    return '"' + name.replace('"', '""') + '"'
+
+
 @contextmanager
 def user_errors(action: str) -> Iterator[None]:
     """Converts errors of DuckDB and of the file system to one-line user errors.

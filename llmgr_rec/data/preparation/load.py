@@ -12,18 +12,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llmgr_rec.data.missing_values import MISSING_VALUES, SUSPECT_IDS
-from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.database import Database, identifier, literal
 from llmgr_rec.data.preparation.missing_items import resolve_missing_items
 from llmgr_rec.data.preparation.settings import PrepareSettings
-from llmgr_rec.data.preparation.source import Kind, Source, inexact, open_source, quote
+from llmgr_rec.data.preparation.source import Kind, Source, inexact, open_source
 from llmgr_rec.data.schema import TEXT_COLUMNS
 from llmgr_rec.data.time_units import describe_units, unit_sql
 from llmgr_rec.errors import UserError
 
 # Above, a number has no fraction that matters, and a millionth of it exceeds int64.
 _LARGEST_WITH_FRACTION = 9e12
-_WORDS = ", ".join(f"'{word}'" for word in MISSING_VALUES)
-_ID_WORDS = ", ".join(f"'{word}'" for word in dict.fromkeys([*MISSING_VALUES, *SUSPECT_IDS]))
+_WORDS = ", ".join(map(literal, MISSING_VALUES))
+_ID_WORDS = ", ".join(map(literal, dict.fromkeys([*MISSING_VALUES, *SUSPECT_IDS])))
 _log = logging.getLogger(__name__)
 _SPLIT_WORDS = {"train": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
 
@@ -261,7 +261,7 @@ def _check_split_labels(database: Database, clicks: Source, settings: PrepareSet
 
 def _label_sql(clicks: Source, settings: PrepareSettings) -> str:
     column = split_column(settings)
-    return f"lower(CAST({quote(column)} AS VARCHAR))" if column is not None and column in clicks.types else "NULL"
+    return f"lower(CAST({identifier(column)} AS VARCHAR))" if column is not None and column in clicks.types else "NULL"
 
 
 def _phase_sql(clicks: Source, settings: PrepareSettings) -> str:

@@ -2,14 +2,12 @@
 
 import logging
 
-from llmgr_rec.data.item_ids import match_problem
+from llmgr_rec.data.item_ids import MATCH_EXAMPLES, describe_few_matches, few_match
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.schema import TEXT_COLUMNS
 from llmgr_rec.errors import UserError
 
-# Ids shown on each side where few match.
-_EXAMPLES = 3
 _log = logging.getLogger(__name__)
 
 
@@ -60,11 +58,10 @@ def resolve_missing_items(database: Database, settings: PrepareSettings, raw: st
 def _match_problem(database: Database, raw: str) -> str | None:
     missing = database.value("SELECT count(*) FROM missing")
     total = database.value(f"SELECT count(DISTINCT item_id) FROM ({raw})")
-    in_log = database.run(f"SELECT item_id FROM missing ORDER BY first LIMIT {_EXAMPLES}")
-    clicked = f"SELECT item_id FROM ({raw})"
+    if not few_match(total - missing, total):
+        return None
+    in_log = database.run(f"SELECT item_id FROM missing ORDER BY first LIMIT {MATCH_EXAMPLES}")
     in_items = database.run(
-        f"SELECT item_id FROM items WHERE item_id NOT IN ({clicked}) ORDER BY key LIMIT {_EXAMPLES}"
-        if 2 * missing > total
-        else "SELECT 0 WHERE false"
+        f"SELECT item_id FROM items ANTI JOIN ({raw}) USING (item_id) ORDER BY key LIMIT {MATCH_EXAMPLES}"
     )
-    return match_problem(total - missing, total, [i for (i,) in in_log], [i for (i,) in in_items])
+    return describe_few_matches(total - missing, total, [i for (i,) in in_log], [i for (i,) in in_items])

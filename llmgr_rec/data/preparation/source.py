@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ import pyarrow as pa
 from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, LARGEST_EXACT_FLOAT32, plain_id_sql
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
-from llmgr_rec.data.preparation.database import literal_path
+from llmgr_rec.data.preparation.database import identifier, literal, literal_path
 from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
 
@@ -56,10 +56,10 @@ class Source:
     types: dict[str, str]
     first_rows: tuple[int, ...]
     row_groups: tuple[tuple[int, ...], ...]
-    partitions: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
-    description: str = ""
-    stored: tuple[dict[str, str], ...] = ()
-    kinds: dict[str, Kind] = field(default_factory=dict)
+    partitions: dict[str, tuple[str | None, ...]]
+    description: str
+    stored: tuple[dict[str, str], ...]
+    kinds: dict[str, Kind]
 
     @property
     def float_ids(self) -> list[str]:
@@ -101,23 +101,23 @@ class Source:
     def _files_sql(self, places: list[int]) -> str:
         """SQL of some of the files, which store all columns as the same types."""
         stored = self.stored[places[0]]
-        quoted = ", ".join("'" + literal_path(self.files[place]).replace("'", "''") + "'" for place in places)
+        paths = ", ".join(literal(literal_path(self.files[place])) for place in places)
         starts = ", ".join(f"{self.first_rows[place]}::BIGINT" for place in places)
-        columns = [f"{self._column_sql(name, stored[name], places)} AS {quote(name)}" for name in self.types]
+        columns = [f"{self._column_sql(name, stored[name], places)} AS {identifier(name)}" for name in self.types]
         columns += [f"{self._inexact_sql(name, stored[name])} AS {inexact(name)}" for name in self.float_ids]
         # Not DuckDB's partitions: those override columns of the file, and begin above the input folder. Files may have
         # different integer widths and time units.
         options = "file_row_number=true, hive_partitioning=false, union_by_name=true"
         row = f"file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT)"
-        return f"SELECT {', '.join(columns)}, {row} AS {_SOURCE_ROW} FROM read_parquet([{quoted}], {options})"
+        return f"SELECT {', '.join(columns)}, {row} AS {_SOURCE_ROW} FROM read_parquet([{paths}], {options})"
 
     def _column_sql(self, name: str, stored: str, places: list[int]) -> str:
         target = self.types[name]
         if name in self.partitions:
             values = [self.partitions[name][place] for place in places]
-            texts = ", ".join("NULL" if v is None else "'" + v.replace("'", "''") + "'" for v in values)
+            texts = ", ".join("NULL" if value is None else literal(value) for value in values)
             return f"CAST(list_extract([{texts}]::VARCHAR[], (file_index + 1)::BIGINT) AS {_SQL_TYPES[target]})"
-        column = quote(name)
+        column = identifier(name)
         if self.kinds[name] == "id":
             return _id_sql(column, stored, target)
         if self.kinds[name] == "id_list":
@@ -132,8 +132,8 @@ class Source:
         # Not isnan, which DuckDB takes for false where the statistics of a file have a minimum and a maximum.
         wrong = f"isfinite({{0}}) AND ({{0}} <> floor({{0}}) OR abs({{0}}) >= {_EXACT[stored]})"
         if self.kinds[name] == "id":
-            return f"coalesce({wrong.format(quote(name))}, false)"
-        return f"coalesce(len(list_filter({quote(name)}, lambda x: {wrong.format('x')})) > 0, false)"
+            return f"coalesce({wrong.format(identifier(name))}, false)"
+        return f"coalesce(len(list_filter({identifier(name)}, lambda x: {wrong.format('x')})) > 0, false)"
 
 
 def _id_sql(value: str, stored: str, target: str) -> str:
@@ -150,16 +150,7 @@ def inexact(name: str) -> str:
     Args:
         name: Column name.
     """
-    return quote(f"inexact({name})")
-
-
-def quote(name: str) -> str:
-    """A column name as a DuckDB identifier.
-
-    Args:
-        name: Column name.
-    """
-    return '"' + name.replace('"', '""') + '"'
+    return identifier(f"inexact({name})")
 
 
 def open_source(path: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
@@ -217,14 +208,14 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
         if found_type in _EXACT:
             types[name] = "float" if kinds[name] == "time" else "int64"
     return Source(
-        tuple(file.path for file in files),
-        types,
-        tuple(first_rows),
-        tuple(row_groups),
-        partitions,
-        listing.describe() if Path(path).is_dir() else "",
-        tuple(stored),
-        {name: kinds[name] for name in types},
+        files=tuple(file.path for file in files),
+        types=types,
+        first_rows=tuple(first_rows),
+        row_groups=tuple(row_groups),
+        partitions=partitions,
+        description=listing.describe() if Path(path).is_dir() else "",
+        stored=tuple(stored),
+        kinds={name: kinds[name] for name in types},
     )
 
 
