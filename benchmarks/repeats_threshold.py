@@ -70,7 +70,7 @@ def compare(interactions: Path, items: Path, share: float) -> dict[str, Any]:
             PrepareSettings(str(items), str(folder / "dataset"), str(folder / "interactions.parquet"))
         )
         dataset = Dataset(folder / "dataset")
-        catalog = Catalog.load(dataset.path)
+        catalog = Catalog.of(dataset)
         row: dict[str, Any] = {"replaced": share, "repeated_targets": manifest.repeat_counts["test"].target_share}
         for baseline in DEFAULT_BASELINES:
             built = build_baseline(baseline, dataset, catalog)

@@ -18,8 +18,7 @@ ConsecutiveRepeats = Literal["keep", "merge"]
 # From this share of repeated targets in any split, repeats are allowed. Exclusion loses each repeated target; without
 # exclusion, all other targets lose the places that clicked items take. docs/data.md has the measurements.
 MIN_SHARE_TO_ALLOW = 0.05
-# Maximum length of a history where neither data set nor bundle says it.
-DEFAULT_MAX_LENGTH = 50
+# Largest maximum length of a history, in clicks.
 LARGEST_MAX_LENGTH = 2**31
 
 

@@ -17,9 +17,12 @@ from llmgr_rec.baselines.sparse_scores import Ints
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.repeats import DEFAULT_MAX_LENGTH, Repeats, RepeatsOption
+from llmgr_rec.data.repeats import Repeats, RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.storage.bundle_index import BundleIndex
+
+# Clicks that are shown where a bundle of an earlier version does not say it.
+_DEFAULT_MAX_LENGTH = 50
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def ranking_rule(
     """
     return RankingRule(
         repeats=recorded.repeats if repeats == "auto" else repeats,
-        max_length=max_length or recorded.max_length or DEFAULT_MAX_LENGTH,
+        max_length=max_length or recorded.max_length or _DEFAULT_MAX_LENGTH,
     )
 
 

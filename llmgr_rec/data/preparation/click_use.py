@@ -68,10 +68,11 @@ class ClickUse:
             positions = np.flatnonzero(kept_L)
             offsets_U1 = np.concatenate([[0], np.cumsum(kept_L)])[offsets_U1]
             ends_3U = np.stack([offsets_U1[1:]] * len(SPLITS))
-        augmented = SPLITS[phase] in self._settings.augmented_splits
-        split_long = augmented and self._settings.long_sessions == "split"
-        windows = make_windows(offsets_U1, ends_3U, phase, self._settings.max_length, split_long)
-        first_target_R = windows.start_R + 1 if augmented else windows.stop_R
+        split = SPLITS[phase]
+        windows = make_windows(
+            offsets_U1, ends_3U, phase, self._settings.max_length, split in self._settings.splits_of_several_rows
+        )
+        first_target_R = windows.first_target_R(split in self._settings.augmented_splits)
         return (
             _covered(positions, windows.start_R, windows.stop_R, len(items_L)),
             _covered(positions, first_target_R, windows.stop_R + 1, len(items_L)),

@@ -27,15 +27,14 @@ class RepeatCounter:
             items_L: Item indices.
             ends_3U: Result of `phase_ends`.
             windows: Rows of the split.
-            augmented: Whether every click of a row except the first is a target, not only the last one.
+            augmented: Whether each prefix of a row is an example.
         """
         phase = SPLITS.index(split)
         previous_L = previous_clicks(offsets_U1, items_L)
         start_U = offsets_U1[:-1] if phase == 0 else ends_3U[phase - 1]
         of_clicks, _ = gather_ranges(previous_L, start_U, ends_3U[phase])
         # A target is a repeat if the history that its example shows contains it.
-        first_target_R = windows.start_R + 1 if augmented else windows.stop_R
-        of_targets, offsets_R1 = gather_ranges(previous_L, first_target_R, windows.stop_R + 1)
+        of_targets, offsets_R1 = gather_ranges(previous_L, windows.first_target_R(augmented), windows.stop_R + 1)
         is_repeat = of_targets >= np.repeat(windows.start_R, np.diff(offsets_R1))
         self._sums[split] += [len(of_clicks), (of_clicks >= 0).sum(), len(of_targets), is_repeat.sum()]
 

@@ -144,7 +144,7 @@ class RowBuilder:
             ends_3U,
             SPLITS.index(split),
             self._settings.max_length,
-            augmented and self._settings.long_sessions == "split",
+            split in self._settings.splits_of_several_rows,
         )
         writer.write(_table(block, windows))
         if split == "train":

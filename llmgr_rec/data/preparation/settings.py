@@ -104,6 +104,11 @@ class PrepareSettings:
         """Splits in which each prefix of a row is an example."""
         return {"train": ["train"], "all": ["train", "valid", "test"], "none": []}[self.prefix_augmentation]
 
+    @property
+    def splits_of_several_rows(self) -> list[str]:
+        """Splits in which a session longer than max_length becomes several rows."""
+        return self.augmented_splits if self.long_sessions == "split" else []
+
 
 def check_settings(settings: PrepareSettings) -> None:
     """Validates settings before any input is read.

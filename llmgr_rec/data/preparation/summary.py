@@ -15,7 +15,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
         *_session_cuts(manifest),
         *_deduplication(manifest),
         _click_use(manifest),
-        *_repeats(manifest),
+        _repeats(manifest),
         *(f"{option}: {files}" for option, files in manifest.inputs.items()),
     ]
 
@@ -78,7 +78,7 @@ def _click_use(manifest: Manifest) -> str:
     return "; ".join([counts, *(f"{use[name]:,} {reason}" for name, reason in reasons.items() if use[name])])
 
 
-def _repeats(manifest: Manifest) -> list[str]:
+def _repeats(manifest: Manifest) -> str:
     counts = manifest.repeat_counts
     verb = {"allow": "allowed in", "exclude": "excluded from"}[manifest.repeats]
     if manifest.repeats_option != "auto":
@@ -86,10 +86,10 @@ def _repeats(manifest: Manifest) -> list[str]:
     else:
         relation = "at least" if manifest.repeats == "allow" else "less than"
         why = f"{relation} {MIN_SHARE_TO_ALLOW:.0%} of the targets of a split are repeats"
-    return [
+    return (
         f"repeats (items the session has clicked before): clicks {_shares(counts, lambda found: found.click_share)}; "
         f"targets {_shares(counts, lambda found: found.target_share)}; {verb} rankings ({why})"
-    ]
+    )
 
 
 def _shares(counts: dict[str, RepeatCounts], share: Callable[[RepeatCounts], float]) -> str:

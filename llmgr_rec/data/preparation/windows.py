@@ -27,6 +27,14 @@ class Windows:
     stop_R: Ints
     continues_R: npt.NDArray[np.bool_]
 
+    def first_target_R(self, augmented: bool) -> Ints:
+        """First of the targets of each row, which are consecutive; the last is `stop_R`.
+
+        Args:
+            augmented: Whether every click of a row except the first is a target, not only the last one.
+        """
+        return self.start_R + 1 if augmented else self.stop_R
+
 
 def phase_ends(offsets_U1: Ints, phases_L: Ints | None) -> Ints:
     """End of each user's training, validation and test clicks.
