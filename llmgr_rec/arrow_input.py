@@ -101,8 +101,9 @@ def is_lists(data: object) -> TypeGuard[Sequence[Any]]:
 
 
 def _lists(rows: Sequence[Any], name: str) -> pa.Array:
-    if wrong := next((row for row in rows if isinstance(row, str) or not hasattr(row, "__iter__")), None):
-        raise UserError(f"{name} holds {wrong!r}, which is not a list of item ids; give one list a session")
+    for row in rows:
+        if isinstance(row, str) or not hasattr(row, "__iter__"):
+            raise UserError(f"{name} holds {row!r}, which is not a list of item ids; give one list a session")
     try:
         lists = pa.array([list(row) for row in rows])
     except (pa.ArrowException, TypeError, OverflowError) as error:
