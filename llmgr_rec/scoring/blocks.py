@@ -86,6 +86,11 @@ def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _read_group(path: Path, number: int, columns: list[str]) -> Iterator[pa.Table]:
+    """Tables of a row group, from batches of half as many rows each time that Arrow cannot read one, down to one row.
+
+    Raises:
+        UserError: The row group is unreadable, also row by row.
+    """
     batch_rows, done = _BATCH_ROWS, 0
     while True:
         row = 0
@@ -99,9 +104,8 @@ def _read_group(path: Path, number: int, columns: list[str]) -> Iterator[pa.Tabl
                         done = row
             return
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if batch_rows == 1 or not isinstance(error, pa.ArrowNotImplementedError):
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{path}, row group {number}: unreadable ({reason}); write it again") from None
             # Arrow cannot read lists of text above 2 GiB at once.
-            if isinstance(error, pa.ArrowNotImplementedError) and batch_rows > 1:
-                batch_rows //= 2
-                continue
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path}, row group {number}: unreadable ({reason}); write it again") from None
+            batch_rows //= 2

@@ -59,9 +59,9 @@ class CommonSchema:
         return pa.table(columns)
 
     def _other(self, name: str, found: pa.DataType) -> str:
-        """Another type of a column, and the first file with it."""
-        others = [kind for kind in self._files[name] if kind != found and not pa.types.is_null(kind)]
-        return f"{others[0]} in {self._files[name][others[0]]}"
+        """Another type of a column, a null type last, and the first file with it."""
+        other = min((kind for kind in self._files[name] if kind != found), key=pa.types.is_null)
+        return f"{other} in {self._files[name][other]}"
 
 
 def common_type(first: pa.DataType, second: pa.DataType, exact: bool = False) -> pa.DataType | None:
