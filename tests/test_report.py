@@ -109,6 +109,10 @@ def test_figures_and_scores_of_another_run_are_refused(run, tmp_path):
         report(other, tmp_path / "report", "--metrics", run / "metrics.json")
     with pytest.raises(UserError, match="belong to another run"):
         report(other, tmp_path / "report", "--scores", tmp_path / "scores", "--dataset", dataset)
+    for content in ("[]", "{", '{"model": 5}'):
+        (tmp_path / "scores" / "_manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"_manifest\.json is damaged \(.*\); score again"):
+            report(run, tmp_path / "report", "--scores", tmp_path / "scores", "--dataset", dataset)
 
 
 def test_an_earlier_report_is_replaced_and_nothing_else(run, tmp_path):

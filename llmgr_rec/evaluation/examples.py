@@ -1,6 +1,5 @@
 """Example sessions of a report: titles of the clicks, the target and the recommendations."""
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +17,9 @@ from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles, seen_items
+from llmgr_rec.index_files import from_json, read_json
+from llmgr_rec.scoring.input import MANIFEST_NAME
+from llmgr_rec.scoring.output import SUCCESS_NAME
 from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.bundle_index import read_index
 
@@ -111,14 +113,18 @@ def scored_examples(scores: Path, dataset: Dataset, split: str, bundle_hashes: C
     Raises:
         UserError: The folder is not a complete scoring output, or it belongs to other sessions or another run.
     """
-    if not (scores / "_SUCCESS").is_file():
+    if not (scores / SUCCESS_NAME).is_file():
         raise UserError(f"--scores {scores} is not a complete output of llmgr_rec.score (no _SUCCESS); score again")
-    job = json.loads((scores / "_manifest.json").read_text(encoding="utf-8"))
-    if "catalog" not in job["model"]:
+    manifest = scores / MANIFEST_NAME
+    try:
+        model = from_json(dict[str, str], read_json(manifest).get("model"), "model")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{manifest} is damaged ({error}); score again") from None
+    if "catalog" not in model:
         raise UserError(f"--scores {scores} were written by another version of llmgr_rec; score again")
-    if job["model"]["catalog"] != dataset.manifest.catalog_hash:
+    if model["catalog"] != dataset.manifest.catalog_hash:
         raise UserError(f"--scores {scores} belong to another catalog than {dataset.path}; give the model's data set")
-    if job["model"]["sha256"] not in bundle_hashes:
+    if model.get("sha256") not in bundle_hashes:
         raise UserError(f"--scores {scores} belong to another run; score with the model of this run")
     catalog = Catalog.of(dataset)
     titles = _titles(catalog)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, fsync, require_writable
 from llmgr_rec.folder_lock import LOCK_NAME, FolderLock
+from llmgr_rec.index_files import read_json
 from llmgr_rec.scoring.input import MANIFEST_NAME, Part
 
 SUCCESS_NAME = "_SUCCESS"
@@ -199,7 +200,7 @@ class ScoreFolder:
 
     def _check_same_job(self, manifest: Path) -> None:
         try:
-            before = json.loads(manifest.read_text(encoding="utf-8"))
+            before = read_json(manifest)
         except ValueError:
             before = {}
         if before.get("format") != FORMAT:

@@ -139,6 +139,14 @@ def test_a_folder_in_which_a_part_was_deleted_is_not_marked_complete(tmp_path: P
     assert all_bytes(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("content", ["[]", "{", "5"])
+def test_a_damaged_manifest_is_one_line(tmp_path: Path, content: str) -> None:
+    run(tmp_path / "out")
+    (tmp_path / "out" / "_manifest.json").write_text(content)
+    with pytest.raises(UserError, match=r"_manifest\.json does not belong to a scoring job; give another --output"):
+        run(tmp_path / "out")
+
+
 def test_a_second_job_in_the_folder_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     first = job(tmp_path / "out")
     first.open()
