@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from llmgr_rec.arrow_input import is_lists, to_sessions, to_table
 from llmgr_rec.baselines.blend import clicks_of
@@ -30,12 +31,15 @@ from llmgr_rec.config import DType
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.files import atomic_folder
 from llmgr_rec.kernels.topk import top_k
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
+from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
+from llmgr_rec.scoring.ranked_lists import list_columns
 from llmgr_rec.storage.bundle import BundleFiles, load_model, open_bundle
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -83,7 +87,7 @@ class Recommender:
         """Loads a trained recommender.
 
         Args:
-            path: A run, or a bundle: what `save` wrote, or a folder `RUN/bundle-STAGE`.
+            path: A run, or a bundle: what `save` wrote, or a folder `RUN/export/STAGE`.
             dataset: Prepared data set, for `evaluate`; needed for nothing else.
             dtype: Number format of the language model, if there is one: float32, bfloat16 or auto.
             allow_code: Modules and packages from which the bundle may import its encoder and head.
@@ -202,21 +206,20 @@ class Recommender:
         """
         if k < 1:
             raise UserError(f"k is {k}; give 1 or more")
-        k = min(k, len(self._catalog.item_ids))
+        k = min(k, self._catalog.num_items)
         table = to_sessions(sessions)
         clicks = self._clicks(table["items"])
         allowed_R = self._allowed(among, without, category)
         excludes = self._rule.excludes_seen if exclude_seen is None else exclude_seen
-        lists = [
-            self._ranked(clicks.narrow(start, min(start + _BATCH, clicks.num_rows)), k, excludes, allowed_R)
-            for start in range(0, clicks.num_rows, _BATCH)
-        ]
-        ids_BK = torch.cat([ids for ids, _ in lists]) if lists else torch.empty(0, k, dtype=torch.int64)
-        scores_BK = torch.cat([scores for _, scores in lists]) if lists else torch.empty(0, k)
+        ranker = self._ranker if allowed_R is None else self._ranker.among(allowed_R)
+        is_empty_B = clicks.lengths == 0
+        ids_BK, scores_BK = (row_K.repeat(clicks.num_rows, 1) for row_K in self._popular(k, allowed_R))
+        for rows in torch.arange(clicks.num_rows).split(_BATCH):
+            known = rows[~is_empty_B[rows]]
+            if known.numel():
+                ids_BK[known], scores_BK[known] = self._ranked(ranker, clicks.select(known), k, excludes)
         ranked = self._lists(ids_BK, scores_BK)
-        return pa.table(
-            {"session_id": table["session_id"], **ranked, "fallback": pa.array(clicks.lengths.numpy() == 0)}
-        )
+        return pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B.numpy())})
 
     def similar(self, items: Sequence[Any], k: int = 10) -> pa.Table:
         """Finds the items with the most similar vectors.
@@ -234,12 +237,12 @@ class Recommender:
         """
         if k < 1:
             raise UserError(f"k is {k}; give 1 or more")
-        k = min(k, len(self._catalog.item_ids))
+        k = min(k, self._catalog.num_items)
         ids = _array(items, "items")
         indices_B = torch.from_numpy(self._catalog.index_of(ids))
         if (indices_B < 0).any():
             unknown = ids[int((indices_B < 0).nonzero()[0])].as_py()
-            raise UserError(f"item {unknown!r} is not in the catalog of {len(self._catalog.item_ids):,} items")
+            raise UserError(f"item {unknown!r} is not in the catalog of {self._catalog.num_items:,} items")
         itself = Jagged.from_lengths(indices_B, torch.ones_like(indices_B))
         ids_BK, scores_BK = top_k(self._unit_VQ[indices_B], self._unit_VQ, k, itself)
         return pa.table({"item_id": ids, **self._lists(ids_BK, scores_BK)})
@@ -283,24 +286,19 @@ class Recommender:
 
     def _clicks(self, lists: pa.ChunkedArray) -> Jagged:
         """Item indices of the newest known clicks of each session that the model is shown."""
-        array = lists.combine_chunks()
-        ids_L = array.flatten()
-        if nulls := pa.compute.sum(pa.compute.is_null(ids_L, nan_is_null=True)).as_py():
+        ids_L, offsets_B1, nulls = flat_clicks(lists)
+        if nulls:
             raise UserError(f"sessions hold {nulls:,} null item ids; remove them")
-        items_L = self._catalog.index_of(ids_L)
-        lengths_B = pa.compute.list_value_length(array).to_numpy(zero_copy_only=False)
-        known_before = np.concatenate([[0], np.cumsum(items_L >= 0)])
-        offsets_B1 = known_before[np.concatenate([[0], np.cumsum(lengths_B, dtype=np.int64)])]
-        clicks = Jagged(torch.from_numpy(items_L[items_L >= 0]), torch.from_numpy(offsets_B1))
+        clicks = Jagged(*map(torch.from_numpy, known_clicks(self._catalog.index_of(ids_L), offsets_B1)))
         if self._merges_repeats:
             clicks = clicks.without_consecutive_repeats()
         return clicks.last(self._rule.max_length)
 
-    def _allowed(self, among: Collection[Any] | None, without: Collection[Any], category: str | None) -> Any:
+    def _allowed(self, among: Collection[Any] | None, without: Collection[Any], category: str | None) -> Tensor | None:
         """Item indices that may be recommended, ascending, int64 [R]; None if all may."""
         if among is None and not without and category is None:
             return None
-        is_allowed_V = np.ones(len(self._catalog.item_ids), bool)
+        is_allowed_V = np.ones(self._catalog.num_items, bool)
         if among is not None:
             chosen = self._catalog.index_of(_array(among, "among"))
             is_allowed_V = np.isin(np.arange(len(is_allowed_V)), chosen)
@@ -312,23 +310,15 @@ class Recommender:
         return torch.from_numpy(np.flatnonzero(is_allowed_V))
 
     @torch.no_grad()
-    def _ranked(self, clicks: Jagged, k: int, excludes: bool, allowed_R: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The K best items of each session, [B, K]; -1 and -inf where there are fewer."""
-        ranker = self._ranker if allowed_R is None else self._ranker.among(allowed_R)
-        popular_R, shares_R = self._popular(k, allowed_R)
-        ids_BK = popular_R.expand(clicks.num_rows, -1).clone()
-        scores_BK = shares_R.expand(clicks.num_rows, -1).clone()
-        rows = clicks.lengths.nonzero().squeeze(1)
-        if rows.numel():
-            known = clicks.select(rows)
-            batch = self._ranking.collate(RawSessions.to_rank(known))
-            added = None if self._ranking.blend is None else clicks_of(batch)
-            queries = self._ranking.queries(batch)
-            ids_BK[rows], scores_BK[rows] = ranker.rank(queries, k, known if excludes else None, added)
-        return ids_BK, scores_BK
+    def _ranked(self, ranker: CatalogRanker, clicks: Jagged, k: int, excludes: bool) -> tuple[Tensor, Tensor]:
+        """The K best items of each session of a batch, none of them empty: as `CatalogRanker.rank`."""
+        batch = self._ranking.collate(RawSessions.to_rank(clicks))
+        blended = None if self._ranking.blend is None else clicks_of(batch)
+        return ranker.rank(self._ranking.queries(batch), k, clicks if excludes else None, blended)
 
-    def _popular(self, k: int, allowed_R: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        size = len(self._catalog.item_ids) if allowed_R is not None else k
+    def _popular(self, k: int, allowed_R: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The K most popular items that may be recommended, and their shares of all clicks; padded with -1 and -inf."""
+        size = self._catalog.num_items if allowed_R is not None else k
         ids, shares = self._fallback.rank(np.zeros(0, np.int64), np.zeros(2, np.int64), size)
         ids_R, shares_R = torch.from_numpy(ids[0]), torch.from_numpy(shares[0]).float()
         if allowed_R is not None:
@@ -338,13 +328,9 @@ class Recommender:
         pad = torch.nn.functional.pad
         return pad(ids_R, missing, value=-1), pad(shares_R, missing, value=float("-inf"))
 
-    def _lists(self, ids_BK: torch.Tensor, scores_BK: torch.Tensor) -> dict[str, pa.Array]:
-        is_item_BK = (ids_BK >= 0).numpy()
-        offsets = pa.array(np.concatenate([[0], np.cumsum(is_item_BK.sum(1))]), pa.int64())
-        taken = pa.array(ids_BK.numpy()[is_item_BK])
-        scores = pa.array(scores_BK.numpy()[is_item_BK], pa.float32())
-        values = {"item_ids": self._catalog.item_ids.take(taken), "titles": self._titles.take(taken), "scores": scores}
-        return {name: pa.LargeListArray.from_arrays(offsets, column) for name, column in values.items()}
+    def _lists(self, ids_BK: Tensor, scores_BK: Tensor) -> dict[str, pa.Array]:
+        values = {"item_ids": self._catalog.item_ids, "titles": self._titles}
+        return list_columns(values, ids_BK.numpy(), scores_BK.numpy(), is_large=True)
 
 
 def _interactions_table(interactions: object) -> tuple[str, pa.Table]:

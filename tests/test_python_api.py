@@ -120,11 +120,24 @@ def test_restricts_what_is_recommended(rec: Recommender, sessions: list[list[Any
         for row, all_items in zip(found, complete, strict=True):
             assert row["item_ids"] == [item for item in all_items["item_ids"] if item in chosen]
     assert rec.recommend(sessions, among=[])["item_ids"].to_pylist() == [[]] * len(sessions)
+    assert rec.recommend([], among=chosen).num_rows == 0
     for row, items in zip(
         rec.recommend(sessions, k=num_items, exclude_seen=True, among=chosen).to_pylist(), sessions, strict=True
     ):
         if not row["fallback"]:
             assert set(row["item_ids"]) == chosen - set(items[-50:])
+
+
+def test_sessions_of_several_batches_get_the_same_lists(
+    rec: Recommender, sessions: list[list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = rec.item_ids.to_pylist()[5:20]
+    expected = rec.recommend(sessions, k=4, among=chosen).to_pydict()
+    monkeypatch.setattr(python_api, "_BATCH", 2)
+    found = rec.recommend(sessions, k=4, among=chosen).to_pydict()
+    assert [found[name] for name in ("item_ids", "fallback")] == [expected[name] for name in ("item_ids", "fallback")]
+    # Rounding depends on the sessions of a batch.
+    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=1e-5, atol=1e-5)
 
 
 def test_similar_items_have_the_most_similar_vectors(rec: Recommender) -> None:
@@ -159,6 +172,9 @@ def _clicks(times: list[Any]) -> dict[str, list[Any]]:
         (lambda rec: rec.recommend(small_run().dataset.path / "test"), "items are indices"),
         (lambda rec: Recommender.fit(small_run().dataset.path / "test"), "items are indices"),
         (lambda rec: rec.recommend(["abc"]), "not a list of item ids"),
+        (lambda rec: rec.recommend([[1], ""]), "holds '', which is not a list of item ids"),
+        (lambda rec: rec.recommend([0, 5]), "holds 0, which is not a list of item ids"),
+        (lambda rec: rec.recommend([None]), "holds None, which is not a list of item ids"),
         (lambda rec: rec.recommend(3), "sessions is int; give a pandas"),
         (lambda rec: rec.recommend({"item": [1]}), "no column items"),
         (lambda rec: rec.recommend({"item_id": [1]}), "neither session_id nor user_id"),

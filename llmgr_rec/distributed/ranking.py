@@ -250,15 +250,12 @@ class CatalogRanker:
     def _top_k_of_chosen(
         self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None
     ) -> tuple[Tensor, Tensor]:
-        if self._chosen_R is None:
+        if self._chosen_R is None or not len(self._chosen_R):
             return top_k(queries, self._items_RQ, k, exclude, added_YR)
         if exclude is not None:
-            rows = torch.searchsorted(self._chosen_R, exclude.values).clamp(max=max(len(self._chosen_R) - 1, 0))
-            is_chosen = self._chosen_R[rows] == exclude.values if len(self._chosen_R) else rows.bool()
-            exclude = Jagged(torch.where(is_chosen, rows, -1), exclude.offsets)
+            rows = torch.searchsorted(self._chosen_R, exclude.values).clamp(max=len(self._chosen_R) - 1)
+            exclude = Jagged(torch.where(self._chosen_R[rows] == exclude.values, rows, -1), exclude.offsets)
         ids, scores = top_k(queries, self._items_RQ, k, exclude, added_YR)
-        if not len(self._chosen_R):
-            return ids, scores
         return torch.where(ids >= 0, self._chosen_R[ids.clamp(min=0)], ids), scores
 
     def _local_top_k(

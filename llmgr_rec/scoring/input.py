@@ -13,9 +13,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
@@ -24,11 +22,11 @@ from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.schema import CATALOG_HASH_KEY, has_item_indices
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.scoring.blocks import Block, read_blocks
+from llmgr_rec.scoring.click_lists import Ints, flat_clicks, known_clicks
 from llmgr_rec.scoring.common_schema import CommonSchema
 
 logger = logging.getLogger(__name__)
 
-Ints = NDArray[np.int64]
 UnknownItems = Literal["skip", "error"]
 
 SESSION_ID = "session_id"
@@ -306,12 +304,7 @@ class SessionFiles:
             raise UserError(
                 f"{where}: column {ITEMS} has {nulls} nulls; write an empty list for a session without clicks"
             )
-        lists = table[ITEMS].combine_chunks()
-        # Not casts and offsets: pyarrow 26 loses the last list of a view when it casts it to a list.
-        clicks, lengths = lists.flatten(), pc.list_value_length(lists).to_numpy(zero_copy_only=False)
-        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        # The null of pandas in a list of numbers.
-        nulls = pc.sum(pc.is_null(clicks, nan_is_null=True)).as_py() or 0
+        clicks, offsets, nulls = flat_clicks(table[ITEMS])
         if nulls:
             raise UserError(f"{where}: column {ITEMS} has {nulls} null item ids; remove them")
         if file.has_indices:
@@ -330,8 +323,7 @@ class SessionFiles:
                 f"{where}: column {ITEMS} has {int((~known).sum())} items that are not in the catalog, the first is "
                 f"{first!r}; remove them, or pass --unknown_items skip"
             )
-        known_before = np.concatenate([[0], np.cumsum(known)])
-        return items[known], known_before[offsets], int((~known).sum())
+        return *known_clicks(items, offsets), int((~known).sum())
 
     def _checked_indices(self, items: Ints, where: str) -> Ints:
         if len(items) and (items.min() < 0 or items.max() >= self._catalog.num_items):

@@ -1,7 +1,9 @@
-"""Ranked lists of items as columns of the output.
+"""Ranked lists of items as list columns.
 
-Shapes: R rows, K items of a list.
+Shapes: R rows, V items of the catalog, K items of a list.
 """
+
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -35,13 +37,24 @@ class RankedLists:
             ids_RK: Item indices, best first; a list ends before the first negative one.
             scores_RK: Their scores.
         """
-        is_item_RK = ids_RK >= 0
-        offsets = np.concatenate([[0], np.cumsum(is_item_RK.sum(1))])
-        item_ids = self._item_ids.take(pa.array(ids_RK[is_item_RK]))
-        scores = pa.array(scores_RK[is_item_RK], type=pa.float32())
-        return {"item_ids": self._lists(offsets, item_ids), "scores": self._lists(offsets, scores)}
+        return list_columns({"item_ids": self._item_ids}, ids_RK, scores_RK, self._is_large)
 
-    def _lists(self, offsets: NDArray[np.int64], values: pa.Array) -> pa.Array:
-        if self._is_large:
-            return pa.LargeListArray.from_arrays(pa.array(offsets), values)
-        return pa.ListArray.from_arrays(pa.array(offsets, type=pa.int32()), values)
+
+def list_columns(
+    values: Mapping[str, pa.Array], ids_RK: NDArray[np.int64], scores_RK: NDArray[np.float32], is_large: bool
+) -> dict[str, pa.Array]:
+    """A column of lists for each kind of value, such as ids and titles, and last the column `scores`, float32.
+
+    Args:
+        values: Value of each item index, [V], by name of the column.
+        ids_RK: Item indices, best first; a list ends before the first negative one.
+        scores_RK: Their scores.
+        is_large: Whether the lists have offsets of 64 bits, otherwise of 32 bits.
+    """
+    is_item_RK = ids_RK >= 0
+    kind, offset_type = (pa.LargeListArray, pa.int64()) if is_large else (pa.ListArray, pa.int32())
+    offsets = pa.array(np.concatenate([[0], np.cumsum(is_item_RK.sum(1))]), offset_type)
+    taken = pa.array(ids_RK[is_item_RK])
+    columns = {name: of_items.take(taken) for name, of_items in values.items()}
+    columns["scores"] = pa.array(scores_RK[is_item_RK], pa.float32())
+    return {name: kind.from_arrays(offsets, column) for name, column in columns.items()}

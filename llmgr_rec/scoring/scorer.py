@@ -243,8 +243,14 @@ class Scorer:
     def _write(self, ranked: _RankedPart, folder: ScoreFolder, lists: RankedLists) -> None:
         empty = int(ranked.is_empty_R.sum())
         sessions = ranked.sessions
-        counts = sessions.unknown_items, empty, ranked.routed, sessions.consecutive_repeats
-        folder.write(ranked.part, self._table(ranked, lists), *counts)
+        folder.write(
+            ranked.part,
+            self._table(ranked, lists),
+            unknown_items=sessions.unknown_items,
+            fallback_rows=empty,
+            llm_rows=ranked.routed,
+            consecutive_repeats=sessions.consecutive_repeats,
+        )
 
     def _table(self, ranked: _RankedPart, lists: RankedLists) -> pa.Table:
         ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()
