@@ -6,16 +6,12 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.item_tokens import tokenize_items, tokenize_texts
 from llmgr_rec.errors import UserError
 from llmgr_rec.storage.pretrained import load_tokenizer
+from tests.data.token_texts import texts_of
 
 
 @pytest.fixture
 def tokenizer():
     return load_tokenizer("random-tiny")
-
-
-def rows(tokens, tokenizer):
-    bounds = zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True)
-    return [tokenizer.decode(tokens.values[start:end]) for start, end in bounds]
 
 
 def make_catalog(folder, titles):
@@ -39,7 +35,7 @@ def make_catalog(folder, titles):
 
 def test_items_are_tokenized_in_order(tmp_path, tokenizer):
     tokens = tokenize_items(make_catalog(tmp_path, ["Soap", "Oil"]), tokenizer, ["title", "brand"], 64)
-    assert rows(tokens, tokenizer) == ["Soap, Acme", "Oil"]
+    assert texts_of(tokens) == ["Soap, Acme", "Oil"]
 
 
 def test_an_item_without_text_is_named(tmp_path, tokenizer):
@@ -48,16 +44,16 @@ def test_an_item_without_text_is_named(tmp_path, tokenizer):
 
 
 def test_texts_are_cut_and_may_be_empty(tokenizer):
-    assert rows(tokenize_texts(["abcdef", "", "gh"], tokenizer, 3), tokenizer) == ["abc", "", "gh"]
+    assert texts_of(tokenize_texts(["abcdef", "", "gh"], tokenizer, 3)) == ["abc", "", "gh"]
     assert tokenize_texts([], tokenizer, 3).num_rows == 0
 
 
 def test_many_texts_keep_their_order(tokenizer):
     texts = [str(number) for number in range(20_000)]
-    assert rows(tokenize_texts(texts, tokenizer, 8), tokenizer) == texts
+    assert texts_of(tokenize_texts(texts, tokenizer, 8)) == texts
 
 
 def test_special_tokens_in_a_text_are_ordinary_text(tokenizer):
     tokens = tokenize_texts(["a</s>b"], tokenizer, 16)
     assert tokenizer.eos_token_id not in tokens.values.tolist()
-    assert rows(tokens, tokenizer) == ["a</s>b"]
+    assert texts_of(tokens) == ["a</s>b"]

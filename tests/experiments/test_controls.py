@@ -19,9 +19,9 @@ from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.storage.pretrained import load_tokenizer
 from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.text_embeddings import embed_catalog
+from tests.data.token_texts import texts_of
 from tests.modules.random_weights import randomize_weights
 from tests.modules.small_llmgr import raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
@@ -42,12 +42,6 @@ def settings() -> Config:
     return chosen
 
 
-def words(tokens: Jagged) -> list[str]:
-    tokenizer = load_tokenizer("random-tiny")
-    bounds = zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True)
-    return [tokenizer.decode(tokens.values[start:end]) for start, end in bounds]
-
-
 def build(made: ModelFactory, chosen: Config, catalog: Catalog, stage: StageName = "behave") -> LLMGR:
     spec = made.spec(stage, chosen, catalog)
     model = made.build(spec, made.language_parts(spec, catalog, CPU), CPU)
@@ -65,16 +59,16 @@ def test_a_model_has_the_controls_that_change_it() -> None:
 def test_shuffled_texts_are_those_of_other_items_wherever_text_is_read() -> None:
     catalog = small_run().catalog
     chosen, made = settings(), factory("shuffled_text")
-    texts, shuffled = (words(one.item_tokens(chosen, catalog)) for one in (ModelFactory(), made))
+    texts, shuffled = (texts_of(one.item_tokens(chosen, catalog)) for one in (ModelFactory(), made))
     assert sorted(shuffled) == sorted(texts)
     assert not any(one == other for one, other in zip(texts, shuffled, strict=True))
     raw = raw_sessions([[4, 5, 6], [7]], [-1, -1])
     behave, align = (made.spec(stage, chosen, catalog) for stage in ("behave", "align"))
     for purpose in ("train", "rank"):
         batch = made.collator(behave, catalog, purpose)(raw)  # type: ignore[arg-type]
-        assert words(batch.text_tokens) == [f"{shuffled[5]}; {shuffled[6]}", shuffled[7]]
+        assert texts_of(batch.text_tokens) == [f"{shuffled[5]}; {shuffled[6]}", shuffled[7]]
     batch = made.collator(align, catalog, "train")(raw)
-    assert words(batch.text_tokens) == [shuffled[item] for item in batch.text_items_B.tolist()]
+    assert texts_of(batch.text_tokens) == [shuffled[item] for item in batch.text_items_B.tolist()]
 
 
 def test_shuffled_words_are_those_of_other_items_and_nothing_else_moves() -> None:

@@ -7,6 +7,7 @@ from llmgr_rec.data.item_tokens import tokenize_texts
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.experiments.controls import shuffle_texts
 from llmgr_rec.storage.pretrained import load_tokenizer
+from tests.data.token_texts import texts_of
 
 
 @pytest.fixture(scope="module")
@@ -14,26 +15,21 @@ def tokenizer():
     return load_tokenizer("random-tiny")
 
 
-def rows(tokens, tokenizer):
-    bounds = zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True)
-    return [tokenizer.decode(tokens.values[start:end]) for start, end in bounds]
-
-
 def test_shuffled_texts_are_all_elsewhere_and_empty_ones_where_they_were(tokenizer):
     texts = ["" if number % 5 == 2 else f"thing {number}" for number in range(40)]
     tokens = tokenize_texts(texts, tokenizer, 16)
-    shuffled = rows(shuffle_texts(tokens, seed=3), tokenizer)
+    shuffled = texts_of(shuffle_texts(tokens, seed=3))
     assert sorted(shuffled) == sorted(texts)
     for before, after in zip(texts, shuffled, strict=True):
         assert (before == after) == (before == "")
-    assert rows(shuffle_texts(tokens, seed=3), tokenizer) == shuffled
-    assert rows(shuffle_texts(tokens, seed=4), tokenizer) != shuffled
+    assert texts_of(shuffle_texts(tokens, seed=3)) == shuffled
+    assert texts_of(shuffle_texts(tokens, seed=4)) != shuffled
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["alone"], ["", "alone", ""]])
 def test_where_there_is_no_other_text_nothing_moves(tokenizer, texts):
     tokens = tokenize_texts(texts, tokenizer, 16)
-    assert rows(shuffle_texts(tokens, seed=0), tokenizer) == texts
+    assert texts_of(shuffle_texts(tokens, seed=0)) == texts
 
 
 def test_every_order_of_texts_is_drawn():

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.catalog import Catalog
-from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import read_index
 from llmgr_rec.storage.model_factory import ModelFactory, meta_language_parts
-from llmgr_rec.storage.pretrained import load_tokenizer
+from tests.data.token_texts import texts_of
 from tests.modules.random_weights import randomize_weights
 from tests.modules.small_llmgr import raw_sessions
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
@@ -35,12 +34,6 @@ def settings() -> Config:
     return chosen
 
 
-def words(tokens: Jagged) -> list[str]:
-    tokenizer = load_tokenizer("random-tiny")
-    bounds = zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True)
-    return [tokenizer.decode(tokens.values[start:end]) for start, end in bounds]
-
-
 def build(stage: StageName, catalog: Catalog) -> SessionRecommender | LLMGR:
     spec = FACTORY.spec(stage, settings(), catalog)
     return FACTORY.build(spec, FACTORY.language_parts(spec, catalog, CPU), CPU)
@@ -51,9 +44,9 @@ def test_prompts_show_the_titles_of_the_last_items() -> None:
     texts = catalog.texts(["title", "category"])
     raw = raw_sessions([[4, 5, 6], [7]], [-1, -1])
     batch = FACTORY.collator(FACTORY.spec("behave", settings(), catalog), catalog, "rank")(raw)
-    assert words(batch.text_tokens) == [f"{texts[5]}; {texts[6]}", texts[7]]
+    assert texts_of(batch.text_tokens) == [f"{texts[5]}; {texts[6]}", texts[7]]
     batch = FACTORY.collator(FACTORY.spec("align", settings(), catalog), catalog, "train")(raw)
-    assert words(batch.text_tokens) == [texts[item] for item in batch.text_items_B.tolist()]
+    assert texts_of(batch.text_tokens) == [texts[item] for item in batch.text_items_B.tolist()]
 
 
 def test_texts_of_the_text_encoder_end_with_a_line_break() -> None:
@@ -61,7 +54,7 @@ def test_texts_of_the_text_encoder_end_with_a_line_break() -> None:
     spec = FACTORY.spec("llm_text", settings(), catalog)
     language = FACTORY.language_parts(spec, catalog, CPU)
     assert language is not None
-    assert words(language.item_tokens) == [f"{text}\n" for text in catalog.texts(["title", "category"])]
+    assert texts_of(language.item_tokens) == [f"{text}\n" for text in catalog.texts(["title", "category"])]
     assert FACTORY.language_parts(FACTORY.spec("sbr", settings(), catalog), catalog, CPU) is None
 
 
