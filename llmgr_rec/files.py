@@ -1,4 +1,4 @@
-"""Local files: atomic replacement of files and folders, errors of the storage, and recorded package versions.
+"""Local files: atomic replacement of files and folders, and errors of the storage.
 
 A temporary file or folder is named by the process that writes it, so that a later process can tell whether the writer
 still runs, and remove what a killed one left.
@@ -14,22 +14,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import path_problem
-
-_RECORDED_PACKAGES = (
-    "llmgr-rec",
-    "torch",
-    "torchrec",
-    "fbgemm-gpu",
-    "fbgemm-gpu-cpu",
-    "transformers",
-    "peft",
-    "safetensors",
-)
 
 # Process id, hash of machine, and start time of the process; the names of version 0.2 had the process id alone.
 _WRITER = r"(?P<pid>\d+)(?:-(?P<machine>[0-9a-f]{8})-(?P<start>\d+))?"
@@ -223,17 +211,14 @@ def remove_stale(path: Path) -> None:
         path: The file or folder that the temporaries were to become, or were named by.
     """
     own = re.escape(path.name)
-    pattern = re.compile(rf"\.tmp-{_WRITER}-{own}|{own}\.(?:tmp|scratch)-{_WRITER.replace('?P<', '?P<folder_')}")
+    patterns = [re.compile(rf"\.tmp-{_WRITER}-{own}"), re.compile(rf"{own}\.(?:tmp|scratch)-{_WRITER}")]
     if not path.parent.is_dir():
         return
     # A folder of scores has thousands of files.
     for name in os.listdir(path.parent):
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in patterns)), None)
         other = path.parent / name
-        pid, machine, start = (match[key] or match[f"folder_{key}"] for key in ("pid", "machine", "start"))
-        if not _is_stale(other, int(pid), machine, start):
+        if match is None or not _is_stale(other, int(match["pid"]), match["machine"], match["start"]):
             continue
         if other.is_dir():
             shutil.rmtree(other, ignore_errors=True)
@@ -309,14 +294,3 @@ def write_and_fsync(path: Path, text: str) -> None:
     """
     path.write_text(text)
     fsync(path)
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the installed packages that determine the content of checkpoints and bundles, by package name."""
-    versions = {}
-    for package in _RECORDED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

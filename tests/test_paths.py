@@ -15,9 +15,9 @@ from llmgr_rec.paths import local_path, path_problem
 from llmgr_rec.storage.cache import cache_folder
 from tests.commands import command_names, main_of, options_of, takes_path, type_of
 
-# Settings that may be paths; `Config.validate` checks them.
 # Help texts begin with what the value is.
 _FILE = re.compile(r"(\w+ ){0,2}(file|folder)s?\b", re.IGNORECASE)
+# Settings that may be paths; `Config.validate` checks them.
 SETTINGS = {f"--{one.name}" for one in settings(Config()) if one.info.is_path}
 
 

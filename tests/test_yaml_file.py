@@ -33,8 +33,8 @@ BROKEN = {
     "large": (b"# " + b"x" * (1 << 20), "has more than 1,048,576 bytes"),
 }
 
-
 READERS: list[Callable[[Path], object]] = [
+    read_yaml,
     load_config,
     lambda path: load_templates(str(path)),
     lambda path: load_experiment(str(path)),
@@ -46,12 +46,7 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, name: str) -> None
     content, message = BROKEN[name]
     file = tmp_path / "c.yaml"
     file.write_bytes(content)
-    for read in (
-        read_yaml,
-        load_config,
-        lambda path: load_templates(str(path)),
-        lambda path: load_experiment(str(path)),
-    ):
+    for read in READERS:
         with pytest.raises(UserError, match=message) as error:
             read(file)
         assert "\n" not in str(error.value)

@@ -117,10 +117,14 @@ class SharedRuns:
 
         Args:
             run: Run folder.
-            config: All settings; ignored if the run has already been started.
+            config: All settings. A run that has already been started keeps its own, which may differ only in settings
+                that its weights do not depend on.
             factory: Builds its models.
             before: Run that it starts from.
             inherited: Subfolder of that run to copy by hard links.
+
+        Raises:
+            UserError: The data set or a setting is not usable, or the run was started with other settings.
         """
         done = run / "seconds"
         locks = self.folder / "locks"

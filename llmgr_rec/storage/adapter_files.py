@@ -65,10 +65,8 @@ def load_adapter(decoder: "PeftModel", folder: Path) -> list[str]:
 
     if not (folder / ADAPTER_WEIGHTS).is_file():
         return [name for name, _ in decoder.named_parameters() if "lora_" in name]
-    targets, stored = (
-        get_peft_model_state_dict(decoder, save_embedding_layers=False),
-        load_file(folder / ADAPTER_WEIGHTS),
-    )
+    targets = get_peft_model_state_dict(decoder, save_embedding_layers=False)
+    stored = load_file(folder / ADAPTER_WEIGHTS)
     if unknown := stored.keys() - targets.keys() - {_outer_name(decoder, name) for name in targets}:
         raise UserError(
             f"{folder} has LoRA weights for {min(unknown)}, which the model lacks; "

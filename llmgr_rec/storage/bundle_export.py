@@ -25,7 +25,7 @@ from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.fsdp import gather_full
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import installed_versions, publish_folder, storage_errors
+from llmgr_rec.files import publish_folder, storage_errors
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.adapter_files import save_adapter
@@ -45,6 +45,7 @@ from llmgr_rec.storage.bundle_index import (
 )
 from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.package_versions import installed_versions
 from llmgr_rec.storage.pretrained import saved_model
 from llmgr_rec.storage.table_io import Shard, local_shards
 

@@ -25,7 +25,7 @@ from llmgr_rec.checksums import damage, file_checksum
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.distributed.process_group import World, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import atomic_write, installed_versions, publish_folder, storage_errors, write_and_fsync
+from llmgr_rec.files import atomic_write, publish_folder, storage_errors, write_and_fsync
 from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
 from llmgr_rec.storage.checkpoint_reader import CheckpointReader, DamagedCheckpointError
@@ -38,6 +38,7 @@ from llmgr_rec.storage.checkpoint_state import (
 )
 from llmgr_rec.storage.checkpoint_writer import CheckpointWriter, TensorChecksums, merge
 from llmgr_rec.storage.fingerprint import fingerprint
+from llmgr_rec.storage.package_versions import installed_versions
 
 logger = logging.getLogger(__name__)
 
@@ -231,12 +232,10 @@ class CheckpointManager:
             if isinstance(known, UserError):
                 raise known from error
             raise
-        checksums: list[TensorChecksums] = [{}] * self._world.size
+        checksums = [writer.checksums] * self._world.size
         if self._world.size > 1:
             # Also a barrier: all ranks have written their files when it returns.
             dist.all_gather_object(checksums, writer.checksums)
-        else:
-            checksums = [writer.checksums]
         return merge(checksums)
 
     def _complete(self) -> list[Path]:
