@@ -13,7 +13,8 @@ import xxhash
 
 from llmgr_rec.errors import UserError
 
-_ALGORITHM = "xxh3-128"
+# Begins the text of a checksum: the name of its algorithm.
+CHECKSUM_PREFIX = "xxh3-128:"
 _SHA256_DIGITS = 64
 _BLOCK_BYTES = 1 << 20
 
@@ -30,7 +31,7 @@ class Checksum:
 
     def text(self) -> str:
         """The checksum of the bytes so far, with the name of its algorithm."""
-        return f"{_ALGORITHM}:{self._hash.hexdigest()}"
+        return f"{CHECKSUM_PREFIX}{self._hash.hexdigest()}"
 
 
 def file_checksum(path: Path) -> str:

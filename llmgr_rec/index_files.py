@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from llmgr_rec.checksums import Checksum
+from llmgr_rec.checksums import CHECKSUM_PREFIX, Checksum
 
 T = TypeVar("T")
 
@@ -26,22 +26,25 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of an index file without its checksum, which is verified if there is one.
+    """The content of an index file without its checksum, which is verified.
 
-    Files of earlier versions have none.
+    Files of earlier versions have no checksum, neither of their content nor of anything else. Who has edited a file
+    says so by null in place of its checksum.
 
     Args:
         content: From `read_json`.
 
     Raises:
-        ValueError: The content is not that of the checksum.
+        ValueError: The content is not that of the checksum, or the checksum is missing although there are others.
     """
     values = {name: value for name, value in content.items() if name != CHECKSUM}
+    if CHECKSUM not in content and f'"{CHECKSUM_PREFIX}' in json.dumps(values):
+        raise ValueError(f"missing field {CHECKSUM}; if you have edited the file, add it with the value null")
     recorded = content.get(CHECKSUM)
     if recorded is not None and (found := _content_checksum(values)) != recorded:
         raise ValueError(
-            f"the checksum of its content is {found}, recorded was {recorded}; if you have edited it, remove its entry "
-            f"{CHECKSUM}"
+            f"the checksum of its content is {found}, recorded was {recorded}; if you have edited the file, set its "
+            f"field {CHECKSUM} to null"
         )
     return values
 

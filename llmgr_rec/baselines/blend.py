@@ -92,7 +92,7 @@ class Blend:
                 similarity_VV.check_format()
                 weights = dict(zip(stored["names"].tolist(), stored["weights"].tolist(), strict=True))
                 return cls(weights, similarity_VV, float(stored["decay"]))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
             raise UserError(
                 f"{file} is damaged ({' '.join(str(error).split())}); copy the bundle again, or train its stage again"
             ) from None

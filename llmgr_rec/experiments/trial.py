@@ -13,6 +13,7 @@ from llmgr_rec.config import Config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World, choose_device
+from llmgr_rec.errors import UserError
 from llmgr_rec.experiments.compare import ndcg
 from llmgr_rec.experiments.controls import factory_of
 from llmgr_rec.experiments.experiment import Experiment, Variant
@@ -48,10 +49,20 @@ class Trial:
 
     @classmethod
     def load(cls, file: Path) -> "Trial":
-        """Reads a trial from a file of `save`."""
-        with np.load(file) as stored:
-            selected = dict(zip(stored["selected"].tolist(), stored["selected_values"].tolist(), strict=True))
-            return cls(stored["target_ranks_S"], float(stored["valid_ndcg"]), selected, float(stored["seconds"]))
+        """Reads a trial from a file of `save`.
+
+        Raises:
+            UserError: The file is damaged.
+        """
+        try:
+            # np.load would not close a damaged file that it opened itself.
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
+                selected = dict(zip(stored["selected"].tolist(), stored["selected_values"].tolist(), strict=True))
+                return cls(stored["target_ranks_S"], float(stored["valid_ndcg"]), selected, float(stored["seconds"]))
+        except Exception as error:
+            # numpy, zipfile and zlib have errors of many types for it.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{file} is damaged ({reason}); delete it to run its trial again") from None
 
 
 class TrialRunner:

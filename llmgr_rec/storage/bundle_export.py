@@ -158,15 +158,18 @@ def _prepare(folder: Path, partial: Path) -> None:
         (partial / "tables").mkdir(parents=True)
 
 
-def _earlier_table_files(folder: Path, catalog: Catalog) -> dict[str, str]:
-    """Table files of the bundles of earlier stages, by `_content_key`; they become hard links if nothing changed."""
+def _earlier_table_files(folder: Path, catalog: Catalog) -> dict[str, TableFile]:
+    """Table files of the bundles of earlier stages, by `_content_key`; they become hard links if nothing changed.
+
+    Their paths are relative to the folder of the bundles.
+    """
     earlier = {}
     for stage in STAGES:
         if is_complete(folder.parent / stage):
             index = read_index(folder.parent / stage)
             if index.catalog_hash == catalog.hash:
-                for table_files in index.table_files.values():
-                    earlier.update({_content_key(part): f"{stage}/{part.file}" for part in table_files})
+                for part in (part for parts in index.table_files.values() for part in parts):
+                    earlier[_content_key(part)] = replace(part, file=f"{stage}/{part.file}")
     return earlier
 
 
@@ -175,7 +178,7 @@ def _content_key(part: TableFile) -> str:
 
 
 def _write_tables(
-    model: nn.Module, partial: Path, export: Path, earlier: dict[str, str], rank: int
+    model: nn.Module, partial: Path, export: Path, earlier: dict[str, TableFile], rank: int
 ) -> list[_WrittenFile]:
     """Writes or links this rank's shards."""
     written = []
@@ -186,15 +189,17 @@ def _write_tables(
             part = _table_file(shard, start, values)
             target = partial / part.file
             unchanged = earlier.get(_content_key(part))
-            if unchanged is not None and _link(export / unchanged, target):
-                pass
+            recorded = ""
+            if unchanged is not None and _link(export / unchanged.file, target):
+                # That of the file as it is now would hide damage since it was written.
+                recorded = unchanged.checksum
             elif not target.exists():
                 # All ranks write replicated tables, so each uses a temporary name with its rank.
                 temporary = target.with_name(f"{target.name}.rank{rank}")
                 save_file({TENSOR: values}, temporary)
                 os.replace(temporary, target)
-            checksum = file_checksum(target)
-            written.append((shard.table, (shard.num_rows, shard.dim), replace(part, checksum=checksum)))
+            part = replace(part, checksum=recorded or file_checksum(target))
+            written.append((shard.table, (shard.num_rows, shard.dim), part))
     return written
 
 
@@ -215,7 +220,7 @@ def _link(source: Path, target: Path) -> bool:
         os.link(source, target)
     except OSError:
         # Another rank has already linked it, or the file system does not support hard links.
-        return target.exists()
+        return target.exists() and target.samefile(source)
     return True
 
 

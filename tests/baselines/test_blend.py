@@ -134,3 +134,14 @@ def test_a_damaged_blend_is_refused(tmp_path: Path, damage: str) -> None:
     with pytest.raises(UserError, match=r"blend\.npz") as caught:
         load_bundle(bundle)
     assert "damaged" in str(caught.value)
+
+
+def test_a_file_that_zipfile_cannot_read_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "blend.npz"
+    blend().save(file)
+    content = bytearray(file.read_bytes())
+    # Flag of the first entry in the directory of the archive: a compressed patch.
+    content[content.index(b"PK\x01\x02") + 8] |= 1 << 5
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{file} is damaged \(compressed patched data"):
+        Blend.load(file)

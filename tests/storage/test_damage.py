@@ -8,10 +8,11 @@ import pytest
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
-from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.storage.bundle import load_bundle, load_weights
+from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import read_config, read_index
-from tests.json_files import edit_json
-from tests.small_run import run_with, small_run
+from tests.json_files import edit_json, remove_checksums
+from tests.small_run import ONE_RANK, config, run_with, small_run
 
 
 def flip_bit(file: Path) -> None:
@@ -44,14 +45,7 @@ def test_a_flipped_bit_in_a_bundle_is_found(tmp_path: Path) -> None:
 
 def test_a_flipped_bit_in_a_table_of_an_earlier_version_is_found(tmp_path: Path) -> None:
     bundle = run_with(tmp_path / "run", "sbr") / "export" / "sbr"
-
-    def former(index: dict) -> None:
-        del index["checksums"]
-        for parts in index["table_files"].values():
-            for part in parts:
-                del part["checksum"]
-
-    edit_json(bundle / "bundle.json", former)
+    edit_json(bundle / "bundle.json", remove_checksums)
     load_bundle(bundle)
     file = bundle / read_index(bundle).table_files["item_id"][0].file
     flip_bit(file)
@@ -61,16 +55,22 @@ def test_a_flipped_bit_in_a_table_of_an_earlier_version_is_found(tmp_path: Path)
         load_bundle(bundle)
 
 
+def test_damage_of_a_table_is_found_in_the_bundle_of_the_next_stage(tmp_path: Path) -> None:
+    export = run_with(tmp_path / "run", "sbr") / "export"
+    bundle = load_bundle(export / "sbr")
+    file = read_index(export / "sbr").table_files["item_id"][0].file
+    flip_bit(export / "sbr" / file)
+    export_bundle(bundle.model, "align", config(), bundle.catalog, export / "align", ONE_RANK)
+    assert (export / "align" / file).samefile(export / "sbr" / file)
+    with pytest.raises(UserError, match=rf"^{export}/align/{file} is damaged: its checksum is"):
+        load_weights(bundle.model, export / "align")
+
+
 @pytest.mark.parametrize("former", [False, True])
 def test_a_flipped_bit_in_a_data_set_is_found(tmp_path: Path, former: bool) -> None:
     shutil.copytree(small_run().dataset.path, tmp_path / "dataset")
     if former:
-
-        def change(manifest: dict) -> None:
-            for entry in manifest["files"].values():
-                del entry["checksum"]
-
-        edit_json(tmp_path / "dataset" / "manifest.json", change)
+        edit_json(tmp_path / "dataset" / "manifest.json", remove_checksums)
     dataset = Dataset(tmp_path / "dataset")
     for split in ("train", "valid", "test"):
         flip_bit(dataset.parts(split)[0])

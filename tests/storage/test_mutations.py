@@ -1,7 +1,7 @@
 """Damaged index files give one line that names the file, or the content as it was; never another exception.
 
-With checksums, no change of the content passes. Without, as in files of earlier versions and where the damage cuts out
-the entry of the checksum, a changed value may pass if it has a valid type, but nothing else may happen.
+With checksums, no change of the content passes. Without, as in files of earlier versions, a changed value may pass if
+it has a valid type, but nothing else may happen.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,19 +20,19 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.results import read_metrics, write_metrics
+from llmgr_rec.experiments.trial import Trial
 from llmgr_rec.index_files import CHECKSUM
 from llmgr_rec.storage.bundle import open_bundle
 from llmgr_rec.storage.bundle_index import INDEX
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
-from tests.json_files import edit_json
+from tests.json_files import edit_json, remove_checksums
 from tests.mutations import mutate
 from tests.small_run import run_with, small_run
 
 FILES = ["manifest.json", "items.parquet", INDEX, "config.yaml", "bundle items.parquet", "run config.yaml"]
-FILES += ["state.json", ".metadata", "metrics.json"]
+FILES += ["state.json", ".metadata", "metrics.json", "trial.npz"]
 # Mutations of each file in the default run and in the slow one.
 FEW, MANY = 10, 200
-
 
 Opened = Callable[[str], tuple[Path, Callable[[], object]]]
 
@@ -62,6 +63,10 @@ def opened(tmp_path: Path) -> Opened:
         file = run_with(tmp_path / "run") / "config.yaml"
         return file, lambda: load_config(file)
 
+    def trial(name: str) -> tuple[Path, Callable[[], object]]:
+        Trial(np.arange(300, dtype=np.int32), 0.25, {"item_knn": 0.5}, 3.0).save(tmp_path / name)
+        return tmp_path / name, lambda: Trial.load(tmp_path / name)
+
     makers: dict[str, Opened] = {
         "manifest.json": dataset,
         "items.parquet": dataset,
@@ -72,6 +77,7 @@ def opened(tmp_path: Path) -> Opened:
         "state.json": checkpoint,
         ".metadata": checkpoint,
         "metrics.json": metrics,
+        "trial.npz": trial,
     }
     return lambda name: makers[name](name.split()[-1])
 
@@ -107,12 +113,9 @@ def without_checksums(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes a file like those of earlier versions."""
     for module in ("data.dataset", "storage.bundle_index"):
         monkeypatch.setattr(f"llmgr_rec.{module}.verify_file", lambda *_: None)
-    if file.suffix == ".json":
-        edit_json(file, lambda values: None)
-    if file.name in ("state.json", ".metadata"):
-        edit_json(
-            file.with_name("state.json"), lambda values: [values.pop(key) for key in ("checksums", "tensor_checksums")]
-        )
+    index = file.with_name("state.json") if file.name == ".metadata" else file
+    if index.suffix == ".json":
+        edit_json(index, remove_checksums)
 
 
 def without_own_checksum(values: dict[str, Any]) -> dict[str, Any]:
@@ -120,15 +123,14 @@ def without_own_checksum(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(file: Path, read: Callable[[], object], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    has_checksum = file.name != "metrics.json" and file.parent.name != "run"
+    has_checksum = file.name not in ("metrics.json", "trial.npz") and file.parent.name != "run"
     content = file.read_bytes()
 
     def same(damaged: bytes) -> bool:
-        """Whether the values are those of before; what has no checksum is read like a file of earlier versions."""
+        """Whether the values are those of before."""
         if file.suffix != ".json":
             return damaged == content
-        values, before = json.loads(damaged), json.loads(content)
-        return CHECKSUM not in values or without_own_checksum(values) == without_own_checksum(before)
+        return without_own_checksum(json.loads(damaged)) == without_own_checksum(json.loads(content))
 
     read()
     found = outcomes(file, read, count, same)
@@ -142,6 +144,18 @@ def check(file: Path, read: Callable[[], object], count: int, monkeypatch: pytes
 def test_a_damaged_index_file_is_one_line(name: str, opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     file, read = opened(name)
     check(file, read, FEW, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", INDEX, "state.json"])
+def test_an_index_file_may_lack_its_checksum_only_if_it_has_no_other(name: str, opened: Opened) -> None:
+    file, read = opened(name)
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(without_own_checksum(values)))
+    assert "missing field checksum; if you have edited the file, add it with the value null" in str(refusal(read))
+    edit_json(file, lambda values: values.update({CHECKSUM: None}))
+    assert refusal(read) is None
+    edit_json(file, remove_checksums)
+    assert refusal(read) is None
 
 
 @pytest.mark.slow
