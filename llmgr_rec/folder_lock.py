@@ -1,13 +1,17 @@
 """A lock on an output folder, which the operating system releases when its process ends, however it ends."""
 
+import errno
 import logging
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.files import storage_error
 
 LOCK_NAME = ".lock"
+# Errors of storage without locks. All others say that this lock cannot be had.
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +34,8 @@ class FolderLock:
         """Locks the folder, which must exist. On storage without locks this only logs a warning.
 
         Raises:
-            UserError: Another process has locked the folder.
+            UserError: Another process has locked the folder, or the lock file cannot be written: the storage is full or
+                read-only, or the file belongs to another user.
         """
         try:
             self._lock.acquire()
@@ -38,7 +43,13 @@ class FolderLock:
             raise UserError(
                 f"another process is {self._task} in {self._folder}; wait until it ends, or give another --output"
             ) from None
-        except (NotImplementedError, OSError) as error:
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                file = self._folder / LOCK_NAME
+                raise storage_error(error, file) or UserError(
+                    f"{file} cannot be locked ({error.strerror or error}); remove it if no process is {self._task} "
+                    "there, or give another --output"
+                ) from error
             logger.warning("%s cannot be locked (%s); do not start a second process in it", self._folder, error)
 
     def release(self) -> None:
