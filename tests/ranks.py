@@ -1,10 +1,8 @@
 """Runs a function on several gloo ranks, for tests of what happens between ranks."""
 
-import ctypes
 import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import tempfile
 import time
@@ -13,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
+from llmgr_rec.parent_process import end_with_parent
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
@@ -86,8 +84,7 @@ def _results(processes: Sequence[Any], folder: Path, timeout_s: float) -> list[A
 def _run_rank(
     function: Callable[..., Any], args: Sequence[Any], rank: int, size: int, port: int, folder: str, timeout_s: float
 ) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import ctypes, os, signal, time
+import os, signal, time
+from llmgr_rec.parent_process import end_with_parent
 # Ranks die with the launcher.
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+end_with_parent()
 import torch
 import torch.distributed as dist
 from llmgr_rec.distributed.process_group import init_distributed, shutdown

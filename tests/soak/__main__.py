@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.marked_process import MarkedProcess
 from tests.soak.folder_contents import contents, differences, leftovers
-from tests.soak.marked_process import MarkedProcess
 from tests.soak.soak_steps import STEPS, SoakStep, write_inputs
 
+_ROOT = Path(__file__).parents[2]
 # Longest time of a command on a busy machine, and of its end after a signal: the grace period and some more.
 _STEP_S, _END_S = 400.0, 45.0
 _MAX_INTERRUPTIONS = 5
@@ -130,6 +131,10 @@ class Soak:
         (folder / "tmp").mkdir()
         write_inputs(folder)
 
+    def _start(self, step: SoakStep, folder: Path, log: Path, restarts: int = 0) -> MarkedProcess:
+        environment = {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(_ROOT)}
+        return MarkedProcess(["-W", "ignore", *step.command(restarts)], log, folder, environment)
+
     def _interrupted(self, step: SoakStep, folder: Path) -> None:
         for number in range(self._rng.randint(1, _MAX_INTERRUPTIONS)):
             # Drawn also where they are not used, so that a seed means the same whatever happens.
@@ -143,7 +148,7 @@ class Soak:
             if time.monotonic() > self._end or (step.finished and (folder / step.finished).exists()):
                 continue
             log = folder.parent / f"{folder.name}-{step.output}-{number}.log"
-            process = MarkedProcess(step.command(restarts), folder, log)
+            process = self._start(step, folder, log, restarts)
             if self._wait_for_moment(process, step, folder, moment, share):
                 self.counts.signals.setdefault(step.name, Counter())[f"{kind} {target}"] += 1
                 print(f"round {self.rounds}, {step.name}: {kind} to {target} at {moment:.2f}", flush=True)
@@ -197,7 +202,7 @@ class Soak:
     def _finish(self, step: SoakStep, folder: Path) -> None:
         if step.finished and (folder / step.finished).exists():
             return
-        process = MarkedProcess(step.command(0), folder, folder.parent / f"{folder.name}-{step.output}.log")
+        process = self._start(step, folder, folder.parent / f"{folder.name}-{step.output}.log")
         code = self._wait(process)
         if left := process.left_after(_END_S):
             raise SoakError(f"{step.name}: processes {left} outlived it")

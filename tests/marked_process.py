@@ -6,38 +6,38 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmgr_rec.parent_process import end_with_parent
 
-_MARK = "LLMGR_SOAK"
+_MARK = "LLMGR_TEST_COMMAND"
 _POLL_S = 0.02
 
 
 class MarkedProcess:
-    """A running `python -m ...`.
+    """A running `python -m ...`, which ends with this process at the latest.
 
     Args:
         words: Words after `python`.
-        folder: Working folder.
         log: File that takes stdout and stderr.
+        folder: Working folder; None takes that of this process.
+        environment: Variables in addition to those of this process.
     """
 
-    def __init__(self, words: Sequence[str], folder: Path, log: Path) -> None:
+    def __init__(
+        self, words: Sequence[str], log: Path, folder: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._mark = f"{_MARK}={uuid.uuid4()}".encode()
         self.log = log
         name, _, value = self._mark.decode().partition("=")
-        scratch = folder / "tmp"
-        scratch.mkdir(exist_ok=True)
-        root = str(Path(__file__).parents[2])
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", *words],
+                [sys.executable, *words],
                 cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, name: value, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), "PYTHONPATH": root},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {}), name: value},
                 start_new_session=True,
                 preexec_fn=_start,
             )
@@ -58,8 +58,12 @@ class MarkedProcess:
             self.send(signal.SIGKILL, "all")
             raise TimeoutError(f"it did not end within {timeout_s:.0f} s; see {self.log}") from None
 
-    def send(self, number: int, target: str) -> None:
-        """Sends a signal to the command (`command`), to one of its ranks (`rank 1`), or to all processes (`all`)."""
+    def send(self, number: int, target: str) -> list[int]:
+        """Sends a signal to the command (`command`), to one of its ranks (`rank 1`), or to all processes (`all`).
+
+        Returns:
+            The processes that got it.
+        """
         if target == "command":
             pids = [self._process.pid] if self.code() is None else []
         elif target == "all":
@@ -71,6 +75,13 @@ class MarkedProcess:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
+        return pids
+
+    def kill(self) -> None:
+        """Kills all processes at once, with no chance to tidy up, and waits until they are gone."""
+        while self.send(signal.SIGKILL, "all"):
+            time.sleep(_POLL_S)
+        self._process.wait()
 
     def pids(self, *marks: bytes) -> list[int]:
         """Processes of the command that have not ended."""
@@ -92,14 +103,11 @@ class MarkedProcess:
         while (pids := self.pids()) and time.monotonic() < end:
             self.code()
             time.sleep(_POLL_S)
-        while self.pids():
-            self.send(signal.SIGKILL, "all")
-            time.sleep(_POLL_S)
-        self._process.wait()
+        self.kill()
         return pids
 
 
 def _start() -> None:
     end_with_parent()
-    # A soak in the background of a shell ignores SIGINT, and so would its children.
+    # A test in the background of a shell ignores SIGINT, and so would its children.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
