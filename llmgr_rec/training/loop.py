@@ -230,7 +230,7 @@ class StageLoop:
                 position.best,
             )
         position.unvalidated = False
-        self._save(position, None)
+        self._save(position)
 
     def _out_of_patience(self, position: Position) -> bool:
         return bool(self.settings.patience) and position.stale >= self.settings.patience
@@ -248,18 +248,23 @@ class StageLoop:
         return lambda: wait().tolist()
 
     def _save(self, position: Position, window: "_Window | None" = None) -> None:
-        """Writes a checkpoint.
+        """Writes a checkpoint, whose time does not count in the window.
 
         Args:
             position: Position after the last step.
-            window: The current window; None at the end of an epoch.
+            window: The current window; None after a validation.
         """
         # Not the reader's own position, which is ahead by the batches in the pipeline.
         reader = {**self.reader.state_dict(), "epoch": position.epoch, "step": position.epoch_step}
         state = {"position": asdict(position), "reader": reader, "window": window.state(self.world) if window else {}}
         if window and window.steps:
             self._require_finite(mean_over_ranks(window.means(), self.world), position)
+        start = time.perf_counter()
+        # A process that is killed later loses the events that were not flushed, and a resumed run does not repeat them.
+        self.metrics.flush()
         self.checkpoints.save(position.step, self.model, self.optimizer, state)
+        if window:
+            window.leave_out(time.perf_counter() - start)
         self._last_saved = time.monotonic()
 
     def _log(self, position: Position, window: "_Window", factor: float) -> None:
@@ -359,6 +364,10 @@ class _Window:
 
     def means(self) -> dict[str, torch.Tensor]:
         return {name: torch.as_tensor(value / self.steps) for name, value in self._sums.items()}
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count the time of something that is not training."""
+        self._start += seconds
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start

@@ -77,6 +77,16 @@ class MetricsLogger:
         with atomic_write(self._path) as partial:
             partial.write_text("".join(f"{line}\n" for line in lines))
 
+    def flush(self) -> None:
+        """Writes the TensorBoard events so far to their file.
+
+        Raises:
+            UserError: The storage is full or fails.
+        """
+        if self._writer is not None:
+            with storage_errors(self._events):
+                self._writer.flush()
+
     def close(self) -> None:
         """Flushes TensorBoard events.
 

@@ -1,10 +1,12 @@
 """The loop of a stage: when it stops, validates, logs and saves, which weights it keeps, and what it refuses."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +21,16 @@ from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.modules import model_spec
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import LossAndParts, SbrTask
+from llmgr_rec.storage.checkpoint import CheckpointManager
 from llmgr_rec.storage.table_io import local_shards
 from llmgr_rec.training import loop, stages
 from llmgr_rec.training.loop import Position, StageLoop, step_seed
 from tests.ranks import run_on_ranks
-from tests.training.small_training import records, small_config, train
+from tests.training.small_training import BATCH, records, small_config, train
 
 EPOCH = 12  # steps
+# Time of each checkpoint by the clock of the loop; a step takes far less.
+CHECKPOINT_S = 100_000.0
 
 torch.fx.wrap("remade")
 
@@ -132,21 +137,31 @@ def observe(
     def export(model: SessionRecommender, *rest: Any) -> None:
         seen.exported = item_table(model)
 
+    def save_slowly(self: CheckpointManager, *arguments: Any) -> None:
+        nonlocal late_s
+        save(self, *arguments)
+        late_s += CHECKPOINT_S
+
     def end_epoch(self: StageLoop, position: Position) -> None:
         seen.trained = item_table(self.model)
         ends(self, position)
 
-    ends = StageLoop._end_epoch
+    late_s = 0.0
+    ends, save = StageLoop._end_epoch, CheckpointManager.save
     before = (stages.evaluate_model, stages.export_bundle, model_spec.SbrTask)
     stages.evaluate_model, stages.export_bundle, model_spec.SbrTask = validate, export, task
-    StageLoop._end_epoch = end_epoch  # type: ignore[method-assign]
+    StageLoop._end_epoch, CheckpointManager.save = end_epoch, save_slowly  # type: ignore[method-assign]
+    loop.time = SimpleNamespace(  # type: ignore[assignment]
+        perf_counter=lambda: time.perf_counter() + late_s, monotonic=time.monotonic
+    )
     try:
         train(world, config, run, dataset, resume=True)
     except Exception as error:
         seen.error = f"{type(error).__name__}: {error}"
     finally:
         stages.evaluate_model, stages.export_bundle, model_spec.SbrTask = before
-        StageLoop._end_epoch = ends  # type: ignore[method-assign]
+        StageLoop._end_epoch, CheckpointManager.save = ends, save  # type: ignore[method-assign]
+        loop.time = time
     return seen
 
 
@@ -161,6 +176,10 @@ class Cases:
 
     def steps(self, case: str, split: str = "") -> list[int]:
         return [step for _, step, kind in records(self.folder / case) if kind == split]
+
+    def speeds(self, case: str) -> list[float]:
+        lines = map(json.loads, (self.folder / case / "metrics.jsonl").read_text().splitlines())
+        return [line["examples_per_s"] for line in lines if "loss" in line]
 
     def losses(self, case: str) -> dict[int, float]:
         return {step: record["loss"] for (_, step, split), record in records(self.folder / case).items() if not split}
@@ -214,6 +233,13 @@ def test_log_lines_cover_each_step_once(cases: Cases) -> None:
         window = [each[step] for step in range(start + 1, end + 1)]
         assert means[end] == pytest.approx(sum(window) / len(window), rel=1e-6), end
     assert list(cases.checkpoints("seldom")) == [24, 32, 36]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", ["seldom", "every_step"])
+def test_the_time_of_a_checkpoint_is_no_training_time(cases: Cases, case: str) -> None:
+    """Neither within a window nor between two."""
+    assert min(cases.speeds(case)) > EPOCH * BATCH / CHECKPOINT_S
 
 
 @pytest.mark.dist

@@ -16,6 +16,13 @@ def lines(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(run: Path) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [(event.step, round(event.value, 6)) for event in events.Scalars("sbr/loss")]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     metrics = MetricsLogger(tmp_path, enabled=True)
@@ -34,11 +41,16 @@ def test_records_are_lines_and_tensorboard_events(run: Path) -> None:
 
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"sbr/loss", "sbr/valid/ndcg@20", "behave/loss"}
-    assert [(event.step, round(event.value, 6)) for event in events.Scalars("sbr/loss")] == [
-        (1, 0.1),
-        (2, 0.2),
-        (3, 0.3),
-    ]
+    assert losses(run) == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_flushed_events_outlive_a_kill(tmp_path: Path) -> None:
+    metrics = MetricsLogger(tmp_path, enabled=True)
+    metrics.write("sbr", 1, loss=0.1)
+    metrics.flush()
+    # What a process leaves that is killed now.
+    assert losses(tmp_path) == [(1, 0.1)]
+    metrics.close()
 
 
 def test_rewinding_drops_records_of_one_stage(run: Path) -> None:
