@@ -11,7 +11,7 @@ from typing import Any, Final
 from benchmarks.turns_protocol import Epoch, Replies
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
-from llmgr_rec.distributed.process_group import init_distributed, shutdown
+from llmgr_rec.distributed.process_group import process_group
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.training.metrics_logger import MetricsLogger
@@ -84,27 +84,13 @@ def main(argv: Sequence[str]) -> None:
     arguments, config = parse_with_config(parser, argv)
     request = RunRequest(config, Path(arguments.dataset), Path(arguments.output), STAGE, resume=False)
     checked = check_run(request)
-    world = init_distributed(config.runtime.device, config.runtime.timeout_s, config.runtime.threads_per_rank)
-    try:
+    with process_group(config.runtime) as world:
         request.output.mkdir(parents=True)
         metrics = PausingLogger(request.output, replies, checked.dataset.manifest.num_examples["train"])
-        context = RunContext(
-            config=config,
-            dataset=checked.dataset,
-            catalog=checked.catalog,
-            run=request.output,
-            world=world,
-            metrics=metrics,
-            resume=False,
-            factory=request.factory,
-            text_embeddings=request.output / "text_embeddings",
-            signals=StopSignals(config.runtime.grace_s),
-        )
-        run_stage(STAGE, context)
-    except EnoughEpochs:
-        metrics.close()
-    finally:
-        shutdown()
+        try:
+            run_stage(STAGE, RunContext.of(request, checked, world, metrics, StopSignals(config.runtime.grace_s)))
+        except EnoughEpochs:
+            metrics.close()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from llmgr_rec.storage.table_io import init_tables, zero_rows
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import build_optimizer
+from llmgr_rec.training.preflight import CheckedRun, RunRequest
 from llmgr_rec.training.selection import select_on_validation
 from llmgr_rec.training.text_embeddings import (
     TextEmbeddings,
@@ -82,6 +84,24 @@ class RunContext:
     factory: ModelFactory
     text_embeddings: Path
     signals: StopSignals
+
+    @classmethod
+    def of(
+        cls, request: RunRequest, checked: CheckedRun, world: World, metrics: MetricsLogger, signals: StopSignals
+    ) -> Self:
+        """The context of a run that has passed the preflight."""
+        return cls(
+            config=request.config,
+            dataset=checked.dataset,
+            catalog=checked.catalog,
+            run=request.output,
+            world=world,
+            metrics=metrics,
+            resume=request.resume,
+            factory=request.factory,
+            text_embeddings=request.text_embeddings or request.output / "text_embeddings",
+            signals=signals,
+        )
 
     @property
     def export(self) -> Path:

@@ -117,14 +117,14 @@ class TextEmbeddings:
         return self._folder / f"items-{start:09d}.safetensors"
 
     def _embed_file(self, start: int, decoder: "PreTrainedModel", tokens: Jagged) -> Tensor:
+        from llmgr_rec.modules.language_model import embed_item_texts
+
         path = self._path(start)
         stored = self._stored(path)
         if stored is not None:
             return stored
         items = torch.arange(start, min(start + self._rows, self._num_items))
         rows = tokens.select(items)
-        from llmgr_rec.modules.language_model import embed_item_texts
-
         embeddings = embed_item_texts(decoder, rows, _BATCH_SIZE)
         # Atomic, because another run may compute the same file.
         tensors = {"embeddings": embeddings, "has_text": (rows.lengths > 0).float()}

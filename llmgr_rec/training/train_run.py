@@ -58,18 +58,7 @@ def _train(request: RunRequest, checked: CheckedRun, world: World, signals: Stop
         with atomic_write(output / LAUNCH) as partial:
             partial.write_text(request.launch)
     metrics = MetricsLogger(output, enabled=world.rank == 0)
-    context = RunContext(
-        config=config,
-        dataset=checked.dataset,
-        catalog=checked.catalog,
-        run=output,
-        world=world,
-        metrics=metrics,
-        resume=request.resume,
-        factory=request.factory,
-        text_embeddings=request.text_embeddings or output / "text_embeddings",
-        signals=signals,
-    )
+    context = RunContext.of(request, checked, world, metrics, signals)
     try:
         for stage in checked.stages:
             run_stage(stage, context)
