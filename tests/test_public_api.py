@@ -6,7 +6,6 @@ import importlib
 import inspect
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,10 +104,6 @@ def test_type_checkers_see_the_same_names() -> None:
         assert alias.name == alias.asname, "only `X as X` is a re-export"
         seen[alias.name] = line.module
     assert seen == {name: f"llmgr_rec.{module}" for name, module in llmgr_rec._MODULES.items()}
-
-
-def test_the_version_is_that_of_the_package() -> None:
-    assert llmgr_rec.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def test_other_names_are_unknown() -> None:

@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import llmgr_rec
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llmgr_rec", "datagen", "torchx_components", "benchmarks", "examples")
 MAX_FUNCTION_LINES = 60
@@ -249,6 +251,7 @@ def test_the_wheel_holds_what_running_needs(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "dist").iterdir()
+    assert wheel.name.startswith(f"llmgr_rec-{llmgr_rec.__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
