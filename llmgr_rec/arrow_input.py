@@ -1,7 +1,7 @@
 """Arrow tables from what Python users hold: data frames, Arrow data, Parquet paths, lists, records."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -91,6 +91,26 @@ def to_sessions(data: object, name: str = "sessions") -> pa.Table:
     if nulls := table["items"].null_count:
         raise UserError(f"{name}: column items has {nulls:,} nulls; give an empty list for a session without clicks")
     return table.select(["session_id", "items"])
+
+
+def to_ids(ids: Collection[Any], name: str) -> pa.Array:
+    """Item ids as an Arrow array.
+
+    Args:
+        ids: Item ids, all integers or all text.
+        name: Name of the argument, for messages.
+
+    Raises:
+        UserError: The ids are a single text, or have different types.
+    """
+    if isinstance(ids, pa.Array | pa.ChunkedArray):
+        return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    if isinstance(ids, str):
+        raise UserError(f"{name} is {ids!r}; give a list of item ids")
+    try:
+        return pa.array(list(ids))
+    except (pa.ArrowException, TypeError, OverflowError):
+        raise UserError(f"{name}: item ids must all be integers or all text") from None
 
 
 def is_lists(data: object) -> TypeGuard[Sequence[Any]]:

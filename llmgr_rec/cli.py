@@ -18,7 +18,7 @@ from llmgr_rec.bounds import check_options
 from llmgr_rec.errors import RankLostError, StopRequested, UserError
 from llmgr_rec.files import storage_error
 from llmgr_rec.interruption import EXIT_INTERRUPTED, no_signal_is_lost, report_interrupt
-from llmgr_rec.parent_process import end_with_parent
+from llmgr_rec.parent_process import PARENT_VARIABLE, end_with_parent
 from llmgr_rec.paths import LocalPath, local_path
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+    elif parent := os.environ.get(PARENT_VARIABLE):
+        end_with_parent(parent=int(parent))
     configure_logging()
     threading.excepthook = _report_thread_error
     try:

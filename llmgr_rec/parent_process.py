@@ -5,18 +5,22 @@ import os
 import signal
 import sys
 
+# Environment variable of a command that ends with the process that started it: the id of that process.
+PARENT_VARIABLE = "LLMGR_PARENT"
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
+def end_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Lets the kernel end this process when the thread that started it ends. Without effect except on Linux.
 
     Args:
         number: Signal that this process gets.
+        parent: Id of the process that started this one, which may have ended before this call; None takes the present
+            parent.
     """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:
         # It ended before the call.

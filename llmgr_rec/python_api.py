@@ -3,48 +3,29 @@
 Nothing here changes the process: no process group, no environment variable, no number of threads. Training runs in
 another process.
 
-Shapes: B sessions, R items that may be recommended, V items of the catalog, K places of a list, Q columns of item
-vectors.
+Shapes: B sessions, R items that may be recommended, K places of a list.
 """
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
-from llmgr_rec.arrow_input import is_lists, to_sessions, to_table
-from llmgr_rec.baselines.blend import clicks_of
-from llmgr_rec.baselines.knn import Popularity
+from llmgr_rec.arrow_input import is_lists, to_ids, to_sessions, to_table
+from llmgr_rec.command_process import run_command
 from llmgr_rec.config import DType
-from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.files import atomic_folder
-from llmgr_rec.kernels.topk import top_k
-from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
-from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
-from llmgr_rec.scoring.ranked_lists import list_columns
-from llmgr_rec.storage.bundle import BundleFiles, load_model, open_bundle
-
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
-# Sessions that are encoded at once.
-_BATCH = 256
+from llmgr_rec.scoring.session_ranker import SessionRanker
+from llmgr_rec.storage.bundle import BundleFiles, open_bundle
 
 
 class Recommender:
@@ -57,23 +38,16 @@ class Recommender:
         run: Folder of the run, for `evaluate`; None if only the bundle is known.
         dataset: Prepared data set of the run, for `evaluate`; None if it is not known.
         dtype: Number format of the language model, if there is one; None uses the setting of the run.
+
+    Attributes:
+        ranker: Ranks item indices; for the modules of this package, and no part of the public API.
     """
 
     def __init__(
         self, files: BundleFiles, run: Path | None = None, dataset: Path | None = None, dtype: DType | None = None
     ) -> None:
-        bundle = load_model(files, dtype=dtype)
-        if isinstance(bundle.model, LLMGR):
-            prepare_for_inference(bundle.model.language_model)
         self._path, self._run, self._dataset = files.path, run, dataset
-        self._rule = ranking_rule(files.index)
-        self._merges_repeats = files.index.consecutive_repeats == "merge"
-        self._catalog = bundle.catalog
-        self._titles = pa.array(bundle.catalog.titles(), pa.string())
-        self._fallback = Popularity(bundle.catalog.train_count_V.numpy())
-        self._ranking = bundle.ranking(_BATCH)
-        self._ranker = self._ranking.ranker(World.alone())
-        self._unit_VQ = torch.nn.functional.normalize(self._ranker.item_vectors, dim=1)
+        self.ranker = SessionRanker(files, dtype)
 
     @classmethod
     def load(
@@ -158,19 +132,19 @@ class Recommender:
             pq.write_table(clicks, f"{raw}/{option}.parquet")
             pq.write_table(catalog, f"{raw}/items.parquet")
             given = {option: f"{raw}/{option}.parquet", "items": f"{raw}/items.parquet", "output": dataset}
-            _run_command("prepare", {**preparation, **given})
-        _run_command("train", {"config": recipe, "dataset": dataset, "output": run, **settings})
+            run_command("prepare", {**preparation, **given})
+        run_command("train", {"config": recipe, "dataset": dataset, "output": run, **settings})
         return cls(open_bundle(run), run, dataset)
 
     @property
     def item_ids(self) -> pa.Array:
         """Ids of the items of the catalog, string or int64."""
-        return self._catalog.item_ids
+        return self.ranker.catalog.item_ids
 
     @property
     def titles(self) -> pa.Array:
         """Title of each item of `item_ids`; null for an item without one."""
-        return self._titles
+        return self.ranker.titles
 
     def recommend(
         self,
@@ -204,22 +178,14 @@ class Recommender:
         Raises:
             UserError: `k` is not positive, or sessions, ids or the category have a wrong type or are unknown.
         """
-        if k < 1:
-            raise UserError(f"k is {k}; give 1 or more")
-        k = min(k, self._catalog.num_items)
+        length = self._list_length(k)
         table = to_sessions(sessions)
-        clicks = self._clicks(table["items"])
-        allowed_R = self._allowed(among, without, category)
-        excludes = self._rule.excludes_seen if exclude_seen is None else exclude_seen
-        ranker = self._ranker if allowed_R is None else self._ranker.among(allowed_R)
-        is_empty_B = clicks.lengths == 0
-        ids_BK, scores_BK = (row_K.repeat(clicks.num_rows, 1) for row_K in self._popular(k, allowed_R))
-        for rows in torch.arange(clicks.num_rows).split(_BATCH):
-            known = rows[~is_empty_B[rows]]
-            if known.numel():
-                ids_BK[known], scores_BK[known] = self._ranked(ranker, clicks.select(known), k, excludes)
-        ranked = self._lists(ids_BK, scores_BK)
-        return pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B.numpy())})
+        clicks = self.ranker.clicks(table["items"])
+        allowed_R = self.ranker.allowed_items(among, without, category)
+        excludes_seen = self.ranker.rule.excludes_seen if exclude_seen is None else exclude_seen
+        ranked = self.ranker.lists(*self.ranker.rank(clicks, length, excludes_seen, allowed_R))
+        is_empty_B = (clicks.lengths == 0).numpy()
+        return pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B)})
 
     def similar(self, items: Sequence[Any], k: int = 10) -> pa.Table:
         """Finds the items with the most similar vectors.
@@ -235,17 +201,13 @@ class Recommender:
         Raises:
             UserError: `k` is not positive, or an item is not in the catalog.
         """
-        if k < 1:
-            raise UserError(f"k is {k}; give 1 or more")
-        k = min(k, self._catalog.num_items)
-        ids = _array(items, "items")
-        indices_B = torch.from_numpy(self._catalog.index_of(ids))
+        length, catalog = self._list_length(k), self.ranker.catalog
+        ids = to_ids(items, "items")
+        indices_B = torch.from_numpy(catalog.index_of(ids))
         if (indices_B < 0).any():
             unknown = ids[int((indices_B < 0).nonzero()[0])].as_py()
-            raise UserError(f"item {unknown!r} is not in the catalog of {self._catalog.num_items:,} items")
-        itself = Jagged.from_lengths(indices_B, torch.ones_like(indices_B))
-        ids_BK, scores_BK = top_k(self._unit_VQ[indices_B], self._unit_VQ, k, itself)
-        return pa.table({"item_id": ids, **self._lists(ids_BK, scores_BK)})
+            raise UserError(f"item {unknown!r} is not in the catalog of {catalog.num_items:,} items")
+        return pa.table({"item_id": ids, **self.ranker.lists(*self.ranker.similar(indices_B, length))})
 
     def evaluate(self, split: str = "test", **options: object) -> dict[str, Any]:
         """Metrics of the trained models and baselines on the data set of the run, in another process.
@@ -265,7 +227,7 @@ class Recommender:
         with tempfile.TemporaryDirectory(prefix="llmgr_rec-") as folder:
             file = Path(folder) / "metrics.json"
             given = {"run": self._run, "dataset": self._dataset, "split": split, "output": file}
-            _run_command("evaluate", {**options, **given})
+            run_command("evaluate", {**options, **given})
             content: dict[str, Any] = json.loads(file.read_text())
         return content
 
@@ -284,53 +246,10 @@ class Recommender:
         with atomic_folder(folder.resolve()) as draft:
             shutil.copytree(self._path, draft, dirs_exist_ok=True)
 
-    def _clicks(self, lists: pa.ChunkedArray) -> Jagged:
-        """Item indices of the newest known clicks of each session that the model is shown."""
-        ids_L, offsets_B1, nulls = flat_clicks(lists)
-        if nulls:
-            raise UserError(f"sessions hold {nulls:,} null item ids; remove them")
-        clicks = Jagged(*map(torch.from_numpy, known_clicks(self._catalog.index_of(ids_L), offsets_B1)))
-        if self._merges_repeats:
-            clicks = clicks.without_consecutive_repeats()
-        return clicks.last(self._rule.max_length)
-
-    def _allowed(self, among: Collection[Any] | None, without: Collection[Any], category: str | None) -> Tensor | None:
-        """Item indices that may be recommended, ascending, int64 [R]; None if all may."""
-        if among is None and not without and category is None:
-            return None
-        is_allowed_V = np.ones(self._catalog.num_items, bool)
-        if among is not None:
-            chosen = self._catalog.index_of(_array(among, "among"))
-            is_allowed_V = np.isin(np.arange(len(is_allowed_V)), chosen)
-        if without:
-            removed = self._catalog.index_of(_array(without, "without"))
-            is_allowed_V[removed[removed >= 0]] = False
-        if category is not None:
-            is_allowed_V &= self._catalog.in_category(category)
-        return torch.from_numpy(np.flatnonzero(is_allowed_V))
-
-    @torch.no_grad()
-    def _ranked(self, ranker: CatalogRanker, clicks: Jagged, k: int, excludes: bool) -> tuple[Tensor, Tensor]:
-        """The K best items of each session of a batch, none of them empty: as `CatalogRanker.rank`."""
-        batch = self._ranking.collate(RawSessions.to_rank(clicks))
-        blended = None if self._ranking.blend is None else clicks_of(batch)
-        return ranker.rank(self._ranking.queries(batch), k, clicks if excludes else None, blended)
-
-    def _popular(self, k: int, allowed_R: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The K most popular items that may be recommended, and their shares of all clicks; padded with -1 and -inf."""
-        size = self._catalog.num_items if allowed_R is not None else k
-        ids, shares = self._fallback.rank(np.zeros(0, np.int64), np.zeros(2, np.int64), size)
-        ids_R, shares_R = torch.from_numpy(ids[0]), torch.from_numpy(shares[0]).float()
-        if allowed_R is not None:
-            is_allowed_R = torch.isin(ids_R, allowed_R)
-            ids_R, shares_R = ids_R[is_allowed_R][:k], shares_R[is_allowed_R][:k]
-        missing = (0, k - len(ids_R))
-        pad = torch.nn.functional.pad
-        return pad(ids_R, missing, value=-1), pad(shares_R, missing, value=float("-inf"))
-
-    def _lists(self, ids_BK: Tensor, scores_BK: Tensor) -> dict[str, pa.Array]:
-        values = {"item_ids": self._catalog.item_ids, "titles": self._titles}
-        return list_columns(values, ids_BK.numpy(), scores_BK.numpy(), is_large=True)
+    def _list_length(self, k: int) -> int:
+        if k < 1:
+            raise UserError(f"k is {k}; give 1 or more")
+        return min(k, self.ranker.catalog.num_items)
 
 
 def _interactions_table(interactions: object) -> tuple[str, pa.Table]:
@@ -350,38 +269,3 @@ def _items_of(clicks: pa.Table) -> pa.Table:
     else:
         raise UserError(f"interactions have neither item_id nor items; they have {', '.join(clicks.column_names)}")
     return pa.table({"item_id": ids.unique().drop_null()})
-
-
-def _array(ids: Collection[Any], name: str) -> pa.Array:
-    if isinstance(ids, pa.Array | pa.ChunkedArray):
-        return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-    if isinstance(ids, str):
-        raise UserError(f"{name} is {ids!r}; give a list of item ids")
-    try:
-        return pa.array(list(ids))
-    except (pa.ArrowException, TypeError, OverflowError):
-        raise UserError(f"{name}: item ids must all be integers or all text") from None
-
-
-def _run_command(command: str, options: Mapping[str, object]) -> None:
-    """Runs `python -m llmgr_rec.COMMAND` in another process.
-
-    Raises:
-        UserError: The command failed; the message is its own.
-    """
-    words = [
-        f"--{name}={json.dumps(value) if isinstance(value, list | bool) else value}" for name, value in options.items()
-    ]
-    # Of a process that torchrun started, the child is no rank.
-    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
-    done = subprocess.run(
-        [sys.executable, "-m", f"llmgr_rec.{command}", *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        message = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-        raise UserError(f"{command} failed: {message.removeprefix('error: ')}")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from llmgr_rec import Recommender, UserError, python_api
 from llmgr_rec.score import main as score
+from llmgr_rec.scoring import session_ranker
 from tests.small_run import small_run
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,7 @@ def test_sessions_of_several_batches_get_the_same_lists(
 ) -> None:
     chosen = rec.item_ids.to_pylist()[5:20]
     expected = rec.recommend(sessions, k=4, among=chosen).to_pydict()
-    monkeypatch.setattr(python_api, "_BATCH", 2)
+    monkeypatch.setattr(session_ranker, "_BATCH", 2)
     found = rec.recommend(sessions, k=4, among=chosen).to_pydict()
     assert [found[name] for name in ("item_ids", "fallback")] == [expected[name] for name in ("item_ids", "fallback")]
     # Rounding depends on the sessions of a batch.
@@ -143,7 +144,7 @@ def test_sessions_of_several_batches_get_the_same_lists(
 def test_similar_items_have_the_most_similar_vectors(rec: Recommender) -> None:
     ids = rec.item_ids.to_pylist()
     found = rec.similar(ids[:5], k=8).to_pylist()
-    vectors = rec._unit_VQ.numpy()
+    vectors = rec.ranker._unit_VQ.numpy()
     for place, row in enumerate(found):
         cosines = vectors @ vectors[place]
         cosines[place] = -np.inf
@@ -255,7 +256,7 @@ def test_fits_lists_without_items_in_a_temporary_folder(tmp_path: Path, monkeypa
         else:
             shutil.copytree(small_run().run, options["output"])
 
-    monkeypatch.setattr(python_api, "_run_command", run)
+    monkeypatch.setattr(python_api, "run_command", run)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     fitted = Recommender.fit([[5, 7], [7, 9]])
     assert commands == ["prepare", "train"]

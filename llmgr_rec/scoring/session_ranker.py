@@ -1,0 +1,171 @@
+"""Ranks the catalog for sessions in memory, as `score` does for sessions in files.
+
+Shapes: B sessions, L clicks, R items that may be recommended, V items of the catalog, K places of a list, Q columns of
+item vectors.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from llmgr_rec.arrow_input import to_ids
+from llmgr_rec.baselines.blend import clicks_of
+from llmgr_rec.baselines.knn import Popularity
+from llmgr_rec.config import DType
+from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.ranking import CatalogRanker
+from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.exclusion import ranking_rule
+from llmgr_rec.kernels.topk import top_k
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
+from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
+from llmgr_rec.scoring.ranked_lists import list_columns
+from llmgr_rec.storage.bundle import BundleFiles, load_model
+
+# Sessions that are encoded at once.
+_BATCH = 256
+
+
+class SessionRanker:
+    """A loaded model that ranks items for sessions in this process; several threads may use it at once.
+
+    Args:
+        files: The opened bundle of the model.
+        dtype: Number format of the language model, if there is one; None uses the setting of the run.
+
+    Attributes:
+        bundle: The loaded bundle.
+        catalog: The items.
+        titles: Title of each item, string [V]; null for an item without one.
+        rule: What a ranking shows and excludes of a session.
+        model: The model with its collator and blend.
+        catalog_ranker: Ranks the catalog for queries.
+    """
+
+    def __init__(self, files: BundleFiles, dtype: DType | None = None) -> None:
+        self.bundle = load_model(files, dtype=dtype)
+        if isinstance(self.bundle.model, LLMGR):
+            prepare_for_inference(self.bundle.model.language_model)
+        self.catalog = self.bundle.catalog
+        self.titles = pa.array(self.catalog.titles(), pa.string())
+        self.rule = ranking_rule(files.index)
+        self.model = self.bundle.ranking(_BATCH)
+        self.catalog_ranker = self.model.ranker(World.alone())
+        self._merges_repeats = files.index.consecutive_repeats == "merge"
+        self._popularity = Popularity(self.catalog.train_count_V.numpy())
+        self._unit_VQ = torch.nn.functional.normalize(self.catalog_ranker.item_vectors, dim=1)
+
+    def clicks(self, lists: pa.ChunkedArray) -> Jagged:
+        """Item indices of the clicks that the model is shown: the newest ones on known items.
+
+        Args:
+            lists: Item ids of each session, oldest click first.
+
+        Raises:
+            UserError: An id is null or has a type that the catalog's ids do not have.
+        """
+        ids_L, offsets_B1, nulls = flat_clicks(lists)
+        if nulls:
+            raise UserError(f"sessions hold {nulls:,} null item ids; remove them")
+        clicks = Jagged(*map(torch.from_numpy, known_clicks(self.catalog.index_of(ids_L), offsets_B1)))
+        if self._merges_repeats:
+            clicks = clicks.without_consecutive_repeats()
+        return clicks.last(self.rule.max_length)
+
+    def allowed_items(
+        self, among: Collection[Any] | None, without: Collection[Any], category: str | None
+    ) -> Tensor | None:
+        """Item indices that may be recommended, ascending, int64 [R]; None if all may.
+
+        Args:
+            among: Ids that may be recommended; None allows all. Unknown ids are ignored, here and in `without`.
+            without: Ids that may not.
+            category: Only items of this category, or of one below it.
+
+        Raises:
+            UserError: Ids have a wrong type, or no item has the category.
+        """
+        if among is None and not len(without) and category is None:
+            return None
+        is_allowed_V = np.ones(self.catalog.num_items, bool)
+        if among is not None:
+            chosen = self.catalog.index_of(to_ids(among, "among"))
+            is_allowed_V = np.isin(np.arange(len(is_allowed_V)), chosen)
+        if len(without):
+            removed = self.catalog.index_of(to_ids(without, "without"))
+            is_allowed_V[removed[removed >= 0]] = False
+        if category is not None:
+            is_allowed_V &= self.catalog.in_category(category)
+        return torch.from_numpy(np.flatnonzero(is_allowed_V))
+
+    def rank(
+        self, clicks: Jagged, k: int, excludes_seen: bool, allowed_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Finds the K best items of each session; for a session without clicks, the most popular ones.
+
+        Args:
+            clicks: From `clicks`.
+            k: Length K of a list, at most the number of items.
+            excludes_seen: Whether the items of the clicks are left out.
+            allowed_R: From `allowed_items`.
+
+        Returns:
+            Item indices, int64 [B, K], best first, and their scores, float32; a list ends before the first negative
+            index.
+        """
+        ranker = self.catalog_ranker if allowed_R is None else self.catalog_ranker.among(allowed_R)
+        ids_BK, scores_BK = (row_K.repeat(clicks.num_rows, 1) for row_K in self._popular(k, allowed_R))
+        for rows in torch.arange(clicks.num_rows).split(_BATCH):
+            known = rows[clicks.lengths[rows] > 0]
+            if known.numel():
+                ids_BK[known], scores_BK[known] = self._ranked(ranker, clicks.select(known), k, excludes_seen)
+        return ids_BK, scores_BK
+
+    def similar(self, indices_B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Finds the K items with the most similar vectors, without the item itself.
+
+        Args:
+            indices_B: Item indices, int64.
+            k: Length K of a list, at most the number of items.
+
+        Returns:
+            As `rank`; scores are cosine similarities.
+        """
+        itself = Jagged.from_lengths(indices_B, torch.ones_like(indices_B))
+        return top_k(self._unit_VQ[indices_B], self._unit_VQ, k, itself)
+
+    def lists(self, ids_BK: Tensor, scores_BK: Tensor) -> dict[str, pa.Array]:
+        """The columns `item_ids`, `titles` and `scores` of ranked lists.
+
+        Args:
+            ids_BK: Item indices, best first; a list ends before the first negative one.
+            scores_BK: Their scores.
+        """
+        values = {"item_ids": self.catalog.item_ids, "titles": self.titles}
+        return list_columns(values, ids_BK.numpy(), scores_BK.numpy(), is_large=True)
+
+    @torch.no_grad()
+    def _ranked(self, ranker: CatalogRanker, clicks: Jagged, k: int, excludes_seen: bool) -> tuple[Tensor, Tensor]:
+        """The K best items of each session of a batch, none of them empty: as `CatalogRanker.rank`."""
+        batch = self.model.collate(RawSessions.to_rank(clicks))
+        blended = None if self.model.blend is None else clicks_of(batch)
+        return ranker.rank(self.model.queries(batch), k, clicks if excludes_seen else None, blended)
+
+    def _popular(self, k: int, allowed_R: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The K most popular items that may be recommended, and their shares of all clicks; padded with -1 and -inf."""
+        size = self.catalog.num_items if allowed_R is not None else k
+        ids, shares = self._popularity.rank(np.zeros(0, np.int64), np.zeros(2, np.int64), size)
+        ids_R, shares_R = torch.from_numpy(ids[0]), torch.from_numpy(shares[0]).float()
+        if allowed_R is not None:
+            is_allowed_R = torch.isin(ids_R, allowed_R)
+            ids_R, shares_R = ids_R[is_allowed_R][:k], shares_R[is_allowed_R][:k]
+        missing = (0, k - len(ids_R))
+        pad = torch.nn.functional.pad
+        return pad(ids_R, missing, value=-1), pad(shares_R, missing, value=float("-inf"))
