@@ -4,7 +4,7 @@
 #   make test    [ARGS="-k name"]      all tests except slow ones
 #   make test-all                      all tests, including slow ones
 #   make lint                          ruff, mypy, import-linter
-#   make venv    [LOCK=gpu]            only .venv, from requirements/$(LOCK).txt
+#   make venv    [LOCK=gpu]            only .venv, from requirements/$(LOCK).txt; the targets for development add dev.txt
 #   make wheel                         dist/llmgr_rec-*.whl
 #   make clean                         deletes what these targets made, except runs/
 #
@@ -31,32 +31,37 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint wheel clean
+MAKE_VENV = python3 requirements/make_venv.py --venv "$(VENV)" --lock "requirements/$(LOCK).txt" \
+	--torch-index "$(TORCH_INDEX)" --python "$(PYTHON)"
+
+.PHONY: help venv tools demo test test-all lint wheel clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
 
 venv:
 	@command -v python3 >/dev/null || { echo "error: python3 is not installed; fix: apt install python3 python3-venv" >&2; exit 1; }
-	@python3 requirements/make_venv.py --venv "$(VENV)" --lock "requirements/$(LOCK).txt" \
-		--torch-index "$(TORCH_INDEX)" --python "$(PYTHON)"
+	@$(MAKE_VENV)
+
+tools: venv
+	@$(MAKE_VENV) --tools requirements/dev.txt
 
 demo: venv
 	@$(BIN)/python -m torchx_components.pipeline $(if $(DATA),--data "$(DATA)") --output "$(RUN)" --config "$(CONFIG)"
 
-test: venv
+test: tools
 	$(BIN)/python -m pytest $(XDIST) $(ARGS)
 
-test-all: venv
+test-all: tools
 	$(BIN)/python -m pytest $(XDIST) -m "slow or not slow" $(ARGS)
 
-lint: venv
+lint: tools
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
-wheel: venv
+wheel: tools
 	$(BIN)/python -m build --wheel
 
 clean:

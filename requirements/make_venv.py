@@ -92,14 +92,15 @@ def write_stamp(venv, stamp):
     os.replace(partial, os.path.join(venv, "complete.json"))
 
 
-def build(venv, lock, torch_index, python):
-    """Updates the environment to the lock file and the metadata of this project.
+def build(venv, lock, torch_index, python, tools=""):
+    """Updates the environment to the lock files and the metadata of this project.
 
     Args:
         venv: Absolute path of the environment.
-        lock: Path of the lock file.
+        lock: Path of the lock file. If it changed, the environment is built anew.
         torch_index: URL of an extra package index with CPU wheels of torch, or "".
         python: Interpreter requested by the user, or "".
+        tools: Path of a lock file of further packages, which are added to the environment; "" adds none.
 
     Raises:
         SetupError: No suitable Python was found, the installation failed, or the result does not work.
@@ -107,6 +108,7 @@ def build(venv, lock, torch_index, python):
     wanted = {"lock": fingerprint(lock), "project": fingerprint(os.path.join(ROOT, "pyproject.toml"))}
     stamp = read_stamp(venv)
     inner = os.path.join(venv, "bin", "python")
+    pip = [inner, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
     if stamp.get("lock") != wanted["lock"]:
         found = find_python(CANDIDATES, python)
         print("Building %s from %s with %s" % (venv, lock, found), flush=True)
@@ -114,16 +116,19 @@ def build(venv, lock, torch_index, python):
             shutil.rmtree(venv)
         _run([found, "-m", "venv", venv], "could not create %s" % venv)
         index = ["--extra-index-url", torch_index] if torch_index else []
-        pip = [inner, "-m", "pip", "--disable-pip-version-check", "install"]
-        _run([*pip, "--no-deps", "-r", lock, *index], "pip could not install %s; see its message above" % lock)
+        _run([*pip, "-r", lock, *index], "pip could not install %s; see its message above" % lock)
         stamp = {}
     if stamp.get("project") != wanted["project"]:
         # "compat" adds this folder to the path, so that packages added later are found, too.
-        pip = [inner, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         editable = ["--no-build-isolation", "--config-settings", "editable_mode=compat", "--editable", ROOT]
-        _run([*pip, "--no-deps", *editable], "pip could not install this project")
+        _run([*pip, "--quiet", *editable], "pip could not install this project")
         _run([inner, "-m", "llmgr_rec.doctor", "--core"], "the environment does not work; see the fix above")
-        write_stamp(venv, wanted)
+        stamp = dict(stamp, **wanted)
+        write_stamp(venv, stamp)
+    if tools and stamp.get("tools") != fingerprint(tools):
+        print("Adding %s to %s" % (tools, venv), flush=True)
+        _run([*pip, "--quiet", "-r", tools], "pip could not install %s; see its message above" % tools)
+        write_stamp(venv, dict(stamp, tools=fingerprint(tools)))
 
 
 def _run(command, failure):
@@ -137,6 +142,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--venv", default=os.path.join(ROOT, ".venv"), help="folder of the environment")
     parser.add_argument("--lock", default=os.path.join("requirements", "cpu.txt"), help="lock file to install")
+    parser.add_argument("--tools", default="", help="lock file of packages to add, such as requirements/dev.txt")
     parser.add_argument("--torch-index", default="", help="extra package index with CPU wheels of torch")
     parser.add_argument("--python", default="", help="interpreter to use, instead of the first suitable one")
     args = parser.parse_args()
@@ -144,7 +150,7 @@ def main():
     try:
         with open(venv + ".lock", "w") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
-            build(venv, args.lock, args.torch_index, args.python)
+            build(venv, args.lock, args.torch_index, args.python, args.tools)
     except (SetupError, OSError) as error:
         sys.exit("error: %s" % error)
 

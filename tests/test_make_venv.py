@@ -89,8 +89,8 @@ def installer(builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return installer
 
 
-def build(builder: ModuleType, tmp_path: Path, torch_index: str = "") -> None:
-    builder.build(str(tmp_path / "venv"), str(tmp_path / "lock.txt"), torch_index, "")
+def build(builder: ModuleType, tmp_path: Path, torch_index: str = "", tools: str = "") -> None:
+    builder.build(str(tmp_path / "venv"), str(tmp_path / "lock.txt"), torch_index, "", tools)
 
 
 def test_it_is_built_once(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:
@@ -119,6 +119,24 @@ def test_another_lock_starts_from_an_empty_folder(builder: ModuleType, tmp_path:
     build(builder, tmp_path)
     assert installer.ran == ALL * 2
     assert not (tmp_path / "venv" / "left-over").exists()
+
+
+def test_tools_are_added_once_and_stay(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:
+    build(builder, tmp_path)
+    tools = tmp_path / "tools.txt"
+    tools.write_text("b==1\n")
+    build(builder, tmp_path, tools=str(tools))
+    assert installer.ran == [*ALL, "-r"]
+    build(builder, tmp_path)
+    build(builder, tmp_path, tools=str(tools))
+    assert installer.ran == [*ALL, "-r"]
+    tools.write_text("b==2\n")
+    installer.failing = "-r"
+    with pytest.raises(builder.SetupError, match=r"could not install .*tools\.txt"):
+        build(builder, tmp_path, tools=str(tools))
+    installer.failing = ""
+    build(builder, tmp_path, tools=str(tools))
+    assert installer.ran == [*ALL, "-r", "-r", "-r"]
 
 
 def test_a_moved_environment_is_rebuilt(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:

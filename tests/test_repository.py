@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,20 @@ def read_lock(name: str) -> dict[str, str]:
     return pins
 
 
-CPU, GPU = read_lock("cpu.txt"), read_lock("gpu.txt")
+CPU, GPU, DEV = read_lock("cpu.txt"), read_lock("gpu.txt"), read_lock("dev.txt")
+# Extras that only work on the project itself needs.
+DEV_EXTRAS = {"dev", "docs"}
 
 
 def metadata() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def direct_requirements() -> list[Requirement]:
+def direct_requirements(without: Collection[str] = ()) -> list[Requirement]:
     project = metadata()
-    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
-    return [Requirement(line) for line in project["dependencies"] + extras]
+    extras = project["optional-dependencies"].items()
+    lines = [line for name, lines in extras if name not in without for line in lines]
+    return [Requirement(line) for line in project["dependencies"] + lines]
 
 
 def needs(distribution: str, extras: set[str]) -> Iterator[Requirement]:
@@ -74,22 +77,31 @@ def test_the_lock_is_what_make_venv_installed() -> None:
     installed = {
         canonicalize_name(d.metadata["Name"]): d.version.split("+")[0] for d in importlib.metadata.distributions()
     }
-    assert {name: installed.get(name) for name in CPU} == CPU
-    assert set(installed) - set(CPU) <= {"pip", "llmgr-rec"}
+    wanted = CPU | DEV
+    assert {name: installed.get(name) for name in wanted} == wanted
+    assert set(installed) - set(wanted) <= {"pip", "llmgr-rec"}
 
 
-def test_the_lock_is_complete_and_holds_nothing_else() -> None:
-    todo = [*direct_requirements(), *map(Requirement, sorted(NOT_IN_METADATA))]
+def closure(requirements: Iterable[Requirement], lock: Mapping[str, str]) -> set[str]:
+    """Names of the requirements and of all that they need, each checked against the lock."""
+    todo = list(requirements)
     reached: set[tuple[str, frozenset[str]]] = set()
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
-        assert name in CPU, f"{requirement} is missing in requirements/cpu.txt"
-        assert requirement.specifier.contains(CPU[name]), f"{requirement} against {name}=={CPU[name]}"
+        assert name in lock, f"{requirement} is missing in requirements"
+        assert requirement.specifier.contains(lock[name]), f"{requirement} against {name}=={lock[name]}"
         if (name, frozenset(requirement.extras)) not in reached:
             reached.add((name, frozenset(requirement.extras)))
             todo += needs(name, requirement.extras)
-    assert {name for name, _ in reached} == set(CPU)
+    return {name for name, _ in reached}
+
+
+def test_the_locks_are_complete_and_hold_nothing_else() -> None:
+    carriers = [Requirement(name) for name in sorted(NOT_IN_METADATA)]
+    assert closure([*direct_requirements(without=DEV_EXTRAS), *carriers], CPU) == set(CPU)
+    assert not set(CPU) & set(DEV)
+    assert closure([*direct_requirements(), *carriers], CPU | DEV) == set(CPU) | set(DEV)
 
 
 def third_party_imports(package: str) -> set[str]:
