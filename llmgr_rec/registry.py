@@ -1,9 +1,12 @@
 """Lookup of encoders, heads and baselines: by registered name, or by import path `module:attribute`."""
 
+import difflib
+import inspect
+import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -41,19 +44,17 @@ def resolve(name: str, known: Mapping[str, T], what: str) -> T:
             )
         return known[name]
     module_name, attribute = _split(name, what)
+    if module_name == "__main__":
+        raise UserError(
+            f"{what} is {name}, but other processes cannot import what a script or notebook defines; move it into a "
+            "module"
+        )
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{what} is {name}, but there is no module {error.name}; install it, or put its folder on PYTHONPATH"
-        ) from None
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"{what} is {name}, but importing {module_name} failed in {frame.filename}:{frame.lineno} ({reason}); "
-            "correct that module"
-        ) from error
+        raise UserError(f"{what} is {name}, but there is no module {_missing(error.name or module_name)}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{what} is {name}, but importing {module_name} {_failure(error)}") from error
     part: Any = getattr(module, attribute, None)
     if part is None:
         names = [other for other in vars(module) if not other.startswith("_")]
@@ -61,7 +62,9 @@ def resolve(name: str, known: Mapping[str, T], what: str) -> T:
     return part
 
 
-def resolve_class(name: str, known: Mapping[str, type[T]], what: str, base: type[T]) -> type[T]:
+def resolve_class(
+    name: str, known: Mapping[str, type[T]], what: str, base: type[T], arguments: Sequence[str]
+) -> type[T]:
     """`resolve` for registries of classes.
 
     Args:
@@ -69,16 +72,70 @@ def resolve_class(name: str, known: Mapping[str, type[T]], what: str, base: type
         known: The registry.
         what: Source of the name, for messages.
         base: Required base class.
+        arguments: Names of the arguments with which the class is called.
 
     Raises:
-        UserError: As in `resolve`, or the object is not a subclass of `base`.
+        UserError: As in `resolve`, or the object is not a subclass of `base`, lacks a method of it, or cannot be called
+            with these arguments.
     """
     part = resolve(name, known, what)
     if not (isinstance(part, type) and issubclass(part, base)):
         raise UserError(
             f"{what} is {name}, which is not a subclass of {base.__module__}.{base.__name__}; derive it from that class"
         )
+    if lacking := sorted(getattr(part, "__abstractmethods__", ())):
+        raise UserError(f"{what} is {name}, which lacks the method {lacking[0]}; define it")
+    check_call(part, name, what, arguments)
     return part
+
+
+def check_call(part: Callable[..., object], name: str, what: str, arguments: Sequence[str]) -> None:
+    """Checks that a part can be called with positional arguments.
+
+    Args:
+        part: The class or function.
+        name: Its name or import path.
+        what: Source of the name, for messages.
+        arguments: Names of the arguments, in order.
+
+    Raises:
+        UserError: Its signature does not accept them.
+    """
+    try:
+        signature = inspect.signature(part)
+    except ValueError:
+        # Some callables of extension modules do not tell their signature.
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        shown = ", ".join(signature.parameters)
+        raise UserError(
+            f"{what} is {name}, which takes ({shown}), but is called with ({', '.join(arguments)}): {error}; "
+            "change its arguments"
+        ) from None
+
+
+def construct(part: Callable[..., T], name: str, what: str, *arguments: object) -> T:
+    """Calls a part, and reports a failure of code from outside in one line.
+
+    Args:
+        part: The class or function, from `resolve`.
+        name: Its name or import path.
+        what: Source of the name, for messages.
+        arguments: Arguments of the call.
+
+    Raises:
+        UserError: The part has an import path and raised an exception.
+    """
+    try:
+        return part(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_import_path(name):
+            raise
+        raise UserError(f"{what} is {name}, but calling it {_failure(error)}") from error
 
 
 def require_allowed(names: Mapping[str, str], allow_code: Collection[str], source: str) -> None:
@@ -105,6 +162,28 @@ def require_allowed(names: Mapping[str, str], allow_code: Collection[str], sourc
                 f"code, allow it with --allow_code {package} (load_bundle: allow_code=['{package}']), or import "
                 "the module first"
             )
+
+
+def _missing(module: str) -> str:
+    """A module that was not found, and how to fix it."""
+    parent, _, leaf = module.rpartition(".")
+    if parent in sys.modules and not hasattr(sys.modules[parent], "__path__"):
+        return f"{module}; {parent} is a module, write {parent}:NAME"
+    folders = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+    names = [found.name for found in pkgutil.iter_modules(folders)]
+    if close := difflib.get_close_matches(leaf, names, n=1):
+        return f"{module}, did you mean {parent}{'.' if parent else ''}{close[0]}?"
+    return f"{module}; install it, or put its folder on PYTHONPATH"
+
+
+def _failure(error: BaseException) -> str:
+    """Where and why code from outside failed, and how to fix it."""
+    if isinstance(error, SyntaxError):
+        place, reason = f"{error.filename}:{error.lineno}", f"SyntaxError: {error.msg}"
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place, reason = f"{frame.filename}:{frame.lineno}", " ".join(f"{type(error).__name__}: {error}".split())
+    return f"failed in {place} ({reason}); correct that code"
 
 
 def _split(name: str, what: str) -> tuple[str, str]:

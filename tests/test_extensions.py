@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from llmgr_rec import Recommender
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import Config, EncoderConfig, HeadConfig
 from llmgr_rec.config_file import save_config, settings
+from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
 from llmgr_rec.experiments.__main__ import main as experiments
@@ -25,26 +28,13 @@ from llmgr_rec.train import main as train
 from tests.small_run import config, small_run
 
 ROOT = Path(__file__).parents[1]
-# The encoder and the baseline as docs/extending.md shows them, and beside them a head and more baselines.
-SHOWN = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_text(), re.MULTILINE | re.DOTALL)
+# What the pages docs/extending/*.md show.
+EXAMPLES = {part: ROOT / "examples" / f"own_{part}.py" for part in ("encoder", "baseline", "head")}
+EXAMPLES["prompt"] = ROOT / "examples" / "own_prompt.yaml"
+# The classes of the examples in one module, and beside them more baselines and parts with mistakes.
 PARTS = (
-    "\n".join(SHOWN)
+    "\n".join(file.read_text() for file in EXAMPLES.values() if file.suffix == ".py")
     + """
-from llmgr_rec.modules.heads import RankingHead
-
-
-class PlainHead(RankingHead):
-    def __init__(self, config, d1, d2, num_items):
-        super().__init__(config, d1, d2, num_items)
-        self.query = nn.Linear(d2, d1)
-
-    def queries(self, hidden_BH, recommender_queries_BD):
-        return self.join(self.query(self.standardize(hidden_BH)), recommender_queries_BD)
-
-    def items(self, item_rows_CD, rows_CD, text_CH, ids_C):
-        assert text_CH is None
-        return self.join(rows_CD.float(), item_rows_CD)
-
 
 def together(dataset, catalog, k_neighbors):
     return CoOccurrence(dataset, catalog, k_neighbors)
@@ -52,6 +42,35 @@ def together(dataset, catalog, k_neighbors):
 
 def number(dataset, catalog, k_neighbors):
     return 5
+
+
+def of_two(dataset, catalog):
+    return CoOccurrence(dataset, catalog, None)
+
+
+def failing(dataset, catalog, k_neighbors):
+    return 1 / 0
+
+
+class Unfinished(SessionEncoder):
+    def __init__(self, config, dim):
+        super().__init__()
+
+
+class OtherArguments(MeanPool):
+    def __init__(self, config, dim, depth):
+        super().__init__(config, dim)
+
+
+class Failing(MeanPool):
+    def __init__(self, config, dim):
+        super().__init__(config, dim)
+        self.project = nn.Linear(dim, config.depth)
+
+
+class HeadOfTwo(PlainHead):
+    def __init__(self, config, d1):
+        super().__init__(config, d1, d1, 1)
 """
 )
 
@@ -67,7 +86,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_config(configured, folder / "settings.yaml")
     words = ["--config", folder / "settings.yaml", "--dataset", small_run().dataset.path, "--output", folder / "run"]
     words += ["--encoder.name", "my_parts:MeanPool", "--head.name", "my_parts:PlainHead"]
-    words += ["--blend.neighbors", "[my_parts:CoOccurrence]"]
+    words += ["--blend.neighbors", "[my_parts:CoOccurrence]", "--prompt.templates", EXAMPLES["prompt"]]
     done = command(folder, "train", *map(str, words))
     assert done.returncode == 0, done.stderr
     return folder / "run"
@@ -131,6 +150,32 @@ def test_a_bundle_imports_only_what_is_allowed(run: Path, stage: str) -> None:
     # Its code has run already, so nothing more would.
     again = load_bundle(run / "export" / stage)
     assert again.model.state_dict().keys() == bundle.model.state_dict().keys()
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_run_with_parts_from_outside_is_asked_from_python(run: Path) -> None:
+    with pytest.raises(UserError, match=r"encoder\.name is my_parts:MeanPool, which would run code"):
+        Recommender.load(run)
+    recommender = Recommender.load(run, allow_code=["my_parts"])
+    (row,) = recommender.recommend([["i1", "i3"]], k=5).to_pylist()
+    assert len(set(row["item_ids"])) == 5
+
+
+def test_own_templates_are_recorded_with_those_that_they_leave_as_they_are(run: Path) -> None:
+    expected = {task: one.text for task, one in load_templates(str(EXAMPLES["prompt"])).items()}
+    assert expected["behave"] != load_templates("compact")["behave"].text
+    for file in (run / "prompts.yaml", run / "export" / "behave" / "prompts.yaml"):
+        assert yaml.safe_load(file.read_text()) == expected
+
+
+@pytest.mark.parametrize("part", EXAMPLES)
+def test_the_page_of_a_part_shows_the_whole_example(part: str) -> None:
+    text = EXAMPLES[part].read_text()
+    language = EXAMPLES[part].suffix.removeprefix(".").replace("py", "python")
+    assert len(text.splitlines()) < 40
+    page = (ROOT / "docs" / "extending" / f"{part}.md").read_text()
+    assert re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL) == [text]
+    assert f"../../examples/{EXAMPLES[part].name}" in page
 
 
 def test_a_blend_is_loaded_without_the_code_that_made_it(run: Path) -> None:
@@ -208,13 +253,30 @@ variants:
         ("my_parts:", r"is my_parts:, which is not an import path; give module:attribute"),
         ("my_parts:a.b", r"is my_parts:a\.b, which is not an import path"),
         ("../my_parts:MeanPool", r"which is not an import path"),
-        ("broken:Mean", r"importing broken failed in .*broken\.py:2 \(NameError: .*missing.*\); correct that module"),
+        ("my_part:MeanPool", r"but there is no module my_part, did you mean my_parts\?$"),
+        ("my_parts.py:MeanPool", r"there is no module my_parts\.py; my_parts is a module, write my_parts:NAME$"),
+        ("llmgr_rec.modules.gcsam:GCSAN", r"gcsam, did you mean llmgr_rec\.modules\.gcsan\?$"),
+        (
+            "__main__:Mean",
+            r"cannot import what a script or notebook defines; move it into a module$",
+        ),
+        ("broken:Mean", r"importing broken failed in .*broken\.py:2 \(NameError: .*missing.*\); correct that code$"),
+        ("typo:Mean", r"importing typo failed in .*typo\.py:1 \(SyntaxError: expected ':'\); correct that code$"),
+        ("program:Mean", r"importing program failed in .*program\.py:2 \(SystemExit: 3\); correct that code$"),
         ("lacking:Mean", r"there is no module no_such_package; install it"),
+        ("my_parts:Unfinished", r"is my_parts:Unfinished, which lacks the method forward; define it$"),
+        (
+            "my_parts:OtherArguments",
+            r"which takes \(config, dim, depth\), but is called with \(config, dim\): missing a required argument: "
+            r"'depth'; change its arguments$",
+        ),
     ],
 )
 def test_a_wrong_name_is_reported(run: Path, tmp_path: Path, name: str, message: str) -> None:
     (run.parent / "outside" / "broken.py").write_text("value = 1\nmissing\n")
     (run.parent / "outside" / "lacking.py").write_text("import no_such_package\n")
+    (run.parent / "outside" / "typo.py").write_text("class Mean\n    pass\n")
+    (run.parent / "outside" / "program.py").write_text("import sys\nsys.exit(3)\n")
     with pytest.raises(UserError, match=message):
         build_encoder(EncoderConfig(name=name), 8)
     with pytest.raises(UserError, match=message):
@@ -231,7 +293,16 @@ def test_wrong_heads_and_baselines_are_reported(run: Path, tmp_path: Path) -> No
         build_head(HeadConfig(name="tid"), 8, 16, 10)
     dataset = str(small_run().dataset.path)
     words = ["--run", str(run), "--dataset", dataset, "--output", str(tmp_path / "metrics.json"), "--models"]
+    with pytest.raises(
+        UserError, match=r"takes \(config, d1\), but is called with \(config, d1, d2, num_items\): too many"
+    ):
+        build_head(HeadConfig(name="my_parts:HeadOfTwo"), 8, 16, 10)
+    failed = r"but calling it failed in .*my_parts\.py:\d+ \(AttributeError: .*depth.*\); correct that code$"
+    with pytest.raises(UserError, match=rf"^setting encoder\.name is my_parts:Failing, {failed}"):
+        build_encoder(EncoderConfig(name="my_parts:Failing"), 8)
     for name, message in (
+        ("my_parts:of_two", r"takes \(dataset, catalog\), but is called with \(dataset, catalog, k_neighbors\)"),
+        ("my_parts:failing", r"calling it failed in .*my_parts\.py:\d+ \(ZeroDivisionError: division by zero\)"),
         ("my_parts:togeter", r"--models is my_parts:togeter, but my_parts has no togeter, did you mean together\?"),
         ("my_parts:number", r"baseline my_parts:number made a int without a method rank"),
     ):

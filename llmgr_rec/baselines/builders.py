@@ -20,7 +20,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.errors import UserError
-from llmgr_rec.registry import resolve
+from llmgr_rec.registry import check_call, construct, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ BASELINES: dict[str, BaselineBuilder] = {
     "session_knn": _session_knn,
     "text_knn": _text_knn,
 }
+_SETTING = "setting blend.neighbors"
 # Baselines that are matrices of item similarities, as a blend requires.
 BLENDED = ("item_knn", "text_knn")
 # Baselines that are evaluated by default. The others are not, because session-kNN is slow on long logs, and text-kNN
@@ -107,11 +108,15 @@ def baseline_builder(name: str, what: str = "baseline") -> BaselineBuilder:
         what: What the name belongs to, for error messages.
 
     Raises:
-        UserError: There is no such baseline.
+        UserError: There is no such baseline, or it cannot be called as one.
     """
     builder = resolve(name, BASELINES, what)
+    arguments = ("dataset", "catalog", "k_neighbors")
     if not callable(builder):
-        raise UserError(f"{what} is {name}, which cannot be called; give a function or class of (dataset, catalog, k)")
+        raise UserError(
+            f"{what} is {name}, which cannot be called; give a function or class of ({', '.join(arguments)})"
+        )
+    check_call(builder, name, what, arguments)
     return builder
 
 
@@ -127,12 +132,13 @@ def check_blended(names: Iterable[str]) -> None:
     for name in names:
         if name in BLENDED:
             continue
-        builder = baseline_builder(name, "setting blend.neighbors")
+        builder = resolve(name, BASELINES, _SETTING)
         if name in BASELINES or (isinstance(builder, type) and not issubclass(builder, ItemNeighbors)):
             raise UserError(
-                f"setting blend.neighbors names {name}, which has no matrix of item similarities; name "
+                f"{_SETTING} names {name}, which has no matrix of item similarities; name "
                 f"{', '.join(BLENDED)} or a baseline derived from llmgr_rec.baselines.knn.ItemNeighbors"
             )
+        baseline_builder(name, _SETTING)
 
 
 def build_baseline(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: int | None = None) -> Baseline:
@@ -147,7 +153,7 @@ def build_baseline(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: i
     Raises:
         UserError: There is no such baseline, or it requires item texts and there are none.
     """
-    baseline = baseline_builder(name)(dataset, catalog, k_neighbors)
+    baseline = construct(baseline_builder(name), name, "baseline", dataset, catalog, k_neighbors)
     if not isinstance(baseline, Baseline):
         raise UserError(
             f"baseline {name} made a {type(baseline).__name__} without a method rank; return a "

@@ -1,4 +1,4 @@
-"""Prompt templates: a YAML file with one template per task."""
+"""Prompt templates: a YAML file with the templates of some tasks, or of all."""
 
 import re
 from collections.abc import Iterator
@@ -27,6 +27,9 @@ _REQUIRED: dict[Task, tuple[Placeholder, ...]] = {
     "structure_graph": ("graph",),
     "structure_nodes": ("nodes",),
 }
+# Key of a file of templates: the built-in file that has those of the other tasks.
+_BASE = "base"
+_DEFAULT_BASE = "compact"
 _OPTIONAL_PART = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
@@ -66,23 +69,42 @@ def load_templates(name_or_path: str) -> dict[Task, PromptTemplate]:
     """Reads a file of prompt templates.
 
     Args:
-        name_or_path: Name of a built-in file, such as `default`, or path of a YAML file that maps each task to its
-            template.
+        name_or_path: Name of a built-in file, such as `default`, or path of a YAML file that maps tasks to their
+            templates. The templates that it does not have are those of `compact`, or of the built-in file that its key
+            `base` names.
+
+    Returns:
+        The template of every task.
 
     Raises:
-        UserError: The file is missing or not valid YAML, lacks a task, or has an unknown task or placeholder.
+        UserError: The file is missing or not valid YAML, or has an unknown task or placeholder.
     """
-    file, templates = _read(name_or_path)
-    if not isinstance(templates, dict) or not all(isinstance(text, str) for text in templates.values()):
-        raise UserError(f"{file} must map each of {', '.join(_PLACEHOLDERS)} to the text of its prompt")
-    for task in templates:
-        if task not in _PLACEHOLDERS:
-            raise UserError(f"{file}: unknown task {task}{did_you_mean(str(task), get_args(Task))}")
-    if missing := [task for task in _PLACEHOLDERS if task not in templates]:
-        raise UserError(
-            f"{file}: no template for {', '.join(missing)}; see the built-in file recipes/prompts/default.yaml"
-        )
-    return {task: parse_template(task, templates[task], file) for task in _PLACEHOLDERS}
+    file, texts = _read(name_or_path)
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise UserError(f"{file} must map tasks ({', '.join(_PLACEHOLDERS)}) to the texts of their prompts")
+    for task in texts:
+        if task not in _PLACEHOLDERS and task != _BASE:
+            known = (*_PLACEHOLDERS, _BASE)
+            raise UserError(f"{file}: unknown task {task}{did_you_mean(str(task), known)}")
+    if all(task in texts for task in _PLACEHOLDERS):
+        templates: dict[Task, PromptTemplate] = {}
+    else:
+        templates = _base_templates(texts.get(_BASE, _DEFAULT_BASE), file)
+    own = {task: parse_template(task, texts[task], file) for task in _PLACEHOLDERS if task in texts}
+    return {task: own[task] if task in own else templates[task] for task in _PLACEHOLDERS}
+
+
+def save_templates(name_or_path: str, path: Path) -> None:
+    """Writes the templates of all tasks as one file, which `load_templates` reads.
+
+    Args:
+        name_or_path: As in `load_templates`.
+        path: File to write.
+    """
+    import yaml
+
+    texts = {str(task): template.text for task, template in load_templates(name_or_path).items()}
+    path.write_text(yaml.safe_dump(texts, sort_keys=False, width=120))
 
 
 def parse_template(task: Task, text: str, source: str) -> PromptTemplate:
@@ -111,11 +133,16 @@ def parse_template(task: Task, text: str, source: str) -> PromptTemplate:
     return PromptTemplate(task, source, text)
 
 
+def _base_templates(base: str, file: str) -> dict[Task, PromptTemplate]:
+    if base not in (names := _built_in()):
+        raise UserError(f"{file}: base is {base}, which is no built-in file of templates{did_you_mean(base, names)}")
+    return load_templates(base)
+
+
 def _read(name_or_path: str) -> tuple[str, Any]:
-    built_in = Path(str(files("llmgr_rec.recipes"))) / "prompts"
-    names = sorted(path.stem for path in built_in.glob("*.yaml"))
+    names = _built_in()
     if name_or_path in names:
-        return f"{name_or_path}.yaml", read_yaml(built_in / f"{name_or_path}.yaml")
+        return f"{name_or_path}.yaml", read_yaml(names[name_or_path])
     file = Path(name_or_path).expanduser()
     if not file.is_file():
         raise UserError(
@@ -123,3 +150,9 @@ def _read(name_or_path: str) -> tuple[str, Any]:
             f"{did_you_mean(name_or_path, names)}"
         )
     return name_or_path, read_yaml(file)
+
+
+def _built_in() -> dict[str, Path]:
+    """Built-in files of templates by name."""
+    folder = Path(str(files("llmgr_rec.recipes"))) / "prompts"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -7,7 +7,9 @@ from llmgr_rec.modules.sasrec import SASRec
 from llmgr_rec.modules.session_encoder import SessionEncoder
 from llmgr_rec.modules.srgnn import SRGNN
 from llmgr_rec.modules.stamp import STAMP
-from llmgr_rec.registry import resolve_class
+from llmgr_rec.registry import construct, resolve_class
+
+_SETTING = "setting encoder.name"
 
 ENCODERS: dict[str, type[SessionEncoder]] = {
     "gcsan": GCSAN,
@@ -25,9 +27,9 @@ def encoder_class(name: str) -> type[SessionEncoder]:
         name: Key of `ENCODERS`, or the import path of a subclass of `SessionEncoder`, whose module is imported.
 
     Raises:
-        UserError: The name is unknown, or its import fails or is not a session encoder.
+        UserError: The name is unknown, its import fails, or it is not a session encoder with the arguments of one.
     """
-    return resolve_class(name, ENCODERS, "setting encoder.name", SessionEncoder)  # type: ignore[type-abstract]
+    return resolve_class(name, ENCODERS, _SETTING, SessionEncoder, ("config", "dim"))  # type: ignore[type-abstract]
 
 
 def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
@@ -43,4 +45,4 @@ def build_encoder(config: EncoderConfig, dim: int) -> SessionEncoder:
     Raises:
         UserError: The encoder is unknown, or a setting is out of its range.
     """
-    return encoder_class(config.name)(config, dim)
+    return construct(encoder_class(config.name), config.name, _SETTING, config, dim)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmgr_rec.config import HeadConfig
-from llmgr_rec.registry import resolve_class
+from llmgr_rec.registry import construct, resolve_class
 
 # Initial scale of the head's score where the recommender's is added: small, so that training starts from its ranking.
 _RESIDUAL_SCALE = 0.1
@@ -205,6 +205,8 @@ class LinearHead(RankingHead):
         return self.join(torch.cat([weight_CH, bias_C.unsqueeze(1)], dim=1), item_rows_CD)
 
 
+_SETTING = "setting head.name"
+
 HEADS: dict[str, type[RankingHead]] = {"tied": TiedHead, "linear": LinearHead}
 
 
@@ -215,9 +217,10 @@ def head_class(name: str) -> type[RankingHead]:
         name: Key of `HEADS`, or the import path of a subclass of `RankingHead`, whose module is imported.
 
     Raises:
-        UserError: The name is unknown, or its import fails or is not a ranking head.
+        UserError: The name is unknown, its import fails, or it is not a ranking head with the arguments of one.
     """
-    return resolve_class(name, HEADS, "setting head.name", RankingHead)  # type: ignore[type-abstract]
+    arguments = ("config", "d1", "d2", "num_items")
+    return resolve_class(name, HEADS, _SETTING, RankingHead, arguments)  # type: ignore[type-abstract]
 
 
 def build_head(config: HeadConfig, d1: int, d2: int, num_items: int) -> RankingHead:
@@ -226,4 +229,4 @@ def build_head(config: HeadConfig, d1: int, d2: int, num_items: int) -> RankingH
     Raises:
         UserError: The head is unknown, or a setting is out of its range.
     """
-    return head_class(config.name)(config, d1, d2, num_items)
+    return construct(head_class(config.name), config.name, _SETTING, config, d1, d2, num_items)

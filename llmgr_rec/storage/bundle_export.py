@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.config_file import save_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Manifest
-from llmgr_rec.data.prompt_templates import load_templates
+from llmgr_rec.data.prompt_templates import save_templates
 from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.fsdp import gather_full
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
@@ -260,8 +259,7 @@ def _write_weights(
 def _write_inputs(config: Config, catalog: Catalog, partial: Path) -> None:
     """Writes settings, prompt templates and catalog."""
     save_config(config, partial / CONFIG)
-    templates = {str(task): template.text for task, template in load_templates(config.prompt.templates).items()}
-    (partial / PROMPTS).write_text(yaml.safe_dump(templates, sort_keys=False, width=120))
+    save_templates(config.prompt.templates, partial / PROMPTS)
     shutil.copyfile(catalog.file, partial / ITEMS_NAME)
 
 

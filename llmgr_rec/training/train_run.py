@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmgr_rec.config import Config, StageName
+from llmgr_rec.config import PROMPT_STAGES, Config, StageName, trained_stages
 from llmgr_rec.config_file import save_config
+from llmgr_rec.data.prompt_templates import save_templates
 from llmgr_rec.distributed.process_group import World, process_group, run_on_rank0
 from llmgr_rec.errors import RankLostError, StopRequested
 from llmgr_rec.files import atomic_write
 from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.stop_signals import StopSignals
+from llmgr_rec.storage.bundle_index import CONFIG, PROMPTS
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import CheckedRun, RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
@@ -54,7 +56,7 @@ def _train(request: RunRequest, checked: CheckedRun, world: World, signals: Stop
     config, output = request.config, request.output
     # A complete run keeps the settings of its training.
     if world.rank == 0 and checked.stages:
-        _save_config(config, output / "config.yaml")
+        _save_config(config, output)
         with atomic_write(output / LAUNCH) as partial:
             partial.write_text(request.launch)
     metrics = MetricsLogger(output, enabled=world.rank == 0)
@@ -82,7 +84,10 @@ def _locked(output: Path, world: World) -> Iterator[None]:
         lock.release()
 
 
-def _save_config(config: Config, path: Path) -> None:
-    """Writes the settings atomically, because this file marks the folder as a run."""
-    with atomic_write(path) as partial:
+def _save_config(config: Config, output: Path) -> None:
+    """Writes the settings, which mark the folder as a run, and the complete prompt templates beside them."""
+    with atomic_write(output / CONFIG) as partial:
         save_config(config, partial)
+    if set(PROMPT_STAGES) & set(trained_stages(config)):
+        with atomic_write(output / PROMPTS) as partial:
+            save_templates(config.prompt.templates, partial)

@@ -1,6 +1,6 @@
 import pytest
 
-from llmgr_rec.data.prompt_templates import load_templates, parse_template
+from llmgr_rec.data.prompt_templates import load_templates, parse_template, save_templates
 from llmgr_rec.errors import UserError
 
 WHOLE = {
@@ -62,12 +62,26 @@ def test_bad_template_names_file_task_and_placeholder(tmp_path, task, text, mess
         load_templates(write(tmp_path, {**WHOLE, task: text}))
 
 
-def test_unknown_and_missing_task(tmp_path):
-    with pytest.raises(UserError, match=r"unknown task behav, did you mean behave\?"):
-        load_templates(write(tmp_path, {**WHOLE, "behav": "{nodes}"}))
-    without = {task: text for task, text in WHOLE.items() if task != "align"}
-    with pytest.raises(UserError, match="no template for align"):
-        load_templates(write(tmp_path, without))
+def test_unknown_task(tmp_path):
+    for name, meant in (("behav", "behave"), ("bse", "base")):
+        with pytest.raises(UserError, match=rf"prompts\.yaml: unknown task {name}, did you mean {meant}\?"):
+            load_templates(write(tmp_path, {**WHOLE, name: "{nodes}"}))
+
+
+def test_other_templates_are_those_of_the_base(tmp_path):
+    own = {"align": WHOLE["align"]}
+    for given, base in ((own, "compact"), ({**own, "base": "default"}, "default"), ({"base": "default"}, "default")):
+        file = write(tmp_path, given)
+        found, expected = load_templates(file), load_templates(base)
+        assert list(found) == list(WHOLE)
+        assert found["behave"] == expected["behave"]
+        assert found["align"].text == given.get("align", expected["align"].text)
+        save_templates(file, tmp_path / "complete.yaml")
+        complete = load_templates(str(tmp_path / "complete.yaml"))
+        assert {task: one.text for task, one in complete.items()} == {task: one.text for task, one in found.items()}
+        assert {one.source for one in complete.values()} == {str(tmp_path / "complete.yaml")}
+    with pytest.raises(UserError, match=r"base is compat, which is no built-in .*, did you mean compact\?"):
+        load_templates(write(tmp_path, {**own, "base": "compat"}))
 
 
 def test_unreadable_files(tmp_path):
@@ -78,8 +92,8 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"prompts\.yaml is not valid YAML"):
         load_templates(str(file))
     file.write_text("- behave")
-    with pytest.raises(UserError, match="must map each of behave, align"):
+    with pytest.raises(UserError, match=r"must map tasks \(behave, align"):
         load_templates(str(file))
     file.write_text("behave: 3")
-    with pytest.raises(UserError, match="must map each of behave, align"):
+    with pytest.raises(UserError, match=r"must map tasks \(behave, align"):
         load_templates(str(file))
