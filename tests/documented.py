@@ -33,6 +33,7 @@ OTHER_PROGRAMS = {
     "bash",
     "cat",
     "cd",
+    "curl",
     "docker",
     "export",
     "git",
