@@ -6,6 +6,7 @@ another process.
 Shapes: B sessions, R items that may be recommended, K places of a list.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from llmgr_rec.arrow_input import is_lists, to_ids, to_sessions, to_table
 from llmgr_rec.command_process import run_command
 from llmgr_rec.config import DType
 from llmgr_rec.errors import UserError
+from llmgr_rec.explanation.explainer import Explainer
+from llmgr_rec.explanation.records import Explanation
 from llmgr_rec.files import atomic_folder
 from llmgr_rec.scoring.session_ranker import SessionRanker
 from llmgr_rec.storage.bundle import BundleFiles, open_bundle
@@ -46,7 +49,7 @@ class Recommender:
     def __init__(
         self, files: BundleFiles, run: Path | None = None, dataset: Path | None = None, dtype: DType | None = None
     ) -> None:
-        self._path, self._run, self._dataset = files.path, run, dataset
+        self._files, self._run, self._dataset = files, run, dataset
         self.ranker = SessionRanker(files, dtype)
 
     @classmethod
@@ -209,6 +212,32 @@ class Recommender:
             raise UserError(f"item {unknown!r} is not in the catalog of {catalog.num_items:,} items")
         return pa.table({"item_id": ids, **self.ranker.lists(*self.ranker.similar(indices_B, length))})
 
+    def explain(
+        self,
+        session: Sequence[Any],
+        k: int = 5,
+        *,
+        items: Sequence[Any] | None = None,
+        exclude_seen: bool | None = None,
+    ) -> Explanation:
+        """Explains recommendations for one session; see docs/explaining.md.
+
+        Args:
+            session: Item ids, oldest click first.
+            k: Number of recommended items to explain, if no items are given.
+            items: Item ids to explain instead, recommended or not.
+            exclude_seen: As in `recommend`.
+
+        Raises:
+            UserError: An id has a wrong type, an item is not in the catalog, or `k` is out of range.
+        """
+        ids = to_sessions([session], "session")["items"].combine_chunks().flatten()
+        return self._explainer.explain(ids, k, None if items is None else to_ids(items, "items"), exclude_seen)
+
+    @functools.cached_property
+    def _explainer(self) -> Explainer:
+        return Explainer(self._files, self.ranker)
+
     def evaluate(self, split: str = "test", **options: object) -> dict[str, Any]:
         """Metrics of the trained models and baselines on the data set of the run, in another process.
 
@@ -244,7 +273,7 @@ class Recommender:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not an empty folder; give another path")
         with atomic_folder(folder.resolve()) as draft:
-            shutil.copytree(self._path, draft, dirs_exist_ok=True)
+            shutil.copytree(self._files.path, draft, dirs_exist_ok=True)
 
     def _list_length(self, k: int) -> int:
         if k < 1:

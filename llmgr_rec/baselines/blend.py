@@ -2,7 +2,7 @@
 
 It is one sparse matrix of item similarities, stored in the bundle of the model.
 
-Shapes: B sessions, V items, R items of a range.
+Shapes: B sessions, L clicks of a session, V items, R items of a range, K items of a list.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from scipy import sparse
 
 from llmgr_rec.baselines.recency import recency_weights
-from llmgr_rec.baselines.sparse_scores import Ints
+from llmgr_rec.baselines.sparse_scores import Floats, Ints
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
@@ -31,11 +31,14 @@ class Blend:
         weights: Weight of each baseline in the similarity, by name.
         similarity_VR: Similarity of clicked items (rows) and ranked items (columns), float32.
         decay: Weight of a click relative to the click after it.
+        terms: The blends of one baseline each that add up to this one, weights included; empty if there is only one, or
+            if they are not known. Ranking does not use them, explaining does.
     """
 
     weights: Mapping[str, float]
     similarity_VR: sparse.csr_array
     decay: float
+    terms: tuple["Blend", ...] = ()
 
     def scores(self, clicks: Jagged) -> sparse.csr_array:
         """Scores to be added to those of the model, float32 [B, R], with unsorted indices and without duplicates.
@@ -48,6 +51,20 @@ class Blend:
         # float32 like the similarity, which scipy would otherwise convert for each batch.
         return sparse.csr_array(weights_BV.astype(np.float32) @ self.similarity_VR)
 
+    def click_scores(self, clicks: Ints, items: Ints) -> tuple[Floats, Floats]:
+        """The summands of `scores` for one session: what each click adds to the scores of some items.
+
+        Args:
+            clicks: Item indices of the session's L clicks, oldest first.
+            items: Indices of K items.
+
+        Returns:
+            Weight of each click by its recency, [L], and weight times similarity, [L, K]; both float64.
+        """
+        recency_L = self.decay ** np.arange(len(clicks) - 1, -1, -1.0)
+        similarity_LK = self.similarity_VR[clicks][:, items].toarray().astype(np.float64)
+        return recency_L, recency_L[:, None] * similarity_LK
+
     def of_items(self, items: range | Ints) -> "Blend":
         """Selects some of the ranked items (columns); the clicked items (rows) stay.
 
@@ -57,10 +74,10 @@ class Blend:
         if len(items) == self.similarity_VR.shape[1]:
             return self
         columns = slice(items.start, items.stop) if isinstance(items, range) else items
-        return replace(self, similarity_VR=sparse.csr_array(self.similarity_VR[:, columns]))
+        return replace(self, similarity_VR=sparse.csr_array(self.similarity_VR[:, columns]), terms=())
 
     def save(self, file: Path) -> None:
-        """Writes the blend as an npz file without pickled objects. Equal blends give equal bytes.
+        """Writes the blend without its terms as an npz file without pickled objects. Equal blends give equal bytes.
 
         Args:
             file: File with the suffix npz.
@@ -113,12 +130,20 @@ def combine(blends: Sequence[Blend], weights: Sequence[float]) -> Blend:
         raise UserError(
             f"baselines {names} cannot be blended together, because their decays differ; give them the same decay"
         )
+    terms = tuple(
+        Blend(
+            {name: float(weight) for name in blend.weights},
+            sparse.csr_array(blend.similarity_VR * np.float32(weight)),
+            blend.decay,
+        )
+        for blend, weight in zip(blends, weights, strict=True)
+        if weight
+    )
     similarity_VV = sparse.csr_array(blends[0].similarity_VR.shape, dtype=np.float32)
-    for blend, weight in zip(blends, weights, strict=True):
-        if weight:
-            similarity_VV = similarity_VV + blend.similarity_VR * np.float32(weight)
+    for term in terms:
+        similarity_VV = similarity_VV + term.similarity_VR
     named = {name: float(weight) for blend, weight in zip(blends, weights, strict=True) for name in blend.weights}
-    return Blend(named, sparse.csr_array(similarity_VV), blends[0].decay)
+    return Blend(named, sparse.csr_array(similarity_VV), blends[0].decay, terms if len(terms) > 1 else ())
 
 
 def clicks_of(batch: SessionBatch) -> Jagged:

@@ -49,6 +49,18 @@ def tf_idf(texts: list[str]) -> sparse.csr_array:
     Returns:
         Sparse matrix [T, V], float64.
     """
+    return word_weights(texts)[1].T.tocsr()
+
+
+def word_weights(texts: list[str]) -> tuple[list[str], sparse.csr_array]:
+    """The words of texts and their weights, see `tf_idf`.
+
+    Args:
+        texts: Text of each item.
+
+    Returns:
+        The T distinct words, and a sparse matrix [V, T], float64.
+    """
     ids: dict[str, int] = {}
     words: list[int] = []
     offsets = [0]
@@ -61,7 +73,7 @@ def tf_idf(texts: list[str]) -> sparse.csr_array:
     weights_VT = sparse.csr_array((weight_T[word_W], word_W, offsets), shape=(len(texts), len(ids)))
     # A word of all texts has weight 0, and its entries would make every pair of items a neighbor candidate.
     weights_VT.eliminate_zeros()
-    return weights_VT.T.tocsr()
+    return list(ids), weights_VT
 
 
 def has_words(texts: Iterable[str]) -> bool:

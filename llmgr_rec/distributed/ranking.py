@@ -80,6 +80,22 @@ class RankingModel:
         queries_BQ: Tensor = self.model(batch)
         return queries_BQ
 
+    def score_parts(self, queries_BQ: Tensor, items_KQ: Tensor) -> dict[str, Tensor]:
+        """The parts of the model's scores: those of the encoder and, where there are, of language models.
+
+        Args:
+            queries_BQ: Queries.
+            items_KQ: Item vectors.
+
+        Returns:
+            Scores by part, float64 [B, K]; they add up to queries_BQ @ items_KQ.T.
+        """
+        columns = self.model.score_columns
+        splits = zip(
+            *(side.double().split(list(columns.values()), dim=1) for side in (queries_BQ, items_KQ)), strict=True
+        )
+        return {name: queries @ items.T for name, (queries, items) in zip(columns, splits, strict=True)}
+
     def ranker(self, world: World) -> "CatalogRanker":
         """Computes all item vectors with the current weights. A collective: all ranks must call it."""
         return CatalogRanker(self.model, self.collate, world, self.blend)

@@ -101,6 +101,12 @@ class LLMGR(nn.Module):
         output = self.look_up(batch)
         return self.queries(output, self.encode(output, batch, task))
 
+    @property
+    def score_columns(self) -> dict[str, int]:
+        """Number of columns of queries and item vectors that belong to each part of the score, in their order."""
+        added = self.recommender.score_columns if self.head.residual else {}
+        return {"llm": self.head.head_columns, **added}
+
     def look_up(self, batch: SessionBatch) -> RecommenderOutput:
         """The session recommender's output for a batch, without gradient."""
         with torch.no_grad():

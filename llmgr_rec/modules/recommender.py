@@ -124,6 +124,12 @@ class SessionRecommender(nn.Module):
         text = self.text_encoder(texts_XK, batch)
         return text[0], text[1]
 
+    @property
+    def score_columns(self) -> dict[str, int]:
+        """Number of columns of queries and item vectors that belong to each part of the score, in their order."""
+        columns = {"encoder": self.item_tables.dim}
+        return columns if self.text_encoder is None else {**columns, "text_encoder": self.text_encoder.dim}
+
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
         """Looks up the vectors of items and the table rows that they are computed from.
 
@@ -152,6 +158,15 @@ class SessionRecommender(nn.Module):
         """Queries of a batch, [B, Q]."""
         queries_BQ: Tensor = self(batch).queries_BQ
         return queries_BQ
+
+    def encoder_queries(self, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:
+        """The encoder's columns of the queries, from vectors of the nodes, [B, D].
+
+        Args:
+            nodes_ND: Item vectors of the nodes.
+            graph: The sessions' graphs.
+        """
+        return self._as_query(self.encoder(nodes_ND, graph).sessions_BD)
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """Item vectors, [C, Q]; scores are queries @ item_vectors.T.

@@ -32,6 +32,7 @@ from llmgr_rec.storage.adapter_files import ADAPTER_WEIGHTS, load_adapter
 from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors, model_of
 from llmgr_rec.storage.bundle_index import (
     BLEND,
+    BLEND_TERM,
     CONFIG,
     INDEX,
     LANGUAGE,
@@ -200,6 +201,26 @@ def load_model(
     if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
         raise UserError(f"bundle {folder} is damaged: {BLEND} belongs to another catalog; copy or export it again")
     return Bundle(folder, spec, model.eval(), catalog, factory.collator(spec, catalog, "rank"), blend)
+
+
+def load_blend_terms(files: BundleFiles) -> tuple[Blend, ...]:
+    """The parts of a bundle's blend of each baseline, see `Blend.terms`.
+
+    Args:
+        files: From `open_bundle`.
+
+    Returns:
+        Empty if the blend has a single baseline, or if an earlier version wrote the bundle.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    terms: list[Blend] = []
+    while (name := BLEND_TERM.format(len(terms))) in files.index.files:
+        terms.append(Blend.load(verified_file(files.path, files.index, name)))
+        if terms[-1].similarity_VR.shape[0] != files.catalog.num_items:
+            raise UserError(f"bundle {files.path} is damaged: {name} belongs to another catalog; copy it again")
+    return tuple(terms)
 
 
 def check_bundle_code(config: Config, folder: Path, allow_code: Collection[str]) -> None:

@@ -30,6 +30,7 @@ from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.adapter_files import save_adapter
 from llmgr_rec.storage.bundle_index import (
     BLEND,
+    BLEND_TERM,
     CONFIG,
     INDEX,
     LANGUAGE,
@@ -103,6 +104,8 @@ def export_bundle(
             _write_inputs(config, catalog, partial)
             if blend is not None:
                 blend.save(partial / BLEND)
+                for number, term in enumerate(blend.terms):
+                    term.save(partial / BLEND_TERM.format(number))
             index = _index(model, stage, config, catalog, partial, written, weights_hash, trained_on)
             index = replace(index, factory=factory.name)
             (partial / INDEX).write_text(index.to_json())

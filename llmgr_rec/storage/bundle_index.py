@@ -8,6 +8,7 @@ Files of a bundle RUN/export/<stage>/:
     tables/<table>-r<row>-c<column>.safetensors   blocks of the embedding tables
     llmgr.safetensors, lora/                      adapter and head, PEFT adapter; only with a language model
     blend.npz                                     nearest-neighbor similarities; only with a blend
+    blend-<number>.npz                            their part of each baseline; only with several, and for explanations
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from llmgr_rec.paths import check_inside
 FORMAT_VERSION = 2
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
-BLEND = "blend.npz"
+BLEND, BLEND_TERM = "blend.npz", "blend-{}.npz"
 TENSOR = "weight"
 _HASH_BYTES = 1 << 22
 _REMEDY = "copy or export it again"
