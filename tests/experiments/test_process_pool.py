@@ -91,7 +91,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)
     command = [sys.executable, str(tmp_path / "orphan.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     worker = int(done.stdout)
     deadline = time.monotonic() + 30
     while Path(f"/proc/{worker}").exists():

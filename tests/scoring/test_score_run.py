@@ -153,11 +153,11 @@ def test_an_interrupted_job_ends_with_the_same_bytes(tmp_path, monkeypatch):
     score_run(whole)
     write = ScoreFolder.write
 
-    def fail_late(folder: ScoreFolder, part: Any, *values: Any) -> None:
+    def fail_late(folder: ScoreFolder, part: Any, *values: Any, **counts: Any) -> None:
         if part.name == "part-00003.parquet":
             (folder.path / f".{part.name}.tmp").write_bytes(b"half")
             raise OSError("disk full")
-        write(folder, part, *values)
+        write(folder, part, *values, **counts)
 
     monkeypatch.setattr(ScoreFolder, "write", fail_late)
     with pytest.raises(OSError, match="disk full"):
