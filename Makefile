@@ -5,6 +5,7 @@
 #   make test-all                      all tests, including slow ones
 #   make lint                          ruff, mypy, import-linter
 #   make venv    [LOCK=gpu]            only .venv, from requirements/$(LOCK).txt; the targets for development add dev.txt
+#   make docs                          the documentation site, in site/
 #   make wheel                         dist/llmgr_rec-*.whl
 #   make clean                         deletes what these targets made, except runs/
 #
@@ -34,7 +35,7 @@ unexport PYTHONPATH PYTHONHOME
 MAKE_VENV = python3 requirements/make_venv.py --venv "$(VENV)" --lock "requirements/$(LOCK).txt" \
 	--torch-index "$(TORCH_INDEX)" --python "$(PYTHON)"
 
-.PHONY: help venv tools demo test test-all lint wheel clean
+.PHONY: help venv tools demo test test-all lint docs wheel clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -61,9 +62,13 @@ lint: tools
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
 
+# The variable silences an advertisement of the theme for its successor.
+docs: tools
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 wheel: tools
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf "$(VENV)" "$(VENV).lock" build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf "$(VENV)" "$(VENV).lock" build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

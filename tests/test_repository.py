@@ -243,12 +243,13 @@ def test_the_licence_is_the_one_that_the_metadata_names() -> None:
     assert metadata()["license"] == "Apache-2.0"
 
 
-def test_the_ci_script_runs_both_commands_and_stops_at_a_failure() -> None:
+def test_the_ci_script_runs_the_commands_and_stops_at_a_failure() -> None:
     script = ROOT / ".ci" / "run"
     assert subprocess.run(["bash", "-n", script], timeout=30).returncode == 0
     text = script.read_text()
     assert "set -euo pipefail" in text
     assert "make lint" in text
+    assert "make docs" in text
     assert "make test" in text
     assert script.stat().st_mode & 0o111
 
