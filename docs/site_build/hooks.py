@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -30,13 +31,18 @@ PAGES = {
 }
 _SOURCES = {page: name for name, page in PAGES.items()}
 _LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+_LANGUAGES = {".py": "python", ".yaml": "yaml", ".ipynb": "json"}
 _FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of the root, the examples and the reference."""
+    """Adds the pages of the root, the reference, the list of examples, and the source files that a page links to."""
     pages = {page: (ROOT / name).read_text() for page, name in _SOURCES.items()}
-    for page, content in {**pages, **example_pages(), **reference_pages()}.items():
+    pages |= {"examples.md": examples_page(), **reference_pages()}
+    texts = {file.src_uri: Path(file.abs_src_path).read_text() for file in files.documentation_pages()} | pages
+    linked = {name for page, text in texts.items() for name in _linked_files(text, page)}
+    pages |= {site_path(name): _source_page(name) for name in sorted(linked) if site_path(name).startswith("source/")}
+    for page, content in pages.items():
         files.append(File.generated(config, page, content=content))
     return files
 
@@ -52,17 +58,16 @@ def with_site_links(markdown: str, page: str) -> str:
     """A page with its links to files of the repository as links to pages of the site.
 
     Args:
-        markdown: Text of the page.
+        markdown: Text of the page, without code.
         page: Path of the page in the site's sources.
     """
-    source = posixpath.dirname(_SOURCES.get(page, f"docs/{page}"))
 
     def replaced(link: re.Match[str]) -> str:
         path, anchor = link.groups()
         if ":" in path:
             return link.group()
-        wanted = site_path(posixpath.normpath(posixpath.join(source, path)))
-        return f"]({posixpath.relpath(wanted, posixpath.dirname(page) or '.')}{anchor or ''})"
+        target = site_path(_repository_path(path, page))
+        return f"]({posixpath.relpath(target, posixpath.dirname(page) or '.')}{anchor or ''})"
 
     return _LINK.sub(replaced, markdown)
 
@@ -72,40 +77,47 @@ def site_path(name: str) -> str:
 
     Args:
         name: Path from the root of the repository.
-
-    Raises:
-        ValueError: The site does not have the file.
     """
     if name in PAGES:
         return PAGES[name]
     if name.startswith("docs/"):
         return name.removeprefix("docs/")
-    if name == "examples":
-        return "examples/index.md"
-    if name.startswith("examples/"):
-        return f"examples/{Path(name).stem}.md"
-    raise ValueError(f"a page links to {name}, which the site does not have; add it to PAGES in {__file__}")
+    return "examples.md" if name == "examples" else f"source/{name}.md"
 
 
-def example_pages() -> dict[str, str]:
-    """A page with the source of each example, and a list of them, by path in the site's sources."""
-    pages, rows = {}, []
-    for path in sorted((ROOT / "examples").iterdir()):
-        if path.suffix not in {".py", ".yaml"} or path.name == "__init__.py":
-            continue
-        text = path.read_text()
-        language = "python" if path.suffix == ".py" else "yaml"
-        title = _title(text, path)
-        pages[f"examples/{path.stem}.md"] = f"# {path.name}\n\n```{language}\n{text}```\n"
-        rows.append(f"| [`{path.name}`]({path.stem}.md) | {title} |")
-    head = "# Examples\n\nShort programs and parts in the folder `examples`. Tests run all of them.\n"
-    return {**pages, "examples/index.md": "\n".join([head, "| file | content |", "|---|---|", *rows, ""])}
+def examples_page() -> str:
+    """A list of the examples."""
+    rows = ["# Examples", "", "Short programs and parts in the folder `examples`. Tests run all of them.", ""]
+    rows += ["| file | content |", "|---|---|"]
+    paths = sorted((ROOT / "examples").iterdir())
+    titles = {path.name: _title(path) for path in paths if path.suffix in _LANGUAGES and path.name != "__init__.py"}
+    return "\n".join([*rows, *(f"| [`{name}`](../examples/{name}) | {title} |" for name, title in titles.items()), ""])
 
 
-def _title(text: str, path: Path) -> str:
+def _linked_files(text: str, page: str) -> list[str]:
+    paths = [path for path, _ in _LINK.findall(_FENCED.sub("", text)) if ":" not in path]
+    return [_repository_path(path, page) for path in paths]
+
+
+def _repository_path(path: str, page: str) -> str:
+    """Path from the root of the repository of what a page links to."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(_SOURCES.get(page, f"docs/{page}")), path))
+
+
+def _source_page(name: str) -> str:
+    text = (ROOT / name).read_text()
+    if name.endswith(".ipynb"):
+        cells = nbformat.reads(text, as_version=4).cells
+        parts = [f"```python\n{cell.source}\n```" if cell.cell_type == "code" else cell.source for cell in cells]
+        return "\n\n".join(parts) + "\n"
+    return f"# {name}\n\n```{_LANGUAGES.get(Path(name).suffix, 'text')}\n{text}```\n"
+
+
+def _title(path: Path) -> str:
     """First sentence of a file."""
+    text = path.read_text()
     if path.suffix == ".py":
-        first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    else:
-        first = text.partition("\n")[0].removeprefix("# ")
-    return first.partition(": docs/")[0].rstrip(".") + "."
+        text = ast.get_docstring(ast.parse(text)) or ""
+    elif path.suffix == ".ipynb":
+        text = nbformat.reads(text, as_version=4).cells[0].source
+    return text.lstrip("# ").partition("\n")[0].partition(": docs/")[0].rstrip(".") + "."
