@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from llmgr_rec.storage.bundle_export import export_bundle as export_bundle
     from llmgr_rec.storage.model_factory import ModelFactory as ModelFactory
     from llmgr_rec.storage.table_io import init_tables as init_tables
+    from llmgr_rec.towers.llmgr_tower import LLMGRTower as LLMGRTower
+    from llmgr_rec.towers.session_tower import SessionTower as SessionTower
 
 __version__ = "0.2.0"
 
@@ -70,6 +72,7 @@ _MODULES = {
     "ItemTables": "modules.item_tables",
     "Jagged": "data.jagged",
     "LLMGR": "modules.llmgr",
+    "LLMGRTower": "towers.llmgr_tower",
     "ModelFactory": "storage.model_factory",
     "ModelSpec": "modules.model_spec",
     "RankingModel": "distributed.ranking",
@@ -82,6 +85,7 @@ _MODULES = {
     "SessionGraph": "data.graph",
     "SessionReader": "data.reader",
     "SessionRecommender": "modules.recommender",
+    "SessionTower": "towers.session_tower",
     "TablesConfig": "config",
     "UserError": "errors",
     "World": "distributed.process_group",

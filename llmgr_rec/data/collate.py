@@ -114,7 +114,7 @@ class Collator:
             self.unseen_log_q_V = unseen_V.float() * _OUT_OF_SOFTMAX
         self.text = text
         self._separated_tokens = (
-            _prepend(text.tokens, text.separator) if isinstance(text, LastItemsText) else Jagged.empty(0)
+            prepend(text.tokens, text.separator) if isinstance(text, LastItemsText) else Jagged.empty(0)
         )
         self.seed = seed
 
@@ -211,15 +211,26 @@ class Collator:
             starts_B, ends_B = tokens.offsets[text_items_B.clamp(min=0)], tokens.offsets[text_items_B + 1]
             return tokens.gather(starts_B, (ends_B - starts_B).clamp(min=0))
         sessions = Jagged(raw.items_L, raw.offsets_B1)
-        shown = sessions.lengths.clamp(max=self.text.num_items)
-        items = sessions.gather(raw.offsets_B1[1:] - shown, shown)
-        tokens = self._separated_tokens
-        starts = tokens.offsets[items.values]
-        ends = tokens.offsets[items.values + 1]
-        # The first text of a session has no separator.
-        starts[items.offsets[:-1][shown > 0]] += len(self.text.separator)
-        texts = tokens.gather(starts, ends - starts)
-        return Jagged(texts.values, texts.offsets[items.offsets])
+        return texts_of_last_items(sessions, self.text.num_items, self._separated_tokens, len(self.text.separator))
+
+
+def texts_of_last_items(sessions: Jagged, num_items: int, tokens: Jagged, separator_width: int) -> Jagged:
+    """Token ids of the texts of the last clicks of each session, oldest first, one row per session; on any device.
+
+    Args:
+        sessions: Item indices of each session, oldest first.
+        num_items: Number of clicks whose texts are shown.
+        tokens: Token ids of each item after those of the separator, from `prepend`.
+        separator_width: Number of token ids of the separator.
+    """
+    shown = sessions.lengths.clamp(max=num_items)
+    items = sessions.gather(sessions.offsets[1:] - shown, shown)
+    starts = tokens.offsets[items.values]
+    ends = tokens.offsets[items.values + 1]
+    # The first text of a session has no separator.
+    starts[items.offsets[:-1][shown > 0]] += separator_width
+    texts = tokens.gather(starts, ends - starts)
+    return Jagged(texts.values, texts.offsets[items.offsets])
 
 
 class LogUniformSampler:
@@ -283,8 +294,13 @@ def _log_complement(probability: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.log1p(-np.minimum(probability, 1.0 - 1e-12))
 
 
-def _prepend(tokens: Jagged, separator: Sequence[int]) -> Jagged:
-    """Rows of tokens, each preceded by the separator."""
+def prepend(tokens: Jagged, separator: Sequence[int]) -> Jagged:
+    """Rows of tokens, each preceded by the separator.
+
+    Args:
+        tokens: Token ids of each item.
+        separator: Token ids.
+    """
     if not separator:
         return tokens
     width = len(separator)

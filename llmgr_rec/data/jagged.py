@@ -101,13 +101,20 @@ class Jagged:
         lengths = self.lengths.clamp(max=count)
         return self.gather(self.offsets[1:] - lengths, lengths)
 
+    def where(self, is_kept: Tensor) -> "Jagged":
+        """The rows with some of their values.
+
+        Args:
+            is_kept: Whether a value stays, bool [S].
+        """
+        return Jagged(self.values[is_kept], lengths_to_offsets(is_kept).index_select(0, self.offsets))
+
     def without_consecutive_repeats(self) -> "Jagged":
-        """The rows without values that are equal to the value before them in their row; on the CPU."""
-        values, offsets = self.values.numpy(), self.offsets.numpy()
-        is_kept = np.append(True, values[1:] != values[:-1])[: len(values)]
-        is_kept[offsets[:-1][offsets[:-1] < len(values)]] = True
-        kept_before = np.append(0, np.cumsum(is_kept))
-        return Jagged(torch.from_numpy(values[is_kept]), torch.from_numpy(kept_before[offsets]))
+        """The rows without values that are equal to the value before them in their row."""
+        is_kept = torch.ones_like(self.values, dtype=torch.bool)
+        torch.ne(self.values[1:], self.values[:-1], out=is_kept[1:])
+        is_kept[self.offsets[:-1][self.lengths > 0]] = True
+        return self.where(is_kept)
 
     def narrow(self, start: int, stop: int) -> "Jagged":
         """Rows start .. stop - 1, with a view of the values."""

@@ -51,6 +51,18 @@ class World:
         """A world of one process."""
         return cls(0, 1, 1, torch.device(device))
 
+    @classmethod
+    def current(cls, device: torch.device) -> "World":
+        """The world of the process group that this process is in; a world of one process without one.
+
+        Args:
+            device: Device of this process.
+        """
+        if not dist.is_initialized():
+            return cls.alone(device)
+        size = dist.get_world_size()
+        return cls(dist.get_rank(), size, int(os.environ.get("LOCAL_WORLD_SIZE", size)), device)
+
 
 def init_distributed(device: Device, timeout_s: int, threads: int = 0, silence_s: int = 0) -> World:
     """Joins the process group described by torchrun's environment variables, or creates one with a single process.

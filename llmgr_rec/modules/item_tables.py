@@ -1,17 +1,23 @@
 """Item tables: vectors of items from their ids and side features, by one TorchRec EmbeddingBagCollection.
 
-Shapes: X bags (one per item occurrence: the nodes of a batch, then its candidates), F features, D = d1 columns.
+Shapes: X bags (one per item occurrence: the nodes of a batch, then its candidates), S ids of a feature, F features,
+D = d1 columns.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from llmgr_rec.data.collate import ITEM_ID
+
+torch.fx.wrap("pool")
 
 
 @dataclass
@@ -29,6 +35,36 @@ class ItemRows:
     texts_XH: Tensor | None = None
 
 
+ItemCollection: TypeAlias = EmbeddingBagCollection | EmbeddingCollection | FusedEmbeddingBagCollection
+
+
+def pool(
+    rows: Mapping[str, JaggedTensor], features: Sequence[str], id_features: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Item vectors from the rows of an EmbeddingCollection, which does not pool.
+
+    Args:
+        rows: Rows of each feature, one for each of its ids; X bags.
+        features: Names of the features.
+        id_features: Those of them that look up the table of ids.
+
+    Returns:
+        Item vectors and the rows of the id table, [X, D] each.
+    """
+    bags = {name: _sum_of_bags(rows[name], name in id_features) for name in features}
+    return torch.stack(list(bags.values())).sum(0), torch.stack([bags[name] for name in id_features]).sum(0)
+
+
+def _sum_of_bags(rows: JaggedTensor, is_id: bool) -> Tensor:
+    """The sum of the rows of an id feature, or the mean of those of a side feature, by bag, [X, D]."""
+    values_SD, lengths_X = rows.values(), rows.lengths().to(torch.int64)
+    bag_S = torch.repeat_interleave(
+        torch.arange(lengths_X.numel(), device=lengths_X.device), lengths_X, output_size=values_SD.shape[0]
+    )
+    sums_XD = values_SD.new_zeros(lengths_X.numel(), values_SD.shape[1]).index_add(0, bag_S, values_SD)
+    return sums_XD if is_id else sums_XD / lengths_X.clamp(min=1).unsqueeze(1)
+
+
 class ItemTables(nn.Module):
     """The vector of an item is its id row plus, for each side feature, the mean of its rows.
 
@@ -41,30 +77,31 @@ class ItemTables(nn.Module):
         num_embeddings: Rows of each side-feature table by feature name, the key in the batch.
         dim: Columns of every table.
         device: Device of the tables; on `meta` the sharder allocates them.
+        collection: A collection with the same tables, of any names, that is used in place of a new one.
+        id_features: Features of the collection that look up the table of ids.
     """
 
     def __init__(
-        self, num_items: int, num_embeddings: dict[str, int], dim: int, device: torch.device | None = None
+        self,
+        num_items: int,
+        num_embeddings: dict[str, int],
+        dim: int,
+        device: torch.device | None = None,
+        collection: ItemCollection | None = None,
+        id_features: Sequence[str] = (ITEM_ID,),
     ) -> None:
         super().__init__()
-        sizes = {ITEM_ID: num_items, **num_embeddings}
         self.num_items = num_items
         self.dim = dim
-        self.feature_names = list(sizes)
-        self.ebc = EmbeddingBagCollection(
-            device=device,
-            tables=[
-                EmbeddingBagConfig(
-                    name=name,
-                    feature_names=[name],
-                    num_embeddings=rows,
-                    embedding_dim=dim,
-                    # The mean keeps the scale independent of an item's number of categories.
-                    pooling=PoolingType.SUM if name == ITEM_ID else PoolingType.MEAN,
-                )
-                for name, rows in sizes.items()
-            ],
+        self.id_features = list(id_features)
+        self.ebc = _new_collection(num_items, num_embeddings, dim, device) if collection is None else collection
+        self.pools = not isinstance(self.ebc, EmbeddingCollection)
+        tables = (
+            self.ebc.embedding_configs()
+            if isinstance(self.ebc, EmbeddingCollection)
+            else self.ebc.embedding_bag_configs()
         )
+        self.feature_names = [name for table in tables for name in table.feature_names]
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Looks up item vectors.
@@ -75,7 +112,7 @@ class ItemTables(nn.Module):
         Returns:
             Item vectors, [X, D].
         """
-        return self._sum(self.ebc(features).values())
+        return self.rows(features).vectors_XD
 
     def rows(self, features: KeyedJaggedTensor) -> ItemRows:
         """Looks up item vectors and, in the same lookup, the rows of the id table.
@@ -86,11 +123,37 @@ class ItemTables(nn.Module):
         Returns:
             Both, [X, D] each.
         """
-        pooled = self.ebc(features)
-        return ItemRows(vectors_XD=self._sum(pooled.values()), ids_XD=pooled[ITEM_ID])
+        rows = self.ebc(features)
+        if not self.pools:
+            # Not unpacked: symbolic tracing does not know how many there are.
+            pooled = pool(rows, self.feature_names, self.id_features)
+            return ItemRows(vectors_XD=pooled[0], ids_XD=pooled[1])
+        ids_XD = rows[self.id_features[0]]
+        for name in self.id_features[1:]:
+            ids_XD = ids_XD + rows[name]
+        return ItemRows(vectors_XD=self._sum(rows.values()), ids_XD=ids_XD)
 
     def _sum(self, pooled_XFD: Tensor) -> Tensor:
         # A sharded collection may order features differently, which a sum does not depend on.
         if len(self.feature_names) == 1:
             return pooled_XFD
         return pooled_XFD.unflatten(1, (len(self.feature_names), self.dim)).sum(dim=1)
+
+
+def _new_collection(
+    num_items: int, num_embeddings: Mapping[str, int], dim: int, device: torch.device | None
+) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        device=device,
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                feature_names=[name],
+                num_embeddings=rows,
+                embedding_dim=dim,
+                # The mean keeps the scale independent of an item's number of categories.
+                pooling=PoolingType.SUM if name == ITEM_ID else PoolingType.MEAN,
+            )
+            for name, rows in {ITEM_ID: num_items, **num_embeddings}.items()
+        ],
+    )

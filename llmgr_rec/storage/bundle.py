@@ -3,7 +3,7 @@
 Shapes: R rows and C columns of a block of a table.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.registry import require_allowed
 from llmgr_rec.storage.adapter_files import ADAPTER_WEIGHTS, load_adapter
 from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors, model_of
@@ -48,7 +49,7 @@ from llmgr_rec.storage.bundle_index import (
     verified_table_file,
 )
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.storage.table_io import fill_table, table_parameters
+from llmgr_rec.storage.table_io import fill_table, local_shards, table_parameters
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def load_model(
         config = replace(config, llm=replace(config.llm, dtype=dtype))
     spec = factory.spec(index.stage, config, catalog)
     if index.language_model:
-        _check_language_model(index, factory.decoder_hash(config), folder)
+        check_language_model(index, factory.decoder_hash(config), folder)
     device = world.device if world else choose_device("cpu")
     language = factory.language_parts(spec, catalog, device)
     model = factory.build(spec, language, "meta" if world else device).requires_grad_(False)
@@ -195,7 +196,7 @@ def load_model(
         shard(model, config.tables, world, lambda name: False)
     else:
         model.to(device)
-    if missing := _load_weights(model, folder, index):
+    if missing := copy_weights(model, folder, index):
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
     blend = Blend.load(verified_file(folder, index, BLEND)) if BLEND in index.files else None
     if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
@@ -249,38 +250,88 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
         Names of parameters that are not in the bundle, because the model of an earlier stage does not have them.
 
     Raises:
-        UserError: The bundle is damaged, a shape differs, or a parameter of the session recommender is missing. Only
-            the text sequence encoder may be missing.
+        UserError: The bundle is damaged, a shape differs, the bundle has a table that the model lacks, a table is on
+            the meta device, or a parameter of the session recommender is missing. Only the text sequence encoder may be
+            missing.
     """
-    return _load_weights(model_of(module), Path(path), read_index(Path(path)))
+    folder, model = Path(path), model_of(module)
+    index = read_index(folder)
+    require_memory(model)
+    held = {name.split(".")[-2] for name in table_parameters(model)}
+    if unused := sorted(set(index.tables) - held - {ITEM_TEXT}):
+        raise UserError(
+            f"bundle {folder} has the table {unused[0]}, which the model lacks; build the model by the settings of the "
+            "bundle and for its catalog"
+        )
+    missing = copy_weights(model, folder, index)
+    recommender = dense_tensors(model.recommender if isinstance(model, LLMGR) else model)
+    required = [
+        name for name in missing if name in recommender and not (index.stage == "sbr" and _is_of_text_encoder(name))
+    ]
+    if required:
+        raise UserError(
+            f"bundle {folder} is damaged or was written by another version of llmgr_rec: it lacks {required[0]} of the "
+            "session recommender; copy or train it again"
+        )
+    return missing
 
 
-def _load_weights(model: SessionRecommender | LLMGR, folder: Path, index: BundleIndex) -> list[str]:
-    try:
-        not_found = _load_tables(model, folder, index)
-        recommender = model.recommender if isinstance(model, LLMGR) else model
-        missing = _load_dense(dense_tensors(recommender), folder, index, RECOMMENDER)
-        of_later_stage = [name for name in missing if index.stage == "sbr" and param_group(name) == "text_encoder"]
-        not_found += of_later_stage
-        if first := next((name for name in missing if name not in of_later_stage), None):
+def _is_of_text_encoder(name: str) -> bool:
+    return param_group(name) == "text_encoder"
+
+
+def require_memory(model: nn.Module) -> None:
+    """Checks that embedding tables are not on the meta device, where copied values are lost.
+
+    Raises:
+        UserError: A table is on the meta device.
+    """
+    for shard_ in local_shards(model):
+        if shard_.tensor.device.type == "meta":
             raise UserError(
-                f"bundle {folder} is damaged or was written by another version of llmgr_rec: it lacks {first} of the "
-                "session recommender; copy or train it again"
+                f"table {shard_.table} is on the meta device, which holds no values; shard the model first "
+                "(DistributedModelParallel), then load its weights"
             )
+
+
+def copy_weights(
+    model: SessionRecommender | LLMGR, folder: Path, index: BundleIndex, table_names: Mapping[str, str] | None = None
+) -> list[str]:
+    """Copies what a bundle has of a model into it.
+
+    Args:
+        model: The model, sharded or not.
+        folder: A bundle.
+        index: Its index.
+        table_names: Name in the bundle of each table of the model that has another name there.
+
+    Returns:
+        Names of the parameters and buffers that are not in the bundle.
+
+    Raises:
+        UserError: The bundle is damaged, or a shape differs.
+    """
+    try:
+        missing = _load_tables(model, folder, index, table_names or {})
+        recommender = model.recommender if isinstance(model, LLMGR) else model
+        missing += _load_dense(dense_tensors(recommender), folder, index, RECOMMENDER)
         if isinstance(model, LLMGR):
-            not_found += _load_dense(language_tensors(model), folder, index, LANGUAGE)
-            adapter = verified_file(folder, index, f"{LORA}/{ADAPTER_WEIGHTS}")
-            not_found += load_adapter(model.language_model.decoder, adapter.parent)
+            missing += _load_dense(language_tensors(model), folder, index, LANGUAGE)
+            adapter = folder / LORA / ADAPTER_WEIGHTS
+            if adapter.is_file():
+                verified_file(folder, index, f"{LORA}/{ADAPTER_WEIGHTS}")
+            missing += load_adapter(model.language_model.decoder, adapter.parent)
     except (SafetensorError, OSError) as error:
         raise UserError(f"bundle {folder} is damaged ({error}); copy or export it again") from None
-    return not_found
+    return missing
 
 
-def _load_tables(model: nn.Module, folder: Path, index: BundleIndex) -> list[str]:
+def _load_tables(model: nn.Module, folder: Path, index: BundleIndex, table_names: Mapping[str, str]) -> list[str]:
     """Loads this rank's shards of the tables; returns the parameters of tables that are not in the bundle."""
     not_found = []
     for parameter, shape in table_parameters(model).items():
-        table = parameter.split(".")[-2]
+        name = parameter.split(".")[-2]
+        table = table_names.get(name, name)
         if table not in index.tables:
             not_found.append(parameter)
             continue
@@ -333,7 +384,17 @@ def _load_dense(targets: dict[str, Tensor], folder: Path, index: BundleIndex, na
     return [key for key in targets if key not in stored]
 
 
-def _check_language_model(index: BundleIndex, weights_hash: str, folder: Path) -> None:
+def check_language_model(index: BundleIndex, weights_hash: str, folder: Path) -> None:
+    """Checks that a base language model is the one of the training.
+
+    Args:
+        index: Index of the bundle.
+        weights_hash: Hash of the base language model.
+        folder: The bundle.
+
+    Raises:
+        UserError: It is another one.
+    """
     if weights_hash != index.language_model["weights_hash"]:
         raise UserError(
             f"bundle {folder} was trained with other weights of the language model {index.language_model['name']} than "

@@ -6,6 +6,7 @@ All files are written to a temporary folder, which gets its final name when it i
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,10 +63,11 @@ def export_bundle(
     catalog: Catalog,
     folder: Path,
     world: World,
-    trained_on: Manifest | None = None,
+    trained_on: Manifest | BundleIndex | None = None,
     blend: Blend | None = None,
     factory: ModelFactory | None = None,
     step: int | None = None,
+    table_names: Mapping[str, str] | None = None,
 ) -> None:
     """Exports the model of a stage as a bundle, which is self-contained except for the base language model.
 
@@ -78,11 +80,12 @@ def export_bundle(
         catalog: The items.
         folder: RUN/export/STAGE, on storage that all ranks share.
         world: This process and the world size. All ranks must call this.
-        trained_on: Manifest of the training data set, whose max_length and repeats evaluation and scoring follow; if
-            None, they are unknown.
+        trained_on: Manifest of the training data set, or index of a bundle that was trained on it; evaluation and
+            scoring follow its max_length and repeats. If None, they are unknown.
         blend: Nearest-neighbor scores that are added to the model's scores; rank 0 writes its own.
         factory: Factory that built the model; None for the default factory.
         step: Training steps after which the model has its weights, for error messages; None if unknown.
+        table_names: Name in the bundle of each table of the model that gets another name there.
 
     Raises:
         UserError: The folder is a complete bundle already, a weight is NaN or infinite, or the storage is full or
@@ -94,8 +97,10 @@ def export_bundle(
     run_on_rank0(world, lambda: _prepare(folder, partial))
 
     def write_tables() -> list[_WrittenFile]:
+        names = table_names or {}
+        shards = (replace(shard, table=names.get(shard.table, shard.table)) for shard in local_shards(model))
         with storage_errors(partial):
-            return _write_tables(model, partial, folder.parent, earlier, world.rank)
+            return _write_tables(shards, partial, folder.parent, earlier, world.rank)
 
     def finish() -> None:
         with storage_errors(partial):
@@ -127,12 +132,22 @@ def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
 
     Raises:
         TypeError: The module contains no model.
+        UserError: The module contains several models.
     """
-    language_models = [part for part in module.modules() if isinstance(part, LLMGR)]
-    recommenders = [part for part in module.modules() if isinstance(part, SessionRecommender)]
-    if not language_models and not recommenders:
+    models = {name: part for name, part in module.named_modules() if isinstance(part, LLMGR)}
+    inner = {id(model.recommender) for model in models.values()}
+    models |= {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, SessionRecommender) and id(part) not in inner
+    }
+    if not models:
         raise TypeError(f"{type(module).__name__} contains neither LLMGR nor SessionRecommender")
-    return language_models[0] if language_models else recommenders[0]
+    if len(models) > 1:
+        raise UserError(
+            f"{type(module).__name__} contains {len(models)} recommenders ({', '.join(models)}); give one of them"
+        )
+    return next(iter(models.values()))
 
 
 def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -180,11 +195,11 @@ def _content_key(part: TableFile) -> str:
 
 
 def _write_tables(
-    model: nn.Module, partial: Path, export: Path, earlier: dict[str, TableFile], rank: int
+    shards: Iterable[Shard], partial: Path, export: Path, earlier: dict[str, TableFile], rank: int
 ) -> list[_WrittenFile]:
     """Writes or links this rank's shards."""
     written = []
-    for shard in local_shards(model):
+    for shard in shards:
         rows_at_a_time = max(1, _MAX_FILE_BYTES // (shard.tensor.shape[1] * shard.tensor.element_size()))
         for start in range(0, shard.tensor.shape[0], rows_at_a_time):
             values = shard.tensor[start : start + rows_at_a_time].cpu().contiguous()
@@ -274,7 +289,7 @@ def _index(
     partial: Path,
     written: list[_WrittenFile],
     weights_hash: str,
-    trained_on: Manifest | None,
+    trained_on: Manifest | BundleIndex | None,
 ) -> BundleIndex:
     dims, language_model = {"d1": config.tables.dim}, {}
     if isinstance(model, LLMGR):

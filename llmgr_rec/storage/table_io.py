@@ -16,10 +16,12 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 
 _COLLECTIONS = (
     EmbeddingBagCollection,
     EmbeddingCollection,
+    FusedEmbeddingBagCollection,
     ShardedEmbeddingBagCollection,
     ShardedEmbeddingCollection,
 )

@@ -4,7 +4,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmgr_rec.data.graph import SessionGraph, build_graphs
+from llmgr_rec.data.graph import SessionGraph, build_graphs, build_graphs_with_torch
 from llmgr_rec.data.jagged import lengths_to_offsets
 from tests.data.graph_reference import build_graphs_reference
 
@@ -29,12 +29,13 @@ def graph(sessions: list[list[int]], num_items: int = NUM_ITEMS) -> SessionGraph
 def test_agrees_with_the_plain_loop(sessions: list[list[int]]) -> None:
     items_L, offsets_B1 = clicks(sessions)
 
-    fast = build_graphs(items_L, offsets_B1, NUM_ITEMS)
     plain = build_graphs_reference(items_L, offsets_B1)
 
-    for fast_tensor, plain_tensor in zip(fast.tensors(), plain.tensors(), strict=True):
-        assert fast_tensor.dtype == torch.int64
-        assert torch.equal(fast_tensor, plain_tensor)
+    for build in (build_graphs, build_graphs_with_torch):
+        fast = build(items_L, offsets_B1, NUM_ITEMS)
+        for fast_tensor, plain_tensor in zip(fast.tensors(), plain.tensors(), strict=True):
+            assert fast_tensor.dtype == torch.int64
+            assert torch.equal(fast_tensor, plain_tensor)
 
 
 def test_example_of_the_paper() -> None:

@@ -1,0 +1,1 @@
+"""Trained recommenders as modules of larger TorchRec models."""
