@@ -135,10 +135,12 @@ def set_threads(threads: int) -> int:
 
 def write_report(path: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Writes settings, machine and results as a JSON file and prints its path."""
+    from llmgr_rec.storage.machine import processor_name
+
     report = {
         "settings": dict(settings),
         "machine": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
@@ -148,11 +150,3 @@ def write_report(path: str, settings: Mapping[str, Any], results: Mapping[str, A
     with atomic_write(Path(path)) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written: {path}")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

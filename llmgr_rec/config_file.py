@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 RECIPES = Path(__file__).parent / "recipes"
+# The recipe whose settings are the defaults.
+DEFAULT_RECIPE = "default"
 
 
 def add_config_arguments(parser: "ArgumentParser") -> None:
@@ -86,6 +88,20 @@ def save_config(config: Config, path: str | os.PathLike[str]) -> None:
 def recipe_names() -> list[str]:
     """Names of the recipes of this package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_of(files: Sequence[str | os.PathLike[str]]) -> str:
+    """What the settings of a command are called.
+
+    Args:
+        files: Files of its --config, in order; none for the defaults.
+
+    Returns:
+        Names of recipes, and of other files with their suffix.
+    """
+    paths = [Path(file) for file in files]
+    names = [path.stem if path.parent == RECIPES else path.name for path in paths]
+    return " + ".join(names) or DEFAULT_RECIPE
 
 
 def _resolve_recipes(argv: Sequence[str]) -> list[str]:

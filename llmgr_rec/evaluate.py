@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_args(parser, argv)
 
     from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
+    from llmgr_rec.evaluation.evaluated import Evaluated
+    from llmgr_rec.evaluation.headline import headline
     from llmgr_rec.evaluation.results import blend_notes, format_table
 
     content = evaluate_run(
@@ -74,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
         print(format_table(content[arguments.split]))
         for note in blend_notes(content["blends"]):
             print(note)
+        print(headline(Evaluated(Path(arguments.output), content)))
         print(
             f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items; {content['protocol']}; "
             f"wrote {arguments.output}"

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
 
     from llmgr_rec.evaluation.report_page import ReportRequest, write_report
 
-    page = write_report(
+    report = write_report(
         ReportRequest(
             run=Path(arguments.run),
             output=Path(arguments.output),
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
             allow_code=split_code(arguments.allow_code),
         )
     )
-    print(f"wrote {page}")
+    print(f"wrote {report.page}: {report.headline}")
 
 
 if __name__ == "__main__":

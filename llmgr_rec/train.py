@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from llmgr_rec.cli import add_code_argument, is_rank0, make_parser, run_cli, split_code
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config
+from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_of
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import require_allowed
@@ -54,11 +54,18 @@ def main(argv: Sequence[str]) -> None:
             stage=arguments.stage,
             resume=arguments.resume or _is_restarted(output),
             launch=_launch(),
+            recipe=_recipe(arguments, output),
         )
     )
     if is_rank0():
         trained = ", ".join(stages) or "nothing, because all stages of the run are already complete with its settings"
         print(f"trained {trained}; run folder {output}")
+
+
+def _recipe(arguments: "Namespace", output: Path) -> str:
+    """Name of the recipe or settings file; empty for a run that is resumed with its own settings."""
+    files = [Path(str(file)) for file in arguments.config or []]
+    return "" if output / "config.yaml" in files else recipe_of(files)
 
 
 def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":

@@ -40,6 +40,31 @@ def test_writes_all_models_and_prints_the_table(tmp_path, capsys):
     best = max(models["hr@20"] for models in content["test"].values())
     assert f"{best:.4f}*" in printed
     assert str(output) in printed
+    assert "The recommender finds the next click among 20 in " in printed
+    _check_single_sessions(output, content)
+
+
+def _check_single_sessions(output: Path, content: dict) -> None:
+    """Metrics and gains of the file are those of the sessions in the file beside it."""
+    table = pq.read_table(output.with_name("metrics.ranks.parquet"))
+    columns = {name: table.column(name).to_numpy() for name in table.column_names}
+    dataset = small_run().dataset
+    rows = pq.read_table(dataset.parts("test")[0])
+    assert columns["clicks"].tolist() == [len(items) for items in rows["items"].to_pylist()]
+    assert (
+        columns["train_count"].tolist() == small_run().catalog.train_count_V.numpy()[rows["target"].to_numpy()].tolist()
+    )
+    for model, metrics in content["test"].items():
+        hit_S = columns[f"rank_{model}"] < 20
+        assert hit_S.mean() == pytest.approx(metrics["hr@20"])
+        cells = metrics["hr@20_by_clicks"].values()
+        assert sum(cell["count"] for cell in cells) == content["count"]
+        assert sum((cell["hr"] or 0) * cell["count"] for cell in cells) == pytest.approx(hit_S.sum())
+        low, high = content["intervals"][model]["hr@20"]
+        assert low < metrics["hr@20"] < high
+    assert set(content["gains"]) == {"sbr", "llmgr"}
+    hits = {model: (columns[f"rank_{model}"] < 20).sum() for model in ("sbr", "item_knn")}
+    assert content["gains"]["sbr"]["item_knn"]["hr@20"]["mean"] == pytest.approx(hits["sbr"] / hits["item_knn"] - 1)
 
 
 def test_says_that_clicked_items_are_excluded(tmp_path, capsys):

@@ -106,8 +106,21 @@ class Manifest:
     @property
     def sessions_hash(self) -> str:
         """Hash over the content hashes of the training part files."""
-        train = {name: entry.sha256 for name, entry in self.files.items() if name.startswith("train/")}
-        return hashlib.sha256(json.dumps(train, sort_keys=True).encode()).hexdigest()
+        return self.split_hash("train")
+
+    def split_hash(self, split: str) -> str:
+        """Hash over the content hashes of the part files of a split, and over whether it has prefixes.
+
+        Args:
+            split: train, valid or test.
+        """
+        files: dict[str, Any] = {
+            name: entry.sha256 for name, entry in self.files.items() if name.startswith(f"{split}/")
+        }
+        # Training sessions are recorded in bundles without it.
+        if split != "train" and split in self.prefix_augmentation:
+            files["prefix_augmentation"] = True
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal text."""

@@ -1,7 +1,8 @@
 """Evaluates the models of a training run and the baselines, and writes metrics.json."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.distributed.process_group import World, process_group
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.comparison import by_length, compare_models
 from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles
+from llmgr_rec.evaluation.metrics import BY_LENGTH
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.rank_collector import RankCollector, TargetRanks
 from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
+from llmgr_rec.evaluation.session_ranks import Sessions, ranks_path, refuse_foreign_ranks, write_ranks
 from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
 from llmgr_rec.storage.bundle_index import (
     STAGES_OF_MODEL,
@@ -27,6 +32,7 @@ from llmgr_rec.storage.bundle_index import (
     read_config,
     read_index,
 )
+from llmgr_rec.storage.package_versions import own_version
 
 
 @dataclass(frozen=True)
@@ -83,16 +89,22 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     indexes = {name: read_index(bundle) for name, bundle in bundles.items()}
     rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length)
     refuse_foreign_output(request.output)
+    refuse_foreign_ranks(ranks_path(request.output))
     with process_group(config.runtime) as world:
         results: dict[str, dict[str, Any]] = {}
         blends: dict[str, dict[str, float]] = {}
+        ranks: dict[str, TargetRanks] = {}
         for name in names:
+            collector = RankCollector()
             if name not in bundles:
                 baseline = build_baseline(name, dataset, catalog)
-                results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world, rule)
+                results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world, rule, collector)
             else:
-                results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalog, world, rule)
+                results[name], blend = _evaluate_bundle(
+                    bundles[name], request, dataset, catalog, world, rule, collector
+                )
                 blends |= {name: dict(blend.weights)} if blend else {}
+            ranks[name] = collector.gather(world)
     content = {
         request.split: results,
         "count": next(iter(results.values()))["count"],
@@ -106,10 +118,24 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
         "bundles": {name: bundle_hash(bundle) for name, bundle in bundles.items() if name in results},
         "blends": blends,
+        "sessions": dataset.manifest.split_hash(request.split),
+        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": own_version(),
+        **compare_models(ranks, [name for name in names if name in bundles]),
     }
     if world.rank == 0:
-        write_metrics(request.output, content)
+        _write(request, content, ranks, Sessions.of(dataset, request.split, catalog, rule))
     return content
+
+
+def _write(
+    request: EvaluationRequest, content: dict[str, Any], ranks: Mapping[str, TargetRanks], sessions: Sessions
+) -> None:
+    """Writes the target ranks, then the metrics file with their checksum, to which this adds results by length."""
+    for name, metrics in content[request.split].items():
+        metrics[BY_LENGTH] = by_length(ranks[name], sessions)
+    content["ranks_checksum"] = write_ranks(ranks_path(request.output), ranks, sessions)
+    write_metrics(request.output, content)
 
 
 def _evaluate_bundle(
@@ -119,11 +145,12 @@ def _evaluate_bundle(
     catalog: Catalog,
     world: World,
     rule: RankingRule,
+    collector: RankCollector,
 ) -> tuple[dict[str, Any], Blend | None]:
     """The metrics of a bundle, and its blend."""
     loaded = load_bundle(bundle, world, allow_code=request.allow_code)
     ranking = loaded.ranking(request.batch_size)
-    metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V, rule)
+    metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V, rule, collector)
     return metrics, loaded.blend
 
 

@@ -80,6 +80,7 @@ class ReportContent:
 
     Args:
         title: Heading.
+        headline: The conclusion, below the heading.
         facts: Names and values below the heading.
         models: Metrics by model; empty if the run has not been evaluated.
         split: Split on which they were computed.
@@ -97,6 +98,7 @@ class ReportContent:
     examples: Sequence[Example] = field(default_factory=list)
     examples_note: str = ""
     settings: str = ""
+    headline: str = ""
 
 
 def render_page(content: ReportContent) -> str:
@@ -104,7 +106,7 @@ def render_page(content: ReportContent) -> str:
     facts = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in content.facts.items()
     )
-    body = [f'<h1>{escape(content.title)}</h1>\n<dl class="facts">{facts}</dl>']
+    body = [f'<h1>{escape(content.title)}</h1>\n<p>{escape(content.headline)}</p>\n<dl class="facts">{facts}</dl>']
     body.append(_quality(content))
     if content.plots.get("training"):
         body += ["<h2>Training</h2>", *(_figure(*plot) for plot in content.plots["training"])]

@@ -19,6 +19,10 @@ from llmgr_rec.evaluation.results import CUTOFFS, METRICS
 BUCKET_BOUNDS = (0, 4, 8, 20)
 BUCKET_NAMES = ("0", "1-4", "5-8", "9-20", "21+")
 BY_FREQUENCY = "hr@20_by_train_count"
+# The same for the clicks that a session shows.
+LENGTH_BOUNDS = (1, 2, 4, 9, 19, 49)
+LENGTH_NAMES = ("1", "2", "3-4", "5-9", "10-19", "20-49", "50+")
+BY_LENGTH = "hr@20_by_clicks"
 
 
 def target_ranks(ids_BK: Tensor, targets_B: Tensor, depth: int) -> Tensor:
@@ -58,15 +62,20 @@ class RankingMetrics:
             len(BUCKET_NAMES), self.depth + 1, dtype=torch.float64, device=train_count_V.device
         )
 
-    def update(self, ids_BK: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
+    def update(self, ids_BK: Tensor, targets_B: Tensor, weights_B: Tensor) -> Tensor:
         """Adds one batch of ranked lists.
 
         Args:
             ids_BK: Item indices, best first; -1 pads the lists of a catalog with fewer than K items.
             targets_B: Target item of each session.
             weights_B: Weight of each session; 0 for padding.
+
+        Returns:
+            The target ranks, see `target_ranks`.
         """
-        self.count(target_ranks(ids_BK, targets_B, self.depth), targets_B, weights_B)
+        ranks_B = target_ranks(ids_BK, targets_B, self.depth)
+        self.count(ranks_B, targets_B, weights_B)
+        return ranks_B
 
     def count(self, ranks_B: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
         """Adds one batch of target ranks.

@@ -24,6 +24,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.evaluation.exclusion import RankingRule, ranked_by, ranking_rule, seen_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.evaluation.rank_collector import RankCollector
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ def evaluate_model(
     world: World,
     train_count_V: Tensor,
     rule: RankingRule | None = None,
+    collector: RankCollector | None = None,
 ) -> dict[str, Any]:
     """Ranks the whole catalog for every session of a split and computes the ranking metrics.
 
@@ -49,13 +51,26 @@ def evaluate_model(
         world: Ranks; all call together, and all return the same result.
         train_count_V: Training clicks of each item.
         rule: What a ranking shows and excludes of a session; None takes what the data set records.
+        collector: Takes the target rank of each session, too.
 
     Returns:
         The result of `RankingMetrics.compute`.
     """
-    metrics = RankingMetrics(train_count_V.to(world.device))
-    for ids_BK, batch in ranked_lists(ranking, dataset, split, world, rule):
-        metrics.update(ids_BK, batch.targets_B, batch.weights_B)
+    lists = ranked_lists(ranking, dataset, split, world, rule)
+    return _measure(lists, train_count_V.to(world.device), world, collector)
+
+
+def _measure(
+    lists: Iterator[tuple[Tensor, SessionBatch]] | Iterator[tuple[Tensor, RawSessions]],
+    train_count_V: Tensor,
+    world: World,
+    collector: RankCollector | None,
+) -> dict[str, Any]:
+    metrics = RankingMetrics(train_count_V)
+    for ids_BK, batch in lists:
+        ranks_B = metrics.update(ids_BK, batch.targets_B, batch.weights_B)
+        if collector is not None:
+            collector.add(ranks_B, batch.weights_B)
     return metrics.compute(lambda counts: sum_over_ranks(counts, world))
 
 
@@ -85,6 +100,7 @@ def evaluate_baseline(
     catalog: Catalog,
     world: World,
     rule: RankingRule | None = None,
+    collector: RankCollector | None = None,
 ) -> dict[str, Any]:
     """`evaluate_model` for a baseline.
 
@@ -95,14 +111,12 @@ def evaluate_baseline(
         catalog: The data set's items.
         world: Ranks; all call together, and all return the same result.
         rule: As in `evaluate_model`.
+        collector: As in `evaluate_model`.
 
     Returns:
         The result of `RankingMetrics.compute`.
     """
-    metrics = RankingMetrics(catalog.train_count_V)
-    for ids_BK, raw in baseline_lists(baseline, dataset, split, world, rule):
-        metrics.update(ids_BK, raw.targets_B, raw.weights_B)
-    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+    return _measure(baseline_lists(baseline, dataset, split, world, rule), catalog.train_count_V, world, collector)
 
 
 def baseline_lists(

@@ -11,8 +11,10 @@ from typing import Any
 from llmgr_rec.config import STAGES
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.evaluated import Evaluated
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
 from llmgr_rec.evaluation.exclusion import RankingRule
+from llmgr_rec.evaluation.headline import headline
 from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
 from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, blend_notes, in_table_order, read_metrics
@@ -48,14 +50,24 @@ class ReportRequest:
     allow_code: Sequence[str] = ()
 
 
-def write_report(request: ReportRequest) -> Path:
+@dataclass(frozen=True)
+class Report:
+    """A report that was written.
+
+    Args:
+        page: Path of the page.
+        headline: The sentence that it opens with.
+    """
+
+    page: Path
+    headline: str
+
+
+def write_report(request: ReportRequest) -> Report:
     """Writes the page, the plots and the table.
 
     Args:
         request: Arguments of the report.
-
-    Returns:
-        Path of the page.
 
     Raises:
         UserError: The run, metrics, scores or data set is absent, or they do not belong together.
@@ -69,8 +81,10 @@ def write_report(request: ReportRequest) -> Path:
     _check_output(request.output)
     examples, note = _examples(request, dataset, split, hashes, _rule(metrics))
     request.output.mkdir(parents=True, exist_ok=True)
+    conclusion = _headline(metrics, request.metrics or request.run / "metrics.json")
     content = ReportContent(
         title=f"Session recommendation: {request.run.resolve().name}",
+        headline=conclusion,
         facts=_facts(metrics, models, dataset),
         models=models,
         split=split,
@@ -82,7 +96,11 @@ def write_report(request: ReportRequest) -> Path:
     if models:
         _write(request.output / TABLE_NAME, _csv(models))
     _write(request.output / PAGE_NAME, render_page(content))
-    return request.output / PAGE_NAME
+    return Report(request.output / PAGE_NAME, conclusion)
+
+
+def _headline(metrics: Mapping[str, Any], file: Path) -> str:
+    return headline(Evaluated(file, metrics)) if metrics else "The run has not been evaluated."
 
 
 def _records(run: Path) -> list[dict[str, Any]]:

@@ -23,3 +23,8 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def own_version() -> str:
+    """Version of this package; empty if it is not installed."""
+    return installed_versions().get(_RECORDED_PACKAGES[0], "")

@@ -37,6 +37,7 @@ class RunRequest:
         launch: Run id of the launcher, the same on all ranks and after each of its restarts; empty without a launcher.
         text_embeddings: Folder of text embeddings of the items, which runs may share; None takes a folder in the run.
         factory: Builds the models.
+        recipe: Name of the recipe or settings file of `config`, for the record of the run; empty if unknown.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class RunRequest:
     launch: str = ""
     text_embeddings: Path | None = None
     factory: ModelFactory = field(default_factory=ModelFactory)
+    recipe: str = ""
 
 
 @dataclass(frozen=True)

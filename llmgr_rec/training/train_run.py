@@ -17,6 +17,7 @@ from llmgr_rec.storage.bundle_index import CONFIG, PROMPTS
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import CheckedRun, RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
+from llmgr_rec.training.training_record import TrainingRecord
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,17 @@ def _train(request: RunRequest, checked: CheckedRun, world: World, signals: Stop
     metrics = MetricsLogger(output, enabled=world.rank == 0)
     context = RunContext.of(request, checked, world, metrics, signals)
     try:
-        for stage in checked.stages:
-            run_stage(stage, context)
+        if checked.stages:
+            _train_stages(request, checked, context)
     finally:
         metrics.close()
+
+
+def _train_stages(request: RunRequest, checked: CheckedRun, context: RunContext) -> None:
+    with TrainingRecord(request.output, request.recipe, request.config.seed, context.world) as record:
+        for stage in checked.stages:
+            with record.stage(stage):
+                run_stage(stage, context)
 
 
 @contextmanager

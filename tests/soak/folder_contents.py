@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 # Files that tell when, and how often, something was done, and caches that a command computes again.
-_VOLATILE = re.compile(r"(^|/)(tensorboard/.*|launch|checkpoints/.*)$")
+_VOLATILE = re.compile(r"(^|/)(tensorboard/.*|launch|training\.json|checkpoints/.*)$")
 # Folders that torchrun and Python's multiprocessing make for themselves, and leave behind if they are killed.
 _OF_LIBRARIES = ("torchelastic_", "pymp-")
 _TIMES = ("examples_per_s", "data_wait")
@@ -45,6 +45,8 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def _without_times(path: Path, content: bytes) -> bytes:
+    if path.name == "metrics.json":
+        return re.sub(rb'"evaluated": "[^"]*"', b"", content)
     if path.name != "metrics.jsonl":
         return content
     records = [json.loads(line) for line in content.splitlines()]

@@ -1,0 +1,46 @@
+"""What a run folder records of its training: recipe, date, duration, machine, seed and version."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmgr_rec.errors import UserError
+
+TRAINING_RECORD = "training.json"
+# Type of each value of a launch.
+_FIELDS = {
+    "started": str,
+    "seconds": (int, float),
+    "ended": bool,
+    "stages": dict,
+    "recipe": str,
+    "seed": int,
+    "version": str,
+    "ranks": int,
+    "machine": dict,
+}
+
+
+def read_launches(run: Path) -> list[dict[str, Any]]:
+    """The launches of a run, oldest first; none for runs of version 0.2 and earlier, which did not record them.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = run / TRAINING_RECORD
+    if not file.is_file():
+        return []
+    try:
+        launches = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        launches = None
+    if not isinstance(launches, list) or not all(map(_is_launch, launches)):
+        raise UserError(f"{file} is damaged; delete it, it only says when and where the run was trained")
+    return launches
+
+
+def _is_launch(launch: object) -> bool:
+    return isinstance(launch, dict) and all(isinstance(launch.get(name), kind) for name, kind in _FIELDS.items())
