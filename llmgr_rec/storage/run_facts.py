@@ -8,7 +8,7 @@ from llmgr_rec.errors import UserError
 
 TRAINING_RECORD = "training.json"
 # Type of each value of a launch.
-_FIELDS = {
+_FIELDS: dict[str, type | tuple[type, ...]] = {
     "started": str,
     "seconds": (int, float),
     "ended": bool,
