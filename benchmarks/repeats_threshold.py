@@ -67,7 +67,7 @@ def compare(interactions: Path, items: Path, share: float) -> dict[str, Any]:
         log = with_repeats(pq.read_table(interactions), share) if share else pq.read_table(interactions)
         pq.write_table(log, folder / "interactions.parquet")
         manifest = prepare_dataset(
-            PrepareSettings(str(items), str(folder / "dataset"), str(folder / "interactions.parquet"))
+            PrepareSettings(str(folder / "dataset"), str(folder / "interactions.parquet"), items=str(items))
         )
         dataset = Dataset(folder / "dataset")
         catalog = Catalog.of(dataset)

@@ -1,19 +1,19 @@
 """Arrow tables from what Python users hold: data frames, Arrow data, Parquet paths, lists, records."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 
 from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
 
 _ACCEPTED = (
     "a pandas or polars data frame, an Arrow table, the path of a Parquet file or folder, a list of records, "
-    "or columns by name"
+    "columns by name"
 )
 
 
@@ -21,16 +21,20 @@ def to_table(data: object, name: str) -> pa.Table:
     """The data as an Arrow table. Neither pandas nor polars is imported.
 
     Args:
-        data: A data frame of any library with the Arrow PyCapsule or the dataframe interchange protocol, an Arrow table
-            or record batch, the path of a Parquet file or folder, a list of records, or a mapping of column names to
-            values.
+        data: A data frame of any library with the Arrow PyCapsule or the dataframe interchange protocol, an Arrow
+            table, record batch or reader of batches, a DuckDB relation, the path of a Parquet file or folder, a list of
+            records, or a mapping of column names to values.
         name: Name of the argument, for messages.
+
+    Returns:
+        A table without dictionaries (pandas and polars categoricals) and string views, of which pyarrow and DuckDB
+        support less.
 
     Raises:
         UserError: The data are of another kind or a prepared split, a file is missing or unreadable, or records differ
             in type.
     """
-    table = _converted(data, name)
+    table = _plain(_converted(data, name))
     if has_item_indices(table.schema):
         raise UserError(
             f"{name}: items are indices, because this is a split of a prepared data set; give raw item ids (python -m "
@@ -58,6 +62,34 @@ def _converted(data: object, name: str) -> pa.Table:
     raise UserError(f"{name} is {type(data).__name__}; give {_ACCEPTED}")
 
 
+def _plain(table: pa.Table) -> pa.Table:
+    """The table with dictionaries and string views, at any level of lists, as their values."""
+    for place, found in enumerate(table.schema):
+        if (plain := _plain_type(found.type)) != found.type:
+            table = table.set_column(place, found.name, _cast(table.column(place), plain))
+    return table
+
+
+def _cast(column: pa.ChunkedArray, plain: pa.DataType) -> pa.ChunkedArray:
+    try:
+        return column.cast(plain)
+    except pa.ArrowNotImplementedError:
+        # pyarrow 26 has no cast for dictionaries of string views, which categoricals of polars are.
+        return pa.chunked_array([pa.array(column.to_pylist(), plain)])
+
+
+def _plain_type(found: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(found):
+        return _plain_type(found.value_type)
+    if pa.types.is_string_view(found):
+        return pa.large_string()
+    if pa.types.is_list(found):
+        return pa.list_(_plain_type(found.value_type))
+    if pa.types.is_large_list(found):
+        return pa.large_list(_plain_type(found.value_type))
+    return found
+
+
 def to_sessions(data: object, name: str = "sessions") -> pa.Table:
     """Sessions as a table with `items`, a list of raw item ids each, and `session_id`.
 
@@ -75,8 +107,9 @@ def to_sessions(data: object, name: str = "sessions") -> pa.Table:
         UserError: The data are of another kind or lack a column, item ids have different types, or an id or a time is
             null or no time.
     """
-    if is_lists(data):
-        table = pa.table({"items": _lists(data, name)})
+    lists = lists_of(data, name)
+    if lists is not None:
+        table = pa.table({"items": lists})
     else:
         table = to_table(data, name)
         if "item_id" in table.column_names and "items" not in table.column_names:
@@ -86,6 +119,8 @@ def to_sessions(data: object, name: str = "sessions") -> pa.Table:
             f"{name} has no column items (a list of item ids a session), nor item_id (one click a row); it has "
             f"{', '.join(table.column_names)}"
         )
+    if not hasattr(table.schema.field("items").type, "value_field"):
+        raise UserError(f"{name}: column items is {table.schema.field('items').type}; give a list of item ids a row")
     if "session_id" not in table.column_names:
         table = table.append_column("session_id", pa.array(range(table.num_rows), pa.int64()))
     if nulls := table["items"].null_count:
@@ -93,68 +128,99 @@ def to_sessions(data: object, name: str = "sessions") -> pa.Table:
     return table.select(["session_id", "items"])
 
 
-def to_ids(ids: Collection[Any], name: str) -> pa.Array:
-    """Item ids as an Arrow array.
+def lists_of(data: object, name: str) -> pa.ChunkedArray | None:
+    """The lists of a sequence or column of lists; None if the data are no sequence, or a sequence of records.
 
     Args:
-        ids: Item ids, all integers or all text.
+        data: Lists of item ids in a list, array, series or generator.
         name: Name of the argument, for messages.
 
     Raises:
-        UserError: The ids are a single text, or have different types.
+        UserError: An element is no list, or item ids have different types.
+    """
+    if not isinstance(data, Iterable) or is_table(data):
+        return None
+    rows = list(data)
+    if rows and isinstance(rows[0], Mapping):
+        return None
+    for row in rows:
+        if isinstance(row, str | bytes | Mapping) or not isinstance(row, Iterable):
+            raise UserError(
+                f"{name} holds {_plain_value(row)!r}, which is not a list of item ids; give one list a session, also "
+                "for a single session: [session]"
+            )
+    try:
+        lists = pa.array([[_plain_value(item) for item in row] for row in rows])
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise UserError(f"{name}: item ids must all be integers or all text ({_first_line(error)})") from None
+    if not pa.types.is_list(lists.type):
+        lists = pa.array([[] for _ in rows], pa.list_(pa.null()))
+    return pa.chunked_array([lists])
+
+
+def is_table(data: object) -> bool:
+    """Whether the data are a table or a path, and no sequence: an Arrow table is a sequence of columns for Python."""
+    if isinstance(data, str | bytes | os.PathLike | Mapping | pa.Table | pa.RecordBatch):
+        return True
+    return hasattr(data, "column_names") or hasattr(data, "columns") or hasattr(data, "schema")
+
+
+def to_ids(ids: object, name: str) -> pa.Array:
+    """Item ids as an Arrow array.
+
+    Args:
+        ids: Item ids in a list, set, array or series, all integers or all text.
+        name: Name of the argument, for messages.
+
+    Raises:
+        UserError: This is a single id, or the ids have different types.
     """
     if isinstance(ids, pa.Array | pa.ChunkedArray):
         return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-    if isinstance(ids, str):
-        raise UserError(f"{name} is {ids!r}; give a list of item ids")
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise UserError(f"{name} is {ids!r}; give a list of item ids: [{ids!r}]")
     try:
-        return pa.array(list(ids))
+        return pa.array([_plain_value(item) for item in ids])
     except (pa.ArrowException, TypeError, OverflowError):
         raise UserError(f"{name}: item ids must all be integers or all text") from None
 
 
-def is_lists(data: object) -> TypeGuard[Sequence[Any]]:
-    """Whether the data are a sequence of something else than records, which should be lists of item ids."""
-    if not isinstance(data, Sequence) or isinstance(data, str):
-        return False
-    return not any(isinstance(row, Mapping) for row in data)
-
-
-def _lists(rows: Sequence[Any], name: str) -> pa.Array:
-    for row in rows:
-        if isinstance(row, str) or not hasattr(row, "__iter__"):
-            raise UserError(f"{name} holds {row!r}, which is not a list of item ids; give one list a session")
-    try:
-        lists = pa.array([list(row) for row in rows])
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise UserError(f"{name}: item ids must all be integers or all text ({_first_line(error)})") from None
-    return lists if pa.types.is_list(lists.type) else pa.array([[] for _ in rows], pa.list_(pa.null()))
+def _plain_value(value: object) -> object:
+    """A scalar of pyarrow as its Python value; pyarrow takes those of numpy."""
+    return value.as_py() if isinstance(value, pa.Scalar) else value
 
 
 def _sessions_of_clicks(table: pa.Table, name: str) -> pa.Table:
     key = next((column for column in ("session_id", "user_id") if column in table.column_names), None)
     if key is None:
         raise UserError(f"{name} has item_id but neither session_id nor user_id; name the session of each click")
-    rows = pa.array(range(table.num_rows), pa.int64())
-    clicks = table.select([key, "item_id"]).append_column("row", rows)
     _require_values(table, key, name)
+    # The dictionary is in order of first occurrence.
+    sessions = table[key].combine_chunks().dictionary_encode()
+    order = {"session": sessions.indices}
     if "timestamp" in table.column_names:
-        _require_values(table, "timestamp", name)
-        found = table.schema.field("timestamp").type
-        # Text would be sorted by its characters: "10" before "9".
-        if not (pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_temporal(found)):
-            raise UserError(
-                f"{name}: column timestamp is {found}, but must be numbers, timestamps or dates; convert it"
-            )
-        clicks = clicks.append_column("timestamp", table["timestamp"])
-        clicks = clicks.sort_by([("timestamp", "ascending"), ("row", "ascending")])
-    grouped = clicks.group_by(key, use_threads=False).aggregate([("item_id", "list"), ("row", "min")])
-    grouped = grouped.sort_by("row_min")
-    return pa.table({"session_id": grouped[key], "items": grouped["item_id_list"]})
+        order["timestamp"] = _times(table, name)
+    rows = pa.table({**order, "row": pa.array(range(table.num_rows), pa.int64())})
+    sorted_rows = pc.sort_indices(rows, sort_keys=[(column, "ascending") for column in rows.column_names])
+    lengths = np.bincount(sessions.indices.to_numpy(), minlength=len(sessions.dictionary))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
+    items = table["item_id"].combine_chunks().take(sorted_rows)
+    return pa.table({"session_id": sessions.dictionary, "items": pa.LargeListArray.from_arrays(offsets, items)})
+
+
+def _times(table: pa.Table, name: str) -> pa.ChunkedArray:
+    _require_values(table, "timestamp", name)
+    found = table.schema.field("timestamp").type
+    # Text would be sorted by its characters: "10" before "9".
+    if not (
+        pa.types.is_integer(found) or pa.types.is_floating(found) or pa.types.is_temporal(found) or not table.num_rows
+    ):
+        raise UserError(f"{name}: column timestamp is {found}, but must be numbers, timestamps or dates; convert it")
+    return table["timestamp"]
 
 
 def _require_values(table: pa.Table, column: str, name: str) -> None:
-    nulls = pa.compute.sum(pa.compute.is_null(table[column], nan_is_null=True)).as_py() or 0
+    nulls = pc.sum(pc.is_null(table[column], nan_is_null=True)).as_py() or 0
     if nulls:
         raise UserError(f"{name}: column {column} has {nulls:,} nulls; fill or delete such rows")
 

@@ -59,6 +59,22 @@ def run_command(
         raise UserError(f"{command} failed: {_message(lines) or f'exit code {code}'}")
 
 
+def own_and_given(own: Mapping[str, object], given: Mapping[str, object], argument: str) -> dict[str, object]:
+    """Options of a command: those that the caller of this package gives, and those that this package sets.
+
+    Args:
+        own: Options that this package sets.
+        given: Options that the caller gives.
+        argument: Name of the argument with these, for messages.
+
+    Raises:
+        UserError: An option is in both.
+    """
+    if taken := sorted(set(own) & set(given)):
+        raise UserError(f"{argument} has {taken[0]}, which is set from the other arguments; remove it")
+    return {**given, **own}
+
+
 def _environment(bars: bool) -> dict[str, str]:
     """The environment of the command; of a process that torchrun started, the command is no rank."""
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}

@@ -8,27 +8,36 @@ Shapes: B sessions, R items that may be recommended, K places of a list.
 
 import functools
 import json
+import operator
 import os
+import re
 import shutil
+import sys
 import tempfile
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from llmgr_rec.arrow_input import is_lists, to_ids, to_sessions, to_table
-from llmgr_rec.command_process import run_command
+from llmgr_rec.arrow_input import to_ids, to_sessions
+from llmgr_rec.command_process import own_and_given, run_command
 from llmgr_rec.config import DType
 from llmgr_rec.errors import UserError
 from llmgr_rec.explanation.explainer import Explainer
 from llmgr_rec.explanation.records import Explanation
 from llmgr_rec.files import atomic_folder
+from llmgr_rec.fit_input import FitInput
+from llmgr_rec.scoring.ranked_lists import long_rows
 from llmgr_rec.scoring.session_ranker import SessionRanker
 from llmgr_rec.storage.bundle import BundleFiles, open_bundle
+
+# Options of the commands that other arguments of `fit` set.
+_SET_BY_FIT = ("interactions", "sessions", "items", "output", "config", "dataset")
+Layout = Literal["lists", "long"]
+Progress: TypeAlias = Callable[[str], object] | None
 
 
 class Recommender:
@@ -82,17 +91,19 @@ class Recommender:
         cls,
         interactions: object,
         items: object | None = None,
-        *,
         recipe: str = "default",
+        *,
         settings: Mapping[str, object] | None = None,
         preparation: Mapping[str, object] | None = None,
         output: str | os.PathLike[str] | None = None,
+        verbose: bool | None = None,
     ) -> "Recommender":
         """Prepares data, trains in another process, and loads the result.
 
         Args:
-            interactions: Clicks with `user_id`, `item_id` and `timestamp`, or one session a row with `session_id` and
-                `items`, in any form that `arrow_input.to_table` takes; or lists of item ids, one a session.
+            interactions: Clicks with `user_id` or `session_id`, `item_id` and `timestamp`, or one session a row with
+                `session_id` and `items`, in any form that `arrow_input.to_table` takes; or lists of item ids, one a
+                session. Clicks without `timestamp` are in their order.
             items: Table with `item_id` and, each optional, `title`, `category`, `brand`, `description`. None takes the
                 items of the interactions, without text.
             recipe: Recipe, or path of a settings file; see docs/concepts.md.
@@ -100,15 +111,17 @@ class Recommender:
             preparation: Options of `python -m llmgr_rec.prepare` by name, such as {"min_interactions": 1}.
             output: New folder for the data set and the run. None uses a temporary folder, which is deleted together
                 with the recommender; `save` keeps the model.
+            verbose: Whether the progress is written to stderr. None does so on a terminal and in a notebook.
 
         Raises:
             UserError: The data, a setting or the training failed; the message is that of the command concerned.
         """
+        arguments = (interactions, items, recipe, settings or {}, preparation or {}, _progress(verbose))
         if output is not None:
-            return cls._fit_in(Path(output), interactions, items, recipe, settings or {}, preparation or {})
+            return cls._fit_in(_new_folder(Path(output)), *arguments)
         folder = Path(tempfile.mkdtemp(prefix="llmgr_rec-"))
         try:
-            fitted = cls._fit_in(folder, interactions, items, recipe, settings or {}, preparation or {})
+            fitted = cls._fit_in(folder, *arguments)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -124,19 +137,21 @@ class Recommender:
         recipe: str,
         settings: Mapping[str, object],
         preparation: Mapping[str, object],
+        progress: Progress,
     ) -> "Recommender":
-        option, clicks = _interactions_table(interactions)
-        catalog = _items_of(clicks) if items is None else to_table(items, "items")
-        if "title" not in catalog.column_names:
-            catalog = catalog.append_column("title", pa.nulls(catalog.num_rows, pa.string()))
-        folder.mkdir(parents=True, exist_ok=True)
         dataset, run = folder / "dataset", folder / "run"
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".input-") as raw:
-            pq.write_table(clicks, f"{raw}/{option}.parquet")
-            pq.write_table(catalog, f"{raw}/items.parquet")
-            given = {option: f"{raw}/{option}.parquet", "items": f"{raw}/items.parquet", "output": dataset}
-            run_command("prepare", {**preparation, **given})
-        run_command("train", {"config": recipe, "dataset": dataset, "output": run, **settings})
+        with tempfile.TemporaryDirectory(prefix="llmgr_rec-") as written:
+            data = FitInput(interactions, items, Path(written))
+            options = own_and_given({**data.options, "output": dataset}, preparation, "preparation")
+            try:
+                run_command("prepare", options, progress)
+            except UserError as error:
+                raise _naming_argument(data.in_terms_of_caller(str(error)), "preparation") from None
+        options = own_and_given({"config": recipe, "dataset": dataset, "output": run}, settings, "settings")
+        try:
+            run_command("train", options, progress)
+        except UserError as error:
+            raise _naming_argument(str(error), "settings") from None
         return cls(open_bundle(run), run, dataset)
 
     @property
@@ -158,6 +173,7 @@ class Recommender:
         among: Collection[Any] | None = None,
         without: Collection[Any] = (),
         category: str | None = None,
+        layout: Layout = "lists",
     ) -> pa.Table:
         """Ranks items for sessions.
 
@@ -172,23 +188,28 @@ class Recommender:
             among: Item ids that may be recommended; None allows all. Ids that are not in the catalog are ignored.
             without: Item ids that are not recommended.
             category: Recommends only items of this category, or of one below it.
+            layout: lists gives one row a session, long one row a recommended item.
 
         Returns:
             One row a session, in their order: `session_id`, then the lists `item_ids`, `titles` and `scores` (float32),
-            best first, and `fallback`. A list is shorter than K if fewer items are allowed. `to_pylist()` gives
+            best first, and `fallback`. A list is shorter than K if fewer items are allowed. With layout long, one row
+            an item: `session_id`, `rank` (from 1), `item_id`, `title`, `score`, `fallback`. `to_pylist()` gives
             records, `to_pandas()` and `polars.from_arrow` data frames.
 
         Raises:
             UserError: `k` is not positive, or sessions, ids or the category have a wrong type or are unknown.
         """
         length = self._list_length(k)
+        if layout not in get_args(Layout):
+            raise UserError(f"layout is {layout!r}; give lists or long")
         table = to_sessions(sessions)
         clicks = self.ranker.clicks(table["items"])
         allowed_R = self.ranker.allowed_items(among, without, category)
         excludes_seen = self.ranker.rule.excludes_seen if exclude_seen is None else exclude_seen
         ranked = self.ranker.lists(*self.ranker.rank(clicks, length, excludes_seen, allowed_R))
         is_empty_B = (clicks.lengths == 0).numpy()
-        return pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B)})
+        lists = pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B)})
+        return long_rows(lists) if layout == "long" else lists
 
     def similar(self, items: Sequence[Any], k: int = 10) -> pa.Table:
         """Finds the items with the most similar vectors.
@@ -256,7 +277,7 @@ class Recommender:
         with tempfile.TemporaryDirectory(prefix="llmgr_rec-") as folder:
             file = Path(folder) / "metrics.json"
             given = {"run": self._run, "dataset": self._dataset, "split": split, "output": file}
-            run_command("evaluate", {**options, **given})
+            run_command("evaluate", own_and_given(given, options, "evaluate"))
             content: dict[str, Any] = json.loads(file.read_text())
         return content
 
@@ -269,32 +290,44 @@ class Recommender:
         Raises:
             UserError: The folder is not empty or cannot be written.
         """
-        folder = Path(path)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an empty folder; give another path")
+        folder = _new_folder(Path(path))
         with atomic_folder(folder.resolve()) as draft:
             shutil.copytree(self._files.path, draft, dirs_exist_ok=True)
 
     def _list_length(self, k: int) -> int:
-        if k < 1:
-            raise UserError(f"k is {k}; give 1 or more")
-        return min(k, self.ranker.catalog.num_items)
+        try:
+            length = operator.index(k)
+        except TypeError:
+            length = 0
+        if length < 1:
+            raise UserError(f"k is {k!r}; give an integer of 1 or more")
+        return min(length, self.ranker.catalog.num_items)
 
 
-def _interactions_table(interactions: object) -> tuple[str, pa.Table]:
-    """Option of prepare and its table: clicks, or sessions."""
-    if is_lists(interactions):
-        return "sessions", to_sessions(interactions, "interactions")
-    table = to_table(interactions, "interactions")
-    return ("sessions" if "items" in table.column_names else "interactions"), table
+def _new_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        run = folder / "run"
+        remedy = f", or use Recommender.load({str(run)!r})" if run.is_dir() else ""
+        raise UserError(f"{folder} exists and is not an empty folder; give another path{remedy}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def _items_of(clicks: pa.Table) -> pa.Table:
-    """The items of clicks or sessions, in order of their first click."""
-    if "items" in clicks.column_names:
-        ids = clicks["items"].combine_chunks().flatten()
-    elif "item_id" in clicks.column_names:
-        ids = clicks["item_id"].combine_chunks()
-    else:
-        raise UserError(f"interactions have neither item_id nor items; they have {', '.join(clicks.column_names)}")
-    return pa.table({"item_id": ids.unique().drop_null()})
+def _progress(verbose: bool | None) -> Progress:
+    """What `fit` does with the lines of its commands: writes them to stderr, which a notebook shows, or nothing."""
+    if verbose is None:
+        verbose = "ipykernel" in sys.modules or sys.stderr.isatty()
+    return _write_line if verbose else None
+
+
+def _write_line(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def _naming_argument(message: str, argument: str) -> UserError:
+    """An error of a command, with the way in which `fit` takes the option that the message names."""
+    option = re.search(r"--([a-z][\w.]*)", message)
+    if option is None or option[1] in _SET_BY_FIT or "unknown option" in message:
+        return UserError(message)
+    return UserError(f"{message} (in fit: {argument}={{{option[1]!r}: ...}})")

@@ -1,5 +1,6 @@
 """A process ends with its parent, even if the parent is killed."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -32,3 +33,8 @@ def test_a_child_ends_when_its_parent_is_killed() -> None:
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text():
         assert time.monotonic() < deadline, "the child runs on"
         time.sleep(0.01)
+
+
+def test_a_child_whose_parent_has_ended_before_ends() -> None:
+    code = "import os; from llmgr_rec.parent_process import end_with_parent; end_with_parent(parent=os.getppid() + 1)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL

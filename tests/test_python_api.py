@@ -2,29 +2,56 @@
 
 import functools
 import gc
+import inspect
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-import torch.distributed as dist
 
 from llmgr_rec import Recommender, UserError, python_api
+from llmgr_rec.arrow_input import to_ids
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.score import main as score
 from llmgr_rec.scoring import session_ranker
+from tests.data.files import write_items
 from tests.small_run import small_run
 
 ROOT = Path(__file__).parents[1]
+PATH, IDS = "str | os.PathLike[str]", "collections.abc.Collection[typing.Any]"
+OPTIONS = "collections.abc.Mapping[str, object] | None = None"
+SIGNATURES = {
+    "load": f"(cls, path: {PATH}, *, dataset: {PATH} | None = None, dtype: Optional[Literal['auto', 'float32', "
+    "'bfloat16']] = None, allow_code: collections.abc.Collection[str] = ()) -> 'Recommender'",
+    "fit": "(cls, interactions: object, items: object | None = None, recipe: str = 'default', *, "
+    f"settings: {OPTIONS}, preparation: {OPTIONS}, output: {PATH} | None = None, verbose: bool | None = None) "
+    "-> 'Recommender'",
+    "item_ids": "(self) -> pyarrow.lib.Array",
+    "titles": "(self) -> pyarrow.lib.Array",
+    "recommend": "(self, sessions: object, k: int = 10, *, exclude_seen: bool | None = None, "
+    f"among: {IDS} | None = None, without: {IDS} = (), category: str | None = None, "
+    "layout: Literal['lists', 'long'] = 'lists') -> pyarrow.lib.Table",
+    "similar": "(self, items: collections.abc.Sequence[typing.Any], k: int = 10) -> pyarrow.lib.Table",
+    "explain": "(self, session: collections.abc.Sequence[typing.Any], k: int = 5, *, "
+    "items: collections.abc.Sequence[typing.Any] | None = None, exclude_seen: bool | None = None) "
+    "-> llmgr_rec.explanation.records.Explanation",
+    "evaluate": "(self, split: str = 'test', **options: object) -> dict[str, typing.Any]",
+    "save": f"(self, path: {PATH}) -> None",
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +98,7 @@ def test_titles_stand_beside_ids(rec: Recommender, sessions: list[list[Any]]) ->
         assert len(row["item_ids"]) == len(row["scores"]) == 3
 
 
-def test_takes_what_users_hold(rec: Recommender, sessions: list[list[Any]], tmp_path: Path) -> None:
+def test_takes_sessions_in_all_forms(rec: Recommender, sessions: list[list[Any]], tmp_path: Path) -> None:
     expected = rec.recommend(sessions[:6], k=4)
     table = pa.table({"session_id": pa.array(range(6)), "items": sessions[:6]})
     pq.write_table(table, tmp_path / "sessions.parquet")
@@ -85,11 +112,44 @@ def test_takes_what_users_hold(rec: Recommender, sessions: list[list[Any]], tmp_
         table.to_pylist(),
         log,
         table.to_batches()[0],
+        table.to_reader(),
+        table["items"],
+        table["items"].chunk(0),
+        (list(session) for session in sessions[:6]),
+        [np.array(session, dtype=object) for session in sessions[:6]],
+        np.array([np.array(session, dtype=object) for session in sessions[:6]], dtype=object),
+        pd.DataFrame({"items": sessions[:6]}),
+        pd.Series(sessions[:6]),
+        pl.DataFrame({"session_id": range(6), "items": sessions[:6]}),
+        pl.Series(sessions[:6]),
+        pl.DataFrame({"items": sessions[:6]}, schema={"items": pl.List(pl.Categorical)}),
     )
     for form in forms:
         assert rec.recommend(form, k=4).drop_columns("session_id") == expected.drop_columns("session_id"), type(form)
-    by_session = {row["session_id"]: row["item_ids"] for row in rec.recommend(newest_first, k=4).to_pylist()}
-    assert by_session == dict(enumerate(expected["item_ids"].to_pylist()))
+    by_session = dict(enumerate(expected["item_ids"].to_pylist()))
+    pandas = pd.DataFrame(newest_first)
+    times = pd.to_datetime(pandas["timestamp"], unit="s", utc=True).dt.tz_convert("Europe/Berlin")
+    tables = (
+        newest_first,
+        pandas,
+        pandas[["timestamp", "item_id", "session_id"]].set_index("session_id"),
+        pandas.assign(timestamp=times).astype({"item_id": "category", "session_id": "Int64"}),
+        pandas.astype({"item_id": "string", "timestamp": "Float64"}),
+        pl.DataFrame(newest_first),
+        pl.DataFrame(newest_first).with_columns(pl.col("item_id").cast(pl.Categorical)),
+        duckdb.sql("FROM pandas"),
+    )
+    for held in tables:
+        found = rec.recommend(held, k=4)
+        assert dict(zip(found["session_id"].to_pylist(), found["item_ids"].to_pylist(), strict=True)) == by_session
+    assert rec.recommend(pandas[:0]).num_rows == rec.recommend(pl.DataFrame(newest_first)[:0]).num_rows == 0
+
+
+def test_takes_numbers_of_all_kinds_as_ids_of_text_and_integers(tmp_path: Path) -> None:
+    for ids in ([1, 2, 3], ["1", "2", "3"]):
+        catalog = Catalog.load(write_items(tmp_path / type(ids[0]).__name__, 3, item_id=ids))
+        for form in ([2], ["2"], [2.0], ["2.0"], np.array([2], np.int32), np.array([2], np.uint64), pd.Series([2])):
+            assert catalog.index_of(to_ids(form, "items")).tolist() == [1], (ids, form)
 
 
 class DataFrame:
@@ -107,6 +167,22 @@ def test_takes_data_frames(rec: Recommender, sessions: list[list[Any]]) -> None:
     assert rec.recommend(frame, k=4)["item_ids"] == rec.recommend(sessions[:6], k=4)["item_ids"]
 
 
+def test_the_long_layout_has_a_row_an_item(rec: Recommender, sessions: list[list[Any]]) -> None:
+    lists = rec.recommend(sessions, k=3, among=rec.item_ids.to_pylist()[:5], exclude_seen=True)
+    expected = [
+        {"session_id": row["session_id"], "rank": rank, "item_id": item, "title": title, "score": score}
+        | {"fallback": row["fallback"]}
+        for row in lists.to_pylist()
+        for rank, (item, title, score) in enumerate(
+            zip(row["item_ids"], row["titles"], row["scores"], strict=True), start=1
+        )
+    ]
+    long = rec.recommend(sessions, k=3, among=rec.item_ids.to_pylist()[:5], exclude_seen=True, layout="long")
+    assert long.to_pylist() == expected
+    assert len(expected) < 3 * len(sessions), "no list is shorter, so this checks less"
+    assert rec.recommend([], layout="long").num_rows == 0
+
+
 def test_restricts_what_is_recommended(rec: Recommender, sessions: list[list[Any]]) -> None:
     num_items = len(rec.item_ids)
     complete = rec.recommend(sessions, k=num_items, exclude_seen=False).to_pylist()
@@ -114,6 +190,9 @@ def test_restricts_what_is_recommended(rec: Recommender, sessions: list[list[Any
     chosen = set(rec.item_ids.to_pylist()[5:20])
     for options in (
         {"among": chosen},
+        {"among": np.array(sorted(chosen))},
+        {"among": pd.Series(sorted(chosen))},
+        {"without": pl.Series([item for item in rec.item_ids.to_pylist() if item not in chosen])},
         {"without": set(rec.item_ids.to_pylist()) - chosen},
         {"among": [*chosen, chosen.copy().pop()]},
     ):
@@ -161,6 +240,20 @@ def _clicks(times: list[Any]) -> dict[str, list[Any]]:
     ("call", "message"),
     [
         (lambda rec: rec.recommend([[1]], k=0), "k is 0"),
+        (lambda rec: rec.recommend([[1]], k=2.5), "k is 2.5; give an integer"),
+        (lambda rec: rec.recommend([[1]], layout="wide"), "layout is 'wide'; give lists or long"),
+        (lambda rec: rec.similar("abc"), r"items is 'abc'; give a list of item ids: \['abc'\]"),
+        (lambda rec: rec.similar(7), r"items is 7; give a list of item ids: \[7\]"),
+        (lambda rec: rec.recommend([["a"], [True]]), "must all be integers or all text"),
+        (lambda rec: rec.recommend({"items": ["a"]}), "column items is string; give a list"),
+        (lambda rec: rec.recommend(pl.DataFrame({"items": [["a"]]}).lazy()), "sessions is LazyFrame; give a pandas"),
+        (lambda rec: Recommender.fit({"guest": [1], "dish": [2]}), "need the columns user_id .* they have guest, dish"),
+        (lambda rec: Recommender.fit({"user_id": [1], "dish": [2]}), "need the columns user_id .* rename them"),
+        (lambda rec: Recommender.fit([["a"]], preparation={"output": "x"}), "preparation has output, which is set"),
+        (
+            lambda rec: Recommender.fit([["a"]], output=small_run().run.parent),
+            "not an empty folder; .*Recommender.load",
+        ),
         (lambda rec: rec.recommend("no/such.parquet"), "sessions no/such.parquet"),
         (lambda rec: rec.recommend([[1, "a"]]), "must all be integers or all text"),
         (lambda rec: rec.recommend([[1, None]]), "sessions hold 1 null item ids"),
@@ -171,7 +264,6 @@ def _clicks(times: list[Any]) -> dict[str, list[Any]]:
         (lambda rec: rec.recommend(_clicks(["9", "10"])), "column timestamp is string, but must be numbers"),
         (lambda rec: rec.recommend({"items": [[1], None]}), "column items has 1 nulls"),
         (lambda rec: rec.recommend(small_run().dataset.path / "test"), "items are indices"),
-        (lambda rec: Recommender.fit(small_run().dataset.path / "test"), "items are indices"),
         (lambda rec: rec.recommend(["abc"]), "not a list of item ids"),
         (lambda rec: rec.recommend([[1], ""]), "holds '', which is not a list of item ids"),
         (lambda rec: rec.recommend([0, 5]), "holds 0, which is not a list of item ids"),
@@ -197,27 +289,20 @@ def test_several_threads_and_models_at_once(rec: Recommender, sessions: list[lis
     rec.save(tmp_path / "saved")
     second = Recommender.load(tmp_path / "saved")
     expected = [rec.recommend([session], k=5) for session in sessions]
-    failures: list[int] = []
+    options: dict[str, Any] = {"k": 5, "exclude_seen": True, "without": rec.item_ids.to_pylist()[:9]}
+    restricted = [rec.recommend([session], **options) for session in sessions]
+    alike = rec.similar(rec.item_ids.to_pylist()[:5])
 
-    def ask(number: int) -> None:
+    def ask(number: int) -> bool:
         model = (rec, second)[number % 2]
-        for session, answer in zip(sessions, expected, strict=True):
-            if model.recommend([session], k=5) != answer:
-                failures.append(number)
+        return (
+            [model.recommend([session], k=5) for session in sessions] == expected
+            and [model.recommend([session], **options) for session in sessions] == restricted
+            and model.similar(model.item_ids[:5]) == alike
+        )
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert not failures
-
-
-def test_changes_nothing_of_the_process(sessions: list[list[Any]]) -> None:
-    before = (dict(os.environ), torch.get_num_threads(), torch.initial_seed(), torch.is_grad_enabled())
-    Recommender.load(small_run().run).recommend(sessions)
-    assert (dict(os.environ), torch.get_num_threads(), torch.initial_seed(), torch.is_grad_enabled()) == before
-    assert not dist.is_initialized()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8), timeout=120)) == [True] * 8
 
 
 def test_the_documented_lines_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,10 +333,10 @@ def test_the_documented_lines_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_fits_lists_without_items_in_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[str] = []
 
-    def run(command: str, options: dict[str, Any]) -> None:
+    def run(command: str, options: dict[str, Any], on_line: object) -> None:
         commands.append(command)
         if command == "prepare":
-            assert pq.read_table(options["items"]).to_pydict() == {"item_id": [5, 7, 9], "title": [None] * 3}
+            assert set(options) == {"sessions", "output"}
             assert pq.read_table(options["sessions"])["items"].to_pylist() == [[5, 7], [7, 9]]
         else:
             shutil.copytree(small_run().run, options["output"])
@@ -266,18 +351,110 @@ def test_fits_lists_without_items_in_a_temporary_folder(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_session_recommender_loads_no_package_of_language_models() -> None:
+def test_changes_nothing_of_the_process() -> None:
+    """In a new process, because importing is part of it. A fit fails here after `prepare` was run."""
     code = f"""
-import sys
-from llmgr_rec import Recommender
+import logging, os, signal, sys, warnings
+import torch
+def state():
+    levels = {{name: (one.level, one.handlers) for name, one in logging.root.manager.loggerDict.items()
+              if isinstance(one, logging.Logger) and (one.handlers or name.startswith("llmgr_rec"))}}
+    return (dict(os.environ), torch.get_num_threads(), torch.get_num_interop_threads(), torch.initial_seed(),
+            torch.is_grad_enabled(), torch.get_default_dtype(), torch.distributed.is_initialized(),
+            logging.root.handlers[:], logging.root.level, logging.root.manager.disable,
+            logging.getLogger("llmgr_rec").handlers, logging.getLogger("llmgr_rec").level,
+            [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)], sys.excepthook, sys.unraisablehook,
+            os.getcwd(), os.umask(0o022), sys.path[:])
+before, filters = state(), warnings.filters[:]
+from llmgr_rec import Recommender, UserError
 rec = Recommender.load({str(small_run().run / "export" / "sbr")!r})
 rec.recommend([rec.item_ids.to_pylist()[:2]])
-print(*({{"peft", "transformers", "duckdb", "matplotlib"}} & set(sys.modules)))
+rec.similar(rec.item_ids[:1])
+try:
+    Recommender.fit([[1, 2]])
+except UserError as error:
+    assert str(error).startswith("prepare failed: "), error
+after = state()
+assert after == before, [pair for pair in zip(before, after) if pair[0] != pair[1]]
+own = [one for one in warnings.filters if one not in filters]
+print(*({{"peft", "transformers", "duckdb", "matplotlib", "polars"}} & set(sys.modules)))
+print([one for one in own if one[1] is None and one[2] is Warning])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "\n[]\n"), done.stderr
+    assert done.stderr == ""
 
 
-def test_a_failed_fit_says_what_the_command_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^prepare failed: .*timestamp"):
-        Recommender.fit({"user_id": [1], "item_id": [2]}, output=tmp_path / "run")
+def signatures() -> dict[str, str]:
+    """Public methods and properties of `Recommender` with their annotations."""
+    members = {name: found for name, found in vars(Recommender).items() if not name.startswith("_")}
+    functions = {
+        name: getattr(found, "fget", None) or getattr(found, "__func__", found) for name, found in members.items()
+    }
+    return {name: str(inspect.signature(function)) for name, function in functions.items()}
+
+
+def test_the_signatures_are_those_that_were_promised() -> None:
+    """Whoever changes these changes what other people's code may rely on."""
+    table = "session_id, item_ids, titles, scores, fallback"
+    assert signatures() == SIGNATURES
+    rec = Recommender.load(small_run().run / "export" / "sbr")
+    found = rec.recommend([[]], k=1)
+    assert ", ".join(found.column_names) == table
+    assert found.schema.field("scores").type == pa.large_list(pa.float32())
+
+
+def write_program(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_interrupted_fit_leaves_no_process_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def interrupt(line: str) -> None:
+        seen.append(line)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "executable", str(write_program(tmp_path / "python", "echo $$; exec sleep 60")))
+    monkeypatch.setattr(python_api, "_write_line", interrupt)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        Recommender.fit(pd.DataFrame({"session_id": ["a", "a"], "item_id": [5, 7]}), verbose=True)
+    assert not Path(f"/proc/{int(seen[0])}").exists()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+FIT = """
+import sys
+import pandas as pd
+from llmgr_rec import Recommender
+users = [user for user in range(60) for _ in range(6)]
+log = pd.DataFrame({"user_id": users, "item_id": [(user + click) % 9 for click, user in enumerate(users)]})
+Recommender.fit(log, settings={"sbr.epochs": 500, "tables.dim": 16, "runtime.device": "cpu"}, verbose=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_training_fit_that_ends_leaves_no_process(tmp_path: Path, number: int) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", FIT], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        lines = [next(line for line in process.stderr if "epoch 1:" in line)]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(number)
+        lines += process.stderr.readlines()
+        assert process.wait(30)
+    assert children
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline, "training runs on"
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        assert lines[-1] == "KeyboardInterrupt\n"
+        assert not list(tmp_path.glob("llmgr_rec-*"))

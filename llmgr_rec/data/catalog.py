@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.data.item_ids import int64_ids, matches, plain_ids
+from llmgr_rec.data.item_ids import are_ids, int64_ids, is_text, plain_ids
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
 from llmgr_rec.errors import UserError, did_you_mean
@@ -174,25 +174,23 @@ class Catalog:
     def index_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Item index of each raw id, int64; -1 for unknown ids and nulls.
 
-        An id that has been a float is found, too: `12.0` is 12, also in text.
+        The text `12`, the integer 12 and the float 12.0 are the same id, and so is the text `12.0`.
 
         If the catalog's ids are strings, each call builds a hash table of the catalog, so pass many ids per call. If
         they are int64, a binary search uses a sort order that is computed once.
 
         Args:
-            ids: Raw ids: text, or if the catalog's are int64, integers of any width, whole floats or text.
+            ids: Raw ids: text, integers of any width, or whole floats.
 
         Raises:
             UserError: The ids have another type, or a float is not an exact integer.
         """
         array = _one_array(ids)
-        if not matches(array.type, self.item_ids.type):
-            raise UserError(
-                f"item ids are {ids.type} but the catalog's are {self.item_ids.type} ({self.file}); "
-                f"cast them to {self.item_ids.type}"
-            )
+        if not are_ids(array.type):
+            raise UserError(f"item ids are {ids.type}, but must be text or integers; cast them")
         if pa.types.is_string(self.item_ids.type):
-            return self._index_of_text(array.cast(pa.large_string()))
+            text = array if is_text(array.type) else int64_ids(array)
+            return self._index_of_text(text.cast(pa.large_string()))
         queries = int64_ids(array)
         sorted_ids, order = self._search_order
         values = queries.fill_null(0).to_numpy()

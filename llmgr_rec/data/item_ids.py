@@ -57,17 +57,13 @@ def is_text(found: pa.DataType) -> bool:
     return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found)
 
 
-def matches(found: pa.DataType, catalog: pa.DataType) -> bool:
-    """Whether ids of a type can be those of a catalog.
-
-    Integers do not match text: they may be item indices of a data set whose file has lost the mark of prepare.
+def are_ids(found: pa.DataType) -> bool:
+    """Whether a type is one of item ids: text, integers, or floats, which whole numbers are beside missing values.
 
     Args:
-        found: Type of the ids.
-        catalog: Type of the catalog's ids, string or int64.
+        found: Type of the ids; null is the type of an empty list.
     """
-    is_number = pa.types.is_integer(found) or pa.types.is_floating(found)
-    return is_text(found) or pa.types.is_null(found) or (is_number and pa.types.is_int64(catalog))
+    return is_text(found) or pa.types.is_null(found) or pa.types.is_integer(found) or pa.types.is_floating(found)
 
 
 def _without_floats(ids: pa.Array) -> pa.Array:

@@ -291,10 +291,9 @@ class SessionFiles:
         try:
             self._catalog.index_of(pa.array([], type=id_type))
         except UserError:
-            expected = self._catalog.item_ids.type
             raise UserError(
-                f"{path}: column {ITEMS} has {id_type} ids, but the catalog's item ids are {expected}; "
-                f"cast them to {expected}"
+                f"{path}: column {ITEMS} has {id_type} ids, but ids are text or integers; cast them to "
+                f"{self._catalog.item_ids.type}"
             ) from None
 
     def _decode(self, file: InputFile, group: int, table: pa.Table) -> tuple[Ints, Ints, int]:

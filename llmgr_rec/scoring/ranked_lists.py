@@ -1,6 +1,6 @@
 """Ranked lists of items as list columns.
 
-Shapes: R rows, V items of the catalog, K items of a list.
+Shapes: R rows, V items of the catalog, K items of a list, B sessions, N items of all lists.
 """
 
 from collections.abc import Mapping
@@ -58,3 +58,26 @@ def list_columns(
     columns = {name: of_items.take(taken) for name, of_items in values.items()}
     columns["scores"] = pa.array(scores_RK[is_item_RK], pa.float32())
     return {name: kind.from_arrays(offsets, column) for name, column in columns.items()}
+
+
+def long_rows(lists: pa.Table) -> pa.Table:
+    """Ranked lists with one row an item: `session_id`, `rank` (from 1), `item_id`, `title`, `score`, `fallback`.
+
+    Args:
+        lists: One row a session: `session_id`, the lists `item_ids`, `titles` and `scores`, and `fallback`.
+    """
+    item_ids = lists["item_ids"].combine_chunks()
+    session_N = pc.list_parent_indices(item_ids)
+    first_B = item_ids.offsets.to_numpy()[:-1]
+    rank_N = 1 + np.arange(len(session_N)) - first_B[session_N.to_numpy()]
+    values = {name: lists[name].combine_chunks().flatten() for name in ("item_ids", "titles", "scores")}
+    return pa.table(
+        {
+            "session_id": lists["session_id"].take(session_N),
+            "rank": rank_N,
+            "item_id": values["item_ids"],
+            "title": values["titles"],
+            "score": values["scores"],
+            "fallback": lists["fallback"].take(session_N),
+        }
+    )

@@ -28,14 +28,14 @@ _log = logging.getLogger(__name__)
 _SPLIT_WORDS = {"train": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
 
 
-def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
+def open_inputs(settings: PrepareSettings) -> tuple[Source, Source | None]:
     """Opens clicks and items; reads only their footers.
 
     Args:
         settings: Settings of this run.
 
     Returns:
-        Source of the interactions or sessions, and of the items.
+        Source of the interactions or sessions, and of the items, if there is an item file.
 
     Raises:
         UserError: A file or column is missing or has the wrong type.
@@ -54,9 +54,8 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
     if split is not None:
         (required if settings.split_column else optional)[split] = "text"
     clicks = open_source(path, name, required, optional)
-    texts: dict[str, Kind] = {column: "text" for column in TEXT_COLUMNS if column != "title"}
-    items = open_source(settings.items, "items", {"item_id": "id", "title": "text"}, texts)
-    if clicks.types[item_column] != items.types["item_id"]:
+    items = _open_items(settings.items)
+    if items and clicks.types[item_column] != items.types["item_id"]:
         # One file has text, so the ids of the other are compared as text.
         _log.info(
             "item ids are numbers in %s, but text in %s; all are read as text",
@@ -65,9 +64,24 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source]:
         clicks = replace(clicks, types=clicks.types | {item_column: "string"})
         items = replace(items, types=items.types | {"item_id": "string"})
     for source in (clicks, items):
-        if source.float_ids:
+        if source and source.float_ids:
             _log.info("%s: floats in column %s are read as integers", source.files[0], " and ".join(source.float_ids))
     return clicks, items
+
+
+def _open_items(path: str | None) -> Source | None:
+    if path is None:
+        return None
+    texts: dict[str, Kind] = dict.fromkeys(TEXT_COLUMNS, "text")
+    items = open_source(path, "items", {"item_id": "id"}, texts)
+    if "title" not in items.types:
+        _log.warning("%s: there is no column title, so the items have none", path)
+    return items
+
+
+def item_id_type(clicks: Source) -> str:
+    """Type that item ids are read as, string or int64; it is that of the item file, too."""
+    return clicks.types.get("item_id") or clicks.types["items"]
 
 
 def split_column(settings: PrepareSettings) -> str | None:
@@ -77,16 +91,22 @@ def split_column(settings: PrepareSettings) -> str | None:
     return settings.split_column or "split"
 
 
-def load_items(database: Database, items: Source) -> None:
-    """Creates table items.
+def load_items(database: Database, items: Source | None, clicks: Source) -> None:
+    """Creates table items; without an item file it is empty until the clicks are read.
 
     Args:
         database: Scratch database.
         items: Source of the catalog.
+        clicks: Source of the clicks.
 
     Raises:
         UserError: An item id is null, negative or a duplicate.
     """
+    if items is None:
+        id_type = "VARCHAR" if item_id_type(clicks) == "string" else "BIGINT"
+        columns = ", ".join(f"{column} VARCHAR" for column in TEXT_COLUMNS)
+        database.run(f"CREATE TABLE items (key BIGINT, item_id {id_type}, {columns})")
+        return
     texts = ", ".join(
         f"CAST({column} AS VARCHAR) AS {column}" if column in items.types else f"CAST(NULL AS VARCHAR) AS {column}"
         for column in TEXT_COLUMNS

@@ -23,7 +23,7 @@ def resolve_missing_items(database: Database, settings: PrepareSettings, raw: st
         Number of clicks that are dropped because their item is missing.
 
     Raises:
-        UserError: Items are missing and may not be, or no item of the clicks is in the item file.
+        UserError: Items are missing from the item file and may not be, or no item of the clicks is in it.
     """
     database.run(
         f"CREATE TABLE missing AS SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
@@ -31,6 +31,9 @@ def resolve_missing_items(database: Database, settings: PrepareSettings, raw: st
     )
     count, first = database.run("SELECT sum(clicks), arg_min(item_id, first) FROM missing")[0]
     if not count:
+        return 0
+    if settings.items is None:
+        _add_missing(database)
         return 0
     problem = _match_problem(database, raw)
     if settings.missing_items == "error":
@@ -47,12 +50,17 @@ def resolve_missing_items(database: Database, settings: PrepareSettings, raw: st
         _log.warning("%s: %s", settings.items, problem)
     if settings.missing_items == "drop":
         return int(count)
+    _add_missing(database)
+    return 0
+
+
+def _add_missing(database: Database) -> None:
+    """Adds the items of table missing to table items, without text, in order of their first click."""
     texts = ", ".join(f"NULL AS {column}" for column in TEXT_COLUMNS)
     database.run(
-        "INSERT INTO items SELECT (SELECT max(key) FROM items) + row_number() OVER (ORDER BY first, item_id), "
-        f"item_id, {texts} FROM missing"
+        "INSERT INTO items SELECT (SELECT coalesce(max(key), -1) FROM items) "
+        f"+ row_number() OVER (ORDER BY first, item_id), item_id, {texts} FROM missing"
     )
-    return 0
 
 
 def _match_problem(database: Database, raw: str) -> str | None:

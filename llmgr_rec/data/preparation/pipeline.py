@@ -56,12 +56,14 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
             database.close()
 
 
-def _run_steps(draft: Path, database: Database, settings: PrepareSettings, clicks: Source, items: Source) -> Manifest:
+def _run_steps(
+    draft: Path, database: Database, settings: PrepareSettings, clicks: Source, items: Source | None
+) -> Manifest:
     """Runs all steps; each advances the progress bar by one."""
     with progress(6, "prepare", "step") as bar:
         bar.set_description("prepare: read items and clicks")
         with user_errors(f"reading {settings.items}"):
-            load.load_items(database, items)
+            load.load_items(database, items, clicks)
         with user_errors(f"reading {settings.interactions or settings.sessions}"):
             read = (load.load_interactions if settings.interactions else load.load_sessions)(database, clicks, settings)
         bar.update()
@@ -76,9 +78,9 @@ def _run_steps(draft: Path, database: Database, settings: PrepareSettings, click
                 cuts = phases.assign_phases(database, settings)
                 num_items = filters.number_items(database, settings.keep_unseen_items)
                 bar.update()
-                manifest = _write_files(draft, database, settings, items, num_items, bar)
+                manifest = _write_files(draft, database, settings, clicks, num_items, bar)
             described = {"interactions" if settings.interactions else "sessions": clicks, "items": items}
-            inputs = {option: source.description for option, source in described.items() if source.description}
+            inputs = {option: found.description for option, found in described.items() if found and found.description}
             manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks, inputs=inputs, session_gap=cut)
             (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -115,7 +117,7 @@ def _write_files(
     draft: Path,
     database: Database,
     settings: PrepareSettings,
-    items: Source,
+    clicks: Source,
     num_items: int,
     bar: "tqdm[Any]",
 ) -> Manifest:
@@ -132,8 +134,8 @@ def _write_files(
         bar.update()
     _check_not_empty(writers, settings)
     bar.set_description("prepare: write items")
-    item_id_type = pa.string() if items.types["item_id"] == "string" else pa.int64()
-    features, has_text = write_items(database, draft / ITEMS_NAME, item_id_type, builder.train_count_V, held_out_V)
+    id_type = pa.string() if load.item_id_type(clicks) == "string" else pa.int64()
+    features, has_text = write_items(database, draft / ITEMS_NAME, id_type, builder.train_count_V, held_out_V)
     bar.update()
     return Manifest(
         num_items=num_items,

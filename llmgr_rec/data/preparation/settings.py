@@ -31,12 +31,13 @@ class PrepareSettings:
     """Input, filters, split and output of prepare.
 
     Args:
-        items: Item catalog: a Parquet file or a folder of them, with item_id, title and any of category, brand,
-            description. In folders, files at any depth are read, and dt=2026-11-01 in a path is a column.
         output: Data set folder to write; must not exist or be empty.
         interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions.
         sessions: Parquet file or folder with session_id, items (list of item ids, oldest first) and, optionally,
             timestamp. Give this or interactions.
+        items: Item catalog: a Parquet file or a folder of them, with item_id and any of title, category, brand,
+            description. Default: the items of the clicks, without text. In folders, files at any depth are read, and
+            dt=2026-11-01 in a path is a column.
         session_gap: Inactivity that ends a session of a user_id, such as 30min, 2h or 1d (s, min, h, d); default: all
             clicks of a user_id are one session. Needs interactions.
         time_unit: Unit of timestamps that are numbers since 1970; auto: by their size, if all are from 1990 to 2100.
@@ -72,10 +73,10 @@ class PrepareSettings:
         temp_folder: Folder for spilled data; default: next to the output.
     """
 
-    items: LocalPath
     output: LocalPath
     interactions: LocalPath | None = None
     sessions: LocalPath | None = None
+    items: LocalPath | None = None
     session_gap: str | None = None
     time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds"] = "auto"
     duplicates: Literal["drop", "keep"] = "drop"

@@ -87,11 +87,6 @@ def test_missing_column(folder: Path, column: str) -> None:
     assert_names(refused(folder), "interactions.parquet", f"column {column} is missing", "other", "rename")
 
 
-def test_missing_title_column(folder: Path) -> None:
-    pq.write_table(pa.table({"item_id": ["i0"]}), folder / "items.parquet")
-    assert_names(refused(folder), "items.parquet", "column title is missing")
-
-
 @pytest.mark.parametrize(
     ("column", "values", "needed"),
     [

@@ -272,6 +272,35 @@ def test_items_missing_from_the_catalog_are_dropped_or_kept(tmp_path: Path, poli
         assert result.items[-1]["title"] is None
 
 
+@pytest.mark.parametrize("ids", ["text", "numbers"])
+def test_without_an_item_file_the_items_are_those_of_the_clicks(tmp_path: Path, ids: str) -> None:
+    known = [7, 5, 9, 4] if ids == "numbers" else ["i7", "i5", "i9", "i4"]
+    clicks = pa.table({"user_id": [1] * 4 + [2] * 4, "item_id": [*known, *known], "timestamp": range(8)})
+    pq.write_table(clicks, tmp_path / "interactions.parquet")
+    with_file = prepare(
+        tmp_path,
+        interactions=str(tmp_path / "interactions.parquet"),
+        items=str(write_items(tmp_path / "items.parquet", known, title=[None] * 4)),
+        output=str(tmp_path / "with"),
+    )
+    without = prepare(tmp_path, interactions=str(tmp_path / "interactions.parquet"))
+    assert without.rows == with_file.rows
+    assert without.items == with_file.items
+    assert without.ids == known
+    assert without.dataset.manifest.catalog_hash == with_file.dataset.manifest.catalog_hash
+    lists = pa.table({"session_id": [1, 2], "items": [known, known]})
+    pq.write_table(lists, tmp_path / "sessions.parquet")
+    of_lists = prepare(tmp_path, sessions=str(tmp_path / "sessions.parquet"), output=str(tmp_path / "lists"))
+    assert sorted(of_lists.ids) == sorted(known)
+
+
+def test_items_without_the_column_title_have_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pq.write_table(pa.table({"item_id": [f"i{n}" for n in range(5)]}), tmp_path / "items.parquet")
+    prepared = prepare(tmp_path, SMALL, items=str(tmp_path / "items.parquet"))
+    assert {item["title"] for item in prepared.items} == {None}
+    assert "items.parquet: there is no column title, so the items have none" in caplog.text
+
+
 def test_words_of_several_titles_and_not_of_many_get_ids(tmp_path: Path) -> None:
     titles = [f"The Thing no. {n}" for n in range(30)]
     titles[3], titles[7], titles[8], titles[9] = "Soap, soap & OIL", "oil for Lamps", None, "a Lamps' wick"

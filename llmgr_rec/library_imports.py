@@ -1,0 +1,47 @@
+"""Keeps what libraries do to the process when they are imported away from the programs that import this package.
+
+Imports only the standard library.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# torch._dynamo sets this variable when it is imported (torch 2.13).
+_INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_FX = "torch.fx._symbolic_trace"
+
+
+@contextmanager
+def process_unchanged() -> Iterator[None]:
+    """Within the context, importing torch, torchrec and fbgemm leaves environment and log handlers as they are.
+
+    fbgemm 1.8 logs to the root logger when it is imported, which gives it a handler, so that a later call of
+    `logging.basicConfig` would have no effect.
+    """
+    before = os.environ.get(_INDUCTOR_CACHE)
+    placeholder = logging.NullHandler()
+    if not logging.root.handlers:
+        logging.root.addHandler(placeholder)
+    try:
+        yield
+        _warn_of_fx_unseen()
+    finally:
+        logging.root.removeHandler(placeholder)
+        if before is None:
+            os.environ.pop(_INDUCTOR_CACHE, None)
+
+
+def _warn_of_fx_unseen() -> None:
+    """Takes the warning that torch logs once, when torchrec makes its first batch: it is for authors of libraries."""
+    warn = getattr(sys.modules.get(_FX), "is_fx_tracing_warning", None)
+    logger = logging.getLogger(_FX)
+    if warn is None or logger.disabled:
+        return
+    logger.disabled = True
+    try:
+        warn()
+    finally:
+        logger.disabled = False
