@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
         wait_ms=arguments.wait_ms,
         reload_s=arguments.reload_s,
         hosts=LOOPBACK_NAMES if arguments.host in _LOOPBACK else None,
+        allow_code=code,
     )
     run_service(
         settings,

@@ -220,7 +220,9 @@ def run_all(commands: list[str], share: tuple[int, int], report: Callable[[dict[
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Runs every option of every command with extreme values.")
-    parser.add_argument("--commands", default=",".join(COMMANDS), help="comma-separated commands")
+    # A service runs until it is stopped.
+    ending = [name for name in COMMANDS if name != "llmgr_rec.serve"]
+    parser.add_argument("--commands", default=",".join(ending), help="comma-separated commands")
     parser.add_argument("--share", default="0/1", help="I/N runs every Nth case, from the Ith")
     parser.add_argument("--output", type=Path, required=True, help="file of the outcomes, one JSON object per line")
     arguments = parser.parse_args()

@@ -1,12 +1,12 @@
 """The routes of the service."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +20,7 @@ from llmgr_rec.serving.request_guard import RequestGuard
 from llmgr_rec.serving.request_types import (
     ERRORS,
     MAX_BODY_BYTES,
+    ExplainRequest,
     HealthAnswer,
     ItemId,
     ItemsAnswer,
@@ -33,11 +34,14 @@ from llmgr_rec.serving.request_types import (
 from llmgr_rec.serving.served_models import ServedModel, ServedModels, SessionModel, load_models
 from llmgr_rec.serving.service_metrics import ServiceMetrics
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+# Calls that are not batched: threads for them, and how many may wait.
+_THREADS = 2
+_MAX_CALLS = 200
 _FIELDS = {
+    "/explain": list(ExplainRequest.model_fields),
     "/recommend": list(RecommendRequest.model_fields),
     "/similar": list(SimilarRequest.model_fields),
     "/lists": list(ListsRequest.model_fields),
@@ -54,6 +58,7 @@ class ServiceSettings:
         wait_ms: Time that a request waits for others that are ranked with it.
         reload_s: Time between two looks for new models; 0 never looks.
         hosts: Names that the header Host may have; None allows all.
+        allow_code: Packages from which the bundles may import.
     """
 
     run: Path
@@ -61,6 +66,7 @@ class ServiceSettings:
     wait_ms: float = 3.0
     reload_s: float = 5.0
     hosts: frozenset[str] | None = None
+    allow_code: Sequence[str] = ()
 
 
 class Service:
@@ -77,8 +83,12 @@ class Service:
     def __init__(self, settings: ServiceSettings, load: Callable[[Path], SessionModel]) -> None:
         self.metrics = ServiceMetrics()
         self.settings = settings
-        self.watch = ModelWatch(settings.run, lambda: load_models(settings.run, load), self.metrics)
+        self.watch = ModelWatch(
+            settings.run, lambda: load_models(settings.run, load, settings.allow_code), self.metrics
+        )
         self._batchers: dict[str, RequestBatcher] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="call")
+        self._calls = 0
 
     @property
     def models(self) -> ServedModels:
@@ -96,6 +106,7 @@ class Service:
                 task.cancel()
             for batcher in self._batchers.values():
                 batcher.close()
+            self._threads.shutdown()
 
     async def rank(self, served: ServedModel, sessions: Sequence[Sequence[str]], k: int, filters: Filters) -> list[Row]:
         """Ranks sessions among those of other requests; see `RequestBatcher.recommend`."""
@@ -104,13 +115,26 @@ class Service:
             self._batchers[served.name] = RequestBatcher(self.settings.wait_ms / 1000, observe)
         return await self._batchers[served.name].recommend(Ask(served.model, sessions, k, filters))
 
+    async def call(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Runs work that is not batched in a thread.
 
-def make_app(service: Service, hosts: frozenset[str] | None = None) -> FastAPI:
+        Raises:
+            BusyError: Too many calls wait.
+        """
+        if self._calls >= _MAX_CALLS:
+            raise BusyError
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        finally:
+            self._calls -= 1
+
+
+def make_app(service: Service) -> FastAPI:
     """The service as an ASGI application.
 
     Args:
         service: What the routes share.
-        hosts: Names that the header Host may have; None allows all.
     """
     app = FastAPI(
         title="llmgr_rec",
@@ -125,7 +149,9 @@ def make_app(service: Service, hosts: frozenset[str] | None = None) -> FastAPI:
     _add_page(app)
     _add_errors(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
-    app.add_middleware(RequestGuard, metrics=service.metrics, paths=paths, max_body_bytes=MAX_BODY_BYTES, hosts=hosts)
+    app.add_middleware(
+        RequestGuard, metrics=service.metrics, paths=paths, max_body_bytes=MAX_BODY_BYTES, hosts=service.settings.hosts
+    )
     return app
 
 
@@ -149,8 +175,19 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         models = service.models
         served = models.named(request.model)
         items = as_text(request.items, models)
-        table = await asyncio.to_thread(served.model.similar, items, request.k)
+        table = await service.call(served.model.similar, items, request.k)
         return json_answer({"model": served.name, "version": served.version, "lists": table.to_pylist()})
+
+    @app.post("/explain", responses=ERRORS, summary="Says what the scores of items rest on")
+    async def explain(request: ExplainRequest) -> Response:
+        models = service.models
+        served = models.named(request.model)
+        session = as_text(request.session, models)
+        items = None if request.items is None else as_text(request.items, models)
+        explained = await service.call(
+            lambda: served.model.explain(session, request.k, items=items, exclude_seen=request.exclude_seen)
+        )
+        return json_answer({"model": served.name, "version": served.version, **explained.to_dict()})
 
     @app.post("/lists", response_model=ListsAnswer, responses=ERRORS, summary="Ranks with all models and baselines")
     async def lists(request: ListsRequest) -> Response:
@@ -160,7 +197,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def items(
         q: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> Response:
-        return json_answer({"items": await asyncio.to_thread(service.models.items.find, q, limit)})
+        return json_answer({"items": await service.call(service.models.items.find, q, limit)})
 
     @app.get("/health", response_model=HealthAnswer, summary="Says which models are loaded")
     async def health() -> Response:
@@ -194,9 +231,9 @@ async def _side_by_side(service: Service, request: ListsRequest) -> dict[str, An
     models = service.models
     session = as_text(request.session, models)
     of_models = [service.rank(served, [session], request.k, Filters()) for served in models.models.values()]
-    of_baselines = [asyncio.to_thread(one.recommend, session, request.k) for one in models.baselines]
+    of_baselines = [service.call(one.recommend, session, request.k) for one in models.baselines]
     clicked, baselines, rows = await asyncio.gather(
-        asyncio.to_thread(models.items.titles_of, session), asyncio.gather(*of_baselines), asyncio.gather(*of_models)
+        service.call(models.items.titles_of, session), asyncio.gather(*of_baselines), asyncio.gather(*of_models)
     )
     lists = [
         {"name": one.name, "title": one.title, **found, "scores": None, "explains": False}
@@ -210,9 +247,16 @@ async def _side_by_side(service: Service, request: ListsRequest) -> dict[str, An
 
 
 def _add_page(app: FastAPI) -> None:
-    for path, name in _PAGE_FILES.items():
-        file = FileResponse(_PAGE / name, headers={"cache-control": "no-cache"})
-        app.add_api_route(path, lambda file=file: file, include_in_schema=False, response_model=None)
+    for file in _PAGE.iterdir():
+        path = "/" if file.name == "index.html" else f"/{file.name}"
+        app.add_api_route(path, _sends(file), include_in_schema=False, response_model=None)
+
+
+def _sends(file: Path) -> Callable[[], Awaitable[Response]]:
+    async def send() -> Response:
+        return FileResponse(file, headers={"cache-control": "no-cache"})
+
+    return send
 
 
 def _add_errors(app: FastAPI) -> None:

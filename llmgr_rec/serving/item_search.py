@@ -4,7 +4,6 @@ Shapes: V items.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,11 @@ class ItemSearch:
     An item without a title is found by its id.
 
     Args:
-        bundle: Folder of a bundle, with the catalog.
+        catalog: The items.
     """
 
-    def __init__(self, bundle: Path) -> None:
-        self._catalog = catalog = Catalog.load(bundle)
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
         self._ids = catalog.item_ids
         self._titles = pa.array(catalog.titles(), pa.string())
         self._texts = pc.utf8_lower(pc.coalesce(self._titles, self._ids.cast(pa.string())))

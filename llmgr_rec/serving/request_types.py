@@ -9,6 +9,7 @@ MAX_K = 200
 MAX_CLICKS = 1000
 MAX_SESSIONS = 100
 MAX_ITEMS = 10_000
+MAX_EXPLAINED = 20
 _MAX_TEXT = 1000
 
 ItemId = StrictInt | Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
@@ -21,6 +22,11 @@ ModelName = Annotated[
     str | None,
     Field(max_length=_MAX_TEXT, description="Model of /health; by default that of the last stage."),
 ]
+
+
+EXCLUDE_SEEN = Field(
+    None, description="Whether items of the session are left out; null follows the rule of the training data."
+)
 
 
 class _Request(BaseModel):
@@ -37,9 +43,7 @@ class RecommendRequest(_Request):
     )
     sessions: Annotated[list[Session], Field(min_length=1, max_length=MAX_SESSIONS)]
     k: K = 10
-    exclude_seen: bool | None = Field(
-        None, description="Whether items of the session are left out; null follows the rule of the training data."
-    )
+    exclude_seen: bool | None = EXCLUDE_SEEN
     among: Annotated[list[ItemId], Field(max_length=MAX_ITEMS)] | None = Field(
         None, description="Ids of the items that may be recommended; null allows all."
     )
@@ -67,6 +71,19 @@ class ListsRequest(_Request):
     model_config = ConfigDict(json_schema_extra={"examples": [{"session": ["pen", "ink"], "k": 5}]})
     session: Session
     k: K = 10
+
+
+class ExplainRequest(_Request):
+    """A session, and the items whose scores for it are explained."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"session": ["pen", "ink"], "items": ["paper"]}]})
+    session: Session
+    items: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_EXPLAINED)] | None = Field(
+        None, description="Ids of the items; by default the first recommended ones."
+    )
+    k: Annotated[int, Field(ge=1, le=MAX_EXPLAINED, description="Number of recommended items.")] = 5
+    exclude_seen: bool | None = EXCLUDE_SEEN
+    model: ModelName = None
 
 
 class RankedList(BaseModel):

@@ -18,6 +18,7 @@ from llmgr_rec.serving.served_models import SessionModel
 # Seconds that requests in flight have after SIGTERM. Kubernetes kills 30 s after it.
 _GRACE_S = 20
 _KEEP_ALIVE_S = 30
+_BACKLOG = 2048
 
 
 def run_service(
@@ -45,18 +46,21 @@ def run_service(
         torch.set_num_threads(threads)
         service = Service(settings, load)
         config = uvicorn.Config(
-            make_app(service, settings.hosts),
+            make_app(service),
             log_level="warning",
             access_log=False,
             server_header=False,
             lifespan="on",
             ws="none",
+            backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_GRACE_S,
         )
         models = ", ".join(service.models.models)
         address = listener.getsockname()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
+        # Before the address is said: who connects at once waits until the server takes over.
+        listener.listen(_BACKLOG)
         num_items = len(service.models.default.model.item_ids)
         started(f"serving {settings.run} ({models}; {num_items:,} items) at http://{name}:{address[1]}")
         uvicorn.Server(config).run(sockets=[listener])

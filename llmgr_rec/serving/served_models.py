@@ -15,6 +15,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.serving.item_search import ItemSearch
 from llmgr_rec.serving.side_by_side import BaselineList, baseline_lists
+from llmgr_rec.storage.bundle import open_bundle
 from llmgr_rec.storage.bundle_index import (
     INDEX,
     STAGES_OF_MODEL,
@@ -24,6 +25,13 @@ from llmgr_rec.storage.bundle_index import (
 )
 
 _VERSION_LENGTH = 12
+
+
+class SessionExplanation(Protocol):
+    """What a service needs of an `Explanation`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its content as plain values."""
 
 
 class SessionModel(Protocol):
@@ -51,6 +59,16 @@ class SessionModel(Protocol):
 
     def similar(self, items: Sequence[Any], k: int = 10) -> pa.Table:
         """Finds the items with the most similar vectors."""
+
+    def explain(
+        self,
+        session: Sequence[Any],
+        k: int = 5,
+        *,
+        items: Sequence[Any] | None = None,
+        exclude_seen: bool | None = None,
+    ) -> SessionExplanation:
+        """Explains recommendations for one session."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +146,13 @@ def bundle_version(bundle: Path) -> str:
     return hashlib.sha256((bundle / INDEX).read_bytes()).hexdigest()[:_VERSION_LENGTH]
 
 
-def load_models(run: Path, load: Callable[[Path], SessionModel]) -> ServedModels:
+def load_models(run: Path, load: Callable[[Path], SessionModel], allow_code: Collection[str] = ()) -> ServedModels:
     """Loads the models of a run.
 
     Args:
         run: A run, or a bundle.
         load: Loads a bundle.
+        allow_code: Packages from which the bundles may import.
 
     Raises:
         UserError: There is no complete bundle, it is damaged, or bundles have different catalogs.
@@ -148,10 +167,11 @@ def load_models(run: Path, load: Callable[[Path], SessionModel]) -> ServedModels
     first = default.model
     if any(served.model.item_ids != first.item_ids for served in models.values()):
         raise UserError(f"the bundles of {run} have different catalogs; train its stages on one data set")
+    files = open_bundle(bundle, allow_code)
     return ServedModels(
         models=models,
         default=default,
-        baselines=baseline_lists(bundle, run),
-        items=ItemSearch(bundle),
+        baselines=baseline_lists(files),
+        items=ItemSearch(files.catalog),
         takes_text=pa.types.is_string(first.item_ids.type),
     )

@@ -4,7 +4,6 @@ Shapes: B sessions, K places of a list, V items.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,14 @@ import torch
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.knn import Baseline, ItemNeighbors, Popularity
 from llmgr_rec.data.batch import RawSessions
-from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.evaluation.exclusion import ranked_by, ranking_rule
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
-from llmgr_rec.storage.bundle_index import BLEND, read_index, verified_file
+from llmgr_rec.storage.bundle import BundleFiles, load_blend_terms
+from llmgr_rec.storage.bundle_index import BLEND, verified_file
 
-# Cached by the training, relative to the run: the neighbors of a baseline with weight 1.
-_NEIGHBORS = "neighbors/item_knn-*.npz"
+_ITEM_KNN = "item_knn"
 
 
 class BaselineList:
@@ -32,17 +30,15 @@ class BaselineList:
         name: Key of `MODEL_NAMES`.
         title: Its name for people.
         baseline: The baseline.
-        bundle: The bundle.
-        catalog: The catalog of the bundle.
+        files: The opened bundle.
     """
 
-    def __init__(self, name: str, title: str, baseline: Baseline, bundle: Path, catalog: Catalog) -> None:
+    def __init__(self, name: str, title: str, baseline: Baseline, files: BundleFiles) -> None:
         self.name, self.title = name, title
-        self._baseline, self._catalog = baseline, catalog
-        self._titles = pa.array(catalog.titles(), pa.string())
-        index = read_index(bundle)
-        self._rule = ranking_rule(index)
-        self._merges_repeats = index.consecutive_repeats == "merge"
+        self._baseline, self._catalog = baseline, files.catalog
+        self._titles = pa.array(files.catalog.titles(), pa.string())
+        self._rule = ranking_rule(files.index)
+        self._merges_repeats = files.index.consecutive_repeats == "merge"
 
     def recommend(self, session: Sequence[str], k: int) -> dict[str, Any]:
         """The K best items of a session, as a row of `Recommender.recommend` without scores.
@@ -65,26 +61,21 @@ class BaselineList:
         }
 
 
-def baseline_lists(bundle: Path, run: Path) -> list[BaselineList]:
-    """Popularity, and item-kNN or, where the run has only their sum, the neighbors that its models blend.
+def baseline_lists(files: BundleFiles) -> list[BaselineList]:
+    """Popularity, and item-kNN or, where a bundle has only their sum, the neighbors that its model blends.
 
     Args:
-        bundle: A bundle of the run.
-        run: The run, or the bundle.
+        files: The opened bundle of a model.
+
+    Raises:
+        UserError: The bundle is damaged.
     """
-    catalog = Catalog.load(bundle)
-    popularity = Popularity(catalog.train_count_V.numpy())
-    lists = [BaselineList("popularity", MODEL_NAMES["popularity"], popularity, bundle, catalog)]
-    index = read_index(bundle)
-    cached = sorted(run.glob(_NEIGHBORS), key=lambda file: file.stat().st_mtime)
-    blend = None
-    if cached:
-        blend = Blend.load(cached[-1])
-    elif BLEND in index.files:
-        blend = Blend.load(verified_file(bundle, index, BLEND))
-    if blend is not None and blend.similarity_VR.shape[0] == catalog.num_items:
-        names = [name for name, weight in blend.weights.items() if weight]
-        title = " + ".join(MODEL_NAMES.get(name, name) for name in names)
-        neighbors = ItemNeighbors(blend.similarity_VR.astype(np.float64), blend.decay)
-        lists.append(BaselineList("item_knn", title, neighbors, bundle, catalog))
+    popularity = Popularity(files.catalog.train_count_V.numpy())
+    lists = [BaselineList("popularity", MODEL_NAMES["popularity"], popularity, files)]
+    if BLEND in files.index.files:
+        blend = Blend.load(verified_file(files.path, files.index, BLEND))
+        chosen = next((term for term in load_blend_terms(files) if _ITEM_KNN in term.weights), blend)
+        title = " + ".join(MODEL_NAMES.get(name, name) for name, weight in chosen.weights.items() if weight)
+        neighbors = ItemNeighbors(chosen.similarity_VR.astype(np.float64), chosen.decay)
+        lists.append(BaselineList(_ITEM_KNN, title, neighbors, files))
     return lists

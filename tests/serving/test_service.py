@@ -23,12 +23,12 @@ def rec() -> Recommender:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Service:
     run = run_with(tmp_path_factory.mktemp("served") / "run", "sbr")
-    return Service(ServiceSettings(run, reload_s=0), Recommender.load)
+    return Service(ServiceSettings(run, reload_s=0, hosts=LOOPBACK_NAMES), Recommender.load)
 
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(make_app(service, LOOPBACK_NAMES), base_url="http://localhost:8000") as client:
+    with TestClient(make_app(service), base_url="http://localhost:8000") as client:
         yield client
 
 
