@@ -21,7 +21,18 @@ FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 PAGE_IN_CODE = re.compile(r"docs/[a-z/-]+\.md")
 ENTRY_POINTS = [
     f"llmgr_rec.{name}"
-    for name in ("prepare", "train", "evaluate", "score", "plan", "doctor", "report", "serve", "experiments.__main__")
+    for name in (
+        "prepare",
+        "train",
+        "evaluate",
+        "score",
+        "explain",
+        "plan",
+        "doctor",
+        "report",
+        "serve",
+        "experiments.__main__",
+    )
 ]
 HEAVY = {"torch", "torchrec", "transformers", "pyarrow", "duckdb", "scipy", "matplotlib", "numpy"}
 

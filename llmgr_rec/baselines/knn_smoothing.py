@@ -31,6 +31,17 @@ def neighbor_weights(cosines_UN: Tensor) -> Tensor:
     return squared_UN / squared_UN.sum(dim=1, keepdim=True).clamp(min=torch.finfo(squared_UN.dtype).tiny)
 
 
+def neighbor_share(has_neighbors_U: Tensor, train_count_U: Tensor, strength: float) -> Tensor:
+    """Share of the neighbors in the smoothed embedding of each item, 0 to 1, [U].
+
+    Args:
+        has_neighbors_U: Whether the item has neighbors.
+        train_count_U: Number n of training clicks of each item.
+        strength: Smoothing strength c in clicks, above 0.
+    """
+    return strength / (train_count_U + strength) * (has_neighbors_U | (train_count_U == 0))
+
+
 def smooth_rows(
     rows_UC: Tensor, neighbor_rows_UNC: Tensor, weights_UN: Tensor, train_count_U: Tensor, strength: float
 ) -> Tensor:
@@ -47,5 +58,5 @@ def smooth_rows(
         Smoothed embeddings, [U, C].
     """
     mean_UC = (neighbor_rows_UNC * weights_UN.unsqueeze(2)).sum(dim=1)
-    share_U = strength / (train_count_U + strength) * (weights_UN.any(dim=1) | (train_count_U == 0))
+    share_U = neighbor_share(weights_UN.any(dim=1), train_count_U, strength)
     return torch.lerp(rows_UC, mean_UC, share_U.unsqueeze(1).to(rows_UC.dtype))

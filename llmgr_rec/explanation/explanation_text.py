@@ -6,28 +6,33 @@ from llmgr_rec.explanation.records import ClickPart, ExplainedItem, Explanation,
 
 # Parts with a smaller share are not named.
 _SMALLEST_SHARE = 0.005
-_NAMED_CLICKS, _NAMED_WORDS = 2, 4
-_LABELS = {
+_NAMED_ITEMS, _NAMED_WORDS = 2, 4
+PART_LABELS = {
     "encoder": "the session as a whole (session encoder)",
     "text_encoder": "the session as text (text sequence encoder)",
     "llm": "the language model",
     "item_knn": "item neighbors",
-    "text_knn": "items with similar words",
+    "text_knn": "similar words",
+    "popularity": "popularity",
 }
 _STATES = {"unknown": "unknown item", "merged": "same item as the click before", "too_old": "older than the model sees"}
 
 
 def shown_name(item_id: Any, title: str | None) -> str:
-    """The title of an item or, without one, its id."""
-    return title or f"item {item_id}"
+    """The title of an item or, without one, its id; on one line, and of characters that terminals and XML take."""
+    return "".join(one if one.isprintable() else " " for one in title or f"item {item_id}")
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as a percentage."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def item_sentence(item: ExplainedItem) -> str:
     """Why an item has its score, in one or a few sentences."""
     if item.parts[0].name == "popularity":
-        return (
-            f"The session has no known item; one of the most popular items ({item.score:.1%} of all training clicks)."
-        )
+        share = percent(item.score, 1)
+        return f"The session has no known item; this is one of the most popular items ({share} of the training clicks)."
     newest = max((click.position for click in item.clicks), default=0)
     raising = [part for part in item.parts if part.value > 0 and part.share >= _SMALLEST_SHARE]
     lowering = [part for part in item.parts if part.value < 0 and part.share >= _SMALLEST_SHARE]
@@ -36,17 +41,17 @@ def item_sentence(item: ExplainedItem) -> str:
         said.append("Not recommended, because the session has clicked it before.")
     if raising:
         opening = "Its score rests on" if item.excluded else "Recommended because of"
-        said.append(f"{opening} {_listed([_part_words(part, newest) for part in raising])}.")
+        said.append(f"{opening}: {'; '.join(_part_words(part, newest) for part in raising)}.")
     if lowering:
-        said.append(f"Lowered by {_listed([_part_words(part, newest) for part in lowering])}.")
+        said.append(f"Lowered by: {'; '.join(_part_words(part, newest) for part in lowering)}.")
     if strongest := _strongest_click(item):
         said.append(strongest)
     if item.clicked_before and not item.excluded:
         said.append("The session has clicked it before.")
     if item.smoothing and item.smoothing.share >= 0.5:
         said.append(
-            f"It has {item.training_clicks:,} training clicks, so {item.smoothing.share:.0%} of its id vector comes "
-            "from items with similar words."
+            f"It has {item.training_clicks:,} training clicks; items with similar words make up "
+            f"{percent(item.smoothing.share)} of its id vector."
         )
     return " ".join(said)
 
@@ -79,17 +84,24 @@ def _click_line(item: ExplainedItem, number: int) -> str:
 
 def _part_words(part: Part, newest: int) -> str:
     """A part with its share, and the clicks that it rests on."""
-    label = _LABELS.get(part.name, f"neighbors by {part.name}")
-    text = f"{part.share:.0%} {label}"
-    if not part.clicks:
-        return text
-    return f"{text} of {' and '.join(_click_words(click, newest) for click in part.clicks[:_NAMED_CLICKS])}"
+    label = PART_LABELS.get(part.name, f"neighbors by {part.name}")
+    text = f"{percent(part.share)} {label}"
+    by_item: dict[Any, list[ClickPart]] = {}
+    for click in part.clicks:
+        by_item.setdefault(click.item_id, []).append(click)
+    largest = sorted(by_item.values(), key=lambda clicks: -abs(sum(click.value for click in clicks)))
+    named = " and ".join(_item_words(clicks, newest) for clicks in largest[:_NAMED_ITEMS])
+    return f"{text} of {named}" if named else text
 
 
-def _click_words(click: ClickPart, newest: int) -> str:
-    place = "last click" if click.position == newest else f"click {click.position}"
-    words = ", ".join(word.word for word in click.words[:_NAMED_WORDS])
-    return f'"{shown_name(click.item_id, click.title)}" ({place}{f"; words: {words}" if words else ""})'
+def _item_words(clicks: list[ClickPart], newest: int) -> str:
+    """A clicked item, with its clicks and the words that it shares."""
+    positions = sorted(click.position for click in clicks)
+    places = f"clicks {', '.join(map(str, positions))}" if len(positions) > 1 else f"click {positions[0]}"
+    if positions == [newest]:
+        places = "last click"
+    words = ", ".join(word.word for word in clicks[0].words[:_NAMED_WORDS])
+    return f'"{shown_name(clicks[0].item_id, clicks[0].title)}" ({places}{f"; words: {words}" if words else ""})'
 
 
 def _strongest_click(item: ExplainedItem) -> str:
@@ -102,7 +114,3 @@ def _strongest_click(item: ExplainedItem) -> str:
         return ""
     name = shown_name(click.item_id, click.title)
     return f'The most important click is "{name}": without it, the score falls by {value:.2f}.'
-
-
-def _listed(texts: list[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"

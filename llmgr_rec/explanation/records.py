@@ -233,3 +233,19 @@ class Explanation:
         from llmgr_rec.explanation.explanation_text import explanation_text
 
         return explanation_text(self)
+
+    def to_svg(self, item: int = 0) -> str:
+        """The session graph as a picture, its nodes colored by what they mean for the score of an item.
+
+        Args:
+            item: Number of the explained item, from 0.
+        """
+        from llmgr_rec.explanation.session_graph_svg import session_graph_svg
+
+        return session_graph_svg(self, item)
+
+    def to_html(self) -> str:
+        """Text and pictures as one page without scripts and links."""
+        from llmgr_rec.explanation.explanation_page import explanation_page
+
+        return explanation_page(self)

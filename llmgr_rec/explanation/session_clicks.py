@@ -4,6 +4,7 @@ Shapes: C clicks as given, L clicks that the model is shown.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -31,21 +32,26 @@ class SessionClicks:
     def states(self) -> list[ClickState]:
         """State of each click as given."""
         states: list[ClickState] = ["unknown" if item < 0 else "merged" for item in self.given_C]
-        for place in self._kept():
+        for place in self._kept:
             states[place] = "too_old"
         for place in self.places_L:
             states[place] = "used"
         return states
 
-    @property
+    @cached_property
     def places_L(self) -> Ints:
         """Number, from 0, of each shown click in the session as given."""
-        return self._kept()[-self.max_length :]
+        return self._kept[-self.max_length :]
+
+    @property
+    def items_L(self) -> Ints:
+        """Item index of each shown click."""
+        return self.given_C[self.places_L]
 
     @property
     def shown(self) -> Jagged:
         """Item indices of the shown clicks, one row."""
-        return _rows([self.given_C[self.places_L]])
+        return _rows([self.items_L])
 
     def left_out(self, count: int) -> Jagged:
         """The sessions without one of the newest shown clicks each, from the older to the newest, as they are shown.
@@ -55,12 +61,13 @@ class SessionClicks:
         Args:
             count: Number of clicks to leave out, at most L.
         """
-        kept = self.given_C[self._kept()]
+        kept = self.given_C[self._kept]
         rows = _rows([np.delete(kept, place) for place in range(len(kept) - count, len(kept))])
         if self.merges_repeats:
             rows = rows.without_consecutive_repeats()
         return rows.last(self.max_length)
 
+    @cached_property
     def _kept(self) -> Ints:
         """Places of the clicks on known items that are not merged with the one before."""
         known = np.flatnonzero(self.given_C >= 0)

@@ -9,7 +9,7 @@ import torch
 
 from llmgr_rec import Recommender
 from llmgr_rec.baselines.blend import Blend, combine
-from llmgr_rec.config import Config
+from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.storage.bundle_export import export_bundle
@@ -18,6 +18,7 @@ from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.neighbors import neighbor_scores
 from tests.small_run import config, small_run
 
+STAGE_OF: dict[str, StageName] = {"sbr": "sbr", "llm_text": "llm_text"}
 _KNN = ("item_knn", "text_knn")
 
 
@@ -37,7 +38,7 @@ def blend(weights: dict[str, float]) -> Blend | None:
 def export(path: Path, settings: Config, weights: dict[str, float], stage: str, manifest: Manifest) -> None:
     """Writes a bundle of an untrained model."""
     factory, cpu, catalog = ModelFactory(), torch.device("cpu"), small_run().catalog
-    spec = factory.spec("sbr" if stage == "sbr" else "behave", settings, catalog)
+    spec = factory.spec(STAGE_OF.get(stage, "behave"), settings, catalog)
     torch.manual_seed(0)
     model = factory.build(spec, factory.language_parts(spec, catalog, cpu), cpu)
     init_tables(model, 1, 0.5)
@@ -46,11 +47,18 @@ def export(path: Path, settings: Config, weights: dict[str, float], stage: str, 
 
 @cache
 def recommender(
-    stage: str = "sbr", item_knn: float = 0.0, text_knn: float = 0.0, score: str = "cosine", **manifest: object
+    stage: str = "sbr",
+    item_knn: float = 0.0,
+    text_knn: float = 0.0,
+    score: str = "cosine",
+    smoothing: float = 0.0,
+    **manifest: object,
 ) -> Recommender:
-    """A recommender of a stage with weights of its blend, score of its encoder, and values of its manifest."""
+    """A recommender of a stage with weights of its blend, some settings, and values of its manifest."""
     settings = config()
     settings.encoder.score = score  # type: ignore[assignment]
+    settings.tables.knn_smoothing = [smoothing]
+    settings.text_encoder.dim = 16
     settings.head.residual = stage != "llm only"
     weights = {name: weight for name, weight in zip(_KNN, (item_knn, text_knn), strict=True) if weight}
     path = Path(folder().name) / f"{len(list(Path(folder().name).iterdir()))}"

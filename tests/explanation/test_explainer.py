@@ -1,6 +1,7 @@
 """Explanations add up to the scores of `recommend`, for every kind of model and blend."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from llmgr_rec import Recommender, UserError
 from tests.explanation.explained import recommender
+from tests.json_files import edit_json
 
 KINDS: dict[str, dict[str, Any]] = {
     "encoder alone": {},
@@ -19,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "newest clicks": {"item_knn": 1.0, "text_knn": 2.0, "max_length": 3},
     "language model": {"stage": "llm", "item_knn": 1.0, "text_knn": 2.0},
     "language model alone": {"stage": "llm only"},
+    "text sequence encoder": {"stage": "llm_text", "item_knn": 1.0},
 }
 
 
@@ -122,6 +125,52 @@ def test_the_fallback_is_explained_as_such() -> None:
         np.testing.assert_allclose([item.score for item in explanation.items], row["scores"], rtol=1e-6)
         assert {item.parts[0].name for item in explanation.items} == {"popularity"}
         assert "most popular" in explanation.to_text()
+
+
+def test_a_bundle_of_an_earlier_version_keeps_its_baselines_together(tmp_path: Path) -> None:
+    rec = recommender(**KINDS["two baselines"])
+    rec.save(tmp_path / "old")
+    for term in (tmp_path / "old").glob("blend-*.npz"):
+        term.unlink()
+    edit_json(tmp_path / "old" / "bundle.json", lambda index: [index["files"].pop(f"blend-{n}.npz") for n in (0, 1)])
+    session = sessions(rec)[1]
+    (item,), (apart,) = Recommender.load(tmp_path / "old").explain(session, k=1).items, rec.explain(session, k=1).items
+    values = {part.name: part.value for part in item.parts}
+    assert set(values) == {"encoder", "item_knn+text_knn"}
+    assert item.score == pytest.approx(apart.score)
+    assert "neighbors by item_knn+text_knn" in item.text
+
+
+def test_a_damaged_part_of_a_blend_is_refused(tmp_path: Path) -> None:
+    rec = recommender(**KINDS["two baselines"])
+    rec.save(tmp_path / "model")
+    file = tmp_path / "model" / "blend-1.npz"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    damaged = Recommender.load(tmp_path / "model")
+    assert damaged.recommend(sessions(rec)).num_rows == 3
+    with pytest.raises(UserError, match=r"blend-1\.npz is damaged"):
+        damaged.explain(sessions(rec)[1])
+
+
+def test_smoothing_has_the_share_of_the_neighbors() -> None:
+    rec = recommender(smoothing=20.0)
+    items = rec.explain(sessions(rec)[1], k=5).items
+    assert all(item.smoothing is not None for item in items)
+    for item in items:
+        assert item.smoothing is not None
+        assert item.smoothing.share == pytest.approx(20 / (item.training_clicks + 20))
+    assert any("items with similar words make up" in item.text for item in items)
+
+
+def test_a_language_model_encodes_few_shorter_sessions() -> None:
+    rec = recommender(**KINDS["language model"])
+    session = sessions(rec)[2]
+    explanation = rec.explain(session, k=1)
+    known = [click.leave_one_out is not None for click in explanation.items[0].clicks]
+    assert known == [False] * (len(known) - 10) + [True] * 10
+    assert "Only the newest 10 clicks" in explanation.to_text()
 
 
 def test_nearest_items_are_those_of_similar() -> None:
