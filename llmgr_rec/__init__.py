@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from llmgr_rec.interruption import report_interrupts_of_imports
-from llmgr_rec.library_imports import process_unchanged
+from llmgr_rec.library_imports import collector_paused, process_unchanged
 
 if TYPE_CHECKING:
     from llmgr_rec.config import Config as Config
@@ -111,7 +111,7 @@ if not TYPE_CHECKING:
         """Imports a public name when it is first asked for."""
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        with process_unchanged():
+        with process_unchanged(), collector_paused():
             value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
         globals()[name] = value
         return value

@@ -20,6 +20,7 @@ from llmgr_rec.cli import (
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.evaluation.results import MODEL_NAMES
+from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import is_import_path
 
@@ -53,10 +54,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default: the setting of the run.")
     arguments = parse_args(parser, argv)
 
-    from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
-    from llmgr_rec.evaluation.evaluated import Evaluated
-    from llmgr_rec.evaluation.headline import headline
-    from llmgr_rec.evaluation.results import blend_notes, format_table
+    with collector_paused():
+        from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
+        from llmgr_rec.evaluation.evaluated import Evaluated
+        from llmgr_rec.evaluation.headline import headline
+        from llmgr_rec.evaluation.results import blend_notes, format_table
 
     content = evaluate_run(
         EvaluationRequest(

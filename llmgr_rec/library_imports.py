@@ -1,8 +1,9 @@
-"""Keeps what libraries do to the process when they are imported away from the programs that import this package.
+"""Imports of torch and TorchRec in less time, and without what they do to the process.
 
 Imports only the standard library.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -12,6 +13,26 @@ from contextlib import contextmanager
 # torch._dynamo sets this variable when it is imported (torch 2.13).
 _INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _FX = "torch.fx._symbolic_trace"
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Within the context, modules are imported without the garbage collector.
+
+    Imports of large libraries make about a million objects, all of which stay. The collector would traverse them again
+    and again, which takes a fifth of the time of the imports.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():
+            # Moves all objects to the oldest generation. Otherwise, the next collection would traverse them after all.
+            gc.freeze()
+            gc.unfreeze()
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
+from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def main(argv: Sequence[str]) -> None:
             "give the ranks per machine"
         )
 
-    from llmgr_rec.distributed.process_group import choose_device
-    from llmgr_rec.training.memory_plan import Ranks, plan_memory
+    with collector_paused():
+        from llmgr_rec.distributed.process_group import choose_device
+        from llmgr_rec.training.memory_plan import Ranks, plan_memory
 
     features = {name: getattr(arguments, option) for name, option in _FEATURE_SIZES.items()}
     sizes = _sizes(arguments.dataset, arguments.num_items, features)

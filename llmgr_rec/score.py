@@ -22,6 +22,7 @@ from llmgr_rec.cli import (
 )
 from llmgr_rec.config import DType, StageName
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
+from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = parse_args(_parser(), argv)
 
-    from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+    with collector_paused():
+        from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 
     totals = score_run(
         ScoreRequest(

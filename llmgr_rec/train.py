@@ -18,6 +18,7 @@ from llmgr_rec.cli import add_code_argument, is_rank0, make_parser, run_cli, spl
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_of
 from llmgr_rec.errors import UserError
+from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import require_allowed
 
@@ -42,8 +43,9 @@ def main(argv: Sequence[str]) -> None:
     if arguments.resume and not (arguments.output or _launch()):
         raise UserError("--resume requires a run folder; give it with --output")
 
-    from llmgr_rec.training.preflight import RunRequest
-    from llmgr_rec.training.train_run import train_run
+    with collector_paused():
+        from llmgr_rec.training.preflight import RunRequest
+        from llmgr_rec.training.train_run import train_run
 
     output = Path(arguments.output or _default_output())
     stages = train_run(

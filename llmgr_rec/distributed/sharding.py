@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn, optim
-from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -24,6 +23,7 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
@@ -135,7 +135,7 @@ def shard(
             module,
             device=world.device,
             plan=plan,
-            sharders=[EmbeddingBagCollectionSharder()],
+            sharders=_sharders(),
             data_parallel_wrapper=_TrainedDataParallel(),
         )
 
@@ -175,7 +175,7 @@ def plan_tables(
                 storage_reservation=FixedPercentageStorageReservation(0.0),
                 debug=False,
             )
-            plan = planner.plan(module, [EmbeddingBagCollectionSharder()])
+            plan = planner.plan(module, _sharders())
     except (PlannerError, RuntimeError) as error:
         raise UserError(_explain(error, sizes, tables, world_size)) from error
     _use_dense_kernel(plan, dense)
@@ -228,10 +228,16 @@ def _topology(tables: TablesConfig, world_size: int, local_size: int, device_typ
     )
 
 
+def _sharders() -> list[EmbeddingBagCollectionSharder]:
+    # The optimizer of tables that have none. SGD with a learning rate of 0 has no state and leaves a table unchanged.
+    frozen = {"optimizer": optimizer_type_to_emb_opt_type(optim.SGD), "learning_rate": 0.0}
+    return [EmbeddingBagCollectionSharder(fused_params=frozen)]
+
+
 def _attach_optimizers(
     module: nn.Module, tables: TablesConfig, device_type: str, trained: Callable[[str], bool]
 ) -> set[str]:
-    """Attaches fused optimizers to tables without one; returns the parameters that need a dense Adam instead."""
+    """Attaches fused optimizers to trained tables without one; returns those that need a dense Adam instead."""
     kind, extra = _OPTIMIZERS[tables.optimizer]
     dense = set()
     for path, collection in module.named_modules():
@@ -240,16 +246,18 @@ def _attach_optimizers(
         for name, parameter in collection.named_parameters():
             if hasattr(parameter, "_optimizer_classes"):
                 continue
-            # TorchRec ignores requires_grad and gives a table without optimizer a default one. SGD with a learning
-            # rate of 0 has no state and leaves the table unchanged.
+            # TorchRec ignores requires_grad; see `_sharders` for tables that do not train.
             parameter.requires_grad_(True)
             qualified = f"{path}.{name}" if path else name
             if not trained(qualified):
-                apply_optimizer_in_backward(optim.SGD, [parameter], {"lr": 0.0})
-            elif tables.optimizer == "adam" and device_type == "cpu":
+                continue
+            if tables.optimizer == "adam" and device_type == "cpu":
                 # The CPU kernels of fbgemm fuse only SGD, Adagrad and row-wise Adagrad.
                 dense.add(qualified)
             else:
+                # Imported here, because scoring does not need it, and it compiles optimizers on import.
+                from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+
                 apply_optimizer_in_backward(kind, [parameter], {"lr": tables.lr, **extra})
     return dense
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_args(parser, argv)
     seeds = _numbers(arguments.seeds)
 
-    from llmgr_rec.experiments.run_experiment import ExperimentRequest, run_experiment
+    with collector_paused():
+        from llmgr_rec.experiments.run_experiment import ExperimentRequest, run_experiment
 
     folders = Path(arguments.dataset), Path(arguments.output)
     request = ExperimentRequest(arguments.experiment, *folders, seeds, arguments.split, arguments.jobs)
