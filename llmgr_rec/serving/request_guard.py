@@ -83,19 +83,17 @@ class RequestGuard:
             )
             await error_answer(421, line)(scope, receive, send)
             return
-        too_large = error_answer(413, f"the body is too large; send {self._max_body_bytes:,} bytes at most")
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            await too_large(scope, receive, send)
-            return
         try:
             async with asyncio.timeout(_BODY_S):
-                body = await self._body(receive)
+                is_too_long = length.isdigit() and int(length) > self._max_body_bytes
+                body = None if is_too_long else await self._body(receive)
         except TimeoutError:
             await error_answer(408, f"the body took longer than {_BODY_S:g} s; send it at once")(scope, receive, send)
             return
         if body is None:
-            await too_large(scope, receive, send)
+            line = f"the body is too large; send {self._max_body_bytes:,} bytes at most"
+            await error_answer(413, line)(scope, receive, send)
             return
         await self._app(scope, _again(body, receive), send)
 

@@ -50,6 +50,7 @@ def run_service(
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             lifespan="on",
             ws="none",
             backlog=_BACKLOG,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
+from llmgr_rec.config import STAGES, StageName
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.serving.item_search import ItemSearch
@@ -85,7 +86,7 @@ class ServedModel:
 
     name: str
     title: str
-    stage: str
+    stage: StageName
     version: str
     model: SessionModel
 
@@ -162,16 +163,18 @@ def load_models(run: Path, load: Callable[[Path], SessionModel], allow_code: Col
     for name, bundle in bundles.items():
         version, stage = bundle_version(bundle), read_index(bundle).stage
         models[name] = ServedModel(name, MODEL_NAMES[name], stage, version, load(bundle))
-    bundle = resolve_bundle(run)
-    default = next(models[name] for name, other in bundles.items() if other == bundle)
-    first = default.model
-    if any(served.model.item_ids != first.item_ids for served in models.values()):
+    default = max(models.values(), key=lambda served: STAGES.index(served.stage))
+    item_ids = default.model.item_ids
+    if any(served.model.item_ids != item_ids for served in models.values()):
         raise UserError(f"the bundles of {run} have different catalogs; train its stages on one data set")
-    files = open_bundle(bundle, allow_code)
+    for served in models.values():
+        # The first call takes longer, which no request should see.
+        served.model.recommend([item_ids[:1].to_pylist()], 1)
+    files = open_bundle(bundles[default.name], allow_code)
     return ServedModels(
         models=models,
         default=default,
         baselines=baseline_lists(files),
         items=ItemSearch(files.catalog),
-        takes_text=pa.types.is_string(first.item_ids.type),
+        takes_text=pa.types.is_string(item_ids.type),
     )

@@ -94,8 +94,12 @@ def test_a_session_is_searched_built_reordered_and_explained(browser: webdriver.
     page.all("#query")[0].send_keys(Keys.ENTER)
     page.wait_for(lambda: page.session() == [title("i41")] and len(page.texts(".list h3")) == 2)
     first = page.texts(".list .item")[0]
+    browser.execute_script("document.querySelector('.list .item').dataset.before = 1")
     page.all(".list .item")[0].click()
     page.wait_for(lambda: page.session() == [title("i41"), first])
+    # The lists are new, and the focus is at its place in them.
+    page.wait_for(lambda: not page.all("[data-before]"))
+    assert browser.switch_to.active_element == page.all(".list .item")[0]
 
     handle = page.all("#session .handle")[1]
     handle.send_keys(Keys.ARROW_UP)

@@ -1,5 +1,8 @@
 """The service answers as `Recommender` does, whatever is ranked together, and says what is wrong in one line."""
 
+import asyncio
+import dataclasses
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,7 +12,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from llmgr_rec import Recommender
-from llmgr_rec.serving.app import Service, ServiceSettings, make_app
+from llmgr_rec.serving import app, request_batching, request_guard
+from llmgr_rec.serving.app import Service, ServiceSettings, as_text, make_app
 from llmgr_rec.serving.request_guard import LOOPBACK_NAMES
 from llmgr_rec.serving.request_types import MAX_BODY_BYTES, MAX_CLICKS, MAX_K, MAX_SESSIONS
 from tests.small_run import run_with, small_run
@@ -85,6 +89,13 @@ def test_similar_items_are_those_of_the_recommender(client: TestClient, rec: Rec
     assert answer["lists"] == rec.similar(["i5", "i6"], k=4).to_pylist()
 
 
+def test_explanations_are_those_of_the_recommender(client: TestClient, rec: Recommender) -> None:
+    answer = client.post("/explain", json={"session": ["i5", "no such", "i6"], "items": ["i7"]}).json()
+    expected = rec.explain(["i5", "no such", "i6"], items=["i7"]).to_dict()
+    assert {name: answer[name] for name in expected} == json.loads(json.dumps(expected))
+    assert len(client.post("/explain", json={"session": ["i5"], "k": 2}).json()["items"]) == 2
+
+
 def test_lists_stand_side_by_side(client: TestClient) -> None:
     answer = client.post("/lists", json={"session": ["i1", "no such"], "k": 3}).json()
     assert [one["name"] for one in answer["lists"]] == ["popularity", "sbr"]
@@ -119,6 +130,7 @@ def test_items_are_found_by_words_of_their_titles(client: TestClient) -> None:
         ("/recommend", {"sessions": [["i1", None]]}, 422, "sessions[0][1]: input should be"),
         ("/recommend", {"sessions": [["i1"]], "model": "sasrec"}, 422, "there is no model 'sasrec'; give one of sbr"),
         ("/recommend", [], 422, "the body is not a JSON object"),
+        ("/explain", {"session": ["i1"], "items": ["no such"]}, 422, "not in the catalog"),
         ("/similar", {"items": ["no such"]}, 422, "item 'no such' is not in the catalog"),
         ("/recomend", {}, 404, "there is no /recomend; see /openapi.json"),
     ],
@@ -175,3 +187,35 @@ def test_only_pages_of_this_machine_may_ask_a_service_on_loopback(client: TestCl
     answer = client.get("/health", headers={"host": "attacker.example"})
     assert answer.status_code == 421
     assert "listens on loopback only" in answer.json()["error"]
+
+
+def test_ids_are_text_or_integers_as_in_the_catalog(service: Service) -> None:
+    integers = dataclasses.replace(service.models, takes_text=False)
+    assert as_text([5, "7", 10**30], integers) == ["5", "7", "1" + "0" * 30]
+
+
+def test_a_body_that_does_not_arrive_is_given_up(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_guard, "_BODY_S", 0.01)
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/recommend", "headers": [(b"host", b"localhost")]}
+    asyncio.run(make_app(service)({**scope, "query_string": b""}, receive, send))
+    assert sent[0]["status"] == 408
+
+
+def test_more_requests_than_may_wait_are_sent_away(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_batching, "_MAX_WAITING", 0)
+    monkeypatch.setattr(app, "_MAX_CALLS", 0)
+    for path, body in (("/recommend", {"sessions": [["i1"]]}), ("/similar", {"items": ["i1"]})):
+        answer = client.post(path, json=body)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert answer.json() == {"error": "too many requests wait; try again after a moment"}

@@ -27,13 +27,14 @@ export function explanation(answer, pick) {
 }
 
 function parts(item) {
+  const named = item.parts.filter((part) => part.value !== 0);
   const bar = element(
     "div",
     { class: "shares", "aria-hidden": "true" },
-    ...item.parts.map((part, place) => element("span", { class: `part-${place}`, "data-share": part.share })),
+    ...named.map((part, place) => element("span", { class: `part-${place}`, "data-share": part.share })),
   );
   for (const piece of bar.children) piece.style.flexGrow = piece.dataset.share;
-  const rows = item.parts.map((part, place) =>
+  const rows = named.map((part, place) =>
     element(
       "li",
       { class: `part-${place}` },

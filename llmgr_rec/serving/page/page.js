@@ -168,8 +168,17 @@ async function showLists() {
       : none
         ? "No item of the session is known: these are the most popular items."
         : `Click an item to add it to the session.${unknown ? ` Unknown items are ignored: ${unknown}.` : ""}`;
-    byId("lists").replaceChildren(...(none ? answer.lists.slice(0, 1) : answer.lists).map(list));
+    replaceLists((none ? answer.lists.slice(0, 1) : answer.lists).map(list));
   });
+}
+
+// Keeps the focus at its place in the lists, so that the next item can be added by the keyboard.
+function replaceLists(lists) {
+  const row = document.activeElement.closest("#lists li");
+  const column = [...byId("lists").children].indexOf(row?.closest(".list"));
+  const place = row && [...row.parentElement.children].indexOf(row);
+  byId("lists").replaceChildren(...lists);
+  if (row) lists[Math.min(column, lists.length - 1)].querySelectorAll(".item")[place]?.focus();
 }
 
 // Names that were not known when the session was drawn, as after opening a shared address.
