@@ -14,6 +14,8 @@ from llmgr_rec.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
+# Similarity from which another module is suggested; there are hundreds of modules, so this is stricter than usual.
+_CLOSE = 0.8
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
@@ -171,7 +173,7 @@ def _missing(module: str) -> str:
         return f"{module}; {parent} is a module, write {parent}:NAME"
     folders = getattr(sys.modules.get(parent), "__path__", None) if parent else None
     names = [found.name for found in pkgutil.iter_modules(folders)]
-    if close := difflib.get_close_matches(leaf, names, n=1):
+    if close := difflib.get_close_matches(leaf, names, n=1, cutoff=_CLOSE):
         return f"{module}, did you mean {parent}{'.' if parent else ''}{close[0]}?"
     return f"{module}; install it, or put its folder on PYTHONPATH"
 

@@ -22,6 +22,7 @@ import pytest
 from tests.torchx.launcher import ROOT, torchx_in_process
 
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ANY_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 RECIPE_COMMAND = re.compile(r"^#\s+((?:python -m|torchx run|torchrun) .*)$", re.MULTILINE)
 ASSIGNMENT = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*=")
 OWN_PACKAGES = ("llmgr_rec", "datagen", "torchx_components", "benchmarks", "examples", "tests")
@@ -38,6 +39,7 @@ OTHER_PROGRAMS = {
     "export",
     "git",
     "kubectl",
+    "ln",
     "ls",
     "pip",
     "source",
@@ -70,8 +72,10 @@ def documented_pages() -> list[Path]:
 
 
 def documented_commands() -> Iterator[Command]:
-    """Commands of the documented pages and of the first lines of recipes and experiments."""
+    """Commands of the documented pages, but the wrong ones of the FAQ, and those of recipes and experiments."""
     for page in documented_pages():
+        if page.name == "faq.md":
+            continue
         lines = [line for block in FENCE.findall(page.read_text()) for line in _lines(block)]
         for number, line in enumerate(lines, start=1):
             yield Command(f"{page.relative_to(ROOT)}-{number}", line)
@@ -85,6 +89,56 @@ def _lines(block: str) -> Iterator[str]:
         stripped = line.strip().removeprefix("$ ")
         if stripped and not stripped.startswith("#"):
             yield from (part.strip() for part in stripped.split("&&"))
+
+
+def fences(page: Path) -> list[tuple[str, str]]:
+    """Language and content of each fence of a page, in order."""
+    return ANY_FENCE.findall(page.read_text())
+
+
+def run_programs(page: Path) -> dict[str, Any]:
+    """Runs the programs of a page in one namespace, in the current folder.
+
+    Args:
+        page: The page.
+
+    Returns:
+        The names that they have defined.
+    """
+    return _run(page, None)
+
+
+def run_page(page: Path, run_other: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Runs a page in the current folder, from top to bottom: programs in one namespace, commands in this process.
+
+    Args:
+        page: The page.
+        run_other: Runs commands that are not `python -m MODULE`, and services; None if the page has none.
+
+    Returns:
+        The names that the programs have defined.
+    """
+
+    def run(line: str) -> None:
+        words = shlex.split(line)
+        if words[:2] == ["python", "-m"] and words[2] != "llmgr_rec.serve":
+            entry_point(words[2]).main(words[3:])
+        else:
+            assert run_other is not None, f"nothing runs {line}"
+            run_other(line)
+
+    return _run(page, run)
+
+
+def _run(page: Path, run_line: Callable[[str], None] | None) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for language, content in fences(page):
+        if language == "python":
+            exec(compile(content, str(page), "exec"), names)
+        elif language == "sh" and run_line is not None:
+            for line in _lines(content):
+                run_line(line)
+    return names
 
 
 def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

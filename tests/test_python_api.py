@@ -4,7 +4,6 @@ import functools
 import gc
 import inspect
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.score import main as score
 from llmgr_rec.scoring import session_ranker
 from tests.data.files import write_items
+from tests.documented import run_programs
 from tests.small_run import small_run
 
 ROOT = Path(__file__).parents[1]
@@ -315,15 +315,16 @@ def test_the_documented_lines_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     pq.write_table(pa.table(log), tmp_path / "interactions.parquet")
     pq.write_table(pa.table({"item_id": items, "title": [f"a {item}" for item in items]}), tmp_path / "items.parquet")
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
-    assert len(snippets) == 2
     # A few epochs are enough for a log in which each item has one successor.
     fit = functools.partial(Recommender.fit, settings={"sbr.epochs": 3, "tables.dim": 16, "runtime.device": "cpu"})
     monkeypatch.setattr(Recommender, "fit", fit)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for snippet in snippets:
-        exec(snippet, names)
+    names = run_programs(ROOT / "docs" / "python.md")
+    run_programs(ROOT / "docs" / "explaining.md")
+    # README does the same, and is spared another training.
+    monkeypatch.setattr(Recommender, "fit", lambda *tables: Recommender.load("model"))
+    monkeypatch.setattr(Recommender, "save", lambda self, path: None)
+    run_programs(ROOT / "README.md")
     (row,) = names["ranked"].to_pylist()
     assert row["item_ids"][0] == "paper"
     assert row["titles"][0] == "a paper"
