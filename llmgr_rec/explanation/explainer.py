@@ -174,14 +174,17 @@ class Explainer:
         return [Click(place, *value) for place, value in enumerate(values, start=1)]
 
     def _note(self, clicks: SessionClicks) -> str:
+        said = []
+        if unknown := int((clicks.given_C < 0).sum()):
+            said.append(f"{unknown:,} of {len(clicks.given_C):,} clicks are on items that are not in the catalog.")
         if not len(clicks.places_L):
-            return "The session has no known item, so the most popular items are recommended."
+            said.append("The session has no known item, so the most popular items are recommended.")
         if self._has_language_model and len(clicks.places_L) > LANGUAGE_MODEL_CLICKS:
-            return (
+            said.append(
                 f"Only the newest {LANGUAGE_MODEL_CLICKS} clicks were left out one at a time, because a language model "
                 "encodes the session again each time."
             )
-        return ""
+        return " ".join(said)
 
     def _name(self, item: int) -> tuple[Any, str | None]:
         """Raw id and title."""
@@ -196,7 +199,10 @@ class Explainer:
     @cached_property
     def _records(self) -> ItemRecords:
         counts_V = self._catalog.train_count_V
-        return ItemRecords(self._name, lambda item: int(counts_V[item]), self._smoothing, self._words.of)
+        # A part that compares words asks for them, so that a model without it does not split the texts of all items.
+        return ItemRecords(
+            self._name, lambda item: int(counts_V[item]), self._smoothing, lambda one, other: self._words.of(one, other)
+        )
 
     def _smoothing(self, item: int) -> Smoothing | None:
         strength = self._files.config.tables.knn_smoothing[0]

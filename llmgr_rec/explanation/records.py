@@ -206,7 +206,7 @@ class Explanation:
         nodes: Distinct items of the clicks that the model has seen, in order of their first click: the session graph.
         edges: Its edges.
         items: The explained items, in the order of the ranking, or in the order in which they were given.
-        note: What is not computed, and what is left out of the session; empty if there is nothing to say.
+        note: What is left out of the session, and what was not computed; empty if there is nothing to say.
     """
 
     stage: str
