@@ -87,18 +87,21 @@ def _node_value(node: Node, item: ExplainedItem) -> float | None:
 
 
 def _node(row: int, node: Node, value: float | None, largest: float) -> str:
-    name = shown_name(node.item_id, node.title)
-    label = f"{', '.join(map(str, node.positions))}  {name}"
-    kind = "" if not value else ' class="up"' if value > 0 else ' class="down"'
-    opacity = max(abs(value or 0.0) / largest, _FAINTEST)
-    shown = "" if value is None else f"{value:+.2f}"
-    direction = "" if not value else " up" if value > 0 else " down"
+    positions, name = ", ".join(map(str, node.positions)), shown_name(node.item_id, node.title)
+    places = _shortened(positions, _TITLE_LENGTH // 2)
+    title = _shortened(name, _TITLE_LENGTH - len(places))
+    # A value that is shown as 0 raises and lowers nothing.
+    rounded = round(value or 0.0, 2)
+    kind = "" if not rounded else "up" if rounded > 0 else "down"
+    opacity = min(max(abs(rounded) / largest, _FAINTEST), 1)
+    fill = f'<circle class="{kind}" cx="{_NODE_X}" cy="{_y(row)}" r="{_RADIUS - 1}" fill-opacity="{opacity:.2f}"/>'
+    shown = "" if value is None else f"{rounded:+.2f}" if rounded else "0.00"
     return (
-        f"<g><title>{escape(label)}: {shown}</title>"
+        f"<g><title>{positions} {escape(name)}: {shown}</title>"
         f'<circle cx="{_NODE_X}" cy="{_y(row)}" r="{_RADIUS}"/>'
-        f'<circle{kind} cx="{_NODE_X}" cy="{_y(row)}" r="{_RADIUS - 1}" fill-opacity="{opacity:.2f}"/>'
-        f'<text x="{_TITLE_X}" y="{_y(row) + 5}">{escape(_shortened(label, _TITLE_LENGTH))}</text>'
-        f'<text class="value{direction}" x="{_VALUE_X}" y="{_y(row) + 5}">{shown}</text></g>'
+        f"{fill if kind else ''}"
+        f'<text x="{_TITLE_X}" y="{_y(row) + 5}"><tspan class="soft">{places}</tspan> {escape(title)}</text>'
+        f'<text class="value {kind}" x="{_VALUE_X}" y="{_y(row) + 5}">{shown}</text></g>'
     )
 
 

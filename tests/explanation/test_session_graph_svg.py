@@ -32,9 +32,9 @@ def test_nodes_edges_and_values_are_drawn() -> None:
     assert len(groups) == len(TITLES)
     assert len(root.findall(f"{SVG}path")) == 5
     values = [text.text or "" for group in groups for text in group.findall(f"{SVG}text")[1:]]
-    assert values == ["+0.50", "-2.00", "", "+0.00"]
-    colors = [group.findall(f"{SVG}circle")[1].get("class") for group in groups]
-    assert colors == ["up", "down", None, None]
+    assert values == ["+0.50", "-2.00", "", "0.00"]
+    colors = [[circle.get("class") for circle in group.findall(f"{SVG}circle")[1:]] for group in groups]
+    assert colors == [["up"], ["down"], [], []]
     assert "2x" in [text.text for text in root.findall(f"{SVG}text")]
     assert max(len(text.text or "") for text in root.iter(f"{SVG}text")) < 80
 
