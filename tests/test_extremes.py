@@ -24,6 +24,7 @@ WORK = (
     "llmgr_rec.distributed.process_group.init_distributed",
     "llmgr_rec.evaluation.report_page.write_report",
     "llmgr_rec.experiments.run_experiment.run_experiment",
+    "llmgr_rec.python_api.Recommender.load",
     "llmgr_rec.serving.run_service.Service",
     "llmgr_rec.data.preparation.pipeline.Database",
     "datagen.conversion.conversion",
