@@ -42,6 +42,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.data.jagged import lengths_to_offsets, ranges
@@ -129,6 +130,8 @@ def pack_sequences(graph: SessionGraph, max_clicks: int, pass_offsets_P1: Tensor
     longest_P = pass_offsets_P1[1:] - 1
     lengths_P = offsets_B1.diff()[longest_P].clamp(max=max_clicks)
     first_click_P = offsets_B1[pass_offsets_P1[1:]] - lengths_P
+    if torch.compiler.is_compiling():
+        return _padded_sequences(graph, max_clicks, pass_offsets_P1, first_click_P)
     sorted_lengths_P, order_P = torch.sort(lengths_P, stable=True)
     packed_offsets_P1 = lengths_to_offsets(sorted_lengths_P)
     packed_start_P = torch.empty_like(lengths_P).index_copy_(0, order_P, packed_offsets_P1[:-1])
@@ -137,10 +140,45 @@ def pack_sequences(graph: SessionGraph, max_clicks: int, pass_offsets_P1: Tensor
         node_L=graph.alias_L.index_select(0, ranges(first_click_P[order_P], packed_offsets_P1)),
         position_L=ranges(torch.zeros_like(sorted_lengths_P), packed_offsets_P1),
         last_click_B=_last_clicks(packed_click_C, offsets_B1),
-        # Clicks are numbered in order of time, so the largest number of a node is its last click.
-        last_click_N=torch.full_like(graph.node_items_N, -1).scatter_reduce(0, graph.alias_L, packed_click_C, "amax"),
+        last_click_N=_last_clicks_of_nodes(graph, packed_click_C),
         buckets=_buckets(sorted_lengths_P),
     )
+
+
+def _padded_sequences(
+    graph: SessionGraph, max_clicks: int, pass_offsets_P1: Tensor, first_click_P: Tensor
+) -> PackedSequences:
+    """The same clicks for a compiler, which cannot read the lengths: one bucket whose padding counts as clicks.
+
+    Its width is the largest that a session of the batch can have. The node of padding is N, see `pad_node`.
+    """
+    num_passes, num_clicks = first_click_P.shape[0], graph.alias_L.shape[0]
+    # One column or more, also without clicks.
+    width = torch.sym_min(max_clicks, num_clicks + 1)
+    column_T = torch.arange(width, device=graph.alias_L.device)
+    click_PT = first_click_P.unsqueeze(1) + column_T
+    is_click_PT = click_PT < graph.click_offsets_B1[pass_offsets_P1[1:]].unsqueeze(1)
+    alias = torch.cat([graph.alias_L, graph.alias_L.new_full((1,), graph.node_items_N.shape[0])])
+    packed_start_P = torch.arange(num_passes, device=alias.device) * width
+    packed_click_C = _packed_click_of_each(graph, pass_offsets_P1, first_click_P, packed_start_P)
+    return PackedSequences(
+        node_L=alias.index_select(0, torch.where(is_click_PT, click_PT, num_clicks).flatten()),
+        position_L=column_T.repeat(num_passes),
+        last_click_B=_last_clicks(packed_click_C, graph.click_offsets_B1),
+        last_click_N=_last_clicks_of_nodes(graph, packed_click_C),
+        buckets=[LengthBucket(torch.arange(num_passes * width, device=alias.device), num_passes, width)],
+    )
+
+
+def pad_node(nodes_ND: Tensor) -> Tensor:
+    """Node vectors as `PackedSequences.node_L` needs them: while compiling with a last row, the padding."""
+    return functional.pad(nodes_ND, (0, 0, 0, 1)) if torch.compiler.is_compiling() else nodes_ND
+
+
+def _last_clicks_of_nodes(graph: SessionGraph, packed_click_C: Tensor) -> Tensor:
+    """Last packed click of each node, -1 where all of them are too old, [N]."""
+    # Clicks are numbered in order of time, so the largest number of a node is its last click.
+    return torch.full_like(graph.node_items_N, -1).scatter_reduce(0, graph.alias_L, packed_click_C, "amax")
 
 
 def _packed_click_of_each(

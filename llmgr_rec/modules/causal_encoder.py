@@ -5,10 +5,11 @@ Shapes: B sessions, N nodes, P passes, L packed clicks, D = d1 columns.
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.kernels.packed_sequences import PackedSequences, pack_sequences
+from llmgr_rec.kernels.packed_sequences import PackedSequences, pack_sequences, pad_node
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 
 
@@ -47,9 +48,9 @@ class CausalEncoder(SessionEncoder):
         Raises:
             ValueError: A pass has more than `max_clicks` prefixes, so the longest does not contain all their clicks.
         """
-        if int(pass_offsets_P1.diff().max()) > self.max_clicks:
+        if not torch.compiler.is_compiling() and int(pass_offsets_P1.diff().max()) > self.max_clicks:
             raise ValueError(f"a pass has more than {self.max_clicks} prefixes, the number of clicks that are encoded")
         return self._encode(nodes_ND, pack_sequences(graph, self.max_clicks, pass_offsets_P1))
 
     def _encode(self, nodes_ND: Tensor, packed: PackedSequences) -> EncodedSessions:
-        return EncodedSessions(*packed.node_and_session_states(self.states(nodes_ND, packed), nodes_ND))
+        return EncodedSessions(*packed.node_and_session_states(self.states(pad_node(nodes_ND), packed), nodes_ND))

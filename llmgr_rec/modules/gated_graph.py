@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.modules.session_encoder import initialize_uniform
+from llmgr_rec.kernels.gated_recurrence import gru_cell
+from llmgr_rec.modules.session_encoder import initialize_uniform, occurrences
 
 
 class GatedGraph(nn.Module):
@@ -52,20 +53,14 @@ class GatedGraph(nn.Module):
         # one gather and one index_add for both directions.
         sources = torch.cat([graph.edge_src_E, graph.edge_dst_E])
         receivers = torch.cat([2 * graph.edge_dst_E, 2 * graph.edge_src_E + 1])
-        degrees = torch.bincount(receivers, minlength=2 * num_nodes).clamp(min=1).to(nodes_ND.dtype).unsqueeze(1)
+        degrees = occurrences(receivers, 2 * num_nodes).clamp(min=1).to(nodes_ND.dtype).unsqueeze(1)
         input_weight, input_bias = self._input_weight()
+        weights = (input_weight, self.update.weight_hh, input_bias, self.update.bias_hh)
         states_ND = nodes_ND
         for _ in range(self.steps):
-            received = nodes_ND.new_zeros(2 * num_nodes, self.dim)
+            received = states_ND.new_zeros(2 * num_nodes, self.dim)
             received = received.index_add(0, receivers, states_ND.index_select(0, sources)) / degrees
-            states_ND = torch.gru_cell(
-                received.view(num_nodes, 2 * self.dim),
-                states_ND,
-                input_weight,
-                self.update.weight_hh,
-                input_bias,
-                self.update.bias_hh,
-            )
+            states_ND = gru_cell(received.view(num_nodes, 2 * self.dim), states_ND, weights)
         return states_ND
 
     def _input_weight(self) -> tuple[Tensor, Tensor]:

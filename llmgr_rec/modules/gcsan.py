@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.kernels.packed_sequences import LengthBucket
 from llmgr_rec.modules.gated_graph import GatedGraph
 from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
@@ -56,27 +57,24 @@ class AttentionBlock(nn.Module):
             log_counts_N: Logarithm of each node's number of clicks.
             graph: The sessions' graphs.
         """
-        num_nodes, dim = states_ND.shape
-        starts_B, lengths_B = graph.node_offsets_B1[:-1], graph.node_offsets_B1.diff()
-        longest = int(lengths_B.max()) if num_nodes else 0
-        slots_M = torch.arange(longest, device=states_ND.device)
-        nodes_BM = (starts_B.unsqueeze(1) + slots_M).clamp(max=num_nodes - 1)
-        empty_BM = slots_M >= lengths_B.unsqueeze(1)
+        rows = _node_rows(graph)
+        query_ND = self.query(states_ND)
         # Finite: with -inf, a session without nodes would give NaN gradients.
-        bias_BM = log_counts_N[nodes_BM].masked_fill(empty_BM, torch.finfo(states_ND.dtype).min)
+        lowest = torch.finfo(query_ND.dtype).min
+        bias_BM = query_ND.new_full((rows.num_rows * rows.width,), lowest).index_copy(
+            0, rows.slot_L, log_counts_N.to(query_ND.dtype)
+        )
 
         def split_heads(projected_ND: Tensor) -> Tensor:
-            padded_BMD = projected_ND.index_select(0, nodes_BM.flatten())
-            return padded_BMD.view(*nodes_BM.shape, self.heads, dim // self.heads).transpose(1, 2)
+            return rows.pad(projected_ND).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
         attended_BAMD = functional.scaled_dot_product_attention(
-            split_heads(self.query(states_ND)),
+            split_heads(query_ND),
             split_heads(self.key(states_ND)),
             split_heads(self.value(states_ND)),
-            attn_mask=bias_BM[:, None, None, :],
+            attn_mask=bias_BM.view(rows.num_rows, 1, 1, rows.width),
         )
-        attended_ND = attended_BAMD.transpose(1, 2).reshape(-1, dim)[(~empty_BM).flatten().nonzero().squeeze(1)]
-        return self._feed_forward(self.dropout(attended_ND))
+        return self._feed_forward(self.dropout(rows.unpad(attended_BAMD.transpose(1, 2).flatten(2))))
 
     def forward_last(self, states_ND: Tensor, last_BD: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
         """Attention of the last click of each session over its nodes, [B, D].
@@ -93,17 +91,30 @@ class AttentionBlock(nn.Module):
         dim, num_sessions, session_N = states_ND.shape[1], graph.num_sessions, graph.node_session_N
         width = dim // self.heads
         query_BAK = self.query(last_BD).view(num_sessions, self.heads, width) * width**-0.5
-        probe_BAD = torch.einsum("bak,akd->bad", query_BAK, self.key.weight.view(self.heads, width, dim))
-        scores_NA = (probe_BAD.index_select(0, session_N) * states_ND.unsqueeze(1)).sum(dim=2)
+        # Not einsum, whose traced form excludes batches of one session.
+        probe_ABD = torch.bmm(query_BAK.transpose(0, 1), self.key.weight.view(self.heads, width, dim))
+        probe_NAD = probe_ABD.transpose(0, 1).index_select(0, session_N)
+        scores_NA = (probe_NAD * states_ND.unsqueeze(1)).sum(dim=2)
         scores_NA = scores_NA + log_counts_N.unsqueeze(1)
         weights_NA = segment_softmax(scores_NA, session_N, num_sessions)
         weighted_NAD = weights_NA.unsqueeze(2) * states_ND.unsqueeze(1)
-        means_BAD = segment_sum(weighted_NAD.flatten(1), session_N, num_sessions).view_as(probe_BAD)
-        attended_BAK = torch.einsum("bad,akd->bak", means_BAD, self.value.weight.view(self.heads, width, dim))
-        return self._feed_forward(self.dropout(attended_BAK.flatten(1)))
+        means_BAD = segment_sum(weighted_NAD.flatten(1), session_N, num_sessions).unflatten(1, (self.heads, dim))
+        value_ADK = self.value.weight.view(self.heads, width, dim).transpose(1, 2)
+        attended_ABK = torch.bmm(means_BAD.transpose(0, 1), value_ADK)
+        return self._feed_forward(self.dropout(torch.cat(attended_ABK.unbind(), dim=1)))
 
     def _feed_forward(self, attended_XD: Tensor) -> Tensor:
         return attended_XD + self.dropout(self.contract(self.expand(attended_XD).relu()))
+
+
+def _node_rows(graph: SessionGraph) -> LengthBucket:
+    """The nodes of each session as a row of the length of the longest."""
+    # Two columns or more, because a compiler would specialize on one.
+    width = cast(int, functional.pad(graph.node_offsets_B1.diff(), (0, 1), value=2).max().item())
+    torch._check(width >= 2)
+    session_N = graph.node_session_N
+    column_N = torch.arange(session_N.shape[0], device=session_N.device) - graph.node_offsets_B1[session_N]
+    return LengthBucket(session_N * width + column_N, graph.num_sessions, width)
 
 
 class GCSAN(SessionEncoder):
@@ -142,6 +153,8 @@ class GCSAN(SessionEncoder):
             attended_ND = block(attended_ND, log_counts_N, graph)
         final = cast(AttentionBlock, self.blocks[-1])
         attended_BD = final.forward_last(attended_ND, last_states(attended_ND, graph), log_counts_N, graph)
-        mixed_BD = torch.lerp(last_states(states_ND, graph), attended_BD, self.last_item_weight)
+        last_BD = last_states(states_ND, graph)
+        # Under autocast, the attention has a lower precision than the graph network.
+        mixed_BD = torch.lerp(last_BD, attended_BD.to(last_BD.dtype), self.last_item_weight)
         filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
         return EncodedSessions(states_ND, mixed_BD * filled_B1)

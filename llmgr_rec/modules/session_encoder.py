@@ -112,8 +112,21 @@ def initialize_uniform(module: nn.Module, dim: int) -> None:
 
 
 def click_counts(graph: SessionGraph) -> Tensor:
-    """Number of clicks on each node in its session, int64 [N]."""
-    return torch.bincount(graph.alias_L, minlength=graph.node_items_N.shape[0])
+    """Number of clicks on each node in its session, float32 [N]."""
+    return occurrences(graph.alias_L, graph.node_items_N.shape[0])
+
+
+def occurrences(indices: Tensor, size: int) -> Tensor:
+    """Number of occurrences of each index, float32 [size], exact up to 2^24.
+
+    Not `torch.bincount`, whose length depends on the data: the compiler would have to read it.
+
+    Args:
+        indices: Indices, 0 .. size - 1, int64.
+        size: Number of counts.
+    """
+    ones = torch.ones(indices.shape[0], device=indices.device)
+    return torch.zeros(size, device=indices.device).scatter_add_(0, indices, ones)
 
 
 def last_states(states_ND: Tensor, graph: SessionGraph) -> Tensor:
@@ -123,11 +136,9 @@ def last_states(states_ND: Tensor, graph: SessionGraph) -> Tensor:
         states_ND: Node states.
         graph: The sessions' graphs.
     """
-    if states_ND.shape[0] == 0:
-        # Adding the empty sum keeps every parameter in the autograd graph, which static-graph DDP relies on.
-        return states_ND.new_zeros(graph.num_sessions, states_ND.shape[1]) + states_ND.sum()
-    filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
-    return states_ND.index_select(0, graph.last_node_B.clamp(min=0)) * filled_B1
+    # Row 0 stands for "no click", so that -1 + 1 picks zeros, also in a batch without any click.
+    padded = torch.cat([states_ND.new_zeros(1, states_ND.shape[1]), states_ND])
+    return padded.index_select(0, graph.last_node_B + 1)
 
 
 def segment_sum(values_NK: Tensor, session_N: Tensor, num_sessions: int) -> Tensor:

@@ -19,7 +19,7 @@ sessions_strategy = st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1
 
 def graphs_of(sessions: Sequence[Sequence[int]]) -> SessionGraph:
     """Graphs of sessions given as lists of item indices."""
-    lengths = torch.tensor([len(session) for session in sessions])
+    lengths = torch.tensor([len(session) for session in sessions], dtype=torch.int64)
     items = torch.tensor([item for session in sessions for item in session], dtype=torch.int64)
     return build_graphs(items, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]), NUM_ITEMS)
 
