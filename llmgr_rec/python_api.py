@@ -25,14 +25,16 @@ import torch
 from llmgr_rec.arrow_input import to_ids, to_sessions
 from llmgr_rec.command_process import own_and_given, run_command
 from llmgr_rec.config import DType
+from llmgr_rec.config_file import load_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.explanation.explainer import Explainer
 from llmgr_rec.explanation.records import Explanation
 from llmgr_rec.files import atomic_folder
 from llmgr_rec.fit_input import FitInput
+from llmgr_rec.registry import modules_of
 from llmgr_rec.scoring.ranked_lists import long_rows
 from llmgr_rec.scoring.session_ranker import SessionRanker
-from llmgr_rec.storage.bundle import BundleFiles, open_bundle
+from llmgr_rec.storage.bundle import BundleFiles, code_names, open_bundle
 
 # Options of the commands that other arguments of `fit` set.
 _SET_BY_FIT = ("interactions", "sessions", "items", "output", "config", "dataset")
@@ -152,7 +154,9 @@ class Recommender:
             run_command("train", options, progress)
         except UserError as error:
             raise _naming_argument(str(error), "settings") from None
-        return cls(open_bundle(run), run, dataset)
+        # The caller has named the code of these settings.
+        code = modules_of(code_names(load_config(run / "config.yaml")).values())
+        return cls(open_bundle(run, code), run, dataset)
 
     @property
     def item_ids(self) -> pa.Array:
@@ -277,7 +281,10 @@ class Recommender:
         with tempfile.TemporaryDirectory(prefix="llmgr_rec-") as folder:
             file = Path(folder) / "metrics.json"
             given = {"run": self._run, "dataset": self._dataset, "split": split, "output": file}
-            run_command("evaluate", own_and_given(given, options, "evaluate"))
+            # This recommender runs the same code.
+            code = modules_of(code_names(self._files.config).values())
+            allowed = {"allow_code": ",".join(code)} if code else {}
+            run_command("evaluate", own_and_given(given, {**allowed, **options}, "evaluate"))
             content: dict[str, Any] = json.loads(file.read_text())
         return content
 

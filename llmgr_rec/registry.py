@@ -6,7 +6,7 @@ import pkgutil
 import re
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -22,6 +22,11 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCI
 def is_import_path(name: str) -> bool:
     """Whether a name is an import path: it contains a colon, which no registered name does."""
     return ":" in name
+
+
+def modules_of(names: Iterable[str]) -> list[str]:
+    """Modules of the import paths among names of parts."""
+    return [name.partition(":")[0] for name in names if is_import_path(name)]
 
 
 def resolve(name: str, known: Mapping[str, T], what: str) -> T:

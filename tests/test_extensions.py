@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from llmgr_rec import Recommender
+from llmgr_rec import Recommender, python_api
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import Config, EncoderConfig, HeadConfig
 from llmgr_rec.config_file import save_config, settings
@@ -159,6 +160,27 @@ def test_a_run_with_parts_from_outside_is_asked_from_python(run: Path) -> None:
     recommender = Recommender.load(run, allow_code=["my_parts"])
     (row,) = recommender.recommend([["i1", "i3"]], k=5).to_pylist()
     assert len(set(row["item_ids"])) == 5
+
+
+@pytest.mark.usefixtures("importable")
+def test_what_python_trained_is_loaded_and_evaluated_with_its_code(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller has named the code, so that it is not asked for again."""
+    asked: list[dict[str, object]] = []
+
+    def run_command(command: str, options: dict[str, object], on_line: object = None) -> None:
+        asked.append(options)
+        if command == "train":
+            shutil.copytree(run, str(options["output"]))
+        if command == "evaluate":
+            Path(str(options["output"])).write_text("{}")
+
+    monkeypatch.setattr(python_api, "run_command", run_command)
+    fitted = Recommender.fit([["i1", "i2"]], settings={"encoder.name": "my_parts:MeanPool"}, output=tmp_path / "fitted")
+    assert fitted.recommend([["i1", "i3"]], k=5).num_rows == 1
+    fitted.evaluate()
+    assert asked[-1]["allow_code"] == "my_parts,my_parts"
 
 
 def test_own_templates_are_recorded_with_those_that_they_leave_as_they_are(run: Path) -> None:

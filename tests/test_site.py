@@ -30,6 +30,7 @@ def test_links_to_the_repository_lead_to_pages_of_the_site() -> None:
         ("results/choices.md", "../data.md", "../data.md"),
         ("extending/encoder.md", "../../examples/own_encoder.py", "../source/examples/own_encoder.py.md"),
         ("project/build.md", "README.md", "../index.md"),
+        ("source/examples/quickstart.ipynb.md", "../docs/python.md", "../../python.md"),
         ("data.md", "#repeats", "#repeats"),
         ("data.md", "https://volcano.sh", "https://volcano.sh"),
     ):

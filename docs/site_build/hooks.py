@@ -101,7 +101,8 @@ def _linked_files(text: str, page: str) -> list[str]:
 
 def _repository_path(path: str, page: str) -> str:
     """Path from the root of the repository of what a page links to."""
-    return posixpath.normpath(posixpath.join(posixpath.dirname(_SOURCES.get(page, f"docs/{page}")), path))
+    source = page.removeprefix("source/") if page.startswith("source/") else _SOURCES.get(page, f"docs/{page}")
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
 
 
 def _source_page(name: str) -> str:

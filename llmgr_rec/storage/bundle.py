@@ -224,6 +224,11 @@ def load_blend_terms(files: BundleFiles) -> tuple[Blend, ...]:
     return tuple(terms)
 
 
+def code_names(config: Config) -> dict[str, str]:
+    """Values of the settings of a bundle that may be import paths, by setting."""
+    return {"encoder.name": config.encoder.name, "head.name": config.head.name}
+
+
 def check_bundle_code(config: Config, folder: Path, allow_code: Collection[str]) -> None:
     """Checks that a bundle imports only allowed code; see `require_allowed`.
 
@@ -235,8 +240,7 @@ def check_bundle_code(config: Config, folder: Path, allow_code: Collection[str])
     Raises:
         UserError: The encoder or the head is an import path that is not allowed.
     """
-    names = {"encoder.name": config.encoder.name, "head.name": config.head.name}
-    require_allowed(names, allow_code, f"bundle {folder}")
+    require_allowed(code_names(config), allow_code, f"bundle {folder}")
 
 
 def load_weights(module: nn.Module, path: Path | str) -> list[str]:
