@@ -197,14 +197,21 @@ def _is_never_checked(*_: Any) -> bool:
     return False
 
 
-def add_run_argument(parser: "ArgumentParser") -> None:
-    """Adds --run and its alias --run_folder, because torchrun takes --run for an abbreviation of its own --run-path."""
+def add_run_argument(parser: "ArgumentParser", several: bool = False) -> None:
+    """Adds --run and its alias --run_folder, because torchrun takes --run for an abbreviation of its own --run-path.
+
+    Args:
+        parser: From `make_parser`; modified in place.
+        several: Whether it may be repeated; its value is then a list.
+    """
     parser.add_argument(
         "--run",
         "--run_folder",
         type=LocalPath,
+        action="append" if several else None,
         required=True,
-        help="Run folder written by llmgr_rec.train. Under torchrun, use --run_folder.",
+        help="Run folder written by llmgr_rec.train. "
+        + ("Repeat it to compare runs." if several else "Under torchrun, use --run_folder."),
     )
 
 

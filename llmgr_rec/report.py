@@ -1,6 +1,7 @@
-"""`python -m llmgr_rec.report`: writes a report of a run as a self-contained HTML page, with plots and table as files.
+"""`python -m llmgr_rec.report`: writes a report of a run, or a comparison of several, as a self-contained HTML page.
 
 python -m llmgr_rec.report --run RUN --output FOLDER
+python -m llmgr_rec.report --run RUN --run OTHER --output FOLDER
 """
 
 from collections.abc import Sequence
@@ -19,24 +20,27 @@ def main(argv: Sequence[str]) -> None:
         argv: Arguments of the command.
 
     Raises:
-        UserError: The run, metrics, scores or data set is absent, or they do not belong together.
+        UserError: A run, metrics, scores or the data set is absent, or they do not belong together.
     """
     parser = make_parser("llmgr_rec.report", "Writes a report: ranking quality, training curves, example sessions.")
-    add_run_argument(parser)
+    add_run_argument(parser, several=True)
     parser.add_argument("--output", type=LocalPath, required=True, help="Folder for index.html, plots and results.csv.")
     parser.add_argument(
-        "--metrics", type=LocalPath, help="Metrics file of llmgr_rec.evaluate; default: RUN/metrics.json if it exists."
+        "--metrics",
+        type=LocalPath,
+        action="append",
+        help="Metrics file of llmgr_rec.evaluate; repeat it as often as --run; default: RUN/metrics.json if it exists.",
     )
     parser.add_argument(
         "--scores",
         type=LocalPath,
-        help="Output folder of llmgr_rec.score for the example sessions; default: rank.",
+        help="Output folder of llmgr_rec.score for the example sessions of the first run; default: rank.",
     )
     parser.add_argument(
         "--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare; default: the path in the metrics file."
     )
     add_code_argument(parser)
-    parser.add_argument("--sessions", type=int, default=6, help="Number of example sessions, half of them hits.")
+    parser.add_argument("--sessions", type=int, default=24, help="Number of example sessions, half of them hits.")
     arguments = parse_args(parser, argv)
     check_options({"sessions": arguments.sessions}, {"sessions": Bounds(at_least=0, at_most=10_000)})
 
@@ -45,9 +49,9 @@ def main(argv: Sequence[str]) -> None:
 
     report = write_report(
         ReportRequest(
-            run=Path(arguments.run),
+            runs=[Path(run) for run in arguments.run],
             output=Path(arguments.output),
-            metrics=Path(arguments.metrics) if arguments.metrics else None,
+            metrics=[Path(file) for file in arguments.metrics or []],
             scores=Path(arguments.scores) if arguments.scores else None,
             dataset=Path(arguments.dataset) if arguments.dataset else None,
             sessions=arguments.sessions,

@@ -129,6 +129,11 @@ class Evaluated:
         return RankingRule(self.content["repeats"], int(self.content["max_length"]))
 
     @property
+    def sessions(self) -> str:
+        """Hash of the sessions that were evaluated; empty for files of version 0.2."""
+        return str(self.content.get("sessions", ""))
+
+    @property
     def is_paired(self) -> bool:
         """Whether gains have paired intervals; files of version 0.2 have none."""
         return "gains" in self.content

@@ -10,6 +10,7 @@ from llmgr_rec.evaluation.results import MODEL_NAMES
 _HR = f"hr@{K}"
 # From this gain on, a factor is easier to read than a percentage.
 _AS_FACTOR = 2.0
+_SAME = ", which is not distinguishable from"
 
 
 def headline(evaluated: Evaluated) -> str:
@@ -46,10 +47,7 @@ def compared(gain: Gain | None, other: str, other_rate: float) -> str:
     if gain is None:
         return f"; {other} finds it in {percent(other_rate)}, which are too few hits to compare."
     if gain.low <= 0 <= gain.high:
-        return (
-            f", which is not distinguishable from {other} ({percent(other_rate)}; the difference is {signed(gain)} "
-            f"{interval(gain)})."
-        )
+        return f"{_SAME} {other} ({percent(other_rate)}; difference {signed(gain)} {interval(gain)})."
     if gain.mean >= _AS_FACTOR:
         ends = f"{1 + gain.low:.1f} .. {1 + gain.high:.1f}"
         return f", {1 + gain.mean:.1f} times as often as {other} [{ends}]."
@@ -57,6 +55,14 @@ def compared(gain: Gain | None, other: str, other_rate: float) -> str:
         return f", {_number(gain.mean, gain.mean)} % more often than {other} {interval(gain)}."
     less = Gain(-gain.mean, -gain.high, -gain.low)
     return f", {_number(less.mean, less.mean)} % less often than {other} {interval(less)}."
+
+
+def compared_alone(gain: Gain | None, other: str, other_rate: float) -> str:
+    """The comparison as a sentence of its own; see `compared` for the arguments."""
+    text = compared(gain, other, other_rate)
+    if text.startswith(_SAME):
+        return f"Its hit rate is{text.removeprefix(', which is')}"
+    return f"It finds the next click{text[1:]}" if text.startswith(",") else text.removeprefix("; ")
 
 
 def percent(share: float) -> str:

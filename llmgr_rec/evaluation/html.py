@@ -1,77 +1,26 @@
-"""The report as one self-contained HTML page, without scripts, links or external resources."""
+"""The sections of a report as HTML. All text from data and settings is escaped."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
-from string import Template
-from typing import Any
 
+from llmgr_rec.evaluation.comparison_rows import Row
 from llmgr_rec.evaluation.examples import Example
-from llmgr_rec.evaluation.results import COLUMNS, CUTOFFS, MODEL_NAMES, best_by_column, in_table_order
-
-GENERATOR = "llmgr_rec.report"
+from llmgr_rec.evaluation.explanations import METRIC_MEANINGS, MODEL_MEANINGS
+from llmgr_rec.evaluation.headline import interval, signed
+from llmgr_rec.evaluation.intervals import VALUES_P, K
+from llmgr_rec.evaluation.metrics import LENGTH_BOUNDS, LENGTH_NAMES
+from llmgr_rec.evaluation.page_shell import page
+from llmgr_rec.evaluation.plots import Plot
+from llmgr_rec.evaluation.results import COLUMNS, CUTOFFS, best_by_column
 
 _SHOWN_CLICKS = 8
 _SHOWN_ITEMS = 10
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="generator" content="$generator">
-<title>$title</title>
-<style>
-:root { --ink: #1d2730; --soft: #5b6773; --line: #dfe4e9; --wash: #f5f7f9; --mark: #d2552d; --good: #2f7d4f; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.55 "Inter", "Segoe UI", "Helvetica Neue", Arial,
-  "DejaVu Sans", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 3.5rem 1.5rem 5rem; }
-h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 .4rem; }
-h2 { font-size: 1.25rem; margin: 3.2rem 0 .6rem; letter-spacing: -0.005em; }
-p { margin: .4rem 0 1rem; max-width: 46rem; }
-.soft { color: var(--soft); font-size: .92rem; }
-.facts { display: flex; flex-wrap: wrap; gap: .3rem 2.2rem; margin: 1.4rem 0 0; padding: 0; }
-.facts dt { color: var(--soft); font-size: .82rem; }
-.facts dd { margin: 0; font-weight: 600; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .95rem; }
-th, td { padding: .5rem .55rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; } thead th { color: var(--soft); font-size: .84rem; }
-thead tr:first-child th { border-bottom: 1px solid var(--line); text-align: center; color: var(--ink); }
-th[scope=row], thead th:first-child { text-align: left; }
-tbody tr { border-top: 1px solid var(--line); } tbody tr.ours { background: #fdf4f0; }
-td.group, th.group { padding-left: 1.4rem; }
-td b { color: var(--ink); font-weight: 700; } td { color: #44505b; }
-figure { margin: 1rem 0 0; } figure img { width: 100%; height: auto; display: block; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
-.session { border: 1px solid var(--line); border-radius: 8px; margin: 1.1rem 0; overflow: hidden; break-inside: avoid; }
-.session header { background: var(--wash); padding: .55rem 1rem; display: flex; flex-wrap: wrap; gap: .2rem 1rem;
-  justify-content: space-between; font-size: .92rem; overflow-wrap: anywhere; }
-.session .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 1.4rem; padding: .8rem 1rem 1rem; }
-.session h3 { font-size: .84rem; color: var(--soft); font-weight: 600; margin: .2rem 0 .3rem; }
-.session ol + h3 { margin-top: .9rem; }
-.session .soft { margin: 0 0 .2rem; }
-.session ol { margin: 0; padding-left: 1.7rem; font-size: .92rem; overflow-wrap: anywhere; }
-.session li { padding: .1rem 0; } .session li::marker { color: var(--soft); font-variant-numeric: tabular-nums; }
-.target { font-size: .92rem; margin: 0; font-weight: 600; overflow-wrap: anywhere; }
-.hit { background: #e4f3ea; border-radius: 4px; padding: .05rem .35rem; margin-left: -.35rem; font-weight: 600; }
-.found { color: var(--good); font-weight: 600; } .missed { color: var(--soft); }
-pre { background: var(--wash); border-radius: 8px; padding: 1rem; overflow-x: auto; font-size: .84rem;
-  line-height: 1.45; }
-summary { cursor: pointer; color: var(--soft); }
-@media (max-width: 44rem) { .session .columns { grid-template-columns: 1fr; } main { padding-top: 2rem; } }
-</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
+# Longer titles are cut, so that the page stays small whatever the catalog has.
+_LONGEST_TITLE = 160
+_LONGEST_SETTINGS = 100_000
+# Sessions that are open at first.
+_OPEN = 2
 
 
 @dataclass
@@ -79,149 +28,256 @@ class ReportContent:
     """Content of the page.
 
     Args:
-        title: Heading.
-        headline: The conclusion, below the heading.
-        facts: Names and values below the heading.
-        models: Metrics by model; empty if the run has not been evaluated.
-        split: Split on which they were computed.
-        plots: Caption and PNG file of each plot, by section (quality, training).
+        name: Name of the run, or of the runs.
+        headline: The conclusion, the heading of the page.
+        further: Further conclusions, below it.
+        facts: Names and values; for several runs, the values of each.
+        runs: Labels of the runs.
+        rows: Rows of the table of results; empty if no run has been evaluated.
+        notes: Sentences below the table.
+        quality: Plots of ranking quality.
+        training: Plots of the training, by label of the run.
         examples: Example sessions.
         examples_note: Model and selection of the example sessions.
-        settings: Text of config.yaml.
+        settings: Text of config.yaml by label of the run.
     """
 
-    title: str
-    facts: Mapping[str, str]
-    models: Mapping[str, Mapping[str, Any]]
-    split: str
-    plots: Mapping[str, Sequence[tuple[str, Path]]]
-    examples: Sequence[Example] = field(default_factory=list)
+    name: str
+    headline: str
+    further: Sequence[str] = ()
+    facts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    runs: Sequence[str] = ()
+    rows: Sequence[Row] = ()
+    notes: Sequence[str] = ()
+    quality: Sequence[Plot] = ()
+    training: Mapping[str, Sequence[Plot]] = field(default_factory=dict)
+    examples: Sequence[Example] = ()
     examples_note: str = ""
-    settings: str = ""
-    headline: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_page(content: ReportContent) -> str:
-    """The page as HTML; all text from data and settings is escaped."""
-    facts = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in content.facts.items()
-    )
-    body = [f'<h1>{escape(content.title)}</h1>\n<p>{escape(content.headline)}</p>\n<dl class="facts">{facts}</dl>']
-    body.append(_quality(content))
-    if content.plots.get("training"):
-        body += ["<h2>Training</h2>", *(_figure(*plot) for plot in content.plots["training"])]
+    """The page as HTML."""
+    sections = [("quality", "Ranking quality", _quality(content))]
+    if any(content.training.values()):
+        sections.append(("training", "Training", _training(content)))
     if content.examples:
-        body.append(f"<h2>Sessions</h2>\n<p>{escape(content.examples_note)}</p>")
-        body += [_session(example) for example in content.examples]
-    if content.settings:
-        body.append(
-            "<h2>Settings</h2>\n<details><summary>All settings of the run (config.yaml)</summary>"
-            f"<pre>{escape(content.settings)}</pre></details>"
-        )
-    return _PAGE.substitute(generator=GENERATOR, title=escape(content.title), body="\n".join(body))
+        sections.append(("sessions", "Sessions", _sessions(content)))
+    if any(content.settings.values()):
+        sections.append(("settings", "Settings", _settings(content)))
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
+    kicker = f"{'Runs' if len(content.runs) > 1 else 'Run'} {escape(content.name)}"
+    further = "".join(f'<p class="lead">{escape(text)}</p>' for text in content.further)
+    body = [
+        f'<header><p class="kicker">{kicker}</p><h1>{escape(content.headline)}</h1>{further}'
+        f'{_facts(content)}<nav aria-label="Sections">{links}</nav></header>'
+    ]
+    body += [
+        f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>\n{text}</section>'
+        for name, title, text in sections
+    ]
+    return page(content.name, "\n".join(body))
+
+
+def _facts(content: ReportContent) -> str:
+    """A list for one run, a table for several."""
+    if len(content.runs) < 2:
+        return _definitions({name: values[0] for name, values in content.facts.items()}, "facts", grouped=True)
+    rows = [[name, *values] for name, values in content.facts.items()]
+    return _table("Runs", ["", *content.runs], rows, "text")
+
+
+def _definitions(values: Mapping[str, str], style: str, grouped: bool = False) -> str:
+    opening, closing = ("<div>", "</div>") if grouped else ("", "")
+    items = "".join(
+        f"{opening}<dt>{escape(name)}</dt><dd>{escape(value)}</dd>{closing}" for name, value in values.items()
+    )
+    return f'<dl class="{style}">{items}</dl>'
+
+
+def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
+    """A table whose first column names its rows."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    kind = f' class="{style}"' if style else ""
+    return _scroll(
+        f"<table{kind}><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        caption,
+    )
+
+
+def _scroll(table: str, name: str) -> str:
+    """A table that scrolls by itself where it is wider than the screen, also by keyboard."""
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(name)}">{table}</div>'
 
 
 def _quality(content: ReportContent) -> str:
-    if not content.models:
+    if not content.rows:
         return (
-            "<h2>Ranking quality</h2>\n<p>The run has not been evaluated. To add its metrics, run "
-            "<code>python -m llmgr_rec.evaluate</code> and create the report again.</p>"
+            "<p>The run has not been evaluated. To add its metrics, run <code>python -m llmgr_rec.evaluate</code> and "
+            "create the report again.</p>"
         )
-    figures = "".join(_figure(*plot) for plot in content.plots.get("quality", []))
+    figures = "".join(map(_figure, content.quality))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in content.notes)
     return (
-        f"<h2>Ranking quality</h2>\n{_comparison(content)}\n{_table(content.models)}\n{_error_note(content)}\n{figures}"
+        f"{_results(content)}\n{_definitions(METRIC_MEANINGS, 'means')}\n{notes}\n"
+        f'<div class="plots">{figures}</div>\n<h3>All cutoffs and models</h3>{_cutoffs(content.rows)}'
+        f"<details><summary>What the models are</summary>{_models(content.rows)}</details>"
     )
 
 
-def _comparison(content: ReportContent) -> str:
-    """Relative differences of LLMGR to the session recommender and to the best other model."""
-    models = content.models
-    others = {name: metrics for name, metrics in models.items() if name != "llmgr"}
-    if "llmgr" not in models or not others:
-        return ""
-    ours = models["llmgr"]
-    best_other = max(others, key=lambda name: others[name]["ndcg@20"])
-    parts = [_gain(ours, others[name], name) for name in dict.fromkeys(["sbr", best_other]) if name in others]
-    return f"<p>{' '.join(parts)}</p>"
+def _results(content: ReportContent) -> str:
+    """The table of results at 20, with intervals and the gains of the recommender."""
+    best = {metric: max(round(row.metrics[metric], 4) for row in content.rows) for metric in VALUES_P}
+    has_gains = any(gain for row in content.rows for gain in row.gains.values())
+    head = "".join(f'<th scope="col">{metric.upper()}</th>' for metric in VALUES_P)
+    if has_gains:
+        head += f'<th scope="col">recommender\'s<br>gain in HR@{K}</th>'
+    body = []
+    for row in content.rows:
+        cells = "".join(_value(row, metric, best[metric]) for metric in VALUES_P)
+        if has_gains:
+            gain = row.gains.get(f"hr@{K}")
+            cells += f'<td>{signed(gain)}<span class="ends">{interval(gain)}</span></td>' if gain else "<td></td>"
+        ours = ' class="ours"' if row.is_result else ""
+        body.append(f'<tr{ours}><th scope="row">{escape(row.label)}{_tag(row, content)}</th>{cells}</tr>')
+    first = content.rows[0].evaluated
+    caption = (
+        f"{first.count:,} {first.split} sessions rank {first.num_items:,} items. 95 % intervals below the values; the "
+        "best value of a column in bold."
+    )
+    table = (
+        f'<table aria-describedby="about-results"><thead><tr><th scope="col">Model</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table>"
+    )
+    return f'<p class="soft" id="about-results">{escape(caption)}</p>{_scroll(table, "Results")}'
 
 
-def _gain(ours: Mapping[str, float], theirs: Mapping[str, float], name: str) -> str:
-    changes = [
-        f"{metric.upper()}@20 {ours[f'{metric}@20'] / theirs[f'{metric}@20'] - 1:+.1%}"
-        for metric in ("hr", "ndcg", "mrr")
-        if theirs[f"{metric}@20"]
-    ]
-    return f"LLMGR compared with {escape(MODEL_NAMES.get(name, name))}: {', '.join(changes)}." if changes else ""
+def _tag(row: Row, content: ReportContent) -> str:
+    if row.is_result:
+        several = len(content.runs) > 1
+        first = row is next(found for found in content.rows if found.is_result)
+        text = "the recommender" if first else "other run"
+        return f' <span class="tag">{text if several else "this run"}</span>'
+    if row.run:
+        return ' <span class="tag">earlier stage</span>'
+    return ""
 
 
-def _table(models: Mapping[str, Mapping[str, Any]]) -> str:
-    best = best_by_column(models)
-    rows = []
-    for name in in_table_order(models):
+def _value(row: Row, metric: str, best: float) -> str:
+    value = round(row.metrics[metric], 4)
+    text = f"<b>{value:.4f}</b>" if value == best else f"{value:.4f}"
+    ends = row.evaluated.interval(row.model, metric)
+    below = f'<span class="ends">{ends[0]:.3f} .. {ends[1]:.3f}</span>' if ends else ""
+    return f"<td>{text}{below}</td>"
+
+
+def _cutoffs(rows: Sequence[Row]) -> str:
+    best = best_by_column({str(number): row.metrics for number, row in enumerate(rows)})
+    body = []
+    for row in rows:
         cells = []
         for column in COLUMNS:
-            value = round(models[name][column], 4)
-            text = f"<b>{value:.4f}</b>" if value == best[column] else f"{value:.4f}"
-            cells.append(f"<td{_group(column)}>{text}</td>")
-        ours = ' class="ours"' if name == "llmgr" else ""
-        rows.append(f'<tr{ours}><th scope="row">{escape(MODEL_NAMES.get(name, name))}</th>{"".join(cells)}</tr>')
-    groups = "".join(f'<th colspan="{len(CUTOFFS)}">{name}</th>' for name in ("HR", "NDCG", "MRR"))
-    cutoffs = "".join(f"<th{_group(column)}>@{column.split('@')[1]}</th>" for column in COLUMNS)
-    return (
-        f'<div class="scroll"><table><thead><tr><th></th>{groups}</tr><tr><th>Model</th>{cutoffs}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+            value = round(row.metrics[column], 4)
+            cells.append(f"<td>{f'<b>{value:.4f}</b>' if value == best[column] else f'{value:.4f}'}</td>")
+        ours = ' class="ours"' if row.is_result else ""
+        body.append(f'<tr{ours}><th scope="row">{escape(row.label)}</th>{"".join(cells)}</tr>')
+    groups = "".join(f'<th scope="colgroup" colspan="{len(CUTOFFS)}">{name}</th>' for name in ("HR", "NDCG", "MRR"))
+    cutoffs = "".join(f'<th scope="col">@{column.split("@")[1]}</th>' for column in COLUMNS)
+    return _scroll(
+        f'<table><thead><tr><td></td>{groups}</tr><tr><th scope="col">Model</th>{cutoffs}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table>",
+        "Results at all cutoffs",
     )
 
 
-def _group(column: str) -> str:
-    return ' class="group"' if column.endswith(f"@{CUTOFFS[0]}") else ""
+def _models(rows: Sequence[Row]) -> str:
+    means = {row.label: MODEL_MEANINGS[row.model] for row in rows if row.model in MODEL_MEANINGS}
+    return _definitions(means, "means")
 
 
-def _error_note(content: ReportContent) -> str:
-    top = max(content.models.values(), key=lambda metrics: metrics["hr@20"])
-    rate, count = top["hr@20"], top["count"]
-    error = (rate * (1 - rate) / count) ** 0.5 if count else 0.0
+def _figure(plot: Plot) -> str:
+    table = _table(plot.chart.title, plot.columns, plot.rows)
     return (
-        f'<p class="soft">Best value of each column in bold. {count:,} {escape(content.split)} sessions; each '
-        f"ranks the whole catalog, ties by lower item index. Standard error of the best HR@20: {error:.4f}. "
-        "Differences below about twice that may be due to chance.</p>"
+        f"<figure><figcaption>{escape(plot.caption)}</figcaption>{plot.chart.render()}"
+        f"<details><summary>Figures</summary>{table}</details></figure>"
     )
 
 
-def _figure(caption: str, file: Path) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+def _training(content: ReportContent) -> str:
+    parts = []
+    for label, plots in content.training.items():
+        if plots:
+            heading = f"<h3>{escape(label)}</h3>" if len(content.runs) > 1 else ""
+            parts.append(f'{heading}<div class="plots">{"".join(map(_figure, plots))}</div>')
+    return "\n".join(parts)
+
+
+def _sessions(content: ReportContent) -> str:
+    bounds = [0, *LENGTH_BOUNDS, 10**9]
+    lengths = "".join(
+        f'<option value="{low + 1}-{high}">{name}</option>'
+        for name, low, high in zip(LENGTH_NAMES, bounds, bounds[1:], strict=False)
     )
+    form = (
+        '<form class="filter" hidden role="search" aria-label="Filter sessions">'
+        '<label>Title of a click or recommendation<input name="words" type="search" autocomplete="off"></label>'
+        '<label>Next click<select name="outcome"><option value="">all</option><option value="1">in the list</option>'
+        '<option value="0">not in the list</option></select></label>'
+        f'<label>Clicks<select name="clicks"><option value="0-{10**9}">all</option>{lengths}</select></label></form>'
+        '<p class="soft" id="shown" role="status"></p>'
+    )
+    sessions = "\n".join(_session(example, number < _OPEN) for number, example in enumerate(content.examples))
+    return f"<p>{escape(content.examples_note)}</p>\n{form}\n{sessions}"
 
 
-def _session(example: Example) -> str:
+def _session(example: Example, is_open: bool) -> str:
     outcome = (
         f'<span class="found">next click at position {example.position}</span>'
         if example.position
-        else f'<span class="missed">next click not in the top {len(example.recommended)}</span>'
+        else f'<span class="what">next click not in the top {len(example.recommended)}</span>'
     )
-    earlier = len(example.clicks) - _SHOWN_CLICKS
+    count = len(example.clicks)
+    earlier = count - _SHOWN_CLICKS
     shown = example.clicks[-_SHOWN_CLICKS:]
-    start = len(example.clicks) - len(shown) + 1
+    start = count - len(shown) + 1
     before = f'<p class="soft">{earlier} earlier clicks</p>' if earlier > 0 else ""
-    clicks = "".join(f"<li>{escape(title)}</li>" for title in shown)
+    clicks = "".join(f"<li>{_title(title)}</li>" for title in shown)
     # A hit below the shown items is added to them.
     positions = [*range(1, min(_SHOWN_ITEMS, len(example.recommended)) + 1)]
     if example.position > _SHOWN_ITEMS:
         positions.append(example.position)
     items = "".join(_item(position, example) for position in positions)
     return (
-        f'<article class="session"><header><span>Session {escape(example.session_id)}</span>{outcome}</header>'
-        f'<div class="columns"><section><h3>Clicks, oldest first</h3>{before}<ol start="{start}">{clicks}</ol>'
-        f'<h3>Next click</h3><p class="target">{escape(example.target)}</p></section>'
-        f"<section><h3>Recommendations</h3><ol>{items}</ol></section></div></article>"
+        f'<details class="session" data-hit="{int(example.position > 0)}" data-clicks="{count}"'
+        f"{' open' if is_open else ''}><summary>Session {_title(example.session_id)} "
+        f'<span class="what">· {count} click{"s" if count != 1 else ""} ·</span> {outcome}</summary>'
+        f'<div class="columns"><div><h3>Clicks, oldest first</h3>{before}<ol start="{start}">{clicks}</ol>'
+        f'<h3>Next click</h3><p class="target">{_title(example.target)}</p></div>'
+        f"<div><h3>Recommendations</h3><ol>{items}</ol></div></div></details>"
     )
 
 
 def _item(position: int, example: Example) -> str:
-    title = escape(example.recommended[position - 1])
+    title = _title(example.recommended[position - 1])
     if position == example.position:
         title = f'<span class="hit">{title}</span>'
     return f'<li value="{position}">{title}</li>'
+
+
+def _title(title: str) -> str:
+    return escape(title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…")
+
+
+def _settings(content: ReportContent) -> str:
+    parts = []
+    for label, text in content.settings.items():
+        whose = f" of {escape(label)}" if len(content.runs) > 1 else ""
+        shown = text if len(text) <= _LONGEST_SETTINGS else f"{text[:_LONGEST_SETTINGS]}\n…"
+        parts.append(
+            f"<details><summary>All settings{whose} (config.yaml)</summary><pre>{escape(shown)}</pre></details>"
+        )
+    return "\n".join(parts)

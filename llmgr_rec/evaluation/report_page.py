@@ -1,30 +1,43 @@
-"""The report of a run: collects its results and writes the page, plots and table."""
+"""The report of one run or several: collects their results and writes the page, plots and table."""
 
 import csv
 import io
-import json
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from llmgr_rec.config import STAGES
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.comparison_rows import Row, check_comparable, notes_on, rows_of
 from llmgr_rec.evaluation.evaluated import Evaluated
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
-from llmgr_rec.evaluation.exclusion import RankingRule
-from llmgr_rec.evaluation.headline import headline
-from llmgr_rec.evaluation.html import GENERATOR, ReportContent, render_page
-from llmgr_rec.evaluation.plots import STAGE_TITLES, plot_frequency, plot_losses, plot_validation
-from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES, blend_notes, in_table_order, read_metrics
+from llmgr_rec.evaluation.explanations import blend_in_words, chosen_in_words
+from llmgr_rec.evaluation.headline import compared_alone, headline, in_sentence, interval, signed
+from llmgr_rec.evaluation.html import ReportContent, render_page
+from llmgr_rec.evaluation.intervals import K
+from llmgr_rec.evaluation.metrics import BY_FREQUENCY, BY_LENGTH
+from llmgr_rec.evaluation.page_shell import GENERATOR, chart_style
+from llmgr_rec.evaluation.plots import (
+    Plot,
+    by_stage,
+    color_of,
+    plot_buckets,
+    plot_gains,
+    plot_losses,
+    plot_validation,
+)
+from llmgr_rec.evaluation.reported_run import ReportedRun, labels_of
+from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES
 from llmgr_rec.files import atomic_write, require_writable
-from llmgr_rec.storage.bundle_index import bundle_hash, check_trained_on, default_bundle, is_complete, model_of_bundle
+from llmgr_rec.storage.bundle_index import check_trained_on, default_bundle, model_of_bundle
 
 PAGE_NAME = "index.html"
 TABLE_NAME = "results.csv"
-_PLOTS = ("frequency", "losses", "validation")
-_OTHER_NAMES = {TABLE_NAME, *(f"{name}.png" for name in _PLOTS)}
+# Names of plots, of version 0.2 included.
+_PLOT_NAMES = re.compile(
+    r"(gains|popularity|length|(loss|validation)-[a-z_]+(-\d+)?)\.svg|(frequency|losses|validation)\.png"
+)
 
 
 @dataclass(frozen=True)
@@ -32,21 +45,21 @@ class ReportRequest:
     """Arguments of a report.
 
     Args:
-        run: Run folder written by train.
+        runs: Run folders written by train; the first one is compared with the others.
         output: Folder to write to.
-        metrics: Metrics file; None takes RUN/metrics.json if it exists.
-        scores: Output folder of score, for the example sessions; None ranks a few sessions with the model.
+        metrics: Metrics file of each run; empty takes RUN/metrics.json where it exists.
+        scores: Output folder of score for the first run, for the example sessions; None ranks sessions with the model.
         dataset: Folder written by prepare; None takes the path in the metrics file if it exists.
         sessions: Number of example sessions, half of them hits.
         allow_code: Packages from which the run's bundle may import its encoder or head.
     """
 
-    run: Path
+    runs: Sequence[Path]
     output: Path
-    metrics: Path | None = None
+    metrics: Sequence[Path] = ()
     scores: Path | None = None
     dataset: Path | None = None
-    sessions: int = 6
+    sessions: int = 24
     allow_code: Sequence[str] = ()
 
 
@@ -70,91 +83,85 @@ def write_report(request: ReportRequest) -> Report:
         request: Arguments of the report.
 
     Raises:
-        UserError: The run, metrics, scores or data set is absent, or they do not belong together.
+        UserError: A run, metrics, scores or the data set is absent, or they do not belong together.
     """
-    records = _records(request.run)
-    hashes = _bundle_hashes(request.run)
-    metrics = _metrics(request, hashes)
-    dataset = _dataset(request, metrics)
-    split = metrics.get("split", "test")
-    models: Mapping[str, Any] = metrics.get(split, {})
+    runs = _read_runs(request)
+    check_comparable(runs)
+    first = runs[0].evaluated
+    dataset = _dataset(request, first)
     _check_output(request.output)
-    examples, note = _examples(request, dataset, split, hashes, _rule(metrics))
-    request.output.mkdir(parents=True, exist_ok=True)
-    conclusion = _headline(metrics, request.metrics or request.run / "metrics.json")
+    examples, note = _examples(request, runs[0], dataset)
+    rows = rows_of(runs)
     content = ReportContent(
-        title=f"Session recommendation: {request.run.resolve().name}",
-        headline=conclusion,
-        facts=_facts(metrics, models, dataset),
-        models=models,
-        split=split,
-        plots=_plots(records, models, request.output),
+        name=", ".join(run.label for run in runs),
+        headline=headline(first) if first else "The run has not been evaluated.",
+        further=_further(rows, first),
+        facts=_facts(runs, dataset),
+        runs=[run.label for run in runs],
+        rows=rows,
+        notes=_notes(runs, rows),
+        quality=_quality_plots(rows),
+        training=_training_plots(runs),
         examples=examples,
         examples_note=note,
-        settings=_read_text(request.run / "config.yaml"),
+        settings={run.label: run.settings for run in runs},
     )
-    if models:
-        _write(request.output / TABLE_NAME, _csv(models))
-    _write(request.output / PAGE_NAME, render_page(content))
-    return Report(request.output / PAGE_NAME, conclusion)
+    _write_files(request.output, content)
+    return Report(request.output / PAGE_NAME, content.headline)
 
 
-def _headline(metrics: Mapping[str, Any], file: Path) -> str:
-    return headline(Evaluated(file, metrics)) if metrics else "The run has not been evaluated."
+def _read_runs(request: ReportRequest) -> list[ReportedRun]:
+    if request.metrics and len(request.metrics) != len(request.runs):
+        raise UserError(
+            f"--metrics is given {len(request.metrics)} times for {len(request.runs)} runs; give one for each --run, "
+            "in the same order, or none"
+        )
+    if len(set(labels_of(request.runs))) < len(request.runs):
+        raise UserError("--run names the same folder twice; give each run once")
+    files: Sequence[Path | None] = request.metrics or [None] * len(request.runs)
+    runs = [
+        ReportedRun.read(run, label, metrics)
+        for run, label, metrics in zip(request.runs, labels_of(request.runs), files, strict=True)
+    ]
+    missing = [run for run in runs if run.evaluated is None]
+    if missing and len(runs) > 1:
+        raise UserError(
+            f"{missing[0].path} has no metrics.json to compare; evaluate it with --output "
+            f"{missing[0].path / 'metrics.json'}, or give --metrics for each run"
+        )
+    return runs
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    """Records of the run's metrics.jsonl, without an incomplete last line of a killed run."""
-    file = run / "metrics.jsonl"
-    if not run.is_dir() or not ((run / "config.yaml").is_file() or file.is_file()):
-        raise UserError(f"--run {run} is not a run folder; give the --output folder of llmgr_rec.train")
-    records = []
-    for line in _read_text(file).splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and {"stage", "step"} <= set(record):
-            records.append(record)
-    return records
-
-
-def _metrics(request: ReportRequest, bundle_hashes: Collection[str]) -> dict[str, Any]:
-    file = request.metrics or request.run / "metrics.json"
-    if request.metrics is None and not file.is_file():
-        return {}
-    metrics = read_metrics(file)
-    for model, evaluated in metrics.get("bundles", {}).items():
-        if evaluated not in bundle_hashes:
-            raise UserError(
-                f"{file} has metrics of {MODEL_NAMES[model]} that do not belong to a model in {request.run}; "
-                "evaluate that run (python -m llmgr_rec.evaluate), or give its --metrics"
+def _further(rows: Sequence[Row], first: Evaluated | None) -> list[str]:
+    """Conclusions after the first: a difference in the order of the lists, and the comparison with other runs."""
+    sentences = []
+    baseline = first.strongest_baseline if first else None
+    for row in rows:
+        gain, order = row.gains.get(f"hr@{K}"), row.gains.get(f"ndcg@{K}")
+        is_same = gain is not None and gain.low <= 0 <= gain.high
+        if not row.run and row.model == baseline and is_same and order and (order.low > 0 or order.high < 0):
+            place = "higher" if order.mean > 0 else "lower"
+            sentences.append(
+                f"It ranks the next click {place} than {in_sentence(row.model)}: NDCG@{K} {signed(order)} "
+                f"{interval(order)}."
             )
-    return metrics
+        if row.run and row.is_result and row.evaluated is not first and row.gains:
+            rate = row.evaluated.hit_rate(row.model)
+            sentences.append(compared_alone(gain, f"the recommender of {row.run}", rate))
+    return sentences
 
 
-def _bundle_hashes(run: Path) -> set[str]:
-    """Hashes of the bundles of a run."""
-    exports = [run / "export" / stage for stage in STAGES]
-    return {bundle_hash(export) for export in exports if is_complete(export)}
-
-
-def _rule(metrics: Mapping[str, Any]) -> RankingRule | None:
-    """The rule of an evaluation; None without metrics, and for those of version 0.2."""
-    return RankingRule(metrics["repeats"], metrics["max_length"]) if "repeats" in metrics else None
-
-
-def _dataset(request: ReportRequest, metrics: Mapping[str, Any]) -> Dataset | None:
+def _dataset(request: ReportRequest, evaluated: Evaluated | None) -> Dataset | None:
     if request.dataset is not None:
         dataset = Dataset(request.dataset)
     else:
-        path = metrics.get("dataset_path")
+        path = evaluated.content.get("dataset_path") if evaluated else None
         if not path or not (Path(path) / "manifest.json").is_file():
             if request.scores is not None:
                 raise UserError("--scores requires --dataset, which has the clicks and titles of the scored sessions")
             return None
         dataset = Dataset(Path(path))
-    if metrics and metrics["dataset"] != dataset.manifest.catalog_hash:
+    if evaluated and evaluated.content.get("dataset") != dataset.manifest.catalog_hash:
         raise UserError(
             f"the metrics belong to another data set than {dataset.path}; "
             "evaluate again, or give the data set that was evaluated"
@@ -167,87 +174,138 @@ def _check_output(output: Path) -> None:
     require_writable(output)
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     # The page is written last, so a report that was interrupted has other files of its own only.
-    is_report = names <= _OTHER_NAMES or GENERATOR in _read_text(output / PAGE_NAME)[:400]
-    if not is_report:
+    is_report = all(name == TABLE_NAME or _PLOT_NAMES.fullmatch(name) for name in names)
+    if not is_report and GENERATOR not in _beginning(output / PAGE_NAME):
         raise UserError(f"--output {output} is not empty and contains no report; give another folder")
 
 
-def _facts(metrics: Mapping[str, Any], models: Mapping[str, Any], dataset: Dataset | None) -> dict[str, str]:
+def _beginning(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(400)
+
+
+def _facts(runs: Sequence[ReportedRun], dataset: Dataset | None) -> dict[str, list[str]]:
+    """Facts by name, a value for each run."""
+    facts: dict[str, list[str]] = {}
+    for number, run in enumerate(runs):
+        for name, value in {**_data_facts(run.evaluated, dataset), **run.facts()}.items():
+            facts.setdefault(name, [""] * len(runs))[number] = value
+    order = ["Recipe", "Data", "Evaluated on", "Lists"]
+    return {name: facts[name] for name in [*order, *facts] if name in facts}
+
+
+def _data_facts(evaluated: Evaluated | None, dataset: Dataset | None) -> dict[str, str]:
     facts = {}
     if dataset is not None:
         manifest = dataset.manifest
-        facts["Data set"] = dataset.path.resolve().name
-        facts["Items"] = f"{manifest.num_items:,}"
-        facts["Training examples"] = f"{manifest.num_examples['train']:,}"
-        facts["Split"] = manifest.split.replace("_", "-")
-    if models:
-        facts["Evaluated on"] = f"{metrics['count']:,} {metrics['split']} sessions"
-        if rule := metrics.get("protocol"):
-            facts["Ranking"] = rule
-        if notes := blend_notes(metrics.get("blends", {})):
-            facts["Blend"] = "; ".join(notes)
-        if stage := metrics.get("stages", {}).get("llmgr"):
-            facts["LLMGR stage"] = STAGE_TITLES.get(stage, stage)
+        facts["Data"] = (
+            f"{dataset.path.resolve().name}: {manifest.num_items:,} items, {manifest.num_sessions['train']:,} training "
+            f"sessions with {manifest.num_examples['train']:,} examples, {manifest.split.replace('_', '-')} split"
+        )
+    if evaluated is not None:
+        facts["Evaluated on"] = f"{evaluated.count:,} {evaluated.split} sessions, {evaluated.num_items:,} items"
+        protocol = str(evaluated.content.get("protocol", ""))
+        if evaluated.rule is not None:
+            shown = f"sessions show their newest {evaluated.rule.max_length} clicks"
+            protocol = f"{protocol}; {shown}" if protocol else shown
+        if protocol:
+            facts["Lists"] = protocol
     return facts
 
 
-def _plots(records: list[dict[str, Any]], models: Mapping[str, Any], output: Path) -> dict[str, list[tuple[str, Path]]]:
-    frequency, losses, validation = (output / f"{name}.png" for name in _PLOTS)
-    plots: dict[str, list[tuple[str, Path]]] = {"quality": [], "training": []}
-    if plot_frequency(models, frequency):
-        caption = "HR@20 by the number of training interactions of the target item."
-        plots["quality"].append((caption, frequency))
-    if plot_losses(records, losses):
-        caption = "Training loss of each stage. The losses differ between stages, so their values cannot be compared."
-        plots["training"].append((caption, losses))
-    if plot_validation(records, validation):
-        caption = "HR@20 and NDCG@20 on the validation sessions, which rank the whole catalog."
-        plots["training"].append((caption, validation))
+def _notes(runs: Sequence[ReportedRun], rows: Sequence[Row]) -> list[str]:
+    notes = notes_on(rows)
+    if any(gain for row in rows for gain in row.gains.values()) and all(row.is_paired for row in rows):
+        notes.append("Intervals of gains are those of a paired bootstrap over sessions.")
+    for run in runs:
+        if run.evaluated:
+            whose = f"{run.label}: " if len(runs) > 1 else ""
+            notes += [f"{whose}{sentence}" for sentence in blend_in_words(run.evaluated)]
+    return notes
+
+
+def _quality_plots(rows: Sequence[Row]) -> list[Plot]:
+    models = {row.label: (_color(row, rows), row.metrics) for row in rows}
+    plots = [
+        plot_gains({row.label: row.gains for row in rows}),
+        plot_buckets(models, BY_FREQUENCY),
+        plot_buckets(models, BY_LENGTH),
+    ]
+    return [plot for plot in plots if plot]
+
+
+def _color(row: Row, rows: Sequence[Row]) -> str:
+    """Color class of a row; of several runs, the same model has another color in the second run."""
+    return color_of(row.model) if row is next(other for other in rows if other.model == row.model) else "c-other"
+
+
+def _training_plots(runs: Sequence[ReportedRun]) -> dict[str, list[Plot]]:
+    plots = {}
+    for number, run in enumerate(runs, start=1):
+        several = len(runs) > 1
+        suffix = f"-{number}" if several else ""
+        valid = by_stage([record for record in run.records if record.get("split") == "valid"])
+        plots[run.label] = [
+            plot_validation(
+                stage, lines, chosen_in_words(stage, run.records, run.evaluated, run.label if several else ""), suffix
+            )
+            for stage, lines in valid.items()
+        ]
+        plots[run.label] += plot_losses(run.records, suffix)
     return plots
 
 
-def _examples(
-    request: ReportRequest,
-    dataset: Dataset | None,
-    split: str,
-    bundle_hashes: Collection[str],
-    rule: RankingRule | None,
-) -> tuple[list[Example], str]:
+def _examples(request: ReportRequest, run: ReportedRun, dataset: Dataset | None) -> tuple[list[Example], str]:
     """Example sessions, and the note that describes them."""
     if dataset is None or request.sessions == 0:
         return [], ""
+    split = run.evaluated.split if run.evaluated else "test"
+    rule = run.evaluated.rule if run.evaluated else None
     if request.scores is not None:
-        source, model = scored_examples(request.scores, dataset, split, bundle_hashes), "the scored output"
+        source, model = scored_examples(request.scores, dataset, split, run.bundle_hashes), "the scored output"
     else:
-        bundle = default_bundle(request.run / "export")
+        bundle = default_bundle(run.path / "export")
         if bundle is None:
             return [], ""
         check_trained_on(bundle, dataset)
-        source, model = (
-            ranked_examples(bundle, dataset, split, request.allow_code, rule),
-            MODEL_NAMES[model_of_bundle(bundle)],
-        )
+        source = ranked_examples(bundle, dataset, split, request.allow_code, rule)
+        model = MODEL_NAMES[model_of_bundle(bundle)]
     half = -(-request.sessions // 2)
     examples = choose_examples(source, half, request.sessions - half)
     hits = sum(example.position > 0 for example in examples)
+    whose = f" of {run.label}" if len(request.runs) > 1 else ""
     note = (
-        f"Recommendations of {model} for {split} sessions, in the order of the data set: the first {hits} whose next "
-        f"click is in the list, and the first {len(examples) - hits} whose next click is not."
+        f"Recommendations of {model}{whose} for {split} sessions, in the order of the data set: the first {hits} whose "
+        f"next click is in the list, and the first {len(examples) - hits} whose next click is not."
     )
     return examples, note
 
 
-def _csv(models: Mapping[str, Mapping[str, Any]]) -> str:
+def _write_files(output: Path, content: ReportContent) -> None:
+    """Writes plots and table, then the page, and removes plots of an earlier report."""
+    output.mkdir(parents=True, exist_ok=True)
+    plots = [*content.quality, *(plot for of_run in content.training.values() for plot in of_run)]
+    files = {f"{plot.name}.svg": plot.chart.render(chart_style()) + "\n" for plot in plots}
+    if content.rows:
+        files[TABLE_NAME] = _csv(content.rows, len(content.runs) > 1)
+    for name, text in files.items():
+        _write(output / name, text)
+    _write(output / PAGE_NAME, render_page(content))
+    for path in output.iterdir():
+        if path.name not in files and (path.name == TABLE_NAME or _PLOT_NAMES.fullmatch(path.name)):
+            path.unlink()
+
+
+def _csv(rows: Sequence[Row], several: bool) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", *COLUMNS, "count"])
-    for name in in_table_order(models):
-        writer.writerow([name, *(f"{models[name][column]:.6f}" for column in COLUMNS), models[name]["count"]])
+    writer.writerow([*(["run"] if several else []), "model", *COLUMNS, "count"])
+    for row in rows:
+        values = [f"{row.metrics[column]:.6f}" for column in COLUMNS]
+        writer.writerow([*([row.run] if several else []), row.model, *values, row.metrics["count"]])
     return text.getvalue()
-
-
-def _read_text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _write(file: Path, text: str) -> None:

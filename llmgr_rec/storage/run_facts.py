@@ -1,6 +1,7 @@
 """What a run folder records of its training: recipe, date, duration, machine, seed and version."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "version": str,
     "ranks": int,
     "machine": dict,
+}
+_MACHINE_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "processor": str,
+    "cores": int,
+    "memory_gib": (int, float),
+    "device": str,
 }
 
 
@@ -43,4 +50,8 @@ def read_launches(run: Path) -> list[dict[str, Any]]:
 
 
 def _is_launch(launch: object) -> bool:
-    return isinstance(launch, dict) and all(isinstance(launch.get(name), kind) for name, kind in _FIELDS.items())
+    return _has_fields(launch, _FIELDS) and _has_fields(launch["machine"], _MACHINE_FIELDS)  # type: ignore[index]
+
+
+def _has_fields(value: object, types: Mapping[str, type | tuple[type, ...]]) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in types.items())

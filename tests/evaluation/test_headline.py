@@ -41,7 +41,7 @@ def said(gain: tuple[float, float, float] | None, rate: float = 0.144, items: in
         ((-0.21, -0.3, -0.1), ", 21 % less often than item-kNN [10 .. 30]."),
         (
             (0.02, -0.05, 0.09),
-            ", which is not distinguishable from item-kNN (8.9 %; the difference is +2.0 % [-5.0 .. 9.0]).",
+            ", which is not distinguishable from item-kNN (8.9 %; difference +2.0 % [-5.0 .. 9.0]).",
         ),
         (None, "; item-kNN finds it in 8.9 %, which are too few hits to compare."),
     ],
