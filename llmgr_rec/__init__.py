@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from llmgr_rec.distributed.ranking import RankingModel as RankingModel
     from llmgr_rec.distributed.sharding import shard as shard
     from llmgr_rec.errors import UserError as UserError
+    from llmgr_rec.explanation.records import Explanation as Explanation
     from llmgr_rec.kernels.softmax_loss import ranking_loss as ranking_loss
     from llmgr_rec.modules.encoders import build_encoder as build_encoder
     from llmgr_rec.modules.item_tables import ItemTables as ItemTables
@@ -70,6 +71,7 @@ _MODULES = {
     "Dataset": "data.dataset",
     "EncodedSessions": "modules.session_encoder",
     "EncoderConfig": "config",
+    "Explanation": "explanation.records",
     "ItemTables": "modules.item_tables",
     "Jagged": "data.jagged",
     "LLMGR": "modules.llmgr",

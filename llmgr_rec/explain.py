@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         return
     with atomic_write(output) as partial:
         partial.write_text(_rendered(explanation, output.suffix), encoding="utf-8")
-    print(f"wrote {output}: {len(explanation.items)} items explained")
+    print(f"wrote {output} (explained items: {len(explanation.items)})")
 
 
 def _parser() -> "ArgumentParser":

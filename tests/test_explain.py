@@ -1,7 +1,6 @@
-"""The command that explains a session, and the lines of its page."""
+"""The command that explains a session."""
 
 import json
-import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,10 +9,7 @@ import pytest
 
 from llmgr_rec import Recommender, UserError
 from llmgr_rec.explain import main
-from tests.explanation.explained import recommender
 from tests.small_run import small_run
-
-ROOT = Path(__file__).parents[1]
 
 
 def run() -> list[str]:
@@ -39,7 +35,7 @@ def test_writes_the_format_of_the_suffix(suffix: str, tmp_path: Path, capsys: py
     pq.write_table(pa.table(table), tmp_path / "in.parquet")
     output = tmp_path / f"explanation{suffix}"
     main([*run(), "--input", str(tmp_path / "in.parquet"), "--session", "b", "--output", str(output), "--k", "1"])
-    assert capsys.readouterr().out == f"wrote {output}: 1 items explained\n"
+    assert capsys.readouterr().out == f"wrote {output} (explained items: 1)\n"
     content = output.read_text()
     if suffix == ".json":
         assert [click["item_id"] for click in json.loads(content)["clicks"]] == ["i3", "i5"]
@@ -65,14 +61,3 @@ def test_a_mistake_is_one_line(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         main([*run(), *words])
     assert "\n" not in str(raised.value)
-
-
-def test_the_documented_lines_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "explaining.md").read_text(), re.DOTALL)
-    recommender(item_knn=4.0, text_knn=2.0).save(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    exec(snippet.replace('"pen", "ink"', '"i3", "i5"'), {})
-    assert "Recommended because of: " in capsys.readouterr().out
-    assert (tmp_path / "graph.svg").read_text().startswith("<svg")

@@ -27,6 +27,7 @@ PUBLIC = [
     "Dataset",
     "EncodedSessions",
     "EncoderConfig",
+    "Explanation",
     "ItemTables",
     "Jagged",
     "LLMGR",
