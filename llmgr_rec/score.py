@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
             output=Path(arguments.output),
             k=arguments.k,
             columns=[name.strip() for name in arguments.columns.strip("[]").split(",") if name.strip()],
+            titles=arguments.titles,
             unknown_items=arguments.unknown_items,
             repeats=arguments.repeats,
             stage=arguments.stage,
@@ -114,6 +115,7 @@ def _add_output_arguments(parser: "ArgumentParser") -> None:
         help="Comma-separated input columns to copy to the output, such as session_id,target. A folder dt=2026-11-01 "
         "gives its files a column dt.",
     )
+    parser.add_argument("--titles", action="store_true", help="Add a column titles: the titles of the ranked items.")
 
 
 def _add_language_arguments(parser: "ArgumentParser") -> None:

@@ -22,8 +22,8 @@ from llmgr_rec.scoring.input import MANIFEST_NAME, Part
 SUCCESS_NAME = "_SUCCESS"
 FORMAT = "llmgr_rec.scores"
 FORMAT_VERSION = 2
-# Columns of the output that are not in the input.
-OUTPUT_COLUMNS = ("item_ids", "scores", "fallback")
+# Columns of the output that are not in the input; titles on request.
+OUTPUT_COLUMNS = ("item_ids", "titles", "scores", "fallback")
 
 # Parquet schema metadata with the counts of a part.
 _UNKNOWN_KEY = b"llmgr_rec.unknown_items"

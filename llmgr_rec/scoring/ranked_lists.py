@@ -15,20 +15,18 @@ _MAX_OFFSET = 2**31 - 1
 
 
 class RankedLists:
-    """Makes the columns `item_ids` and `scores` of the parts of a job.
+    """Makes the list columns of the parts of a job: `item_ids`, `titles` if there are any, and `scores`.
 
     Args:
-        item_ids: Raw id of each item index, string or int64.
+        values: Value of each item index by name of the column: `item_ids` (string or int64), `titles` (string).
         rows: Rows of the longest part of the job. All parts have the same types: offsets of 64 bits if the lists of
             that part may need them, otherwise of 32 bits.
         k: Length of a list.
     """
 
-    def __init__(self, item_ids: pa.Array, rows: int, k: int) -> None:
-        is_text = pa.types.is_string(item_ids.type)
-        longest = pc.max(pc.binary_length(item_ids)).as_py() if is_text else 1
-        self._is_large = rows * k * max(longest, 1) > _MAX_OFFSET
-        self._item_ids = item_ids.cast(pa.large_string()) if is_text and self._is_large else item_ids
+    def __init__(self, values: Mapping[str, pa.Array], rows: int, k: int) -> None:
+        self._is_large = rows * k * max(map(_longest, values.values())) > _MAX_OFFSET
+        self._values = {name: _large(column) if self._is_large else column for name, column in values.items()}
 
     def columns(self, ids_RK: NDArray[np.int64], scores_RK: NDArray[np.float32]) -> dict[str, pa.Array]:
         """The columns of a part.
@@ -37,7 +35,18 @@ class RankedLists:
             ids_RK: Item indices, best first; a list ends before the first negative one.
             scores_RK: Their scores.
         """
-        return list_columns({"item_ids": self._item_ids}, ids_RK, scores_RK, self._is_large)
+        return list_columns(self._values, ids_RK, scores_RK, self._is_large)
+
+
+def _longest(values: pa.Array) -> int:
+    """Bytes of the longest text, at least 1; 1 for numbers."""
+    if not pa.types.is_string(values.type):
+        return 1
+    return max(pc.max(pc.binary_length(values)).as_py() or 0, 1)
+
+
+def _large(values: pa.Array) -> pa.Array:
+    return values.cast(pa.large_string()) if pa.types.is_string(values.type) else values
 
 
 def list_columns(

@@ -36,6 +36,7 @@ class ScoreRequest:
         output: Output folder, new or of an interrupted job.
         k: Items per session.
         columns: Input columns that are copied to the output.
+        titles: Whether the output has the titles of the items.
         unknown_items: Whether clicks on unknown items are skipped or an error.
         repeats: Whether a list may contain the items of the session's clicks; `auto` takes what the bundle records.
         stage: Stage whose bundle is used; None uses the default bundle.
@@ -55,6 +56,7 @@ class ScoreRequest:
     output: Path
     k: int = 20
     columns: list[str] | None = None
+    titles: bool = False
     unknown_items: UnknownItems = "skip"
     repeats: RepeatsOption = "auto"
     stage: StageName | None = None
@@ -101,7 +103,8 @@ def _check_counts(request: ScoreRequest) -> None:
 
 
 def _check_columns(request: ScoreRequest) -> None:
-    if taken := [name for name in request.passed_columns if name in OUTPUT_COLUMNS]:
+    written = [name for name in OUTPUT_COLUMNS if name != "titles" or request.titles]
+    if taken := [name for name in request.passed_columns if name in written]:
         raise UserError(f"--columns names {taken[0]}, which is a column of the output; rename the input column")
 
 

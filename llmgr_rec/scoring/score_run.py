@@ -59,6 +59,7 @@ def _settings(request: ScoreRequest, bundle: BundleFiles) -> ScoreSettings:
         consecutive_repeats=bundle.index.consecutive_repeats,
         batch_size=request.batch_size or bundle.config.runtime.eval_batch_size,
         routing=request.routing,
+        titles=request.titles,
     )
 
 
@@ -84,6 +85,9 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
 
 def _flat(settings: ScoreSettings) -> dict[str, Any]:
     values = asdict(settings)
+    # Without titles, the settings are those of versions that had none, whose jobs can be continued.
+    if not values["titles"]:
+        del values["titles"]
     return {**values.pop("rule"), **values}
 
 

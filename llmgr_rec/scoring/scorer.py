@@ -49,6 +49,7 @@ class ScoreSettings:
         consecutive_repeats: Whether clicks in a row on the same item are merged, as in the training data.
         batch_size: Sessions per batch of one rank.
         routing: Rule that routes sessions to the language model; the session recommender scores the others.
+        titles: Whether the output has the titles of the items.
     """
 
     k: int
@@ -56,6 +57,7 @@ class ScoreSettings:
     consecutive_repeats: ConsecutiveRepeats
     batch_size: int
     routing: Routing = ROUTE_ALL
+    titles: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,10 @@ class Scorer:
             folder: The output.
             on_rows: Called with the number of sessions that were ranked since the last call.
         """
-        lists = RankedLists(self._catalog.item_ids, max(part.rows for part in folder.parts), self._k)
+        values = {"item_ids": self._catalog.item_ids}
+        if self._settings.titles:
+            values["titles"] = pa.array(self._catalog.titles(), pa.string())
+        lists = RankedLists(values, max(part.rows for part in folder.parts), self._k)
         with (
             evaluation_mode(self._ranking.model),
             WriteBehind[_RankedPart](lambda ranked: self._write(ranked, folder, lists), _WRITE_BEHIND) as out,
