@@ -24,7 +24,7 @@ LENGTHS = (1, 5, 10, 20, 50)
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
-    parser = benchmark_parser("explaining", "Measures the time to explain recommendations.")
+    parser = benchmark_parser("explaining", "Measures the time to explain recommendations.", "--run run")
     add_run_argument(parser)
     parser.add_argument("--k", type=int, default=10, help="Recommended items that are explained.")
     args = parse_args(parser, argv).as_dict()

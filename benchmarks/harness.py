@@ -108,14 +108,15 @@ def peak_memory_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def benchmark_parser(name: str, description: str) -> "ArgumentParser":
+def benchmark_parser(name: str, description: str, example: str = "") -> "ArgumentParser":
     """A parser with the arguments that all benchmarks have.
 
     Args:
         name: Module name in this package.
         description: What is compared, one sentence.
+        example: Arguments of an example, where some are required.
     """
-    parser = make_parser(f"benchmarks.{name}", description)
+    parser = make_parser(f"benchmarks.{name}", description, example)
     parser.add_argument(
         "--output", type=LocalPath, default=f"runs/benchmarks/{name}.json", help="JSON file of the results."
     )

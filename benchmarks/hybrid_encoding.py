@@ -65,7 +65,7 @@ class Similarity:
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
-    parser = benchmark_parser("hybrid_encoding", "Compares node vectors before and after hybrid encoding.")
+    parser = benchmark_parser("hybrid_encoding", "Compares node vectors before and after hybrid encoding.", "--run run")
     parser.add_argument("--run", type=LocalPath, required=True, help="Run folder made by llmgr_rec.train.")
     parser.add_argument(
         "--items", type=int, default=2000, help="Most items compared, drawn from those with training clicks."

@@ -25,7 +25,11 @@ _SPLIT = "valid"
 
 def main(argv: Sequence[str]) -> None:
     """Command line."""
-    parser = make_parser("benchmarks.long_sessions", "Compares training rows of the newest clicks and of all clicks.")
+    parser = make_parser(
+        "benchmarks.long_sessions",
+        "Compares training rows of the newest clicks and of all clicks.",
+        "--newest dataset-newest --split dataset-split --output runs/long-sessions",
+    )
     for rule in RULES:
         text = f"Folder made by llmgr_rec.prepare --long_sessions {rule}."
         parser.add_argument(f"--{rule}", type=LocalPath, required=True, help=text)

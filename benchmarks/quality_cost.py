@@ -58,7 +58,9 @@ class Mode:
 
 def main(argv: Sequence[str]) -> None:
     """Command line."""
-    parser = benchmark_parser("quality_cost", "Measures quality and speed of the cheaper modes of scoring.")
+    parser = benchmark_parser(
+        "quality_cost", "Measures quality and speed of the cheaper modes of scoring.", "--run run --dataset dataset"
+    )
     parser.add_argument("--run", type=LocalPath, required=True, help="Run folder made by llmgr_rec.train.")
     parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument(

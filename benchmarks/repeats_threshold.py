@@ -38,7 +38,11 @@ _MEAN_DISTANCE = 2.0
 
 def main(argv: Sequence[str]) -> None:
     """Runs the benchmark, prints the table and writes the results."""
-    parser = benchmark_parser("repeats_threshold", "Compares both rules for repeats by the share of repeated targets.")
+    parser = benchmark_parser(
+        "repeats_threshold",
+        "Compares both rules for repeats by the share of repeated targets.",
+        "--interactions interactions.parquet --items items.parquet",
+    )
     parser.add_argument("--interactions", type=LocalPath, required=True, help="As for llmgr_rec.prepare.")
     parser.add_argument("--items", type=LocalPath, required=True, help="As for llmgr_rec.prepare.")
     parser.add_argument(

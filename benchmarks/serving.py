@@ -32,7 +32,7 @@ _SESSIONS = 500
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments, starts the service and measures."""
-    parser = benchmark_parser("serving", "Measures requests a second and their times.")
+    parser = benchmark_parser("serving", "Measures requests a second and their times.", "--run run")
     parser.add_argument("--run", type=LocalPath, required=True, help="Run folder to serve.")
     parser.add_argument("--clients", type=int, default=50, help="Clients that ask at the same time.")
     parser.add_argument("--seconds", type=float, default=60.0, help="Duration.")

@@ -34,7 +34,11 @@ LEAST_TIMES = {"gcsan": 15.0, "srgnn": 10.0}
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
-    parser = benchmark_parser("session_recommender", "Compares training of the session recommender with RecBole's.")
+    parser = benchmark_parser(
+        "session_recommender",
+        "Compares training of the session recommender with RecBole's.",
+        "--dataset dataset --encoder gcsan",
+    )
     parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument("--encoder", type=Literal["gcsan", "srgnn"], default="gcsan", help="Model.")
     parser.add_argument("--max_examples", type=int, default=0, help="Most training examples; 0 takes all.")

@@ -77,7 +77,9 @@ class PausingLogger(MetricsLogger):
 def main(argv: Sequence[str]) -> None:
     """Trains one epoch for each request."""
     replies = Replies()
-    parser = make_parser("benchmarks.session_trainer", "Trains stage sbr, pausing between epochs.")
+    parser = make_parser(
+        "benchmarks.session_trainer", "Trains stage sbr, pausing between epochs.", "--dataset dataset --output run"
+    )
     parser.add_argument("--dataset", type=LocalPath, required=True, help="Prepared data set.")
     parser.add_argument("--output", type=LocalPath, required=True, help="Run folder.")
     add_config_arguments(parser)

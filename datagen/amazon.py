@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datagen.output import describe_output
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -38,7 +40,11 @@ _DUMPS = {2014: _OLD, 2018: _OLD, 2023: _Dump(user="user_id", item="parent_asin"
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
-    parser = make_parser("datagen.amazon", "Converts an Amazon review dump to interactions.parquet and items.parquet.")
+    parser = make_parser(
+        "datagen.amazon",
+        "Converts an Amazon review dump to interactions.parquet and items.parquet.",
+        "--year 2014 --reviews reviews_Beauty_5.json.gz --meta meta_Beauty.json.gz --output beauty",
+    )
     parser.add_argument("--year", type=int, required=True, help="release of the dump: 2014, 2018 or 2023")
     parser.add_argument(
         "--reviews", type=LocalPath, required=True, help="reviews, a JSON object per line, may be gzipped"
@@ -48,7 +54,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print_start("datagen.amazon", [args.reviews, args.meta], args.output)
     convert(args.year, args.reviews, args.meta, args.output, args.min_rating)
+    print_result("datagen.amazon", describe_output(args.output), args.output)
 
 
 def convert(

@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from datagen.output import describe_output
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.data.missing_values import MISSING_VALUES
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ _TEXTS = ("title", "category", "brand", "description")
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser(
-        "datagen.csv", "Converts delimited text to interactions.parquet and items.parquet, or to sessions."
+        "datagen.csv",
+        "Converts delimited text to interactions.parquet and items.parquet, or to sessions.",
+        "--interactions log.csv --user_column user --item_column item --time_column time --output raw",
     )
     parser.add_argument("--interactions", type=LocalPath, default=None, help="log with a header line")
     parser.add_argument(
@@ -69,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     args = parse_args(parser, argv).as_dict()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print_start("datagen.csv", [args["interactions"], args["sessions"], args["items"]], args["output"])
     _convert(args)
+    print_result("datagen.csv", describe_output(args["output"]), args["output"])
 
 
 def _add_reading_options(parser: "ArgumentParser") -> None:

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from datagen.output import describe_output
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -33,7 +35,11 @@ _EXPECTED = "u.data and u.item, ratings.dat and movies.dat, ratings.csv and movi
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
-    parser = make_parser("datagen.movielens", "Converts a MovieLens dump to interactions.parquet and items.parquet.")
+    parser = make_parser(
+        "datagen.movielens",
+        "Converts a MovieLens dump to interactions.parquet and items.parquet.",
+        "--output movielens",
+    )
     parser.add_argument(
         "--input",
         type=LocalPath,
@@ -44,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--min_rating", type=float | None, default=None, help="drop lower ratings")
     args = parse_args(parser, argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    print_start("datagen.movielens", [args.input], args.output)
     convert(args.input, args.output, args.min_rating)
+    print_result("datagen.movielens", describe_output(args.output), args.output)
 
 
 def convert(source: str | Path, output: str | Path, min_rating: float | None = None) -> None:

@@ -38,6 +38,14 @@ def output_folder(path: str | Path) -> Iterator[Path]:
         yield temporary
 
 
+def describe_output(folder: str | Path) -> str:
+    """Number of rows of each file of an output folder."""
+    import pyarrow.parquet as pq
+
+    files = sorted(Path(folder).glob("*.parquet"))
+    return ", ".join(f"{file.name} with {pq.read_metadata(file).num_rows:,} rows" for file in files)
+
+
 def interactions_schema() -> "pa.Schema":
     """Columns of interactions.parquet: user_id string, item_id string, timestamp int64."""
     import pyarrow as pa

@@ -10,14 +10,20 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from datagen.output import describe_output
 from llmgr_rec.cli import make_parser, parse_args, progress, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import LocalPath
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and writes the folder."""
-    parser = make_parser("datagen.synthetic", "Writes synthetic interactions.parquet and items.parquet.")
+    parser = make_parser(
+        "datagen.synthetic",
+        "Writes synthetic interactions.parquet and items.parquet.",
+        "--output synthetic",
+    )
     parser.add_argument("--output", type=LocalPath, required=True, help="output folder, must not exist or be empty")
     parser.add_argument("--sessions", type=int, default=2000, help="number of sessions, each of one user")
     parser.add_argument("--items", type=int, default=500, help="catalog size, at least 32")
@@ -40,10 +46,12 @@ def main(argv: Sequence[str]) -> None:
     # A dictionary, because Namespace has methods named like settings (items).
     settings = args.as_dict()
     output, shuffle_titles, oracle = (settings.pop(name) for name in ("output", "shuffle_titles", "oracle"))
+    print_start("datagen.synthetic", writes=output)
     generate(output, shuffle_titles=shuffle_titles, **settings)
     if oracle:
         rates = oracle_hit_rate(**settings)
         print("maximum expected HR@20: " + ", ".join(f"{name} {rate:.3f}" for name, rate in rates.items()))
+    print_result("datagen.synthetic", describe_output(output), output)
 
 
 def generate(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from llmgr_rec.bounds import check_options
+from llmgr_rec.commands import COMMANDS
 from llmgr_rec.errors import RankLostError, StopRequested, UserError
 from llmgr_rec.files import storage_error
 from llmgr_rec.interruption import EXIT_INTERRUPTED, no_signal_is_lost, report_interrupt
@@ -22,6 +23,8 @@ from llmgr_rec.parent_process import PARENT_VARIABLE, end_with_parent
 from llmgr_rec.paths import LocalPath, local_path
 
 if TYPE_CHECKING:
+    from argparse import HelpFormatter
+
     from jsonargparse import ArgumentParser, Namespace
     from tqdm import tqdm
 
@@ -172,8 +175,14 @@ def is_rank0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def make_parser(prog: str, description: str) -> "ArgumentParser":
-    """Creates a jsonargparse parser that raises on errors, so that `parse_args` can rewrite the messages."""
+def make_parser(prog: str, description: str = "", example: str = "") -> "ArgumentParser":
+    """Creates a jsonargparse parser that raises on errors, so that `parse_args` can rewrite the messages.
+
+    Args:
+        prog: Module of the command.
+        description: What the command does; default: as listed in `commands`.
+        example: Arguments of the command with which --help opens; default: as listed in `commands`.
+    """
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
     from jsonargparse.typing import register_type
 
@@ -184,9 +193,18 @@ def make_parser(prog: str, description: str) -> "ArgumentParser":
         def __init__(self, prog: str) -> None:
             super().__init__(prog, max_help_position=40, width=120)
 
-    return ArgumentParser(
+    listed = COMMANDS.get(prog.removeprefix("llmgr_rec."))
+    opening = f"example: python -m {prog} {example or (listed.example if listed else '')}\n\n"
+
+    class _Parser(ArgumentParser):
+        def format_help(self, formatter: "HelpFormatter | None" = None) -> str:
+            return opening + str(super().format_help(formatter))
+
+    return _Parser(
         prog=f"python -m {prog}",
-        description=description,
+        # Not all options: those of train take more than a screen.
+        usage=f"python -m {prog} [options]",
+        description=description or (listed.summary if listed else ""),
         exit_on_error=False,
         formatter_class=_Formatter,
         allow_abbrev=False,

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from llmgr_rec.cli import EXIT_USER_ERROR, run_cli
+from llmgr_rec.commands import COMMANDS
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result, print_start
 
 # The only versions known to work together: fbgemm 1.9 does not load with torch 2.13.
 TRIPLE = {"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm": "1.8.0"}
@@ -310,10 +312,14 @@ class _Parser(argparse.ArgumentParser):
         """Reports a mistake in one line, as all commands do."""
         raise UserError(f"{message}; see --help")
 
+    def format_help(self) -> str:
+        """The help, which opens with an example, as that of all commands."""
+        return f"example: {self.prog} {COMMANDS['doctor'].example}\n\n{super().format_help()}"
+
 
 def make_argument_parser() -> argparse.ArgumentParser:
     """Parser of the command line."""
-    parser = _Parser("python -m llmgr_rec.doctor", description="Checks whether this machine can train.")
+    parser = _Parser("python -m llmgr_rec.doctor", description=COMMANDS["doctor"].summary)
     parser.add_argument(
         "--core", action="store_true", help="only check whether torch, torchrec and fbgemm work together"
     )
@@ -323,10 +329,13 @@ def make_argument_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """Prints the table; exits with code 2 if a check failed."""
     arguments = make_argument_parser().parse_args(argv)
-    failed = 0
+    print_start("doctor", [f"the environment {sys.prefix}"])
+    failed = passed = 0
     for finding in run_checks(arguments.core):
         print_finding(finding)
         failed += finding.status == "FAIL"
+        passed += finding.status == "ok"
+    print_result("doctor", f"{passed} checks passed, {failed} failed")
     if failed:
         sys.exit(EXIT_USER_ERROR)
 

@@ -20,6 +20,7 @@ from llmgr_rec.cli import (
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.evaluation.results import MODEL_NAMES
+from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import is_import_path
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: An argument, the run or the data set is not usable; raised on every rank before the process group
             starts.
     """
-    parser = make_parser("llmgr_rec.evaluate", "Evaluates a run and baselines by ranking the full catalog.")
+    parser = make_parser("llmgr_rec.evaluate")
     add_run_argument(parser)
     parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Split to evaluate.")
@@ -79,10 +80,8 @@ def main(argv: Sequence[str]) -> None:
         for note in blend_notes(content["blends"]):
             print(note)
         print(headline(Evaluated(Path(arguments.output), content)))
-        print(
-            f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items; {content['protocol']}; "
-            f"wrote {arguments.output}"
-        )
+    count = f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items"
+    print_result("evaluate", f"{count}; {content['protocol']}", arguments.output)
 
 
 def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:

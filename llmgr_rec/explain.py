@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -46,17 +47,18 @@ def main(argv: Sequence[str]) -> None:
     from llmgr_rec.files import atomic_write
 
     recommender = Recommender.load(arguments.run, allow_code=split_code(arguments.allow_code))
+    print_start("explain", [arguments.run, arguments.input], output)
     explanation = recommender.explain(session, arguments.k, items=chosen)
     if output is None:
         print(explanation.to_text(), end="")
         return
     with atomic_write(output) as partial:
         partial.write_text(_rendered(explanation, output.suffix), encoding="utf-8")
-    print(f"wrote {output} (explained items: {len(explanation.items)})")
+    print_result("explain", f"explained items: {len(explanation.items)}", output)
 
 
 def _parser() -> "ArgumentParser":
-    parser = make_parser("llmgr_rec.explain", "Says why a session gets its recommendations.")
+    parser = make_parser("llmgr_rec.explain")
     add_run_argument(parser)
     parser.add_argument(
         "--items",

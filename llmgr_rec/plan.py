@@ -15,6 +15,7 @@ from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: An argument or setting is not usable, or the tables do not fit.
     """
-    parser = make_parser("llmgr_rec.plan", "Prints table sharding, memory and trained parameters of a run.")
+    parser = make_parser("llmgr_rec.plan")
     parser.add_argument("--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument("--num_items", type=int, help="Number of items, instead of --dataset.")
     parser.add_argument("--num_categories", type=int, default=0, help="Number of categories, with --num_items.")
@@ -70,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
     device = config.runtime.device
     # A run on GPUs can be planned on a machine without one.
     device_type = choose_device(device).type if device == "auto" else device
+    size = arguments.dataset or f"{arguments.num_items:,} items"
+    print_start("plan", [size], runs_on=f"for {arguments.world_size} {device_type} ranks")
     plans = plan_memory(config, sizes, Ranks(arguments.world_size, local_size, device_type))
     print(f"{sizes.num_items} items on {arguments.world_size} {device_type} ranks, {local_size} per machine")
     for plan in plans:
@@ -77,6 +80,7 @@ def main(argv: Sequence[str]) -> None:
     for plan in plans:
         if plan.problem:
             raise UserError(f"stage {plan.spec.stage}: {plan.problem}")
+    print_result("plan", f"the tables of {', '.join(plan.spec.stage for plan in plans)} fit")
 
 
 def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int]) -> "CatalogSizes":

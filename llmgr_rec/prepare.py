@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
-
-_DESCRIPTION = """Prepares a data set: k-core filter, split, sessions as lists of item indices. Works out of core."""
+from llmgr_rec.first_and_last_line import print_result
 
 # Flags without a value, unlike the boolean options that jsonargparse derives from a dataclass.
 _FLAGS = {
@@ -23,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: An argument or the input is invalid.
     """
-    parser = make_parser("llmgr_rec.prepare", _DESCRIPTION)
+    parser = make_parser("llmgr_rec.prepare")
     parser.add_class_arguments(PrepareSettings, skip=set(_FLAGS))
     for name, text in _FLAGS.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -33,9 +32,9 @@ def main(argv: Sequence[str]) -> None:
     from llmgr_rec.data.preparation.pipeline import prepare_dataset
     from llmgr_rec.data.preparation.summary import summary_lines
 
-    manifest = prepare_dataset(settings)
-    first, *others = summary_lines(manifest)
-    print(f"{settings.output}: {first}", *others, sep="\n  ")
+    first, *others = summary_lines(prepare_dataset(settings))
+    print(*others, sep="\n")
+    print_result("prepare", first, settings.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
+from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: A run, metrics, scores or the data set is absent, or they do not belong together.
     """
-    parser = make_parser("llmgr_rec.report", "Writes a report: ranking quality, training curves, example sessions.")
+    parser = make_parser("llmgr_rec.report")
     add_run_argument(parser, several=True)
     parser.add_argument("--output", type=LocalPath, required=True, help="Folder for index.html, plots and results.csv.")
     parser.add_argument(
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
             allow_code=split_code(arguments.allow_code),
         )
     )
-    print(f"wrote {report.page}: {report.headline}")
+    print_result("report", report.headline, report.page)
 
 
 if __name__ == "__main__":

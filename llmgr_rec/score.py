@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 from llmgr_rec.cli import (
     add_code_argument,
     add_run_argument,
-    is_rank0,
     make_parser,
     parse_args,
     run_cli,
@@ -22,6 +21,7 @@ from llmgr_rec.cli import (
 )
 from llmgr_rec.config import DType, StageName
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
+from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 
@@ -66,19 +66,19 @@ def main(argv: Sequence[str]) -> None:
             llm_threshold=arguments.llm_threshold,
         )
     )
-    if is_rank0():
-        merged = totals.consecutive_repeats
-        repeats = f"{merged:,} clicks on the item clicked just before merged, " if merged else ""
-        print(
-            f"scored {totals.rows_out:,} sessions to {arguments.output} (Parquet files: {totals.parts}); "
-            f"{totals.unknown_items:,} clicks on unknown items skipped, {repeats}"
-            f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
-            f"{totals.llm_rows:,} were encoded by a language model"
-        )
+    merged = totals.consecutive_repeats
+    repeats = f"{merged:,} clicks on the item clicked just before merged, " if merged else ""
+    print_result(
+        "score",
+        f"{totals.rows_out:,} sessions, {totals.unknown_items:,} clicks on unknown items skipped, {repeats}"
+        f"{totals.fallback_rows:,} sessions without a known click got the most popular items, "
+        f"{totals.llm_rows:,} were encoded by a language model",
+        f"{arguments.output} (Parquet files: {totals.parts})",
+    )
 
 
 def _parser() -> "ArgumentParser":
-    parser = make_parser("llmgr_rec.score", "Ranks the catalog for every session of a folder of Parquet files.")
+    parser = make_parser("llmgr_rec.score")
     add_run_argument(parser)
     parser.add_argument(
         "--input",

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parser() -> "ArgumentParser":
-    parser = make_parser("llmgr_rec.serve", "Serves recommendations over HTTP, with a page to try them.")
+    parser = make_parser("llmgr_rec.serve")
     add_run_argument(parser)
     parser.add_argument(
         "--host",

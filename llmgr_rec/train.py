@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmgr_rec.cli import add_code_argument, is_rank0, make_parser, run_cli, split_code
+from llmgr_rec.cli import add_code_argument, make_parser, run_cli, split_code
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_of
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import require_allowed
@@ -48,10 +49,11 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec.training.train_run import train_run
 
     output = Path(arguments.output or _default_output())
+    dataset = Path(arguments.dataset) if arguments.dataset else _synthetic_dataset()
     stages = train_run(
         RunRequest(
             config=config,
-            dataset=Path(arguments.dataset) if arguments.dataset else _synthetic_dataset(),
+            dataset=dataset,
             output=output,
             stage=arguments.stage,
             resume=arguments.resume or _is_restarted(output),
@@ -59,9 +61,8 @@ def main(argv: Sequence[str]) -> None:
             recipe=_recipe(arguments, output),
         )
     )
-    if is_rank0():
-        trained = ", ".join(stages) or "nothing, because all stages of the run are already complete with its settings"
-        print(f"trained {trained}; run folder {output}")
+    trained = ", ".join(stages) or "nothing, because all stages of the run are already complete with its settings"
+    print_result("train", f"trained {trained}", output)
 
 
 def _recipe(arguments: "Namespace", output: Path) -> str:
@@ -79,9 +80,7 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
     Raises:
         UserError: An argument or setting is unknown, of the wrong type or out of its range.
     """
-    parser = make_parser(
-        "llmgr_rec.train", "Trains the session recommender and, if the recipe has one, a language model."
-    )
+    parser = make_parser("llmgr_rec.train")
     parser.add_argument(
         "--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare; default: small synthetic sessions."
     )

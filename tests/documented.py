@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from llmgr_rec.commands import COMMANDS
 from tests.torchx.launcher import ROOT, torchx_in_process
 
 FENCE = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -150,6 +151,9 @@ def check_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if program.endswith("python") or program == "python3":
         assert arguments[:1] == ["-m"], f"only modules are documented: {line}"
         check_module(arguments[1], arguments[2:], monkeypatch)
+    elif program == "llmgr":
+        assert arguments[0] in COMMANDS, f"there is no command {arguments[0]}"
+        check_module(f"llmgr_rec.{arguments[0]}", arguments[1:], monkeypatch)
     elif program == "make":
         _check_make(arguments)
     elif program == "torchx":

@@ -55,6 +55,8 @@ def test_a_documented_plan_fits(command: Command, capsys: pytest.CaptureFixture[
         "python -m llmgr_rec.train --config quickstrat",
         "python -m llmgr_rec.doctor --cores",
         "python -m llmgr_rec.traim",
+        "llmgr traim --dataset x",
+        "llmgr train --datasett x",
         "make demmo",
         "make demo DATE=folder",
         "torchx run -s kubernetes dist.ddp --memmb 1",

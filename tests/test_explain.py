@@ -35,7 +35,7 @@ def test_writes_the_format_of_the_suffix(suffix: str, tmp_path: Path, capsys: py
     pq.write_table(pa.table(table), tmp_path / "in.parquet")
     output = tmp_path / f"explanation{suffix}"
     main([*run(), "--input", str(tmp_path / "in.parquet"), "--session", "b", "--output", str(output), "--k", "1"])
-    assert capsys.readouterr().out == f"wrote {output} (explained items: 1)\n"
+    assert capsys.readouterr().out == f"explain: explained items: 1; wrote {output}\n"
     content = output.read_text()
     if suffix == ".json":
         assert [click["item_id"] for click in json.loads(content)["clicks"]] == ["i3", "i5"]

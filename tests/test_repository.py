@@ -268,7 +268,9 @@ def test_the_wheel_holds_what_running_needs(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-        assert "llmgr = torchx_components.rec" in archive.read(entry_points).decode()
+        declared = archive.read(entry_points).decode()
+        assert "llmgr = torchx_components.rec" in declared
+        assert "llmgr = llmgr_rec.__main__:run" in declared
     wanted = [
         *(ROOT / "llmgr_rec").rglob("*.yaml"),
         *(path for package in ("llmgr_rec", "datagen", "torchx_components") for path in (ROOT / package).rglob("*.py")),

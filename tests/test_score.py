@@ -30,7 +30,9 @@ def test_scores_and_says_what_it_did(tmp_path, capsys):
     assert list(rows[0]) == ["session_id", "item_ids", "scores", "fallback", "country", "day"]
     assert rows[0]["day"] == 7
     assert all(len(row["item_ids"]) == 3 for row in rows)
-    assert re.search(r"scored 12 sessions to \S+ \(Parquet files: 1\); 3 clicks", capsys.readouterr().out)
+    assert re.search(
+        r"^score: 12 sessions, 3 clicks .*; wrote \S+ \(Parquet files: 1\)$", capsys.readouterr().out, re.M
+    )
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["model"]["stage"] == "behave"
     assert manifest["settings"]["repeats"] == "exclude"

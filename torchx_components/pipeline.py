@@ -229,6 +229,7 @@ def _parser() -> "ArgumentParser":
     parser = make_parser(
         "torchx_components.pipeline",
         "Runs data, prepare, train, evaluate, score and report. Arguments after -- go to the trainer.",
+        "--data FOLDER --output runs/shop --config quickstart -- --llm.num_layers 6",
     )
     parser.add_argument(
         "--data", type=LocalPath, help="folder with interactions.parquet and items.parquet; default: MovieLens-100K"

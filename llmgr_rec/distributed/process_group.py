@@ -159,6 +159,22 @@ def launched_world(device: Device) -> World:
     return World(int(os.environ["RANK"]), size, local_size, choose_device(device, local_rank))
 
 
+def describe_ranks(runtime: RuntimeConfig, device: Device | None = None) -> str:
+    """Device, number of ranks and threads of this command, before it joins its process group.
+
+    Args:
+        runtime: Threads and device.
+        device: Device; None takes that of `runtime`.
+
+    Raises:
+        UserError: The device is not available.
+    """
+    world = launched_world(device or runtime.device)
+    threads = runtime.threads_per_rank or _default_threads(world.local_size)
+    ranks = f"{world.size} rank{'s' * (world.size != 1)}"
+    return f"device {world.device.type}, {ranks}, {threads} thread{'s' * (threads != 1)} per rank"
+
+
 def choose_device(device: Device, local_rank: int = 0) -> torch.device:
     """The device of a local rank.
 

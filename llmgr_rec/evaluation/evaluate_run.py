@@ -14,7 +14,7 @@ from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import RepeatsOption
-from llmgr_rec.distributed.process_group import World, process_group
+from llmgr_rec.distributed.process_group import World, describe_ranks, process_group
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.comparison import by_length, compare_models
 from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles
@@ -23,6 +23,7 @@ from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.rank_collector import RankCollector, TargetRanks
 from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
 from llmgr_rec.evaluation.session_ranks import Sessions, ranks_path, refuse_foreign_ranks, write_ranks
+from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
 from llmgr_rec.storage.bundle_index import (
     STAGES_OF_MODEL,
@@ -90,6 +91,8 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length)
     refuse_foreign_output(request.output)
     refuse_foreign_ranks(ranks_path(request.output))
+    reads = [request.run, request.dataset]
+    print_start("evaluate", reads, request.output, describe_ranks(config.runtime))
     with process_group(config.runtime) as world:
         results: dict[str, dict[str, Any]] = {}
         blends: dict[str, dict[str, float]] = {}

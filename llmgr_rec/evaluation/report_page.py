@@ -30,6 +30,7 @@ from llmgr_rec.evaluation.plots import (
 from llmgr_rec.evaluation.reported_run import ReportedRun, labels_of
 from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES
 from llmgr_rec.files import atomic_write, require_writable
+from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.storage.bundle_index import check_trained_on, default_bundle, model_of_bundle
 
 PAGE_NAME = "index.html"
@@ -90,6 +91,8 @@ def write_report(request: ReportRequest) -> Report:
     first = runs[0].evaluated
     dataset = _dataset(request, first)
     _check_output(request.output)
+    reads = [*request.runs, *(request.metrics or []), request.scores, dataset and dataset.path]
+    print_start("report", reads, request.output)
     examples, note = _examples(request, runs[0], dataset)
     rows = rows_of(runs)
     content = ReportContent(

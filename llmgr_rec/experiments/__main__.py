@@ -13,6 +13,7 @@ from typing import Literal
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import collector_paused
 from llmgr_rec.paths import LocalPath
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: An argument, the experiment or the data set is not usable.
     """
-    parser = make_parser("llmgr_rec.experiments", "Trains and compares the variants of an experiment.")
+    parser = make_parser("llmgr_rec.experiments")
     parser.add_argument("--experiment", type=LocalPath, required=True, help="Shipped experiment, or a YAML file.")
     parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument(
@@ -49,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
     folders = Path(arguments.dataset), Path(arguments.output)
     request = ExperimentRequest(arguments.experiment, *folders, seeds, arguments.split, arguments.jobs)
     print(run_experiment(request))
-    print(f"wrote {request.file('md')}, .json and plots")
+    wrote = f"{request.file('md')}, .json and plots"
+    print_result("experiments", f"seeds {arguments.seeds}, split {arguments.split}", wrote)
 
 
 def _numbers(text: str) -> list[int]:

@@ -21,6 +21,7 @@ from llmgr_rec.experiments.tables import plot_cold, plot_gains, table
 from llmgr_rec.experiments.target_ranks import targets_of
 from llmgr_rec.experiments.trial import Trial, TrialRunner
 from llmgr_rec.files import atomic_write, require_writable
+from llmgr_rec.first_and_last_line import print_start
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def run_experiment(request: ExperimentRequest) -> str:
     experiment, dataset = load_experiment(request.experiment), Dataset(request.dataset)
     runner = TrialRunner(request.output, dataset, request.split)
     _check_experiment(experiment, runner, request)
+    jobs = f"{request.jobs} process{'es' * (request.jobs != 1)}"
+    print_start("experiments", [request.experiment, request.dataset], request.output, jobs)
     tuned = tune(experiment, TrialRunner(request.output, dataset, "valid"), request)
     trials = _run_variants(experiment, runner, [choice.variant for choice in tuned], request)
     results = compare(experiment, trials, runner)

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from llmgr_rec.cli import progress
-from llmgr_rec.distributed.process_group import World, barrier, process_group, run_on_rank0
+from llmgr_rec.distributed.process_group import World, barrier, describe_ranks, process_group, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
+from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
 from llmgr_rec.scoring.input import Part, SessionFiles
@@ -44,6 +45,8 @@ def score_run(request: ScoreRequest) -> Totals:
     _check_list_size(request, bundle, parts)
     folder = ScoreFolder(request.output, _job(request, bundle, files, settings), parts)
     runtime = bundle.config.runtime
+    reads = [request.input, bundle.path]
+    print_start("score", reads, request.output, describe_ranks(runtime, request.device))
     with process_group(runtime, request.device) as world, closing(folder):
         missing: list[Part] = run_on_rank0(world, lambda: _open(folder))
         if missing:

@@ -8,9 +8,10 @@ from pathlib import Path
 from llmgr_rec.config import PROMPT_STAGES, Config, StageName, trained_stages
 from llmgr_rec.config_file import save_config
 from llmgr_rec.data.prompt_templates import save_templates
-from llmgr_rec.distributed.process_group import World, process_group, run_on_rank0
+from llmgr_rec.distributed.process_group import World, describe_ranks, process_group, run_on_rank0
 from llmgr_rec.errors import RankLostError, StopRequested
 from llmgr_rec.files import atomic_write
+from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle_index import CONFIG, PROMPTS
@@ -41,6 +42,7 @@ def train_run(request: RunRequest) -> list[StageName]:
     """
     checked = check_run(request)
     runtime = request.config.runtime
+    print_start("train", [request.dataset], request.output, describe_ranks(runtime))
     with StopSignals(runtime.grace_s) as signals:
         try:
             with process_group(runtime) as world, _locked(request.output, world):

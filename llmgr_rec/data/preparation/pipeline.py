@@ -27,6 +27,7 @@ from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_sc
 from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder, scratch_folder
+from llmgr_rec.first_and_last_line import print_start, threads_in_use
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -46,6 +47,9 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
     """
     check_settings(settings)
     clicks, items = load.open_inputs(settings)
+    reads = [settings.interactions, settings.sessions, settings.items]
+    limits = f"DuckDB, {threads_in_use(settings.threads)}, {settings.memory_gb:g} GiB of memory"
+    print_start("prepare", reads, settings.output, limits)
     output = Path(settings.output).resolve()
     temporary = Path(settings.temp_folder or output.parent).absolute() / output.name
     with atomic_folder(output) as draft, scratch_folder(temporary) as scratch:

@@ -170,5 +170,5 @@ def test_the_summary_line_says_what_was_held_out(tmp_path: Path, capsys: pytest.
     items = write_items(tmp_path / "items.parquet", ids)
     paths = ["--interactions", str(interactions), "--items", str(items), "--output", str(tmp_path / "dataset")]
     main([*paths, "--hold_out_items", "0.2"])
-    printed = capsys.readouterr().out.splitlines()[0]
+    printed = capsys.readouterr().out.splitlines()[-1]
     assert f"{len(held_out(ids, 0.2, 0))} items held out of training (" in printed

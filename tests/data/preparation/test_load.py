@@ -88,9 +88,9 @@ def test_partitioned_folders_are_read_with_their_columns(tmp_path: Path, capsys:
     }
     assert [item["category"] for item in result.items] == ["Te a"] * 4
     printed = capsys.readouterr().out
-    assert "  interactions: 4 files read (empty.parquet, timestamp=2026-11-01/split=train/x.PARQUET, " in printed
+    assert "interactions: 4 files read (empty.parquet, timestamp=2026-11-01/split=train/x.PARQUET, " in printed
     assert ", 1 skipped (notes.txt: not named *.parquet)\n" in printed
-    assert "  items: 1 file read (category=Te%20a/items.parquet)\n" in printed
+    assert "items: 1 file read (category=Te%20a/items.parquet)\n" in printed
     for before, name in (("timestamp=2026-11-02", "timestamp=Monday"), ("timestamp=Monday", "timestamp=2026-02-29")):
         (folder / before).rename(folder / name)
         with pytest.raises(UserError, match=f"column timestamp is in the folder name {name}, but must be int64"):

@@ -382,7 +382,7 @@ def test_command_line_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFix
     main([*words, "--min_interactions", "1", "--keep_unseen_items"])
     printed = capsys.readouterr().out
     assert printed.count("\n") == 3
-    assert "  of 11 clicks, 8 are targets (train 4, valid 2, test 2), 2 only inputs, 1 neither; 1 the only" in printed
+    assert "of 11 clicks, 8 are targets (train 4, valid 2, test 2), 2 only inputs, 1 neither; 1 the only" in printed
     assert "targets train 0.0%, valid 0.0%, test 0.0%; excluded from rankings (less than 5% of the targets" in printed
     assert "11 of 11 clicks kept, 6 items, train 2 rows, valid 2 rows, test 2 rows" in printed
     manifest = json.loads((tmp_path / "new" / "set" / "manifest.json").read_text())
