@@ -55,9 +55,10 @@ class ModelWatch:
         self._seen = versions
         try:
             self.models = models = await asyncio.to_thread(self._load)
-        except (UserError, OSError) as error:
+        except Exception as error:
             self._metrics.reloads.labels("refused").inc()
-            logger.error("new models are not loaded, those before go on answering: %s", error)
+            has_cause = not isinstance(error, UserError)
+            logger.error("new models are not loaded, those before go on answering: %s", error, exc_info=has_cause)
             return
         self._metrics.show(models)
         self._metrics.reloads.labels("loaded").inc()

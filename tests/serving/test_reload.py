@@ -124,7 +124,7 @@ class SlowModel:
         return getattr(self._model, name)
 
 
-def test_requests_in_flight_are_finished_when_the_service_stops() -> None:
+def test_a_request_in_flight_is_finished_when_the_service_stops() -> None:
     made: list[SlowModel] = []
 
     def load(bundle: Path) -> SessionModel:
@@ -132,6 +132,7 @@ def test_requests_in_flight_are_finished_when_the_service_stops() -> None:
         return made[-1]
 
     service = Service(ServiceSettings(small_run().run / "export" / "sbr", reload_s=0), load)
+    made[0].asked.clear()
     answers: list[Any] = []
 
     def ask(address: str) -> None:
@@ -141,10 +142,8 @@ def test_requests_in_flight_are_finished_when_the_service_stops() -> None:
             answers.append(json.load(answer))
 
     with running(service) as address:
-        threads = [threading.Thread(target=ask, args=(address,)) for _ in range(5)]
-        for thread in threads:
-            thread.start()
+        thread = threading.Thread(target=ask, args=(address,))
+        thread.start()
         assert made[0].asked.wait(60)
-    for thread in threads:
-        thread.join(timeout=60)
-    assert [len(answer["lists"][0]["item_ids"]) for answer in answers] == [2] * 5
+    thread.join(timeout=60)
+    assert [len(answer["lists"][0]["item_ids"]) for answer in answers] == [2]

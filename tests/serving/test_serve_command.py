@@ -6,10 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 
@@ -55,28 +53,23 @@ def test_sigterm_finishes_requests_in_flight() -> None:
     """With a wait of a second, requests are in flight when the signal comes."""
     run = small_run().run / "export" / "sbr"
     command = [sys.executable, "-m", "llmgr_rec.serve", "--run", str(run), "--port", "0", "--wait_ms", "1000"]
-    answers: list[Any] = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as service:
         try:
             assert service.stdout is not None
-            address = service.stdout.readline().rsplit(" ", 1)[1].strip()
-
-            def ask() -> None:
-                body = json.dumps({"sessions": [["i1"]]}).encode()
-                request = Request(f"{address}/recommend", body, {"Content-Type": "application/json"})
-                with urlopen(request, timeout=60) as answer:
-                    answers.append(json.load(answer))
-
-            threads = [threading.Thread(target=ask) for _ in range(5)]
-            for thread in threads:
-                thread.start()
-            threads[0].join(timeout=0.5)
+            port = int(service.stdout.readline().rsplit(":", 1)[1])
+            clients = [HTTPConnection("localhost", port, timeout=60) for _ in range(5)]
+            for client in clients:
+                body = json.dumps({"sessions": [["i1"]]})
+                client.request("POST", "/recommend", body, {"Content-Type": "application/json"})
+            # A request that comes later is answered, so all have been received.
+            last = HTTPConnection("localhost", port, timeout=60)
+            last.request("GET", "/health")
+            assert last.getresponse().status == 200
             service.send_signal(signal.SIGTERM)
+            answers = [client.getresponse() for client in clients]
             _, said = service.communicate(timeout=60)
         finally:
             service.kill()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert len(answers) == 5
+    assert [answer.status for answer in answers] == [200] * 5
     assert service.returncode == 143
     assert said.splitlines()[-1] == "stopped by SIGTERM"

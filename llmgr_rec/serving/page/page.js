@@ -89,6 +89,10 @@ function showSession() {
     ? "Oldest click first. Drag a click by its handle, or use the arrow keys on it."
     : "Click items in the order in which someone would look at them.";
   byId("graph-section").hidden = !session.length;
+  showGraph();
+}
+
+function showGraph() {
   byId("graph").replaceChildren(...(session.length ? [sessionGraph(session, titleOf, byId("graph").clientWidth)] : []));
 }
 
@@ -291,16 +295,7 @@ byId("why-close").addEventListener("click", () => byId("why").close());
 byId("why").addEventListener("click", (event) => {
   if (event.target === byId("why")) byId("why").close();
 });
-window.addEventListener("popstate", () => {
-  session = new URLSearchParams(location.search).getAll("s");
-  showSession();
-  showLists();
-});
-let width = window.innerWidth;
-window.addEventListener("resize", () => {
-  if (window.innerWidth !== width) showSession();
-  width = window.innerWidth;
-});
+window.addEventListener("resize", showGraph);
 
 showSession();
 showLists();
