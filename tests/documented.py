@@ -1,4 +1,4 @@
-"""Finds the commands in the documentation and checks each one against the real parsers, without running it.
+"""Finds the commands in the documentation, checks each one against the real parsers, and runs whole pages.
 
 A fence that opens with ```sh holds commands only, one a line (a backslash at the end continues it); what a command
 prints stands in another kind of fence.
@@ -77,7 +77,7 @@ def documented_commands() -> Iterator[Command]:
     for page in documented_pages():
         if page.name == "faq.md":
             continue
-        lines = [line for block in FENCE.findall(page.read_text()) for line in _lines(block)]
+        lines = [line for block in FENCE.findall(page.read_text()) for line in lines_of(block)]
         for number, line in enumerate(lines, start=1):
             yield Command(f"{page.relative_to(ROOT)}-{number}", line)
     for recipe in sorted((ROOT / "llmgr_rec").rglob("*.yaml")):
@@ -85,7 +85,8 @@ def documented_commands() -> Iterator[Command]:
             yield Command(f"{recipe.relative_to(ROOT)}-{number}", line)
 
 
-def _lines(block: str) -> Iterator[str]:
+def lines_of(block: str) -> Iterator[str]:
+    """The commands of a fence, continuation lines joined, and those joined by && apart."""
     for line in block.replace("\\\n", " ").splitlines():
         stripped = line.strip().removeprefix("$ ")
         if stripped and not stripped.startswith("#"):
@@ -137,7 +138,7 @@ def _run(page: Path, run_line: Callable[[str], None] | None) -> dict[str, Any]:
         if language == "python":
             exec(compile(content, str(page), "exec"), names)
         elif language == "sh" and run_line is not None:
-            for line in _lines(content):
+            for line in lines_of(content):
                 run_line(line)
     return names
 

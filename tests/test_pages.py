@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -20,7 +21,7 @@ from fastapi.testclient import TestClient
 from llmgr_rec import Recommender
 from llmgr_rec.errors import UserError
 from llmgr_rec.serving.app import Service, ServiceSettings, make_app
-from tests.documented import ROOT, documented_pages, entry_point, fences, run_page
+from tests.documented import ROOT, documented_pages, entry_point, fences, lines_of, run_page
 from tests.small_run import small_run
 
 DOCS = ROOT / "docs"
@@ -174,6 +175,87 @@ def test_a_bundle_and_its_adapter_are_loaded_as_the_page_says(tmp_path: Path, mo
             exec(content.replace("num_hidden_layers=4", "num_hidden_layers=1"), names)
     assert names["bundle"].catalog.num_items == 60
     assert any("lora_B" in name for name, _ in names["model"].named_parameters())
+
+
+# Pages with commands on a data set runs/ml/dataset and a run of all stages, runs/ml/run.
+ML_PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("concepts", "running", "data", "language-model", "paper-recipe")),
+]
+ML_PAGES += [f"docs/extending/{name}.md" for name in ("encoder", "baseline", "prompt", "head")]
+ML_COMMANDS = {f"llmgr_rec.{name}" for name in ("train", "evaluate", "score", "report")}
+# What is added to each training, so that it takes seconds.
+SHORT = ["--sbr.epochs", "1", "--tables.dim", "16", "--runtime.device", "cpu", "--runtime.threads_per_rank", "1"]
+SHORT_PROMPTS = ["--align.max_steps", "1", "--behave.max_steps", "1", "--llm.lora_rank", "2"]
+TINY_MODEL = ["--llm.name_or_path", "random-tiny"]
+
+
+def small_copy(folder: Path) -> None:
+    """Puts the shared data set and run where the pages have theirs, and a tiny language model."""
+    small = small_run()
+    shutil.copytree(small.dataset.path, folder / "runs/ml/dataset")
+    shutil.copytree(small.run, folder / "runs/ml/run")
+    adapter = json.loads((small.run / "export/behave/lora/adapter_config.json").read_text())
+    (folder / "path/to").mkdir(parents=True)
+    (folder / "path/to/model").symlink_to(adapter["base_model_name_or_path"])
+    (folder / "examples").symlink_to(ROOT / "examples")
+
+
+def ml_commands(page: str) -> Iterator[list[str]]:
+    """Module and arguments of each command of a page on the data set; TorchX starts its module on one rank here."""
+    for line in (line for language, content in fences(ROOT / page) if language == "sh" for line in lines_of(content)):
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["torchx", "run"] and "--" in words and "llmgr_rec.train" in words:
+            words = ["python", "-m", "llmgr_rec.train", *words[words.index("--") + 1 :]]
+        if words[:2] == ["python", "-m"] and words[2] in ML_COMMANDS and "runs/ml" in line:
+            yield words[2:]
+
+
+def make_reported(words: list[str]) -> None:
+    """Makes the runs and metrics that a report names and that other pages make."""
+    values = {
+        name: [words[place + 1] for place, word in enumerate(words) if word == name] for name in ("--run", "--metrics")
+    }
+    for run, metrics in zip(values["--run"], values["--metrics"], strict=True):
+        if not Path(run).exists():
+            shutil.copytree("runs/ml/run", run)
+        if not Path(metrics).exists():
+            entry_point("llmgr_rec.evaluate").main(
+                [
+                    "--run",
+                    run,
+                    "--dataset",
+                    "runs/ml/dataset",
+                    "--output",
+                    metrics,
+                    "--models",
+                    "popularity,item_knn,sbr",
+                ]
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ML_PAGES)
+def test_commands_of_a_page_run_on_a_small_data_set(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_copy(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    number = 0
+    for module, *words in ml_commands(page):
+        output = Path(words[words.index("--output") + 1])
+        if module == "llmgr_rec.report":
+            make_reported(words)
+        if module == "llmgr_rec.train":
+            if output == Path("runs/ml/run"):
+                # The run is here already.
+                output, words = Path("runs/ml/again"), ["runs/ml/again" if one == str(output) else one for one in words]
+            # The page says to remove it before a run is exported again.
+            shutil.rmtree(output / "export", ignore_errors=True)
+            prompts = [*SHORT_PROMPTS, *([] if "--llm.name_or_path" in words else TINY_MODEL)]
+            words += [*SHORT, *(prompts if "--config" in words else [])] if "--resume" not in words else []
+        entry_point(module).main(words)
+        assert output.exists()
+        number += 1
+    assert number, "the page has no such command"
 
 
 def test_every_program_on_a_page_is_run() -> None:

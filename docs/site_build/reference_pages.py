@@ -17,6 +17,7 @@ from llmgr_rec.config import Config, SettingInfo, settings
 ROOT = Path(__file__).parents[2]
 # Part of the reference for the subpackages that define the public names; names of other modules come first.
 _PARTS = {
+    "towers": "Inside another model",
     "modules": "Models",
     "data": "Data",
     "storage": "Bundles and tables",

@@ -291,11 +291,16 @@ def _explain(error: Exception, sizes: list[Footprint], tables: TablesConfig, wor
     more_ranks = f"start {ranks} ranks, " if ranks else ""
     columns = "" if tables.sharding == "column_wise" else "set --tables.sharding column_wise, "
     return (
-        f"table {largest.table} with {largest.rows} rows of {largest.dim} columns takes {largest.gib:.2g} GiB with its "
-        f"optimizer state and all tables take {total:.2g} GiB, which {tables.sharding} sharding cannot place on "
-        f"{world_size} ranks of {limit:g} GiB; {more_ranks}{columns}take a smaller --tables.dim, or raise "
+        f"table {largest.table} with {largest.rows} rows of {largest.dim} columns takes {_rounded(largest.gib)} GiB "
+        f"with its optimizer state and all tables take {_rounded(total)} GiB, which {tables.sharding} sharding cannot "
+        f"place on {world_size} ranks of {limit:g} GiB; {more_ranks}{columns}take a smaller --tables.dim, or raise "
         "--tables.memory_per_rank_gb"
     )
+
+
+def _rounded(gib: float) -> str:
+    """Two digits, and all digits of a large number."""
+    return f"{gib:,.0f}" if gib >= 10 else f"{gib:.2g}"
 
 
 def _ranks_needed(sizes: list[Footprint], tables: TablesConfig, world_size: int) -> int | None:
