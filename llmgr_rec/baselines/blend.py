@@ -61,7 +61,9 @@ class Blend:
         Returns:
             Weight of each click by its recency, [L], and weight times similarity, [L, K]; both float64.
         """
-        recency_L = self.decay ** np.arange(len(clicks) - 1, -1, -1.0)
+        one_session = np.array([0, len(clicks)])
+        # One entry a click, in their order.
+        recency_L = recency_weights(clicks, one_session, self.decay, self.similarity_VR.shape[0]).data
         similarity_LK = self.similarity_VR[clicks][:, items].toarray().astype(np.float64)
         return recency_L, recency_L[:, None] * similarity_LK
 

@@ -68,6 +68,19 @@ def test_several_add_up_by_their_weights() -> None:
         combine([blend(), blend(decay=0.5)], [1.0, 1.0])
 
 
+def test_what_the_clicks_add_is_the_score() -> None:
+    given, items = combine([blend(0, "item_knn"), blend(1, "text_knn")], [2.0, 0.5]), np.array([30, 4, 4, 59])
+    expected = given.scores(clicks()).toarray()[:, items]
+    assert [dict(term.weights) for term in given.terms] == [{"item_knn": 2.0}, {"text_knn": 0.5}]
+    for session, scores in zip(SESSIONS, expected, strict=True):
+        indices = np.array(session, np.int64)
+        parts = [term.click_scores(indices, items)[1] for term in given.terms]
+        np.testing.assert_allclose(sum(part.sum(axis=0) for part in parts), scores, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(sum(parts), given.click_scores(indices, items)[1], rtol=1e-5, atol=1e-7)
+    # A weight of 0 makes no part, and a single one is the blend itself.
+    assert combine([blend(0, "item_knn"), blend(1, "text_knn")], [2.0, 0.0]).terms == ()
+
+
 def test_clicks_of_a_batch_are_in_order() -> None:
     batch = collator()(raw_sessions(SESSIONS, [1, 1, 1, 1]))
     assert torch.equal(clicks_of(batch).values, clicks().values)
