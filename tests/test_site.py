@@ -44,9 +44,13 @@ def test_the_reference_has_every_setting_command_and_public_name() -> None:
     assert all(
         re.search(rf"(::: llmgr_rec\.|### ){name}$", pages["reference/python.md"], re.M) for name in llmgr_rec.__all__
     )
-    assert {"llmgr_rec.train", "llmgr_rec.score", "llmgr_rec.experiments", "datagen.csv"} <= set(reference.commands())
+    assert {"llmgr_rec", "llmgr_rec.train", "llmgr_rec.score", "llmgr_rec.experiments", "datagen.csv"} <= set(
+        reference.commands()
+    )
     for name in reference.commands():
-        assert re.search(rf"^## {re.escape(name)}\n\n```text\nusage: ", pages["reference/commands.md"], re.M), name
+        assert re.search(
+            rf"^## {re.escape(name)}\n\n```text\n(example|usage): ", pages["reference/commands.md"], re.M
+        ), name
 
 
 @pytest.mark.slow

@@ -44,9 +44,13 @@ def reference_pages() -> dict[str, str]:
 
 
 def commands() -> list[str]:
-    """Modules that `python -m` runs: those of llmgr_rec with a function main, experiments, and the converters."""
+    """What `python -m` runs: llmgr_rec itself, its modules with a function main, experiments, and the converters."""
     modules = [path for folder in ("llmgr_rec", "datagen") for path in sorted((ROOT / folder).glob("*.py"))]
-    names = [f"{path.parent.name}.{path.stem}" for path in modules if "\ndef main(" in path.read_text()]
+    names = [
+        f"{path.parent.name}.{path.stem}".removesuffix(".__main__")
+        for path in modules
+        if "\ndef main(" in path.read_text()
+    ]
     return sorted([*names, "llmgr_rec.experiments"], key=lambda name: (not name.startswith("llmgr_rec"), name))
 
 
