@@ -15,6 +15,7 @@ from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.config import DType
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_result
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         arguments.port,
         arguments.threads,
         lambda bundle: Recommender.load(bundle, dtype=arguments.llm_dtype, allow_code=code),
-        lambda line: print(line, flush=True),
+        lambda line: print_result("serve", line),
     )
 
 

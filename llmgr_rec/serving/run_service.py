@@ -12,6 +12,7 @@ import uvicorn
 
 from llmgr_rec.bounds import shown
 from llmgr_rec.errors import UserError
+from llmgr_rec.first_and_last_line import print_start, threads_in_use
 from llmgr_rec.serving.app import Service, ServiceSettings, make_app
 from llmgr_rec.serving.served_models import SessionModel
 
@@ -43,6 +44,7 @@ def run_service(
         UserError: The address cannot be used, or the models cannot be loaded.
     """
     with listen(host, port) as listener:
+        print_start("serve", [settings.run], runs_on=threads_in_use(threads))
         torch.set_num_threads(threads)
         service = Service(settings, load)
         config = uvicorn.Config(
@@ -63,7 +65,7 @@ def run_service(
         # Before the address is said: who connects at once waits until the server takes over.
         listener.listen(_BACKLOG)
         num_items = len(service.models.default.model.item_ids)
-        started(f"serving {settings.run} ({models}; {num_items:,} items) at http://{name}:{address[1]}")
+        started(f"answers with {models} for {num_items:,} items at http://{name}:{address[1]}")
         uvicorn.Server(config).run(sockets=[listener])
 
 

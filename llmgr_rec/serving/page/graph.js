@@ -1,4 +1,4 @@
-// Draws the graph of a session: a node for each item in order of its first click, an edge for each step.
+// Draws the graph of a session: a node for each item with the number of its first click, an edge for each step.
 
 import { drawn } from "./elements.js";
 
@@ -19,7 +19,7 @@ export function sessionGraph(session, titleOf, width) {
   const columns = Math.max(2, Math.min(items.length, Math.floor(Math.max(width, 260) / CELL_WIDTH)));
   const rows = Math.ceil(items.length / columns);
   const size = { width: columns * CELL_WIDTH, height: rows * CELL_HEIGHT + 10 };
-  const nodes = items.map((id, place) => ({ id, number: place + 1, ...position(place, columns) }));
+  const nodes = items.map((id, place) => ({ id, number: session.indexOf(id) + 1, ...position(place, columns) }));
   const last = items.indexOf(session.at(-1));
   const picture = drawn(
     "svg",
