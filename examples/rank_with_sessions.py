@@ -1,48 +1,47 @@
-"""A session recommender as one part of a larger TorchRec ranking model: docs/embedding.md explains this program.
+"""A ranking model with and without the session recommender of a run in it: docs/embedding.md explains this program.
 
-    torchrun --standalone --nproc_per_node 2 -m examples.rank_with_sessions --run_folder runs/shop --output runs/joint
+    torchrun --standalone --nproc_per_node 2 -m examples.rank_with_sessions --dataset shop --run_folder runs/shop
 
-Shapes: B requests, L clicks, X dense features, C shown items (one per request), D columns.
+Shapes: B requests, C impressions (items that the requests show), D columns.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+import torch.distributed as dist
+from torch import Tensor, nn, optim
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics.functional.classification import binary_auroc
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec.distributed import DistributedModelParallel, EvalPipelineSparseDist, TrainPipelineSparseDist
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-import llmgr_rec as rec
+from llmgr_rec import SessionTower
 
-NUM_USERS, NUM_DENSE, STEPS = 1000, 4, 100
+DIM, SHOWN, BATCH, CPU = 32, 5, 64, torch.device("cpu")
 
 
 @dataclass
 class Requests(Pipelineable):
-    """The batch of the ranking model."""
+    """Requests with the items that they show: a row for each request in `requests`, for each item in `impressions`."""
 
-    dense_BX: Tensor
-    sparse: KeyedJaggedTensor
-    session: rec.SessionBatch
-    clicked_B: Tensor
+    requests: KeyedJaggedTensor
+    impressions: KeyedJaggedTensor
+    clicked_C: Tensor
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Requests":
         """The same batch on another device."""
-        return Requests(**{name: part.to(device, non_blocking=non_blocking) for name, part in vars(self).items()})
-
-    def pin_memory(self) -> "Requests":
-        """The same batch in page-locked memory."""
-        return Requests(**{name: part.pin_memory() for name, part in vars(self).items()})
+        return Requests(*(part.to(device, non_blocking=non_blocking) for part in vars(self).values()))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the memory from reuse until `stream` has done its work."""
@@ -50,98 +49,105 @@ class Requests(Pipelineable):
             part.record_stream(stream)
 
 
-def session_batch(collator: rec.Collator, clicks_L: Tensor, lengths_B: Tensor, shown_B: Tensor) -> rec.SessionBatch:
-    """The clicks before each request, oldest first, and the item that the request shows."""
-    raw = rec.RawSessions(
-        items_L=clicks_L,
-        offsets_B1=torch.cat([torch.zeros(1, dtype=torch.int64), lengths_B.cumsum(0)]),
-        targets_B=shown_B,
-        weights_B=torch.ones(len(shown_B)),
-        rows_B=torch.arange(len(shown_B)),
-        global_size=len(shown_B),
-    )
-    batch = collator(raw)
-    # One bag for each node of the session graphs, then one for each shown item: one lookup for all.
-    bags = collator.item_features(torch.cat([batch.graph.node_items_N, shown_B]))
-    return replace(batch, features=bags, candidates_C=shown_B)
-
-
 class Ranker(nn.Module):
-    """Predicts whether the user clicks the shown item."""
+    """Predicts clicks from the shown item, the mean of the clicked items, and what the tower says."""
 
-    def __init__(self, session: rec.SessionRecommender) -> None:
+    def __init__(self, num_items: int, tower: SessionTower | None) -> None:
         super().__init__()
-        users = EmbeddingBagConfig(name="users", feature_names=["user_id"], num_embeddings=NUM_USERS, embedding_dim=16)
-        self.sparse_arch = EmbeddingBagCollection(tables=[users], device=torch.device("meta"))
-        self.session = session
-        width = 16 + NUM_DENSE + session.item_tables.dim + 1
-        self.over_arch = nn.Sequential(nn.Linear(width, 32), nn.ReLU(), nn.Linear(32, 1))
+        keys = ["item", "history"]
+        table = EmbeddingBagConfig(num_items, DIM, "own_items", feature_names=keys, pooling=PoolingType.MEAN)
+        self.sparse_arch = EmbeddingBagCollection(tables=[table], device=torch.device("meta"))
+        self.tower = tower
+        width = 3 * DIM + (sum(tower.dims.values()) if tower is not None else 0)
+        self.over_arch = nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, batch: Requests) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the clicks, twice: the pipeline calls backward on the first and returns the second."""
-        users_BD = self.sparse_arch(batch.sparse).values()
-        output = self.session(batch.session)
-        score_B1 = (output.queries_BQ * output.candidates_CQ).sum(dim=1, keepdim=True)
-        parts = [users_BD, batch.dense_BX, output.sessions_BD, score_B1]
-        logits_B = self.over_arch(torch.cat(parts, dim=1)).squeeze(1)
-        loss = functional.binary_cross_entropy_with_logits(logits_B, batch.clicked_B)
-        return loss, loss.detach()
+        """Loss, for the backward pass of the pipeline, and logits [C]."""
+        pooled = self.sparse_arch(batch.impressions)
+        parts = [pooled["item"], pooled["history"], pooled["item"] * pooled["history"]]
+        parts += [] if self.tower is None else [self.tower(batch.requests).values()]
+        logits_C = self.over_arch(torch.cat(parts, dim=1)).squeeze(1)
+        return binary_cross_entropy_with_logits(logits_C, batch.clicked_C), logits_C.detach()
 
 
-def requests(collator: rec.Collator, rank: int, size: int = 64) -> Iterator[Requests]:
-    """Synthetic requests in place of your data: users click an item again that they have just clicked."""
-    draw = torch.Generator().manual_seed(rank)
-    for _ in range(STEPS):
-        lengths_B = torch.randint(1, 6, (size,), generator=draw)
-        clicks_L = torch.randint(collator.num_items, (int(lengths_B.sum()),), generator=draw)
-        clicked_B = torch.randint(2, (size,), generator=draw)
-        other_B = torch.randint(collator.num_items, (size,), generator=draw)
-        users_B = torch.randint(NUM_USERS, (size,), generator=draw)
-        shown_B = torch.where(clicked_B == 1, clicks_L[lengths_B.cumsum(0) - 1], other_B)
-        yield Requests(
-            dense_BX=torch.randn(size, NUM_DENSE, generator=draw),
-            sparse=KeyedJaggedTensor(["user_id"], users_B, lengths=torch.ones_like(users_B)),
-            session=session_batch(collator, clicks_L, lengths_B, shown_B),
-            clicked_B=clicked_B.float(),
-        )
+def batches(part: Path, seed: int, is_test: bool = False) -> Iterator[Requests]:
+    """Requests of a part of a prepared data set: one click of each session, and others that are drawn by popularity."""
+    sessions = [[*row["items"], row["target"]] for row in pq.read_table(part).to_pylist()]
+    popular, draw = np.concatenate(sessions), np.random.default_rng(seed)
+    draw.shuffle(sessions)
+    for start in range(0, len(sessions), BATCH):
+        history, shown, labels = [], [], []
+        for session in sessions[start : start + BATCH]:
+            place = len(session) - 1 if is_test else int(draw.integers(1, len(session)))
+            others = [item for item in draw.choice(popular, 20 * SHOWN) if item not in session]
+            history.append(session[:place])
+            shown.append([session[place], *others[: SHOWN - 1]])
+            labels += [1.0] + [0.0] * (len(shown[-1]) - 1)
+        repeated = [clicks for clicks, items in zip(history, shown, strict=True) for _ in items]
+        impressions = features(history=repeated, item=[[item] for items in shown for item in items])
+        yield Requests(features(clicks=history, items=shown), impressions, torch.tensor(labels))
 
 
-def train(run: Path, output: Path, world: rec.World) -> list[float]:
-    """Trains the ranking model with the session recommender of a run in it; returns the losses of this rank."""
-    bundle = run / "export" / "sbr"
-    config, catalog = rec.load_config(bundle / "config.yaml"), rec.Catalog.load(bundle)
-    collator = rec.Collator(catalog, config.tables.side_features)
-    torch.manual_seed(0)
-    session = rec.build_recommender(config, catalog.num_items, catalog.num_embeddings, "meta")
-    model = rec.shard(Ranker(session), rec.TablesConfig(lr=0.05), world, trained=lambda table: True)
-    rec.init_tables(model, seed=0, std=0.1)
-    assert rec.load_weights(session, bundle) == []
-    dense = dict(in_backward_optimizer_filter(model.named_parameters()))
-    adamw = KeyedOptimizerWrapper(dense, lambda weights: torch.optim.AdamW(weights, lr=3e-3))
-    optimizer = CombinedOptimizer([("tables", model.fused_optimizer), ("dense", adamw)])
-    pipeline = TrainPipelineSparseDist(model, optimizer, world.device)
-    model.train()
-    batches = requests(collator, world.rank)
-    losses = [float(pipeline.progress(batches)) for _ in range(STEPS)]
-    # Both collections of tables are looked up ahead; otherwise TorchRec says so in its log only.
-    assert len(pipeline._pipelined_modules) == 2
+def features(**rows: list[list[int]]) -> KeyedJaggedTensor:
+    """Rows of ids of each key."""
+    lists = [ids for key in rows.values() for ids in key]
+    lengths = torch.tensor([len(ids) for ids in lists])
+    return KeyedJaggedTensor(list(rows), torch.tensor([item for ids in lists for item in ids]), lengths=lengths)
+
+
+def shard(model: nn.Module) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """Shards all tables by columns, those of the tower as well, and makes the optimizer of tables and dense parts."""
+    collections = [part for part in model.modules() if isinstance(part, EmbeddingBagCollection)]
+    weights = [weight for collection in collections for weight in collection.parameters()]
+    apply_optimizer_in_backward(optim.Adagrad, weights, {"lr": 0.02})
+    constraint = ParameterConstraints(sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=16)
+    names = [table.name for collection in collections for table in collection.embedding_bag_configs()]
+    plan = EmbeddingShardingPlanner(constraints=dict.fromkeys(names, constraint)).collective_plan(model)
+    sharded = DistributedModelParallel(model, device=CPU, plan=plan)
+    dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
+    adamw = KeyedOptimizerWrapper(dense, lambda parameters: optim.AdamW(parameters, lr=1e-3))
+    return sharded, CombinedOptimizer([("tables", sharded.fused_optimizer), ("dense", adamw)])
+
+
+def run(pipeline: TrainPipelineSparseDist, requests: Sequence[Requests]) -> list[Tensor]:
+    """Results of all batches; all ranks need the same number of them."""
+    source = iter(requests)
+    results = [pipeline.progress(source) for _ in requests]
     pipeline.detach()
-    # The session recommender as a bundle of its own, with what it has learned in the ranking model.
-    rec.export_bundle(model, "sbr", config, catalog, output / "export" / "sbr", world)
-    return losses
+    return results
+
+
+def train_and_test(dataset: Path, bundle: Path | None, epochs: int = 10, output: Path | None = None) -> float:
+    """AUC on the test part of a ranking model that was trained with a session recommender in it, or without."""
+    torch.manual_seed(dist.get_rank())
+    tower = SessionTower.from_bundle(bundle, device="meta") if bundle is not None else None
+    model, optimizer = shard(Ranker(pq.read_metadata(dataset / "items.parquet").num_rows, tower))
+    if tower is not None and bundle is not None:
+        tower.load(bundle)
+    seeds = range(dist.get_rank(), epochs * dist.get_world_size(), dist.get_world_size())
+    requests = [batch for seed in seeds for batch in batches(dataset / "train", seed)]
+    run(TrainPipelineSparseDist(model.train(), optimizer, CPU, pipeline_postproc=True), requests)
+    tests = list(batches(dataset / "test", seed=0, is_test=True))
+    with torch.no_grad():
+        logits = run(EvalPipelineSparseDist(model.eval(), optimizer, CPU, pipeline_postproc=True), tests)
+    if tower is not None and output is not None:
+        tower.save(output)
+    return float(binary_auroc(torch.cat(logits), torch.cat([batch.clicked_C for batch in tests]).int()))
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parses the arguments, trains and prints the loss."""
-    parser = argparse.ArgumentParser(description="Trains a ranking model with a session recommender in it.")
+    """Parses the arguments, trains both models and prints their AUC."""
+    parser = argparse.ArgumentParser(description="Trains a ranking model with and without a session recommender in it.")
+    parser.add_argument("--dataset", type=Path, required=True, help="prepared data set of the run")
     parser.add_argument("--run_folder", type=Path, required=True, help="run folder of llmgr_rec.train")
-    parser.add_argument("--output", type=Path, required=True, help="run folder to make")
-    arguments = parser.parse_args(argv)
-    world = rec.init_distributed("cpu", timeout_s=600)
-    losses = train(arguments.run_folder, arguments.output, world)
-    if world.rank == 0:
-        print(f"loss {sum(losses[:5]) / 5:.3f} in the first steps, {sum(losses[-5:]) / 5:.3f} in the last")
-    rec.shutdown()
+    parser.add_argument("--output", type=Path, help="run folder to make, of the recommender as trained in the model")
+    args = parser.parse_args(argv)
+    dist.init_process_group("gloo")
+    without = train_and_test(args.dataset, None)
+    with_tower = train_and_test(args.dataset, args.run_folder, output=args.output)
+    if dist.get_rank() == 0:
+        print(f"AUC {without:.3f} without the tower, {with_tower:.3f} with it")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from llmgr_rec.python_api import Recommender as Recommender
     from llmgr_rec.storage.bundle import Bundle as Bundle
     from llmgr_rec.storage.bundle import load_bundle as load_bundle
-    from llmgr_rec.storage.bundle import load_weights as load_weights
     from llmgr_rec.storage.bundle_export import export_bundle as export_bundle
     from llmgr_rec.storage.model_factory import ModelFactory as ModelFactory
     from llmgr_rec.storage.table_io import init_tables as init_tables
@@ -100,7 +99,6 @@ _MODULES = {
     "init_tables": "storage.table_io",
     "load_bundle": "storage.bundle",
     "load_config": "config_file",
-    "load_weights": "storage.bundle",
     "ranking_loss": "kernels.softmax_loss",
     "shard": "distributed.sharding",
     "shutdown": "distributed.process_group",

@@ -56,7 +56,6 @@ PUBLIC = [
     "init_tables",
     "load_bundle",
     "load_config",
-    "load_weights",
     "ranking_loss",
     "shard",
     "shutdown",

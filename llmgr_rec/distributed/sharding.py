@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,20 +11,26 @@ import torch
 from torch import nn, optim
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fused_embeddingbag import FusedEmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import KernelConfig, PlannerError, TopologyFactory, TrainerConfig
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
+    ModuleSharder,
+    ShardedModule,
     ShardingEnv,
     ShardingPlan,
     ShardingType,
 )
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 
 from llmgr_rec.config import TablesConfig
@@ -49,6 +55,11 @@ _STATE_FLOATS: dict[str, Callable[[int], int]] = {
     "sgd": lambda dim: 0,
     "adam": lambda dim: 2 * dim,
 }
+
+
+_COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection, FusedEmbeddingBagCollection)
+# Submodules of collections that have the tables.
+_FOLDERS = ("embedding_bags", "embeddings")
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Footprint:
 
 
 def footprints(module: nn.Module, tables: TablesConfig, trained: Callable[[str], bool]) -> list[Footprint]:
-    """Memory of each table in the unsharded EmbeddingBagCollections of a module. Frozen tables have no optimizer state.
+    """Memory of each table in the unsharded collections of a module. Frozen tables have no optimizer state.
 
     Args:
         module: The model; its tables may be on the meta device.
@@ -86,11 +97,10 @@ def footprints(module: nn.Module, tables: TablesConfig, trained: Callable[[str],
         trained: Whether a table trains, by the qualified name of its parameter.
     """
     found = []
-    for path, collection in module.named_modules():
-        if not isinstance(collection, EmbeddingBagCollection):
-            continue
-        for config in collection.embedding_bag_configs():
-            parameter = ".".join(filter(None, (path, "embedding_bags", config.name, "weight")))
+    for path, collection in _collections(module):
+        folder, configs = _tables_of(collection)
+        for config in configs:
+            parameter = ".".join(filter(None, (path, folder, config.name, "weight")))
             rows, dim = config.num_embeddings, config.embedding_dim
             state = _STATE_FLOATS[tables.optimizer](dim) * rows if trained(parameter) else 0
             found.append(Footprint(config.name, parameter, rows, dim, _FLOAT_BYTES * rows * dim, _FLOAT_BYTES * state))
@@ -106,7 +116,8 @@ def shard(
 ) -> DistributedModelParallel:
     """Distributes a model across ranks: tables are sharded, other trained parameters are data parallel.
 
-    Each rank computes the same plan, so all ranks fail if there is none.
+    Tables are those of each EmbeddingBagCollection, EmbeddingCollection and FusedEmbeddingBagCollection. Each rank
+    computes the same plan, so all ranks fail if there is none.
 
     Args:
         module: The model; its embedding collections may be on the meta device. `requires_grad` states which of the
@@ -121,7 +132,8 @@ def shard(
         The sharded model. Tables that were on the meta device are not initialized; see `table_io.init_tables`.
 
     Raises:
-        UserError: There is no sharding plan for the tables, or the language model cannot be sharded.
+        UserError: There is no sharding plan for the tables, the language model cannot be sharded, or the model has
+            another embedding module of TorchRec, or one that is sharded already.
     """
     plan = plan_tables(module, tables, world.size, world.local_size, world.device.type, trained)
     if tables.optimizer == "adam":
@@ -161,8 +173,10 @@ def plan_tables(
         trained: Whether a table trains, by the qualified name of its parameter.
 
     Raises:
-        UserError: The tables do not fit into the memory of the ranks, or a table's width is not a multiple of 4.
+        UserError: The tables do not fit into the memory of the ranks, a table's width is not a multiple of 4, or the
+            model has an embedding module that cannot be sharded.
     """
+    _refuse_other_modules(module)
     sizes = footprints(module, tables, trained)
     for size in sizes:
         _check_width(size)
@@ -180,6 +194,37 @@ def plan_tables(
         raise UserError(_explain(error, sizes, tables, world_size)) from error
     _use_dense_kernel(plan, dense)
     return plan
+
+
+def _collections(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of each collection that is sharded."""
+    return ((path, part) for path, part in module.named_modules() if isinstance(part, _COLLECTIONS))
+
+
+def _tables_of(collection: nn.Module) -> tuple[str, Sequence[BaseEmbeddingConfig]]:
+    """Name of the submodule that has the tables of a collection, and their configs."""
+    if isinstance(collection, EmbeddingCollection):
+        return "embeddings", collection.embedding_configs()
+    assert isinstance(collection, EmbeddingBagCollection | FusedEmbeddingBagCollection)
+    return "embedding_bags", collection.embedding_bag_configs()
+
+
+def _refuse_other_modules(module: nn.Module) -> None:
+    """Checks that the model has no embedding modules of TorchRec but those that are sharded.
+
+    Others (such as those with managed collisions or feature processors) have a collection inside, which must not be
+    sharded without them.
+    """
+    for path, part in module.named_modules():
+        if isinstance(part, _COLLECTIONS) or not type(part).__module__.startswith("torchrec."):
+            continue
+        if isinstance(part, ShardedModule):
+            raise UserError(f"{path} is a {type(part).__name__}, sharded already; give the model before it is sharded")
+        if any(isinstance(inner, _COLLECTIONS) for inner in part.modules()) or hasattr(part, "embedding_configs"):
+            raise UserError(
+                f"{path} is a {type(part).__name__}, which shard does not support; use TorchRec's "
+                "DistributedModelParallel with a planner of your own"
+            )
 
 
 def column_width(dim: int, world_size: int) -> int:
@@ -228,10 +273,15 @@ def _topology(tables: TablesConfig, world_size: int, local_size: int, device_typ
     )
 
 
-def _sharders() -> list[EmbeddingBagCollectionSharder]:
+def _sharders() -> list[ModuleSharder[nn.Module]]:
     # The optimizer of tables that have none. SGD with a learning rate of 0 has no state and leaves a table unchanged.
     frozen = {"optimizer": optimizer_type_to_emb_opt_type(optim.SGD), "learning_rate": 0.0}
-    return [EmbeddingBagCollectionSharder(fused_params=frozen)]
+    sharders = [
+        EmbeddingBagCollectionSharder(fused_params=frozen),
+        EmbeddingCollectionSharder(fused_params=frozen),
+        FusedEmbeddingBagCollectionSharder(),
+    ]
+    return [cast(ModuleSharder[nn.Module], sharder) for sharder in sharders]
 
 
 def _attach_optimizers(
@@ -240,15 +290,20 @@ def _attach_optimizers(
     """Attaches fused optimizers to trained tables without one; returns those that need a dense Adam instead."""
     kind, extra = _OPTIMIZERS[tables.optimizer]
     dense = set()
-    for path, collection in module.named_modules():
-        if not isinstance(collection, EmbeddingBagCollection):
-            continue
+    for path, collection in _collections(module):
         for name, parameter in collection.named_parameters():
+            qualified = f"{path}.{name}" if path else name
+            if isinstance(collection, FusedEmbeddingBagCollection):
+                if not trained(qualified):
+                    raise UserError(
+                        f"table {qualified} is to stay as it is, but a FusedEmbeddingBagCollection trains its tables; "
+                        "use an EmbeddingBagCollection"
+                    )
+                continue
             if hasattr(parameter, "_optimizer_classes"):
                 continue
             # TorchRec ignores requires_grad; see `_sharders` for tables that do not train.
             parameter.requires_grad_(True)
-            qualified = f"{path}.{name}" if path else name
             if not trained(qualified):
                 continue
             if tables.optimizer == "adam" and device_type == "cpu":
@@ -277,7 +332,8 @@ def _use_dense_kernel(plan: ShardingPlan, dense: set[str]) -> None:
     """Switches tables of a plan to the dense kernel, which the planner allows for replicated tables only."""
     for path, module_plan in plan.plan.items():
         for table, parameter_plan in cast(EmbeddingModuleShardingPlan, module_plan).items():
-            if (f"{path}.embedding_bags" if path else "embedding_bags") + f".{table}.weight" in dense:
+            names = {".".join(filter(None, (path, folder, table, "weight"))) for folder in _FOLDERS}
+            if names & dense:
                 parameter_plan.compute_kernel = EmbeddingComputeKernel.DENSE.value
 
 

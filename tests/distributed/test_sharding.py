@@ -1,8 +1,12 @@
 """Sharding: one rank equals two, tables are really sharded, frozen is frozen, what does not fit is refused."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.distributed.process_group import World
@@ -123,7 +127,49 @@ def test_a_width_that_is_no_multiple_of_four_is_refused() -> None:
         plan_tables(module, TablesConfig(), 2, 2, "cpu", is_trained)
 
 
-def collection_of_width(dim: int) -> nn.Module:
+def managed() -> nn.Module:
+    from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingBagCollection
+    from torchrec.modules.mc_modules import (
+        DistanceLFU_EvictionPolicy,
+        ManagedCollisionCollection,
+        MCHManagedCollisionModule,
+    )
+
+    tables = collection_of_width(8)
+    module = MCHManagedCollisionModule(
+        10, torch.device("meta"), DistanceLFU_EvictionPolicy(), eviction_interval=1, input_hash_size=100
+    )
+    configs = tables.embedding_bag_configs()
+    return ManagedCollisionEmbeddingBagCollection(tables, ManagedCollisionCollection({"item_id": module}, configs))
+
+
+def processed() -> nn.Module:
+    from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
+    from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+
+    tables = EmbeddingBagCollection(collection_of_width(8).embedding_bag_configs(), is_weighted=True)
+    return FeatureProcessedEmbeddingBagCollection(tables, PositionWeightedModuleCollection({"item_id": 5}))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(managed, "ManagedCollisionEmbeddingBagCollection"), (processed, "FeatureProcessedEmbeddingBagCollection")],
+)
+def test_embedding_modules_that_are_not_sharded_are_refused(make: Callable[[], nn.Module], name: str) -> None:
+    module = nn.ModuleDict({"tables": make()})
+    with pytest.raises(UserError, match=f"tables is a {name}, which shard does not support"):
+        plan_tables(module, TablesConfig(), 2, 2, "cpu", is_trained)
+
+
+def test_a_fused_collection_cannot_be_frozen() -> None:
+    tables = collection_of_width(8).embedding_bag_configs()
+    module = nn.ModuleDict({"fused": FusedEmbeddingBagCollection(tables, torch.optim.SGD, {"lr": 0.1})})
+    with pytest.raises(UserError, match="is to stay as it is, but a FusedEmbeddingBagCollection"):
+        plan_tables(module, TablesConfig(), 2, 2, "cpu", lambda table: False)
+    assert plan_tables(module, TablesConfig(), 2, 2, "cpu", lambda table: True).plan["fused"]
+
+
+def collection_of_width(dim: int) -> EmbeddingBagCollection:
     from tests.distributed.small_model import collection
 
     return collection({"item_id": 10}, dim, {"item_id": "item_id"}, "meta")

@@ -1,32 +1,23 @@
 """Our session recommender inside another team's TorchRec model: sharded as one, pipelined whole, trained jointly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn, optim
+from torch import nn, optim
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 
 from llmgr_rec import (
-    Catalog,
-    Collator,
     EncoderConfig,
-    SessionRecommender,
     TablesConfig,
     World,
     build_encoder,
-    build_recommender,
-    export_bundle,
     init_tables,
-    load_bundle,
-    load_weights,
     shard,
 )
-from llmgr_rec.storage.table_io import unwrapped_name
 from tests.distributed.small_model import assemble, shard_list
 from tests.embedding.ranking_model import (
     NUM_ITEMS,
@@ -34,12 +25,10 @@ from tests.embedding.ranking_model import (
     RankingBatch,
     RankingModel,
     own_collator,
-    raw_sessions,
     session_part,
     traffic,
 )
 from tests.ranks import run_on_ranks
-from tests.small_run import config, small_run
 
 Kind = Literal["whole", "without edges", "without sessions"]
 STEPS = 40
@@ -97,7 +86,11 @@ def own_sharding(model: RankingModel, world: World) -> nn.Module:
     return sharded
 
 
-def learn(world: World, kind: Kind) -> Trained:
+def learn(world: World, kinds: Sequence[Kind]) -> dict[Kind, Trained]:
+    return {kind: _learn(world, kind) for kind in kinds}
+
+
+def _learn(world: World, kind: Kind) -> Trained:
     torch.manual_seed(0)
     with torch.device("meta"):
         model = RankingModel(None if kind == "without sessions" else session_part())
@@ -107,8 +100,12 @@ def learn(world: World, kind: Kind) -> Trained:
 
 
 @cache
+def all_learned() -> list[dict[Kind, Trained]]:
+    return run_on_ranks(learn, 2, get_args(Kind))
+
+
 def learned(kind: Kind) -> list[Trained]:
-    return run_on_ranks(learn, 2, kind)
+    return [rank[kind] for rank in all_learned()]
 
 
 def last_loss(ranks: list[Trained]) -> float:
@@ -134,7 +131,11 @@ def test_the_whole_learns_what_only_the_session_graph_tells() -> None:
     assert last_loss(learned("without edges")) > GUESSING - 0.02
 
 
-def few_steps(world: World, sharding: Literal["table_wise", "column_wise"]) -> Trained:
+def few_steps(world: World) -> list[Trained]:
+    return [_few_steps(world, sharding) for sharding in ("table_wise", "column_wise")]
+
+
+def _few_steps(world: World, sharding: Literal["table_wise", "column_wise"]) -> Trained:
     torch.manual_seed(0)
     model = shard(RankingModel(session_part()), TablesConfig(sharding=sharding), world, lambda table: True)
     init_tables(model, seed=3, std=0.1)
@@ -144,102 +145,16 @@ def few_steps(world: World, sharding: Literal["table_wise", "column_wise"]) -> T
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise"])
-def test_two_ranks_train_the_same_model_as_one(sharding: str) -> None:
-    (alone,) = run_on_ranks(few_steps, 1, sharding)
-    together = run_on_ranks(few_steps, 2, sharding)
-    means = torch.tensor([rank.losses for rank in together]).mean(dim=0)
-    torch.testing.assert_close(means, torch.tensor(alone.losses), atol=1e-5, rtol=0)
-    expected = assemble([alone.shards])
-    for name, table in assemble([rank.shards for rank in together]).items():
-        torch.testing.assert_close(table, expected[name], atol=1e-5, rtol=1e-5)
-
-
-@dataclass
-class Joint:
-    """What became of a session recommender that was loaded into a ranking model and trained on with it."""
-
-    left: list[str]
-    loaded_BD: Tensor
-    trained_BD: Tensor
-
-
-@torch.no_grad()
-def session_vectors(session: SessionRecommender, collator: Collator) -> Tensor:
-    """Vectors of some sessions of the bundle's items, some with side features; every rank asks for the same ones."""
-    batch = collator(raw_sessions(torch.tensor([3, 5, 3, 59, 7, 0, 1, 2]), torch.tensor([4, 1, 3])))
-    return session.eval().encode(batch.features, batch.graph).sessions_BD
-
-
-def bundle_collator(catalog: Catalog) -> Collator:
-    return Collator(catalog, config().tables.side_features)
-
-
-def train_jointly(world: World, bundle: str, joint: str, into: Literal["model", "part"]) -> Joint:
-    """Loads a bundle into the nested part of a sharded model, trains the whole and exports the part."""
-    catalog = Catalog.load(bundle)
-    session = build_recommender(config(), catalog.num_items, catalog.num_embeddings, "meta")
-    model = shard(RankingModel(session), TablesConfig(), world, lambda table: True)
-    init_tables(model, seed=99, std=0.3)
-    left = load_weights(model if into == "model" else session, bundle)
-    collator = bundle_collator(catalog)
-    loaded_BD = session_vectors(session, collator)
-    pipeline_steps(model, world, (traffic(step, world.rank, world.size, collator) for step in range(3)), 3)
-    export_bundle(model, "sbr", config(), catalog, Path(joint), world)
-    return Joint(left, loaded_BD, session_vectors(session, collator))
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize(("stage", "into"), [("sbr", "model"), ("behave", "part")])
-def test_a_bundle_moves_into_the_nested_part_and_out_again(stage: str, into: str, tmp_path: Path) -> None:
-    bundle, joint = small_run().run / "export" / stage, tmp_path / "export" / "sbr"
-    joint.parent.mkdir()
-    ranks = run_on_ranks(train_jointly, 2, str(bundle), str(joint), into)
-    alone = load_bundle(bundle).model
-    recommender = alone if isinstance(alone, SessionRecommender) else alone.recommender
-    expected_BD = session_vectors(recommender, bundle_collator(small_run().catalog))
-    exported = load_bundle(joint)
-    assert isinstance(exported.model, SessionRecommender)
-    exported_BD = session_vectors(exported.model, bundle_collator(exported.catalog))
-    for rank in ranks:
-        assert rank.left == []
-        torch.testing.assert_close(rank.loaded_BD, expected_BD, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(rank.trained_BD, exported_BD, atol=1e-6, rtol=1e-6)
-        assert (rank.trained_BD - rank.loaded_BD).abs().max() > 1e-3
-
-
-def freeze(world: World) -> dict[str, bool]:
-    """Trains a model that leaves its session part and, by an optimizer of its own, its users as they are."""
-    model = RankingModel(session_part())
-    users = model.sparse_arch.embedding_bags["t_user_id"]
-    apply_optimizer_in_backward(optim.SGD, users.parameters(), {"lr": 0.0})
-    cast(nn.Module, model.session).encoder.requires_grad_(False)
-    sharded = shard(model, TablesConfig(), world, lambda table: not table.startswith("session."))
-    init_tables(sharded, seed=3, std=0.1)
-    before = local_values(sharded)
-    collator = own_collator()
-    pipeline_steps(sharded, world, (traffic(step, world.rank, world.size, collator) for step in range(3)), 3)
-    after = local_values(sharded)
-    return {name: not torch.equal(value, after[name]) for name, value in before.items()}
-
-
-def local_values(model: nn.Module) -> dict[str, Tensor]:
-    tables = {f"{name}/{row}/{col}": tensor for name, row, col, tensor in shard_list(model)}
-    dense = {
-        unwrapped_name(name): parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if "embedding_bags" not in name
-    }
-    return tables | dense
-
-
-@pytest.mark.dist
-def test_a_frozen_session_part_and_a_table_with_its_own_optimizer_stay_as_they_say() -> None:
-    for moved in run_on_ranks(freeze, 2):
-        still = {name for name, changed in moved.items() if not changed}
-        assert {name for name in moved if name.startswith("session.") or ".t_user_id." in name} == still
-        assert len(still) > 10
-        assert any(".t_context." in name for name in moved)
+def test_two_ranks_train_the_same_model_as_one() -> None:
+    (alone,) = run_on_ranks(few_steps, 1)
+    together = run_on_ranks(few_steps, 2)
+    for number, one in enumerate(alone):
+        ranks = [rank[number] for rank in together]
+        means = torch.tensor([rank.losses for rank in ranks]).mean(dim=0)
+        torch.testing.assert_close(means, torch.tensor(one.losses), atol=1e-5, rtol=0)
+        expected = assemble([one.shards])
+        for name, table in assemble([rank.shards for rank in ranks]).items():
+            torch.testing.assert_close(table, expected[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gcsan", "srgnn"])

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llmgr_rec import LLMGRTower, SessionTower, UserError, World
+from llmgr_rec import LLMGRTower, SessionTower, TablesConfig, UserError, World, shard
 from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.storage.table_io import unwrapped_name
 from tests.distributed.small_model import shard_list
@@ -37,6 +37,7 @@ class Seen:
     moved: dict[str, bool] = field(default_factory=dict)
     trained: list[dict[str, Tensor]] = field(default_factory=list)
     restored: list[dict[str, Tensor]] = field(default_factory=list)
+    by_shard: list[dict[str, Tensor]] = field(default_factory=list)
 
 
 def bundle(name: str) -> Path:
@@ -131,6 +132,11 @@ def program(world: World, paths: dict[str, str], folder: str) -> Seen:
     dcp.load(state, checkpoint_id=f"{folder}/checkpoint")
     again.load_state_dict(state)
     seen.restored, _ = evaluate(again, world)
+    by_shard = Ranker(**{name: build(name, paths[name]) for name in ("own", "sequences", "fused")})
+    sharded = shard(by_shard, TablesConfig(), world, trained=lambda table: True)
+    for name, tower in by_shard.towers.items():
+        cast(SessionTower, tower).load(paths[name])
+    seen.by_shard, _ = evaluate(sharded, world)
     return seen
 
 
@@ -182,6 +188,14 @@ def test_a_sharded_tower_scores_like_one_alone_also_without_a_request(name: str)
         for found, expected in zip(rank.scores, alone(name, bundle(name), number), strict=True):
             torch.testing.assert_close(found[name], expected, atol=1e-5, rtol=1e-5)
     assert [len(scores["own"]) > 0 for scores in seen()[1].scores] == [True, False, True, False]
+
+
+@pytest.mark.dist
+def test_our_shard_takes_every_kind_of_collection() -> None:
+    for rank in seen():
+        for found, expected in zip(rank.by_shard, rank.scores, strict=True):
+            for name, score_C1 in found.items():
+                torch.testing.assert_close(score_C1, expected[name], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.dist
