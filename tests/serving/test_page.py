@@ -1,11 +1,12 @@
 """The page in a browser: search, add, reorder, explain, share; titles of items are text, whatever they contain."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlencode
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -75,8 +76,13 @@ class Page:
         texts: list[str] = self.browser.execute_script(script, selector)
         return texts
 
-    def wait_for(self, condition: object) -> None:
-        WebDriverWait(self.browser, WAIT_S, 0.05).until(lambda _: condition())  # type: ignore[operator]
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        # Lists are drawn again when their answer arrives.
+        wait = WebDriverWait(self.browser, WAIT_S, 0.05, [StaleElementReferenceException])
+        wait.until(lambda _: condition())
+
+    def click(self, selector: str, number: int = 0) -> None:
+        self.wait_for(lambda: self.all(selector)[number].click() or True)
 
     def session(self) -> list[str]:
         return self.texts("#session .name")
@@ -95,11 +101,11 @@ def test_a_session_is_searched_built_reordered_and_explained(browser: webdriver.
     page.wait_for(lambda: page.session() == [title("i41")] and len(page.texts(".list h3")) == 2)
     first = page.texts(".list .item")[0]
     browser.execute_script("document.querySelector('.list .item').dataset.before = 1")
-    page.all(".list .item")[0].click()
+    page.click(".list .item")
     page.wait_for(lambda: page.session() == [title("i41"), first])
     # The lists are new, and the focus is at its place in them.
-    page.wait_for(lambda: not page.all("[data-before]"))
-    assert browser.switch_to.active_element == page.all(".list .item")[0]
+    focused = "return document.activeElement === document.querySelector('.list .item:not([data-before])')"
+    page.wait_for(lambda: browser.execute_script(focused))
 
     handle = page.all("#session .handle")[1]
     handle.send_keys(Keys.ARROW_UP)
@@ -108,7 +114,7 @@ def test_a_session_is_searched_built_reordered_and_explained(browser: webdriver.
     assert page.texts("#status") == [f"Moved {first} to position 1 of 2"]
     page.wait_for(lambda: page.all(".list .why"))
 
-    page.all(".list .why")[0].click()
+    page.click(".list .why")
     page.wait_for(lambda: page.texts("#why-body h3")[:2] == ["Parts of the score", "What each click means"])
     assert [text.split(". ", 1)[1] for text in page.texts("#why-body th")] == [first, title("i41")]
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
@@ -122,7 +128,7 @@ def test_a_click_is_dragged_to_another_place(browser: webdriver.Chrome, address:
     ActionChains(browser, duration=20).click_and_hold(handles[0]).move_by_offset(0, by).release().perform()
     assert page.session() == [title("i2"), title("i3"), title("i1")]
     assert browser.current_url.endswith("/?s=i2&s=i3&s=i1")
-    page.all("#session .remove")[1].click()
+    page.click("#session .remove", 1)
     assert page.session() == [title("i2"), title("i1")]
 
 
