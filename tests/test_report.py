@@ -58,7 +58,7 @@ def test_run_and_output_are_enough(run, tmp_path, capsys):
     start, end = "report: The recommender finds the next click among", f"; wrote {tmp_path / 'report' / 'index.html'}"
     assert last.startswith(start)
     assert last.endswith(end)
-    assert f"<h1>{last.removeprefix('report: ').removesuffix(end)}" in page
+    assert f"<h1>{last.removeprefix('report: ').removesuffix(end)}" in page.replace("&nbsp;", " ")
     content = json.loads((run / "metrics.json").read_text())
     rows = list(csv.DictReader((tmp_path / "report" / "results.csv").read_text().splitlines()))
     assert [row["model"] for row in rows] == ["popularity", "item_knn", "sbr"]
@@ -195,7 +195,7 @@ def test_facts_of_the_training_are_shown(run, tmp_path):
     launch["machine"] = {**machine, "processor": "Other"}
     file.write_text(json.dumps([{**launch, "ended": False, "machine": machine}, launch]))
     page = report(tmp_path / "run", tmp_path / "report", "--sessions", "0")
-    assert "in at least 2 h 3 min (1 of 2 launches did not end by themselves)" in page
+    assert "in at least 2 h 3 min (1 of 2 launches killed, or still running)" in page
     assert "; then Other, 1 core" in page
 
 
@@ -207,7 +207,7 @@ def test_runs_are_compared_session_by_session(run, tmp_path):
     assert f"not distinguishable from the recommender of {theirs}" in page
     assert f'GNN, {ours} <span class="tag">the recommender</span>' in page
     assert f'GNN, {theirs} <span class="tag">other run</span></th>' in page
-    assert '+0.00 %<span class="ends">[0.00 .. 0.00]</span>' in page
+    assert '+0.00&nbsp;%<span class="ends">[0.00&nbsp;.. 0.00]</span>' in page
     rows = list(csv.DictReader((tmp_path / "report" / "results.csv").read_text().splitlines()))
     assert [(row["run"], row["model"]) for row in rows] == [
         ("", "popularity"),

@@ -52,9 +52,9 @@ def compared(gain: Gain | None, other: str, other_rate: float) -> str:
         ends = f"{1 + gain.low:.1f} .. {1 + gain.high:.1f}"
         return f", {1 + gain.mean:.1f} times as often as {other} [{ends}]."
     if gain.mean > 0:
-        return f", {_number(gain.mean, gain.mean)} % more often than {other} {interval(gain)}."
+        return f", {_number(gain.mean, gain)} % more often than {other} {interval(gain)}."
     less = Gain(-gain.mean, -gain.high, -gain.low)
-    return f", {_number(less.mean, less.mean)} % less often than {other} {interval(less)}."
+    return f", {_number(less.mean, less)} % less often than {other} {interval(less)}."
 
 
 def compared_alone(gain: Gain | None, other: str, other_rate: float) -> str:
@@ -72,12 +72,12 @@ def percent(share: float) -> str:
 
 def signed(gain: Gain) -> str:
     """The mean of a gain as a percentage with its sign."""
-    return f"{_number(gain.mean, gain.mean, '+')} %"
+    return f"{_number(gain.mean, gain, '+')} %"
 
 
 def interval(gain: Gain) -> str:
     """The interval of a gain in per cent, such as [40 .. 85], with as many decimals as its mean."""
-    return f"[{_number(gain.low, gain.mean)} .. {_number(gain.high, gain.mean)}]"
+    return f"[{_number(gain.low, gain)} .. {_number(gain.high, gain)}]"
 
 
 def in_sentence(model: str) -> str:
@@ -86,8 +86,8 @@ def in_sentence(model: str) -> str:
     return name[0].lower() + name[1:] if name[1:2].islower() else name
 
 
-def _number(share: float, like: float, sign: str = "") -> str:
-    """A share in per cent, with a decimal if `like` is below 10 %, and two below 1 %."""
-    decimals = 0 if abs(like) >= 0.0995 else 1 if abs(like) >= 0.00995 else 2
+def _number(share: float, gain: Gain, sign: str = "") -> str:
+    """A share in per cent: one decimal for a gain below 10 %, two if its whole interval is below 1 %."""
+    decimals = 0 if abs(gain.mean) >= 0.0995 else 1 if max(abs(gain.low), abs(gain.high)) >= 0.00995 else 2
     # Adding 0 makes 0.0 of -0.0.
     return f"{round(100 * share, decimals) + 0.0:{sign}.{decimals}f}"

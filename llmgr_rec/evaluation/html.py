@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from html import escape as escape_markup
 
 from llmgr_rec.evaluation.comparison_rows import Row
 from llmgr_rec.evaluation.examples import Example
@@ -56,6 +56,11 @@ class ReportContent:
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
+def escape(text: str) -> str:
+    """Text as HTML, in which a number and its unit, and the ends of an interval, stay on one line."""
+    return escape_markup(text).replace(" %", "&nbsp;%").replace(" ..", "&nbsp;..")
+
+
 def render_page(content: ReportContent) -> str:
     """The page as HTML."""
     sections = [("quality", "Ranking quality", _quality(content))]
@@ -80,11 +85,11 @@ def render_page(content: ReportContent) -> str:
 
 
 def _facts(content: ReportContent) -> str:
-    """A list for one run, a table for several."""
-    if len(content.runs) < 2:
-        return _definitions({name: values[0] for name, values in content.facts.items()}, "facts", grouped=True)
-    rows = [[name, *values] for name, values in content.facts.items()]
-    return _table("Runs", ["", *content.runs], rows, "text")
+    """A list of what all runs have in common, then a table of what they do not."""
+    shared = {name: values[0] for name, values in content.facts.items() if len(set(values)) == 1}
+    rows = [[name, *values] for name, values in content.facts.items() if name not in shared]
+    table = _table("What differs between the runs", ["", *content.runs], rows, "text") if rows else ""
+    return _definitions(shared, "facts", grouped=True) + table
 
 
 def _definitions(values: Mapping[str, str], style: str, grouped: bool = False) -> str:
@@ -135,13 +140,17 @@ def _results(content: ReportContent) -> str:
     has_gains = any(gain for row in content.rows for gain in row.gains.values())
     head = "".join(f'<th scope="col">{metric.upper()}</th>' for metric in VALUES_P)
     if has_gains:
-        head += f'<th scope="col">recommender\'s<br>gain in HR@{K}</th>'
+        head += f'<th scope="col">Gain in HR@{K}</th>'
     body = []
     for row in content.rows:
         cells = "".join(_value(row, metric, best[metric]) for metric in VALUES_P)
         if has_gains:
             gain = row.gains.get(f"hr@{K}")
-            cells += f'<td>{signed(gain)}<span class="ends">{interval(gain)}</span></td>' if gain else "<td></td>"
+            cells += (
+                f'<td>{escape(signed(gain))}<span class="ends">{escape(interval(gain))}</span></td>'
+                if gain
+                else "<td></td>"
+            )
         ours = ' class="ours"' if row.is_result else ""
         body.append(f'<tr{ours}><th scope="row">{escape(row.label)}{_tag(row, content)}</th>{cells}</tr>')
     first = content.rows[0].evaluated
@@ -149,6 +158,8 @@ def _results(content: ReportContent) -> str:
         f"{first.count:,} {first.split} sessions rank {first.num_items:,} items. 95 % intervals below the values; the "
         "best value of a column in bold."
     )
+    if has_gains:
+        caption += " The last column has the gain of the recommender over each other model."
     table = (
         f'<table aria-describedby="about-results"><thead><tr><th scope="col">Model</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>"
@@ -171,7 +182,7 @@ def _value(row: Row, metric: str, best: float) -> str:
     value = round(row.metrics[metric], 4)
     text = f"<b>{value:.4f}</b>" if value == best else f"{value:.4f}"
     ends = row.evaluated.interval(row.model, metric)
-    below = f'<span class="ends">{ends[0]:.3f} .. {ends[1]:.3f}</span>' if ends else ""
+    below = f'<span class="ends">{ends[0]:.3f}&nbsp;.. {ends[1]:.3f}</span>' if ends else ""
     return f"<td>{text}{below}</td>"
 
 
@@ -278,6 +289,6 @@ def _settings(content: ReportContent) -> str:
         whose = f" of {escape(label)}" if len(content.runs) > 1 else ""
         shown = text if len(text) <= _LONGEST_SETTINGS else f"{text[:_LONGEST_SETTINGS]}\n…"
         parts.append(
-            f"<details><summary>All settings{whose} (config.yaml)</summary><pre>{escape(shown)}</pre></details>"
+            f"<details><summary>All settings{whose} (config.yaml)</summary><pre>{escape_markup(shown)}</pre></details>"
         )
     return "\n".join(parts)

@@ -104,7 +104,7 @@ def plot_gains(gains: Mapping[str, Mapping[str, Gain | None]]) -> Plot | None:
     ]
     caption = "How much more the recommender has than each other model; an interval that includes 0 may be chance."
     if far := [name for name in shown if name not in names]:
-        caption += f" Gains above {_FAR:.0%} are in the figures only: over {', '.join(far)}."
+        caption += f" Gains above {100 * _FAR:.0f} % are in the figures only: over {', '.join(far)}."
     return Plot("gains", caption, chart, ["compared with", *(metric.upper() for metric in metrics)], rows)
 
 

@@ -85,7 +85,7 @@ class ReportedRun:
         text = duration(sum(launch["seconds"] for launch in self.launches))
         killed = sum(not launch["ended"] for launch in self.launches)
         if killed:
-            text = f"at least {text} ({killed} of {len(self.launches)} launches did not end by themselves)"
+            text = f"at least {text} ({killed} of {len(self.launches)} launches killed, or still running)"
         elif len(self.launches) > 1:
             text += f" (in {len(self.launches)} launches)"
         return text

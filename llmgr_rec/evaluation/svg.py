@@ -170,11 +170,11 @@ class Chart:
         top = _TOP + _LINE_HEIGHT * rows + 22 * bool(self.y_title)
         total = top + self.height + self._below + 8
         css = f"<style>{style}</style>" if style else ""
+        title = f'<text class="axis" x="0" y="{top - 13}">{escape(self.y_title)}</text>' if self.y_title else ""
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {WIDTH} {total}" role="img" '
             f'aria-label="{escape(f"{self.title}. {self.description}")}">{css}{legend}'
-            f'<text class="axis" x="0" y="{top - 13}">{escape(self.y_title)}</text>'
-            f'<g transform="translate(0 {top})">{self._grid()}{"".join(self._marks)}</g></svg>'
+            f'{title}<g transform="translate(0 {top})">{self._grid()}{"".join(self._marks)}</g></svg>'
         )
 
     def _grid(self) -> str:

@@ -133,8 +133,8 @@ def test_the_best_of_each_column_is_bold_and_the_run_is_marked():
     assert text.count("<b>0.1200</b>") == len(COLUMNS) - 1 + 2
     assert text.count("<b>0.3000</b>") == 2
     assert '<th scope="row">sbr <span class="tag">this run</span></th>' in text
-    assert '+50 %<span class="ends">[25 .. 75]</span>' in text
-    assert '<span class="ends">0.070 .. 0.198</span>' in text
+    assert '+50&nbsp;%<span class="ends">[25&nbsp;.. 75]</span>' in text
+    assert '<span class="ends">0.070&nbsp;.. 0.198</span>' in text
 
 
 def test_a_hit_below_the_shown_items_is_shown_with_its_rank():
@@ -194,5 +194,6 @@ def test_examples_are_the_first_hits_and_the_first_misses():
 
 def test_facts_of_one_run_are_a_list_and_of_several_a_table():
     assert "<dt>Seed</dt><dd>3</dd>" in page(facts={"Seed": ["3"]})
-    text = page(runs=["a", "b"], facts={"Seed": ["3", "4"]})
+    text = page(runs=["a", "b"], facts={"Seed": ["3", "4"], "Recipe": ["llm", "llm"]})
     assert '<tr><th scope="row">Seed</th><td>3</td><td>4</td></tr>' in text
+    assert "<dt>Recipe</dt><dd>llm</dd>" in text
