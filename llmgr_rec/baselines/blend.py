@@ -19,6 +19,10 @@ from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
 
+# The product of sparse matrices takes time for each item of the catalog. With fewer similarities of clicked items than
+# a 32nd of it, the columns of the neighbors are taken out first.
+_FEW_ENTRIES = 32
+
 
 @dataclass(frozen=True)
 class Blend:
@@ -47,9 +51,24 @@ class Blend:
             clicks: Item indices of each session, oldest first; on any device.
         """
         items_L, offsets_B1 = clicks.values.cpu().numpy(), clicks.offsets.cpu().numpy()
+        row_starts, num_items = self.similarity_VR.indptr, self.similarity_VR.shape[1]
+        if _FEW_ENTRIES * int((row_starts[items_L + 1] - row_starts[items_L]).sum()) < num_items:
+            return self._scores_of_few(items_L, offsets_B1)
         weights_BV = recency_weights(items_L, offsets_B1, self.decay, self.similarity_VR.shape[0])
         # float32 like the similarity, which scipy would otherwise convert for each batch.
         return sparse.csr_array(weights_BV.astype(np.float32) @ self.similarity_VR)
+
+    def _scores_of_few(self, items_L: Ints, offsets_B1: Ints) -> sparse.csr_array:
+        """The same sums over the neighbors of the clicks only, in time that does not depend on the number of items."""
+        clicked, rows_L = np.unique(items_L, return_inverse=True)
+        of_clicked = self.similarity_VR[clicked]
+        neighbors_U, columns = np.unique(of_clicked.indices, return_inverse=True)
+        shape = (len(clicked), len(neighbors_U))
+        similarity = sparse.csr_array((of_clicked.data, columns, of_clicked.indptr), shape=shape)
+        weights = recency_weights(rows_L, offsets_B1, self.decay, len(clicked)).astype(np.float32)
+        sums_BU = sparse.csr_array(weights @ similarity)
+        shape = (len(offsets_B1) - 1, self.similarity_VR.shape[1])
+        return sparse.csr_array((sums_BU.data, neighbors_U[sums_BU.indices], sums_BU.indptr), shape=shape)
 
     def click_scores(self, clicks: Ints, items: Ints) -> tuple[Floats, Floats]:
         """The summands of `scores` for one session: what each click adds to the scores of some items.

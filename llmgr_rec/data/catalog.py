@@ -22,6 +22,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.item_ids import are_ids, int64_ids, is_text, plain_ids
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
+from llmgr_rec.data.text_index import TextIndex
 from llmgr_rec.errors import UserError, did_you_mean
 
 _REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
@@ -176,8 +177,7 @@ class Catalog:
 
         The text `12`, the integer 12 and the float 12.0 are the same id, and so is the text `12.0`.
 
-        If the catalog's ids are strings, each call builds a hash table of the catalog, so pass many ids per call. If
-        they are int64, a binary search uses a sort order that is computed once.
+        The first call sorts the catalog; each one is a binary search.
 
         Args:
             ids: Raw ids: text, integers of any width, or whole floats.
@@ -199,22 +199,20 @@ class Catalog:
         return np.where(is_known, order[positions], -1)
 
     def _index_of_text(self, ids: pa.Array) -> np.ndarray:
-        indices = self._look_up(ids)
+        indices = self._text_index.positions(ids)
         unknown = np.flatnonzero(indices < 0)
+        if not len(unknown):
+            return indices
         as_given = ids.take(pa.array(unknown))
         plain = plain_ids(as_given)
         if not plain.equals(as_given):
-            indices[unknown] = self._look_up(plain)
+            indices[unknown] = self._text_index.positions(plain)
         return indices
 
-    def _look_up(self, ids: pa.Array) -> np.ndarray:
-        indices = pc.index_in(ids, value_set=self._large_item_ids, skip_nulls=True)
-        return indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-
     @cached_property
-    def _large_item_ids(self) -> pa.Array:
-        """The string ids with offsets of 64 bits, because those of a query may need them."""
-        return self.item_ids.cast(pa.large_string())
+    def _text_index(self) -> TextIndex:
+        # Offsets of 64 bits, because those of a query may need them.
+        return TextIndex(self.item_ids.cast(pa.large_string()))
 
     @cached_property
     def _search_order(self) -> tuple[np.ndarray, np.ndarray]:

@@ -34,8 +34,8 @@ NOT_NUMBERS = (
     "train it again with a lower learning rate"
 )
 _QUERY_BLOCK = 256
-# The first block raises `lowest` and may be large; a later one is searched while it is still in the cache. A GPU needs
-# more work at once.
+# Items of a block of a full block of queries; fewer queries have as many scores of more items. The first block raises
+# `lowest` and may be large; a later one is searched while it is still in the cache. A GPU needs more work at once.
 _CPU_FIRST_BLOCK = 16384
 _CPU_ITEM_BLOCK = 2048
 _GPU_ITEM_BLOCK = 65536
@@ -78,6 +78,9 @@ def top_k(
     Raises:
         UserError: A score is not a number.
     """
+    if 0 < queries_BQ.shape[0] <= _QUERY_BLOCK:
+        added = None if added_BR is None else _SparseTerms(added_BR, queries_BQ.device)
+        return _top_k_of_queries(queries_BQ, items_RQ, k, exclude, added)
     parts = [
         _top_k_of_queries(
             queries_BQ[start : start + _QUERY_BLOCK],
@@ -268,20 +271,29 @@ def _invert_magnitude_of_negative(bits: Tensor) -> Tensor:
 
 
 class _SparseTerms:
-    """Sparse terms of some queries in order of items, so that those of a block of items are a slice."""
+    """Sparse terms of some queries, added to the scores of one block of items after the other."""
 
     def __init__(self, added_BR: sparse.csr_array, device: torch.device) -> None:
-        by_item = sparse.csc_array(added_BR)
-        items_E = np.repeat(np.arange(by_item.shape[1]), np.diff(by_item.indptr))
-        self._first_R1 = by_item.indptr
-        self._queries_E = torch.from_numpy(by_item.indices.astype(np.int64)).to(device)
-        self._items_E = torch.from_numpy(items_E).to(device)
-        self._terms_E = torch.from_numpy(by_item.data).to(device)
+        num_queries, num_items = added_BR.shape
+        self._first_R1 = None
+        if num_items <= _block_widths(device, max(num_queries, 1))[0]:
+            queries_E = np.repeat(np.arange(num_queries), np.diff(added_BR.indptr))
+            items_E, terms_E = added_BR.indices, added_BR.data
+        else:
+            # In order of items, so that the terms of a block are a slice.
+            by_item = sparse.csc_array(added_BR)
+            items_E = np.repeat(np.arange(num_items), np.diff(by_item.indptr))
+            queries_E, terms_E, self._first_R1 = by_item.indices, by_item.data, by_item.indptr
+        self._queries_E = torch.from_numpy(queries_E.astype(np.int64, copy=False)).to(device)
+        self._items_E = torch.from_numpy(items_E.astype(np.int64, copy=False)).to(device)
+        self._terms_E = torch.from_numpy(terms_E).to(device)
 
     def add_to(self, scores_BN: Tensor, start: int) -> None:
         """Adds the terms of the items from `start` on to their scores, in place."""
         width = scores_BN.shape[1]
-        entries = slice(int(self._first_R1[start]), int(self._first_R1[start + width]))
+        entries = slice(None)
+        if self._first_R1 is not None:
+            entries = slice(int(self._first_R1[start]), int(self._first_R1[start + width]))
         flat_E = self._queries_E[entries] * width + self._items_E[entries] - start
         scores_BN.view(-1).index_add_(0, flat_E, self._terms_E[entries])
 
@@ -292,7 +304,7 @@ def _top_k_of_queries(
     """Top K of one block of queries, as `top_k`."""
     num_queries, num_items = queries_BQ.shape[0], items_RQ.shape[0]
     best = _RunningTopK(num_queries, k, queries_BQ.device)
-    first, width = _block_widths(queries_BQ.device)
+    first, width = _block_widths(queries_BQ.device, num_queries)
     buffer = queries_BQ.new_empty(num_queries * min(max(first, width), num_items))
     for start, stop in _item_blocks(num_items, first, width):
         scores_BN = buffer[: num_queries * (stop - start)].view(num_queries, stop - start)
@@ -306,9 +318,11 @@ def _top_k_of_queries(
     return best.result()
 
 
-def _block_widths(device: torch.device) -> tuple[int, int]:
+def _block_widths(device: torch.device, num_queries: int) -> tuple[int, int]:
     """Items of the first block and of a later one."""
-    return (_CPU_FIRST_BLOCK, _CPU_ITEM_BLOCK) if device.type == "cpu" else (_GPU_ITEM_BLOCK, _GPU_ITEM_BLOCK)
+    more = _QUERY_BLOCK // num_queries
+    first, later = (_CPU_FIRST_BLOCK, _CPU_ITEM_BLOCK) if device.type == "cpu" else (_GPU_ITEM_BLOCK, _GPU_ITEM_BLOCK)
+    return more * first, more * later
 
 
 def _item_blocks(num_items: int, first: int, width: int) -> Iterator[tuple[int, int]]:

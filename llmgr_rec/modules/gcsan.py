@@ -152,8 +152,9 @@ class GCSAN(SessionEncoder):
         for block in self.blocks[:-1]:
             attended_ND = block(attended_ND, log_counts_N, graph)
         final = cast(AttentionBlock, self.blocks[-1])
-        attended_BD = final.forward_last(attended_ND, last_states(attended_ND, graph), log_counts_N, graph)
         last_BD = last_states(states_ND, graph)
+        last_attended_BD = last_BD if attended_ND is states_ND else last_states(attended_ND, graph)
+        attended_BD = final.forward_last(attended_ND, last_attended_BD, log_counts_N, graph)
         # Under autocast, the attention has a lower precision than the graph network.
         mixed_BD = torch.lerp(last_BD, attended_BD.to(last_BD.dtype), self.last_item_weight)
         filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)

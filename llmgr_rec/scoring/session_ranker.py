@@ -121,9 +121,11 @@ class SessionRanker:
             index.
         """
         ranker = self.catalog_ranker if allowed_R is None else self.catalog_ranker.among(allowed_R)
+        is_known_B = clicks.lengths > 0
+        if is_known_B.all() and 0 < clicks.num_rows <= _BATCH:
+            return self._ranked(ranker, clicks, k, excludes_seen)
         ids_BK, scores_BK = (row_K.repeat(clicks.num_rows, 1) for row_K in self._popular(k, allowed_R))
-        for rows in torch.arange(clicks.num_rows).split(_BATCH):
-            known = rows[clicks.lengths[rows] > 0]
+        for known in is_known_B.nonzero().squeeze(1).split(_BATCH):
             if known.numel():
                 ids_BK[known], scores_BK[known] = self._ranked(ranker, clicks.select(known), k, excludes_seen)
         return ids_BK, scores_BK

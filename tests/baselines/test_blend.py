@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import sparse
 
+from llmgr_rec.baselines import blend as blend_module
 from llmgr_rec.baselines.blend import Blend, clicks_of, combine
 from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.checksums import file_checksum
@@ -53,6 +54,20 @@ def test_parts_of_the_items_give_their_columns_to_the_bit() -> None:
     cuts = [range(17), range(17, 18), range(18, NUM_ITEMS)]
     parts = [blend().of_items(items).scores(clicks()).toarray() for items in cuts]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@pytest.mark.parametrize("sessions", [SESSIONS, [[2, 2]], [[]]])
+def test_few_entries_give_the_same_scores(sessions: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.tensor([item for session in sessions for item in session], dtype=torch.int64)
+    given = Jagged.from_lengths(values, torch.tensor([len(session) for session in sessions]))
+    found = []
+    for few_entries in (0, NUM_ITEMS):
+        monkeypatch.setattr(blend_module, "_FEW_ENTRIES", few_entries)
+        scores = blend().scores(given)
+        assert (scores.dtype, scores.shape) == (np.float32, (len(sessions), NUM_ITEMS))
+        assert scores.nnz == len(set(zip(scores.nonzero()[0].tolist(), scores.nonzero()[1].tolist(), strict=True)))
+        found.append(scores.toarray())
+    np.testing.assert_array_equal(*found)
 
 
 def test_several_add_up_by_their_weights() -> None:
