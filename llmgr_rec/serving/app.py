@@ -20,6 +20,7 @@ from llmgr_rec.serving.request_guard import RequestGuard
 from llmgr_rec.serving.request_types import (
     ERRORS,
     MAX_BODY_BYTES,
+    ExplainAnswer,
     ExplainRequest,
     HealthAnswer,
     ItemId,
@@ -178,7 +179,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         table = await service.call(served.model.similar, items, request.k)
         return json_answer({"model": served.name, "version": served.version, "lists": table.to_pylist()})
 
-    @app.post("/explain", responses=ERRORS, summary="Says what the scores of items rest on")
+    @app.post(
+        "/explain", response_model=ExplainAnswer, responses=ERRORS, summary="Says what the scores of items rest on"
+    )
     async def explain(request: ExplainRequest) -> Response:
         models = service.models
         served = models.named(request.model)

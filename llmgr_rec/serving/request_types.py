@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr
 
+from llmgr_rec.explanation.records import Click, Edge, ExplainedItem, Node
+
 MAX_BODY_BYTES = 1 << 20
 MAX_K = 200
 MAX_CLICKS = 1000
@@ -136,6 +138,23 @@ class SimilarAnswer(BaseModel):
     model: str
     version: str
     lists: list[SimilarItems]
+
+
+class ExplainAnswer(BaseModel):
+    """What the scores of items rest on, as docs/explaining.md describes it."""
+
+    model: str
+    version: str
+    format_version: int
+    unknown_clicks: int
+    unknown_items: list[int | str]
+    stage: str
+    fallback: bool
+    clicks: list[Click]
+    nodes: list[Node]
+    edges: list[Edge]
+    items: list[ExplainedItem]
+    note: str
 
 
 class Item(BaseModel):

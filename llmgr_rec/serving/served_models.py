@@ -14,6 +14,7 @@ import pyarrow as pa
 from llmgr_rec.config import STAGES, StageName
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.results import MODEL_NAMES
+from llmgr_rec.explanation.records import Explanation
 from llmgr_rec.serving.item_search import ItemSearch
 from llmgr_rec.serving.side_by_side import BaselineList, baseline_lists
 from llmgr_rec.storage.bundle import open_bundle
@@ -26,13 +27,6 @@ from llmgr_rec.storage.bundle_index import (
 )
 
 _VERSION_LENGTH = 12
-
-
-class SessionExplanation(Protocol):
-    """What a service needs of an `Explanation`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Its content as plain values."""
 
 
 class SessionModel(Protocol):
@@ -68,7 +62,7 @@ class SessionModel(Protocol):
         *,
         items: Sequence[Any] | None = None,
         exclude_seen: bool | None = None,
-    ) -> SessionExplanation:
+    ) -> Explanation:
         """Explains recommendations for one session."""
 
 

@@ -15,7 +15,19 @@ from llmgr_rec import Recommender
 from llmgr_rec.serving import app, request_batching, request_guard
 from llmgr_rec.serving.app import Service, ServiceSettings, as_text, make_app
 from llmgr_rec.serving.request_guard import LOOPBACK_NAMES
-from llmgr_rec.serving.request_types import MAX_BODY_BYTES, MAX_CLICKS, MAX_K, MAX_SESSIONS
+from llmgr_rec.serving.request_types import (
+    MAX_BODY_BYTES,
+    MAX_CLICKS,
+    MAX_K,
+    MAX_SESSIONS,
+    ErrorAnswer,
+    ExplainAnswer,
+    HealthAnswer,
+    ItemsAnswer,
+    ListsAnswer,
+    RecommendAnswer,
+    SimilarAnswer,
+)
 from tests.small_run import run_with, small_run
 
 
@@ -173,6 +185,20 @@ def test_health_metrics_and_openapi_say_what_is_there(client: TestClient, servic
     described = client.get("/openapi.json").json()
     assert {"/recommend", "/similar", "/lists", "/items", "/health", "/metrics"} <= set(described["paths"])
     assert described["components"]["schemas"]["RecommendRequest"]["examples"]
+
+
+def test_answers_have_the_types_that_openapi_shows(client: TestClient) -> None:
+    answers = {
+        RecommendAnswer: client.post("/recommend", json={"sessions": [["i1"], []]}),
+        SimilarAnswer: client.post("/similar", json={"items": ["i1"]}),
+        ExplainAnswer: client.post("/explain", json={"session": ["i1", "i2"]}),
+        ListsAnswer: client.post("/lists", json={"session": ["i1", "no such"]}),
+        ItemsAnswer: client.get("/items"),
+        HealthAnswer: client.get("/health"),
+        ErrorAnswer: client.post("/similar", json={}),
+    }
+    for kind, answer in answers.items():
+        assert kind.model_validate(answer.json()).model_dump() == answer.json(), kind
 
 
 def test_the_page_loads_nothing_from_elsewhere(client: TestClient) -> None:
