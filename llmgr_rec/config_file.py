@@ -68,7 +68,15 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     parser = make_parser("llmgr_rec.config_file", "Reads settings.")
     add_config_arguments(parser)
     try:
-        return parse_with_config(parser, ["--config", str(path)])[1]
+        content = read_yaml(Path(_config_file(str(path))))
+        try:
+            config = _build(Config, parser.parse_object(content or {}))
+        except Exception:
+            # For a path the parser changes the folder of the whole process for a moment, which other threads notice, so
+            # only its messages come from there.
+            return parse_with_config(parser, ["--config", str(path)])[1]
+        config.validate()
+        return config
     except UserError as error:
         raise UserError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
 

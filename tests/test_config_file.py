@@ -1,5 +1,6 @@
 """Settings from recipes, files and dotted overrides, and the messages for mistakes in them."""
 
+import os
 import re
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     assert load_config(tmp_path / "c.yaml") == config
     assert config.llm.num_layers == 6
     assert config.tables.side_features == ["word"]
+
+
+def test_loading_leaves_the_folder_of_the_process_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads may read files by relative paths at the same moment."""
+    save_config(Config(), tmp_path / "c.yaml")
+    monkeypatch.setattr(os, "chdir", lambda path: pytest.fail(f"changes the folder to {path}"))
+    assert load_config(tmp_path / "c.yaml") == Config()
 
 
 def test_overrides_win_wherever_the_recipe_stands() -> None:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -108,8 +109,16 @@ def run_link(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_day_makes_a_new_run_and_new_scores(shop: Path) -> None:
-    run_page(DOCS / "every-day.md", run_link)
+def test_a_day_makes_a_new_run_and_new_scores_and_is_served(shop: Path) -> None:
+    Path("shop/current").symlink_to(".")
+    service = Service(ServiceSettings(Path("shop/current/run"), reload_s=0.1), Recommender.load)
+    with TestClient(make_app(service), base_url="http://127.0.0.1:8000") as client:
+        yesterday = client.get("/health").json()
+        run_page(DOCS / "every-day.md", run_link)
+        deadline = time.monotonic() + 60
+        while client.get("/health").json() == yesterday and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert client.get("/health").json() != yesterday
     assert pq.read_table(shop / "shop" / "2026-11-03" / "scores").num_rows == 3
     assert (shop / "shop" / "current" / "run" / "export" / "sbr").is_dir()
 
