@@ -36,6 +36,8 @@ from llmgr_rec.scoring.ranked_lists import long_rows
 from llmgr_rec.scoring.session_ranker import SessionRanker
 from llmgr_rec.storage.bundle import BundleFiles, code_names, open_bundle
 
+# Folders in the output of `fit`.
+_DATASET, _RUN = "dataset", "run"
 # Options of the commands that other arguments of `fit` set.
 _SET_BY_FIT = ("interactions", "sessions", "items", "output", "config", "dataset")
 Layout = Literal["lists", "long"]
@@ -75,8 +77,9 @@ class Recommender:
         """Loads a trained recommender.
 
         Args:
-            path: A run, or a bundle: what `save` wrote, or a folder `RUN/export/STAGE`.
-            dataset: Prepared data set, for `evaluate`; needed for nothing else.
+            path: What `save` wrote, the `output` of `fit`, a run, or a bundle in one (`RUN/export/STAGE`).
+            dataset: Prepared data set, for `evaluate`; needed for nothing else. None takes that of the `output` of
+                `fit`, if `path` is one.
             dtype: Number format of the language model, if there is one: float32, bfloat16 or auto.
             allow_code: Modules and packages from which the bundle may import its encoder and head.
 
@@ -84,6 +87,9 @@ class Recommender:
             UserError: There is no complete bundle, it is damaged, or it would import code that is not allowed.
         """
         folder = Path(path)
+        if (folder / _RUN).is_dir():
+            dataset = folder / _DATASET if dataset is None else dataset
+            folder = folder / _RUN
         files = open_bundle(folder, allow_code)
         run = folder if files.path != folder.resolve() and files.path != folder else None
         return cls(files, run, None if dataset is None else Path(dataset), dtype)
@@ -141,7 +147,7 @@ class Recommender:
         preparation: Mapping[str, object],
         progress: Progress,
     ) -> "Recommender":
-        dataset, run = folder / "dataset", folder / "run"
+        dataset, run = folder / _DATASET, folder / _RUN
         with tempfile.TemporaryDirectory(prefix="llmgr_rec-") as written:
             data = FitInput(interactions, items, Path(written))
             options = own_and_given({**data.options, "output": dataset}, preparation, "preparation")
@@ -157,6 +163,10 @@ class Recommender:
         # The caller has named the code of these settings.
         code = modules_of(code_names(load_config(run / "config.yaml")).values())
         return cls(open_bundle(run, code), run, dataset)
+
+    def __repr__(self) -> str:
+        bundle = self.ranker.bundle
+        return f"<Recommender of stage {bundle.stage} with {bundle.catalog.num_items:,} items from {self._files.path}>"
 
     @property
     def item_ids(self) -> pa.Array:
@@ -313,8 +323,7 @@ class Recommender:
 
 def _new_folder(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        run = folder / "run"
-        remedy = f", or use Recommender.load({str(run)!r})" if run.is_dir() else ""
+        remedy = f", or use Recommender.load({str(folder)!r})" if (folder / _RUN).is_dir() else ""
         raise UserError(f"{folder} exists and is not an empty folder; give another path{remedy}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -208,6 +208,22 @@ def test_restricts_what_is_recommended(rec: Recommender, sessions: list[list[Any
             assert set(row["item_ids"]) == chosen - set(items[-50:])
 
 
+def test_recommends_items_of_a_category(rec: Recommender, sessions: list[list[Any]]) -> None:
+    catalog = small_run().catalog
+    ids = set(rec.item_ids.filter(pa.array(catalog.in_category("Kind 1"))).to_pylist())
+    found = rec.recommend(sessions, k=60, category="Kind 1", exclude_seen=False)["item_ids"].to_pylist()
+    assert [set(items) for items in found] == [ids] * len(sessions)
+
+
+def test_loads_the_output_of_fit(rec: Recommender, sessions: list[list[Any]], tmp_path: Path) -> None:
+    shutil.copytree(small_run().run / "export" / "sbr", tmp_path / "shop" / "run" / "export" / "sbr")
+    shutil.copy(small_run().run / "config.yaml", tmp_path / "shop" / "run")
+    loaded = Recommender.load(tmp_path / "shop")
+    assert repr(loaded).startswith("<Recommender of stage sbr with 60 items from ")
+    with pytest.raises(UserError, match="shop/dataset"):
+        loaded.evaluate()
+
+
 def test_sessions_of_several_batches_get_the_same_lists(
     rec: Recommender, sessions: list[list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +452,19 @@ users = [user for user in range(60) for _ in range(6)]
 log = pd.DataFrame({"user_id": users, "item_id": [(user + click) % 9 for click, user in enumerate(users)]})
 Recommender.fit(log, settings={"sbr.epochs": 500, "tables.dim": 16, "runtime.device": "cpu"}, verbose=True)
 """
+
+
+@pytest.mark.slow
+def test_fits_a_log_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sessions = [[(start + click) % 9 for click in range(6)] for start in range(60)]
+    settings = {"sbr.epochs": 5, "tables.dim": 16, "runtime.device": "cpu"}
+    fitted = Recommender.fit(pl.Series(sessions), settings=settings, output=tmp_path / "shop", verbose=True)
+    assert "sbr epoch 5: validation" in capsys.readouterr().err
+    assert Recommender.load(tmp_path / "shop").evaluate()["test"]["sbr"]["hr@5"] > 0.9
+    first, *others = fitted.recommend([[3, 4, 5], [77], []], k=2).to_pylist()
+    assert first["item_ids"][0] == 6
+    assert first["titles"] == [None, None]
+    assert [row["fallback"] for row in others] == [True, True]
 
 
 @pytest.mark.slow

@@ -45,10 +45,9 @@ def score_run(request: ScoreRequest) -> Totals:
     _check_list_size(request, bundle, parts)
     folder = ScoreFolder(request.output, _job(request, bundle, files, settings), parts)
     runtime = bundle.config.runtime
-    reads = [request.input, bundle.path]
-    print_start("score", reads, request.output, describe_ranks(runtime, request.device))
     with process_group(runtime, request.device) as world, closing(folder):
         missing: list[Part] = run_on_rank0(world, lambda: _open(folder))
+        print_start("score", [request.input, bundle.path], request.output, describe_ranks(runtime, request.device))
         if missing:
             _score(_load_scorer(request, bundle, settings, world), files, missing, folder)
         barrier(world)

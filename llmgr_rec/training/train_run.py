@@ -42,10 +42,10 @@ def train_run(request: RunRequest) -> list[StageName]:
     """
     checked = check_run(request)
     runtime = request.config.runtime
-    print_start("train", [request.dataset], request.output, describe_ranks(runtime))
     with StopSignals(runtime.grace_s) as signals:
         try:
             with process_group(runtime) as world, _locked(request.output, world):
+                print_start("train", [request.dataset], request.output, describe_ranks(runtime))
                 _train(request, checked, world, signals)
         except RankLostError:
             # Another rank has stopped before this one.
