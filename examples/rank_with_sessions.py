@@ -99,7 +99,7 @@ def shard(model: nn.Module) -> tuple[DistributedModelParallel, CombinedOptimizer
     """Shards all tables by columns, those of the tower as well, and makes the optimizer of tables and dense parts."""
     collections = [part for part in model.modules() if isinstance(part, EmbeddingBagCollection)]
     weights = [weight for collection in collections for weight in collection.parameters()]
-    apply_optimizer_in_backward(optim.Adagrad, weights, {"lr": 0.02})
+    apply_optimizer_in_backward(optim.Adagrad, weights, {"lr": 0.1})
     constraint = ParameterConstraints(sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=16)
     names = [table.name for collection in collections for table in collection.embedding_bag_configs()]
     plan = EmbeddingShardingPlanner(constraints=dict.fromkeys(names, constraint)).collective_plan(model)
@@ -117,7 +117,7 @@ def run(pipeline: TrainPipelineSparseDist, requests: Sequence[Requests]) -> list
     return results
 
 
-def train_and_test(dataset: Path, bundle: Path | None, epochs: int = 10, output: Path | None = None) -> float:
+def train_and_test(dataset: Path, bundle: Path | None, epochs: int = 20, output: Path | None = None) -> float:
     """AUC on the test part of a ranking model that was trained with a session recommender in it, or without."""
     torch.manual_seed(dist.get_rank())
     tower = SessionTower.from_bundle(bundle, device="meta") if bundle is not None else None

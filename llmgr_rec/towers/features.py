@@ -102,18 +102,16 @@ class TowerFeatures(nn.Module):
         self.click_feature, self.item_feature = click_feature, item_feature
         self.max_length, self.merges_repeats = max_length, merges_repeats
         for name, rows in side_features.items():
-            self._register_rows(name, rows)
+            self._register_rows(name, _small(rows))
         self.num_text_items = text.num_items if text else 0
         self.separator_width = len(text.separator) if text else 0
         if text is not None:
             self._register_rows("text", prepend(text.tokens, text.separator))
 
     def _register_rows(self, name: str, rows: Jagged) -> None:
-        largest = max(int(rows.values.max()) if rows.values.numel() else 0, rows.values.numel())
-        dtype = torch.int32 if largest < _INT32 else torch.int64
         # Not persistent: they are read from the bundle again.
-        self.register_buffer(f"{name}_values", rows.values.to(dtype), persistent=False)
-        self.register_buffer(f"{name}_offsets", rows.offsets.to(dtype), persistent=False)
+        self.register_buffer(f"{name}_values", rows.values, persistent=False)
+        self.register_buffer(f"{name}_offsets", rows.offsets, persistent=False)
 
     def forward(
         self, features: KeyedJaggedTensor, items: KeyedJaggedTensor | None = None, session_of_item: Tensor | None = None
@@ -227,9 +225,14 @@ class TowerFeatures(nn.Module):
         """Token ids of the texts of the last clicks, one row per session."""
         if not self.num_text_items:
             return Jagged(clicks.values[:0], torch.zeros_like(clicks.offsets))
-        tokens = self._registered("text")
-        tokens = Jagged(tokens.values.to(torch.int64), tokens.offsets.to(torch.int64))
-        return texts_of_last_items(clicks, self.num_text_items, tokens, self.separator_width)
+        return texts_of_last_items(clicks, self.num_text_items, self._registered("text"), self.separator_width)
 
     def _registered(self, name: str) -> Jagged:
         return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
+
+
+def _small(rows: Jagged) -> Jagged:
+    """The rows as int32, if all numbers fit: each rank holds those of the whole catalog."""
+    largest = max(int(rows.values.max()) if rows.values.numel() else 0, rows.values.numel())
+    dtype = torch.int32 if largest < _INT32 else torch.int64
+    return Jagged(rows.values.to(dtype), rows.offsets.to(dtype))

@@ -22,8 +22,8 @@ def test_the_page_shows_the_whole_example() -> None:
 
 def train_on_rank(world: World, dataset: str, bundle: str, output: str) -> tuple[float, float]:
     del world
-    without = train_and_test(Path(dataset), None, epochs=50)
-    return without, train_and_test(Path(dataset), Path(bundle), epochs=50, output=Path(output))
+    without = train_and_test(Path(dataset), None, epochs=30)
+    return without, train_and_test(Path(dataset), Path(bundle), epochs=30, output=Path(output))
 
 
 @pytest.mark.dist

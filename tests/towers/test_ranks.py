@@ -210,6 +210,25 @@ def test_what_trains_moves_and_nothing_else() -> None:
         assert {param_group(name) for name, moved in rank.moved.items() if moved} > {"tables", "encoder", "lora"}
 
 
+def train_all_of_llmgr(world: World, path: str) -> dict[str, bool]:
+    """Whether each parameter of LLMGR moves, if all of its groups train."""
+    torch.manual_seed(0)
+    tower = LLMGRTower.from_bundle(path, trains=LLMGRTower.groups, device="meta")
+    model = shard_as_the_team_does(Ranker(llm=tower), world.size)
+    tower.load(path)
+    before = local_values(tower)
+    train(model, world)
+    return {name: not torch.equal(value, before[name]) for name, value in local_values(tower).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_all_groups_of_llmgr_can_train() -> None:
+    for moved in run_on_ranks(train_all_of_llmgr, 2, str(bundle("llm"))):
+        assert {param_group(name) for name, changed in moved.items() if changed} == set(LLMGRTower.groups)
+        assert not any(changed for name, changed in moved.items() if param_group(name) is None)
+
+
 @pytest.mark.dist
 def test_a_checkpoint_of_the_model_around_it_restores_a_tower() -> None:
     for rank in seen():

@@ -20,7 +20,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from llmgr_rec import LLMGRTower, Recommender, SessionTower, UserError, build_recommender, export_bundle
+from llmgr_rec import LLMGRTower, ModelFactory, Recommender, SessionTower, UserError, build_recommender, export_bundle
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.checksums import file_checksum
 from llmgr_rec.config import Config
@@ -125,6 +125,32 @@ def test_a_session_is_encoded_once_for_all_that_it_shows(stage: str) -> None:
     torch.testing.assert_close(reversed_.flip(0), together)
     torch.testing.assert_close(apart, together, atol=1e-5, rtol=1e-5)
     assert encoded == [5, 5, 5, 52]
+
+
+@torch.no_grad()
+def test_a_data_loader_may_make_the_features() -> None:
+    tower, kjt = tower_of("sbr"), features(CLICKS, SHOWN)
+    batch = tower.features(kjt).to(CPU)
+    torch.testing.assert_close(tower.match(batch).values(), tower(kjt).values())
+
+
+@torch.no_grad()
+def test_prompts_show_the_texts_that_scoring_shows(tmp_path: Path) -> None:
+    settings, catalog, factory = config(), small_run().catalog, ModelFactory()
+    settings.prompt.text_items = 2
+    spec = factory.spec("behave", settings, catalog)
+    model = factory.build(spec, factory.language_parts(spec, catalog, CPU), CPU)
+    init_tables(model, 1, 0.5)
+    bundle = tmp_path / "export" / "behave"
+    export_bundle(model, "behave", settings, catalog, bundle, ONE_RANK)
+    recommender, tower = Recommender.load(bundle), tower_of("behave", bundle)
+    ids = catalog.item_ids
+    raw = [[ids[item].as_py() for item in row] for row in ([3, 5, 7], [9])]
+    ranked = recommender.recommend(raw, k=NUM_ITEMS).to_pylist()
+    scores = [dict(zip(row["item_ids"], row["scores"], strict=True)) for row in ranked]
+    found = tower(features([[3, 5, 7], [9]], [[1, 2], [4]]))["score"].flatten().tolist()
+    expected = [scores[0][ids[1].as_py()], scores[0][ids[2].as_py()], scores[1][ids[4].as_py()]]
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
