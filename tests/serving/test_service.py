@@ -180,7 +180,11 @@ def test_health_metrics_and_openapi_say_what_is_there(client: TestClient, servic
     assert (loaded["name"], loaded["stage"]) == ("sbr", "sbr")
     text = client.get("/metrics").text
     assert f'llmgr_model_info{{model="sbr",stage="sbr",version="{loaded["version"]}"}} 1.0' in text
-    for name in ("llmgr_requests_total", "llmgr_request_seconds_bucket", "llmgr_batch_sessions_bucket"):
+    assert client.get("/no/such").status_code == 404
+    text = client.get("/metrics").text
+    assert 'llmgr_requests_total{path="/health",status="200"}' in text
+    assert 'llmgr_requests_total{path="other",status="404"}' in text
+    for name in ("llmgr_request_seconds_bucket", "llmgr_batch_sessions_bucket"):
         assert name in text
     described = client.get("/openapi.json").json()
     assert {"/recommend", "/similar", "/lists", "/items", "/health", "/metrics"} <= set(described["paths"])
