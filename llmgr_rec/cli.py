@@ -271,9 +271,21 @@ def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
         raise UserError(_rewrite_message(str(error), parser, words)) from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(_rewrite_message(str(error), parser, words)) from None
+    _convert_repeated_paths(parser, namespace)
     # Groups of settings have bounds of their own.
     check_options({name: value for name, value in namespace.as_dict().items() if not isinstance(value, dict)}, {})
     return namespace
+
+
+def _convert_repeated_paths(parser: "ArgumentParser", namespace: "Namespace") -> None:
+    """Converts the paths of options that may be repeated, because argparse handles those and knows no `local_path`."""
+    for action in parser._actions:
+        if action.type is not LocalPath or not (paths := namespace.get(action.dest)):
+            continue
+        try:
+            namespace[action.dest] = [local_path(path) for path in paths]
+        except ValueError as error:
+            raise UserError(f"setting {action.dest} is {error}") from None
 
 
 def _rewrite_message(message: str, parser: "ArgumentParser", words: Sequence[str]) -> str:
