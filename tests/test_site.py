@@ -67,11 +67,21 @@ def test_the_site_is_built_without_warnings_and_loads_nothing_from_other_hosts(t
         assert not LOADED_BY_STYLE.findall(text), path
 
 
-def test_the_site_is_set_up_to_load_nothing_from_other_hosts() -> None:
-    class Loader(yaml.SafeLoader):
-        """Reads the tag for a Python object as its name."""
+class Loader(yaml.SafeLoader):
+    """Reads the tag for a Python object as its name."""
 
-    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+
+Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix)
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert pages <= set(listed), "name the page in nav of mkdocs.yml"
+
+
+def test_the_site_is_set_up_to_load_nothing_from_other_hosts() -> None:
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader=Loader)
     assert config["theme"]["font"] is False
     assert not [value for value in [*config.get("extra_css", []), *config.get("extra_javascript", [])] if "//" in value]
