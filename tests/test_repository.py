@@ -273,6 +273,7 @@ def test_the_wheel_holds_what_running_needs(tmp_path: Path) -> None:
         assert "llmgr = llmgr_rec.__main__:run" in declared
     wanted = [
         *(ROOT / "llmgr_rec").rglob("*.yaml"),
+        *(path for kind in ("css", "js", "html") for path in (ROOT / "llmgr_rec").rglob(f"*.{kind}")),
         *(path for package in ("llmgr_rec", "datagen", "torchx_components") for path in (ROOT / package).rglob("*.py")),
         ROOT / "llmgr_rec" / "py.typed",
     ]

@@ -14,6 +14,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model, identity, split_reader
+from llmgr_rec.evaluation.rank_collector import RankCollector
 from llmgr_rec.storage.bundle import load_bundle
 from tests.data.prepare_inputs import read
 from tests.ranks import run_on_ranks
@@ -117,10 +118,16 @@ def everything(world: World, dataset: Dataset, run: Path | None = None) -> dict[
     for stage in ("sbr", "behave"):
         # Sharded on several ranks; plain torch where there is no process group.
         bundle = load_bundle(run / "export" / stage, None if world is ONE_RANK else world)
-        results[stage] = evaluate_model(bundle.ranking(), dataset, "test", world, catalog.train_count_V)
+        ranks = RankCollector()
+        results[stage] = evaluate_model(
+            bundle.ranking(), dataset, "test", world, catalog.train_count_V, collector=ranks
+        ) | {"ranks": ranks.gather(world).tolist()}
     for name in ("popularity", "item_knn"):
         baseline = build_baseline(name, dataset, catalog)
-        results[name] = evaluate_baseline(baseline, dataset, "test", catalog, world)
+        ranks = RankCollector()
+        results[name] = evaluate_baseline(baseline, dataset, "test", catalog, world, collector=ranks) | {
+            "ranks": ranks.gather(world).tolist()
+        }
     return results
 
 
@@ -136,3 +143,4 @@ def test_two_ranks_give_the_figures_of_one() -> None:
         assert results == one
     for result in one:
         assert result["item_knn"]["hr@20"] > result["popularity"]["hr@20"] + 0.2
+        assert all(len(metrics["ranks"]) == metrics["count"] for metrics in result.values())
