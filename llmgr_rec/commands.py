@@ -46,6 +46,10 @@ COMMANDS = {
         "Serves recommendations over HTTP, with a page to try them.",
         "--run run",
     ),
+    "export": Command(
+        "Writes a session recommender as a program that needs torch alone.",
+        "--run run --output model.pt2",
+    ),
     "experiments": Command(
         "Trains and compares the variants of an experiment over seeds.",
         "--experiment backbones --dataset dataset --output runs/backbones --seeds 0,1,2",

@@ -27,6 +27,7 @@ ENTRY_POINTS = [
         "evaluate",
         "score",
         "explain",
+        "export",
         "plan",
         "doctor",
         "report",

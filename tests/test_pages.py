@@ -31,6 +31,7 @@ RUN_HERE = {f"docs/{name}.md" for name in ("tutorial", "every-day", "cold-items"
 RUN_ELSEWHERE = {
     "docs/embedding.md": "tests/examples/test_rank_with_sessions.py",
     "docs/explaining.md": "tests/test_python_api.py",
+    "docs/export.md": "tests/scoring/test_program_export.py",
     "docs/extending/baseline.md": "tests/test_extensions.py",
     "docs/extending/encoder.md": "tests/test_extensions.py",
     "docs/extending/head.md": "tests/test_extensions.py",

@@ -13,7 +13,7 @@ item index.
 
 Three things keep this near the cost of the product. A strip is a few neighboring scores: K strips have a maximum as
 high as the K-th highest one, so at least K scores are as high, and few more. Hardly any score of a later block is a
-candidate. And a candidate is one integer, which holds score and item, see `_sort_keys`.
+candidate. And a candidate is one integer, which holds score and item, see `sort_keys`.
 
 Shapes: B queries of a block, R items, N items of a block, M strips of it, Q columns, K results of a query, C candidates
 over all queries, W candidates of a query, E entries of sparse terms.
@@ -149,7 +149,7 @@ class _RunningTopK:
         """Keys of all items of the first block, [B, N], or of the K best."""
         if scores_BN.isnan().any():
             raise UserError(NOT_NUMBERS)
-        keys_BN = _sort_keys(scores_BN, torch.arange(scores_BN.shape[1], device=scores_BN.device))
+        keys_BN = sort_keys(scores_BN, torch.arange(scores_BN.shape[1], device=scores_BN.device))
         keys_BN.masked_fill_(scores_BN.isneginf(), _NO_ITEM)
         if keys_BN.device.type == "cpu" and keys_BN.shape[1] >= 2 * self._k:
             # The sort that follows takes longer for all items than the partition does.
@@ -170,7 +170,7 @@ class _RunningTopK:
         if scores_C.isnan().any():
             raise UserError(NOT_NUMBERS)
         queries_C = flat_C // num_items
-        return _padded_rows(_sort_keys(scores_C, flat_C - queries_C * num_items + start), queries_C, num_queries)
+        return _padded_rows(sort_keys(scores_C, flat_C - queries_C * num_items + start), queries_C, num_queries)
 
     def _raise_lowest(self, scores_BN: Tensor, strip: int) -> None:
         self.lowest_B = torch.maximum(self.lowest_B, _kth_maximum_of_strips(scores_BN, strip, self._k))
@@ -192,7 +192,7 @@ class _RunningTopK:
             keys_BW = keys_BW.sort(dim=1).values
         self._keys_BW = [keys_BW[:, : self._k]]
         if keys_BW.shape[1] >= self._k:
-            kth_B = _scores_of(keys_BW[:, self._k - 1])
+            kth_B = scores_of(keys_BW[:, self._k - 1])
             # Later items have higher indices, so only a higher score comes before the K-th.
             self.lowest_B = torch.maximum(self.lowest_B, torch.nextafter(kth_B, torch.full_like(kth_B, torch.inf)))
 
@@ -203,7 +203,7 @@ class _RunningTopK:
         keys_BX = self._keys_BW[0]
         missing_BX = keys_BX.new_full((keys_BX.shape[0], self._k - keys_BX.shape[1]), _NO_ITEM)
         keys_BK = torch.cat([keys_BX, missing_BX], dim=1)
-        return (keys_BK & _LOW_31_BITS).masked_fill(keys_BK == _NO_ITEM, -1), _scores_of(keys_BK)
+        return (keys_BK & _LOW_31_BITS).masked_fill(keys_BK == _NO_ITEM, -1), scores_of(keys_BK)
 
 
 def _strip_length(num_items: int, k: int) -> int:
@@ -234,7 +234,7 @@ def _padded_rows(keys_C: Tensor, queries_C: Tensor, num_queries: int) -> Tensor:
     return keys_BW
 
 
-def _sort_keys(scores: Tensor, items: Tensor) -> Tensor:
+def sort_keys(scores: Tensor, items: Tensor) -> Tensor:
     """Integers that rise as scores fall, and with the item where scores are equal.
 
     The bits of a float32, read as a signed integer, rise with a float of 0 or above; of a negative one they fall, since
@@ -258,7 +258,7 @@ def _sort_keys(scores: Tensor, items: Tensor) -> Tensor:
     return rising.bitwise_not_().long().bitwise_left_shift_(31).add_(items)
 
 
-def _scores_of(keys: Tensor) -> Tensor:
+def scores_of(keys: Tensor) -> Tensor:
     """Scores of sort keys; -inf of the key that stands for no item."""
     rising = (keys >> 31).int().bitwise_not_()
     scores = _invert_magnitude_of_negative(rising).view(torch.float32)

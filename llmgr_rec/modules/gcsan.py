@@ -3,6 +3,7 @@
 Shapes: B sessions, N nodes, M = largest number of nodes of a session, A attention heads, D = d1 columns.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -92,19 +93,25 @@ class AttentionBlock(nn.Module):
         width = dim // self.heads
         query_BAK = self.query(last_BD).view(num_sessions, self.heads, width) * width**-0.5
         # Not einsum, whose traced form excludes batches of one session.
-        probe_ABD = torch.bmm(query_BAK.transpose(0, 1), self.key.weight.view(self.heads, width, dim))
+        probe_ABD = torch.bmm(query_BAK.transpose(0, 1), _weight(self.key).view(self.heads, width, dim))
         probe_NAD = probe_ABD.transpose(0, 1).index_select(0, session_N)
         scores_NA = (probe_NAD * states_ND.unsqueeze(1)).sum(dim=2)
         scores_NA = scores_NA + log_counts_N.unsqueeze(1)
         weights_NA = segment_softmax(scores_NA, session_N, num_sessions)
         weighted_NAD = weights_NA.unsqueeze(2) * states_ND.unsqueeze(1)
         means_BAD = segment_sum(weighted_NAD.flatten(1), session_N, num_sessions).unflatten(1, (self.heads, dim))
-        value_ADK = self.value.weight.view(self.heads, width, dim).transpose(1, 2)
+        value_ADK = _weight(self.value).view(self.heads, width, dim).transpose(1, 2)
         attended_ABK = torch.bmm(means_BAD.transpose(0, 1), value_ADK)
         return self._feed_forward(self.dropout(torch.cat(attended_ABK.unbind(), dim=1)))
 
     def _feed_forward(self, attended_XD: Tensor) -> Tensor:
         return attended_XD + self.dropout(self.contract(self.expand(attended_XD).relu()))
+
+
+def _weight(linear: nn.Linear) -> Tensor:
+    """The weight of a linear layer, also of one that `quantize_dynamic` has replaced, whose weight is a method."""
+    weight: Tensor | Callable[[], Tensor] = linear.weight
+    return weight if isinstance(weight, Tensor) else weight().dequantize()
 
 
 def _node_rows(graph: SessionGraph) -> LengthBucket:

@@ -98,7 +98,7 @@ class SessionRecommender(nn.Module):
             encoded = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
         else:
             encoded = self.encoder(rows_ND, batch.graph)
-        queries_BQ, candidates_CQ = self._as_query(encoded.sessions_BD), self._as_item(candidates_CD)
+        queries_BQ, candidates_CQ = self.as_query(encoded.sessions_BD), self._as_item(candidates_CD)
         if self.text_encoder is not None:
             text = self.text_encoder(rows.texts_XH, batch)
             queries_BQ, candidates_CQ = torch.cat([queries_BQ, text[0]], 1), torch.cat([candidates_CQ, text[1]], 1)
@@ -166,7 +166,7 @@ class SessionRecommender(nn.Module):
             nodes_ND: Item vectors of the nodes.
             graph: The sessions' graphs.
         """
-        return self._as_query(self.encoder(nodes_ND, graph).sessions_BD)
+        return self.as_query(self.encoder(nodes_ND, graph).sessions_BD)
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """Item vectors, [C, Q]; scores are queries @ item_vectors.T.
@@ -183,7 +183,8 @@ class SessionRecommender(nn.Module):
             return items_CD
         return torch.cat([items_CD, rows.texts_XH], 1)
 
-    def _as_query(self, sessions_BD: Tensor) -> Tensor:
+    def as_query(self, sessions_BD: Tensor) -> Tensor:
+        """Queries from session vectors, [B, D]."""
         return normalize(sessions_BD) / self.temperature if self.score == "cosine" else sessions_BD
 
     def _as_item(self, vectors_CD: Tensor) -> Tensor:

@@ -102,10 +102,10 @@ def test_sort_keys_hold_score_and_item(entries: list[tuple[float, int]]) -> None
     entries += [(value, 7) for value in (0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, -1.0, -2.0)]
     scores = torch.tensor([score for score, _ in entries], dtype=torch.float32)
     items = torch.tensor([item for _, item in entries])
-    keys = topk._sort_keys(scores, items)
+    keys = topk.sort_keys(scores, items)
     order = np.lexsort((items.numpy(), -scores.numpy()))
     assert (keys.numpy()[order][1:] >= keys.numpy()[order][:-1]).all()
-    assert torch.equal(topk._scores_of(keys), scores)
+    assert torch.equal(topk.scores_of(keys), scores)
     assert torch.equal(keys & (2**31 - 1), items)
 
 
