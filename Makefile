@@ -23,8 +23,9 @@ CONFIG ?= quickstart
 ARGS ?=
 
 BIN = $(VENV)/bin
-# One worker per core. The tests of a file run in one worker, because they share expensive fixtures.
-XDIST = --numprocesses logical --maxprocesses 8 --dist loadfile
+# One worker per core. The tests of a file run in one worker, because they share expensive fixtures; files start in the
+# order of tests/conftest.py.
+XDIST = --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # TorchX starts torchrun by name, so the programs of the environment come first.
 export PATH := $(abspath $(BIN)):$(PATH)
 # Only the locked packages: no user site, no package folders of the caller.

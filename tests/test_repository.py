@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import llmgr_rec
+from tests.conftest import LONGEST_FILES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llmgr_rec", "datagen", "torchx_components", "benchmarks", "examples")
@@ -279,3 +280,7 @@ def test_the_wheel_holds_what_running_needs(tmp_path: Path) -> None:
     ]
     assert {str(path.relative_to(ROOT)) for path in wanted} <= names
     assert not [name for name in names if name.startswith("tests")]
+
+
+def test_files_that_start_first_exist():
+    assert not [name for name in LONGEST_FILES if not (ROOT / "tests" / name).is_file()]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmgr_rec.cli import run_cli
 from llmgr_rec.errors import UserError
 from llmgr_rec.score import main
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
@@ -61,10 +62,11 @@ def test_killed_half_way_and_run_again_gives_the_same_bytes(tmp_path):
     assert all_bytes(killed) == all_bytes(tmp_path / "whole")
 
 
-def test_the_command_exits_2_with_one_line(tmp_path):
-    command = [sys.executable, "-m", "llmgr_rec.score", *words(tmp_path / "absent", tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr == (
+def test_the_command_exits_2_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["score", *words(tmp_path / "absent", tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
         f"error: {tmp_path / 'absent'} does not exist; give a Parquet file or a folder of them to --input\n"
     )
