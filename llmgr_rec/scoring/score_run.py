@@ -37,8 +37,6 @@ def score_run(request: ScoreRequest) -> Totals:
     """
     bundle = preflight(request)
     files = SessionFiles(request.input, request.passed_columns, bundle.catalog, request.unknown_items)
-    if request.input.is_dir():
-        logger.info("--input %s: %s", request.input, files.description)
     _check_rows(files)
     settings = _settings(request, bundle)
     parts = files.parts(request.part_rows)
@@ -48,6 +46,8 @@ def score_run(request: ScoreRequest) -> Totals:
     with process_group(runtime, request.device) as world, closing(folder):
         missing: list[Part] = run_on_rank0(world, lambda: _open(folder))
         print_start("score", [request.input, bundle.path], request.output, describe_ranks(runtime, request.device))
+        if request.input.is_dir():
+            logger.info("--input %s: %s", request.input, files.description)
         if missing:
             _score(_load_scorer(request, bundle, settings, world), files, missing, folder)
         barrier(world)
