@@ -173,16 +173,25 @@ def to_ids(ids: object, name: str) -> pa.Array:
         name: Name of the argument, for messages.
 
     Raises:
-        UserError: This is a single id, or the ids have different types.
+        UserError: This is a single id, a table or a list of lists, or the ids have different types.
     """
-    if isinstance(ids, pa.Array | pa.ChunkedArray):
-        return ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise UserError(f"{name} is {ids!r}; give a list of item ids: [{ids!r}]")
+    if is_table(ids):
+        raise UserError(f"{name} is {type(ids).__name__}; give a list or a column of item ids")
     try:
-        return pa.array([_plain_value(item) for item in ids])
+        array = _array(ids)
     except (pa.ArrowException, TypeError, OverflowError):
         raise UserError(f"{name}: item ids must all be integers or all text") from None
+    if pa.types.is_nested(array.type):
+        raise UserError(f"{name} holds lists; give one list of item ids")
+    return array
+
+
+def _array(ids: Iterable[object]) -> pa.Array:
+    if isinstance(ids, pa.ChunkedArray):
+        return ids.combine_chunks()
+    return ids if isinstance(ids, pa.Array) else pa.array([_plain_value(item) for item in ids])
 
 
 def _plain_value(value: object) -> object:
@@ -228,6 +237,8 @@ def _require_values(table: pa.Table, column: str, name: str) -> None:
 def _read(path: Path, name: str) -> pa.Table:
     import pyarrow.parquet as pq
 
+    if not path.exists():
+        raise UserError(f"{name}: {path} does not exist; give {_ACCEPTED}")
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -62,6 +63,8 @@ class Recommender:
     def __init__(
         self, files: BundleFiles, run: Path | None = None, dataset: Path | None = None, dtype: DType | None = None
     ) -> None:
+        if dtype is not None and dtype not in get_args(DType):
+            raise UserError(f"dtype is {dtype!r}; give one of {', '.join(get_args(DType))}")
         self._files, self._run, self._dataset = files, run, dataset
         self.ranker = SessionRanker(files, dtype)
 
@@ -219,7 +222,8 @@ class Recommender:
         table = to_sessions(sessions)
         clicks = self.ranker.clicks(table["items"])
         allowed_R = self.ranker.allowed_items(among, without, category)
-        excludes_seen = self.ranker.rule.excludes_seen if exclude_seen is None else exclude_seen
+        flag = _checked_flag(exclude_seen)
+        excludes_seen = self.ranker.rule.excludes_seen if flag is None else flag
         ranked = self.ranker.lists(*self.ranker.rank(clicks, length, excludes_seen, allowed_R))
         is_empty_B = (clicks.lengths == 0).numpy()
         lists = pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B)})
@@ -266,8 +270,8 @@ class Recommender:
         Raises:
             UserError: An id has a wrong type, an item is not in the catalog, or `k` is out of range.
         """
-        ids = to_sessions([session], "session")["items"].combine_chunks().flatten()
-        return self._explainer.explain(ids, k, None if items is None else to_ids(items, "items"), exclude_seen)
+        wanted = None if items is None else to_ids(items, "items")
+        return self._explainer.explain(to_ids(session, "session"), k, wanted, _checked_flag(exclude_seen))
 
     @functools.cached_property
     def _explainer(self) -> Explainer:
@@ -325,8 +329,18 @@ def _new_folder(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = f", or use Recommender.load({str(folder)!r})" if (folder / _RUN).is_dir() else ""
         raise UserError(f"{folder} exists and is not an empty folder; give another path{remedy}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {folder} ({error.strerror}); give another path") from None
     return folder
+
+
+def _checked_flag(exclude_seen: bool | None) -> bool | None:
+    # A text such as "no" would be true.
+    if exclude_seen is not None and not isinstance(exclude_seen, bool | np.bool_):
+        raise UserError(f"exclude_seen is {exclude_seen!r}; give True, False or None")
+    return exclude_seen
 
 
 def _progress(verbose: bool | None) -> Progress:

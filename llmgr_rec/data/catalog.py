@@ -131,13 +131,17 @@ class Catalog:
             category: Name, with the levels above it as in the item file: `Tools > Saws`.
 
         Raises:
-            UserError: No item has this category.
+            UserError: No item has this category, or it is no text.
         """
+        if not isinstance(category, str):
+            raise UserError(f"category is {category!r}; give the name of one category")
         names = _read(self.file, ["category"])["category"]
         below = pc.starts_with(names, f"{category} > ")
         mask = pc.fill_null(pc.or_(pc.equal(names, category), below), False).to_numpy()
         if not mask.any():
             known = [name for name in names.unique().to_pylist() if name]
+            if not known:
+                raise UserError(f"category is {category!r}, but no item of the catalog has a category")
             raise UserError(f"no item has the category {category!r}{did_you_mean(category, known)}")
         return mask
 

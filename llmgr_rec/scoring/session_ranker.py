@@ -92,14 +92,15 @@ class SessionRanker:
         Raises:
             UserError: Ids have a wrong type, or no item has the category.
         """
-        if among is None and not len(without) and category is None:
+        removed_ids = to_ids(without, "without")
+        if among is None and not len(removed_ids) and category is None:
             return None
         is_allowed_V = np.ones(self.catalog.num_items, bool)
         if among is not None:
             chosen = self.catalog.index_of(to_ids(among, "among"))
             is_allowed_V = np.isin(np.arange(len(is_allowed_V)), chosen)
-        if len(without):
-            removed = self.catalog.index_of(to_ids(without, "without"))
+        if len(removed_ids):
+            removed = self.catalog.index_of(removed_ids)
             is_allowed_V[removed[removed >= 0]] = False
         if category is not None:
             is_allowed_V &= self.catalog.in_category(category)

@@ -170,9 +170,13 @@ def resolve_bundle(path: Path) -> Path:
     if is_complete(path):
         return path
     if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a run folder made by python -m llmgr_rec.train")
-    export = path / "export" if (path / "export").is_dir() else path
-    return latest_bundle(export)
+        problem = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}; give a run folder made by python -m llmgr_rec.train")
+    if (path / "export").is_dir():
+        return latest_bundle(path / "export")
+    if bundle := default_bundle(path):
+        return bundle
+    raise UserError(f"{path} has no exported model; give a run folder made by python -m llmgr_rec.train")
 
 
 def read_index(folder: Path) -> BundleIndex:
