@@ -60,7 +60,9 @@ class GatedGraph(nn.Module):
         for _ in range(self.steps):
             received = states_ND.new_zeros(2 * num_nodes, self.dim)
             received = received.index_add(0, receivers, states_ND.index_select(0, sources)) / degrees
-            states_ND = gru_cell(received.view(num_nodes, 2 * self.dim), states_ND, weights)
+            # Not a view of both sizes at once, which AOTInductor of torch 2.13 computes wrongly for a size of the data.
+            received = received.unflatten(0, (num_nodes, 2)).flatten(1)
+            states_ND = gru_cell(received, states_ND, weights)
         return states_ND
 
     def _input_weight(self) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch._inductor
 from torch import Tensor
 
 from llmgr_rec import Recommender, UserError
 from llmgr_rec.export import main
-from llmgr_rec.scoring.program_export import session_program
+from llmgr_rec.scoring.program_export import session_program, write_program
 from tests.documented import run_programs
 from tests.explanation.explained import recommender
 from tests.small_run import small_run
@@ -109,6 +110,19 @@ def test_an_exported_program_ranks_as_the_recommender_without_this_package(
     names = run_programs(ROOT / "docs" / "export.md")
     assert names["items"].shape == (3, K)
     assert type(names["quantized"].item_tables.ebc) is not type(names["model"].item_tables.ebc)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler, g++")
+@pytest.mark.parametrize("name", RECOMMENDERS)
+def test_a_compiled_program_ranks_as_the_recommender(name: str, tmp_path: Path) -> None:
+    rec, file = RECOMMENDERS[name](), tmp_path / "model.pt2"
+    write_program(rec._files, file, K)
+    package = str(tmp_path / "compiled.pt2")
+    torch._inductor.aoti_compile_and_package(torch.export.load(file), package_path=package)
+    program = torch._inductor.aoti_load_package(package)
+    for sessions in (SESSIONS, *OTHERS):
+        check(program, rec, sessions)
 
 
 @pytest.mark.parametrize(
