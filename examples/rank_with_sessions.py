@@ -91,8 +91,8 @@ def batches(part: Path, seed: int, is_test: bool = False) -> Iterator[Requests]:
 def features(**rows: list[list[int]]) -> KeyedJaggedTensor:
     """Rows of ids of each key."""
     lists = [ids for key in rows.values() for ids in key]
-    lengths = torch.tensor([len(ids) for ids in lists])
-    return KeyedJaggedTensor(list(rows), torch.tensor([item for ids in lists for item in ids]), lengths=lengths)
+    items = torch.tensor([item for ids in lists for item in ids], dtype=torch.int64)
+    return KeyedJaggedTensor(list(rows), items, lengths=torch.tensor([len(ids) for ids in lists], dtype=torch.int64))
 
 
 def shard(model: nn.Module) -> tuple[DistributedModelParallel, CombinedOptimizer]:

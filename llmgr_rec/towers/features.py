@@ -119,8 +119,8 @@ class TowerFeatures(nn.Module):
         """Makes the batch; the arguments are those of `SessionTower.forward`.
 
         Raises:
-            UserError: A key is missing, an item index is not in the catalog, or the index of sessions has another
-                length than the shown items or names a session that does not exist.
+            UserError: A key is missing, a tensor is not of integers, an item index is not in the catalog, or the index
+                of sessions has another length than the shown items or names a session that does not exist.
         """
         clicks = self._clicks(features)
         shown_C, session_of_row_R = self._shown(features, items, session_of_item)
@@ -164,13 +164,13 @@ class TowerFeatures(nn.Module):
         if key not in (known := features.keys()):
             raise UserError(f"the features have no key {key}; they have {', '.join(known)}")
         rows = features[key]
-        values = rows.values().to(torch.int64)
+        values, lengths = _integers(rows.values(), f"feature {key}"), _integers(rows.lengths(), "lengths")
         if values.numel() and int(values.max()) >= self.num_items:
             raise UserError(
                 f"feature {key} has item index {int(values.max())}, but the catalog has {self.num_items} items; map "
                 "raw ids by SessionTower.index_of, which gives -1 for an unknown item"
             )
-        return Jagged.from_lengths(values, rows.lengths().to(torch.int64))
+        return Jagged.from_lengths(values, lengths)
 
     def _shown(
         self, features: KeyedJaggedTensor, items: KeyedJaggedTensor | None, session_of_item: Tensor | None
@@ -187,7 +187,7 @@ class TowerFeatures(nn.Module):
                     "session_of_item, the session of each shown item"
                 )
             return shown.values, shown.row_of_value
-        num_sessions, session_of_item_C = features.stride(), session_of_item.to(torch.int64)
+        num_sessions, session_of_item_C = features.stride(), _integers(session_of_item, "session_of_item")
         if session_of_item_C.shape != shown.values.shape:
             raise UserError(
                 f"session_of_item has shape {list(session_of_item_C.shape)}, but {shown.values.numel()} items are shown"
@@ -229,6 +229,15 @@ class TowerFeatures(nn.Module):
 
     def _registered(self, name: str) -> Jagged:
         return Jagged(self.get_buffer(f"{name}_values"), self.get_buffer(f"{name}_offsets"))
+
+
+def _integers(numbers: Tensor, name: str) -> Tensor:
+    """The numbers as int64. TorchRec sends others between ranks with a wrong size, and floats round large indices."""
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise UserError(
+            f"{name} is {numbers.dtype}, but must be integers; give dtype=torch.int64, as torch.tensor([]) is float"
+        )
+    return numbers.to(torch.int64)
 
 
 def _small(rows: Jagged) -> Jagged:

@@ -9,7 +9,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import pyarrow as pa
 import torch
 from torch import Tensor, nn, optim
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -17,6 +16,7 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from llmgr_rec.arrow_input import to_ids
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import StageName
 from llmgr_rec.data.collate import ITEM_ID, LastItemsText
@@ -232,9 +232,9 @@ class RecommenderTower(nn.Module, ABC):
             item_ids: Ids as in the training data, text or integers.
 
         Raises:
-            UserError: The ids have another type than those of the training data.
+            UserError: This is a single id, or the ids are neither all text nor all integers.
         """
-        return torch.from_numpy(self._files.catalog.index_of(pa.array(item_ids)))
+        return torch.from_numpy(self._files.catalog.index_of(to_ids(item_ids, "item_ids")))
 
     def forward(
         self,

@@ -231,6 +231,12 @@ def test_features_that_do_not_fit_are_refused() -> None:
         "feature items has item index 60, but the catalog has 60 items": lambda: tower(features([[1]], [[60]])),
         "3 rows of shown items and 2 sessions; give session_of_item": lambda: tower(clicks, items),
         "has shape \\[1\\], but 3 items are shown": lambda: tower(clicks, items, torch.tensor([0])),
+        "feature clicks is torch.float32, but must be integers": lambda: tower(
+            KeyedJaggedTensor(["clicks", "items"], torch.tensor([]), lengths=torch.tensor([]))
+        ),
+        "session_of_item is torch.float32": lambda: tower(clicks, items, torch.tensor([0.0, 1.0, 1.0])),
+        "item_ids is 7; give a list": lambda: tower.index_of(7),  # type: ignore[arg-type]
+        "item_ids: item ids must all be": lambda: tower.index_of([7, "7"]),
         "sessions from 0 to 1": lambda: tower(clicks, items, torch.tensor([0, 1, 2])),
     }
     for message, call in calls.items():
