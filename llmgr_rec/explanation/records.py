@@ -239,6 +239,9 @@ class Explanation:
 
         Args:
             item: Number of the explained item, from 0.
+
+        Raises:
+            UserError: There is no such item.
         """
         from llmgr_rec.explanation.session_graph_svg import session_graph_svg
 

@@ -6,6 +6,7 @@ other step an arc on the left. The color of a node says whether its clicks raise
 
 from html import escape
 
+from llmgr_rec.errors import UserError
 from llmgr_rec.explanation.explanation_text import shown_name
 from llmgr_rec.explanation.records import Edge, ExplainedItem, Explanation, Node
 
@@ -48,8 +49,11 @@ def session_graph_svg(explanation: Explanation, number: int = 0) -> str:
         number: Number of the explained item, from 0, whose values color the nodes.
 
     Raises:
-        IndexError: There is no such item.
+        UserError: There is no such item.
     """
+    count = len(explanation.items)
+    if not (isinstance(number, int) and 0 <= number < count):
+        raise UserError(f"item is {number!r}; give the number of an explained item, 0 to {count - 1}, and not its id")
     item = explanation.items[number]
     values = [_node_value(node, item) for node in explanation.nodes]
     largest = max((abs(value) for value in values if value is not None), default=0.0) or 1.0

@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from llmgr_rec.errors import UserError
 from llmgr_rec.explanation.records import Click, ClickShare, Edge, ExplainedItem, Explanation, NearItem, Node, Part
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -57,5 +58,6 @@ def test_a_fallback_has_a_picture() -> None:
 
 
 def test_an_unknown_item_has_no_picture() -> None:
-    with pytest.raises(IndexError):
-        explanation().to_svg(1)
+    for number in (1, -1, "i0"):
+        with pytest.raises(UserError, match="give the number of an explained item, 0 to 0, and not its id"):
+            explanation().to_svg(number)  # type: ignore[arg-type]
