@@ -357,7 +357,7 @@ def _write_line(line: str) -> None:
 
 def _naming_argument(message: str, argument: str) -> UserError:
     """An error of a command, with the way in which `fit` takes the option that the message names."""
-    option = re.search(r"--([a-z][\w.]*)", message)
+    option = re.search(r"--(?!help\b)([a-z][\w.]*)", message)
     if option is None or option[1] in _SET_BY_FIT or "unknown option" in message:
         return UserError(message)
     return UserError(f"{message} (in fit: {argument}={{{option[1]!r}: ...}})")

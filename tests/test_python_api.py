@@ -315,6 +315,13 @@ def test_a_mistake_is_one_line(rec: Recommender, call: Any, message: str) -> Non
     assert "\n" not in str(raised.value)
 
 
+def test_an_error_of_a_command_names_the_argument_of_fit_that_fixes_it() -> None:
+    plain = "train failed: setting sbr.lr: bad; see --help"
+    assert str(python_api._naming_argument(plain, "settings")) == plain
+    named = python_api._naming_argument("no train rows; use another --split; see --help", "preparation")
+    assert str(named).endswith("(in fit: preparation={'split': ...})")
+
+
 def test_several_threads_and_models_at_once(rec: Recommender, sessions: list[list[Any]], tmp_path: Path) -> None:
     rec.save(tmp_path / "saved")
     second = Recommender.load(tmp_path / "saved")

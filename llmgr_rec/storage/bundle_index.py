@@ -176,7 +176,9 @@ def resolve_bundle(path: Path) -> Path:
         return latest_bundle(path / "export")
     if bundle := default_bundle(path):
         return bundle
-    raise UserError(f"{path} has no exported model; give a run folder made by python -m llmgr_rec.train")
+    # The output of `Recommender.fit` has the run in this folder.
+    remedy = f"give {path / 'run'}" if (path / "run").is_dir() else "give a run folder made by python -m llmgr_rec.train"
+    raise UserError(f"{path} has no exported model; {remedy}")
 
 
 def read_index(folder: Path) -> BundleIndex:
