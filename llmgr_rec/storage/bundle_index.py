@@ -177,8 +177,8 @@ def resolve_bundle(path: Path) -> Path:
     if bundle := default_bundle(path):
         return bundle
     # The output of `Recommender.fit` has the run in this folder.
-    remedy = f"give {path / 'run'}" if (path / "run").is_dir() else "give a run folder made by python -m llmgr_rec.train"
-    raise UserError(f"{path} has no exported model; {remedy}")
+    run = path / "run" if (path / "run").is_dir() else "a run folder made by python -m llmgr_rec.train"
+    raise UserError(f"{path} has no exported model; give {run}")
 
 
 def read_index(folder: Path) -> BundleIndex:

@@ -197,8 +197,8 @@ def test_the_json_is_what_the_records_hold() -> None:
         ({"k": 0}, "k is 0; an explanation has 1 to 100 items"),
         ({"items": []}, "number of items is 0"),
         ({"items": ["no such"]}, "item 'no such' is not in the catalog"),
-        ({"session": "i3"}, "'i3', which is not a list of item ids"),
-        ({"session": [["i3"]]}, "item ids"),
+        ({"session": "i3"}, r"session is 'i3'; give a list of item ids: \['i3'\]"),
+        ({"session": [["i3"]]}, "session holds lists; give one list of item ids"),
         ({"session": ["i3", None]}, "the session holds 1 null item ids"),
     ],
 )

@@ -256,3 +256,6 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
     assert not is_complete(tmp_path / "export/sbr.tmp")
     with pytest.raises(UserError, match="no exported model"):
         load_bundle(tmp_path)
+    (tmp_path / "fitted" / "run").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"fitted has no exported model; give {tmp_path}/fitted/run"):
+        resolve_bundle(tmp_path / "fitted")
