@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -75,8 +76,11 @@ def needs(distribution: str, extras: set[str]) -> Iterator[Requirement]:
 def test_the_lock_is_what_make_venv_installed() -> None:
     if not (Path(sys.prefix) / "complete.json").exists():
         pytest.skip("this environment was not built by make venv")
+    # Not all of sys.path: setuptools adds a folder with packages of its own once it is imported.
+    folder = [sysconfig.get_path("purelib")]
     installed = {
-        canonicalize_name(d.metadata["Name"]): d.version.split("+")[0] for d in importlib.metadata.distributions()
+        canonicalize_name(d.metadata["Name"]): d.version.split("+")[0]
+        for d in importlib.metadata.distributions(path=folder)
     }
     wanted = CPU | DEV
     assert {name: installed.get(name) for name in wanted} == wanted

@@ -29,6 +29,9 @@ CLICKS, OFFSETS = np.array([3, 5, 3, 9, 2]), np.array([0, 4, 5])
 class OwnNeighbors(ItemNeighbors):
     """A baseline that may be blended."""
 
+    def __init__(self, *_: Any) -> None:
+        """Nothing."""
+
 
 class OwnRanking:
     """A baseline that only ranks."""
