@@ -163,11 +163,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         served = models.named(request.model)
         filters = Filters(
             request.exclude_seen,
-            None if request.among is None else tuple(as_text(request.among, models)),
-            tuple(as_text(request.without, models)),
+            None if request.among is None else tuple(as_text(request.among)),
+            tuple(as_text(request.without)),
             request.category,
         )
-        sessions = [as_text(session, models) for session in request.sessions]
+        sessions = [as_text(session) for session in request.sessions]
         rows = await service.rank(served, sessions, request.k, filters)
         return json_answer({"model": served.name, "version": served.version, "lists": rows})
 
@@ -175,7 +175,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def similar(request: SimilarRequest) -> Response:
         models = service.models
         served = models.named(request.model)
-        items = as_text(request.items, models)
+        items = as_text(request.items)
         table = await service.call(served.model.similar, items, request.k)
         return json_answer({"model": served.name, "version": served.version, "lists": table.to_pylist()})
 
@@ -185,8 +185,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def explain(request: ExplainRequest) -> Response:
         models = service.models
         served = models.named(request.model)
-        session = as_text(request.session, models)
-        items = None if request.items is None else as_text(request.items, models)
+        session = as_text(request.session)
+        items = None if request.items is None else as_text(request.items)
         explained = await service.call(
             lambda: served.model.explain(session, request.k, items=items, exclude_seen=request.exclude_seen)
         )
@@ -217,22 +217,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def as_text(ids: Sequence[ItemId], models: ServedModels) -> list[str]:
-    """Item ids as text, which `Recommender` takes for catalogs of both kinds of ids.
-
-    Raises:
-        UserError: An id is an integer, but those of the catalog are text.
-    """
-    if models.takes_text:
-        for item in ids:
-            if isinstance(item, int):
-                raise UserError(f'item ids of this catalog are text; give "{item}" instead of {item}')
+def as_text(ids: Sequence[ItemId]) -> list[str]:
+    """Item ids as text, which `Recommender` takes for catalogs of both kinds of ids."""
     return [str(item) for item in ids]
 
 
 async def _side_by_side(service: Service, request: ListsRequest) -> dict[str, Any]:
     models = service.models
-    session = as_text(request.session, models)
+    session = as_text(request.session)
     of_models = [service.rank(served, [session], request.k, Filters()) for served in models.models.values()]
     of_baselines = [service.call(one.recommend, session, request.k) for one in models.baselines]
     clicked, baselines, rows = await asyncio.gather(
@@ -246,7 +238,8 @@ async def _side_by_side(service: Service, request: ListsRequest) -> dict[str, An
         {"name": served.name, "title": served.title, **row, "explains": True}
         for served, (row,) in zip(models.models.values(), rows, strict=True)
     ]
-    return {"session": clicked, "lists": lists}
+    # A phone shows the first list: that of the last stage. Popularity is the last.
+    return {"session": clicked, "lists": lists[::-1]}
 
 
 def _add_page(app: FastAPI) -> None:

@@ -94,14 +94,12 @@ class ServedModels:
         default: The model of the last stage, which answers if none is named.
         baselines: Lists that are shown beside those of the models.
         items: Finds items by title.
-        takes_text: Whether item ids are text; otherwise integers.
     """
 
     models: Mapping[str, ServedModel]
     default: ServedModel
     baselines: Sequence[BaselineList]
     items: ItemSearch
-    takes_text: bool
 
     def named(self, name: str | None) -> ServedModel:
         """A model by its name; None is the default.
@@ -170,5 +168,4 @@ def load_models(run: Path, load: Callable[[Path], SessionModel], allow_code: Col
         default=default,
         baselines=baseline_lists(files),
         items=ItemSearch(files.catalog),
-        takes_text=pa.types.is_string(item_ids.type),
     )

@@ -172,7 +172,7 @@ async function showLists() {
       : none
         ? "No item of the session is known: these are the most popular items."
         : `Click an item to add it to the session.${unknown ? ` Unknown items are ignored: ${unknown}.` : ""}`;
-    replaceLists((none ? answer.lists.slice(0, 1) : answer.lists).map(list));
+    replaceLists((none ? answer.lists.slice(-1) : answer.lists).map(list));
   });
 }
 
