@@ -1,5 +1,6 @@
 """Configuration of all tests."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A deadline is wall-clock time per example, which a busy machine exceeds.
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
+
+
+@pytest.fixture(autouse=True)
+def _logging_reaches_pytest() -> None:
+    """A command that ran in this process before has set up the logging of the whole process."""
+    logger = logging.getLogger("llmgr_rec")
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 # The files that take longest, the longest first.
