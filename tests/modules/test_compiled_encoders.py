@@ -140,7 +140,9 @@ def test_trains_compiled_by_inductor(name: str, dynamo: None) -> None:
 @pytest.mark.slow
 @needs_compiler
 @all_encoders
-def test_runs_as_a_package_of_aotinductor(name: str, tmp_path: Path) -> None:
+def test_runs_as_a_package_of_aotinductor(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if name == "gcsan, 2 blocks":
+        request.applymarker(pytest.mark.xfail(reason="torch 2.13 writes C++ that names an unknown size", strict=True))
     encoder = OfTensors(name)
     package = torch._inductor.aoti_compile_and_package(exported(encoder), package_path=str(tmp_path / "encoder.pt2"))
     program = torch._inductor.aoti_load_package(package)
