@@ -54,8 +54,7 @@ class Ranker(nn.Module):
 
     def __init__(self, num_items: int, tower: SessionTower | None) -> None:
         super().__init__()
-        keys = ["item", "history"]
-        table = EmbeddingBagConfig(num_items, DIM, "own_items", feature_names=keys, pooling=PoolingType.MEAN)
+        table = EmbeddingBagConfig(num_items, DIM, "shown", feature_names=["item", "history"], pooling=PoolingType.MEAN)
         self.sparse_arch = EmbeddingBagCollection(tables=[table], device=torch.device("meta"))
         self.tower = tower
         width = 3 * DIM + (sum(tower.dims.values()) if tower is not None else 0)
@@ -90,16 +89,14 @@ def batches(part: Path, seed: int, is_test: bool = False) -> Iterator[Requests]:
 
 def features(**rows: list[list[int]]) -> KeyedJaggedTensor:
     """Rows of ids of each key."""
-    lists = [ids for key in rows.values() for ids in key]
-    items = torch.tensor([item for ids in lists for item in ids], dtype=torch.int64)
-    return KeyedJaggedTensor(list(rows), items, lengths=torch.tensor([len(ids) for ids in lists], dtype=torch.int64))
+    lists = [torch.tensor(ids, dtype=torch.int64) for key in rows.values() for ids in key]
+    return KeyedJaggedTensor(list(rows), torch.cat(lists), lengths=torch.tensor([len(ids) for ids in lists]))
 
 
 def shard(model: nn.Module) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Shards all tables by columns, those of the tower as well, and makes the optimizer of tables and dense parts."""
     collections = [part for part in model.modules() if isinstance(part, EmbeddingBagCollection)]
-    weights = [weight for collection in collections for weight in collection.parameters()]
-    apply_optimizer_in_backward(optim.Adagrad, weights, {"lr": 0.1})
+    apply_optimizer_in_backward(optim.Adagrad, [w for part in collections for w in part.parameters()], {"lr": 0.1})
     constraint = ParameterConstraints(sharding_types=["column_wise"], compute_kernels=["fused"], min_partition=16)
     names = [table.name for collection in collections for table in collection.embedding_bag_configs()]
     plan = EmbeddingShardingPlanner(constraints=dict.fromkeys(names, constraint)).collective_plan(model)
@@ -143,10 +140,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="run folder to make, of the recommender as trained in the model")
     args = parser.parse_args(argv)
     dist.init_process_group("gloo")
-    without = train_and_test(args.dataset, None)
-    with_tower = train_and_test(args.dataset, args.run_folder, output=args.output)
+    aucs = [train_and_test(args.dataset, None), train_and_test(args.dataset, args.run_folder, output=args.output)]
     if dist.get_rank() == 0:
-        print(f"AUC {without:.3f} without the tower, {with_tower:.3f} with it")
+        print("AUC {:.3f} without the tower, {:.3f} with it".format(*aucs))
     dist.destroy_process_group()
 
 
