@@ -46,19 +46,29 @@ class CausalBlock(nn.Module):
             states_LD: State of each click.
             packed: Sessions of the clicks.
         """
-        states_LD = states_LD + self.dropout(self.project(self._attend(self.attention_norm(states_LD), packed)))
+        query_key_value_LF = self.query_key_value(self.attention_norm(states_LD))
+        attended_LD = causal_attention(query_key_value_LF, self.heads, packed, self.dropout.p if self.training else 0.0)
+        states_LD = states_LD + self.dropout(self.project(attended_LD))
         hidden = self.dropout(functional.gelu(self.expand(self.feed_forward_norm(states_LD))))
         return states_LD + self.dropout(self.contract(hidden))
 
-    def _attend(self, states_LD: Tensor, packed: PackedSequences) -> Tensor:
-        """Attention of each click over the clicks of its session up to itself, heads concatenated, [L, D]."""
 
-        def mix(padded: Tensor) -> Tensor:
-            query_RATE, key_RATE, value_RATE = padded.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            # Padding follows the clicks, so the causal mask excludes it.
-            mixed_RATE = functional.scaled_dot_product_attention(
-                query_RATE, key_RATE, value_RATE, dropout_p=self.dropout.p if self.training else 0.0, is_causal=True
-            )
-            return mixed_RATE.transpose(1, 2).flatten(2)
+def causal_attention(query_key_value_LF: Tensor, heads: int, packed: PackedSequences, dropout: float) -> Tensor:
+    """Attention of each click over the clicks of its session up to itself, heads concatenated, [L, D].
 
-        return packed.map_padded(mix, self.query_key_value(states_LD))
+    Args:
+        query_key_value_LF: Projections of each click, F = 3 * D columns.
+        heads: Attention heads A.
+        packed: Sessions of the clicks.
+        dropout: Probability of dropping an attention weight.
+    """
+
+    def mix(padded: Tensor) -> Tensor:
+        query_RATE, key_RATE, value_RATE = padded.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        # Padding follows the clicks, so the causal mask excludes it.
+        mixed_RATE = functional.scaled_dot_product_attention(
+            query_RATE, key_RATE, value_RATE, dropout_p=dropout, is_causal=True
+        )
+        return mixed_RATE.transpose(1, 2).flatten(2)
+
+    return packed.map_padded(mix, query_key_value_LF)

@@ -1,6 +1,7 @@
 """Registry of the session encoders."""
 
 from llmgr_rec.config import EncoderConfig
+from llmgr_rec.modules.esasrec import ESASRec
 from llmgr_rec.modules.gcsan import GCSAN
 from llmgr_rec.modules.gru4rec import GRU4Rec
 from llmgr_rec.modules.sasrec import SASRec
@@ -15,6 +16,7 @@ ENCODERS: dict[str, type[SessionEncoder]] = {
     "gcsan": GCSAN,
     "srgnn": SRGNN,
     "sasrec": SASRec,
+    "esasrec": ESASRec,
     "gru4rec": GRU4Rec,
     "stamp": STAMP,
 }

@@ -3,6 +3,8 @@
 Shapes: L packed clicks, N nodes, T positions, D = d1 columns.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,12 @@ class SASRec(CausalEncoder):
 
     Raises:
         UserError: The number of attention heads does not divide the width, or there is no attention block.
+
+    Attributes:
+        block_class: Class of its blocks, constructed as `block_class(dim, heads, dropout)`.
     """
+
+    block_class: ClassVar[type[nn.Module]] = CausalBlock
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         self.check(config, dim)
@@ -35,7 +42,7 @@ class SASRec(CausalEncoder):
         self.position_TD = nn.Parameter(torch.empty(config.max_clicks, dim).normal_(std=_INIT_STD))
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            CausalBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
+            self.block_class(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
         )
         self.norm = nn.LayerNorm(dim)
 

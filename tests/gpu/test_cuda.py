@@ -10,14 +10,13 @@ import torch
 
 from llmgr_rec.config import Config
 from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
+from llmgr_rec.modules.encoders import ENCODERS
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.train_run import train_run
 from tests.training.small_training import numbers, small_config, small_dataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use")
-
-ENCODERS = ("gcsan", "srgnn", "sasrec", "gru4rec", "stamp")
 
 
 def whole_config(folder: Path) -> Config:
@@ -57,7 +56,7 @@ def test_all_stages_train_alike(trained: dict[str, Path]) -> None:
 def test_every_session_encoder_trains_alike(tmp_path: Path, encoder: str) -> None:
     config = small_config(tmp_path / "prompts.yaml")
     config.encoder.name = encoder
-    config.encoder.one_pass = encoder in ("sasrec", "gru4rec")
+    config.encoder.one_pass = ENCODERS[encoder].supports_one_pass
     on_cpu = numbers(train_on("cpu", tmp_path, config, "sbr"))
     on_gpu = numbers(train_on("cuda", tmp_path, config, "sbr"))
     for name in (name for name in on_cpu if name.endswith("/loss")):

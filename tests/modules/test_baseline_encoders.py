@@ -1,4 +1,4 @@
-"""SASRec, GRU4Rec and STAMP against plain versions, session by session and click by click."""
+"""SASRec, eSASRec, GRU4Rec and STAMP against plain versions, session by session and click by click."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.gru4rec import GRU4Rec
+from llmgr_rec.modules.ligr_block import LiGRBlock
 from llmgr_rec.modules.sasrec import SASRec
 from llmgr_rec.modules.session_encoder import SessionEncoder
 from llmgr_rec.modules.stamp import STAMP
@@ -19,6 +20,7 @@ from tests.modules.test_encoders import DIM, SESSIONS, double_encoder, node_vect
 VARIANTS = [
     EncoderConfig(name="sasrec", dropout=0.0, attention_heads=2),
     EncoderConfig(name="sasrec", dropout=0.0, attention_layers=2, max_clicks=3),
+    EncoderConfig(name="esasrec", dropout=0.0, attention_layers=2, attention_heads=2, max_clicks=3),
     EncoderConfig(name="gru4rec", dropout=0.0),
     EncoderConfig(name="gru4rec", dropout=0.0, max_clicks=2),
     EncoderConfig(name="stamp", dropout=0.0),
@@ -36,9 +38,20 @@ def plain_sasrec(encoder: SASRec, clicks_LD: Tensor) -> Tensor:
                 scores = k[: place + 1] @ q[place] / q.shape[1] ** 0.5
                 rows.append(scores.softmax(0) @ v[: place + 1])
             mixed.append(torch.stack(rows))
-        hidden = hidden + block.project(torch.cat(mixed, 1))
-        hidden = hidden + block.contract(functional.gelu(block.expand(block.feed_forward_norm(hidden))))
+        attended = block.project(torch.cat(mixed, 1))
+        if isinstance(block, LiGRBlock):
+            hidden = plain_gates(block, hidden, attended)
+        else:
+            hidden = hidden + attended
+            hidden = hidden + block.contract(functional.gelu(block.expand(block.feed_forward_norm(hidden))))
     return encoder.norm(hidden)
+
+
+def plain_gates(block: LiGRBlock, hidden: Tensor, attended: Tensor) -> Tensor:
+    hidden = hidden + torch.sigmoid(block.attention_gate(hidden)) * attended
+    activated, linear = block.expand(block.feed_forward_norm(hidden)).chunk(2, 1)
+    added = block.contract(activated * torch.sigmoid(activated) * linear)
+    return hidden + torch.sigmoid(block.feed_forward_gate(hidden)) * added
 
 
 def plain_gru4rec(encoder: GRU4Rec, clicks_LD: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from tests.modules.test_encoders import DIM, double_encoder, node_vectors
 
 VARIANTS = [
     EncoderConfig(name="sasrec", dropout=0.0, attention_layers=2, attention_heads=2),
+    EncoderConfig(name="esasrec", dropout=0.0, attention_heads=2),
     EncoderConfig(name="gru4rec", dropout=0.0),
 ]
 Sessions = Sequence[Sequence[int]]
@@ -110,4 +111,8 @@ def test_passes_that_cannot_be_encoded_are_refused() -> None:
 
 
 def test_causal_encoders_support_one_pass() -> None:
-    assert sorted(name for name, encoder in ENCODERS.items() if encoder.supports_one_pass) == ["gru4rec", "sasrec"]
+    assert sorted(name for name, encoder in ENCODERS.items() if encoder.supports_one_pass) == [
+        "esasrec",
+        "gru4rec",
+        "sasrec",
+    ]
