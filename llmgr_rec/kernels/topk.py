@@ -1,25 +1,27 @@
 """Exact top-K of queries @ items.T by blocks: the scores of all items are never in memory at once.
 
-A score is the dot product of a query and an item, plus a sparse term where there is one. Equal scores rank by lower
-item index.
+A score is the dot product of a query and an item, plus a term where one is given. Equal scores rank by lower item
+index.
 
     for each block of queries:
         lowest[b] = the lowest finite number     a score below it is not among the K best of query b
         for each block of items, in order:
-            scores = queries @ block.T, plus sparse terms; -inf at excluded items
+            scores = queries @ block.T, plus terms; -inf at excluded items
             in the first block, raise lowest[b] to the K-th highest maximum of the strips of the row
             candidates = scores that are not below lowest[b]
             candidates of several blocks are collected, then merged: sort, keep K of each query, raise lowest[b]
 
 Three things keep this near the cost of the product. A strip is a few neighboring scores: K strips have a maximum as
 high as the K-th highest one, so at least K scores are as high, and few more. Hardly any score of a later block is a
-candidate. And a candidate is one integer, which holds score and item, see `sort_keys`.
+candidate. And a candidate is one integer, which holds score and item, see `sort_keys`. For many places of few items a
+strip is a single score, and the bound is exact. One place needs none of this: it is the maximum of each block.
 
 Shapes: B queries of a block, R items, N items of a block, M strips of it, Q columns, K results of a query, C candidates
 over all queries, W candidates of a query, E entries of sparse terms.
 """
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -52,6 +54,8 @@ _MERGE_EVERY_PLUS = 8
 _LOW_31_BITS = 0x7FFFFFFF
 # Follows the sort key of every item.
 _NO_ITEM = torch.iinfo(torch.int64).max
+# Terms of the scores of B queries and R items: few entries, or one for nearly every item.
+Terms: TypeAlias = sparse.csr_array | Tensor
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ def top_k(
     items_RQ: Tensor,
     k: int,
     exclude: Jagged | None = None,
-    added_BR: sparse.csr_array | None = None,
+    added_BR: Terms | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Finds the K best items of each query.
 
@@ -69,7 +73,7 @@ def top_k(
         items_RQ: Items; row r is item r.
         k: Places K, at least 1; may exceed the number of items.
         exclude: Items that a query must not get, one row a query; indices outside 0 .. R - 1 are ignored.
-        added_BR: Sparse terms of the scores, float32, each item at most once a row.
+        added_BR: Terms that are added to the scores, float32, [B, R]; in a sparse matrix each item at most once a row.
 
     Returns:
         Item indices int64 [B, K] and scores float32 [B, K], best first. Where fewer than K items are left: -1 and -inf.
@@ -79,15 +83,14 @@ def top_k(
         UserError: A score is not a number.
     """
     if 0 < queries_BQ.shape[0] <= _QUERY_BLOCK:
-        added = None if added_BR is None else _SparseTerms(added_BR, queries_BQ.device)
-        return _top_k_of_queries(queries_BQ, items_RQ, k, exclude, added)
+        return _top_k_of_queries(queries_BQ, items_RQ, k, exclude, added_BR)
     parts = [
         _top_k_of_queries(
             queries_BQ[start : start + _QUERY_BLOCK],
             items_RQ,
             k,
             None if exclude is None else exclude.narrow(start, min(start + _QUERY_BLOCK, exclude.num_rows)),
-            None if added_BR is None else _SparseTerms(added_BR[start : start + _QUERY_BLOCK], queries_BQ.device),
+            None if added_BR is None else added_BR[start : start + _QUERY_BLOCK],
         )
         for start in range(0, queries_BQ.shape[0], _QUERY_BLOCK)
     ]
@@ -137,31 +140,19 @@ class _RunningTopK:
         Raises:
             UserError: A candidate is not a number. NaN is not below any score, so it is a candidate.
         """
-        strip = _strip_length(scores_BN.shape[1], self._k)
-        if start == 0 and not strip:
-            self._keys_BW.append(self._keys_of_all(scores_BN))
+        if start == 0 and scores_BN.shape[1] <= self._k:
+            self._keys_BW.append(_keys_of_all(scores_BN))
         else:
-            self._keys_BW.append(self._keys_of_candidates(scores_BN, start, strip))
+            self._keys_BW.append(self._keys_of_candidates(scores_BN, start))
         if sum(keys.shape[1] for keys in self._keys_BW[1:]) > _MERGE_EVERY * self._k + _MERGE_EVERY_PLUS:
             self._merge()
 
-    def _keys_of_all(self, scores_BN: Tensor) -> Tensor:
-        """Keys of all items of the first block, [B, N], or of the K best."""
-        if scores_BN.isnan().any():
-            raise UserError(NOT_NUMBERS)
-        keys_BN = sort_keys(scores_BN, torch.arange(scores_BN.shape[1], device=scores_BN.device))
-        keys_BN.masked_fill_(scores_BN.isneginf(), _NO_ITEM)
-        if keys_BN.device.type == "cpu" and keys_BN.shape[1] >= 2 * self._k:
-            # The sort that follows takes longer for all items than the partition does.
-            keys_BN.numpy().partition(self._k - 1, axis=1)
-            return keys_BN[:, : self._k]
-        return keys_BN
-
-    def _keys_of_candidates(self, scores_BN: Tensor, start: int, strip: int) -> Tensor:
+    def _keys_of_candidates(self, scores_BN: Tensor, start: int) -> Tensor:
         """Keys of the candidates of a block, [B, W]."""
         num_queries, num_items = scores_BN.shape
+        strip = _strip_length(num_items, self._k)
         if start == 0:
-            self._raise_lowest(scores_BN, strip)
+            self._raise_lowest(scores_BN, max(strip, 1))
         flat_C = self._candidates(scores_BN)
         if start > 0 and strip and flat_C.numel() > _MAX_PER_PLACE * self._k * num_queries:
             self._raise_lowest(scores_BN, strip)
@@ -206,8 +197,42 @@ class _RunningTopK:
         return (keys_BK & _LOW_31_BITS).masked_fill(keys_BK == _NO_ITEM, -1), scores_of(keys_BK)
 
 
+class _RunningTop1:
+    """The best item so far of every query: `_RunningTopK` for one place."""
+
+    def __init__(self, num_queries: int, device: torch.device) -> None:
+        self._ids_B = torch.full((num_queries,), -1, device=device)
+        self._scores_B = torch.full((num_queries,), -torch.inf, device=device)
+
+    def add_block(self, scores_BN: Tensor, start: int) -> None:
+        """See `_RunningTopK.add_block`. The maximum of a row with NaN is NaN, and of equal scores the first."""
+        if scores_BN.device.type == "cpu":
+            # Several times faster than torch.max on a CPU.
+            columns_B = torch.from_numpy(scores_BN.numpy().argmax(axis=1))
+            highest_B = scores_BN.gather(1, columns_B.unsqueeze(1)).squeeze(1)
+        else:
+            highest_B, columns_B = scores_BN.max(dim=1)
+        if highest_B.isnan().any():
+            raise UserError(NOT_NUMBERS)
+        is_higher_B = highest_B > self._scores_B
+        self._ids_B = torch.where(is_higher_B, columns_B + start, self._ids_B)
+        self._scores_B = torch.where(is_higher_B, highest_B, self._scores_B)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Ids and scores, [B, 1]; -1 and -inf where no item is left."""
+        return self._ids_B.unsqueeze(1), self._scores_B.unsqueeze(1)
+
+
+def _keys_of_all(scores_BN: Tensor) -> Tensor:
+    """Keys of all items of the first block, [B, N]."""
+    if scores_BN.isnan().any():
+        raise UserError(NOT_NUMBERS)
+    keys_BN = sort_keys(scores_BN, torch.arange(scores_BN.shape[1], device=scores_BN.device))
+    return keys_BN.masked_fill_(scores_BN.isneginf(), _NO_ITEM)
+
+
 def _strip_length(num_items: int, k: int) -> int:
-    """Length of a strip; 0 where K places are so many that sorting all items of the first block is faster."""
+    """Length of a strip; 0 where K places are too many for any."""
     most = num_items // (_MIN_STRIPS_PER_PLACE * k)
     return next((strip for strip in _STRIPS if strip <= most), 0)
 
@@ -215,7 +240,9 @@ def _strip_length(num_items: int, k: int) -> int:
 def _kth_maximum_of_strips(scores_BN: Tensor, strip: int, k: int) -> Tensor:
     """K-th highest maximum of the strips of each row: a lower bound of the K-th highest score."""
     num_strips = scores_BN.shape[1] // strip
-    maxima_BM = scores_BN[:, : num_strips * strip].unflatten(1, (num_strips, strip)).amax(dim=2)
+    maxima_BM = scores_BN
+    if strip > 1:
+        maxima_BM = scores_BN[:, : num_strips * strip].unflatten(1, (num_strips, strip)).amax(dim=2)
     if maxima_BM.device.type == "cpu":
         # Several times faster than torch.topk on a CPU.
         return torch.from_numpy(np.partition(maxima_BM.numpy(), num_strips - k, axis=1)[:, num_strips - k])
@@ -224,6 +251,12 @@ def _kth_maximum_of_strips(scores_BN: Tensor, strip: int, k: int) -> Tensor:
 
 def _padded_rows(keys_C: Tensor, queries_C: Tensor, num_queries: int) -> Tensor:
     """Entries in order of queries as one row a query, [B, W], padded to the longest one."""
+    width, rest = divmod(keys_C.numel(), num_queries)
+    if width and not rest:
+        # They ascend, so a row whose first and last entry are of its query has no other.
+        ends_B2 = queries_C.view(num_queries, width)[:, [0, -1]]
+        if (ends_B2 == torch.arange(num_queries, device=ends_B2.device).unsqueeze(1)).all():
+            return keys_C.view(num_queries, width)
     counts_B = torch.bincount(queries_C, minlength=num_queries)
     first_B = counts_B.cumsum(0) - counts_B
     width = int(counts_B.max())
@@ -299,21 +332,28 @@ class _SparseTerms:
 
 
 def _top_k_of_queries(
-    queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None, added: _SparseTerms | None
+    queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None, added_BR: Terms | None
 ) -> tuple[Tensor, Tensor]:
     """Top K of one block of queries, as `top_k`."""
     num_queries, num_items = queries_BQ.shape[0], items_RQ.shape[0]
-    best = _RunningTopK(num_queries, k, queries_BQ.device)
-    first, width = _block_widths(queries_BQ.device, num_queries)
+    device = queries_BQ.device
+    best = _RunningTop1(num_queries, device) if k == 1 else _RunningTopK(num_queries, k, device)
+    first, width = _block_widths(device, num_queries)
     buffer = queries_BQ.new_empty(num_queries * min(max(first, width), num_items))
+    sparse_terms = _SparseTerms(added_BR, device) if isinstance(added_BR, sparse.csr_array) else None
+    excluded = None if exclude is None else (exclude.row_of_value, exclude.values)
     for start, stop in _item_blocks(num_items, first, width):
         scores_BN = buffer[: num_queries * (stop - start)].view(num_queries, stop - start)
-        torch.mm(queries_BQ, items_RQ[start:stop].T, out=scores_BN)
-        if added is not None:
-            added.add_to(scores_BN, start)
-        if exclude is not None:
-            inside = (exclude.values >= start) & (exclude.values < stop)
-            scores_BN[exclude.row_of_value[inside], exclude.values[inside] - start] = float("-inf")
+        if isinstance(added_BR, Tensor):
+            torch.addmm(added_BR[:, start:stop], queries_BQ, items_RQ[start:stop].T, out=scores_BN)
+        else:
+            torch.mm(queries_BQ, items_RQ[start:stop].T, out=scores_BN)
+        if sparse_terms is not None:
+            sparse_terms.add_to(scores_BN, start)
+        if excluded is not None:
+            rows, items = excluded
+            inside = (items >= start) & (items < stop)
+            scores_BN[rows[inside], items[inside] - start] = float("-inf")
         best.add_block(scores_BN, start)
     return best.result()
 

@@ -45,7 +45,7 @@ def jagged(rows: list[list[int]]) -> Jagged:
 def test_equals_a_stable_sort(data: st.DataObject) -> None:
     num_queries = data.draw(st.integers(1, 5), "queries")
     num_items = data.draw(st.integers(1, 90), "items")
-    k = data.draw(st.integers(1, 100), "k")
+    k = data.draw(st.one_of(st.just(1), st.integers(1, 100)), "k")
     levels = data.draw(st.sampled_from([1, 2, 5, 1000]), "distinct values")
     seed = data.draw(st.integers(0, 2**32 - 1), "seed")
     generator = np.random.default_rng(seed)
@@ -69,14 +69,14 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
     use_exclude = data.draw(st.booleans(), "exclude")
     added = generator.integers(-levels, levels + 1, (num_queries, num_items)).astype(np.float32)
     added[generator.random(added.shape) < data.draw(st.sampled_from([0.3, 0.95, 1.0]), "absent")] = 0
-    use_added = data.draw(st.booleans(), "added")
+    use_added, is_dense = data.draw(st.booleans(), "added"), data.draw(st.booleans(), "dense")
     with mock.patch.multiple(topk, **sizes):
         ids, scores = top_k(
             torch.from_numpy(queries),
             torch.from_numpy(items),
             k,
             jagged(exclude) if use_exclude else None,
-            sparse.csr_array(added) if use_added else None,
+            (torch.from_numpy(added) if is_dense else sparse.csr_array(added)) if use_added else None,
         )
     totals = queries @ items.T + added if use_added else queries @ items.T
     expected_ids, expected_scores = reference(totals, k, exclude if use_exclude else [])
@@ -118,11 +118,12 @@ def test_merge_keeps_the_order_of_indices() -> None:
 
 
 @pytest.mark.parametrize("where", ["queries", "items"])
-def test_scores_that_are_not_numbers_are_refused(where: str) -> None:
+@pytest.mark.parametrize("k", [1, 5])
+def test_scores_that_are_not_numbers_are_refused(where: str, k: int) -> None:
     sides: dict[str, Tensor] = {"queries": torch.ones(3, 4), "items": torch.ones(200, 4)}
     sides[where][2, 1] = torch.nan
     with pytest.raises(UserError, match="not numbers"):
-        top_k(sides["queries"], sides["items"], 5)
+        top_k(sides["queries"], sides["items"], k)
 
 
 def test_no_queries_and_no_items() -> None:
