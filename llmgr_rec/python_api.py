@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,19 +24,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from llmgr_rec.arrow_input import to_ids, to_sessions
+from llmgr_rec.arrow_input import to_ids, to_sessions, to_table
 from llmgr_rec.command_process import own_and_given, run_command
 from llmgr_rec.config import DType
 from llmgr_rec.config_file import load_config
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.explanation.explainer import Explainer
 from llmgr_rec.explanation.records import Explanation
 from llmgr_rec.files import atomic_folder
 from llmgr_rec.fit_input import FitInput
 from llmgr_rec.registry import modules_of
-from llmgr_rec.scoring.ranked_lists import long_rows
+from llmgr_rec.scoring.output import OUTPUT_COLUMNS
+from llmgr_rec.scoring.ranked_lists import RankedLists, long_rows, rows_of_short_offsets
 from llmgr_rec.scoring.session_ranker import SessionRanker
 from llmgr_rec.storage.bundle import BundleFiles, code_names, open_bundle
+from llmgr_rec.storage.bundle_index import INDEX, resolve_bundle
 
 # Folders in the output of `fit`.
 _DATASET, _RUN = "dataset", "run"
@@ -43,6 +46,11 @@ _DATASET, _RUN = "dataset", "run"
 _SET_BY_FIT = ("interactions", "sessions", "items", "output", "config", "dataset")
 Layout = Literal["lists", "long"]
 Progress: TypeAlias = Callable[[str], object] | None
+# Sessions that `recommend_arrow` ranks at once, which bounds its memory beside its result.
+_ARROW_ROWS = 16384
+# Recommenders of `load_once` by bundle, with the file and the time of the bundle's index.
+_loaded: dict[Path, tuple[tuple[int, int], "Recommender"]] = {}
+_loading = threading.Lock()
 
 
 class Recommender:
@@ -89,13 +97,33 @@ class Recommender:
         Raises:
             UserError: There is no complete bundle, it is damaged, or it would import code that is not allowed.
         """
-        folder = Path(path)
-        if (folder / _RUN).is_dir():
-            dataset = folder / _DATASET if dataset is None else dataset
-            folder = folder / _RUN
+        folder = _run_folder(Path(path))
+        if folder != Path(path) and dataset is None:
+            dataset = Path(path) / _DATASET
         files = open_bundle(folder, allow_code)
         run = folder if files.path != folder.resolve() and files.path != folder else None
         return cls(files, run, None if dataset is None else Path(dataset), dtype)
+
+    @classmethod
+    def load_once(cls, path: str | os.PathLike[str]) -> "Recommender":
+        """As `load`, but once a process: for functions that an engine calls for each part of its data.
+
+        A process that already holds the recommender of `path` returns it, unless another bundle is there by now.
+
+        Args:
+            path: As for `load`.
+
+        Raises:
+            UserError: As from `load`.
+        """
+        bundle = resolve_bundle(_run_folder(Path(path))).resolve()
+        with _loading:
+            status = (bundle / INDEX).stat()
+            version, (loaded, found) = (status.st_ino, status.st_mtime_ns), _loaded.get(bundle, (None, None))
+            if found is None or loaded != version:
+                found = cls.load(path)
+                _loaded[bundle] = version, found
+        return found
 
     @classmethod
     def fit(
@@ -229,6 +257,61 @@ class Recommender:
         lists = pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B)})
         return long_rows(lists) if layout == "long" else lists
 
+    def recommend_arrow(
+        self,
+        sessions: pa.Table | pa.RecordBatch,
+        k: int = 20,
+        *,
+        columns: Sequence[str] = ("session_id",),
+        titles: bool = False,
+    ) -> pa.Table:
+        """Ranks items for a table of sessions, with the rows and columns that `python -m llmgr_rec.score` writes.
+
+        Meant for engines that pass Arrow data to functions, such as `mapInArrow` of Spark and `map_batches` of Ray
+        Data; see docs/spark.md.
+
+        Args:
+            sessions: Columns `session_id`, and `items`: lists of raw item ids, oldest click first. May have no rows.
+            k: Maximum number of items for a session.
+            columns: Columns of the sessions that the result has too.
+            titles: Whether the result has the titles of the items.
+
+        Returns:
+            One row a session, in their order: `session_id`, then the lists `item_ids`, `titles` if asked for, and
+            `scores` (float32), best first; `fallback`, true for a session without a known item, which gets the most
+            popular ones; and the other `columns`. Lists have 32-bit offsets, as Spark needs them.
+
+        Raises:
+            UserError: `k` is not positive, a column is missing or has the name of one of the result, an id has a wrong
+                type, or there is a null.
+        """
+        length = self._list_length(k)
+        table = to_table(sessions, "sessions")
+        copied = _copied_columns(table, columns)
+        clicks = to_sessions(table)["items"]
+        values = {"item_ids": self.item_ids, **({"titles": self.titles} if titles else {})}
+        rows = min(_ARROW_ROWS, rows_of_short_offsets(values, length))
+        lists = RankedLists(values, rows, length)
+        parts = []
+        # One slice for no sessions, which has the types of the result.
+        for first in range(0, max(table.num_rows, 1), rows):
+            part = self.ranker.clicks(clicks.slice(first, rows))
+            ids_BK, scores_BK = self.ranker.rank(part, length, self.ranker.rule.excludes_seen)
+            ranked = lists.columns(ids_BK.numpy(), scores_BK.numpy())
+            of_sessions = copied.slice(first, rows)
+            fallback = pa.array((part.lengths == 0).numpy())
+            parts.append(
+                pa.table(
+                    {
+                        "session_id": of_sessions["session_id"],
+                        **ranked,
+                        "fallback": fallback,
+                        **{name: of_sessions[name] for name in copied.column_names[1:]},
+                    }
+                )
+            )
+        return pa.concat_tables(parts)
+
     def similar(self, items: Sequence[Any], k: int = 10) -> pa.Table:
         """Finds the items with the most similar vectors.
 
@@ -325,6 +408,11 @@ class Recommender:
         return min(length, self.ranker.catalog.num_items)
 
 
+def _run_folder(path: Path) -> Path:
+    """The run in the output of `fit`; any other path as it is."""
+    return path / _RUN if (path / _RUN).is_dir() else path
+
+
 def _new_folder(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         remedy = f", or use Recommender.load({str(folder)!r})" if (folder / _RUN).is_dir() else ""
@@ -334,6 +422,22 @@ def _new_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot create {folder} ({error.strerror}); give another path") from None
     return folder
+
+
+def _copied_columns(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """The columns of the sessions that the result of `recommend_arrow` has too, `session_id` first."""
+    if isinstance(columns, str):
+        raise UserError(f"columns is {columns!r}; give a list of names: [{columns!r}]")
+    names = list(dict.fromkeys(["session_id", *columns]))
+    for name in ("items", *names):
+        if table.column_names.count(name) != 1:
+            what = "no column" if name not in table.column_names else "more than one column"
+            raise UserError(f"sessions has {what} {name}{did_you_mean(name, table.column_names)}")
+        if name in OUTPUT_COLUMNS:
+            raise UserError(f"sessions: column {name} has the name of a column of the result; rename it")
+    if nulls := table["session_id"].null_count:
+        raise UserError(f"sessions: column session_id has {nulls:,} nulls; give every row an id")
+    return table.select(names)
 
 
 def _checked_flag(exclude_seen: bool | None) -> bool | None:

@@ -22,7 +22,7 @@ from fastapi.testclient import TestClient
 from llmgr_rec import Recommender
 from llmgr_rec.errors import UserError
 from llmgr_rec.serving.app import Service, ServiceSettings, make_app
-from tests.documented import ROOT, documented_pages, entry_point, fences, lines_of, run_page
+from tests.documented import ROOT, documented_pages, entry_point, fences, lines_of, run_page, run_programs
 from tests.small_run import small_run
 
 DOCS = ROOT / "docs"
@@ -166,7 +166,7 @@ def test_a_spark_job_recommends(shop: Path, monkeypatch: pytest.MonkeyPatch) -> 
     module.SparkSession = types.SimpleNamespace(builder=builder)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pyspark", types.ModuleType("pyspark"))
     monkeypatch.setitem(sys.modules, "pyspark.sql", module)
-    run_page(DOCS / "spark.md")
+    run_programs(DOCS / "spark.md")
     found, scored = pq.read_table("shop/spark-scores"), pq.read_table("shop/scores")
     assert found["item_ids"].to_pylist() == scored["item_ids"].to_pylist()
 

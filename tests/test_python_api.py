@@ -29,7 +29,7 @@ from llmgr_rec.score import main as score
 from llmgr_rec.scoring import session_ranker
 from tests.data.files import write_items
 from tests.documented import run_programs
-from tests.small_run import small_run
+from tests.small_run import run_with, small_run
 
 ROOT = Path(__file__).parents[1]
 PATH, IDS = "str | os.PathLike[str]", "collections.abc.Collection[typing.Any]"
@@ -37,6 +37,7 @@ OPTIONS = "collections.abc.Mapping[str, object] | None = None"
 SIGNATURES = {
     "load": f"(cls, path: {PATH}, *, dataset: {PATH} | None = None, dtype: Optional[Literal['auto', 'float32', "
     "'bfloat16']] = None, allow_code: collections.abc.Collection[str] = ()) -> 'Recommender'",
+    "load_once": f"(cls, path: {PATH}) -> 'Recommender'",
     "fit": "(cls, interactions: object, items: object | None = None, recipe: str = 'default', *, "
     f"settings: {OPTIONS}, preparation: {OPTIONS}, output: {PATH} | None = None, verbose: bool | None = None) "
     "-> 'Recommender'",
@@ -45,6 +46,8 @@ SIGNATURES = {
     "recommend": "(self, sessions: object, k: int = 10, *, exclude_seen: bool | None = None, "
     f"among: {IDS} | None = None, without: {IDS} = (), category: str | None = None, "
     "layout: Literal['lists', 'long'] = 'lists') -> pyarrow.lib.Table",
+    "recommend_arrow": "(self, sessions: pyarrow.lib.Table | pyarrow.lib.RecordBatch, k: int = 20, *, "
+    "columns: collections.abc.Sequence[str] = ('session_id',), titles: bool = False) -> pyarrow.lib.Table",
     "similar": "(self, items: collections.abc.Sequence[typing.Any], k: int = 10) -> pyarrow.lib.Table",
     "explain": "(self, session: collections.abc.Sequence[typing.Any], k: int = 5, *, "
     "items: collections.abc.Sequence[typing.Any] | None = None, exclude_seen: bool | None = None) "
@@ -89,6 +92,37 @@ def test_ranks_as_score_does(rec: Recommender, sessions: list[list[Any]], tmp_pa
     assert found["fallback"] == expected["fallback"]
     for left, right in zip(found["scores"], expected["scores"], strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["table", "batch", "slices", "nothing"])
+def test_arrow_in_arrow_out_as_score_writes(
+    rec: Recommender, sessions: list[list[Any]], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"s{row}" for row in range(len(sessions))]
+    table = pa.table({"dt": range(len(sessions)), "items": sessions, "session_id": names})
+    pq.write_table(table, tmp_path / "in.parquet")
+    paths = ["--input", str(tmp_path / "in.parquet"), "--output", str(tmp_path / "out")]
+    score(["--run", str(small_run().run), *paths, "--columns", "session_id,dt", "--titles"])
+    expected = pq.read_table(tmp_path / "out")
+    if kind == "slices":
+        monkeypatch.setattr(python_api, "_ARROW_ROWS", 4)
+    if kind == "nothing":
+        table, expected = table.slice(0, 0), expected.slice(0, 0)
+    given = table.to_batches()[0] if kind == "batch" else table
+    found = rec.recommend_arrow(given, columns=["dt"], titles=True)
+    assert found.schema.equals(expected.schema, check_metadata=False)
+    assert found.drop(["scores"]).to_pydict() == expected.drop(["scores"]).to_pydict()
+    for left, right in zip(found["scores"].to_pylist(), expected["scores"].to_pylist(), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5)
+
+
+def test_a_process_loads_a_model_once_until_another_is_there(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", "sbr")
+    first = Recommender.load_once(run)
+    with ThreadPoolExecutor(2) as threads:
+        assert set(threads.map(Recommender.load_once, [run, run / "export" / "sbr", str(run)])) == {first}
+    os.utime(run / "export" / "sbr" / "bundle.json", (0, 0))
+    assert Recommender.load_once(run) is not first
 
 
 def test_titles_stand_beside_ids(rec: Recommender, sessions: list[list[Any]]) -> None:
@@ -255,12 +289,22 @@ def _clicks(times: list[Any]) -> dict[str, list[Any]]:
     return {"user_id": [1] * len(times), "item_id": list(range(len(times))), "timestamp": times}
 
 
+_FALLBACK = {"items": [[1]], "session_id": [1], "fallback": [True]}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda rec: rec.recommend([[1]], k=0), "k is 0"),
         (lambda rec: rec.recommend([[1]], k=2.5), "k is 2.5; give an integer"),
         (lambda rec: rec.recommend([[1]], layout="wide"), "layout is 'wide'; give lists or long"),
+        (
+            lambda rec: rec.recommend_arrow({"items": [[1]], "session": [1]}),
+            "no column session_id, did you mean session",
+        ),
+        (lambda rec: rec.recommend_arrow({"items": [[1]], "session_id": [None]}), "session_id has 1 nulls"),
+        (lambda rec: rec.recommend_arrow(_FALLBACK, columns=["fallback"]), "fallback has the name of a column of the"),
+        (lambda rec: rec.recommend_arrow(_FALLBACK, columns="dt"), r"columns is 'dt'; give a list of names: \['dt'\]"),
         (lambda rec: rec.similar("abc"), r"items is 'abc'; give a list of item ids: \['abc'\]"),
         (lambda rec: rec.similar(7), r"items is 7; give a list of item ids: \[7\]"),
         (lambda rec: rec.recommend([["a"], [True]]), "must all be integers or all text"),

@@ -38,6 +38,16 @@ class RankedLists:
         return list_columns(self._values, ids_RK, scores_RK, self._is_large)
 
 
+def rows_of_short_offsets(values: Mapping[str, pa.Array], k: int) -> int:
+    """Most rows, at least 1, whose lists surely need offsets of 32 bits only.
+
+    Args:
+        values: Value of each item index by name of the column.
+        k: Length of a list.
+    """
+    return max(_MAX_OFFSET // (k * max(map(_longest, values.values()))), 1)
+
+
 def _longest(values: pa.Array) -> int:
     """Bytes of the longest text, at least 1; 1 for numbers."""
     if not pa.types.is_string(values.type):
