@@ -1,16 +1,18 @@
 """RecBole's side of the comparison: its own data loader, model and trainer, one epoch at a time.
 
-It runs in the environment of `recbole_environment`, as `python -m benchmarks.recbole_worker SETTINGS.json`. Nothing of
-RecBole is changed: `_train_epoch` and `_valid_epoch` are the methods that its `Trainer.fit` alternates.
+It runs in the environment of RecBole, as `python -m benchmarks.recbole_worker SETTINGS.json`. Nothing of RecBole is
+changed: `_train_epoch` is the method that its `Trainer.fit` calls.
+
+Shapes: B validation examples, L clicks, V items with the padding item 0, K items of a ranked list.
 """
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.turns_protocol import Epoch, Replies
+from benchmarks.turns_protocol import Epoch, Replies, Stopwatch
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,7 +37,6 @@ def main(argv: Sequence[str]) -> None:
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, train_data.dataset).to(config["device"])
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    trainer.eval_collector.data_collect(train_data)
     replies.ready(
         recbole=__version__,
         torch=torch.__version__,
@@ -46,20 +47,42 @@ def main(argv: Sequence[str]) -> None:
     )
     number = 0
     while replies.wait():
-        started = time.perf_counter()
+        watch = Stopwatch()
         loss = trainer._train_epoch(train_data, number, show_progress=False)
-        seconds = time.perf_counter() - started
-        _, metrics = trainer._valid_epoch(valid_data, show_progress=False)
+        seconds, processor_seconds = watch.read()
+        numpy.save(settings["rankings"], rank(model, valid_data, dataset, settings["k"], settings["exclude_seen"]))
         replies.done(
             Epoch(
                 examples=len(train_data.dataset),
                 seconds=seconds,
+                processor_seconds=processor_seconds,
                 loss=loss / len(train_data),
-                ndcg=float(metrics["ndcg@20"]),
-                validated=len(valid_data.dataset),
+                rankings=settings["rankings"],
             )
         )
         number += 1
+
+
+def rank(model: Any, valid_data: Any, dataset: Any, k: int, exclude_seen: bool) -> Any:
+    """Items ranked first for each validation example, by their index in the catalog, [B, K]."""
+    import numpy
+    import torch
+
+    # Tokens are numbers: of items their index, of validation examples their row.
+    index_V = numpy.array([-1, *map(int, dataset.field2id_token["item_id"][1:])])
+    ids_BK = numpy.full((len(valid_data.dataset), k), -1)
+    model.eval()
+    with torch.no_grad():
+        for examples, *_ in valid_data:
+            scores_BV = model.full_sort_predict(examples).view(len(examples), -1)
+            scores_BV[:, 0] = -torch.inf
+            if exclude_seen:
+                scores_BV.scatter_(1, examples["item_id_list"], -torch.inf)
+            best = scores_BV.topk(k)
+            ranked_BK = index_V[best.indices.masked_fill(best.values.isinf(), 0).numpy()]
+            rows_B = dataset.id2token("session_id", examples["session_id"]).astype(int)
+            ids_BK[rows_B] = ranked_BK
+    return ids_BK
 
 
 if __name__ == "__main__":

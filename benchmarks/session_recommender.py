@@ -1,15 +1,16 @@
-"""Training of the session recommender against RecBole's GCSAN and SRGNN: examples per second, NDCG@20 after each epoch.
+"""Training of session recommenders against other libraries: examples per second, NDCG@20, seconds to the same NDCG@20.
 
 ```sh
-python -m benchmarks.session_recommender --dataset PREPARED --encoder gcsan
+python -m benchmarks.session_recommender --dataset PREPARED --peer rectools_sasrec
 ```
 
-Each side is a process of its own, and they take turns epoch by epoch. RecBole runs in a virtual environment of its own,
-made with pip on the first run. Our side trains two or three times: with RecBole's settings where both have one; the
-same with the matrix products of the loss in bfloat16, where the processor supports it; and with the default settings.
+Each side is a process of its own, and they take turns epoch by epoch. The peer runs in a virtual environment of its
+own, made with pip on the first run. Our side trains several times: with the peer's settings where both have one; the
+same with the matrix products of the loss in bfloat16, where the processor is faster with them, and by the sampled
+softmax; and by the recipe `default`. Sides that have not reached the best NDCG@20 of the peer then train on until they
+have, at most for as long as the peer trained.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,44 +19,52 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
-from benchmarks.harness import Side, Spread, benchmark_parser, rate_table, ratio, take_turns, write_report
-from benchmarks.turns_protocol import Trainer, TrainerFailed
-from llmgr_rec.cli import parse_args, run_cli
+from benchmarks.harness import Spread, benchmark_parser, write_report
+from benchmarks.turns_protocol import Epoch, Trainer, TrainerFailed
+from llmgr_rec.cli import parse_args, progress, run_cli
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
+    from benchmarks.peers import Peer
     from benchmarks.session_settings import Settings
     from llmgr_rec.data.dataset import Dataset
 
-SAME, ROUNDED, DEFAULT, PEER = "same settings", "same, loss in bfloat16", "default settings", "RecBole"
-LEAST_TIMES = {"gcsan": 15.0, "srgnn": 10.0}
+SAME, ROUNDED, SAMPLED, DEFAULT = "same settings", "same, loss in bfloat16", "same, sampled softmax", "default recipe"
+PeerName = Literal["rectools_sasrec", "recbole_gcsan", "recbole_srgnn"]
 
 
 def main(argv: Sequence[str]) -> None:
     """Parses the arguments and measures."""
     parser = benchmark_parser(
         "session_recommender",
-        "Compares training of the session recommender with RecBole's.",
-        "--dataset dataset --encoder gcsan",
+        "Compares training of the session recommender with that of another library.",
+        "--dataset dataset --peer rectools_sasrec",
     )
     parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder made by llmgr_rec.prepare.")
-    parser.add_argument("--encoder", type=Literal["gcsan", "srgnn"], default="gcsan", help="Model.")
+    parser.add_argument("--peer", type=PeerName, default="rectools_sasrec", help="Library and model.")
     parser.add_argument("--max_examples", type=int, default=0, help="Most training examples; 0 takes all.")
     parser.add_argument("--max_validation", type=int, default=0, help="Most validation examples; 0 takes all.")
     parser.add_argument("--dim", type=int, default=64, help="Width of item and session vectors.")
-    parser.add_argument("--batch_size", type=int, default=512, help="Examples of a step.")
-    parser.add_argument("--steps", type=int, default=1, help="Message-passing steps.")
-    parser.add_argument("--attention_layers", type=int, default=1, help="Self-attention blocks (gcsan).")
-    parser.add_argument("--attention_heads", type=int, default=1, help="Heads of each block (gcsan).")
-    parser.add_argument("--dropout", type=float, default=0.2, help="Dropout (gcsan).")
     parser.add_argument(
-        "--score", type=Literal["cosine", "dot"], default="cosine", help="Score of our side with RecBole's settings."
+        "--batch_size", type=int | None, help="Examples of a step (RecTools: sessions). Default: 512 (RecTools: 128)."
+    )
+    parser.add_argument("--steps", type=int, default=1, help="Message-passing steps (GCSAN, SRGNN).")
+    parser.add_argument(
+        "--attention_layers", type=int | None, help="Self-attention blocks (not SRGNN). Default: 1 (RecTools: 2)."
+    )
+    parser.add_argument("--attention_heads", type=int | None, help="Heads of each block. Default: 1 (RecTools: 2).")
+    parser.add_argument("--dropout", type=float | None, help="Dropout (not SRGNN). Default: 0.2.")
+    parser.add_argument(
+        "--score",
+        type=Literal["cosine", "dot"] | None,
+        help="Score of our side with the peer's settings. Default: cosine (RecTools: dot).",
     )
     parser.add_argument("--lr", type=float, default=1e-3, help="Learning rate of Adam.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of both sides, and of the choice of examples.")
+    parser.add_argument("--negatives", type=int, default=1024, help="Negatives of the sampled softmax.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all sides, and of the choice of examples.")
     parser.add_argument(
-        "--environment", type=LocalPath, default="runs/benchmarks/recbole", help="Folder of RecBole's environment."
+        "--environment", type=LocalPath | None, help="Folder of the peer's environment; runs/benchmarks/PACKAGE."
     )
     # A round is one epoch of each side, and the first one counts.
     parser.set_defaults(rounds=3)
@@ -64,88 +73,120 @@ def main(argv: Sequence[str]) -> None:
         if args[name] < 0:
             raise UserError(f"--{name} is {args[name]}; set it to 0 or more")
 
-    from benchmarks.session_settings import make_settings
+    from benchmarks.peers import PEERS
 
-    settings = make_settings(args)
+    peer = PEERS[args["peer"]]
     with TemporaryDirectory(prefix="llmgr-sessions-") as folder:
-        results = compare(Path(folder), settings, args)
-    print(table(settings.encoder, results))
-    write_report(args["output"], {**args, **asdict(settings)}, results)
+        results = compare(Path(folder), peer, args)
+    print(table(peer.name, peer.least_ratio, results))
+    write_report(args["output"], args, results)
 
 
-def compare(folder: Path, settings: "Settings", args: Mapping[str, Any]) -> dict[str, Any]:
+def compare(folder: Path, peer: "Peer", args: Mapping[str, Any]) -> dict[str, Any]:
     """Trains all sides in turn.
 
     Args:
         folder: Empty folder for data and runs.
-        settings: Shared settings.
+        peer: The other library's model.
         args: Parsed arguments.
 
     Raises:
         UserError: The data set or the environment is not usable, or a side failed.
     """
-    from benchmarks.recbole_environment import make_environment
-    from benchmarks.recbole_files import write_atomic_files, write_part
+    from benchmarks.dataset_part import write_part
+    from benchmarks.peer_environment import make_environment
+    from benchmarks.session_settings import make_settings
+    from benchmarks.time_to_quality import time_to_quality, train_to_quality
     from llmgr_rec.data.dataset import Dataset
 
     whole = Dataset(Path(args["dataset"]))
-    python = make_environment(Path(args["environment"]))
+    settings = make_settings(args, **peer.of_settings(whole, args["dim"]))
+    python = make_environment(Path(args["environment"] or f"runs/benchmarks/{peer.package.name}"), peer.package)
     most = {"train": args["max_examples"], "valid": args["max_validation"]}
     dataset = write_part(whole, folder / "dataset", most, settings.seed)
-    counts = write_atomic_files(dataset, folder / "recbole")
+    counts = peer.write_files(dataset, folder / "peer")
     try:
         with ExitStack() as stack:
-            trainers = [stack.enter_context(trainer) for trainer in _start(folder, settings, dataset, python)]
-            rates = train_in_turns(trainers, settings.rounds)
+            trainers = [stack.enter_context(trainer) for trainer in _start(folder, peer, settings, dataset, python)]
+            train_in_turns(trainers, settings.rounds)
+            *ours, other = trainers
+            best = max(epoch.ndcg for epoch in other.epochs)
+            for trainer in ours:
+                train_to_quality(trainer, best, other.seconds)
     except TrainerFailed as error:
         raise UserError(str(error)) from None
     check_counts(trainers, counts)
+    epochs = {trainer.name: trainer.epochs for trainer in trainers}
     return {
         "examples": counts,
         "items": dataset.manifest.num_items,
-        "examples_per_s": rate_table(rates),
-        "ratio": {name: asdict(ratio(rates, name, PEER)) for name in rates if name != PEER},
-        "epochs": {trainer.name: [asdict(epoch) for epoch in trainer.epochs] for trainer in trainers},
-        "arguments": {**_ours(settings), PEER: settings.recbole(Path(), dataset.manifest.max_length)},
+        "settings": asdict(settings),
+        **rates(epochs, peer.name, settings.rounds),
+        "time_to_quality": time_to_quality(epochs, peer.name),
+        "epochs": {name: [asdict(epoch) for epoch in of_side] for name, of_side in epochs.items()},
+        "arguments": _ours(settings),
         "peer": trainers[-1].facts,
     }
 
 
-def _start(folder: Path, settings: "Settings", dataset: "Dataset", python: Path) -> Iterator[Trainer]:
-    """Starts the sides one after the other; the last one is RecBole."""
-    root = Path(__file__).parents[1]
-    environment = {
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": str(settings.threads),
-    }
+def _start(folder: Path, peer: "Peer", settings: "Settings", dataset: "Dataset", python: Path) -> Iterator[Trainer]:
+    """Starts the sides one after the other; the last one is the peer."""
+    from benchmarks.ranked_validation import RankedValidation
+
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(settings.threads)}
     for number, (name, words) in enumerate(_ours(settings).items()):
         files = ["--dataset", str(dataset.path), "--output", str(folder / f"run{number}")]
-        command = [sys.executable, "-m", "benchmarks.session_trainer", *files, *words]
-        yield Trainer(name, command, folder, environment)
-    file = folder / "recbole.json"
-    file.write_text(json.dumps(settings.recbole(folder / "recbole", dataset.manifest.max_length)))
-    command = [str(python), "-m", "benchmarks.recbole_worker", str(file)]
-    yield Trainer(PEER, command, folder, environment)
+        yield Trainer(name, [sys.executable, "-m", "benchmarks.session_trainer", *files, *words], folder, environment)
+    file = folder / "peer.json"
+    peer.write_settings(file, settings, dataset, folder / "peer", dataset.manifest.num_examples["train"])
+    command = [str(python), "-m", peer.worker, str(file)]
+    yield Trainer(peer.name, command, folder, environment, RankedValidation(dataset).measure)
 
 
 def _ours(settings: "Settings") -> dict[str, list[str]]:
     """Arguments of each of our sides."""
     from llmgr_rec.storage.number_format import resolve_dtype
 
-    sides = {SAME: settings.recbole_words()}
+    sides = {SAME: settings.same_words()}
     if resolve_dtype("auto").itemsize == 2:
-        sides[ROUNDED] = settings.recbole_words(loss_dtype="bfloat16")
-    return {**sides, DEFAULT: settings.default_words()}
+        sides[ROUNDED] = settings.same_words(loss_dtype="bfloat16")
+    return {**sides, SAMPLED: settings.same_words(sampled=True), DEFAULT: settings.default_words()}
 
 
-def train_in_turns(trainers: Sequence[Trainer], epochs: int) -> dict[str, list[float]]:
-    """Training examples per second of each side, one value per epoch; only training time counts."""
+def train_in_turns(trainers: Sequence[Trainer], rounds: int) -> None:
+    """Trains one epoch of each side in every round, in alternating order; a side whose training ends drops out."""
+    bar = progress(rounds, "benchmark", "round")
+    for number in range(rounds):
+        for trainer in trainers if number % 2 == 0 else reversed(trainers):
+            if not trainer.ended:
+                trainer.train()
+        bar.update()
+    bar.close()
 
-    def trained_seconds() -> float:
-        return sum(trainer.seconds for trainer in trainers)
 
-    sides = [Side(trainer.name, trainer.train) for trainer in trainers]
-    return take_turns(sides, epochs, warm_up=0, clock=trained_seconds)
+def rates(epochs: Mapping[str, Sequence[Epoch]], peer: str, rounds: int) -> dict[str, Any]:
+    """Examples per second of each side, and the ratio to the peer's of the same round.
+
+    Args:
+        epochs: Epochs of each side.
+        peer: Name of the peer among them.
+        rounds: Epochs of the peer; what a side trained afterwards had no turn of the peer beside it.
+    """
+    elapsed = {name: [epoch.examples / epoch.seconds for epoch in of_side[:rounds]] for name, of_side in epochs.items()}
+    processor = {
+        name: [epoch.examples / epoch.processor_seconds for epoch in of_side[:rounds]]
+        for name, of_side in epochs.items()
+    }
+
+    def ratios(of_sides: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+        pairs = {name: zip(values, of_sides[peer], strict=False) for name, values in of_sides.items() if name != peer}
+        return {name: asdict(Spread.of([mine / other for mine, other in both])) for name, both in pairs.items()}
+
+    return {
+        "examples_per_s": {name: asdict(Spread.of(values)) for name, values in elapsed.items()},
+        "ratio": ratios(elapsed),
+        "processor_time_ratio": ratios(processor),
+    }
 
 
 def check_counts(trainers: Sequence[Trainer], counts: Mapping[str, int]) -> None:
@@ -160,22 +201,51 @@ def check_counts(trainers: Sequence[Trainer], counts: Mapping[str, int]) -> None
                 raise RuntimeError(f"{trainer.name} reported {epoch}, but there are {counts} examples")
 
 
-def table(encoder: str, results: Mapping[str, Any]) -> str:
-    """The results as text."""
-    counts, epochs = results["examples"], results["epochs"]
+def table(peer: str, least_ratio: float, results: Mapping[str, Any]) -> str:
+    """The results as text.
+
+    Args:
+        peer: Name of the peer.
+        least_ratio: How many times as fast our side should be.
+        results: From `compare`.
+    """
+    counts = results["examples"]
     lines = [
         "",
-        f"{encoder}: {counts['train']:,} training and {counts['valid']:,} validation examples, "
-        f"{results['items']:,} items",
-        f"{'':28}{'training examples/s':>34}   times RecBole (at least {LEAST_TIMES[encoder]:g})",
+        f"{counts['train']:,} training and {counts['valid']:,} validation examples, {results['items']:,} items",
+        *_rate_lines(peer, results),
+        f"wanted: {least_ratio:g} times",
+        "",
+        *_quality_lines(results["epochs"]),
+        "",
+        *_time_lines(results["time_to_quality"]),
     ]
-    for name, values in results["examples_per_s"].items():
-        gain = results["ratio"].get(name)
-        lines.append(f"{name:28}{Spread(**values)!s:>34}   {Spread(**gain) if gain else ''}")
-    lines += ["", f"{'validation NDCG@20':28}" + "".join(f"{name:>28}" for name in epochs)]
-    for number, row in enumerate(zip(*epochs.values(), strict=True), start=1):
-        lines.append(f"{f'after epoch {number}':28}" + "".join(f"{epoch['ndcg']:>28.4f}" for epoch in row))
     return "\n".join(lines)
+
+
+def _rate_lines(peer: str, results: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{'':26}{'training examples/s':>30}{f'times {peer}':>32}{'by processor time':>30}"
+    for name, values in results["examples_per_s"].items():
+        gains = [results[key].get(name) for key in ("ratio", "processor_time_ratio")]
+        elapsed, processor = (str(Spread(**gain)) if gain else "" for gain in gains)
+        yield f"{name:26}{Spread(**values)!s:>30}{elapsed:>32}{processor:>30}"
+
+
+def _quality_lines(epochs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    yield f"{'validation NDCG@20':26}" + "".join(f"{name:>26}" for name in epochs)
+    for number in range(max(map(len, epochs.values()))):
+        row = [f"{of_side[number]['ndcg']:.4f}" if number < len(of_side) else "" for of_side in epochs.values()]
+        yield f"{f'after epoch {number + 1}':26}" + "".join(f"{value:>26}" for value in row)
+
+
+def _time_lines(reached: Mapping[str, Any]) -> Iterator[str]:
+    title = f"to NDCG@20 {reached['ndcg']:.4f}"
+    yield f"{title:26}{'epochs':>8}{'seconds':>12}{'processor seconds':>20}"
+    for name, at in reached["sides"].items():
+        if at is None:
+            yield f"{name:26}not within the seconds of the peer, or until its training ended"
+        else:
+            yield f"{name:26}{at['epoch']:>8}{at['seconds']:>12.1f}{at['processor_seconds']:>20.1f}"
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 It is started as `python -m benchmarks.session_trainer`, with the arguments of `llmgr_rec.train --stage sbr`.
 """
 
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.turns_protocol import Epoch, Replies
+from benchmarks.turns_protocol import Epoch, Replies, Stopwatch
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.distributed.process_group import process_group
@@ -40,7 +40,8 @@ class PausingLogger(MetricsLogger):
         self._examples = examples
         self._loss_sum = 0.0
         self._step = self._first_step = 0
-        self._started = self._ended = 0.0
+        self._watch = Stopwatch()
+        self._read = (0.0, 0.0)
 
     def rewind(self, stage: str, step: int, validated: bool = True) -> None:
         """Called right before the first step: waits for the first request."""
@@ -52,20 +53,22 @@ class PausingLogger(MetricsLogger):
         if not self._replies.wait():
             raise EnoughEpochs
         self._loss_sum, self._first_step = 0.0, self._step
-        self._started = time.perf_counter()
+        self._watch = Stopwatch()
 
     def write(self, stage: str, step: int, **values: Any) -> None:
         """Adds a record; that of a validation ends the epoch."""
         super().write(stage, step, **values)
         if values.get("split") != "valid":
             self._loss_sum += (step - self._step) * float(values["loss"])
-            self._step, self._ended = step, time.perf_counter()
+            self._step, self._read = step, self._watch.read()
             return
         # The checkpoint between the last step and the validation counts toward no epoch.
+        seconds, processor_seconds = self._read
         self._replies.done(
             Epoch(
                 examples=self._examples,
-                seconds=self._ended - self._started,
+                seconds=seconds,
+                processor_seconds=processor_seconds,
                 loss=self._loss_sum / (self._step - self._first_step),
                 ndcg=values["ndcg@20"],
                 validated=values["count"],
@@ -89,10 +92,10 @@ def main(argv: Sequence[str]) -> None:
     with process_group(config.runtime) as world:
         request.output.mkdir(parents=True)
         metrics = PausingLogger(request.output, replies, checked.dataset.manifest.num_examples["train"])
-        try:
+        with suppress(EnoughEpochs):
             run_stage(STAGE, RunContext.of(request, checked, world, metrics, StopSignals(config.runtime.grace_s)))
-        except EnoughEpochs:
-            metrics.close()
+            replies.ended()
+        metrics.close()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Protocol of a trainer process that trains one epoch per request: JSON lines over stdin and stdout.
 
-The trainer first sends facts about itself. It answers each line `epoch` with the results of one more epoch, and exits
-at the end of its input. Only the standard library is used, because RecBole's environment imports this module, too.
+The trainer first sends facts about itself. It answers each line `epoch` with the results of one more epoch, or says
+that its training has ended, and exits at the end of its input. Only the standard library is used, because the
+environments of the peers import this module, too.
 """
 
 import contextlib
@@ -9,12 +10,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
 GO = "epoch"
+_ENDED = {"ended": True}
 _LOG_LINES = 3
 _EXIT_TIMEOUT_S = 30.0
 
@@ -30,16 +33,32 @@ class Epoch:
     Args:
         examples: Training examples.
         seconds: From the first batch to the end of the last step, without validation.
+        processor_seconds: Processor time of all threads of the trainer meanwhile.
         loss: Mean training loss.
+        rankings: Array file (NumPy) of the 20 items ranked first for each validation example, [examples, 20], with -1
+            at the end of shorter lists; empty if the trainer computes `ndcg` itself.
         ndcg: NDCG@20 on the validation examples after it, ranking the whole catalog.
         validated: Validation examples.
     """
 
     examples: int
     seconds: float
+    processor_seconds: float
     loss: float
-    ndcg: float
-    validated: int
+    rankings: str = ""
+    ndcg: float = 0.0
+    validated: int = 0
+
+
+class Stopwatch:
+    """Elapsed time and processor time of this process since it was made."""
+
+    def __init__(self) -> None:
+        self._started, self._processor_started = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        """Elapsed seconds and processor seconds."""
+        return time.perf_counter() - self._started, time.process_time() - self._processor_started
 
 
 class Replies:
@@ -56,6 +75,10 @@ class Replies:
     def done(self, epoch: Epoch) -> None:
         """Sends the results of an epoch."""
         self._send(asdict(epoch))
+
+    def ended(self) -> None:
+        """Answers a request: there is no further epoch."""
+        self._send(_ENDED)
 
     def wait(self) -> bool:
         """Waits for a request; False at the end of the input."""
@@ -74,14 +97,24 @@ class Trainer:
         words: Its command.
         folder: Its working folder; `NAME.log` there gets its stderr.
         environment: Environment variables in addition to those of this process.
+        measure: NDCG@20 and number of validation examples from the file of `Epoch.rankings`.
 
     Raises:
         TrainerFailed: It exited before it was ready.
     """
 
-    def __init__(self, name: str, words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        words: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        measure: Callable[[Path], tuple[float, int]] | None = None,
+    ) -> None:
         self.name = name
         self.epochs: list[Epoch] = []
+        self.ended = False
+        self._measure = measure
         self._log_path = folder / f"{name}.log"
         self._log: IO[str] = self._log_path.open("w")
         self._process = subprocess.Popen(
@@ -110,8 +143,8 @@ class Trainer:
         """Seconds of training so far."""
         return sum(epoch.seconds for epoch in self.epochs)
 
-    def train(self) -> float:
-        """Trains and validates one epoch; returns its training examples.
+    def train(self) -> None:
+        """Trains and validates one epoch, or notes that the training has ended.
 
         Raises:
             TrainerFailed: It exited, or did not answer according to the protocol.
@@ -120,11 +153,17 @@ class Trainer:
             self._input.write(f"{GO}\n")
             self._input.flush()
         values = self._read()
+        if values == _ENDED:
+            self.ended = True
+            return
         try:
-            self.epochs.append(Epoch(**values))
+            epoch = Epoch(**values)
         except TypeError:
             raise TrainerFailed(f"{self.name} sent {values}, which is no epoch") from None
-        return self.epochs[-1].examples
+        if epoch.rankings and self._measure is not None:
+            ndcg, validated = self._measure(Path(epoch.rankings))
+            epoch = replace(epoch, ndcg=ndcg, validated=validated)
+        self.epochs.append(epoch)
 
     def close(self) -> None:
         """Closes its input and waits until it has exited."""

@@ -3,14 +3,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import recbole_environment, session_recommender
+from benchmarks import peer_environment, recbole_side, rectools_side, session_recommender
 from benchmarks.commands import prepare_synthetic
-from benchmarks.recbole_environment import make_environment
-from benchmarks.recbole_files import NAME, write_atomic_files, write_part
-from benchmarks.session_recommender import DEFAULT, PEER, ROUNDED, SAME, check_counts, table, train_in_turns
-from benchmarks.session_settings import Settings
+from benchmarks.dataset_part import write_part
+from benchmarks.peer_environment import RECBOLE, make_environment
+from benchmarks.peers import PEERS
+from benchmarks.ranked_validation import RankedValidation
+from benchmarks.session_recommender import DEFAULT, ROUNDED, SAME, check_counts, compare, rates, table, train_in_turns
+from benchmarks.session_settings import Settings, make_settings
+from benchmarks.time_to_quality import passed, time_to_quality, train_to_quality
 from benchmarks.turns_protocol import Epoch, Trainer, TrainerFailed
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
@@ -20,6 +25,9 @@ from llmgr_rec.errors import UserError
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(
     encoder="gcsan",
+    one_pass=False,
+    initial_std=0.02,
+    max_length=50,
     dim=64,
     batch_size=512,
     steps=2,
@@ -28,11 +36,14 @@ SETTINGS = Settings(
     dropout=0.3,
     score="dot",
     lr=1e-3,
+    negatives=100,
     rounds=5,
     seed=7,
     threads=2,
 )
-EPOCH = Epoch(examples=100, seconds=2.0, loss=3.0, ndcg=0.05, validated=10)
+SASREC = replace(SETTINGS, encoder="sasrec", one_pass=True)
+EPOCH = Epoch(examples=100, seconds=2.0, processor_seconds=4.0, loss=3.0, ndcg=0.05, validated=10)
+PEER = "the peer"
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +58,20 @@ def config_of(words):
 
 
 def rows(folder, split):
-    header, *lines = (folder / NAME / f"{NAME}.{split}.inter").read_text().splitlines()
+    file = folder / recbole_side.NAME / f"{recbole_side.NAME}.{split}.inter"
+    header, *lines = file.read_text().splitlines()
     assert header == "session_id:token\titem_id_list:token_seq\titem_id:token"
     return [line.split("\t") for line in lines]
 
 
 def sessions(dataset, split):
-    import pyarrow.parquet as pq
-
     (part,) = dataset.parts(split)
     columns = pq.read_table(part).to_pydict()
     return list(zip(columns["items"], columns["target"], strict=True))
 
 
 def test_recbole_gets_every_prefix_of_a_training_row_and_validation_rows_whole(dataset, tmp_path):
-    counts = write_atomic_files(dataset, tmp_path)
+    counts = recbole_side.write_files(dataset, tmp_path)
     expected = []
     for items, target in sessions(dataset, "train"):
         clicks = [*items, target]
@@ -73,8 +83,8 @@ def test_recbole_gets_every_prefix_of_a_training_row_and_validation_rows_whole(d
 
 
 def test_recbole_knows_the_whole_catalog(dataset, tmp_path):
-    write_atomic_files(dataset, tmp_path)
-    lines = (tmp_path / NAME / f"{NAME}.item").read_text().splitlines()
+    recbole_side.write_files(dataset, tmp_path)
+    lines = (tmp_path / recbole_side.NAME / f"{recbole_side.NAME}.item").read_text().splitlines()
     assert lines == ["item_id:token", *map(str, range(dataset.manifest.num_items))]
 
 
@@ -87,7 +97,7 @@ def test_a_part_is_a_data_set_of_whole_rows(dataset, tmp_path):
     chosen, whole = sessions(part, "train"), sessions(dataset, "train")
     assert sum(len(items) for items, _ in chosen) == part.manifest.num_examples["train"]
     assert [row for row in whole if row in chosen] == chosen
-    assert write_atomic_files(part, tmp_path / "atomic")["train"] == part.manifest.num_examples["train"]
+    assert recbole_side.write_files(part, tmp_path / "atomic")["train"] == part.manifest.num_examples["train"]
 
 
 def test_all_rows_are_the_data_set_again(dataset, tmp_path):
@@ -101,9 +111,34 @@ def test_a_part_too_small_for_a_row_is_refused(dataset, tmp_path):
         write_part(dataset, tmp_path / "part", {"train": 1}, seed=0)
 
 
-def test_both_sides_have_the_same_settings():
-    ours = config_of(SETTINGS.recbole_words())
-    theirs = SETTINGS.recbole(Path("files"), max_length=50)["config"]
+def test_rectools_gets_training_sessions_with_their_target_and_validation_examples(dataset, tmp_path):
+    counts = rectools_side.write_files(dataset, tmp_path / "rectools")
+    with np.load(tmp_path / "rectools" / rectools_side.NAME) as arrays:
+        train = np.split(arrays["train_items_L"], arrays["train_offsets_U1"][1:-1])
+        valid = np.split(arrays["valid_items_L"], arrays["valid_offsets_B1"][1:-1])
+    assert [session.tolist() for session in train] == [[*items, target] for items, target in sessions(dataset, "train")]
+    assert [session.tolist() for session in valid] == [items for items, _ in sessions(dataset, "valid")]
+    examples = dataset.manifest.num_examples
+    assert counts == {"train": examples["train"], "valid": examples["valid"]}
+
+
+def test_lists_of_another_program_are_measured_in_the_order_of_the_split(dataset, tmp_path):
+    targets = [target for _, target in sessions(dataset, "valid")]
+    lists = np.full((len(targets), 20), -1)
+    lists[:, 2] = targets
+    lists[0] = -1
+    np.save(tmp_path / "lists.npy", lists)
+    ndcg, count = RankedValidation(dataset).measure(tmp_path / "lists.npy")
+    assert count == len(targets)
+    assert ndcg == pytest.approx((count - 1) / count / np.log2(4))
+    np.save(tmp_path / "lists.npy", lists[1:])
+    with pytest.raises(ValueError, match=f"has {count - 1} lists, but there are {count} examples"):
+        RankedValidation(dataset).measure(tmp_path / "lists.npy")
+
+
+def test_recbole_has_the_same_settings():
+    ours = config_of(SETTINGS.same_words())
+    theirs = recbole_side.gcsan(SETTINGS, Path("files"))["config"]
     assert ours.encoder.name == "gcsan"
     assert (ours.tables.dim, ours.tables.dim) == (theirs["hidden_size"], theirs["embedding_size"])
     assert ours.encoder.steps == theirs["step"] == 2
@@ -119,13 +154,45 @@ def test_both_sides_have_the_same_settings():
     assert theirs["loss_type"] == "CE"
     assert theirs["train_neg_sample_args"] is None
     assert ours.tables.side_features == []
-    json.dumps(theirs)
+    srgnn = recbole_side.srgnn(SETTINGS, Path("files"))
+    assert srgnn["model"] == "SRGNN"
+    assert "n_layers" not in srgnn["config"]
+    json.dumps([theirs, srgnn])
+
+
+def test_rectools_has_the_same_settings():
+    ours = config_of(SASREC.same_words())
+    theirs = rectools_side.sasrec(SASREC, Path("files"))["model"]
+    assert (ours.encoder.name, ours.encoder.one_pass, theirs["loss"]) == ("sasrec", True, "softmax")
+    assert ours.tables.dim == theirs["n_factors"]
+    assert ours.encoder.attention_layers == theirs["n_blocks"]
+    assert ours.encoder.attention_heads == theirs["n_heads"]
+    assert ours.encoder.dropout == theirs["dropout_rate"]
+    assert ours.encoder.max_clicks == theirs["session_max_len"]
+    assert ours.sbr.batch_size == theirs["batch_size"]
+    assert ours.sbr.lr == ours.tables.lr == theirs["lr"]
+    sampled = config_of(SASREC.same_words(sampled=True)).loss
+    assert (sampled.full_softmax_max_items, sampled.num_negatives) == (0, 100)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_has_defaults_for_what_is_not_given(dataset, name, tmp_path):
+    peer = PEERS[name]
+    given = {"dim": 64, "lr": 1e-3, "negatives": 100, "rounds": 1, "seed": 0, "threads": 1, "steps": 1, "dropout": None}
+    settings = make_settings(given, **peer.of_settings(dataset, 64))
+    assert settings.dropout == (0.0 if peer.encoder == "srgnn" else 0.2)
+    assert settings.max_length == dataset.manifest.max_length
+    config_of(settings.same_words())
+    peer.write_settings(tmp_path / "peer.json", settings, dataset, tmp_path / "peer", examples=5)
+    written = json.loads((tmp_path / "peer.json").read_text())
+    assert (written["items"], written["examples"], written["k"]) == (dataset.manifest.num_items, 5, 20)
+    assert make_settings({**given, "dropout": 0.1}, **peer.of_settings(dataset, 64)).dropout == 0.1
 
 
 def test_our_rate_stays_at_its_peak_over_the_epochs_that_are_trained():
     from llmgr_rec.training.optimizers import CosineSchedule
 
-    config = config_of(SETTINGS.recbole_words())
+    config = config_of(SETTINGS.same_words())
     ours = config.sbr
     group = {"lr": ours.lr}
     optimizer = type("Optimizer", (), {"param_groups": [group]})()
@@ -134,18 +201,11 @@ def test_our_rate_stays_at_its_peak_over_the_epochs_that_are_trained():
     assert schedule.factor(SETTINGS.rounds * 100) == pytest.approx(1, abs=1e-5)
 
 
-def test_srgnn_has_neither_attention_blocks_nor_dropout():
-    settings = replace(SETTINGS, encoder="srgnn")
-    theirs = settings.recbole(Path("files"), max_length=50)
-    assert theirs["model"] == "SRGNN"
-    assert "n_layers" not in theirs["config"]
-    assert config_of(settings.recbole_words()).encoder.dropout == 0
-
-
-def test_by_default_the_product_keeps_its_own_optimizer():
-    by_default = config_of(SETTINGS.default_words())
-    assert by_default.tables.optimizer == config_of([]).tables.optimizer
-    assert by_default.sbr.epochs == SETTINGS.rounds
+def test_the_default_recipe_learns_as_it_does_without_a_benchmark():
+    by_default, without = config_of(SETTINGS.default_words()), config_of([])
+    assert by_default.sbr == without.sbr
+    assert by_default.encoder == without.encoder
+    assert replace(by_default.tables, knn_smoothing=without.tables.knn_smoothing) == without.tables
 
 
 FAKE = """
@@ -157,7 +217,11 @@ replies.ready(version="1")
 number = 0
 while replies.wait():
     number += 1
-    replies.done(Epoch(examples=100, seconds=float(sys.argv[1]) * number, loss=1.0, ndcg=0.1 * number, validated=10))
+    if number == 4:
+        replies.ended()
+        continue
+    seconds = float(sys.argv[1]) * number
+    replies.done(Epoch(100, seconds, 2 * seconds, loss=1.0, ndcg=0.1 * number, validated=10))
 """
 
 
@@ -168,16 +232,84 @@ def fake(folder, script, *words, name="fake"):
 def test_a_trainer_trains_an_epoch_whenever_it_is_asked_to(tmp_path):
     with fake(tmp_path, FAKE, "2") as trainer:
         assert trainer.facts == {"version": "1"}
-        assert [trainer.train(), trainer.train()] == [100, 100]
+        trainer.train()
+        trainer.train()
     assert [epoch.ndcg for epoch in trainer.epochs] == [0.1, 0.2]
     assert trainer.seconds == 6
     assert (tmp_path / "fake.log").read_text() == "what a library prints\n"
 
 
+def test_a_side_whose_training_ends_drops_out(tmp_path):
+    with fake(tmp_path, FAKE, "1", name="short") as short:
+        train_in_turns([short], rounds=6)
+        train_to_quality(short, ndcg=0.9, most_seconds=1000.0)
+    assert short.ended
+    assert len(short.epochs) == 3
+
+
 def test_only_the_seconds_of_training_count(tmp_path):
     with fake(tmp_path, FAKE, "1", name="fast") as fast, fake(tmp_path, FAKE, "4", name="slow") as slow:
-        rates = train_in_turns([fast, slow], epochs=2)
-    assert rates == {"fast": [100.0, 50.0], "slow": [25.0, 12.5]}
+        train_in_turns([fast, slow], rounds=2)
+        train_to_quality(fast, ndcg=0.3, most_seconds=slow.seconds)
+    result = rates({"fast": fast.epochs, "slow": slow.epochs}, "slow", rounds=2)
+    assert result["examples_per_s"]["fast"] == {"median": 75.0, "low": 62.5, "high": 87.5}
+    assert result["ratio"] == {"fast": {"median": 4.0, "low": 4.0, "high": 4.0}} == result["processor_time_ratio"]
+
+
+def test_time_to_quality_ends_at_the_first_epoch_that_is_as_good():
+    slow = [replace(EPOCH, seconds=10.0, ndcg=ndcg) for ndcg in (0.1, 0.3, 0.2)]
+    fast = [replace(EPOCH, ndcg=ndcg) for ndcg in (0.1, 0.2, 0.31, 0.1)]
+    never = [replace(EPOCH, ndcg=0.29)]
+    result = time_to_quality({"fast": fast, "never": never, "slow": slow}, "slow")
+    assert result["ndcg"] == 0.3
+    assert result["sides"]["fast"] == {"epoch": 3, "seconds": 6.0, "processor_seconds": 12.0, "ndcg": 0.31}
+    assert result["sides"]["never"] is None
+    assert result["sides"]["slow"]["seconds"] == 20.0
+    assert passed([], 0.1) is None
+
+
+WORKER = """
+import json, sys, numpy
+from benchmarks.turns_protocol import Epoch, Replies
+replies, settings = Replies(), json.load(open(sys.argv[1]))
+replies.ready(version="1")
+while replies.wait():
+    numpy.save(settings["rankings"], numpy.full((20, settings["k"]), -1))
+    replies.done(Epoch(settings["examples"], 1e4, 1e4, loss=1.0, rankings=settings["rankings"]))
+"""
+
+
+def test_our_side_trains_in_turns_with_a_peer(dataset, tmp_path, monkeypatch):
+    """The peer is a stand-in; the real ones are run by `test_the_peers_in_their_environments`."""
+    (tmp_path / "stand_in.py").write_text(WORKER)
+    monkeypatch.setattr(peer_environment, "make_environment", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(session_recommender, "_ours", lambda settings: {DEFAULT: settings.default_words()})
+    peer = replace(PEERS["rectools_sasrec"], name=PEER, worker="stand_in")
+    results = compare(tmp_path, peer, arguments(dataset, max_examples=100, max_validation=20))
+    assert results["ratio"][DEFAULT]["median"] > 10
+    assert results["time_to_quality"]["sides"][PEER]["seconds"] == 1e4
+    assert len(results["epochs"][PEER]) == 1
+    assert PEER in table(PEER, 12, results)
+
+
+def arguments(dataset, **given):
+    names = ("batch_size", "attention_layers", "attention_heads", "dropout", "score", "environment")
+    values = {"dim": 8, "steps": 1, "lr": 1e-3, "negatives": 8, "seed": 0, "rounds": 1, "threads": 1}
+    return {**dict.fromkeys(names), **values, "dataset": str(dataset.path), **given}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PEERS)
+def test_the_peers_in_their_environments(dataset, name, tmp_path, monkeypatch):
+    peer = PEERS[name]
+    environment = ROOT / "runs" / "benchmarks" / peer.package.name
+    if not (environment / "complete.txt").exists():
+        pytest.skip(f"{environment} is not there; the benchmark makes it")
+    monkeypatch.setattr(session_recommender, "_ours", lambda settings: {SAME: settings.same_words()})
+    args = arguments(dataset, max_examples=100, max_validation=20, environment=str(environment))
+    results = compare(tmp_path, peer, args)
+    assert results["peer"]["items"] == dataset.manifest.num_items
+    assert results["epochs"][peer.name][0]["ndcg"] > 0
 
 
 @pytest.mark.parametrize(
@@ -210,19 +342,27 @@ def test_sides_with_unlike_examples_are_refused(tmp_path):
 def test_table_has_a_row_for_each_side_and_each_epoch():
     spread = {"median": 20.0, "low": 19.0, "high": 21.0}
     names = (SAME, ROUNDED, DEFAULT, PEER)
+    epochs = {name: [vars(EPOCH), vars(EPOCH)] for name in names}
+    epochs[SAME] = [*epochs[SAME], vars(EPOCH)]
+    at = {"epoch": 2, "seconds": 12.34, "processor_seconds": 56.78, "ndcg": 0.1}
     text = table(
-        "gcsan",
+        PEER,
+        15.0,
         {
             "examples": {"train": 1000, "valid": 100},
             "items": 12101,
             "examples_per_s": dict.fromkeys(names, spread),
             "ratio": dict.fromkeys(names[:2], spread),
-            "epochs": {name: [vars(EPOCH), vars(EPOCH)] for name in names},
+            "processor_time_ratio": dict.fromkeys(names[:2], spread),
+            "epochs": epochs,
+            "time_to_quality": {"ndcg": 0.1, "sides": {SAME: at, DEFAULT: None}},
         },
     )
     assert all(name in text for name in names)
-    assert "at least 15" in text
-    assert "after epoch 2" in text
+    assert "wanted: 15 times" in text
+    assert "after epoch 3" in text
+    assert "12.3" in text
+    assert "not within" in text
 
 
 @pytest.mark.parametrize(
@@ -233,8 +373,8 @@ def test_table_has_a_row_for_each_side_and_each_epoch():
         (["--rounds", "0"], "--rounds is 0; set it to 1 or more"),
     ],
 )
-def test_a_bad_argument_is_one_line(monkeypatch, capsys, words, message):
-    monkeypatch.setattr(sys, "argv", ["session_recommender", "--dataset", "data", *words])
+def test_a_bad_argument_is_one_line(dataset, monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["session_recommender", "--dataset", str(dataset.path), *words])
     with pytest.raises(SystemExit) as ended:
         run_cli(session_recommender.main)
     assert ended.value.code == 2
@@ -246,14 +386,14 @@ def test_an_environment_that_cannot_be_made_is_one_line(monkeypatch, tmp_path):
         (folder / "bin").mkdir(parents=True)
         (folder / "bin" / "python").symlink_to(sys.executable)
 
-    monkeypatch.setattr(recbole_environment.venv, "create", create)
-    monkeypatch.setattr(recbole_environment, "PINS", ("--no-such-option",))
+    monkeypatch.setattr(peer_environment.venv, "create", create)
+    package = replace(RECBOLE, others=("--no-such-option",))
     with pytest.raises(UserError, match=r"^the environment for recbole 1.2.1 cannot be made in .*no such option"):
-        make_environment(tmp_path / "environment")
+        make_environment(tmp_path / "environment", package)
 
 
 def test_a_folder_of_something_else_is_not_cleared(tmp_path):
     (tmp_path / "precious").write_text("")
     with pytest.raises(UserError, match="is not empty and is no virtual environment"):
-        make_environment(tmp_path)
+        make_environment(tmp_path, RECBOLE)
     assert (tmp_path / "precious").exists()

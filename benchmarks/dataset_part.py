@@ -1,26 +1,18 @@
-"""The same examples for both sides: some rows of a prepared data set, as a data set and as RecBole's atomic files."""
+"""Some rows of a prepared data set as a data set, so that all sides of a comparison have the same examples."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
 from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.protocol import split_reader
-
-NAME = "sessions"
-SPLITS = ("train", "valid")
-_HEADER = "session_id:token\titem_id_list:token_seq\titem_id:token\n"
-_READ_ROWS = 8192
 
 
 def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: int) -> Dataset:
@@ -49,8 +41,6 @@ def write_part(dataset: Dataset, folder: Path, most: Mapping[str, int], seed: in
         num_sessions={split: rows for split, (rows, _) in written.items()},
         num_examples={split: examples for split, (_, examples) in written.items()},
         files=files,
-        # RecBole also ranks the items of the session, so both sides do.
-        repeats="allow",
     )
     (folder / MANIFEST_NAME).write_text(part.to_json())
     return Dataset(folder)
@@ -71,39 +61,3 @@ def _write_rows(dataset: Dataset, split: str, folder: Path, most: int, seed: int
         writer.write(batch.columns)
     writer.close()
     return len(chosen), int(sizes[chosen].sum())
-
-
-def write_atomic_files(dataset: Dataset, folder: Path) -> dict[str, int]:
-    """Writes training and validation examples as RecBole's atomic files, and the whole catalog beside them.
-
-    They are the examples of llmgr_rec's own reader. Items are named by their index.
-
-    Args:
-        dataset: The data set.
-        folder: Folder to make, `FOLDER/sessions` holds the files.
-
-    Returns:
-        Examples of each split.
-    """
-    place = folder / NAME
-    place.mkdir(parents=True)
-    # Without this file RecBole would rank only the items that occur in examples.
-    names = "".join(f"{item}\n" for item in range(dataset.manifest.num_items))
-    (place / f"{NAME}.item").write_text("item_id:token\n" + names)
-    counts = {}
-    for split in SPLITS:
-        with (place / f"{NAME}.{split}.inter").open("w") as file:
-            file.write(_HEADER)
-            reader = split_reader(dataset, split, _READ_ROWS, _writes(file))
-            counts[split] = sum(reader.batches(0))
-    return counts
-
-
-def _writes(file: TextIO) -> Callable[[RawSessions], int]:
-    def write(raw: RawSessions) -> int:
-        items, ends = list(map(str, raw.items_L.tolist())), raw.offsets_B1.tolist()
-        rows = zip(raw.rows_B.tolist(), ends[:-1], ends[1:], raw.targets_B.tolist(), strict=True)
-        file.writelines(f"{row}\t{' '.join(items[start:end])}\t{target}\n" for row, start, end, target in rows)
-        return raw.targets_B.numel()
-
-    return write

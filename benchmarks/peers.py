@@ -1,0 +1,116 @@
+"""The peers that training of session recommenders is compared with."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import recbole_side, rectools_side
+from benchmarks.peer_environment import RECBOLE, RECTOOLS, PeerPackage
+from benchmarks.session_settings import Settings
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.evaluation.metrics import RankingMetrics
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model of another library.
+
+    Args:
+        name: Name in the results.
+        package: What its environment contains.
+        worker: Module that trains it, in that environment.
+        write_files: Writes a data set in the form that the worker reads, and returns the number of examples by split.
+        model_settings: What the worker reads beside what all workers do.
+        least_ratio: How many times as fast our side should be.
+        encoder: Name of our encoder.
+        one_pass: Whether our encoder trains on all prefixes of a session in one pass, as the peer does.
+        defaults: Settings where no argument says otherwise.
+        initial_std: Standard deviation of its initial item vectors by the number of items and their width.
+    """
+
+    name: str
+    package: PeerPackage
+    worker: str
+    write_files: Callable[[Dataset, Path], dict[str, int]]
+    model_settings: Callable[[Settings, Path], dict[str, Any]]
+    least_ratio: float
+    encoder: str
+    one_pass: bool
+    defaults: dict[str, Any]
+    initial_std: Callable[[int, int], float]
+
+    def of_settings(self, dataset: Dataset, dim: int) -> dict[str, Any]:
+        """The settings that the peer and the data set give."""
+        return {
+            **self.defaults,
+            "encoder": self.encoder,
+            "one_pass": self.one_pass,
+            "initial_std": self.initial_std(dataset.manifest.num_items, dim),
+            "max_length": dataset.manifest.max_length,
+        }
+
+    def write_settings(self, file: Path, settings: Settings, dataset: Dataset, data: Path, examples: int) -> None:
+        """Writes the settings file of the worker.
+
+        Args:
+            file: The file; rankings are written beside it.
+            settings: Shared settings.
+            dataset: The data set.
+            data: Folder of `write_files`.
+            examples: Training examples.
+        """
+        of_all = {
+            "threads": settings.threads,
+            "items": dataset.manifest.num_items,
+            "examples": examples,
+            "k": RankingMetrics.depth,
+            "exclude_seen": dataset.manifest.repeats == "exclude",
+            "rankings": str(file.with_name("rankings.npy")),
+        }
+        file.write_text(json.dumps({**self.model_settings(settings, data), **of_all}))
+
+
+_RECBOLE: dict[str, Any] = {"batch_size": 512, "attention_layers": 1, "attention_heads": 1, "score": "cosine"}
+
+PEERS = {
+    "rectools_sasrec": Peer(
+        name="RecTools' SASRecModel",
+        package=RECTOOLS,
+        worker="benchmarks.rectools_worker",
+        write_files=rectools_side.write_files,
+        model_settings=rectools_side.sasrec,
+        least_ratio=12.0,
+        encoder="sasrec",
+        one_pass=True,
+        defaults={"batch_size": 128, "attention_layers": 2, "attention_heads": 2, "dropout": 0.2, "score": "dot"},
+        # Xavier's normal distribution; the table has a row of padding.
+        initial_std=lambda items, dim: (2 / (items + 1 + dim)) ** 0.5,
+    ),
+    "recbole_gcsan": Peer(
+        name="RecBole's GCSAN",
+        package=RECBOLE,
+        worker="benchmarks.recbole_worker",
+        write_files=recbole_side.write_files,
+        model_settings=recbole_side.gcsan,
+        least_ratio=15.0,
+        encoder="gcsan",
+        one_pass=False,
+        defaults={**_RECBOLE, "dropout": 0.2},
+        initial_std=lambda items, dim: 0.02,
+    ),
+    "recbole_srgnn": Peer(
+        name="RecBole's SRGNN",
+        package=RECBOLE,
+        worker="benchmarks.recbole_worker",
+        write_files=recbole_side.write_files,
+        model_settings=recbole_side.srgnn,
+        least_ratio=10.0,
+        encoder="srgnn",
+        one_pass=False,
+        defaults={**_RECBOLE, "dropout": 0.0},
+        # Uniform within 1 / sqrt(dim).
+        initial_std=lambda items, dim: (3 * dim) ** -0.5,
+    ),
+}

@@ -1,0 +1,46 @@
+"""NDCG@20 of ranked lists that another program has written, by the code that measures our own.
+
+Shapes: B validation examples, K items of a ranked list.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.evaluation.protocol import split_reader
+
+_READ_ROWS = 8192
+
+
+class RankedValidation:
+    """Measures ranked lists of the validation examples of a data set.
+
+    Args:
+        dataset: The data set.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        reader = split_reader(dataset, "valid", _READ_ROWS, lambda raw: raw.targets_B)
+        self._targets_B = torch.cat(list(reader.batches(0)))
+        self._train_count_V = Catalog.of(dataset).train_count_V
+
+    def measure(self, file: Path) -> tuple[float, int]:
+        """NDCG@20 and the number of examples.
+
+        Args:
+            file: Array of item indices, [B, K], best first, in the order of the split.
+
+        Raises:
+            ValueError: There are more or fewer lists than examples.
+        """
+        ids_BK = torch.from_numpy(np.load(file, allow_pickle=False))
+        if len(ids_BK) != len(self._targets_B):
+            raise ValueError(f"{file} has {len(ids_BK)} lists, but there are {len(self._targets_B)} examples")
+        metrics = RankingMetrics(self._train_count_V)
+        metrics.update(ids_BK, self._targets_B, torch.ones(len(ids_BK)))
+        result = metrics.compute()
+        return result["ndcg@20"], result["count"]
