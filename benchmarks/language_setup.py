@@ -21,6 +21,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.param_groups import ParamGroup, select_trainable
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.number_format import resolve_dtype
 from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.training.text_embeddings import cache_catalog
 
@@ -71,7 +72,7 @@ def make_config(llm: str, num_layers: int, templates: str, dtype: DType, batch_s
     """Settings of both sides: no dropout, so that losses can be compared step by step."""
     config = Config()
     config.llm.name_or_path, config.llm.num_layers = llm, num_layers
-    config.llm.dtype = dtype
+    config.llm.dtype = config.loss.dtype = dtype
     config.llm.lora_dropout = config.encoder.dropout = 0.0
     config.prompt.templates = templates
     config.align.batch_size = config.behave.batch_size = batch_size
@@ -111,7 +112,7 @@ class Setup:
                 nn.init.normal_(parameter, std=0.01)
         if fast.text_tables is not None:
             nn.init.normal_(fast.text_tables.embedding_bags["item_text"].weight)
-        cache_catalog(fast, factory.collator(spec, catalog, "rank"), CPU)
+        cache_catalog(fast, factory.collator(spec, catalog, "rank"), CPU, resolve_dtype(config.loss.dtype))
         plain = StraightforwardLLMGR.like(fast, factory.decoder(config, CPU))
         for model in (fast, plain):
             select_trainable(model, TRAINS)

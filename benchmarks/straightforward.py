@@ -149,6 +149,6 @@ class PlainAlignTask(AlignTask):
 
 
 def _cross_entropy(llmgr: LLMGR, output: RecommenderOutput, hidden_BH: Tensor, batch: SessionBatch) -> Tensor:
-    trained = slice(llmgr.head.trained_columns)
+    trained = slice(llmgr.head.head_columns if llmgr.head.separate_loss else None)
     scores_BV = llmgr.queries(output, hidden_BH)[:, trained] @ llmgr.items(output, batch)[:, trained].T
     return functional.cross_entropy(scores_BV, batch.targets_B)

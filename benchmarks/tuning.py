@@ -22,6 +22,7 @@ from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LossAndParts
+from llmgr_rec.storage.number_format import resolve_dtype
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -47,11 +48,13 @@ class Comparison:
 
     def tasks(self, setup: Setup) -> tuple[Task, Task]:
         """The tasks of both sides."""
+        loss_dtype = resolve_dtype(setup.config.loss.dtype)
         if self.stage == "behave":
-            return BehaveTask(setup.fast, one_pass=self.one_pass), PlainBehaveTask(setup.plain)
+            ours = BehaveTask(setup.fast, one_pass=self.one_pass, loss_dtype=loss_dtype)
+            return ours, PlainBehaveTask(setup.plain)
         contrast = setup.config.contrast
         settings = (contrast.weight, contrast.temperature, contrast.hard_negatives)
-        return AlignTask(setup.fast, *settings), PlainAlignTask(setup.plain, *settings)
+        return AlignTask(setup.fast, *settings, loss_dtype=loss_dtype), PlainAlignTask(setup.plain, *settings)
 
 
 COMPARISONS = (

@@ -19,12 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Side, Spread, benchmark_parser, ratio, set_threads, take_turns, write_report
 from benchmarks.language_setup import CPU, Setup, add_language_arguments, make_config, open_dataset
-from benchmarks.tuning import Trainer
+from benchmarks.tuning import Comparison, Trainer
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.kernels.topk import top_k
-from llmgr_rec.modules.tasks import BehaveTask
 
 PEAK, TRAINING, SCORING = "bare products", "training", "scoring"
 _PEAK_SIZE = 2048
@@ -95,9 +94,8 @@ def main(argv: Sequence[str]) -> None:
     with TemporaryDirectory() as folder:
         setup = Setup.make(config, open_dataset(args.dataset, folder))
     steps = 4
-    training = Trainer(
-        BehaveTask(setup.fast, one_pass=args.one_pass), setup.fast, setup.batches("behave", steps, args.one_pass)
-    )
+    task, _ = Comparison("training", "behave", args.one_pass).tasks(setup)
+    training = Trainer(task, setup.fast, setup.batches("behave", steps, args.one_pass))
     scoring = Scoring(setup, setup.batches("behave", steps))
     needed = {TRAINING: sum(flops(training, steps)), SCORING: sum(flops(scoring, steps))}
     dtype = setup.fast.language_model.base.dtype

@@ -322,10 +322,8 @@ class LossConfig(Group):
     )
     dtype: DType = setting(
         "auto",
-        "Number format of the query-item products in the stages sbr and llm_text; auto takes bfloat16 where its "
-        "products are measured to be faster. bfloat16 rounds a score by up to 1 in 256; float32 gives equal losses on "
-        "any number of ranks, to about 1e-5.",
-        stages=("sbr", "llm_text"),
+        "Number format of the query-item products; auto takes bfloat16 where its products are measured to be faster. "
+        "bfloat16 rounds a score by up to 1 in 256; float32 gives equal losses on any number of ranks, to about 1e-5.",
     )
 
 

@@ -24,7 +24,8 @@ def settings() -> Config:
     """Settings that train the stages sbr, align and behave with a small language model."""
     config = Config()
     config.tables.dim = 64
-    config.llm.name_or_path, config.llm.dtype, config.llm.lora_rank = "random-tiny", "float32", 2
+    config.llm.name_or_path, config.llm.lora_rank = "random-tiny", 2
+    config.llm.dtype = config.loss.dtype = "float32"
     config.align.epochs = config.behave.epochs = 1
     return config
 

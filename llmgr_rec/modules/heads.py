@@ -9,6 +9,8 @@ vectors.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class RankingHead(nn.Module, ABC):
 
     Attributes:
         uses_text: Whether `items` requires text embeddings.
-        trained_columns: Number of leading columns that the training loss uses; None uses all.
+        separate_loss: Whether the training loss uses the head's own columns only, see `trained_columns_only`.
 
     Raises:
         UserError: A setting is out of its range.
@@ -54,7 +56,8 @@ class RankingHead(nn.Module, ABC):
         self.d2 = d2
         self.residual = config.residual
         self.head_columns = d1 if head_columns is None else head_columns
-        self.trained_columns = self.head_columns if config.separate_loss else None
+        self.separate_loss = config.separate_loss
+        self._joins = self.residual
 
     @classmethod
     def check(cls, config: HeadConfig) -> None:
@@ -91,7 +94,8 @@ class RankingHead(nn.Module, ABC):
         Args:
             item_rows_CD: The session recommender's item vectors; appended when residual, see `join`.
             rows_CD: Rows of the id table, without side features.
-            text_CH: Text embeddings of the items, from `standardize`; None unless `uses_text`.
+            text_CH: Text embeddings of the items, from `standardize`, in the dtype of the products with them; None
+                unless `uses_text`.
             ids_C: Item indices, int64; None is the whole catalog in index order.
 
         Returns:
@@ -123,7 +127,16 @@ class RankingHead(nn.Module, ABC):
             head: Queries or item vectors of the head.
             recommender: Those of the session recommender.
         """
-        return torch.cat([head, recommender.to(head.dtype)], dim=1) if self.residual else head
+        return torch.cat([head, recommender.to(head.dtype)], dim=1) if self._joins else head
+
+    @contextmanager
+    def trained_columns_only(self) -> Iterator[None]:
+        """Within it, `join` leaves out the recommender's columns if the training loss does not use them."""
+        self._joins = self.residual and not self.separate_loss
+        try:
+            yield
+        finally:
+            self._joins = self.residual
 
 
 class TiedHead(RankingHead):
@@ -170,7 +183,7 @@ class TiedHead(RankingHead):
         if self.text is not None:
             if text_CH is None:
                 raise ValueError("the tied head was built with text, but no text embeddings were given")
-            vectors_CD = vectors_CD + self.text(text_CH)
+            vectors_CD = vectors_CD + functional.linear(text_CH, self.text.weight.to(text_CH.dtype))
         return self.join(vectors_CD, item_rows_CD)
 
 

@@ -212,17 +212,19 @@ class LLMGR(nn.Module):
         rows = self.recommender.rows(features)
         return replace(rows, texts_XH=self._texts(features)) if self._uses_text else rows
 
-    def cache_catalog(self, rows: ItemRows) -> None:
+    def cache_catalog(self, rows: ItemRows, text_dtype: torch.dtype = torch.float32) -> None:
         """Caches the table rows of the whole catalog; the tables are frozen.
 
         Afterwards each training step scores the whole catalog without a lookup, and batches need no candidates.
 
         Args:
             rows: Rows of all items, from `rows`, in index order.
+            text_dtype: Dtype of the text embeddings and of the head's products with them.
         """
         with torch.no_grad():
             self.item_rows_VD = self.recommender.as_items(rows)
-            self.text_VH = self._head_texts(rows)
+            text_VH = self._head_texts(rows)
+            self.text_VH = None if text_VH is None else text_VH.to(text_dtype)
         self.rows_VD = rows.ids_XD.detach()
 
     @property

@@ -177,7 +177,7 @@ class ModelSpec:
         Args:
             model: From `build`.
             world_size: Number of ranks, over which gradients are averaged.
-            loss_dtype: Dtype of the scores in the loss of the stages sbr and llm_text, see `ranking_loss`.
+            loss_dtype: Dtype of the scores in the ranking loss, see `ranking_loss`.
 
         Raises:
             TypeError: The model is not of this stage.
@@ -192,9 +192,14 @@ class ModelSpec:
         if self.stage == "align":
             contrast = config.contrast
             return AlignTask(
-                model, contrast.weight, contrast.temperature, contrast.hard_negatives, world_size=world_size
+                model,
+                contrast.weight,
+                contrast.temperature,
+                contrast.hard_negatives,
+                world_size=world_size,
+                loss_dtype=loss_dtype,
             )
-        return BehaveTask(model, world_size, config.prompt.one_pass)
+        return BehaveTask(model, world_size, config.prompt.one_pass, loss_dtype)
 
     def _recommender(
         self, tables_device: torch.device | str, text_encoder: TextSequenceEncoder | None = None

@@ -94,19 +94,28 @@ class BehaveTask(nn.Module):
         llmgr: The model.
         world_size: Number of ranks, over which gradients are averaged.
         one_pass: Whether all prefixes of a session share one prompt; batches then need `pass_offsets_P1`.
+        loss_dtype: Dtype of the scores in the loss, see `ranking_loss`.
     """
 
-    def __init__(self, llmgr: LLMGR, world_size: int = 1, one_pass: bool = False) -> None:
+    def __init__(
+        self,
+        llmgr: LLMGR,
+        world_size: int = 1,
+        one_pass: bool = False,
+        loss_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         self.llmgr = llmgr
         self.world_size = world_size
         self.one_pass = one_pass
+        self.loss_dtype = loss_dtype
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and the values to log, detached."""
         output = self.llmgr.look_up(batch)
         hidden_BH = _encode(self.llmgr, output, batch, self.one_pass)
-        loss = _ranking_loss(*_trained_columns(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
+        vectors = _trained_columns(self.llmgr, output, hidden_BH, batch)
+        loss = _ranking_loss(*vectors, batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 
 
@@ -125,6 +134,7 @@ class AlignTask(nn.Module):
         contrastive_group: Number of consecutive sessions that are negatives of each other. With groups instead of whole
             batches, the loss does not depend on the number of ranks, if a rank's batch is a multiple of the group.
         world_size: Number of ranks, over which gradients are averaged.
+        loss_dtype: Dtype of the scores in the loss of node-context alignment, see `ranking_loss`.
     """
 
     def __init__(
@@ -135,6 +145,7 @@ class AlignTask(nn.Module):
         hard_negatives: int,
         contrastive_group: int = CONTRASTIVE_GROUP,
         world_size: int = 1,
+        loss_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.llmgr = llmgr
@@ -143,12 +154,14 @@ class AlignTask(nn.Module):
         self.hard_negatives = hard_negatives
         self.contrastive_group = contrastive_group
         self.world_size = world_size
+        self.loss_dtype = loss_dtype
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and the values to log, detached."""
         output = self.llmgr.look_up(batch)
         hidden_BH = self.llmgr.encode(output, batch, "align")
-        context = _ranking_loss(*_trained_columns(self.llmgr, output, hidden_BH, batch), batch, self.world_size)
+        vectors = _trained_columns(self.llmgr, output, hidden_BH, batch)
+        context = _ranking_loss(*vectors, batch, self.world_size, self.loss_dtype)
         if self.contrastive_weight == 0:
             return context, {"loss": context.detach()}
         structure = self._structure(output, batch)
@@ -183,8 +196,8 @@ def _trained_columns(
     llmgr: LLMGR, output: RecommenderOutput, hidden_BH: Tensor, batch: SessionBatch
 ) -> tuple[Tensor, Tensor]:
     """Queries and item vectors of the score in the loss, without the recommender's columns if `head.separate_loss`."""
-    trained = slice(llmgr.head.trained_columns)
-    return llmgr.queries(output, hidden_BH)[:, trained], llmgr.items(output, batch)[:, trained]
+    with llmgr.head.trained_columns_only():
+        return llmgr.queries(output, hidden_BH), llmgr.items(output, batch)
 
 
 def _ranking_loss(

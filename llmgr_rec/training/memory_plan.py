@@ -23,6 +23,7 @@ from llmgr_rec.modules.model_spec import ModelSpec, query_width
 from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.model_factory import meta_language_parts
+from llmgr_rec.storage.number_format import resolve_dtype
 
 FROZEN = "frozen"
 _FLOAT_BYTES = 4
@@ -153,7 +154,7 @@ def _plan_stage(spec: ModelSpec, ranks: Ranks) -> StagePlan:
         pipelined=pipelined,
         blocking=blocking,
         dense_bytes=dense_bytes,
-        cached_bytes=sum(buffer.numel() * _FLOAT_BYTES for buffer in cached),
+        cached_bytes=sum(buffer.nbytes for buffer in cached),
         query_width=query_width(model),
         decoder_ranks=decoder_ranks,
     )
@@ -165,7 +166,7 @@ def _meta_model(spec: ModelSpec) -> SessionRecommender | LLMGR:
         rows_VD = torch.empty(spec.num_items, spec.config.tables.dim, device="meta")
         width = model.language_model.hidden_size
         texts_VH = torch.empty(spec.num_items, width, device="meta") if spec.head_has_text else None
-        model.cache_catalog(ItemRows(rows_VD, rows_VD, texts_VH))
+        model.cache_catalog(ItemRows(rows_VD, rows_VD, texts_VH), resolve_dtype(spec.config.loss.dtype))
     return model
 
 

@@ -199,7 +199,8 @@ def _build(spec: ModelSpec, context: RunContext) -> tuple[DistributedModelParall
     model = factory.build(spec, language, "meta")
     if isinstance(model, SessionRecommender) and model.text_encoder is not None:
         _whiten(model.text_encoder, spec, world)
-    task = spec.build_task(model, world.size, resolve_dtype(config.loss.dtype, world.device))
+    loss_dtype = resolve_dtype(config.loss.dtype, world.device)
+    task = spec.build_task(model, world.size, loss_dtype)
     select_trainable(task, spec.trains)
     sharded = shard(task, config.tables, world, lambda name: param_group(name) in spec.trains, config.llm.fsdp)
     if spec.stage == "sbr":
@@ -212,7 +213,7 @@ def _build(spec: ModelSpec, context: RunContext) -> tuple[DistributedModelParall
     if embeddings is not None:
         fill_text_table(sharded, embeddings.read)
     if isinstance(model, LLMGR) and spec.caches_catalog:
-        cache_catalog(model, _collator(spec, "rank", context), world.device)
+        cache_catalog(model, _collator(spec, "rank", context), world.device, loss_dtype)
     if spec.stage == "align":
         _warn_of_small_groups(config, world)
     return sharded, model

@@ -196,13 +196,16 @@ def fill_text_table(model: nn.Module, read: Callable[[range, range], Tensor]) ->
 
 
 @torch.no_grad()
-def cache_catalog(llmgr: LLMGR, collator: Collator, device: torch.device) -> None:
+def cache_catalog(
+    llmgr: LLMGR, collator: Collator, device: torch.device, text_dtype: torch.dtype = torch.float32
+) -> None:
     """Looks up all items and caches their rows for the loss; see `LLMGR.cache_catalog`.
 
     Args:
         llmgr: The model, sharded; all ranks call together.
         collator: Makes the bags of items.
         device: Device of the model.
+        text_dtype: Dtype of the text embeddings, see `LLMGR.cache_catalog`.
     """
     vectors, ids, texts = [], [], []
     for items in torch.arange(collator.num_items).split(_LOOKUP_ITEMS):
@@ -211,7 +214,8 @@ def cache_catalog(llmgr: LLMGR, collator: Collator, device: torch.device) -> Non
         ids.append(rows.ids_XD)
         if rows.texts_XH is not None:
             texts.append(rows.texts_XH)
-    llmgr.cache_catalog(ItemRows(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None))
+    rows = ItemRows(torch.cat(vectors), torch.cat(ids), torch.cat(texts) if texts else None)
+    llmgr.cache_catalog(rows, text_dtype)
 
 
 @torch.no_grad()

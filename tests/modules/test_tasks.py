@@ -9,7 +9,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.prompts import prompt_nodes
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, SbrTask, _corrupt_nodes
-from tests.modules.small_llmgr import make_batch, make_llmgr, score
+from tests.modules.small_llmgr import NUM_ITEMS, collator, make_batch, make_llmgr, score
 from tests.ranks import run_on_ranks
 
 ALIGN = {"contrastive_weight": 0.5, "contrastive_temperature": 0.1, "hard_negatives": 2}
@@ -42,6 +42,20 @@ def test_separate_loss_trains_the_heads_own_score_and_ranks_by_the_sum(head):
     loss, _ = BehaveTask(model)(batch)
     torch.testing.assert_close(loss, functional.cross_entropy(own_BC, batch.targets_B), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(model(batch), both.queries_BQ)
+
+
+def test_a_loss_in_bfloat16_stays_close_to_the_one_in_float32():
+    gradients = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_llmgr(separate_loss=True).eval()
+        model.cache_catalog(model.rows(collator().item_features(torch.arange(NUM_ITEMS))), dtype)
+        assert model.text_VH.dtype == dtype
+        loss, _ = BehaveTask(model, loss_dtype=dtype)(make_batch(SESSIONS, TARGETS))
+        loss.backward()
+        gradients[dtype] = [loss.detach(), model.head.text.weight.grad, model.head.query.weight.grad]
+    for low, exact in zip(gradients[torch.bfloat16], gradients[torch.float32], strict=True):
+        assert low.dtype == torch.float32
+        assert 0 < float((low - exact).norm() / exact.norm()) < 0.02
 
 
 def test_sbr_loss_is_cross_entropy_over_the_catalog():

@@ -43,7 +43,7 @@ CASES: list[tuple[str, Any, tuple[str, ...], tuple[str, ...]]] = [
     ("text_encoder.dim", 64, ("llm_text",), ()),
     ("text_encoder.dropout", 0.2, ("llm_text",), ()),
     ("loss.num_negatives", 100, STAGES, ()),
-    ("loss.dtype", "bfloat16", ("sbr", "llm_text"), ()),
+    ("loss.dtype", "bfloat16", STAGES, ()),
     ("contrast.weight", 1.0, ("align",), ()),
     ("optimizer.weight_decay", 0.1, STAGES, ()),
     ("runtime.eval_every", 2, STAGES, ()),
@@ -129,9 +129,9 @@ def test_auto_stands_for_the_number_format_that_is_used(monkeypatch: pytest.Monk
 
     assert found("sbr", True) == {"loss.dtype": "bfloat16"}
     assert found("sbr", False) == {"loss.dtype": "float32"}
-    assert found("behave", True) == {"llm.dtype": "bfloat16"}
+    assert found("behave", True) == {"llm.dtype": "bfloat16", "loss.dtype": "bfloat16"}
     config.llm.dtype = "float32"
-    assert found("behave", True) == {"llm.dtype": "float32"}
+    assert found("behave", True) == {"llm.dtype": "float32", "loss.dtype": "bfloat16"}
 
 
 def test_templates_are_identified_by_their_texts(tmp_path: Path) -> None:
