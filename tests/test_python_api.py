@@ -276,7 +276,7 @@ def test_sessions_of_several_batches_get_the_same_lists(
 def test_similar_items_have_the_most_similar_vectors(rec: Recommender) -> None:
     ids = rec.item_ids.to_pylist()
     found = rec.similar(ids[:5], k=8).to_pylist()
-    vectors = rec.ranker._unit_VQ.numpy()
+    vectors = rec.ranker.unit_vectors.numpy()
     for place, row in enumerate(found):
         cosines = vectors @ vectors[place]
         cosines[place] = -np.inf

@@ -11,6 +11,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from llmgr_rec.baselines.recency import recency_weights
@@ -69,6 +70,29 @@ class Blend:
         sums_BU = sparse.csr_array(weights @ similarity)
         shape = (len(offsets_B1) - 1, self.similarity_VR.shape[1])
         return sparse.csr_array((sums_BU.data, neighbors_U[sums_BU.indices], sums_BU.indptr), shape=shape)
+
+    def scores_of_session(self, clicks: Ints) -> tuple[Ints, NDArray[np.float32]]:
+        """The same sums for one session, in less time.
+
+        Args:
+            clicks: Item indices of its L clicks, oldest first.
+
+        Returns:
+            Indices of the neighbors, ascending, and their scores, float32.
+        """
+        similarity, row_starts = self.similarity_VR, self.similarity_VR.indptr
+        rows = [slice(row_starts[item], row_starts[item + 1]) for item in clicks]
+        weights = (self.decay ** np.arange(len(rows) - 1, -1, -1)).astype(np.float32)
+        if not rows:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        items = np.concatenate([similarity.indices[row] for row in rows])
+        terms = np.concatenate([similarity.data[row] * weight for row, weight in zip(rows, weights, strict=True)])
+        # Stable, so that the terms of a neighbor are added in order of the clicks.
+        order = np.argsort(items, kind="stable")
+        sorted_items = items[order]
+        firsts = np.flatnonzero(np.diff(sorted_items, prepend=-1))
+        sums = np.add.reduceat(terms[order], firsts) if len(firsts) else terms
+        return sorted_items[firsts].astype(np.int64), sums
 
     def click_scores(self, clicks: Ints, items: Ints) -> tuple[Floats, Floats]:
         """The summands of `scores` for one session: what each click adds to the scores of some items.

@@ -70,6 +70,10 @@ class Jagged:
         rows = torch.arange(self.num_rows, device=self.offsets.device)
         return torch.repeat_interleave(rows, self.lengths, output_size=self.values.shape[0])
 
+    def row(self, number: int) -> Tensor:
+        """The values of a row, a view."""
+        return self.values[int(self.offsets[number]) : int(self.offsets[number + 1])]
+
     def select(self, rows: Tensor) -> "Jagged":
         """Selects rows, as `torch.index_select` does.
 

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -27,6 +29,7 @@ from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.blended_ranks import BlendedScores
+from llmgr_rec.kernels.item_scan import ItemScan, can_search
 from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -37,6 +40,12 @@ EXCLUDED_RANK = 1 << 30
 _CHUNK = 8192
 # Item index in the lists of a rank that has a NaN score.
 _FAILED = -2
+# A scan reads the items for each session, a product for all of them at once: items of the catalog for which a scan of
+# one more session takes less time, and maximum number of sessions.
+_ITEMS_PER_SCANNED_SESSION = 1 << 15
+_MAX_SCANNED_SESSIONS = 16
+# A choice of fewer than one in so many items is ranked without the others.
+_FEW_CHOSEN = 8
 # Maximum number of scores in memory while target ranks are computed.
 _MAX_SCORES = 1 << 22
 
@@ -121,13 +130,24 @@ class CatalogRanker:
         self.items = range(first, collate.num_items * (world.rank + 1) // world.size)
         self._items_RQ = _item_vectors(model, collate, self.items, world)
         self._blend = None if blend is None else blend.of_items(self.items)
-        # Items of the rows, where they are not those of the range.
+        self._scan: ItemScan | None = None
+        self._is_allowed_R: NDArray[np.bool_] | None = None
+        # A choice of items and their vectors.
         self._chosen_R: Tensor | None = None
+        self._chosen_RQ: Tensor | None = None
 
     @property
     def item_vectors(self) -> Tensor:
         """Vectors of this rank's items, float32 [R, Q]."""
         return self._items_RQ
+
+    def prepare_for_few_sessions(self) -> None:
+        """Prepares to rank single sessions, or a few, in less time; see `ItemScan`. In a single process on a CPU only.
+
+        Later scores of few sessions may differ by rounding from those of many sessions.
+        """
+        if self._world.size == 1:
+            self._scan = ItemScan.fastest(self._items_RQ)
 
     def among(self, items_R: Tensor) -> "CatalogRanker":
         """A ranker of some of the items, which shares nothing that either changes. In a single process only.
@@ -141,8 +161,12 @@ class CatalogRanker:
         if self._world.size > 1:
             raise ValueError("a choice of items is ranked in a single process only")
         chosen = copy.copy(self)
-        chosen._items_RQ, chosen._chosen_R = self._items_RQ[items_R], items_R
-        chosen._blend = None if self._blend is None else self._blend.of_items(items_R.numpy())
+        chosen._chosen_R, chosen._chosen_RQ = items_R, None
+        if _FEW_CHOSEN * len(items_R) < self._num_items:
+            chosen._scan = None
+        elif self._scan is not None:
+            chosen._is_allowed_R = np.zeros(self._num_items, bool)
+            chosen._is_allowed_R[items_R.numpy()] = True
         return chosen
 
     @torch.no_grad()
@@ -165,11 +189,32 @@ class CatalogRanker:
             UserError: A score is NaN; raised on every rank.
             ValueError: K is less than 1, or there is a blend but no clicks.
         """
-        if self._blend is None:
-            return self._rank_with(None, queries_BQ, k, exclude)
-        if clicks is None:
+        if self._blend is not None and clicks is None:
             raise ValueError("a ranker with a blend needs the clicks of the sessions")
+        if k >= 1 and self._scans(queries_BQ):
+            return self._scanned(queries_BQ, k, exclude, clicks)
+        if self._blend is None or clicks is None:
+            return self._rank_with(None, queries_BQ, k, exclude)
         return self._rank_with(self.added_by(self._blend, clicks), queries_BQ, k, exclude)
+
+    def _scans(self, queries_BQ: Tensor) -> bool:
+        most = min(max(self._num_items // _ITEMS_PER_SCANNED_SESSION, 1), _MAX_SCANNED_SESSIONS)
+        return self._scan is not None and 0 < len(queries_BQ) <= most and all(map(can_search, queries_BQ))
+
+    def _scanned(
+        self, queries_BQ: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None
+    ) -> tuple[Tensor, Tensor]:
+        """Ranks one session after the other."""
+        assert self._scan is not None
+        ranked = []
+        for row, query_Q in enumerate(queries_BQ):
+            added = None
+            if self._blend is not None and clicks is not None:
+                added = self._blend.scores_of_session(clicks.row(row).numpy())
+            excluded = None if exclude is None else exclude.row(row).numpy()
+            ranked.append(self._scan.top_k(query_Q, k, excluded, added, self._is_allowed_R))
+        ids, scores = zip(*ranked, strict=True)
+        return torch.from_numpy(np.stack(ids)), torch.from_numpy(np.stack(scores))
 
     def added_by(self, blend: Blend, clicks: Jagged) -> sparse.csr_array:
         """Scores that a blend adds to this rank's items for the sessions of all ranks, float32 [Y, R].
@@ -266,12 +311,18 @@ class CatalogRanker:
     def _top_k_of_chosen(
         self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None
     ) -> tuple[Tensor, Tensor]:
-        if self._chosen_R is None or not len(self._chosen_R):
+        if self._chosen_R is None:
             return top_k(queries, self._items_RQ, k, exclude, added_YR)
+        if self._chosen_RQ is None:
+            self._chosen_RQ = self._items_RQ[self._chosen_R]
+        items_RQ = self._chosen_RQ
+        added_YR = None if added_YR is None else sparse.csr_array(added_YR[:, self._chosen_R.numpy()])
+        if not len(self._chosen_R):
+            return top_k(queries, items_RQ, k, exclude, added_YR)
         if exclude is not None:
             rows = torch.searchsorted(self._chosen_R, exclude.values).clamp(max=len(self._chosen_R) - 1)
             exclude = Jagged(torch.where(self._chosen_R[rows] == exclude.values, rows, -1), exclude.offsets)
-        ids, scores = top_k(queries, self._items_RQ, k, exclude, added_YR)
+        ids, scores = top_k(queries, items_RQ, k, exclude, added_YR)
         return torch.where(ids >= 0, self._chosen_R[ids.clamp(min=0)], ids), scores
 
     def _local_top_k(

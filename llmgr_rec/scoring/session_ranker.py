@@ -4,6 +4,7 @@ Shapes: B sessions, L clicks, R items that may be recommended, V items of the ca
 item vectors.
 """
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -58,9 +59,9 @@ class SessionRanker:
         self.rule = ranking_rule(files.index)
         self.model = self.bundle.ranking(_BATCH)
         self.catalog_ranker = self.model.ranker(World.alone())
+        self.catalog_ranker.prepare_for_few_sessions()
         self._merges_repeats = files.index.consecutive_repeats == "merge"
         self._popularity = Popularity(self.catalog.train_count_V.numpy())
-        self._unit_VQ = torch.nn.functional.normalize(self.catalog_ranker.item_vectors, dim=1)
 
     def clicks(self, lists: pa.ChunkedArray) -> Jagged:
         """Item indices of the clicks that the model is shown: the newest ones on known items.
@@ -142,7 +143,12 @@ class SessionRanker:
             As `rank`; scores are cosine similarities.
         """
         itself = Jagged.from_lengths(indices_B, torch.ones_like(indices_B))
-        return top_k(self._unit_VQ[indices_B], self._unit_VQ, k, itself)
+        return top_k(self.unit_vectors[indices_B], self.unit_vectors, k, itself)
+
+    @functools.cached_property
+    def unit_vectors(self) -> Tensor:
+        """Item vectors of length 1, [V, Q]; made when similar items are first asked for."""
+        return torch.nn.functional.normalize(self.catalog_ranker.item_vectors, dim=1)
 
     def lists(self, ids_BK: Tensor, scores_BK: Tensor) -> dict[str, pa.Array]:
         """The columns `item_ids`, `titles` and `scores` of ranked lists.

@@ -68,6 +68,12 @@ def test_few_entries_give_the_same_scores(sessions: list[list[int]], monkeypatch
         assert scores.nnz == len(set(zip(scores.nonzero()[0].tolist(), scores.nonzero()[1].tolist(), strict=True)))
         found.append(scores.toarray())
     np.testing.assert_array_equal(*found)
+    for number, session in enumerate(sessions):
+        neighbors, terms = blend().scores_of_session(np.array(session, np.int64))
+        assert (np.diff(neighbors) > 0).all()
+        assert (neighbors.dtype, terms.dtype) == (np.int64, np.float32)
+        np.testing.assert_array_equal(neighbors, found[0][number].nonzero()[0])
+        np.testing.assert_allclose(terms, found[0][number][neighbors], rtol=1e-6)
 
 
 def test_several_add_up_by_their_weights() -> None:

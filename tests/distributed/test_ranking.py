@@ -139,6 +139,31 @@ def test_a_blend_is_added_to_the_scores_before_ranking(ranks: int) -> None:
                 assert not torch.equal(found[0], sorted_scores(alone, clicks)[0]), "the blend changes nothing"
 
 
+@pytest.mark.parametrize("share", [None, 0.9, 0.05])
+def test_few_sessions_are_ranked_as_many_are(share: float | None) -> None:
+    num_items, size = 3001, 11
+    ranker = plain_ranker(num_items, blend_of(num_items))
+    ranker.prepare_for_few_sessions()
+    clicks, queries = clicks_of(0, size, num_items), queries_of(0, size)
+    queries[3] = 0
+    scores = queries @ plain_items(num_items).T + dense_blend(clicks, num_items)
+    if share is not None:
+        is_chosen = torch.rand(num_items, generator=torch.Generator().manual_seed(1)) < share
+        scores[:, ~is_chosen] = -torch.inf
+        ranker = ranker.among(is_chosen.nonzero().squeeze(1))
+    for exclude in (None, clicks):
+        ids, values = sorted_scores(scores.clone(), exclude)
+        for row in range(size):
+            one = slice(row, row + 1)
+            excluded = None if exclude is None else exclude.narrow(row, row + 1)
+            found = ranker.rank(queries[one], K, excluded, clicks.narrow(row, row + 1))
+            assert torch.equal(found[0], ids[one])
+            assert torch.equal(found[1], values[one])
+        found = ranker.rank(queries, K, exclude, clicks)
+        assert torch.equal(found[0], ids)
+        assert torch.equal(found[1], values)
+
+
 WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.5, 2.0)]
 
 
