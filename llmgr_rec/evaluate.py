@@ -21,7 +21,7 @@ from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.first_and_last_line import print_result
-from llmgr_rec.library_imports import collector_paused
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import is_import_path
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default: the setting of the run.")
     arguments = parse_args(parser, argv)
 
-    with collector_paused():
+    with command_imports():
         from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
         from llmgr_rec.evaluation.evaluated import Evaluated
         from llmgr_rec.evaluation.headline import headline

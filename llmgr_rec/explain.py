@@ -15,6 +15,7 @@ from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ def main(argv: Sequence[str]) -> None:
     session = _session(arguments["items"], arguments.input, arguments.session)
     chosen = None if arguments.explain_items is None else _ids(arguments.explain_items, "explain_items")
 
-    from llmgr_rec import Recommender
-    from llmgr_rec.files import atomic_write
+    with command_imports():
+        from llmgr_rec import Recommender
+        from llmgr_rec.files import atomic_write
 
     recommender = Recommender.load(arguments.run, allow_code=split_code(arguments.allow_code))
     print_start("explain", [arguments.run, arguments.input], output)

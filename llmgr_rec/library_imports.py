@@ -4,6 +4,7 @@ Imports only the standard library.
 """
 
 import gc
+import importlib.abc
 import logging
 import os
 import sys
@@ -33,6 +34,40 @@ def collector_paused() -> Iterator[None]:
             gc.unfreeze()
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def command_imports() -> Iterator[None]:
+    """Within the context, a command imports its modules: without the garbage collector, and without pandas.
+
+    pyarrow imports pandas, where it is installed, when it makes its first array. That takes 50 MB and 0.3 s, and no
+    command needs it. If code of the user calls a method of pyarrow that does, pyarrow imports it then.
+    """
+    with collector_paused():
+        if _is_command() and "pandas" not in sys.modules:
+            finder = _WithoutPandas()
+            sys.meta_path.insert(0, finder)
+            try:
+                import pyarrow
+
+                pyarrow.array([0])
+            finally:
+                sys.meta_path.remove(finder)
+        yield
+
+
+class _WithoutPandas(importlib.abc.MetaPathFinder):
+    """Import of pandas fails as if it were not installed."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+def _is_command() -> bool:
+    """Whether this process is a command, in which no other code expects that pyarrow recognizes data frames."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name.startswith("llmgr_rec.")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
-from llmgr_rec.library_imports import collector_paused
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
             "give the ranks per machine"
         )
 
-    with collector_paused():
+    with command_imports():
         from llmgr_rec.distributed.process_group import choose_device
         from llmgr_rec.training.memory_plan import Ranks, plan_memory
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.first_and_last_line import print_result
+from llmgr_rec.library_imports import command_imports
 
 # Flags without a value, unlike the boolean options that jsonargparse derives from a dataclass.
 _FLAGS = {
@@ -29,8 +30,9 @@ def main(argv: Sequence[str]) -> None:
     settings = PrepareSettings(**parse_args(parser, argv).as_dict())
     check_settings(settings)
 
-    from llmgr_rec.data.preparation.pipeline import prepare_dataset
-    from llmgr_rec.data.preparation.summary import summary_lines
+    with command_imports():
+        from llmgr_rec.data.preparation.pipeline import prepare_dataset
+        from llmgr_rec.data.preparation.summary import summary_lines
 
     first, *others = summary_lines(prepare_dataset(settings))
     print(*others, sep="\n")

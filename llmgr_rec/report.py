@@ -10,7 +10,7 @@ from pathlib import Path
 from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.first_and_last_line import print_result
-from llmgr_rec.library_imports import collector_paused
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_args(parser, argv)
     check_options({"sessions": arguments.sessions}, {"sessions": Bounds(at_least=0, at_most=10_000)})
 
-    with collector_paused():
+    with command_imports():
         from llmgr_rec.evaluation.report_page import ReportRequest, write_report
 
     report = write_report(

@@ -22,7 +22,7 @@ from llmgr_rec.cli import (
 from llmgr_rec.config import DType, StageName
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.first_and_last_line import print_result
-from llmgr_rec.library_imports import collector_paused
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = parse_args(_parser(), argv)
 
-    with collector_paused():
+    with command_imports():
         from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 
     totals = score_run(

@@ -16,6 +16,7 @@ from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, pars
 from llmgr_rec.config import DType
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result
+from llmgr_rec.library_imports import command_imports
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -44,10 +45,11 @@ def main(argv: Sequence[str]) -> None:
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"the service needs {', '.join(missing)}; install it: pip install 'llmgr-rec[serve]'")
 
-    from llmgr_rec import Recommender, __version__
-    from llmgr_rec.serving.app import ServiceSettings
-    from llmgr_rec.serving.request_guard import LOOPBACK_NAMES
-    from llmgr_rec.serving.run_service import run_service
+    with command_imports():
+        from llmgr_rec import Recommender, __version__
+        from llmgr_rec.serving.app import ServiceSettings
+        from llmgr_rec.serving.request_guard import LOOPBACK_NAMES
+        from llmgr_rec.serving.run_service import run_service
 
     code = split_code(arguments.allow_code)
     settings = ServiceSettings(

@@ -19,7 +19,7 @@ from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_of
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result
-from llmgr_rec.library_imports import collector_paused
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.registry import require_allowed
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.resume and not (arguments.output or _launch()):
         raise UserError("--resume requires a run folder; give it with --output")
 
-    with collector_paused():
+    with command_imports():
         from llmgr_rec.training.preflight import RunRequest
         from llmgr_rec.training.train_run import train_run
 

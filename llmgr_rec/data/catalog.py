@@ -228,8 +228,9 @@ class Catalog:
 def _read(file: Path, columns: list[str]) -> pa.Table:
     if missing := [name for name in columns if name not in _column_names(file)]:
         raise UserError(f"{file} has no column {', '.join(missing)}; {_REMEDY}")
-    with _readable(file):
-        return pq.read_table(file, columns=columns, partitioning=None)
+    # Not read_table, which imports pyarrow.dataset.
+    with _readable(file), pq.ParquetFile(file) as parquet:
+        return parquet.read(columns)
 
 
 def _column_names(file: Path) -> list[str]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
+from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 
 if TYPE_CHECKING:
@@ -38,16 +39,14 @@ def fully_shard_decoders(module: nn.Module, world: World) -> None:
     """
     if world.size == 1:
         return
-    from llmgr_rec.modules.language_model import LoraLanguageModel
-
     # The view is a slice of a hidden state, which is never changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(world.device.type, (world.size,))
     for part in list(module.modules()):
-        if isinstance(part, LoraLanguageModel):
-            _shard_decoder(part.base, part, mesh)
+        if isinstance(part, LLMGR):
+            _shard_decoder(part.language_model.base, part.language_model, mesh)
             # Prompts are embedded before the forward of the language model.
-            register_fsdp_forward_method(part, "embed")
+            register_fsdp_forward_method(part.language_model, "embed")
         elif isinstance(part, TextSequenceEncoder):
             _shard_decoder(part.decoder, part.decoder, mesh)
             part.common_calls = lambda calls: _max_over_ranks(calls, world)
@@ -55,11 +54,9 @@ def fully_shard_decoders(module: nn.Module, world: World) -> None:
 
 def decoder_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that `fully_shard_decoders` shards."""
-    from llmgr_rec.modules.language_model import LoraLanguageModel
-
     for part in module.modules():
-        if isinstance(part, LoraLanguageModel):
-            yield from part.parameters()
+        if isinstance(part, LLMGR):
+            yield from part.language_model.parameters()
         elif isinstance(part, TextSequenceEncoder):
             yield from part.decoder.parameters()
 

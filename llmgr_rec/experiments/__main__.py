@@ -14,7 +14,7 @@ from typing import Literal
 from llmgr_rec.cli import make_parser, parse_args, run_cli
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result
-from llmgr_rec.library_imports import collector_paused
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_args(parser, argv)
     seeds = _numbers(arguments.seeds)
 
-    with collector_paused():
+    with command_imports():
         from llmgr_rec.experiments.run_experiment import ExperimentRequest, run_experiment
 
     folders = Path(arguments.dataset), Path(arguments.output)
