@@ -41,7 +41,8 @@ print(json.dumps(seen))
 
 
 def test_a_start_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
-    code = COMMANDS.format(unneeded=UNNEEDED, of_training=OF_TRAINING, run=small_run().run, data=small_run().dataset.path)
+    small = small_run()
+    code = COMMANDS.format(unneeded=UNNEEDED, of_training=OF_TRAINING, run=small.run, data=small.dataset.path)
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
