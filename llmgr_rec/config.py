@@ -163,8 +163,8 @@ class EncoderConfig(Group):
     one_pass: bool = setting(
         False,
         "Train stage sbr on all prefixes of a session in one pass of the encoder, instead of one pass per prefix: the "
-        "same targets for a fraction of the work. Needs a causal encoder (sasrec, esasrec, gru4rec). sbr.batch_size "
-        "then counts sessions; sessions longer than encoder.max_clicks are split.",
+        "same targets for a fraction of the work. Needs sasrec, esasrec, gru4rec, or gcsan or srgnn with encoder.steps "
+        "1. sbr.batch_size then counts sessions; sessions longer than encoder.max_clicks are split.",
         invalidates="checkpoint",
         stages=("sbr",),
     )

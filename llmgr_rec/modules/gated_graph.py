@@ -1,13 +1,17 @@
 """The gated graph network of SR-GNN (arXiv 1811.00855, eq. 1 to 5) on edge lists, without padding or dense adjacency.
 
-Shapes: N nodes, E edges (distinct ordered pairs within a session), D = d1 columns.
+Shapes: N nodes, E edges (distinct ordered pairs within a session), D = d1 columns; M and C nodes as in
+`kernels.prefix_nodes`.
 """
 
 import torch
 from torch import Tensor, nn
 
+from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.kernels.gated_recurrence import gru_cell
+from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.gated_recurrence import Weights, gru_cell
+from llmgr_rec.kernels.prefix_nodes import PrefixNodes
 from llmgr_rec.modules.session_encoder import initialize_uniform, occurrences
 
 
@@ -53,24 +57,81 @@ class GatedGraph(nn.Module):
         # one gather and one index_add for both directions.
         sources = torch.cat([graph.edge_src_E, graph.edge_dst_E])
         receivers = torch.cat([2 * graph.edge_dst_E, 2 * graph.edge_src_E + 1])
-        degrees = occurrences(receivers, 2 * num_nodes).clamp(min=1).to(nodes_ND.dtype).unsqueeze(1)
-        input_weight, input_bias = self._input_weight()
-        weights = (input_weight, self.update.weight_hh, input_bias, self.update.bias_hh)
+        degrees = _degrees(receivers, num_nodes, nodes_ND.dtype)
+        weights = self._weights()
         states_ND = nodes_ND
         for _ in range(self.steps):
-            received = states_ND.new_zeros(2 * num_nodes, self.dim)
-            received = received.index_add(0, receivers, states_ND.index_select(0, sources)) / degrees
-            # Not a view of both sizes at once, which AOTInductor of torch 2.13 computes wrongly for a size of the data.
-            received = received.unflatten(0, (num_nodes, 2)).flatten(1)
+            received = _mean_of_sources(states_ND, sources, receivers, degrees)
             states_ND = gru_cell(received, states_ND, weights)
         return states_ND
 
-    def _input_weight(self) -> tuple[Tensor, Tensor]:
-        """Folds the message matrices of both directions into the input matrix of the GRU.
+    def forward_prefixes(self, nodes_MD: Tensor, graph: SessionGraph, prefixes: PrefixNodes) -> Tensor:
+        """`forward` for all prefixes of each pass, computing each state once; for one round of message passing.
+
+        Args:
+            nodes_MD: Node vectors of the longest prefix of each pass.
+            graph: Graphs of the prefixes.
+            prefixes: Their nodes.
+
+        Returns:
+            Node states, [N, D].
+
+        Raises:
+            ValueError: There are several rounds, in which a node depends on more than its neighbors.
+        """
+        if self.steps > 1:
+            raise ValueError(f"{self.steps} rounds of message passing do not share states between prefixes")
+        num_computed = prefixes.computed_C.shape[0]
+        # The receivers of `forward`, without the nodes whose state is known; those have number -1.
+        number_N = torch.full_like(prefixes.state_N, -1)
+        number_N[prefixes.computed_C] = torch.arange(num_computed, device=number_N.device)
+        sources = prefixes.vector_N[torch.cat([graph.edge_src_E, graph.edge_dst_E])]
+        receivers = torch.cat([2 * number_N[graph.edge_dst_E], 2 * number_N[graph.edge_src_E] + 1])
+        is_computed = (receivers >= 0).nonzero().squeeze(1)
+        sources, receivers = sources[is_computed], receivers[is_computed]
+        degrees = _degrees(receivers, num_computed, nodes_MD.dtype)
+        received = _mean_of_sources(nodes_MD, sources, receivers, degrees)
+        states_CD = gru_cell(received, nodes_MD[prefixes.vector_N[prefixes.computed_C]], self._weights())
+        return states_CD.index_select(0, prefixes.state_N)
+
+    def _weights(self) -> Weights:
+        """Weights of the GRU cell for mean node states as inputs.
+
+        Folds the message matrices of both directions into the input matrix of the GRU.
 
         Both maps are linear and the mean m commutes with them: W_a (H m + b) = (W_a H) m + W_a b. So the states
         themselves are averaged over edges, and no message is computed.
         """
         weight = self.update.weight_ih
         folded = [weight[:, : self.dim] @ self.message[0], weight[:, self.dim :] @ self.message[1]]
-        return torch.cat(folded, dim=1), weight @ self.message_bias + self.update.bias_ih
+        bias = weight @ self.message_bias + self.update.bias_ih
+        return torch.cat(folded, dim=1), self.update.weight_hh, bias, self.update.bias_hh
+
+
+def check_rounds(config: EncoderConfig) -> None:
+    """Checks that a graph network which trains in one pass has one round of message passing.
+
+    Args:
+        config: Encoder settings.
+
+    Raises:
+        UserError: It has several rounds.
+    """
+    if config.one_pass and config.steps > 1:
+        raise UserError(
+            f"setting encoder.one_pass is true, but with encoder.steps {config.steps} the node states of {config.name} "
+            "depend on later clicks; set encoder.steps to 1, or encoder.one_pass to false"
+        )
+
+
+def _degrees(receivers: Tensor, num_nodes: int, dtype: torch.dtype) -> Tensor:
+    """Number of messages that each of the 2 * N receivers gets, 1 where it gets none, [2N, 1]."""
+    return occurrences(receivers, 2 * num_nodes).clamp(min=1).to(dtype).unsqueeze(1)
+
+
+def _mean_of_sources(states_ND: Tensor, sources: Tensor, receivers: Tensor, degrees: Tensor) -> Tensor:
+    """Mean states of the predecessors and of the successors of each receiving node, side by side, [N, 2D]."""
+    received = states_ND.new_zeros(degrees.shape[0], states_ND.shape[1])
+    received = received.index_add(0, receivers, states_ND.index_select(0, sources)) / degrees
+    # Not a view of both sizes at once, which AOTInductor of torch 2.13 computes wrongly for a size of the data.
+    return received.unflatten(0, (degrees.shape[0] // 2, 2)).flatten(1)

@@ -13,7 +13,8 @@ from torch.nn import functional
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.kernels.packed_sequences import LengthBucket
-from llmgr_rec.modules.gated_graph import GatedGraph
+from llmgr_rec.kernels.prefix_nodes import prefix_nodes
+from llmgr_rec.modules.gated_graph import GatedGraph, check_rounds
 from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
     SessionEncoder,
@@ -132,8 +133,11 @@ class GCSAN(SessionEncoder):
         dim: Width of item, node and session vectors, in columns.
 
     Raises:
-        UserError: The number of attention heads does not divide the width, or there is no attention block.
+        UserError: The number of attention heads does not divide the width, there is no attention block, or it has to
+            train in one pass with several rounds of message passing.
     """
+
+    supports_one_pass = True
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__()
@@ -148,12 +152,21 @@ class GCSAN(SessionEncoder):
 
     @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:
-        """Checks the attention settings; see `SessionEncoder.check`."""
+        """Checks the attention settings and the rounds of message passing; see `SessionEncoder.check`."""
         check_heads(config, dim)
+        check_rounds(config)
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""
-        states_ND = self.graph_network(self.dropout(nodes_ND), graph)
+        return self._read_out(self.graph_network(self.dropout(nodes_ND), graph), graph)
+
+    def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
+        """Computes each state of the graph network once; see `SessionEncoder.encode_one_pass`."""
+        prefixes = prefix_nodes(graph, pass_offsets_P1)
+        nodes_MD = self.dropout(nodes_ND.index_select(0, prefixes.longest_M))
+        return self._read_out(self.graph_network.forward_prefixes(nodes_MD, graph, prefixes), graph)
+
+    def _read_out(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         log_counts_N = click_counts(graph).to(states_ND.dtype).log()
         attended_ND = states_ND
         for block in self.blocks[:-1]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.modules.gated_graph import GatedGraph
+from llmgr_rec.kernels.prefix_nodes import prefix_nodes
+from llmgr_rec.modules.gated_graph import GatedGraph, check_rounds
 from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
     SessionEncoder,
@@ -27,10 +28,16 @@ class SRGNN(SessionEncoder):
     Args:
         config: Encoder settings; dropout applies to the input vectors.
         dim: Width of item, node and session vectors, in columns.
+
+    Raises:
+        UserError: It has to train in one pass with several rounds of message passing.
     """
+
+    supports_one_pass = True
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__()
+        self.check(config, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.graph_network = GatedGraph(dim, config.steps)
         self.attend_last = nn.Linear(dim, dim)
@@ -39,9 +46,22 @@ class SRGNN(SessionEncoder):
         self.read_out = nn.Linear(2 * dim, dim, bias=False)
         initialize_uniform(self, dim)
 
+    @classmethod
+    def check(cls, config: EncoderConfig, dim: int) -> None:
+        """Checks the rounds of message passing; see `SessionEncoder.check`."""
+        check_rounds(config)
+
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""
-        states_ND = self.graph_network(self.dropout(nodes_ND), graph)
+        return self._read_out(self.graph_network(self.dropout(nodes_ND), graph), graph)
+
+    def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
+        """Computes each node state of the prefixes once; see `SessionEncoder.encode_one_pass`."""
+        prefixes = prefix_nodes(graph, pass_offsets_P1)
+        nodes_MD = self.dropout(nodes_ND.index_select(0, prefixes.longest_M))
+        return self._read_out(self.graph_network.forward_prefixes(nodes_MD, graph, prefixes), graph)
+
+    def _read_out(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         last_BD = last_states(states_ND, graph)
         session_N = graph.node_session_N
         hidden_ND = self.attend_last(last_BD).index_select(0, session_N) + self.attend_node(states_ND)

@@ -244,7 +244,7 @@ def _check_one_pass(request: RunRequest, spec: ModelSpec, dataset: Dataset) -> N
     if spec.stage == "sbr" and not encoder_class(config.encoder.name).supports_one_pass:
         supported = sorted(key for key, encoder in ENCODERS.items() if encoder.supports_one_pass)
         raise UserError(
-            f"setting {name} is true, but encoder {config.encoder.name} is not causal; "
+            f"setting {name} is true, which encoder {config.encoder.name} does not support; "
             f"set encoder.name to {' or '.join(supported)}, or {name} to false"
         )
     if spec.stage == "behave" and not request.factory.prompts(config)["behave"].supports_one_pass:

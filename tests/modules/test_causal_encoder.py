@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmgr_rec.config import EncoderConfig
+from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.gated_recurrence import Weights, gru_cell
+from llmgr_rec.modules import gated_graph
 from llmgr_rec.modules.encoders import ENCODERS, build_encoder
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import SbrTask
@@ -21,6 +24,11 @@ VARIANTS = [
     EncoderConfig(name="esasrec", dropout=0.0, attention_heads=2),
     EncoderConfig(name="gru4rec", dropout=0.0),
 ]
+GRAPH_VARIANTS = [
+    EncoderConfig(name="gcsan", dropout=0.0, attention_layers=2, attention_heads=2),
+    EncoderConfig(name="srgnn", dropout=0.0),
+]
+all_variants = pytest.mark.parametrize("config", [*VARIANTS, *GRAPH_VARIANTS], ids=str)
 Sessions = Sequence[Sequence[int]]
 SESSIONS = [[1, 2, 3, 2, 4, 1, 1], [5], [0, 7, 0, 8]]
 
@@ -36,7 +44,7 @@ def prefixes_of(sessions: Sessions, most: int = 50) -> tuple[list[list[int]], Te
     return prefixes, torch.tensor([*starts, len(prefixes)])
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=str)
+@all_variants
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=9), min_size=1, max_size=4), st.integers(1, 9))
 @settings(deadline=None, max_examples=25)
 def test_a_pass_gives_what_each_prefix_gives(config: EncoderConfig, sessions: Sessions, most: int) -> None:
@@ -61,7 +69,7 @@ def test_prefixes_of_long_sessions_are_encoded_from_the_window_of_the_longest(co
     torch.testing.assert_close(one_pass, encoder(node_vectors(windows), windows).sessions_BD, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=str)
+@all_variants
 def test_a_later_click_changes_no_earlier_vector(config: EncoderConfig) -> None:
     encoder = double_encoder(config)
     found = []
@@ -74,7 +82,7 @@ def test_a_later_click_changes_no_earlier_vector(config: EncoderConfig) -> None:
     assert (found[0][4:7] - found[1][4:7]).abs().amax(1).min() > 1e-3
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=str)
+@all_variants
 def test_loss_and_gradients_are_those_of_a_pass_each(config: EncoderConfig) -> None:
     recommender: SessionRecommender = make_llmgr(encoder=config).recommender.requires_grad_(True)
     batch = one_pass_batch([[1, 2, 3, 2, 4, 8], [7, 9], [5, 5, 6]])
@@ -99,12 +107,35 @@ def test_a_pass_is_over_the_longest_prefixes_alone(monkeypatch: pytest.MonkeyPat
     assert lengths == [7 + 1 + 4]
 
 
+@pytest.mark.parametrize("config", GRAPH_VARIANTS, ids=str)
+def test_a_graph_network_updates_two_nodes_of_each_longer_prefix(
+    config: EncoderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = build_encoder(config, D1)
+    prefixes, pass_offsets_P1 = prefixes_of([[*range(9)], [4, 4, 4], [1, 2, 1, 2]])
+    graph, updated = graphs_of(prefixes), []
+
+    def counted(inputs_RF: Tensor, states_RD: Tensor, weights: Weights) -> Tensor:
+        updated.append(len(states_RD))
+        return gru_cell(inputs_RF, states_RD, weights)
+
+    monkeypatch.setattr(gated_graph, "gru_cell", counted)
+    encoder.encode_one_pass(torch.zeros(graph.node_items_N.numel(), D1), graph, pass_offsets_P1)
+    assert updated == [(1 + 8 * 2) + 3 + (1 + 3 * 2)]
+
+
+def test_several_rounds_of_messages_are_not_trained_in_one_pass() -> None:
+    config = EncoderConfig(name="gcsan", steps=2, one_pass=True)
+    with pytest.raises(UserError, match=r"encoder\.steps 2 .* gcsan .*; set encoder\.steps to 1, or encoder\.one_pass"):
+        build_encoder(config, DIM)
+
+
 def test_passes_that_cannot_be_encoded_are_refused() -> None:
     prefixes, pass_offsets_P1 = prefixes_of(SESSIONS)
     graph = graphs_of(prefixes)
     for config, message in (
         (EncoderConfig(name="sasrec", max_clicks=6), "more than 6 prefixes"),
-        (EncoderConfig(name="gcsan"), "GCSAN cannot encode all prefixes of a session in one pass"),
+        (EncoderConfig(name="stamp"), "STAMP cannot encode all prefixes of a session in one pass"),
     ):
         with pytest.raises(ValueError, match=message):
             build_encoder(config, DIM).encode_one_pass(node_vectors(graph).float(), graph, pass_offsets_P1)
@@ -113,6 +144,8 @@ def test_passes_that_cannot_be_encoded_are_refused() -> None:
 def test_causal_encoders_support_one_pass() -> None:
     assert sorted(name for name, encoder in ENCODERS.items() if encoder.supports_one_pass) == [
         "esasrec",
+        "gcsan",
         "gru4rec",
         "sasrec",
+        "srgnn",
     ]

@@ -138,7 +138,7 @@ def test_a_mistake_in_the_settings_file_is_named(refused: Refused, tmp_path: Pat
         (["--encoder.attention_heads", "3"], r"setting encoder\.attention_heads is 3; give a number that divides"),
         (
             ["--encoder.one_pass", "true", "--encoder.name", "stamp"],
-            r"encoder\.one_pass is true, but .*stamp.*; set encoder\.name to esasrec or gru4rec or sasrec, or",
+            r"encoder\.one_pass is true, which .*stamp.*; set encoder\.name to esasrec or gcsan or .*, or",
         ),
         (
             ["--prompt.one_pass", "true", "--prompt.node_source", "encoder"],
