@@ -24,6 +24,7 @@ from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.checkpoint import CheckpointManager
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import CosineSchedule
+from llmgr_rec.training.step_time import StepTime
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class StageLoop:
         self._schedule = CosineSchedule(self.optimizer, self._total_steps, self.warmup)
         self._bar = progress(self._total_steps, self.name, "step")
         self._resumed_window: dict[str, Any] = {}
+        self._step_time = StepTime(self.name, self.world)
 
     def run(self, position: Position) -> None:
         """Trains from a position to the end of the stage, then loads the best weights by validation.
@@ -171,7 +173,8 @@ class StageLoop:
             # Overlaps with the step.
             requests = self._start_requests()
             factor = self._schedule.apply(position.step)
-            outputs = pipeline.progress(batches)
+            with self._step_time.measured(self._total_steps - position.step):
+                outputs = pipeline.progress(batches)
             position.step += 1
             position.epoch_step += 1
             window.add(outputs)
@@ -213,6 +216,9 @@ class StageLoop:
     def _validate(self, position: Position) -> None:
         assert self.validate is not None
         report_progress(f"stage {self.name}, validation after step {position.step}")
+        if self.world.rank == 0:
+            logger.info("%s epoch %d: validation starts", self.name, position.epoch)
+        start = time.monotonic()
         metrics = self.validate()
         self.metrics.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
         if metrics[SELECTION_METRIC] > position.best:
@@ -222,12 +228,13 @@ class StageLoop:
             position.stale += 1
         if self.world.rank == 0:
             logger.info(
-                "%s epoch %d: validation %s %.4f, best %.4f",
+                "%s epoch %d: validation %s %.4f, best %.4f, after %.0f s",
                 self.name,
                 position.epoch,
                 SELECTION_METRIC,
                 metrics[SELECTION_METRIC],
                 position.best,
+                time.monotonic() - start,
             )
         position.unvalidated = False
         self._save(position)

@@ -7,6 +7,7 @@ text sequence encoder.
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -78,6 +79,10 @@ class TextEmbeddings:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         starts = [start for index, start in enumerate(self._starts()) if index % world.size == world.rank]
+        missing = sum(not self._path(start).exists() for start in self._starts())
+        if missing and world.rank == 0:
+            logger.info("encoding the texts of %d items", min(missing * self._rows, self._num_items))
+        began = time.monotonic()
         bar = progress(len(starts) * self._rows, "item text", "item")
         moments = torch.zeros(self.width + 2, dtype=torch.float64)
         with long_timeout_group(world) as group:
@@ -86,6 +91,8 @@ class TextEmbeddings:
                 bar.update(self._rows)
             bar.close()
             barrier(world, group)
+        if missing and world.rank == 0:
+            logger.info("encoded the texts in %.0f s", time.monotonic() - began)
         sums_H, squares, count = sum_over_ranks(moments, world).split([self.width, 1, 1])
         mean_H = sums_H / count.clamp(min=1)
         variance = (squares / count.clamp(min=1) - mean_H.square().sum()).clamp(min=1e-12)
@@ -234,11 +241,15 @@ def refresh_item_vectors(model: SessionRecommender | LLMGR, world: World) -> Non
         return
     encodes_all = is_sharded(encoder)
     shards = [shard for shard in local_shards(model) if shard.table == ITEM_TEXT]
+    num_items = encoder.item_tokens.num_rows
+    bar = progress(num_items, "item text", "item")
     with evaluation_mode(encoder), long_timeout_group(world) as group:
-        for items in torch.arange(encoder.item_tokens.num_rows).split(_ENCODE_ITEMS):
+        for items in torch.arange(num_items).split(_ENCODE_ITEMS):
             start, stop = int(items[0]), int(items[-1]) + 1
             if encodes_all or any(local_rows(shard, start, stop) for shard in shards):
                 vectors_CK = encoder.item_vectors(items)
                 for shard in shards:
                     write_rows(shard, start, vectors_CK)
+            bar.update(items.numel())
+        bar.close()
         barrier(world, group)

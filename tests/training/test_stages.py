@@ -1,5 +1,7 @@
 """Stages compute the same on one rank and on two, and change only the parameters that they train."""
 
+import logging
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,12 +120,14 @@ class Watched:
 
     Args:
         case: The case at hand.
+        said: Log lines.
         pipelined: Lookups that each epoch's pipeline moved ahead.
         shards: Table, row and column of each part of a table on this rank.
         base: Tensors of the base language model, and those among them that moved.
     """
 
     case: str = ""
+    said: list[str] = field(default_factory=list)
     pipelined: dict[str, list[int]] = field(default_factory=dict)
     shards: dict[str, list[tuple[str, int, int]]] = field(default_factory=dict)
     base: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
@@ -144,6 +148,10 @@ class Watched:
                 self.base[f"{self.case} {stage}"] = compare_base(model, config)
             export(model, stage, config, *rest)
 
+        listener = logging.Handler()
+        listener.emit = lambda record: watch.said.append(f"{watch.case} {record.getMessage()}")  # type: ignore[method-assign]
+        logging.getLogger("llmgr_rec").addHandler(listener)
+        logging.getLogger("llmgr_rec").setLevel(logging.INFO)
         loop.TrainPipelineSparseDist = WatchedPipeline
         stages.export_bundle = watched_export
 
@@ -202,6 +210,20 @@ def stages_of(case: str) -> set[str]:
         "one_pass": {"sbr", "behave"},
         "llm_text": {"sbr", "llm_text"},
     }[case]
+
+
+def test_rank_0_says_what_a_step_and_a_validation_take(trained: Trained) -> None:
+    first, second = ([line for line in rank.said if line.startswith("adagrad-column_wise")] for rank in trained.two)
+    for stage in stages_of("adagrad"):
+        (line,) = [line for line in first if re.search(rf" {stage}: about [0-9.]+ m?s a step, about ", line)]
+        assert line.endswith("left" if stage == "sbr" else f"for the {STEPS - 3} left")
+    for stage in ("sbr", "behave"):
+        starts = [line for line in first if f" {stage} epoch 1: validation starts" in line]
+        ends = [line for line in first if re.search(rf" {stage} epoch 1: validation ndcg.*, after \d+ s$", line)]
+        assert len(starts) == len(ends) == 1
+    assert any("encoding the texts of 64 items" in line for line in first)
+    assert any(re.search(r"encoded the texts in \d+ s", line) for line in first)
+    assert not [line for line in second if "a step" in line or "validation" in line or "the texts" in line]
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
