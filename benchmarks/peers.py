@@ -10,7 +10,7 @@ from benchmarks import recbole_side, rectools_side
 from benchmarks.peer_environment import RECBOLE, RECTOOLS, PeerPackage
 from benchmarks.session_settings import Settings
 from llmgr_rec.data.dataset import Dataset
-from llmgr_rec.evaluation.metrics import RankingMetrics
+from llmgr_rec.evaluation.results import K
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Peer:
             "threads": settings.threads,
             "items": dataset.manifest.num_items,
             "examples": examples,
-            "k": RankingMetrics.depth,
+            "k": K,
             "exclude_seen": dataset.manifest.repeats == "exclude",
             "rankings": str(file.with_name("rankings.npy")),
         }

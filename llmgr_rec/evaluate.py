@@ -19,7 +19,7 @@ from llmgr_rec.cli import (
 )
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
-from llmgr_rec.evaluation.results import MODEL_NAMES
+from llmgr_rec.evaluation.results import CUTOFFS, MODEL_NAMES
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
@@ -49,6 +49,12 @@ def main(argv: Sequence[str]) -> None:
         help=f"Comma-separated models: {', '.join(MODELS)}, and import paths of baselines, such as "
         "my_package.knn:Recent; default: popularity, item_knn and all trained models of the run.",
     )
+    parser.add_argument(
+        "--cutoffs",
+        type=str,
+        default=",".join(map(str, CUTOFFS)),
+        help="Comma-separated cutoffs of HR, NDCG and MRR, 1 to 255; 20 is added, because comparisons use it.",
+    )
     add_code_argument(parser)
     add_ranking_arguments(parser)
     parser.add_argument("--batch_size", type=int, help="Sessions per batch; default: the setting of the run.")
@@ -59,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
         from llmgr_rec.evaluation.evaluated import Evaluated
         from llmgr_rec.evaluation.headline import headline
-        from llmgr_rec.evaluation.results import blend_notes, format_table
+        from llmgr_rec.evaluation.results import blend_notes, format_beyond_accuracy, format_table
 
     content = evaluate_run(
         EvaluationRequest(
@@ -72,11 +78,13 @@ def main(argv: Sequence[str]) -> None:
             max_length=arguments.max_length,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            cutoffs=split_numbers(arguments.cutoffs, "--cutoffs"),
             allow_code=split_code(arguments.allow_code),
         )
     )
     if is_rank0():
-        print(format_table(content[arguments.split]))
+        print(format_table(content[arguments.split], content["cutoffs"]))
+        print(f"\n{format_beyond_accuracy(content[arguments.split])}")
         for note in blend_notes(content["blends"]):
             print(note)
         print(headline(Evaluated(Path(arguments.output), content)))
@@ -102,6 +110,22 @@ def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:
     if not names:
         raise UserError(f"{option} is empty; give some of {', '.join(known)}")
     return names
+
+
+def split_numbers(text: str, option: str) -> list[int]:
+    """Splits a comma-separated option into integers.
+
+    Args:
+        text: Value of the option.
+        option: The option, for messages.
+
+    Raises:
+        UserError: A part is no integer, or there is none.
+    """
+    parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UserError(f"{option} is {text!r}; give integers separated by commas, such as 5,10,20")
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

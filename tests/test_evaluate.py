@@ -150,7 +150,10 @@ def test_words_count_as_the_model_knows_them(tmp_path):
         prepare_dataset(PrepareSettings(**inputs, min_interactions=0, threads=1))
         main(arguments(tmp_path / f"{name}.json", dataset=output, models="sbr,llmgr"))
         found.append(json.loads((tmp_path / f"{name}.json").read_text())["test"])
+        # The diversity of a list is by the categories that the data set has now.
+        diversities = [metrics.pop("beyond_accuracy")["category_diversity"] for metrics in found[-1].values()]
     assert found[0] == found[1]
+    assert all(diversities)
 
 
 def test_a_foreign_output_is_left_alone(tmp_path):

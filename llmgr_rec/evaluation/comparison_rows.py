@@ -42,6 +42,11 @@ class Row:
     is_paired: bool = True
 
 
+def common_cutoffs(rows: Sequence[Row]) -> list[int]:
+    """Cutoffs that the evaluations of all rows have, in ascending order."""
+    return sorted(set.intersection(*(set(row.evaluated.cutoffs) for row in rows)))
+
+
 def rows_of(runs: Sequence[ReportedRun]) -> list[Row]:
     """The rows of all evaluated runs, baselines first.
 

@@ -16,12 +16,20 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.distributed.process_group import World, describe_ranks, process_group
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.beyond_accuracy import BeyondAccuracy, ItemProperties
 from llmgr_rec.evaluation.comparison import by_length, compare_models
 from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles
 from llmgr_rec.evaluation.metrics import BY_LENGTH
-from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import Measures, evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.rank_collector import RankCollector, TargetRanks
-from llmgr_rec.evaluation.results import in_table_order, refuse_foreign_output, write_metrics
+from llmgr_rec.evaluation.results import (
+    CUTOFFS,
+    LARGEST_CUTOFF,
+    K,
+    in_table_order,
+    refuse_foreign_output,
+    write_metrics,
+)
 from llmgr_rec.evaluation.session_ranks import Sessions, ranks_path, refuse_foreign_ranks, write_ranks
 from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.storage.bundle import check_bundle_code, load_bundle
@@ -50,6 +58,7 @@ class EvaluationRequest:
         max_length: Number of newest clicks of a session that are shown; None takes what the bundles record.
         batch_size: Sessions per batch; None takes the run's setting.
         device: Device of the models; None takes the run's setting.
+        cutoffs: Cutoffs of the metrics; 20 is added to them.
         allow_code: Packages from which bundles may import their encoder or head.
     """
 
@@ -62,6 +71,7 @@ class EvaluationRequest:
     max_length: int | None = None
     batch_size: int | None = None
     device: Device | None = None
+    cutoffs: Sequence[int] = CUTOFFS
     allow_code: Sequence[str] = ()
 
 
@@ -89,23 +99,23 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     config = _config(request)
     indexes = {name: read_index(bundle) for name, bundle in bundles.items()}
     rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length)
+    cutoffs = _cutoffs(request.cutoffs)
     refuse_foreign_output(request.output)
     refuse_foreign_ranks(ranks_path(request.output))
     reads = [request.run, request.dataset]
     print_start("evaluate", reads, request.output, describe_ranks(config.runtime))
     with process_group(config.runtime) as world:
-        results: dict[str, dict[str, Any]] = {}
+        items, results = ItemProperties(catalog), dict[str, dict[str, Any]]()
         blends: dict[str, dict[str, float]] = {}
         ranks: dict[str, TargetRanks] = {}
         for name in names:
             collector = RankCollector()
+            measures = Measures(cutoffs, collector, BeyondAccuracy(items))
             if name not in bundles:
                 baseline = build_baseline(name, dataset, catalog)
-                results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world, rule, collector)
+                results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world, rule, measures)
             else:
-                results[name], blend = _evaluate_bundle(
-                    bundles[name], request, dataset, catalog, world, rule, collector
-                )
+                results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalog, world, rule, measures)
                 blends |= {name: dict(blend.weights)} if blend else {}
             ranks[name] = collector.gather(world)
     content = {
@@ -117,6 +127,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "dataset_path": str(request.dataset.resolve()),
         "protocol": f"full catalog, ties by lower index, {rule}",
         **asdict(rule),
+        "cutoffs": list(cutoffs),
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
         "bundles": {name: bundle_hash(bundle) for name, bundle in bundles.items() if name in results},
@@ -148,12 +159,12 @@ def _evaluate_bundle(
     catalog: Catalog,
     world: World,
     rule: RankingRule,
-    collector: RankCollector,
+    measures: Measures,
 ) -> tuple[dict[str, Any], Blend | None]:
     """The metrics of a bundle, and its blend."""
     loaded = load_bundle(bundle, world, allow_code=request.allow_code)
     ranking = loaded.ranking(request.batch_size)
-    metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V, rule, collector)
+    metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V, rule, measures)
     return metrics, loaded.blend
 
 
@@ -179,6 +190,13 @@ def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
         check_trained_on(bundle, dataset)
         check_bundle_code(read_config(bundle), bundle, request.allow_code)
     return bundles
+
+
+def _cutoffs(given: Sequence[int]) -> list[int]:
+    """The cutoffs in ascending order, 20 among them."""
+    if bad := [k for k in given if not 1 <= k <= LARGEST_CUTOFF]:
+        raise UserError(f"--cutoffs has {bad[0]}; give lengths of lists from 1 to {LARGEST_CUTOFF}, such as 1,5,10,50")
+    return sorted({*given, K})
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import RankingRule
 from llmgr_rec.evaluation.intervals import Gain, K, rate_interval, unpaired_gain
 from llmgr_rec.evaluation.metrics import BUCKET_NAMES, BY_FREQUENCY, BY_LENGTH
-from llmgr_rec.evaluation.results import COLUMNS, in_table_order, read_metrics
+from llmgr_rec.evaluation.results import CUTOFFS, columns, in_table_order, read_metrics
 from llmgr_rec.storage.bundle_index import STAGES_OF_MODEL
 
 Metrics = Mapping[str, Any]
@@ -56,7 +56,7 @@ class Evaluated:
         if not isinstance(self.content[self.split], dict):
             raise TypeError(f"{self.split} is no object")
         for metrics in self.models.values():
-            if not all(0 <= float(metrics[column]) <= 1 for column in COLUMNS):
+            if not all(0 <= float(metrics[column]) <= 1 for column in columns(self.cutoffs)):
                 raise ValueError("a metric is not between 0 and 1")
             for group in (BY_FREQUENCY, BY_LENGTH):
                 for cell in metrics.get(group, {}).values():
@@ -67,6 +67,11 @@ class Evaluated:
             if name in self.trained:
                 for other in self.models:
                     self.gains(name, other)
+
+    @property
+    def cutoffs(self) -> list[int]:
+        """Cutoffs of the metrics; files of version 0.2 do not say them."""
+        return list(map(int, self.content.get("cutoffs", CUTOFFS)))
 
     @property
     def split(self) -> str:

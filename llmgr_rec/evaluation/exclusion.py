@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmgr_rec.baselines.knn import Baseline
-from llmgr_rec.baselines.sparse_scores import Ints
+from llmgr_rec.baselines.sparse_scores import Floats, Ints
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.jagged import Jagged
@@ -104,8 +104,10 @@ def seen_items(batch: SessionBatch) -> Jagged:
     return Jagged(batch.graph.node_items_N, batch.graph.node_offsets_B1)
 
 
-def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, exclude_seen: bool) -> Ints:
-    """The K best items of each session by a baseline, int64 [B, K], best first; -1 pads shorter lists.
+def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, exclude_seen: bool) -> tuple[Ints, Floats]:
+    """The K best items of each session by a baseline, int64 [B, K], best first, and their scores, float64 [B, K].
+
+    Shorter lists are padded with -1 and -inf.
 
     Args:
         baseline: The baseline; it ranks the whole catalog, seen items included.
@@ -115,16 +117,19 @@ def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, exclude_seen: b
     """
     items_L, offsets_B1 = sessions.items_L.numpy(), sessions.offsets_B1.numpy()
     if not exclude_seen:
-        return baseline.rank(items_L, offsets_B1, k)[0]
+        return baseline.rank(items_L, offsets_B1, k)
     longest = int(np.diff(offsets_B1).max(initial=0))
-    return without_seen(baseline.rank(items_L, offsets_B1, k + longest)[0], items_L, offsets_B1, k)
+    return without_seen(*baseline.rank(items_L, offsets_B1, k + longest), items_L, offsets_B1, k)
 
 
-def without_seen(ids_BD: Ints, items_L: Ints, offsets_B1: Ints, k: int) -> Ints:
-    """The first K items of each list that its session has not clicked, int64 [B, K]; -1 pads shorter lists.
+def without_seen(ids_BD: Ints, scores_BD: Floats, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
+    """The first K items of each list that its session has not clicked, int64 [B, K], and their scores.
+
+    Shorter lists are padded with -1 and -inf.
 
     Args:
         ids_BD: Item indices, best first; -1 pads shorter lists.
+        scores_BD: Their scores.
         items_L: Clicked items of the sessions.
         offsets_B1: Start of each session in `items_L` and, last, their number.
         k: Number K of items, at most D.
@@ -135,4 +140,5 @@ def without_seen(ids_BD: Ints, items_L: Ints, offsets_B1: Ints, k: int) -> Ints:
     seen_L = np.repeat(row_B, np.diff(offsets_B1)) + items_L + 1
     is_seen_BD = np.isin(row_B[:, None] + ids_BD + 1, seen_L)
     columns_BK = np.argsort(is_seen_BD, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(np.where(is_seen_BD, -1, ids_BD), columns_BK, axis=1)
+    ids_BK = np.take_along_axis(np.where(is_seen_BD, -1, ids_BD), columns_BK, axis=1)
+    return ids_BK, np.where(ids_BK >= 0, np.take_along_axis(scores_BD, columns_BK, axis=1), -np.inf)

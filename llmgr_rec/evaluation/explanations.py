@@ -15,6 +15,14 @@ METRIC_MEANINGS = {
     f"0.23 at position {K}.",
     f"MRR@{K}": "mean reciprocal rank: a hit at position p counts 1 / p, a miss 0.",
 }
+BEYOND_ACCURACY_MEANINGS = {
+    "coverage": "share of the catalog that is in at least one list.",
+    "novelty": "mean of -log2 of an item's share of the training clicks; more says less popular items.",
+    "category_diversity": "1 - mean cosine of the categories of two items of a list; 0 if all are of one category.",
+    "text_diversity": "the same for the words of titles.",
+    "popularity_bias": "mean training clicks of a listed item, relative to those of the items that were clicked next.",
+    "ties": "share of neighboring places of a list with equal scores, whose order is arbitrary.",
+}
 MODEL_MEANINGS = {
     "popularity": "the items with the most training clicks, the same list for all",
     "item_knn": "items that were clicked in the same sessions as the clicks of this one",

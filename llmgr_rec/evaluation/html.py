@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape as escape_markup
 
-from llmgr_rec.evaluation.comparison_rows import Row
+from llmgr_rec.evaluation.comparison_rows import Row, common_cutoffs
 from llmgr_rec.evaluation.examples import Example
-from llmgr_rec.evaluation.explanations import METRIC_MEANINGS, MODEL_MEANINGS
+from llmgr_rec.evaluation.explanations import BEYOND_ACCURACY_MEANINGS, METRIC_MEANINGS, MODEL_MEANINGS
 from llmgr_rec.evaluation.headline import interval, signed
 from llmgr_rec.evaluation.intervals import VALUES_P, K
 from llmgr_rec.evaluation.metrics import LENGTH_BOUNDS, LENGTH_NAMES
 from llmgr_rec.evaluation.page_shell import page
 from llmgr_rec.evaluation.plots import Plot
-from llmgr_rec.evaluation.results import COLUMNS, CUTOFFS, best_by_column
+from llmgr_rec.evaluation.results import BEYOND_ACCURACY, BEYOND_ACCURACY_NAMES, best_by_column, columns
 
 _SHOWN_CLICKS = 8
 _SHOWN_ITEMS = 10
@@ -130,6 +130,7 @@ def _quality(content: ReportContent) -> str:
     return (
         f"{_results(content)}\n{_definitions(METRIC_MEANINGS, 'means')}\n{notes}\n"
         f'<div class="plots">{figures}</div>\n<h3>All cutoffs and models</h3>{_cutoffs(content.rows)}'
+        f"{_beyond_accuracy(content.rows)}"
         f"<details><summary>What the models are</summary>{_models(content.rows)}</details>"
     )
 
@@ -187,21 +188,40 @@ def _value(row: Row, metric: str, best: float) -> str:
 
 
 def _cutoffs(rows: Sequence[Row]) -> str:
-    best = best_by_column({str(number): row.metrics for number, row in enumerate(rows)})
+    cutoffs = common_cutoffs(rows)
+    shown = columns(cutoffs)
+    best = best_by_column({str(number): row.metrics for number, row in enumerate(rows)}, shown)
     body = []
     for row in rows:
         cells = []
-        for column in COLUMNS:
+        for column in shown:
             value = round(row.metrics[column], 4)
             cells.append(f"<td>{f'<b>{value:.4f}</b>' if value == best[column] else f'{value:.4f}'}</td>")
         ours = ' class="ours"' if row.is_result else ""
         body.append(f'<tr{ours}><th scope="row">{escape(row.label)}</th>{"".join(cells)}</tr>')
-    groups = "".join(f'<th scope="colgroup" colspan="{len(CUTOFFS)}">{name}</th>' for name in ("HR", "NDCG", "MRR"))
-    cutoffs = "".join(f'<th scope="col">@{column.split("@")[1]}</th>' for column in COLUMNS)
+    groups = "".join(f'<th scope="colgroup" colspan="{len(cutoffs)}">{name}</th>' for name in ("HR", "NDCG", "MRR"))
+    heads = "".join(f'<th scope="col">@{column.split("@")[1]}</th>' for column in shown)
     return _scroll(
-        f'<table><thead><tr><td></td>{groups}</tr><tr><th scope="col">Model</th>{cutoffs}</tr></thead>'
+        f'<table><thead><tr><td></td>{groups}</tr><tr><th scope="col">Model</th>{heads}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table>",
         "Results at all cutoffs",
+    )
+
+
+def _beyond_accuracy(rows: Sequence[Row]) -> str:
+    """What else is known of the first 20 items of the lists; empty for evaluations of earlier versions."""
+    found = [(row, row.metrics[BEYOND_ACCURACY]) for row in rows if BEYOND_ACCURACY in row.metrics]
+    shown = [name for name in BEYOND_ACCURACY_NAMES if any(values.get(name) is not None for _, values in found)]
+    if not shown:
+        return ""
+    cells = [
+        [row.label, *("" if values.get(name) is None else f"{values[name]:.4f}" for name in shown)]
+        for row, values in found
+    ]
+    names = ["Model", *(BEYOND_ACCURACY_NAMES[name] for name in shown)]
+    means = {BEYOND_ACCURACY_NAMES[name]: BEYOND_ACCURACY_MEANINGS[name] for name in shown}
+    return f"<h3>Beyond accuracy</h3>{_table(f'The first {K} items of all lists', names, cells)}" + (
+        f"<details><summary>What these are</summary>{_definitions(means, 'means')}</details>"
     )
 
 

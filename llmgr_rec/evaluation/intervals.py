@@ -14,12 +14,11 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from llmgr_rec.evaluation.results import CUTOFFS
+from llmgr_rec.evaluation.results import K
 
 Floats = NDArray[np.float64]
 Ranks = NDArray[np.integer]
 
-K = max(CUTOFFS)
 NUM_RANKS = K + 1
 _RESAMPLES = 2000
 _TAILS = (2.5, 97.5)

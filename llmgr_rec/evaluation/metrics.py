@@ -7,13 +7,13 @@ number of ranks, and one sum combines the ranks of a process group.
 Shapes: B sessions, K items of a ranked list, F frequency buckets, P = K + 1 target ranks, V items.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmgr_rec.evaluation.results import CUTOFFS, METRICS
+from llmgr_rec.evaluation.results import CUTOFFS, METRICS, K
 
 # Upper bounds (inclusive) of all but the last bucket of training interactions of the target.
 BUCKET_BOUNDS = (0, 4, 8, 20)
@@ -45,15 +45,16 @@ class RankingMetrics:
     MRR@K = [p <= K] / p.
     """
 
-    # Length K of the ranked lists that `update` requires.
-    depth = max(CUTOFFS)
-
-    def __init__(self, train_count_V: Tensor) -> None:
+    def __init__(self, train_count_V: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> None:
         """Creates an empty histogram.
 
         Args:
             train_count_V: Training interactions of each item, for the frequency buckets; determines the device.
+            cutoffs: Cutoffs K of the metrics, 20 among them.
         """
+        self._cutoffs = cutoffs
+        # Length of the ranked lists that `update` requires.
+        self.depth = max(cutoffs)
         self._bucket_V = torch.bucketize(
             train_count_V, torch.tensor(BUCKET_BOUNDS, dtype=train_count_V.dtype, device=train_count_V.device)
         )
@@ -111,12 +112,12 @@ class RankingMetrics:
         gains = {"hr": torch.ones_like(position_P), "ndcg": 1 / torch.log2(position_P + 1), "mrr": 1 / position_P}
         result: dict[str, Any] = {}
         for name in METRICS:
-            for k in CUTOFFS:
+            for k in self._cutoffs:
                 result[f"{name}@{k}"] = float((hits_P * gains[name])[:k].sum()) / total if total else 0.0
         result["count"] = int(total)
         result[BY_FREQUENCY] = {}
         for name, bucket_P in zip(BUCKET_NAMES, counts_FP, strict=True):
             count = float(bucket_P.sum())
-            hits = float(bucket_P[:-1][:20].sum())
+            hits = float(bucket_P[:-1][:K].sum())
             result[BY_FREQUENCY][name] = {"hr": hits / count if count else None, "count": int(count)}
         return result

@@ -3,7 +3,7 @@
 Shapes: B sessions of this rank, Q columns of queries, K items of a ranked list.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -22,14 +22,31 @@ from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import RankingModel
+from llmgr_rec.evaluation.beyond_accuracy import BeyondAccuracy
 from llmgr_rec.evaluation.exclusion import RankingRule, ranked_by, ranking_rule, seen_items
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.rank_collector import RankCollector
+from llmgr_rec.evaluation.results import BEYOND_ACCURACY, CUTOFFS, K
 
 T = TypeVar("T")
 
 # Rows per batch of a baseline.
 _READ_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of the ranked lists of a split, beside the accuracy.
+
+    Args:
+        cutoffs: Cutoffs of the accuracy, 20 among them.
+        ranks: Takes the target rank of each session.
+        beyond_accuracy: Takes the lists.
+    """
+
+    cutoffs: Sequence[int] = CUTOFFS
+    ranks: RankCollector | None = None
+    beyond_accuracy: BeyondAccuracy | None = None
 
 
 @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
@@ -40,7 +57,7 @@ def evaluate_model(
     world: World,
     train_count_V: Tensor,
     rule: RankingRule | None = None,
-    collector: RankCollector | None = None,
+    measures: Measures | None = None,
 ) -> dict[str, Any]:
     """Ranks the whole catalog for every session of a split and computes the ranking metrics.
 
@@ -51,45 +68,64 @@ def evaluate_model(
         world: Ranks; all call together, and all return the same result.
         train_count_V: Training clicks of each item.
         rule: What a ranking shows and excludes of a session; None takes what the data set records.
-        collector: Takes the target rank of each session, too.
+        measures: What else is measured; None measures the accuracy at the usual cutoffs.
 
     Returns:
-        The result of `RankingMetrics.compute`.
+        The result of `RankingMetrics.compute`, and of `BeyondAccuracy.compute` if that is measured.
     """
-    lists = ranked_lists(ranking, dataset, split, world, rule)
-    return _measure(lists, train_count_V.to(world.device), world, collector)
+    measures = measures or Measures()
+    lists = ranked_lists(ranking, dataset, split, world, rule, max(measures.cutoffs))
+    return _measure(lists, train_count_V.to(world.device), world, measures)
 
 
 def _measure(
-    lists: Iterator[tuple[Tensor, SessionBatch]] | Iterator[tuple[Tensor, RawSessions]],
+    lists: Iterator[tuple[Tensor, Tensor, SessionBatch]] | Iterator[tuple[Tensor, Tensor, RawSessions]],
     train_count_V: Tensor,
     world: World,
-    collector: RankCollector | None,
+    measures: Measures,
 ) -> dict[str, Any]:
-    metrics = RankingMetrics(train_count_V)
-    for ids_BK, batch in lists:
+    metrics = RankingMetrics(train_count_V, measures.cutoffs)
+    for ids_BK, scores_BK, batch in lists:
         ranks_B = metrics.update(ids_BK, batch.targets_B, batch.weights_B)
-        if collector is not None:
-            collector.add(ranks_B, batch.weights_B)
-    return metrics.compute(lambda counts: sum_over_ranks(counts, world))
+        if measures.ranks is not None:
+            measures.ranks.add(ranks_B, batch.weights_B)
+        if measures.beyond_accuracy is not None:
+            measures.beyond_accuracy.update(ids_BK, scores_BK, batch.targets_B, batch.weights_B)
+    result = metrics.compute(lambda counts: sum_over_ranks(counts, world))
+    if measures.beyond_accuracy is not None:
+        result[BEYOND_ACCURACY] = measures.beyond_accuracy.compute(lambda sums: sum_over_ranks(sums, world))
+    return result
 
 
 @torch.no_grad()
 def ranked_lists(
-    ranking: RankingModel, dataset: Dataset, split: str, world: World, rule: RankingRule | None = None
-) -> Iterator[tuple[Tensor, SessionBatch]]:
+    ranking: RankingModel,
+    dataset: Dataset,
+    split: str,
+    world: World,
+    rule: RankingRule | None = None,
+    depth: int = K,
+) -> Iterator[tuple[Tensor, Tensor, SessionBatch]]:
     """Ranks the whole catalog for this rank's sessions of a split; see `evaluate_model` for the arguments.
 
+    Args:
+        ranking: The model.
+        dataset: Prepared sessions.
+        split: train, valid or test.
+        world: Ranks; all call together.
+        rule: As in `evaluate_model`.
+        depth: Length of the lists.
+
     Yields:
-        Item indices, int64 [B, K], best first, K = `RankingMetrics.depth`; -1 pads the lists of a smaller catalog. And
-        the batch of sessions, in the order of the split; sessions of weight 0 are padding.
+        Item indices, int64 [B, depth], best first; -1 pads the lists of a smaller catalog. Their scores. And the batch
+        of sessions, in the order of the split; sessions of weight 0 are padding.
     """
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
         for sessions in evaluation_batches(ranking, dataset, split, world, f"evaluate {split}", rule):
             clicks = None if ranking.blend is None else clicks_of(sessions.batch)
-            ids_BK, _ = ranker.rank(sessions.queries_BQ, RankingMetrics.depth, sessions.exclude, clicks)
-            yield ids_BK, sessions.batch
+            ids_BK, scores_BK = ranker.rank(sessions.queries_BQ, depth, sessions.exclude, clicks)
+            yield ids_BK, scores_BK, sessions.batch
 
 
 @torch.no_grad()
@@ -100,7 +136,7 @@ def evaluate_baseline(
     catalog: Catalog,
     world: World,
     rule: RankingRule | None = None,
-    collector: RankCollector | None = None,
+    measures: Measures | None = None,
 ) -> dict[str, Any]:
     """`evaluate_model` for a baseline.
 
@@ -111,22 +147,25 @@ def evaluate_baseline(
         catalog: The data set's items.
         world: Ranks; all call together, and all return the same result.
         rule: As in `evaluate_model`.
-        collector: As in `evaluate_model`.
+        measures: As in `evaluate_model`.
 
     Returns:
-        The result of `RankingMetrics.compute`.
+        As `evaluate_model`.
     """
-    return _measure(baseline_lists(baseline, dataset, split, world, rule), catalog.train_count_V, world, collector)
+    measures = measures or Measures()
+    lists = baseline_lists(baseline, dataset, split, world, rule, max(measures.cutoffs))
+    return _measure(lists, catalog.train_count_V, world, measures)
 
 
 def baseline_lists(
-    baseline: Baseline, dataset: Dataset, split: str, world: World, rule: RankingRule | None = None
-) -> Iterator[tuple[Tensor, RawSessions]]:
+    baseline: Baseline, dataset: Dataset, split: str, world: World, rule: RankingRule | None = None, depth: int = K
+) -> Iterator[tuple[Tensor, Tensor, RawSessions]]:
     """`ranked_lists` for a baseline; see `evaluate_baseline` for the arguments."""
     rule = rule or ranking_rule(dataset.manifest)
     reader = split_reader(dataset, split, _READ_ROWS, lambda raw: raw.newest(rule.max_length))
     for raw in batches_of_rank(reader, world, f"evaluate {split}"):
-        yield torch.from_numpy(ranked_by(baseline, raw, RankingMetrics.depth, rule.excludes_seen)), raw
+        ids_BK, scores_BK = ranked_by(baseline, raw, depth, rule.excludes_seen)
+        yield torch.from_numpy(ids_BK), torch.from_numpy(scores_BK), raw
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.comparison_rows import Row, check_comparable, notes_on, rows_of
+from llmgr_rec.evaluation.comparison_rows import Row, check_comparable, common_cutoffs, notes_on, rows_of
 from llmgr_rec.evaluation.evaluated import Evaluated
 from llmgr_rec.evaluation.examples import Example, choose_examples, ranked_examples, scored_examples
 from llmgr_rec.evaluation.explanations import blend_in_words, chosen_in_words
@@ -28,7 +28,7 @@ from llmgr_rec.evaluation.plots import (
     plot_validation,
 )
 from llmgr_rec.evaluation.reported_run import ReportedRun, labels_of
-from llmgr_rec.evaluation.results import COLUMNS, MODEL_NAMES
+from llmgr_rec.evaluation.results import BEYOND_ACCURACY, BEYOND_ACCURACY_NAMES, MODEL_NAMES, columns
 from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.storage.bundle_index import check_trained_on, default_bundle, model_of_bundle
@@ -302,11 +302,13 @@ def _write_files(output: Path, content: ReportContent) -> None:
 
 
 def _csv(rows: Sequence[Row], several: bool) -> str:
-    text = io.StringIO()
+    text, shown = io.StringIO(), columns(common_cutoffs(rows))
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*(["run"] if several else []), "model", *COLUMNS, "count"])
+    writer.writerow([*(["run"] if several else []), "model", *shown, *BEYOND_ACCURACY_NAMES, "count"])
     for row in rows:
-        values = [f"{row.metrics[column]:.6f}" for column in COLUMNS]
+        beyond = row.metrics.get(BEYOND_ACCURACY, {})
+        numbers = [*(row.metrics[column] for column in shown), *map(beyond.get, BEYOND_ACCURACY_NAMES)]
+        values = ["" if number is None else f"{number:.6f}" for number in numbers]
         writer.writerow([*([row.run] if several else []), row.model, *values, row.metrics["count"]])
     return text.getvalue()
 

@@ -1,7 +1,7 @@
 """metrics.json: its format, reading and writing, and the plain-text table."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,29 @@ MODEL_NAMES = {
     "llmgr": "LLMGR",
 }
 METRICS = ("hr", "ndcg", "mrr")
+# Properties of the lists beside their accuracy, and how tables call them.
+BEYOND_ACCURACY = "beyond_accuracy"
+BEYOND_ACCURACY_NAMES = {
+    "coverage": "coverage",
+    "novelty": "novelty, bits",
+    "category_diversity": "category diversity",
+    "text_diversity": "text diversity",
+    "popularity_bias": "popularity bias",
+    "ties": "ties",
+}
 CUTOFFS = (5, 10, 20)
-COLUMNS = tuple(f"{metric}@{k}" for metric in METRICS for k in CUTOFFS)
+# The cutoff of comparisons, intervals and the headline, which every evaluation has.
+K = max(CUTOFFS)
+# A target rank is stored in a byte.
+LARGEST_CUTOFF = 255
+
+
+def columns(cutoffs: Iterable[int] = CUTOFFS) -> tuple[str, ...]:
+    """Names of the metrics at some cutoffs, such as `hr@20`."""
+    return tuple(f"{metric}@{k}" for metric in METRICS for k in cutoffs)
+
+
+COLUMNS = columns()
 
 
 def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
@@ -84,9 +105,9 @@ def in_table_order(models: Mapping[str, Any]) -> list[str]:
     return known + [name for name in models if name not in MODEL_NAMES]
 
 
-def best_by_column(models: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def best_by_column(models: Mapping[str, Mapping[str, float]], shown: Sequence[str] = COLUMNS) -> dict[str, float]:
     """Highest value of each column, rounded to the four decimals of the table."""
-    return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in COLUMNS}
+    return {column: max(round(metrics[column], 4) for metrics in models.values()) for column in shown}
 
 
 def blend_notes(blends: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -101,18 +122,47 @@ def blend_notes(blends: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
 
 
-def format_table(models: Mapping[str, Mapping[str, float]]) -> str:
-    """A plain-text table with one row per model; a star marks the best value of a column."""
-    best = best_by_column(models) if models else {}
-    names = {name: MODEL_NAMES.get(name, name) for name in in_table_order(models)}
-    width = max([11, *map(len, names.values())]) + 1
-    header = " " * width + "".join(f"{column.upper():>10}" for column in COLUMNS)
+def format_table(models: Mapping[str, Mapping[str, Any]], cutoffs: Sequence[int] = CUTOFFS) -> str:
+    """A plain-text table with one row per model; a star marks the best value of a column.
+
+    Args:
+        models: Metrics by model.
+        cutoffs: Cutoffs of the columns.
+    """
+    shown = columns(cutoffs)
+    best = best_by_column(models, shown) if models else {}
+    names, width = _row_names(models)
+    header = " " * width + "".join(f"{column.upper():>10}" for column in shown)
     lines = [header, "-" * len(header)]
-    for name, shown in names.items():
+    for name, label in names.items():
         cells = []
-        for column in COLUMNS:
+        for column in shown:
             value = round(models[name][column], 4)
             mark = "*" if value == best[column] and len(models) > 1 else " "
             cells.append(f"{value:>9.4f}{mark}")
-        lines.append(f"{shown:<{width}}" + "".join(cells))
+        lines.append(f"{label:<{width}}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def format_beyond_accuracy(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """A plain-text table of the properties beside accuracy, see `BeyondAccuracy.compute`.
+
+    Args:
+        models: Metrics by model.
+    """
+    names, width = _row_names(models)
+    found = [metrics[BEYOND_ACCURACY] for metrics in models.values()]
+    shown = [name for name in BEYOND_ACCURACY_NAMES if any(values.get(name) is not None for values in found)]
+    header = " " * width + "".join(f"{BEYOND_ACCURACY_NAMES[name].upper():>22}" for name in shown)
+    lines = [header, "-" * len(header)]
+    for name, label in names.items():
+        values = [models[name][BEYOND_ACCURACY].get(key) for key in shown]
+        cells = "".join(f"{'' if value is None else f'{value:.4f}':>22}" for value in values)
+        lines.append((f"{label:<{width}}" + cells).rstrip())
+    return "\n".join(lines)
+
+
+def _row_names(models: Mapping[str, Any]) -> tuple[dict[str, str], int]:
+    """Titles of models in the order of the tables, and the width of their column."""
+    names = {name: MODEL_NAMES.get(name, name) for name in in_table_order(models)}
+    return names, max([11, *map(len, names.values())]) + 1

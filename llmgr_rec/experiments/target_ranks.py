@@ -14,8 +14,9 @@ from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.metrics import RankingMetrics, target_ranks
+from llmgr_rec.evaluation.metrics import target_ranks
 from llmgr_rec.evaluation.protocol import baseline_lists, identity, ranked_lists, split_reader
+from llmgr_rec.evaluation.results import K
 from llmgr_rec.storage.bundle import Bundle
 
 TargetRanks = NDArray[np.int32]
@@ -31,7 +32,7 @@ def model_ranks(bundle: Bundle, dataset: Dataset, split: str) -> TargetRanks:
         split: train, valid or test.
 
     Returns:
-        Ranks in the order of the split; `RankingMetrics.depth` for a target that is not in the list.
+        Ranks in the order of the split; 20 for a target that is not in the list.
     """
     world = World.alone(next(bundle.model.parameters()).device)
     return _ranks(ranked_lists(bundle.ranking(), dataset, split, world))
@@ -48,8 +49,6 @@ def targets_of(dataset: Dataset, split: str) -> NDArray[np.int64]:
     return np.concatenate([raw.targets_B.numpy()[raw.weights_B.numpy() > 0] for raw in batches])
 
 
-def _ranks(lists: Iterable[tuple[Tensor, SessionBatch | RawSessions]]) -> TargetRanks:
-    found = [
-        target_ranks(ids_BK, batch.targets_B, RankingMetrics.depth)[batch.weights_B > 0] for ids_BK, batch in lists
-    ]
+def _ranks(lists: Iterable[tuple[Tensor, Tensor, SessionBatch | RawSessions]]) -> TargetRanks:
+    found = [target_ranks(ids_BK, batch.targets_B, K)[batch.weights_B > 0] for ids_BK, _, batch in lists]
     return torch.cat(found).cpu().numpy().astype(np.int32)

@@ -52,7 +52,7 @@ class BaselineList:
         if self._merges_repeats:
             clicks = clicks.without_consecutive_repeats()
         sessions = RawSessions.to_rank(clicks.last(self._rule.max_length))
-        (ids_K,) = ranked_by(self._baseline, sessions, min(k, self._catalog.num_items), self._rule.excludes_seen)
+        (ids_K,), _ = ranked_by(self._baseline, sessions, min(k, self._catalog.num_items), self._rule.excludes_seen)
         places = pa.array(ids_K[ids_K >= 0])
         return {
             "fallback": clicks.values.numel() == 0,

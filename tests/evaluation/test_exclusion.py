@@ -31,7 +31,8 @@ def test_exclusion_equals_a_plain_loop(sessions, k, seed):
     rng = np.random.default_rng(seed)
     ids = np.stack([rng.permutation(NUM_ITEMS) for _ in sessions])
     ids[:, NUM_ITEMS - int(rng.integers(4)) :] = -1
-    found = without_seen(ids, *flat(sessions), k)
+    found, scores = without_seen(ids, -ids.astype(np.float64), *flat(sessions), k)
+    assert np.array_equal(scores, np.where(found < 0, -np.inf, -found))
     expected = [reference(row, session, k) for row, session in zip(ids.tolist(), sessions, strict=True)]
     assert found.tolist() == expected
 
@@ -44,8 +45,8 @@ def test_a_baseline_fills_all_positions_that_unseen_items_can_fill(sessions, k):
     none_B = torch.full((len(sessions),), -1)
     raw = RawSessions(items, offsets, none_B, torch.ones(len(sessions)), none_B, len(sessions))
     order = [*range(NUM_ITEMS)]
-    assert ranked_by(popularity, raw, k, True).tolist() == [reference(order, session, k) for session in sessions]
-    assert ranked_by(popularity, raw, k, False).tolist() == [reference(order, [], k)] * len(sessions)
+    assert ranked_by(popularity, raw, k, True)[0].tolist() == [reference(order, session, k) for session in sessions]
+    assert ranked_by(popularity, raw, k, False)[0].tolist() == [reference(order, [], k)] * len(sessions)
 
 
 def test_the_rule_is_what_is_recorded_unless_asked_for():

@@ -13,7 +13,8 @@ from llmgr_rec.baselines.knn import Baseline, ItemKNN
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model, identity, split_reader
+from llmgr_rec.evaluation.beyond_accuracy import BeyondAccuracy, ItemProperties
+from llmgr_rec.evaluation.protocol import Measures, evaluate_baseline, evaluate_model, identity, split_reader
 from llmgr_rec.evaluation.rank_collector import RankCollector
 from llmgr_rec.storage.bundle import load_bundle
 from tests.data.prepare_inputs import read
@@ -115,18 +116,19 @@ def test_item_knn_counts_each_training_session_once_with_its_target() -> None:
 def everything(world: World, dataset: Dataset, run: Path | None = None) -> dict[str, dict[str, Any]]:
     results = {}
     run, catalog = run or small_run().run, Catalog.load(dataset.path)
+    items = ItemProperties(catalog)
     for stage in ("sbr", "behave"):
         # Sharded on several ranks; plain torch where there is no process group.
         bundle = load_bundle(run / "export" / stage, None if world is ONE_RANK else world)
-        ranks = RankCollector()
+        measures = Measures((1, 20, 30), RankCollector(), BeyondAccuracy(items))
         results[stage] = evaluate_model(
-            bundle.ranking(), dataset, "test", world, catalog.train_count_V, collector=ranks
-        ) | {"ranks": ranks.gather(world).tolist()}
+            bundle.ranking(), dataset, "test", world, catalog.train_count_V, measures=measures
+        ) | {"ranks": measures.ranks.gather(world).tolist()}
     for name in ("popularity", "item_knn"):
         baseline = build_baseline(name, dataset, catalog)
-        ranks = RankCollector()
-        results[name] = evaluate_baseline(baseline, dataset, "test", catalog, world, collector=ranks) | {
-            "ranks": ranks.gather(world).tolist()
+        measures = Measures(ranks=RankCollector(), beyond_accuracy=BeyondAccuracy(items))
+        results[name] = evaluate_baseline(baseline, dataset, "test", catalog, world, measures=measures) | {
+            "ranks": measures.ranks.gather(world).tolist()
         }
     return results
 

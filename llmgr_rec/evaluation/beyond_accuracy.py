@@ -1,0 +1,162 @@
+"""Properties of ranked lists beside their accuracy: catalog coverage, novelty, diversity, popularity and ties.
+
+All are of the first 20 items of the lists, and are sums over lists, so they do not depend on batch size, order or
+number of ranks.
+
+Shapes: B sessions, K items of a ranked list, V items, F ids of a feature, W ids of all listed
+items, G distinct ones of a list.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.evaluation.results import K
+
+# Features of items, by the diversity that is measured with them.
+_DIVERSITY = {"category_diversity": "category", "text_diversity": "word"}
+
+
+class ItemProperties:
+    """What `BeyondAccuracy` needs to know of the items of a catalog.
+
+    Args:
+        catalog: The items.
+    """
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.train_count_V = catalog.train_count_V.numpy()
+        total = int(self.train_count_V.sum()) + len(self.train_count_V)
+        self.surprise_V = np.log2(total) - np.log2(self.train_count_V + 1)
+        self.features = {
+            name: FeatureVectors(catalog.features[feature])
+            for name, feature in _DIVERSITY.items()
+            if feature in catalog.features
+        }
+
+
+class FeatureVectors:
+    """One vector of length 1 an item: its ids of a feature, weighted by log(V / items with the id).
+
+    Args:
+        ids: Ids of the feature, a row for each of the V items.
+    """
+
+    def __init__(self, ids: Jagged) -> None:
+        self._ids = ids
+        values = ids.values.numpy()
+        count_F = np.bincount(values)
+        self._weight_F = np.log(ids.num_rows / np.maximum(count_F, 1))
+
+    def similarities(self, ids_BK: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Sum of the cosines of all pairs of different items in each list, and the number of these pairs.
+
+        Items without a feature take part in no pair.
+
+        Args:
+            ids_BK: Item indices; -1 pads shorter lists.
+
+        Returns:
+            Sums, float64 [B], and numbers, int64 [B]; each pair counts twice.
+        """
+        num_lists, length = ids_BK.shape
+        # Padding takes the features of item 0, and then the weight 0.
+        rows = self._ids.select(ids_BK.reshape(-1).clamp(min=0))
+        values_W, place_W = rows.values.numpy(), rows.row_of_value.numpy()
+        weights_W = self._weight_F[values_W] * (ids_BK.reshape(-1).numpy()[place_W] >= 0)
+        # Without any id, bincount returns integers.
+        squares = np.bincount(place_W, weights=weights_W**2, minlength=num_lists * length).astype(np.float64)
+        scale = np.divide(1.0, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)
+        # The squared length of the sum of n unit vectors is n plus the cosines of all pairs.
+        key_W = (place_W // length) * len(self._weight_F) + values_W
+        keys_G, entry_W = np.unique(key_W, return_inverse=True)
+        sums_G = np.bincount(entry_W, weights=weights_W * scale[place_W], minlength=len(keys_G))
+        squared_B = np.bincount(keys_G // len(self._weight_F), weights=sums_G**2, minlength=num_lists)
+        count_B = (squares > 0).reshape(num_lists, length).sum(1)
+        return squared_B - count_B, count_B * (count_B - 1)
+
+
+class BeyondAccuracy:
+    """Sums over ranked lists, and the properties computed from them.
+
+    Args:
+        items: Properties of the items.
+    """
+
+    def __init__(self, items: ItemProperties) -> None:
+        self._items = items
+        self._recommended_V = torch.zeros(len(items.train_count_V), dtype=torch.float64)
+        self._sums: dict[str, float] = dict.fromkeys(
+            ["places", "surprise", "clicks", "lists", "target_clicks", "ties", "neighbors"], 0.0
+        )
+        for name in items.features:
+            self._sums |= {name: 0.0, f"{name}_lists": 0.0}
+
+    def update(self, ids_BK: Tensor, scores_BK: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
+        """Adds one batch of ranked lists.
+
+        Args:
+            ids_BK: Item indices, best first, at least 20 unless the catalog is smaller; -1 pads shorter lists.
+            scores_BK: Their scores.
+            targets_B: Target item of each session.
+            weights_B: Weight of each session; those of weight 0 are padding and are left out.
+        """
+        is_real_B = (weights_B > 0).cpu()
+        ids_BK, scores_BK = ids_BK.cpu()[is_real_B, :K], scores_BK.cpu()[is_real_B, :K]
+        targets_B = targets_B.cpu()[is_real_B]
+        places = ids_BK[ids_BK >= 0].numpy()
+        counts_V = np.bincount(places, minlength=len(self._recommended_V))
+        self._recommended_V += torch.from_numpy(counts_V)
+        is_pair = ids_BK[:, 1:] >= 0
+        sums = self._sums
+        sums["places"] += len(places)
+        sums["surprise"] += float(self._items.surprise_V[places].sum())
+        sums["clicks"] += float(self._items.train_count_V[places].sum())
+        sums["lists"] += len(ids_BK)
+        sums["target_clicks"] += float(self._items.train_count_V[targets_B.numpy()].sum())
+        sums["ties"] += int(((scores_BK[:, 1:] == scores_BK[:, :-1]) & is_pair).sum())
+        sums["neighbors"] += int(is_pair.sum())
+        for name, vectors in self._items.features.items():
+            cosines_B, pairs_B = vectors.similarities(ids_BK)
+            has_pairs_B = pairs_B > 0
+            sums[name] += float((1 - cosines_B[has_pairs_B] / pairs_B[has_pairs_B]).sum())
+            sums[f"{name}_lists"] += int(has_pairs_B.sum())
+
+    def compute(self, sum_over_ranks: Callable[[Tensor], object] | None = None) -> dict[str, float | None]:
+        """Properties of all lists added so far.
+
+        Args:
+            sum_over_ranks: Sums a tensor over the ranks of a process group, in place; None without one.
+
+        Returns:
+            `coverage` (share of the catalog that is in any list), `novelty` (mean of -log2 of an item's share of the
+            training clicks, in bits; one click is added to every item), `popularity_bias` (mean training clicks of a
+            listed item relative to those of a target), `ties` (share of neighboring places with equal scores), and
+            `category_diversity` and `text_diversity` (1 - mean cosine of the pairs of a list); None where there is
+            nothing to measure.
+        """
+        names = list(self._sums)
+        values = torch.tensor([*self._sums.values()], dtype=torch.float64)
+        recommended_V = self._recommended_V.clone()
+        if sum_over_ranks is not None:
+            sum_over_ranks(values)
+            sum_over_ranks(recommended_V)
+        sums = dict(zip(names, values.tolist(), strict=True))
+        bias = _ratio(_ratio(sums["clicks"], sums["places"]), _ratio(sums["target_clicks"], sums["lists"]))
+        found = {
+            "coverage": int((recommended_V > 0).sum()) / len(recommended_V),
+            "novelty": _ratio(sums["surprise"], sums["places"]),
+            "popularity_bias": bias,
+            "ties": _ratio(sums["ties"], sums["neighbors"]),
+        }
+        return found | {name: _ratio(sums[name], sums[f"{name}_lists"]) for name in self._items.features}
+
+
+def _ratio(part: float | None, whole: float | None) -> float | None:
+    # Rounded, because the last digits of a sum depend on its order.
+    return round(part / whole, 9) if part is not None and whole else None
