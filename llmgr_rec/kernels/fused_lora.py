@@ -18,38 +18,8 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
-from torch.nn import functional
 
-_BYTE_VALUES = 256
-
-
-class ByteDropout(nn.Module):
-    """Dropout that draws one random byte for each activation on the CPU.
-
-    An activation is dropped if its byte is below the threshold p * 256. The others are scaled by
-    256 / (256 - threshold), so that the mean stays exact whatever p is rounded to.
-
-    Args:
-        probability: Chance of dropping an activation, 0 to 1; on the CPU rounded to a multiple of 1/256.
-    """
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-        self.threshold = round(probability * _BYTE_VALUES)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Drops activations in training mode and scales up the others."""
-        if not self.training or self.threshold == 0:
-            return inputs
-        if inputs.device.type != "cpu" or self.threshold == _BYTE_VALUES:
-            return functional.dropout(inputs, self.probability)
-        # The generator is asked for 64-bit numbers, each of which is eight bytes.
-        words = torch.empty((inputs.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-        bytes_ = words.view(torch.uint8)[: inputs.numel()].view(inputs.shape)
-        # 1 from the threshold on and 0 below it: torch's CPU kernels clamp eight times faster than they compare.
-        mask = (bytes_.clamp_(self.threshold - 1, self.threshold) - (self.threshold - 1)).to(inputs.dtype)
-        return inputs * mask.mul_(_BYTE_VALUES / (_BYTE_VALUES - self.threshold))
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 
 
 class FusedLora(LoraVariant):
@@ -92,5 +62,5 @@ def fuse_lora(model: PeftModel) -> None:
         module.cast_input_dtype_enabled = module.get_base_layer().weight.dtype == torch.float32
         for adapter, dropout in module.lora_dropout.items():
             module.lora_variant.setdefault(adapter, FusedLora())
-            if isinstance(dropout, nn.Dropout):
+            if isinstance(dropout, nn.Dropout) and not isinstance(dropout, ByteDropout):
                 module.lora_dropout[adapter] = ByteDropout(dropout.p).train(dropout.training)

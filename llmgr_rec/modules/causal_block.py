@@ -4,9 +4,11 @@ Shapes: L packed clicks, R sessions of similar length padded to T positions, A h
 of a head.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmgr_rec.kernels.byte_dropout import ByteDropout, byte_dropout
 from llmgr_rec.kernels.packed_sequences import PackedSequences
 
 _WIDENING = 4
@@ -34,7 +36,7 @@ class CausalBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, _WIDENING * dim)
         self.contract = nn.Linear(_WIDENING * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
         nn.init.xavier_uniform_(self.query_key_value.weight)
         nn.init.zeros_(self.query_key_value.bias)
         nn.init.zeros_(self.project.bias)
@@ -66,9 +68,19 @@ def causal_attention(query_key_value_LF: Tensor, heads: int, packed: PackedSeque
     def mix(padded: Tensor) -> Tensor:
         query_RATE, key_RATE, value_RATE = padded.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         # Padding follows the clicks, so the causal mask excludes it.
-        mixed_RATE = functional.scaled_dot_product_attention(
-            query_RATE, key_RATE, value_RATE, dropout_p=dropout, is_causal=True
-        )
-        return mixed_RATE.transpose(1, 2).flatten(2)
+        attend = _attend_with_dropout if dropout and padded.device.type == "cpu" else _attend
+        return attend(query_RATE, key_RATE, value_RATE, dropout).transpose(1, 2).flatten(2)
 
     return packed.map_padded(mix, query_key_value_LF)
+
+
+def _attend(query_RATE: Tensor, key_RATE: Tensor, value_RATE: Tensor, dropout: float) -> Tensor:
+    return functional.scaled_dot_product_attention(query_RATE, key_RATE, value_RATE, dropout_p=dropout, is_causal=True)
+
+
+def _attend_with_dropout(query_RATE: Tensor, key_RATE: Tensor, value_RATE: Tensor, dropout: float) -> Tensor:
+    """The same with `byte_dropout`: torch's kernels for a CPU have no dropout, and its plain form draws slowly."""
+    width, num_positions = query_RATE.shape[3], query_RATE.shape[2]
+    later_TT = torch.full((num_positions, num_positions), float("-inf"), device=query_RATE.device).triu_(1)
+    scores_RATT = (query_RATE * width**-0.5) @ key_RATE.transpose(2, 3) + later_TT.to(query_RATE.dtype)
+    return byte_dropout(scores_RATT.softmax(dim=3), dropout) @ value_RATE

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.packed_sequences import LengthBucket
 from llmgr_rec.kernels.prefix_nodes import prefix_nodes
 from llmgr_rec.modules.gated_graph import GatedGraph, check_rounds
@@ -49,7 +50,7 @@ class AttentionBlock(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.expand = nn.Linear(dim, dim)
         self.contract = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
 
     def forward(self, states_ND: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
         """Attention of every node over the nodes of its session, [N, D].
@@ -143,7 +144,7 @@ class GCSAN(SessionEncoder):
         super().__init__()
         self.check(config, dim)
         self.last_item_weight = config.last_item_weight
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ByteDropout(config.dropout)
         self.graph_network = GatedGraph(dim, config.steps)
         self.blocks = nn.ModuleList(
             AttentionBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)

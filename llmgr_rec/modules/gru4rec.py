@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.gated_recurrence import gru
 from llmgr_rec.kernels.packed_sequences import PackedSequences
 from llmgr_rec.modules.causal_encoder import CausalEncoder
@@ -51,7 +52,7 @@ class GRU4Rec(CausalEncoder):
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__(config.max_clicks)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ByteDropout(config.dropout)
         self.network = RecurrentLayer(dim, config.max_clicks)
         self.read_out = nn.Linear(dim, dim)
         initialize_uniform(self, dim)

@@ -6,6 +6,7 @@ Shapes: L packed clicks, D = d1 columns, H columns of the hidden layer.
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.packed_sequences import PackedSequences
 from llmgr_rec.modules.causal_block import causal_attention
 
@@ -37,7 +38,7 @@ class LiGRBlock(nn.Module):
         self.expand = nn.Linear(dim, 2 * _WIDENING * dim, bias=False)
         self.contract = nn.Linear(_WIDENING * dim, dim, bias=False)
         self.feed_forward_gate = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
         nn.init.xavier_uniform_(self.query_key_value.weight)
         nn.init.zeros_(self.query_key_value.bias)
         nn.init.zeros_(self.project.bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.packed_sequences import PackedSequences
 from llmgr_rec.modules.causal_block import CausalBlock
 from llmgr_rec.modules.causal_encoder import CausalEncoder
@@ -40,7 +41,7 @@ class SASRec(CausalEncoder):
         self.check(config, dim)
         super().__init__(config.max_clicks)
         self.position_TD = nn.Parameter(torch.empty(config.max_clicks, dim).normal_(std=_INIT_STD))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ByteDropout(config.dropout)
         self.blocks = nn.ModuleList(
             self.block_class(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.prefix_nodes import prefix_nodes
 from llmgr_rec.modules.gated_graph import GatedGraph, check_rounds
 from llmgr_rec.modules.session_encoder import (
@@ -38,7 +39,7 @@ class SRGNN(SessionEncoder):
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__()
         self.check(config, dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ByteDropout(config.dropout)
         self.graph_network = GatedGraph(dim, config.steps)
         self.attend_last = nn.Linear(dim, dim)
         self.attend_node = nn.Linear(dim, dim, bias=False)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
     SessionEncoder,
@@ -30,7 +31,7 @@ class STAMP(SessionEncoder):
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = ByteDropout(config.dropout)
         self.attend_node = nn.Linear(dim, dim, bias=False)
         self.attend_last = nn.Linear(dim, dim, bias=False)
         self.attend_mean = nn.Linear(dim, dim)

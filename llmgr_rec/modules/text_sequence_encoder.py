@@ -31,6 +31,7 @@ from llmgr_rec.data.session_tokens import (
     last_positions,
     session_sequences,
 )
+from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.modules.normalize import normalize
 from llmgr_rec.modules.prompts import one_pass_nodes
 
@@ -80,7 +81,7 @@ class TextSequenceEncoder(nn.Module):
         self.decoder = decoder
         self.item_tokens = item_tokens
         self.max_clicks = max_clicks
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
         self.session_projection, self.item_projection = nn.Linear(dim, dim), nn.Linear(dim, dim)
         for projection in (self.session_projection, self.item_projection):
             nn.init.eye_(projection.weight)

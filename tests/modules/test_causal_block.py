@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llmgr_rec.kernels.packed_sequences import pack_sequences
+from llmgr_rec.modules import causal_block
 from llmgr_rec.modules.causal_block import CausalBlock
 from tests.modules.graphs import graphs_of
 
@@ -81,20 +81,21 @@ def test_starts_from_torchs_values() -> None:
 
 
 def test_dropout_acts_where_torchs_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, _ = both(dropout=0.5)
+    """With dropout that drops nothing, what remains is torch's layer."""
+    block, layer = both(dropout=0.5)
     calls: list[object] = []
-    attention = functional.scaled_dot_product_attention
 
-    def attend(*given: Tensor, **settings: float) -> Tensor:
-        calls.append(settings["dropout_p"])
-        return attention(*given, **settings)
+    def keep(weights: Tensor, probability: float) -> Tensor:
+        calls.append(probability)
+        return weights
 
     monkeypatch.setattr(block.dropout, "forward", lambda values: calls.append(tuple(values.shape)) or values)
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(causal_block, "byte_dropout", keep)
     clicks = ROWS.node_L.numel()
-    block(states(), ROWS)
+    result = block(states(), ROWS)
     # The attention's weights of each bucket, its projection, the hidden layer, the result.
     assert calls == [0.5] * len(ROWS.buckets) + [(clicks, DIM), (clicks, 4 * DIM), (clicks, DIM)]
+    torch.testing.assert_close(result, padded(layer.eval(), states()), rtol=0, atol=1e-12)
     calls.clear()
     block.eval()(states(), ROWS)
-    assert calls[0] == 0
+    assert 0.5 not in calls
