@@ -36,6 +36,7 @@ class GatedGraph(nn.Module):
         self.message_bias = nn.Parameter(torch.empty(2 * dim))
         self.update = nn.GRUCell(2 * dim, dim)
         initialize_uniform(self, dim)
+        self._folded: Weights | None = None
 
     def reset_parameters(self) -> None:
         """Reinitializes the message matrices; TorchRec and FSDP require it of modules built on the meta device."""
@@ -94,6 +95,11 @@ class GatedGraph(nn.Module):
         states_CD = gru_cell(received, nodes_MD[prefixes.vector_N[prefixes.computed_C]], self._weights())
         return states_CD.index_select(0, prefixes.state_N)
 
+    def fold(self) -> None:
+        """Computes for good what depends on the weights alone. They must not change any more."""
+        with torch.no_grad():
+            self._folded = self._weights()
+
     def _weights(self) -> Weights:
         """Weights of the GRU cell for mean node states as inputs.
 
@@ -102,6 +108,8 @@ class GatedGraph(nn.Module):
         Both maps are linear and the mean m commutes with them: W_a (H m + b) = (W_a H) m + W_a b. So the states
         themselves are averaged over edges, and no message is computed.
         """
+        if self._folded is not None:
+            return self._folded
         weight = self.update.weight_ih
         folded = [weight[:, : self.dim] @ self.message[0], weight[:, self.dim :] @ self.message[1]]
         bias = weight @ self.message_bias + self.update.bias_ih

@@ -39,3 +39,12 @@ def normalize(vectors_XD: Tensor) -> Tensor:
         vectors_XD: Vectors; rows of zeros stay zeros.
     """
     return _Normalize.apply(vectors_XD)
+
+
+def divisors(vectors_XD: Tensor) -> Tensor:
+    """What `normalize` divides each row by, [X, 1].
+
+    Args:
+        vectors_XD: Vectors.
+    """
+    return torch.linalg.vector_norm(vectors_XD, dim=1, keepdim=True).clamp(min=_MIN_NORM)

@@ -1,8 +1,10 @@
-"""Preparation of a trained language model for inference: merging LoRA and dropping layers."""
+"""Preparation of trained models for inference: merging LoRA, dropping layers, folding weights."""
 
 from typing import TYPE_CHECKING
 
 from torch import nn
+
+from llmgr_rec.modules.gated_graph import GatedGraph
 
 if TYPE_CHECKING:
     from llmgr_rec.modules.language_model import LoraLanguageModel
@@ -31,3 +33,14 @@ def prepare_for_inference(model: "LoraLanguageModel", num_layers: int = 0) -> No
         from llmgr_rec.modules.last_token_layer import compute_last_token_only
 
         compute_last_token_only(model.base)
+
+
+def fold_weights(model: nn.Module) -> None:
+    """Computes products of weights for good that a session encoder would compute in each call.
+
+    Args:
+        model: The trained model, which must not be trained any more, modified in place.
+    """
+    for module in model.modules():
+        if isinstance(module, GatedGraph):
+            module.fold()

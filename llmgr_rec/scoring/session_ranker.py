@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.arrow_input import to_ids
-from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.config import DType
 from llmgr_rec.data.batch import RawSessions
@@ -25,9 +24,10 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.kernels.topk import top_k
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.prepare_for_inference import prepare_for_inference
+from llmgr_rec.modules.prepare_for_inference import fold_weights, prepare_for_inference
 from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
 from llmgr_rec.scoring.ranked_lists import list_columns
+from llmgr_rec.scoring.session_queries import SessionQueries
 from llmgr_rec.storage.bundle import BundleFiles, load_model
 
 # Sessions that are encoded at once.
@@ -58,7 +58,9 @@ class SessionRanker:
         self.titles = pa.array(self.catalog.titles(), pa.string())
         self.rule = ranking_rule(files.index)
         self.model = self.bundle.ranking(_BATCH)
-        self.catalog_ranker = self.model.ranker(World.alone())
+        fold_weights(self.bundle.model)
+        self._queries = SessionQueries(self.model) if SessionQueries.supports(self.bundle.model) else None
+        self.catalog_ranker = self._queries.ranker if self._queries else self.model.ranker(World.alone())
         self.catalog_ranker.prepare_for_few_sessions()
         self._merges_repeats = files.index.consecutive_repeats == "merge"
         self._popularity = Popularity(self.catalog.train_count_V.numpy())
@@ -163,9 +165,11 @@ class SessionRanker:
     @torch.no_grad()
     def _ranked(self, ranker: CatalogRanker, clicks: Jagged, k: int, excludes_seen: bool) -> tuple[Tensor, Tensor]:
         """The K best items of each session of a batch, none of them empty: as `CatalogRanker.rank`."""
-        batch = self.model.collate(RawSessions.to_rank(clicks))
-        blended = None if self.model.blend is None else clicks_of(batch)
-        return ranker.rank(self.model.queries(batch), k, clicks if excludes_seen else None, blended)
+        if self._queries is not None:
+            queries_BQ = self._queries(clicks)
+        else:
+            queries_BQ = self.model.queries(self.model.collate(RawSessions.to_rank(clicks)))
+        return ranker.rank(queries_BQ, k, clicks if excludes_seen else None, clicks)
 
     def _popular(self, k: int, allowed_R: Tensor | None) -> tuple[Tensor, Tensor]:
         """The K most popular items that may be recommended, and their shares of all clicks; padded with -1 and -inf."""
