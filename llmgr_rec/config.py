@@ -135,23 +135,26 @@ class EncoderConfig(Group):
 
     name: str = setting(
         "gcsan",
-        "Encoder: gcsan, srgnn, sasrec, esasrec, gru4rec, stamp, or the import path of a SessionEncoder class "
+        "Encoder: gcsan, srgnn, sasrec, esasrec, hstu, gru4rec, stamp, or the import path of a SessionEncoder class "
         "(my_package.encoders:MeanPool).",
     )
     steps: int = setting(
         1, "Message-passing steps of the gated graph network (gcsan, srgnn).", at_least=1, at_most=1000
     )
     attention_layers: int = setting(
-        1, "Self-attention blocks, in gcsan after the graph network (gcsan, sasrec, esasrec).", at_least=0, at_most=1000
+        1,
+        "Self-attention blocks, in gcsan after the graph network (gcsan, sasrec, esasrec, hstu).",
+        at_least=0,
+        at_most=1000,
     )
     attention_heads: int = setting(
-        1, "Heads of each self-attention block (gcsan, sasrec, esasrec).", at_least=1, at_most=1024
+        1, "Heads of each self-attention block (gcsan, sasrec, esasrec, hstu).", at_least=1, at_most=1024
     )
     last_item_weight: float = setting(
         0.6, "Weight of the self-attention output against the last item's state (gcsan).", at_least=0, at_most=1
     )
     max_clicks: int = setting(
-        50, "Newest clicks that are encoded (sasrec, esasrec, gru4rec).", at_least=1, at_most=100_000
+        50, "Newest clicks that are encoded (sasrec, esasrec, hstu, gru4rec).", at_least=1, at_most=100_000
     )
     dropout: float = setting(
         0.5, "Probability of dropping an activation.", at_least=0, below=1, invalidates="checkpoint"
@@ -163,8 +166,8 @@ class EncoderConfig(Group):
     one_pass: bool = setting(
         False,
         "Train stage sbr on all prefixes of a session in one pass of the encoder, instead of one pass per prefix: the "
-        "same targets for a fraction of the work. Needs sasrec, esasrec, gru4rec, or gcsan or srgnn with encoder.steps "
-        "1. sbr.batch_size then counts sessions; sessions longer than encoder.max_clicks are split.",
+        "same targets for a fraction of the work. Needs sasrec, esasrec, hstu, gru4rec, or gcsan or srgnn with "
+        "encoder.steps 1. sbr.batch_size then counts sessions; sessions longer than encoder.max_clicks are split.",
         invalidates="checkpoint",
         stages=("sbr",),
     )

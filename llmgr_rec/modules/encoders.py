@@ -4,6 +4,7 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.modules.esasrec import ESASRec
 from llmgr_rec.modules.gcsan import GCSAN
 from llmgr_rec.modules.gru4rec import GRU4Rec
+from llmgr_rec.modules.hstu import HSTU
 from llmgr_rec.modules.sasrec import SASRec
 from llmgr_rec.modules.session_encoder import SessionEncoder
 from llmgr_rec.modules.srgnn import SRGNN
@@ -17,6 +18,7 @@ ENCODERS: dict[str, type[SessionEncoder]] = {
     "srgnn": SRGNN,
     "sasrec": SASRec,
     "esasrec": ESASRec,
+    "hstu": HSTU,
     "gru4rec": GRU4Rec,
     "stamp": STAMP,
 }

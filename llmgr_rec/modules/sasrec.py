@@ -3,8 +3,6 @@
 Shapes: L packed clicks, N nodes, T positions, D = d1 columns.
 """
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -30,22 +28,20 @@ class SASRec(CausalEncoder):
 
     Raises:
         UserError: The number of attention heads does not divide the width, or there is no attention block.
-
-    Attributes:
-        block_class: Class of its blocks, constructed as `block_class(dim, heads, dropout)`.
     """
-
-    block_class: ClassVar[type[nn.Module]] = CausalBlock
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         self.check(config, dim)
         super().__init__(config.max_clicks)
         self.position_TD = nn.Parameter(torch.empty(config.max_clicks, dim).normal_(std=_INIT_STD))
         self.dropout = ByteDropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            self.block_class(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
-        )
+        self.blocks = nn.ModuleList(self.make_block(config, dim) for _ in range(config.attention_layers))
         self.norm = nn.LayerNorm(dim)
+
+    @staticmethod
+    def make_block(config: EncoderConfig, dim: int) -> nn.Module:
+        """A block, called with the states of the clicks and their sessions as in `CausalBlock.forward`."""
+        return CausalBlock(dim, config.attention_heads, config.dropout)
 
     @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:

@@ -92,7 +92,11 @@ def shares(ranking: RankingModel, clicks: Ints, places: Ints, targets: Ints) -> 
 CASES = [
     pytest.param(rule, encoder, score, marks=[] if not number else pytest.mark.slow)
     for number, (rule, encoder, score) in enumerate(
-        product((any_click, last_click), ("gcsan", "srgnn", "gru4rec", "sasrec", "esasrec", "stamp"), ("cosine", "dot"))
+        product(
+            (any_click, last_click),
+            ("gcsan", "srgnn", "gru4rec", "sasrec", "esasrec", "hstu", "stamp"),
+            ("cosine", "dot"),
+        )
     )
 ]
 

@@ -1,4 +1,4 @@
-"""SASRec, eSASRec, GRU4Rec and STAMP against plain versions, session by session and click by click."""
+"""SASRec, eSASRec, HSTU, GRU4Rec and STAMP against plain versions, session by session and click by click."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.gru4rec import GRU4Rec
+from llmgr_rec.modules.hstu import HSTU
 from llmgr_rec.modules.ligr_block import LiGRBlock
 from llmgr_rec.modules.sasrec import SASRec
 from llmgr_rec.modules.session_encoder import SessionEncoder
@@ -21,6 +22,7 @@ VARIANTS = [
     EncoderConfig(name="sasrec", dropout=0.0, attention_heads=2),
     EncoderConfig(name="sasrec", dropout=0.0, attention_layers=2, max_clicks=3),
     EncoderConfig(name="esasrec", dropout=0.0, attention_layers=2, attention_heads=2, max_clicks=3),
+    EncoderConfig(name="hstu", dropout=0.0, attention_layers=2, attention_heads=2, max_clicks=3),
     EncoderConfig(name="gru4rec", dropout=0.0),
     EncoderConfig(name="gru4rec", dropout=0.0, max_clicks=2),
     EncoderConfig(name="stamp", dropout=0.0),
@@ -54,6 +56,24 @@ def plain_gates(block: LiGRBlock, hidden: Tensor, attended: Tensor) -> Tensor:
     return hidden + torch.sigmoid(block.feed_forward_gate(hidden)) * added
 
 
+def plain_hstu(encoder: HSTU, clicks_LD: Tensor) -> Tensor:
+    hidden = clicks_LD + encoder.position_TD[: len(clicks_LD)]
+    for block in encoder.blocks:
+        gate, *parts = functional.silu(block.expand(block.input_norm(hidden))).chunk(4, 1)
+        rows = []
+        for place in range(len(hidden)):
+            heads = []
+            for head, (q, k, v) in enumerate(zip(*(part.chunk(block.heads, 1) for part in parts), strict=True)):
+                sums = torch.zeros_like(v[0])
+                for before in range(place + 1):
+                    weight = functional.silu(q[place] @ k[before] + block.distance_AT[head, place - before])
+                    sums = sums + weight / encoder.max_clicks * v[before]
+                heads.append(sums)
+            rows.append(torch.cat(heads))
+        hidden = hidden + block.project(gate * block.attended_norm(torch.stack(rows)))
+    return encoder.norm(hidden)
+
+
 def plain_gru4rec(encoder: GRU4Rec, clicks_LD: Tensor) -> Tensor:
     network, state, states = encoder.network, clicks_LD.new_zeros(DIM), []
     for click in clicks_LD:
@@ -74,6 +94,9 @@ def plain_stamp(encoder: STAMP, clicks_LD: Tensor) -> Tensor:
     return torch.tanh(encoder.memory(attended)) * torch.tanh(encoder.last(last))
 
 
+PLAIN = {HSTU: plain_hstu, SASRec: plain_sasrec, GRU4Rec: plain_gru4rec}
+
+
 def encode_one_by_one(encoder: SessionEncoder, nodes_ND: Tensor, sessions: list[list[int]]) -> tuple[Tensor, Tensor]:
     states, vectors = [], []
     first = 0
@@ -89,7 +112,7 @@ def encode_one_by_one(encoder: SessionEncoder, nodes_ND: Tensor, sessions: list[
             vectors.append(plain_stamp(encoder, own_ND[[items.index(item) for item in session]]))
             continue
         newest = session[-encoder.max_clicks :]
-        plain = plain_sasrec if isinstance(encoder, SASRec) else plain_gru4rec
+        plain = next(function for kind, function in PLAIN.items() if isinstance(encoder, kind))
         states_LD = plain(encoder, own_ND[[items.index(item) for item in newest]])
         vectors.append(states_LD[-1])
         last_click = {item: place for place, item in enumerate(newest)}

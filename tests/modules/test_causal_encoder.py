@@ -22,6 +22,7 @@ from tests.modules.test_encoders import DIM, double_encoder, node_vectors
 VARIANTS = [
     EncoderConfig(name="sasrec", dropout=0.0, attention_layers=2, attention_heads=2),
     EncoderConfig(name="esasrec", dropout=0.0, attention_heads=2),
+    EncoderConfig(name="hstu", dropout=0.0, attention_layers=2, attention_heads=2),
     EncoderConfig(name="gru4rec", dropout=0.0),
 ]
 GRAPH_VARIANTS = [
@@ -146,6 +147,7 @@ def test_causal_encoders_support_one_pass() -> None:
         "esasrec",
         "gcsan",
         "gru4rec",
+        "hstu",
         "sasrec",
         "srgnn",
     ]
