@@ -3,6 +3,7 @@
 Shapes: B sessions, L clicks, N nodes, C candidates, V items in the catalog, X items (nodes and candidates).
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,6 +118,13 @@ class Collator:
             prepend(text.tokens, text.separator) if isinstance(text, LastItemsText) else Jagged.empty(0)
         )
         self.seed = seed
+        self._has_features = True
+
+    def without_features(self) -> "Collator":
+        """A collator of batches without item features, for a model that has the vectors of all items."""
+        other = copy.copy(self)
+        other.side_features, other._has_features = {}, False
+        return other
 
     def __call__(self, raw: RawSessions) -> SessionBatch:
         """Makes the batch of this rank's sessions."""
@@ -126,7 +134,7 @@ class Collator:
         candidates_C, log_q_C = self._candidates(raw, targets_B)
         items_X = torch.cat([graph.node_items_N, candidates_C])
         return SessionBatch(
-            features=self.item_features(items_X),
+            features=self.item_features(items_X if self._has_features else items_X[:0]),
             graph=graph,
             targets_B=targets_B,
             target_columns_B=self._columns(targets_B, candidates_C),

@@ -9,8 +9,8 @@ their weights.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -30,8 +30,9 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.blended_ranks import BlendedScores
 from llmgr_rec.kernels.item_scan import ItemScan, can_search
-from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
+from llmgr_rec.kernels.topk import NOT_NUMBERS, Terms, merge_top_k, top_k
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.query_encoder import QueryEncoder
 from llmgr_rec.modules.recommender import SessionRecommender
 
 # Target rank of an excluded target: beyond the end of any list.
@@ -46,6 +47,8 @@ _ITEMS_PER_SCANNED_SESSION = 1 << 15
 _MAX_SCANNED_SESSIONS = 16
 # A choice of fewer than one in so many items is ranked without the others.
 _FEW_CHOSEN = 8
+# Memory of a second copy of the item vectors, as they are before they are normalized.
+_MAX_COPY_BYTES = 1 << 28
 # Maximum number of scores in memory while target ranks are computed.
 _MAX_SCORES = 1 << 22
 
@@ -75,15 +78,37 @@ class RankingModel:
         collate: Collator for batches without candidates.
         batch_size: Sessions per batch of one rank.
         blend: Nearest-neighbor scores that are added to the model's scores; None for no blend.
+        query_encoder: Encodes the sessions in place of the model; see `for_many_sessions`.
     """
 
     model: SessionRecommender | LLMGR
     collate: Collator
     batch_size: int
     blend: Blend | None = None
+    query_encoder: QueryEncoder | None = None
+
+    def for_many_sessions(self, ranker: "CatalogRanker") -> "RankingModel":
+        """The same model in a form that encodes sessions faster while its weights do not change, where it has one.
+
+        The collator of the result makes batches that only the result can encode.
+
+        Args:
+            ranker: From `ranker`, with the present weights.
+        """
+        model = self.model
+        if not isinstance(model, SessionRecommender) or model.text_encoder is not None or not ranker.has_all_items:
+            return self
+        items_VD = ranker.item_vectors
+        if model.score == "cosine":
+            if items_VD.nbytes > _MAX_COPY_BYTES:
+                return self
+            items_VD = _vectors_of_items(model.item_tables, self.collate, ranker.items, World.alone(items_VD.device))
+        return replace(self, collate=self.collate.without_features(), query_encoder=QueryEncoder(model, items_VD))
 
     def queries(self, batch: SessionBatch) -> Tensor:
         """Computes the query of each session of a batch, [B, Q]."""
+        if self.query_encoder is not None:
+            return self.query_encoder.queries(batch.graph)
         if isinstance(self.model, SessionRecommender):
             return self.model.queries(batch)
         queries_BQ: Tensor = self.model(batch)
@@ -128,13 +153,18 @@ class CatalogRanker:
         self._num_items = collate.num_items
         first = collate.num_items * world.rank // world.size
         self.items = range(first, collate.num_items * (world.rank + 1) // world.size)
-        self._items_RQ = _item_vectors(model, collate, self.items, world)
+        self._items_RQ = _vectors_of_items(model.item_vectors, collate, self.items, world)
         self._blend = None if blend is None else blend.of_items(self.items)
         self._scan: ItemScan | None = None
         self._is_allowed_R: NDArray[np.bool_] | None = None
         # A choice of items and their vectors.
         self._chosen_R: Tensor | None = None
         self._chosen_RQ: Tensor | None = None
+
+    @property
+    def has_all_items(self) -> bool:
+        """Whether this rank has the vectors of the whole catalog."""
+        return len(self.items) == self._num_items
 
     @property
     def item_vectors(self) -> Tensor:
@@ -195,6 +225,8 @@ class CatalogRanker:
             return self._scanned(queries_BQ, k, exclude, clicks)
         if self._blend is None or clicks is None:
             return self._rank_with(None, queries_BQ, k, exclude)
+        if self._world.size == 1 and self._chosen_R is None:
+            return self._rank_with(self._blend.terms_of_scores(clicks), queries_BQ, k, exclude)
         return self._rank_with(self.added_by(self._blend, clicks), queries_BQ, k, exclude)
 
     def _scans(self, queries_BQ: Tensor) -> bool:
@@ -289,7 +321,7 @@ class CatalogRanker:
         return torch.where(target_scores.isneginf(), EXCLUDED_RANK, num_ahead)
 
     def _rank_with(
-        self, added_YR: sparse.csr_array | None, queries_BQ: Tensor, k: int, exclude: Jagged | None
+        self, added_YR: Terms | None, queries_BQ: Tensor, k: int, exclude: Jagged | None
     ) -> tuple[Tensor, Tensor]:
         if k < 1:
             raise ValueError(f"k is {k}; it must be 1 or more")
@@ -309,7 +341,7 @@ class CatalogRanker:
         return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
 
     def _top_k_of_chosen(
-        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None
+        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: Terms | None
     ) -> tuple[Tensor, Tensor]:
         if self._chosen_R is None:
             return top_k(queries, self._items_RQ, k, exclude, added_YR)
@@ -326,7 +358,7 @@ class CatalogRanker:
         return torch.where(ids >= 0, self._chosen_R[ids.clamp(min=0)], ids), scores
 
     def _local_top_k(
-        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: sparse.csr_array | None
+        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: Terms | None
     ) -> tuple[Tensor, Tensor]:
         """Top-K among this rank's items for the sessions of all ranks; lists of `_FAILED` if a score is NaN."""
         if exclude is not None:
@@ -351,7 +383,9 @@ class CatalogRanker:
 
 
 @torch.no_grad()
-def _item_vectors(model: ItemVectorModel, collate: ItemCollator, items: range, world: World) -> Tensor:
+def _vectors_of_items(
+    look_up: Callable[[KeyedJaggedTensor], Tensor], collate: ItemCollator, items: range, world: World
+) -> Tensor:
     """Computes the vectors of a range of items, [R, Q], in chunks; the number of lookups is equal on all ranks."""
     max_items = -(-collate.num_items // world.size)
     chunks = []
@@ -359,7 +393,7 @@ def _item_vectors(model: ItemVectorModel, collate: ItemCollator, items: range, w
         chunk = torch.arange(start, max(min(start + _CHUNK, items.stop), start))
         # A lookup in sharded tables is a collective, so a rank without items takes part with one that is discarded.
         features = collate.item_features(chunk if chunk.numel() else torch.zeros(1, dtype=torch.int64))
-        chunks.append(model.item_vectors(features.to(world.device))[: chunk.numel()].detach().float())
+        chunks.append(look_up(features.to(world.device))[: chunk.numel()].detach().float())
     return torch.cat(chunks).contiguous()
 
 

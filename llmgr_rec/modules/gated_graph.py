@@ -1,11 +1,14 @@
 """The gated graph network of SR-GNN (arXiv 1811.00855, eq. 1 to 5) on edge lists, without padding or dense adjacency.
 
-Shapes: N nodes, E edges (distinct ordered pairs within a session), D = d1 columns; M and C nodes as in
-`kernels.prefix_nodes`.
+Shapes: N nodes, E edges (distinct ordered pairs within a session), V items of the catalog, D = d1 columns, G = 3 * D
+columns of the gates; M and C nodes as in `kernels.prefix_nodes`.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
@@ -13,6 +16,26 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.gated_recurrence import Weights, gru_cell
 from llmgr_rec.kernels.prefix_nodes import PrefixNodes
 from llmgr_rec.modules.session_encoder import initialize_uniform, occurrences
+
+# Memory of the gates of all items; larger catalogs multiply the vectors of the nodes instead.
+_MAX_PREPARED_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class ItemGates:
+    """What one round of message passing computes of an item alone, for all items.
+
+    Args:
+        states_VD: Item vectors.
+        state_gates_VG: What the state of the item adds to its gates; with all biases but the next one.
+        new_bias_D: Bias of the input of the new state, which the reset gate does not multiply.
+        edge_gates_XG: What the item adds to the gates of its successors, then to those of its predecessors, X = 2 * V.
+    """
+
+    states_VD: Tensor
+    state_gates_VG: Tensor
+    new_bias_D: Tensor
+    edge_gates_XG: Tensor
 
 
 class GatedGraph(nn.Module):
@@ -99,6 +122,50 @@ class GatedGraph(nn.Module):
         """Computes for good what depends on the weights alone. They must not change any more."""
         with torch.no_grad():
             self._folded = self._weights()
+
+    def prepare_items(self, items_VD: Tensor) -> ItemGates | None:
+        """Multiplies the vectors of all items by the weights, so that `forward_prepared` multiplies nothing.
+
+        Args:
+            items_VD: Item vectors.
+
+        Returns:
+            None with several rounds, where only the first knows the states of its nodes, or for a large catalog.
+        """
+        if self.steps > 1 or 3 * items_VD.shape[0] * self.update.bias_hh.numel() * 4 > _MAX_PREPARED_BYTES:
+            return None
+        input_weight, state_weight, input_bias, state_bias = self._weights()
+        new_bias_D = input_bias[2 * self.dim :]
+        state_bias = state_bias + functional.pad(input_bias[: 2 * self.dim], (0, self.dim))
+        halves = input_weight.split(self.dim, dim=1)
+        return ItemGates(
+            states_VD=items_VD,
+            state_gates_VG=functional.linear(items_VD, state_weight, state_bias),
+            new_bias_D=new_bias_D,
+            edge_gates_XG=torch.cat([items_VD @ half.T for half in halves]),
+        )
+
+    def forward_prepared(self, items: ItemGates, graph: SessionGraph) -> Tensor:
+        """`forward` from the gates of all items: those of the neighbors of a node are averaged in place of states.
+
+        Args:
+            items: From `prepare_items`.
+            graph: The sessions' graphs.
+        """
+        num_items, num_nodes, dim = items.states_VD.shape[0], graph.node_items_N.shape[0], self.dim
+        # As in `forward`: even receivers are successors, odd ones predecessors.
+        receivers = torch.cat([2 * graph.edge_dst_E, 2 * graph.edge_src_E + 1])
+        receivers, order = torch.sort(receivers)
+        item_E, other_E = (graph.node_items_N.index_select(0, ends) for ends in (graph.edge_src_E, graph.edge_dst_E))
+        added = torch.cat([item_E, other_E + num_items]).index_select(0, order)
+        counts = occurrences(receivers, 2 * num_nodes).index_select(0, receivers)
+        shares = 1 / counts.to(items.states_VD.dtype)
+        starts_N = torch.searchsorted(receivers, 2 * torch.arange(num_nodes, device=receivers.device))
+        input_NG = functional.embedding_bag(added, items.edge_gates_XG, starts_N, mode="sum", per_sample_weights=shares)
+        state_NG = items.state_gates_VG.index_select(0, graph.node_items_N)
+        gates = torch.sigmoid_(input_NG[:, : 2 * dim] + state_NG[:, : 2 * dim])
+        new_ND = (input_NG[:, 2 * dim :] + items.new_bias_D).addcmul_(gates[:, :dim], state_NG[:, 2 * dim :]).tanh_()
+        return torch.lerp(new_ND, items.states_VD.index_select(0, graph.node_items_N), gates[:, dim:])
 
     def _weights(self) -> Weights:
         """Weights of the GRU cell for mean node states as inputs.

@@ -1,11 +1,12 @@
 """Base class of session encoders, and segment operations for them; the registry is in `encoders`.
 
-Shapes: B sessions, N nodes (the distinct items of each session, session by session), D = d1 columns, K channels.
+Shapes: B sessions, N nodes (the distinct items of each session, session by session), V items of the catalog, D = d1
+columns, K channels.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,26 @@ class SessionEncoder(nn.Module, ABC):
         Returns:
             Node states [N, D] and session vectors [B, D].
         """
+
+    def prepare_items(self, items_VD: Tensor) -> Any:
+        """What the encoder computes of an item alone, for all items of the catalog, for `encode_prepared`.
+
+        Args:
+            items_VD: Item vectors, [V, D].
+
+        Returns:
+            The item vectors themselves, unless a subclass computes more of them.
+        """
+        return items_VD
+
+    def encode_prepared(self, prepared: Any, graph: SessionGraph) -> Tensor:
+        """Session vectors [B, D] of `forward` without dropout, from what was computed for all items.
+
+        Args:
+            prepared: From `prepare_items`, with the present weights.
+            graph: The sessions' graphs.
+        """
+        return self(prepared.index_select(0, graph.node_items_N), graph).sessions_BD
 
     def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
         """Encodes all prefixes of each pass by encoding only the longest of them.

@@ -10,7 +10,7 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.prefix_nodes import prefix_nodes
-from llmgr_rec.modules.gated_graph import GatedGraph, check_rounds
+from llmgr_rec.modules.gated_graph import GatedGraph, ItemGates, check_rounds
 from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
     SessionEncoder,
@@ -61,6 +61,17 @@ class SRGNN(SessionEncoder):
         prefixes = prefix_nodes(graph, pass_offsets_P1)
         nodes_MD = self.dropout(nodes_ND.index_select(0, prefixes.longest_M))
         return self._read_out(self.graph_network.forward_prefixes(nodes_MD, graph, prefixes), graph)
+
+    def prepare_items(self, items_VD: Tensor) -> Tensor | ItemGates:
+        """See `SessionEncoder.prepare_items`: the gates of the graph network, where its items fit."""
+        gates = self.graph_network.prepare_items(items_VD)
+        return items_VD if gates is None else gates
+
+    def encode_prepared(self, prepared: Tensor | ItemGates, graph: SessionGraph) -> Tensor:
+        """See `SessionEncoder.encode_prepared`."""
+        if isinstance(prepared, Tensor):
+            return super().encode_prepared(prepared, graph)
+        return self._read_out(self.graph_network.forward_prepared(prepared, graph), graph).sessions_BD
 
     def _read_out(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         last_BD = last_states(states_ND, graph)

@@ -156,6 +156,7 @@ class Scorer:
             WriteBehind[_RankedPart](lambda ranked: self._write(ranked, folder, lists), _WRITE_BEHIND) as out,
         ):
             ranker = self._ranking.ranker(self._world)
+            self._ranking = self._ranking.for_many_sessions(ranker)
             current: _RankedPart | None = None
             for element in read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD):
                 if isinstance(element, _RankBatch):

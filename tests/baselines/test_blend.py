@@ -56,6 +56,17 @@ def test_parts_of_the_items_give_their_columns_to_the_bit() -> None:
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
+def test_a_similarity_of_most_pairs_gives_the_same_scores_as_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as few:
+        few.setattr(blend_module, "_MANY_ENTRIES", 1)
+        assert isinstance(blend().terms_of_scores(clicks()), sparse.csr_array)
+    for items in (range(NUM_ITEMS), range(3, 11)):
+        given = blend().of_items(items)
+        dense_terms = given.terms_of_scores(clicks())
+        assert isinstance(dense_terms, torch.Tensor)
+        np.testing.assert_allclose(dense_terms.numpy(), given.scores(clicks()).toarray(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("sessions", [SESSIONS, [[2, 2]], [[]]])
 def test_few_entries_give_the_same_scores(sessions: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.tensor([item for session in sessions for item in session], dtype=torch.int64)

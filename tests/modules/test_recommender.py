@@ -12,6 +12,7 @@ from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.kernels.softmax_loss import ranking_loss
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.item_tables import ItemTables
+from llmgr_rec.modules.query_encoder import QueryEncoder
 from llmgr_rec.modules.recommender import SessionRecommender, normalize
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
 from tests.modules.small_llmgr import one_pass_batch
@@ -46,6 +47,14 @@ def test_one_lookup_gives_what_separate_calls_give(score: Score) -> None:
     torch.testing.assert_close(joint.rows_ND, recommender.item_tables(nodes))
     torch.testing.assert_close(joint.states_ND, recommender.encode(nodes, batch.graph).states_ND)
     assert torch.equal(joint.candidate_ids_CD, recommender.item_tables.ebc.embedding_bags["item_id"].weight)
+
+
+@pytest.mark.parametrize("score", ["dot", "cosine"])
+def test_queries_from_the_vectors_of_all_items(score: Score) -> None:
+    recommender, batch = recommender_of(score).eval(), small_batch()
+    items_VD = recommender.item_tables(features_of(torch.arange(NUM_ITEMS)))
+    found = QueryEncoder(recommender, items_VD).queries(batch.graph)
+    torch.testing.assert_close(found, recommender.queries(batch))
 
 
 def test_scores_are_cosines_over_temperature_or_dot_products() -> None:
