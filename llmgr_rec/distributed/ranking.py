@@ -79,6 +79,7 @@ class RankingModel:
         batch_size: Sessions per batch of one rank.
         blend: Nearest-neighbor scores that are added to the model's scores; None for no blend.
         query_encoder: Encodes the sessions in place of the model; see `for_many_sessions`.
+        is_replicated: Whether each rank has the whole model. Ranking is then no collective.
     """
 
     model: SessionRecommender | LLMGR
@@ -86,6 +87,7 @@ class RankingModel:
     batch_size: int
     blend: Blend | None = None
     query_encoder: QueryEncoder | None = None
+    is_replicated: bool = False
 
     def for_many_sessions(self, ranker: "CatalogRanker") -> "RankingModel":
         """The same model in a form that encodes sessions faster while its weights do not change, where it has one.
@@ -132,7 +134,8 @@ class RankingModel:
 
     def ranker(self, world: World) -> "CatalogRanker":
         """Computes all item vectors with the current weights. A collective: all ranks must call it."""
-        return CatalogRanker(self.model, self.collate, world, self.blend)
+        ranks = World.alone(world.device) if self.is_replicated else world
+        return CatalogRanker(self.model, self.collate, ranks, self.blend)
 
 
 class CatalogRanker:

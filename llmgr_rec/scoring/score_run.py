@@ -7,7 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from llmgr_rec.cli import progress
-from llmgr_rec.distributed.process_group import World, barrier, describe_ranks, process_group, run_on_rank0
+from llmgr_rec.distributed.process_group import (
+    World,
+    barrier,
+    describe_ranks,
+    long_timeout_group,
+    process_group,
+    run_on_rank0,
+)
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.first_and_last_line import print_start
@@ -48,9 +55,11 @@ def score_run(request: ScoreRequest) -> Totals:
         print_start("score", [request.input, bundle.path], request.output, describe_ranks(runtime, request.device))
         if request.input.is_dir():
             logger.info("--input %s: %s", request.input, files.description)
-        if missing:
-            _score(_load_scorer(request, bundle, settings, world), files, missing, folder)
-        barrier(world)
+        # A rank may end its parts long before the others.
+        with long_timeout_group(world) as group:
+            if missing:
+                _score(_load_scorer(request, bundle, settings, world), files, missing, folder)
+            barrier(world, group)
         return run_on_rank0(world, folder.finish)
 
 
@@ -102,9 +111,11 @@ def _load_scorer(request: ScoreRequest, bundle: BundleFiles, settings: ScoreSett
 
 
 def _score(scorer: Scorer, files: SessionFiles, missing: list[Part], folder: ScoreFolder) -> None:
-    """Scores and writes the missing parts. A collective: all ranks must call it."""
-    bar = progress(files.rows, "score", "session", initial=files.rows - sum(part.rows for part in missing))
-    scorer.run(files, missing, folder, bar.update)
+    """Scores and writes the missing parts. All ranks must call it."""
+    own = scorer.share(missing)
+    done = files.rows - sum(part.rows for part in missing)
+    bar = progress(done + sum(part.rows for part in own), "score", "session", initial=done)
+    scorer.run(files, own, folder, bar.update)
     bar.close()
 
 

@@ -108,10 +108,25 @@ class _RankedPart:
         return np.diff(self.sessions.offsets) == 0
 
 
+def share_of_rank(parts: list[Part], world: World) -> list[Part]:
+    """Consecutive parts, with about as many rows as those of each other rank. Their files are read in one go.
+
+    Args:
+        parts: The parts of all ranks.
+        world: This process and the world size.
+    """
+    rows = np.array([part.rows for part in parts], np.int64)
+    # A part belongs to the rank in whose share its middle row lies.
+    middle = np.cumsum(rows) - rows / 2
+    rank = np.minimum(middle * world.size // max(int(rows.sum()), 1), world.size - 1)
+    return [part for part, owner in zip(parts, rank.tolist(), strict=True) if owner == world.rank]
+
+
 class Scorer:
     """Ranks the catalog for the sessions of parts.
 
-    The batches of a part are distributed across ranks; rank 0 writes the output.
+    Ranks that have the whole model take parts of their own and write them, without any exchange. Ranks that share the
+    tables of the model share every part: they take its batches in turn, and rank 0 writes it.
 
     Args:
         bundle: The trained model. Its blend is added to the scores of routed and of other sessions.
@@ -130,20 +145,30 @@ class Scorer:
         self._settings = settings
         # A list cannot be longer than the catalog.
         self._k = min(settings.k, bundle.catalog.num_items)
-        self._world = world
+        self._all_ranks = world
+        # The ranks that share a part.
+        self._world = World.alone(world.device) if bundle.is_replicated else world
         self._fallback = Popularity(bundle.catalog.train_count_V.numpy())
         self._routes = bundle.spec.encodes_prompts and not settings.routing.routes_all
         self._has_language_model = bundle.spec.has_language_model
+
+    def share(self, parts: list[Part]) -> list[Part]:
+        """The parts that this rank ranks: all, where the ranks share every part.
+
+        Args:
+            parts: The parts to score, the same on all ranks.
+        """
+        return share_of_rank(parts, self._all_ranks) if self._world.size < self._all_ranks.size else parts
 
     @torch.no_grad()  # not inference_mode, which breaks fbgemm's CPU lookup and gloo's collectives
     def run(
         self, files: SessionFiles, parts: list[Part], folder: ScoreFolder, on_rows: Callable[[int], object]
     ) -> None:
-        """Scores parts and writes them. A collective: all ranks must call it.
+        """Scores parts and writes them. A collective of ranks that share the tables: all must call it.
 
         Args:
             files: The input.
-            parts: The parts to score, the same on all ranks.
+            parts: The parts of this rank, see `share`.
             folder: The output.
             on_rows: Called with the number of sessions that were ranked since the last call.
         """
@@ -156,7 +181,9 @@ class Scorer:
             WriteBehind[_RankedPart](lambda ranked: self._write(ranked, folder, lists), _WRITE_BEHIND) as out,
         ):
             ranker = self._ranking.ranker(self._world)
-            self._ranking = self._ranking.for_many_sessions(ranker)
+            ranking = self._ranking
+            if ranking.is_replicated:
+                self._ranking = ranking.for_many_sessions(ranker)
             current: _RankedPart | None = None
             for element in read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD):
                 if isinstance(element, _RankBatch):

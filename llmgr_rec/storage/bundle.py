@@ -21,7 +21,7 @@ from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.distributed.ranking import RankingModel
-from llmgr_rec.distributed.sharding import shard
+from llmgr_rec.distributed.sharding import GIB, shard
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import ModelSpec
@@ -81,6 +81,7 @@ class Bundle:
         catalog: The items.
         collate: Collator for ranking.
         blend: Nearest-neighbor scores that are added to the model's scores; None for no blend.
+        is_replicated: Whether each rank has the whole model; otherwise the ranks share its tables.
     """
 
     path: Path
@@ -89,6 +90,7 @@ class Bundle:
     catalog: Catalog
     collate: Collator
     blend: Blend | None = None
+    is_replicated: bool = True
 
     @property
     def stage(self) -> StageName:
@@ -107,7 +109,7 @@ class Bundle:
             batch_size: Sessions per batch of one rank; None uses the setting of the run.
         """
         size = batch_size or self.config.runtime.eval_batch_size
-        return RankingModel(self.model, self.collate, size, self.blend)
+        return RankingModel(self.model, self.collate, size, self.blend, is_replicated=self.is_replicated)
 
 
 def load_bundle(
@@ -121,9 +123,9 @@ def load_bundle(
 
     Args:
         path: A bundle, or a run, whose default bundle is loaded; see `resolve_bundle`.
-        world: Ranks to shard the tables across; all must call this. A world of one process shards, too: sharded pooling
-            and plain torch differ in the last bit, and results must not depend on the number of ranks. None builds a
-            plain torch module and needs no process group.
+        world: Ranks that rank together; all must call this. Each gets the whole model where its tables fit, see
+            `fits_each_rank`, and otherwise a share of the tables: sharded pooling and plain torch differ in the last
+            bit, and results must not depend on the number of ranks. None builds a plain torch module on the CPU.
         dtype: Number format of the base language model; None uses the setting of the run.
         allow_code: Modules and packages from which the bundle may import its encoder and head, if these are import
             paths. Modules that the process has already imported are always allowed.
@@ -169,7 +171,7 @@ def load_model(
 
     Args:
         files: From `open_bundle`.
-        world: Ranks to shard the tables across.
+        world: Ranks that rank together.
         dtype: Number format of the base language model.
         factory: Factory of the model.
 
@@ -191,8 +193,9 @@ def load_model(
         check_language_model(index, factory.decoder_hash(config), folder)
     device = world.device if world else choose_device("cpu")
     language = factory.language_parts(spec, catalog, device)
-    model = factory.build(spec, language, "meta" if world else device).requires_grad_(False)
-    if world:
+    is_replicated = world is None or fits_each_rank(files)
+    model = factory.build(spec, language, device if is_replicated else "meta").requires_grad_(False)
+    if world is not None and not is_replicated:
         shard(model, config.tables, world, lambda name: False)
     else:
         model.to(device)
@@ -201,7 +204,20 @@ def load_model(
     blend = Blend.load(verified_file(folder, index, BLEND)) if BLEND in index.files else None
     if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
         raise UserError(f"bundle {folder} is damaged: {BLEND} belongs to another catalog; copy or export it again")
-    return Bundle(folder, spec, model.eval(), catalog, factory.collator(spec, catalog, "rank"), blend)
+    collate = factory.collator(spec, catalog, "rank")
+    return Bundle(folder, spec, model.eval(), catalog, collate, blend, is_replicated)
+
+
+def fits_each_rank(files: BundleFiles) -> bool:
+    """Whether the tables of a bundle fit into the memory that each rank may use for tables, whole.
+
+    It does not depend on the number of ranks.
+
+    Args:
+        files: From `open_bundle`.
+    """
+    size = sum(4 * rows * columns for rows, columns in files.index.tables.values())
+    return size <= files.config.tables.memory_per_rank_gb * GIB
 
 
 def load_blend_terms(files: BundleFiles) -> tuple[Blend, ...]:

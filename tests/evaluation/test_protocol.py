@@ -1,6 +1,7 @@
 """The protocol against a plain loop over sessions, and on two ranks."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmgr_rec.evaluation.rank_collector import RankCollector
 from llmgr_rec.storage.bundle import load_bundle
 from tests.data.prepare_inputs import read
 from tests.ranks import run_on_ranks
+from tests.sharded_bundles import sharded_bundles
 from tests.small_run import NUM_ITEMS, ONE_RANK, small_run, without_repeats
 
 
@@ -118,8 +120,9 @@ def everything(world: World, dataset: Dataset, run: Path | None = None) -> dict[
     run, catalog = run or small_run().run, Catalog.load(dataset.path)
     items = ItemProperties(catalog)
     for stage in ("sbr", "behave"):
-        # Sharded on several ranks; plain torch where there is no process group.
-        bundle = load_bundle(run / "export" / stage, None if world is ONE_RANK else world)
+        # Either way of several ranks; plain torch where there is no process group.
+        with sharded_bundles() if stage == "behave" else nullcontext():
+            bundle = load_bundle(run / "export" / stage, None if world is ONE_RANK else world)
         measures = Measures((1, 20, 30), RankCollector(), BeyondAccuracy(items))
         results[stage] = evaluate_model(
             bundle.ranking(), dataset, "test", world, catalog.train_count_V, measures=measures

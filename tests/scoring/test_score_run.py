@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from llmgr_rec.distributed.process_group import World, barrier
 from llmgr_rec.errors import UserError
 from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.scoring import score_run as scoring_run
+from llmgr_rec.scoring.input import InputFile, Part
 from llmgr_rec.scoring.output import ScoreFolder
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+from llmgr_rec.scoring.scorer import share_of_rank
 from llmgr_rec.storage.bundle import Bundle, load_bundle
 from tests.json_files import edit_json
 from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
+from tests.sharded_bundles import sharded_bundles
 from tests.small_run import NUM_ITEMS, run_with, small_run
 
 
@@ -172,6 +176,15 @@ def test_an_interrupted_job_ends_with_the_same_bytes(tmp_path, monkeypatch):
         assert (broken.output / name).stat().st_mtime_ns == written
 
 
+def test_ranks_share_the_rows_of_a_job(tmp_path):
+    file = InputFile(tmp_path, "in", (), has_indices=False, partitions={})
+    parts = [Part(f"{number}", file, 0, rows) for number, rows in enumerate([10, 10, 10, 10, 10, 3, 10, 10, 7])]
+    shares = [share_of_rank(parts, replace(World.alone(), rank=rank, size=3)) for rank in range(3)]
+    assert [part for share in shares for part in share] == parts
+    assert [sum(part.rows for part in share) for share in shares] == [30, 23, 27]
+    assert share_of_rank(parts[:1], replace(World.alone(), rank=1, size=3)) == parts[:1]
+
+
 def test_a_complete_job_is_not_done_again(tmp_path, monkeypatch):
     job = request(write_sessions(tmp_path / "in.parquet", raw_sessions(9)), tmp_path / "out")
     first = score_run(job)
@@ -243,7 +256,7 @@ def test_damaged_and_foreign_parts_are_reported(tmp_path):
 ON_RANKS = {"stage": "behave", "part_rows": 10, "k": 5, "batch_size": 3, "repeats": "exclude"}
 
 
-def scored_on_ranks(world: World, source: Path, output: Path) -> None:
+def scored_on_ranks(world: World, source: Path, output: Path, sharded: Path) -> None:
     # A process group exists already here, as it does not under torchrun.
     joined = scoring_run.process_group
     scoring_run.process_group = lambda *_: nullcontext(world)
@@ -257,6 +270,8 @@ def scored_on_ranks(world: World, source: Path, output: Path) -> None:
             score_run(request(source, output, **ON_RANKS))
         lock.release()
         score_run(request(source, output, **ON_RANKS))
+        with sharded_bundles():
+            score_run(request(source, sharded, **ON_RANKS))
     finally:
         scoring_run.process_group = joined
 
@@ -264,9 +279,10 @@ def scored_on_ranks(world: World, source: Path, output: Path) -> None:
 @pytest.mark.dist
 def test_two_ranks_score_as_one(tmp_path):
     source = write_sessions(tmp_path / "in.parquet", raw_sessions(25))
-    run_on_ranks(scored_on_ranks, 2, source, tmp_path / "two")
+    run_on_ranks(scored_on_ranks, 2, source, tmp_path / "two", tmp_path / "sharded")
     score_run(request(source, tmp_path / "one", **ON_RANKS))
-    one, two = read_scores(tmp_path / "one"), read_scores(tmp_path / "two")
+    assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "two"), "ranks with the whole model take whole parts"
+    one, two = read_scores(tmp_path / "one"), read_scores(tmp_path / "sharded")
     assert [row["item_ids"] for row in one] == [row["item_ids"] for row in two]
     for ours, theirs in zip(one, two, strict=True):
         np.testing.assert_allclose(ours["scores"], theirs["scores"], rtol=1e-5)

@@ -29,6 +29,7 @@ from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
 from tests.modules.random_weights import randomize_dense_weights
 from tests.ranks import run_on_ranks
+from tests.sharded_bundles import sharded_bundles
 
 NUM_ITEMS = 37
 CPU = torch.device("cpu")
@@ -134,7 +135,8 @@ def export_rank(world: World, dataset: str, run: str) -> list[tuple[Tensor, Tens
 
 
 def load_rank(world: World, run: str) -> list[tuple[Tensor, Tensor]]:
-    bundles = [load_bundle(f"{run}/export/{stage}", world) for stage in ("sbr", "align")]
+    with sharded_bundles():
+        bundles = [load_bundle(f"{run}/export/{stage}", world) for stage in ("sbr", "align")]
     return [answers(bundle.model, bundle.catalog) for bundle in bundles]
 
 

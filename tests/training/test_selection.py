@@ -36,6 +36,7 @@ from tests.data.prepare_inputs import edit_manifest, prepare
 from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
 from tests.scoring.sessions import all_bytes, read_scores, write_sessions
+from tests.sharded_bundles import sharded_bundles
 from tests.small_run import ONE_RANK, small_run
 from tests.training.small_training import small_config
 
@@ -260,7 +261,8 @@ def test_cached_neighbors_are_computed_again_where_they_are_damaged_or_of_other_
 
 
 def select_and_evaluate(world: World, run: Path, dataset: Dataset) -> tuple[Any, ...]:
-    bundle = load_bundle(run / "export/sbr", world)
+    with sharded_bundles():
+        bundle = load_bundle(run / "export/sbr", world)
     config = replace(bundle.config, blend=BlendConfig(["item_knn", "text_knn"], 20))
     selection = select_on_validation("sbr", bundle.ranking(), config, dataset, bundle.catalog, world)
     assert selection.blend is not None
