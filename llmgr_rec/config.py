@@ -24,6 +24,7 @@ PROMPT_STAGES: tuple[StageName, ...] = ("align", "behave")
 RANKING_BOUNDS = {
     "batch_size": Bounds(at_least=1, at_most=1 << 20),
     "max_length": Bounds(at_least=1, at_most=2**31),
+    "threads": Bounds(at_least=1, at_most=1024),
 }
 
 # What has to be made again when a setting changes, from nothing to most:

@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
             batch_size=arguments.batch_size,
             device=arguments.device,
             cutoffs=split_numbers(arguments.cutoffs, "--cutoffs"),
+            threads=arguments.threads,
             allow_code=split_code(arguments.allow_code),
         )
     )

@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
             part_rows=arguments.part_rows,
             batch_size=arguments.batch_size,
             device=arguments.device,
+            threads=arguments.threads,
             allow_code=split_code(arguments.allow_code),
             llm_dtype=arguments.llm_dtype,
             llm_layers=arguments.llm_layers,

@@ -350,8 +350,9 @@ def _is_launched() -> bool:
 def _default_threads(local_size: int) -> int:
     # For several ranks torchrun sets the variable to 1 by itself, so it says nothing about the user's wish.
     given = os.environ.get("OMP_NUM_THREADS", "") if local_size == 1 else ""
-    return int(given) if given.isdigit() and int(given) else max(1, _usable_cores() // local_size)
+    return int(given) if given.isdigit() and int(given) else max(1, usable_cores() // local_size)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

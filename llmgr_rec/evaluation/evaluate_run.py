@@ -15,6 +15,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.distributed.process_group import World, describe_ranks, process_group
+from llmgr_rec.distributed.ranking_threads import ranking_runtime
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.beyond_accuracy import BeyondAccuracy, ItemProperties
 from llmgr_rec.evaluation.comparison import by_length, compare_models
@@ -59,6 +60,7 @@ class EvaluationRequest:
         batch_size: Sessions per batch; None takes the run's setting.
         device: Device of the models; None takes the run's setting.
         cutoffs: Cutoffs of the metrics; 20 is added to them.
+        threads: CPU threads of each rank; None takes as many as the work is worth, see `ranking_runtime`.
         allow_code: Packages from which bundles may import their encoder or head.
     """
 
@@ -72,6 +74,7 @@ class EvaluationRequest:
     batch_size: int | None = None
     device: Device | None = None
     cutoffs: Sequence[int] = CUTOFFS
+    threads: int | None = None
     allow_code: Sequence[str] = ()
 
 
@@ -103,8 +106,10 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     refuse_foreign_output(request.output)
     refuse_foreign_ranks(ranks_path(request.output))
     reads = [request.run, request.dataset]
-    print_start("evaluate", reads, request.output, describe_ranks(config.runtime))
-    with process_group(config.runtime) as world:
+    encodes_texts = any(bundle.name != "sbr" for bundle in bundles.values())
+    runtime = ranking_runtime(config, request.threads, catalog.num_items, encodes_texts, request.batch_size)
+    print_start("evaluate", reads, request.output, describe_ranks(runtime))
+    with process_group(runtime) as world:
         items, results = ItemProperties(catalog), dict[str, dict[str, Any]]()
         blends: dict[str, dict[str, float]] = {}
         ranks: dict[str, TargetRanks] = {}

@@ -1,4 +1,4 @@
-"""Options of `evaluate` and `score` that say what a ranking shows and excludes of a session.
+"""Options of `evaluate` and `score` that say what a ranking shows and excludes of a session, and by how many threads.
 
 Imports only what `--help` needs.
 """
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_ranking_arguments(parser: "ArgumentParser") -> None:
-    """Adds --repeats and --max_length, which say what a ranking shows and excludes of a session."""
+    """Adds --repeats and --max_length, which say what a ranking shows and excludes of a session, and --threads."""
     parser.add_argument(
         "--repeats",
         type=RepeatsOption,
@@ -24,4 +24,10 @@ def add_ranking_arguments(parser: "ArgumentParser") -> None:
         "--max_length",
         type=int,
         help="Number of newest clicks of a session that are used; default: that of the run's data set.",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="CPU threads of each rank; default: the setting of the run or OMP_NUM_THREADS where they are given, "
+        "otherwise all cores for a language model, and without one as many as the catalog is worth.",
     )

@@ -44,6 +44,7 @@ class ScoreRequest:
         part_rows: Sessions per output file.
         batch_size: Sessions per batch of one rank; None uses the setting of the run.
         device: Device of the model; None uses the setting of the run.
+        threads: CPU threads of each rank; None uses as many as the work is worth, see `ranking_runtime`.
         allow_code: Packages from which the bundle may import its encoder or head.
         llm_dtype: Number format of the language model; None uses the setting of the run.
         llm_layers: Number of layers of the language model, counted from the first; 0 uses all of the run.
@@ -64,6 +65,7 @@ class ScoreRequest:
     part_rows: int = 16384
     batch_size: int | None = None
     device: Device | None = None
+    threads: int | None = None
     allow_code: Sequence[str] = ()
     llm_dtype: DType | None = None
     llm_layers: int = 0

@@ -15,6 +15,7 @@ from llmgr_rec.distributed.process_group import (
     process_group,
     run_on_rank0,
 )
+from llmgr_rec.distributed.ranking_threads import ranking_runtime
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
 from llmgr_rec.first_and_last_line import print_start
@@ -49,7 +50,13 @@ def score_run(request: ScoreRequest) -> Totals:
     parts = files.parts(request.part_rows)
     _check_list_size(request, bundle, parts)
     folder = ScoreFolder(request.output, _job(request, bundle, files, settings), parts)
-    runtime = bundle.config.runtime
+    runtime = ranking_runtime(
+        bundle.config,
+        request.threads,
+        bundle.catalog.num_items,
+        has_language_model=bundle.index.stage != "sbr",
+        batch_size=request.batch_size,
+    )
     with process_group(runtime, request.device) as world, closing(folder):
         missing: list[Part] = run_on_rank0(world, lambda: _open(folder))
         print_start("score", [request.input, bundle.path], request.output, describe_ranks(runtime, request.device))

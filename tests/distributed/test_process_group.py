@@ -149,6 +149,6 @@ def threads_of_groups() -> list[str]:
     [("3", 1, 3), ("", 1, 8), ("all", 1, 8), ("0", 1, 8), ("1", 2, 4), ("3", 16, 1)],
 )
 def test_default_threads(monkeypatch: pytest.MonkeyPatch, variable: str, local_size: int, threads: int) -> None:
-    monkeypatch.setattr(process_group, "_usable_cores", lambda: 8)
+    monkeypatch.setattr(process_group, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert process_group._default_threads(local_size) == threads
