@@ -25,7 +25,7 @@ class Peer:
         model_settings: What the worker reads beside what all workers do.
         least_ratio: How many times as fast our side should be.
         encoder: Name of our encoder.
-        one_pass: Whether our encoder trains on all prefixes of a session in one pass, as the peer does.
+        one_pass: Whether it trains on all prefixes of a session in one pass.
         defaults: Settings where no argument says otherwise.
         initial_std: Standard deviation of its initial item vectors by the number of items and their width.
     """
@@ -43,12 +43,14 @@ class Peer:
 
     def of_settings(self, dataset: Dataset, dim: int) -> dict[str, Any]:
         """The settings that the peer and the data set give."""
+        manifest = dataset.manifest
         return {
             **self.defaults,
             "encoder": self.encoder,
             "one_pass": self.one_pass,
-            "initial_std": self.initial_std(dataset.manifest.num_items, dim),
-            "max_length": dataset.manifest.max_length,
+            "prefixes": manifest.num_examples["train"] / manifest.num_sessions["train"],
+            "initial_std": self.initial_std(manifest.num_items, dim),
+            "max_length": manifest.max_length,
         }
 
     def write_settings(self, file: Path, settings: Settings, dataset: Dataset, data: Path, examples: int) -> None:

@@ -6,9 +6,10 @@ python -m benchmarks.session_recommender --dataset PREPARED --peer rectools_sasr
 
 Each side is a process of its own, and they take turns epoch by epoch. The peer runs in a virtual environment of its
 own, made with pip on the first run. Our side trains several times: with the peer's settings where both have one; the
-same with the matrix products of the loss in bfloat16, where the processor is faster with them, and by the sampled
-softmax; and by the recipe `default`. Sides that have not reached the best NDCG@20 of the peer then train on until they
-have, at most for as long as the peer trained.
+same with the matrix products of the loss in bfloat16, where the processor is faster with them; in the faster format
+with all prefixes of a session in one pass, where the peer encodes each one; also with the sampled softmax; and by the
+recipe `default`. Sides that have not reached the best NDCG@20 of the peer then train on until they have, at most for as
+long as the peer trained.
 """
 
 import sys
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from benchmarks.session_settings import Settings
     from llmgr_rec.data.dataset import Dataset
 
-SAME, ROUNDED, SAMPLED, DEFAULT = "same settings", "same, loss in bfloat16", "same, sampled softmax", "default recipe"
+SAME, ROUNDED, ONE_PASS = "same settings", "same, loss in bfloat16", "and in one pass"
+SAMPLED, DEFAULT = "and sampled softmax", "default recipe"
 PeerName = Literal["rectools_sasrec", "recbole_gcsan", "recbole_srgnn"]
 
 
@@ -147,10 +149,14 @@ def _ours(settings: "Settings") -> dict[str, list[str]]:
     """Arguments of each of our sides."""
     from llmgr_rec.storage.number_format import resolve_dtype
 
-    sides = {SAME: settings.same_words()}
+    sides, faster = {SAME: settings.same_words()}, "float32"
     if resolve_dtype("auto").itemsize == 2:
-        sides[ROUNDED] = settings.same_words(loss_dtype="bfloat16")
-    return {**sides, SAMPLED: settings.same_words(sampled=True), DEFAULT: settings.default_words()}
+        faster = "bfloat16"
+        sides[ROUNDED] = settings.same_words(faster)
+    one_pass = settings.one_pass_is_exact
+    if one_pass and not settings.one_pass:
+        sides[ONE_PASS] = settings.same_words(faster, one_pass)
+    return {**sides, SAMPLED: settings.same_words(faster, one_pass, sampled=True), DEFAULT: settings.default_words()}
 
 
 def train_in_turns(trainers: Sequence[Trainer], rounds: int) -> None:

@@ -17,7 +17,8 @@ class Settings:
 
     Args:
         encoder: Name of our encoder.
-        one_pass: Whether our side encodes all prefixes of a session in one pass; `batch_size` then counts sessions.
+        one_pass: Whether the peer trains on all prefixes of a session in one pass; `batch_size` then counts sessions.
+        prefixes: Mean number of prefixes of a session.
         initial_std: Standard deviation of the initial item vectors.
         max_length: Most clicks of a session.
         dim: Width of item and session vectors, in columns.
@@ -37,6 +38,7 @@ class Settings:
 
     encoder: str
     one_pass: bool
+    prefixes: float
     initial_std: float
     max_length: int
     dim: int
@@ -52,17 +54,26 @@ class Settings:
     seed: int
     threads: int
 
-    def same_words(self, loss_dtype: str = "float32", sampled: bool = False) -> list[str]:
+    @property
+    def one_pass_is_exact(self) -> bool:
+        """Whether our encoder gives the same vectors in one pass."""
+        return self.encoder == "sasrec" or self.steps == 1
+
+    def same_words(self, loss_dtype: str = "float32", one_pass: bool = False, sampled: bool = False) -> list[str]:
         """Arguments of llmgr_rec that match the peer's settings.
 
         Args:
             loss_dtype: Number format of the query-item products in the loss; the peers' is float32.
+            one_pass: Whether to encode all prefixes of a session in one pass, as the peer does if `one_pass` is set. A
+                step has as many prefixes as before, but of fewer sessions.
             sampled: Whether to train by the sampled softmax in place of the softmax over all items.
         """
+        sessions = self.batch_size if self.one_pass else max(1, round(self.batch_size / self.prefixes))
+        in_one_pass = one_pass or self.one_pass
         same = {
             "tables.dim": self.dim,
             "encoder.name": self.encoder,
-            "encoder.one_pass": str(self.one_pass).lower(),
+            "encoder.one_pass": str(in_one_pass).lower(),
             "encoder.max_clicks": self.max_length,
             "encoder.steps": self.steps,
             "encoder.attention_layers": self.attention_layers,
@@ -70,7 +81,7 @@ class Settings:
             "encoder.dropout": self.dropout,
             "encoder.score": self.score,
             "loss.dtype": loss_dtype,
-            "sbr.batch_size": self.batch_size,
+            "sbr.batch_size": sessions if in_one_pass else self.batch_size,
             "sbr.epochs": _UNREACHED * self.rounds,
             "sbr.patience": 0,
             "sbr.lr": self.lr,

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(
     encoder="gcsan",
     one_pass=False,
+    prefixes=4.0,
     initial_std=0.02,
     max_length=50,
     dim=64,
@@ -173,6 +174,14 @@ def test_rectools_has_the_same_settings():
     assert ours.sbr.lr == ours.tables.lr == theirs["lr"]
     sampled = config_of(SASREC.same_words(sampled=True)).loss
     assert (sampled.full_softmax_max_items, sampled.num_negatives) == (0, 100)
+
+
+def test_a_step_in_one_pass_has_as_many_prefixes():
+    in_one_pass = config_of(replace(SETTINGS, steps=1).same_words(one_pass=True))
+    assert (in_one_pass.encoder.one_pass, in_one_pass.sbr.batch_size) == (True, 512 / 4)
+    assert config_of(SASREC.same_words()).sbr.batch_size == 512
+    exact = {encoder: replace(SETTINGS, encoder=encoder).one_pass_is_exact for encoder in ("gcsan", "sasrec")}
+    assert exact == {"gcsan": False, "sasrec": True}
 
 
 @pytest.mark.parametrize("name", PEERS)
