@@ -2,7 +2,12 @@
 
 ```sh
 python -m benchmarks.latency
+python -m benchmarks.latency --items [1000000] --sessions 100 --rounds 2 --index true
 ```
+
+The vectors of random tables have no structure, and no index finds neighbors among them. So the words have vectors of
+few independent columns, and the ids small ones: item vectors then vary in about as many directions as those of a
+trained model, whose number is printed for comparison.
 """
 
 import tempfile
@@ -20,6 +25,10 @@ from llmgr_rec.library_imports import collector_paused
 _NEIGHBORS = 160
 _WORDS, _WORDS_PER_ITEM = 20_000, 8
 _LONGEST_SESSION = 12
+# Independent columns of the vectors of words, and the scale of the vectors of ids relative to those of words.
+_WORD_COLUMNS, _ID_SCALE = 32, 0.1
+# Wanted recall of an index, and the places that it is measured for.
+_RECALL, _PLACES = 0.99, 20
 _WARM_UP = 20
 
 
@@ -30,17 +39,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--items", type=list[int], default=[12_101, 1_000_000], help="Sizes of the catalog.")
     parser.add_argument("--sessions", type=int, default=500, help="Sessions of a round.")
     parser.add_argument("--k", type=int, default=10, help="Items per session.")
+    parser.add_argument("--index", type=bool, default=False, help="Also rank by an index, and print its recall.")
     args = parse_args(parser, argv).as_dict()
     for name in ("rounds", "sessions", "k"):
         if args[name] < 1:
             raise UserError(f"--{name} is {args[name]}; set it to 1 or more")
     args["threads"] = set_threads(args["threads"])
-    results = {str(items): measure(items, args["sessions"], args["k"], args["rounds"]) for items in args["items"]}
+    results = {
+        str(items): measure(items, args["sessions"], args["k"], args["rounds"], args["index"])
+        for items in args["items"]
+    }
     print(table(results, args["threads"]))
     write_report(args["output"], args, results)
 
 
-def measure(num_items: int, sessions: int, k: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(num_items: int, sessions: int, k: int, rounds: int, index: bool = False) -> dict[str, dict[str, float]]:
     """Percentiles of the milliseconds of a call, in wall-clock and in processor time; the best round of each.
 
     Args:
@@ -48,6 +61,11 @@ def measure(num_items: int, sessions: int, k: int, rounds: int) -> dict[str, dic
         sessions: Calls of a round.
         k: Length of a list.
         rounds: Rounds.
+        index: Whether to measure calls that rank by an index, too.
+
+    Returns:
+        Percentiles by kind of time, those with an index as `index wall` and `index cpu`; and `vectors`: directions in
+        which the item vectors vary and, with an index, its recall of the lists without and with the blend.
     """
     import numpy as np
 
@@ -55,29 +73,56 @@ def measure(num_items: int, sessions: int, k: int, rounds: int) -> dict[str, dic
         from llmgr_rec import Recommender
 
     with tempfile.TemporaryDirectory(prefix="llmgr-latency-") as folder:
-        recommender = Recommender.load(untrained_bundle(Path(folder), num_items))
+        bundle = untrained_bundle(Path(folder), num_items)
+        recommender = Recommender.load(bundle)
         rng = np.random.default_rng(1)
         lengths = rng.integers(1, _LONGEST_SESSION + 1, sessions)
         asked = [[f"item{item}" for item in rng.integers(0, num_items, length)] for length in lengths]
-        for session in asked[:_WARM_UP]:
+        results = _percentiles(recommender, asked, k, rounds)
+        vectors = {"directions": _directions(recommender.ranker.catalog_ranker.item_vectors.numpy())}
+        if index:
+            exact = [recommender.recommend([session], _PLACES)["item_ids"][0].as_py() for session in asked]
+            del recommender
+            recommender = Recommender.load(bundle, index=_RECALL)
+            results |= {f"index {kind}": of for kind, of in _percentiles(recommender, asked, k, rounds).items()}
+            found = [recommender.recommend([session], _PLACES)["item_ids"][0].as_py() for session in asked]
+            shares = [len(set(ours) & set(theirs)) / _PLACES for ours, theirs in zip(found, exact, strict=True)]
+            vectors["recall@20 of samples"] = recommender.index_recall or float("nan")
+            vectors["recall@20 of lists"] = float(np.mean(shares))
+        return {**results, "vectors": vectors}
+
+
+def _percentiles(recommender: Any, asked: list[list[str]], k: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Percentiles of the milliseconds of a call by kind of time, each of the best round."""
+    import numpy as np
+
+    for session in asked[:_WARM_UP]:
+        recommender.recommend([session], k=k)
+
+    def percentiles(clock: Callable[[], float]) -> dict[str, float]:
+        times = []
+        for session in asked:
+            started = clock()
             recommender.recommend([session], k=k)
+            times.append(1000 * (clock() - started))
+        return {name: float(np.percentile(times, share)) for name, share in (("p50", 50), ("p99", 99))}
 
-        def percentiles(clock: Callable[[], float]) -> dict[str, float]:
-            times = []
-            for session in asked:
-                started = clock()
-                recommender.recommend([session], k=k)
-                times.append(1000 * (clock() - started))
-            return {name: float(np.percentile(times, share)) for name, share in (("p50", 50), ("p99", 99))}
+    found: dict[str, list[dict[str, float]]] = {"wall": [], "cpu": []}
+    for _ in range(rounds):
+        found["wall"].append(percentiles(time.perf_counter))
+        found["cpu"].append(percentiles(time.process_time))
+    return {
+        kind: {name: min(values[name] for values in of_rounds) for name in ("p50", "p99")}
+        for kind, of_rounds in found.items()
+    }
 
-        found: dict[str, list[dict[str, float]]] = {"wall": [], "cpu": []}
-        for _ in range(rounds):
-            found["wall"].append(percentiles(time.perf_counter))
-            found["cpu"].append(percentiles(time.process_time))
-        return {
-            kind: {name: min(values[name] for values in of_rounds) for name in ("p50", "p99")}
-            for kind, of_rounds in found.items()
-        }
+
+def _directions(vectors: Any) -> float:
+    """Number of equally strong directions with the same spread of variance (participation ratio of the covariance)."""
+    import numpy as np
+
+    variances = np.linalg.eigvalsh(np.cov(vectors[:20_000].T))
+    return float(variances.sum() ** 2 / (variances**2).sum())
 
 
 def untrained_bundle(folder: Path, num_items: int) -> Path:
@@ -97,8 +142,22 @@ def untrained_bundle(folder: Path, num_items: int) -> Path:
     factory, cpu = ModelFactory(), torch.device("cpu")
     model = factory.build(factory.spec("sbr", config, catalog), None, cpu)
     init_tables(model, config.seed, 0.1)
+    _give_structure(dict(model.named_parameters()))
     export_bundle(model, "sbr", config, catalog, folder / "bundle", World.alone(), blend=_random_blend(num_items))
     return folder / "bundle"
+
+
+def _give_structure(parameters: dict[str, Any]) -> None:
+    """Makes the vectors of words those of few independent columns, and the vectors of ids small."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    for name, table in parameters.items():
+        if name.endswith("item_id.weight"):
+            table.data.mul_(_ID_SCALE)
+        elif name.endswith("word.weight"):
+            mixed = torch.randn(_WORD_COLUMNS, table.shape[1], generator=generator)
+            table.data.copy_(torch.randn(len(table), _WORD_COLUMNS, generator=generator) @ mixed * 0.1)
 
 
 def _write_items(file: Path, num_items: int) -> None:
@@ -144,10 +203,14 @@ def _random_blend(num_items: int) -> Any:
 
 def table(results: dict[str, dict[str, dict[str, float]]], threads: int) -> str:
     """The results as text."""
-    lines = ["", f"{'items':>12}{'p50, ms':>12}{'p99, ms':>12}{'p50, CPU ms':>14}{'p99, CPU ms':>14}"]
+    lines = ["", f"{'items':>12}{'':>7}{'p50, ms':>12}{'p99, ms':>12}{'p50, CPU ms':>14}{'p99, CPU ms':>14}"]
     for items, found in results.items():
-        wall, cpu = found["wall"], found["cpu"]
-        lines.append(f"{int(items):>12,}{wall['p50']:>12.2f}{wall['p99']:>12.2f}{cpu['p50']:>14.2f}{cpu['p99']:>14.2f}")
+        for kind, prefix in (("exact", ""), ("index", "index ")):
+            if f"{prefix}wall" in found:
+                wall, cpu = found[f"{prefix}wall"], found[f"{prefix}cpu"]
+                times = f"{wall['p50']:>12.2f}{wall['p99']:>12.2f}{cpu['p50']:>14.2f}{cpu['p99']:>14.2f}"
+                lines.append(f"{int(items):>12,}{kind:>7}{times}")
+        lines += [f"{int(items):>12,}       {name}: {value:.4g}" for name, value in found["vectors"].items()]
     lines.append(f"one session a call, threads: {threads}")
     return "\n".join(lines)
 

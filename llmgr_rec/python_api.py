@@ -33,6 +33,7 @@ from llmgr_rec.explanation.explainer import Explainer
 from llmgr_rec.explanation.records import Explanation
 from llmgr_rec.files import atomic_folder
 from llmgr_rec.fit_input import FitInput
+from llmgr_rec.kernels.item_index import check_recall
 from llmgr_rec.registry import modules_of
 from llmgr_rec.scoring.output import OUTPUT_COLUMNS
 from llmgr_rec.scoring.ranked_lists import RankedLists, long_rows, rows_of_short_offsets
@@ -63,18 +64,26 @@ class Recommender:
         run: Folder of the run, for `evaluate`; None if only the bundle is known.
         dataset: Prepared data set of the run, for `evaluate`; None if it is not known.
         dtype: Number format of the language model, if there is one; None uses the setting of the run.
+        index: See `load`.
 
     Attributes:
         ranker: Ranks item indices; for the modules of this package, and no part of the public API.
     """
 
     def __init__(
-        self, files: BundleFiles, run: Path | None = None, dataset: Path | None = None, dtype: DType | None = None
+        self,
+        files: BundleFiles,
+        run: Path | None = None,
+        dataset: Path | None = None,
+        dtype: DType | None = None,
+        index: float | None = None,
     ) -> None:
+        if index is not None:
+            check_recall(index, "index")
         if dtype is not None and dtype not in get_args(DType):
             raise UserError(f"dtype is {dtype!r}; give one of {', '.join(get_args(DType))}")
         self._files, self._run, self._dataset = files, run, dataset
-        self.ranker = SessionRanker(files, dtype)
+        self.ranker = SessionRanker(files, dtype, index)
 
     @classmethod
     def load(
@@ -83,6 +92,7 @@ class Recommender:
         *,
         dataset: str | os.PathLike[str] | None = None,
         dtype: DType | None = None,
+        index: float | None = None,
         allow_code: Collection[str] = (),
     ) -> "Recommender":
         """Loads a trained recommender.
@@ -92,17 +102,20 @@ class Recommender:
             dataset: Prepared data set, for `evaluate`; needed for nothing else. None takes that of the `output` of
                 `fit`, if `path` is one.
             dtype: Number format of the language model, if there is one: float32, bfloat16 or auto.
+            index: Share of the best 20 items that an approximate index must find, such as 0.99; None ranks exactly. For
+                catalogs of about a million items or more, with the extra `index`; see docs/serving.md.
             allow_code: Modules and packages from which the bundle may import its encoder and head.
 
         Raises:
-            UserError: There is no complete bundle, it is damaged, or it would import code that is not allowed.
+            UserError: There is no complete bundle, it is damaged, it would import code that is not allowed, or an index
+                is wanted and faiss is not installed.
         """
         folder = _run_folder(Path(path))
         if folder != Path(path) and dataset is None:
             dataset = Path(path) / _DATASET
         files = open_bundle(folder, allow_code)
         run = folder if files.path != folder.resolve() and files.path != folder else None
-        return cls(files, run, None if dataset is None else Path(dataset), dtype)
+        return cls(files, run, None if dataset is None else Path(dataset), dtype, index)
 
     @classmethod
     def load_once(cls, path: str | os.PathLike[str]) -> "Recommender":
@@ -198,6 +211,11 @@ class Recommender:
     def __repr__(self) -> str:
         bundle = self.ranker.bundle
         return f"<Recommender of stage {bundle.stage} with {bundle.catalog.num_items:,} items from {self._files.path}>"
+
+    @property
+    def index_recall(self) -> float | None:
+        """Share of the best 20 items that the index finds for sample sessions; None if all items are ranked exactly."""
+        return self.ranker.index_recall
 
     @property
     def item_ids(self) -> pa.Array:

@@ -28,6 +28,7 @@ _BOUNDS = {
     "wait_ms": Bounds(at_least=0, at_most=1000),
     "reload_s": Bounds(at_least=0, at_most=86400),
     "threads": Bounds(at_least=1, at_most=1024),
+    "index": Bounds(above=0, at_most=1),
 }
 
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         arguments.host,
         arguments.port,
         arguments.threads,
-        lambda bundle: Recommender.load(bundle, dtype=arguments.llm_dtype, allow_code=code),
+        lambda bundle: Recommender.load(bundle, dtype=arguments.llm_dtype, index=arguments.index, allow_code=code),
         lambda line: print_result("serve", line),
     )
 
@@ -94,6 +95,12 @@ def _parser() -> "ArgumentParser":
     )
     parser.add_argument("--threads", type=int, default=1, help="Threads that rank a batch. More help a language model.")
     parser.add_argument("--llm_dtype", type=DType, help="Dtype of the language model; default: the setting of the run.")
+    parser.add_argument(
+        "--index",
+        type=float,
+        help="Rank single sessions approximately by an index in memory, which finds at least this share of their best "
+        "20 items, such as 0.99; default: rank exactly. Needs the extra index.",
+    )
     add_code_argument(parser)
     return parser
 

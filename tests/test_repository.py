@@ -47,8 +47,8 @@ def read_lock(name: str) -> dict[str, str]:
 
 
 CPU, GPU, DEV = read_lock("cpu.txt"), read_lock("gpu.txt"), read_lock("dev.txt")
-# Extras that only work on the project itself needs.
-DEV_EXTRAS = {"dev", "docs"}
+# Extras that only work on the project itself needs, and one that its tests need beside the demo.
+DEV_EXTRAS = {"dev", "docs", "index"}
 # Extras of engines that no lock has.
 UNLOCKED_EXTRAS = {"spark", "ray"}
 

@@ -29,6 +29,7 @@ from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.blended_ranks import BlendedScores
+from llmgr_rec.kernels.item_index import ItemIndex
 from llmgr_rec.kernels.item_scan import ItemScan, can_search
 from llmgr_rec.kernels.topk import NOT_NUMBERS, Terms, merge_top_k, top_k
 from llmgr_rec.modules.llmgr import LLMGR
@@ -158,7 +159,7 @@ class CatalogRanker:
         self.items = range(first, collate.num_items * (world.rank + 1) // world.size)
         self._items_RQ = _vectors_of_items(model.item_vectors, collate, self.items, world)
         self._blend = None if blend is None else blend.of_items(self.items)
-        self._scan: ItemScan | None = None
+        self._scan: ItemScan | ItemIndex | None = None
         self._is_allowed_R: NDArray[np.bool_] | None = None
         # A choice of items and their vectors.
         self._chosen_R: Tensor | None = None
@@ -181,6 +182,28 @@ class CatalogRanker:
         """
         if self._world.size == 1:
             self._scan = ItemScan.fastest(self._items_RQ)
+
+    def prepare_index(self, samples_SQ: Tensor, recall: float) -> float | None:
+        """Ranks few sessions approximately from now on; after `prepare_for_few_sessions`.
+
+        Args:
+            samples_SQ: Queries like those to come, [S, Q].
+            recall: Wanted share of the best 20 items of a query.
+
+        Returns:
+            Share that is found for the sample queries; None if all is ranked exactly.
+
+        Raises:
+            UserError: faiss is not installed.
+        """
+        if not isinstance(self._scan, ItemScan):
+            return None
+        samples = samples_SQ.detach().float()
+        index = ItemIndex(self._items_RQ, self._scan, samples[[can_search(query_Q) for query_Q in samples]], recall)
+        if not index.is_used:
+            return None
+        self._scan = index
+        return index.recall
 
     def among(self, items_R: Tensor) -> "CatalogRanker":
         """A ranker of some of the items, which shares nothing that either changes. In a single process only.

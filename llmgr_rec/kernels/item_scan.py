@@ -142,10 +142,7 @@ class ItemScan:
         lowest = np.partition(scores_C, len(scores_C) - k)[len(scores_C) - k] if len(scores_C) >= k else _LOWEST
         if lowest < start:
             items_C, scores_C = self._scored(_at_least(upper, maxima_M, strip, lowest), query, added)
-        order = np.argsort(-scores_C, kind="stable")[:k]
-        ids_K, scores_K = np.full(k, -1, np.int64), np.full(k, -np.inf, np.float32)
-        ids_K[: len(order)], scores_K[: len(order)] = items_C[order], scores_C[order]
-        return ids_K, scores_K
+        return best(items_C, scores_C, k)
 
     def _upper_bounds(self, query_Q: Tensor, added: tuple[Ints, Floats] | None) -> Floats:
         """Upper bound of each score, padded with -inf to a multiple of the longest strip; a buffer of this thread."""
@@ -183,12 +180,7 @@ class ItemScan:
 
     def _scored(self, items_C: Ints, query: Tensor, added: tuple[Ints, Floats] | None) -> tuple[Ints, Floats]:
         """Items, which are ascending, and their exact scores."""
-        scores_C = exact_scores(self._items_RQ, items_C, query)
-        if added is not None:
-            add_terms(items_C, scores_C, added)
-        if np.isnan(scores_C).any():
-            raise UserError(NOT_NUMBERS)
-        return items_C, scores_C
+        return items_C, exact_scores(self._items_RQ, items_C, query, added)
 
 
 def can_search(query_Q: Tensor) -> bool:
@@ -201,34 +193,43 @@ def can_search(query_Q: Tensor) -> bool:
     return _SMALLEST < float(query_Q.abs().amax()) < _LARGEST
 
 
-def exact_scores(items_RQ: Tensor, items_C: Ints, query_Q: Tensor) -> Floats:
-    """Dot products of some items with a query, computed in float64 and rounded to float32, [C].
+def exact_scores(items_RQ: Tensor, items_C: Ints, query_Q: Tensor, added: tuple[Ints, Floats] | None = None) -> Floats:
+    """Scores of some items, [C]: dot products with a query in float64, rounded to float32, plus the sparse terms.
 
     Args:
         items_RQ: Item vectors.
-        items_C: Item indices.
+        items_C: Item indices, ascending.
         query_Q: The query, float64.
+        added: Items [E], each once, and the terms that are added to their scores.
+
+    Raises:
+        UserError: A score is not a number.
     """
     rows = torch.from_numpy(items_C).split(_SCORED_ROWS)
     parts = [items_RQ.index_select(0, part).double().mv(query_Q).float() for part in rows]
     scores_C: Floats = (parts[0] if len(parts) == 1 else torch.cat(parts)).numpy()
+    if added is not None and len(items_C):
+        items_E, terms_E = added
+        places_E = np.minimum(np.searchsorted(items_C, items_E), len(items_C) - 1)
+        is_scored_E = items_C[places_E] == items_E
+        scores_C[places_E[is_scored_E]] += terms_E[is_scored_E]
+    if np.isnan(scores_C).any():
+        raise UserError(NOT_NUMBERS)
     return scores_C
 
 
-def add_terms(items_C: Ints, scores_C: Floats, added: tuple[Ints, Floats]) -> None:
-    """Adds sparse terms to the scores of some items, in place.
+def best(items_C: Ints, scores_C: Floats, k: int) -> tuple[Ints, Floats]:
+    """The K best of some items, best first, equal ones by lower index; padded with -1 and -inf.
 
     Args:
         items_C: Item indices, ascending.
         scores_C: Their scores.
-        added: Items [E], each once, and their terms.
+        k: Places K.
     """
-    items_E, terms_E = added
-    if not len(items_C):
-        return
-    places_E = np.minimum(np.searchsorted(items_C, items_E), len(items_C) - 1)
-    is_scored_E = items_C[places_E] == items_E
-    scores_C[places_E[is_scored_E]] += terms_E[is_scored_E]
+    order = np.argsort(-scores_C, kind="stable")[:k]
+    ids_K, scores_K = np.full(k, -1, np.int64), np.full(k, -np.inf, np.float32)
+    ids_K[: len(order)], scores_K[: len(order)] = items_C[order], scores_C[order]
+    return ids_K, scores_K
 
 
 def _at_least(upper: Floats, maxima_M: Floats, strip: int, lowest: float) -> Ints:

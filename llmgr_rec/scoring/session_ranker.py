@@ -27,11 +27,14 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prepare_for_inference import fold_weights, prepare_for_inference
 from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
 from llmgr_rec.scoring.ranked_lists import list_columns
+from llmgr_rec.scoring.sample_sessions import sample_sessions
 from llmgr_rec.scoring.session_queries import SessionQueries
 from llmgr_rec.storage.bundle import BundleFiles, load_model
 
 # Sessions that are encoded at once.
 _BATCH = 256
+# Sample sessions that the recall of an index is measured with.
+_SAMPLES = 128
 
 
 class SessionRanker:
@@ -40,6 +43,7 @@ class SessionRanker:
     Args:
         files: The opened bundle of the model.
         dtype: Number format of the language model, if there is one; None uses the setting of the run.
+        index: Share of the best 20 items that an approximate index finds, above 0 and at most 1; None ranks exactly.
 
     Attributes:
         bundle: The loaded bundle.
@@ -48,9 +52,13 @@ class SessionRanker:
         rule: What a ranking shows and excludes of a session.
         model: The model with its collator and blend.
         catalog_ranker: Ranks the catalog for queries.
+        index_recall: Share of the best 20 items that the index finds for sample sessions; None without an index.
+
+    Raises:
+        UserError: Weights are damaged, or an index is wanted and faiss is not installed.
     """
 
-    def __init__(self, files: BundleFiles, dtype: DType | None = None) -> None:
+    def __init__(self, files: BundleFiles, dtype: DType | None = None, index: float | None = None) -> None:
         self.bundle = load_model(files, dtype=dtype)
         if isinstance(self.bundle.model, LLMGR):
             prepare_for_inference(self.bundle.model.language_model)
@@ -62,6 +70,7 @@ class SessionRanker:
         self._queries = SessionQueries(self.model) if SessionQueries.supports(self.bundle.model) else None
         self.catalog_ranker = self._queries.ranker if self._queries else self.model.ranker(World.alone())
         self.catalog_ranker.prepare_for_few_sessions()
+        self.index_recall = None if index is None else self._prepare_index(index)
         self._merges_repeats = files.index.consecutive_repeats == "merge"
         self._popularity = Popularity(self.catalog.train_count_V.numpy())
 
@@ -163,13 +172,19 @@ class SessionRanker:
         return list_columns(values, ids_BK.numpy(), scores_BK.numpy(), is_large=True)
 
     @torch.no_grad()
+    def _prepare_index(self, recall: float) -> float | None:
+        samples = sample_sessions(self.catalog.train_count_V.numpy(), self.model.blend, _SAMPLES)
+        return self.catalog_ranker.prepare_index(self._queries_of(samples), recall)
+
+    @torch.no_grad()
     def _ranked(self, ranker: CatalogRanker, clicks: Jagged, k: int, excludes_seen: bool) -> tuple[Tensor, Tensor]:
         """The K best items of each session of a batch, none of them empty: as `CatalogRanker.rank`."""
+        return ranker.rank(self._queries_of(clicks), k, clicks if excludes_seen else None, clicks)
+
+    def _queries_of(self, clicks: Jagged) -> Tensor:
         if self._queries is not None:
-            queries_BQ = self._queries(clicks)
-        else:
-            queries_BQ = self.model.queries(self.model.collate(RawSessions.to_rank(clicks)))
-        return ranker.rank(queries_BQ, k, clicks if excludes_seen else None, clicks)
+            return self._queries(clicks)
+        return self.model.queries(self.model.collate(RawSessions.to_rank(clicks)))
 
     def _popular(self, k: int, allowed_R: Tensor | None) -> tuple[Tensor, Tensor]:
         """The K most popular items that may be recommended, and their shares of all clicks; padded with -1 and -inf."""

@@ -1,5 +1,6 @@
 """The search by bounds equals a stable sort of all scores, whatever the vectors, ties, terms, exclusions and K."""
 
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -73,9 +74,9 @@ def test_scores_few_items_exactly() -> None:
     items = torch.nn.functional.normalize(torch.randn(50_000, 128, generator=generator), dim=1)
     search, scored = ItemScan(items, 127), []
 
-    def counted(vectors: Tensor, chosen: NDArray[np.int64], query: Tensor) -> NDArray[np.float32]:
+    def counted(vectors: Tensor, chosen: NDArray[np.int64], *others: Any) -> NDArray[np.float32]:
         scored.append(len(chosen))
-        return exact_scores(vectors, chosen, query)
+        return exact_scores(vectors, chosen, *others)
 
     with mock.patch.object(item_scan, "exact_scores", counted):
         for query in torch.randn(20, 128, generator=generator):

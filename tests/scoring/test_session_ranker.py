@@ -1,5 +1,6 @@
 """What ranking one session costs, counted: most of its time is that of starting operators."""
 
+import sys
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -14,6 +15,8 @@ from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.text_index import TextIndex
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.errors import UserError
+from llmgr_rec.kernels import item_index
 from llmgr_rec.modules.prepare_for_inference import fold_weights
 from llmgr_rec.scoring.session_queries import SessionQueries
 from llmgr_rec.storage.bundle import load_bundle
@@ -47,6 +50,32 @@ def test_one_session_takes_few_operators_and_prepares_nothing_again() -> None:
         ranked = rec.recommend([session])
     assert len(ranked["item_ids"][0]) == 10
     assert sum(counted.operators.values()) <= MOST_OPERATORS, counted.operators
+
+
+def test_an_index_that_searches_all_lists_ranks_as_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss", reason="the extra index is not installed")
+    monkeypatch.setattr(item_index, "_MOST_LISTS_SEARCHED", 1)
+    run = small_run().run / "export" / "sbr"
+    exact, indexed = Recommender.load(run), Recommender.load(run, index=1)
+    assert (exact.index_recall, indexed.index_recall) == (None, 1)
+    search = indexed.ranker.catalog_ranker._scan
+    assert isinstance(search, item_index.ItemIndex)
+    search._index.nprobe = search._index.nlist
+    ids = exact.item_ids.to_pylist()
+    for session in (ids[:1], ids[3:9], [ids[2], ids[2]]):
+        for k in (3, len(ids)):
+            assert indexed.recommend([session], k).equals(exact.recommend([session], k))
+        filtered = [rec.recommend([session], 5, without=ids[:20]) for rec in (exact, indexed)]
+        assert filtered[0].equals(filtered[1])
+
+
+def test_an_index_without_faiss_or_of_no_share_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_run().run / "export" / "sbr"
+    with pytest.raises(UserError, match=r"^index is 2; give the share of the best items"):
+        Recommender.load(run, index=2)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"^an index needs faiss; install it: pip install 'llmgr-rec\[index\]'$"):
+        Recommender.load(run, index=0.99)
 
 
 @pytest.mark.parametrize("score", ["cosine", "dot"])

@@ -31,6 +31,7 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--host", "example.com"], "--host example.com is no IP address; give 127.0.0.1"),
         (["--host", "192.0.2.1"], "--host 192.0.2.1 is no address of this machine"),
         (["--port", "70000"], "--port is 70000; give 65535 at most"),
+        (["--index", "2"], "--index is 2.0; give 1 at most"),
         (["--run", "no/such"], "no/such does not exist"),
     ],
 )
