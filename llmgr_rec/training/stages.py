@@ -36,6 +36,7 @@ from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.number_format import resolve_dtype
 from llmgr_rec.storage.table_io import init_tables, zero_rows
+from llmgr_rec.training.freed_memory import keep_freed_memory
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import build_optimizer
@@ -126,6 +127,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     """
     world = context.world
     report_progress(f"stage {stage}, start")
+    keep_freed_memory()
     spec = context.factory.spec(stage, _with_selected_smoothing(stage, context), context.catalog)
     task, model = _build(spec, context)
     ranking = RankingModel(model, _collator(spec, "rank", context), spec.config.runtime.eval_batch_size)
