@@ -42,7 +42,7 @@ def build_optimizer(model: nn.Module, stage: StageConfig, config: Config) -> Com
         _init_state(adamw)
         groups.append(("dense", _clipped(adamw, config.optimizer.clip_norm)))
     if tables_by_name:
-        adam = KeyedOptimizerWrapper(tables_by_name, lambda p: optim.Adam(p, lr=config.tables.lr))
+        adam = KeyedOptimizerWrapper(tables_by_name, lambda p: optim.Adam(_split_by_sharding(p), lr=config.tables.lr))
         _init_state(adam)
         groups.append(("tables", adam))
     return CombinedOptimizer(groups)
@@ -61,9 +61,17 @@ def _init_state(optimizer: KeyedOptimizerWrapper) -> None:
 
 
 def _split_by_sharding(parameters: list[Tensor]) -> list[dict[str, Any]]:
-    """A param group each for plain tensors and DTensors, which torch's foreach update cannot mix."""
+    """A param group each for plain tensors and DTensors, which torch's foreach update cannot mix.
+
+    On a CPU, plain tensors have torch's fused update, one pass over each parameter and its state in place of ten.
+    """
     kinds = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
-    return [{"params": kind} for kind in kinds if kind]
+    return [{"params": kind, "fused": _is_fused(kind)} for kind in kinds if kind]
+
+
+def _is_fused(parameters: list[Tensor]) -> bool | None:
+    """Whether torch fuses the update; None leaves the choice to torch."""
+    return True if all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters) else None
 
 
 def _clipped(optimizer: KeyedOptimizerWrapper, norm: float) -> GradientClippingOptimizer:
