@@ -2,7 +2,7 @@
 
 With the score s[b, c] = queries[b] . items[c] + bias[c], the target column t[b] and the weight w[b] of a row:
 
-    m[b]    = max over c of s[b, c]
+    m[b]    = max over c of s[b, c], or 0 where no score can be large
     e[b, c] = exp(s[b, c] - m[b])
     Z[b]    = sum over c of e[b, c]
 
@@ -17,6 +17,9 @@ them by the gradient of the loss. So one block of scores is alive at a time, and
 
 Two steps save passes over the block. It is never divided by Z: w / Z multiplies rows of width Q instead of width C. Its
 target columns are never touched: the second term of both gradients is subtracted once, after the last block.
+
+Cosine scores are bounded, by 1 / temperature. On a CPU, m is 0 if the norms of queries and items bound all scores to
+what exp and its sums represent, which saves two more passes. A GPU would have to wait for the norms.
 
 Number formats: scores, e and their products with queries and items have the kernel's `dtype`; target scores, Z, the
 loss and the gradients have the queries' own. With bfloat16 a score is rounded by up to 1 in 256, which the sum Z and
@@ -45,6 +48,8 @@ _GPU_BLOCK_BYTES = 1 << 24
 _MIN_BLOCK_ROWS = 64
 # In a lower precision the block's part of that gradient is also widened, in one more pass over it.
 _MIN_BLOCK_ROWS_LOW_PRECISION = 256
+# exp of it, times the number of items, is far from the ends of the range of float32 and bfloat16.
+_MAX_UNSHIFTED_SCORE = 40.0
 
 
 def ranking_loss(
@@ -133,6 +138,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         target_items_BQ = items_CQ.index_select(0, targets_B)
         gradients = _Gradients.zeros(queries_BQ, items_CQ) if with_gradients else None
         loss = queries_BQ.new_zeros(())
+        is_small = _scores_are_small(queries_BQ, items_CQ, bias_C)
         rows = _block_rows(items_CQ, dtype, low_precision=dtype != queries_BQ.dtype)
         # One buffer for all blocks: the allocator would map memory of this size anew for each of them.
         buffer_bC = _score_buffer(columns.items_CQ, min(rows, queries_BQ.shape[0]))
@@ -140,7 +146,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             queries_bQ, weights_b1 = queries_BQ[block], weights_B[block].unsqueeze(1)
             scores_bC = columns.scores(queries_bQ, out_bC=buffer_bC[: queries_bQ.shape[0]])
             target_b1 = columns.target_scores(queries_bQ, target_items_BQ[block], targets_B[block])
-            losses_b1, sums_b1 = _cross_entropy_in_place(scores_bC, target_b1)
+            losses_b1, sums_b1 = _cross_entropy_in_place(scores_bC, target_b1, is_small)
             loss += (losses_b1 * weights_b1).sum()
             if gradients is not None:
                 gradients.add_block(block, scores_bC, sums_b1.reciprocal() * weights_b1, queries_bQ, columns.items_CQ)
@@ -153,6 +159,8 @@ class _SoftmaxLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_queries_BQ, grad_items_CQ = ctx.saved_tensors
+        if grad_loss.device.type == "cpu" and float(grad_loss) == 1:
+            return grad_queries_BQ, grad_items_CQ, None, None, None, None, None
         return grad_queries_BQ * grad_loss, grad_items_CQ * grad_loss, None, None, None, None, None
 
 
@@ -207,16 +215,30 @@ class _Gradients:
         self.items_CQ.index_add_(0, targets_B, queries_BQ * weights_B1, alpha=-1)
 
 
-def _cross_entropy_in_place(scores_bC: Tensor, target_b1: Tensor) -> tuple[Tensor, Tensor]:
+def _scores_are_small(queries_BQ: Tensor, items_CQ: Tensor, bias_C: Tensor | None) -> bool:
+    """Whether exp of all scores is far from overflow and underflow, by the largest norms."""
+    if queries_BQ.device.type != "cpu" or not queries_BQ.numel() or not items_CQ.numel():
+        return False
+    largest = torch.linalg.vector_norm(queries_BQ, dim=1).max() * torch.linalg.vector_norm(items_CQ, dim=1).max()
+    # A negative bias takes an item out of the softmax.
+    highest_bias = 0.0 if bias_C is None else max(float(bias_C.max()), 0.0)
+    return float(largest) + highest_bias < _MAX_UNSHIFTED_SCORE
+
+
+def _cross_entropy_in_place(scores_bC: Tensor, target_b1: Tensor, is_small: bool) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row.
 
     Args:
         scores_bC: Scores; on return e, which are the probabilities times Z.
         target_b1: Score of each row's target.
+        is_small: Whether exp of the scores needs no shift by their maximum.
 
     Returns:
         Cross-entropies and Z, [b, 1] each, in the number format of the target scores.
     """
+    if is_small:
+        sums_b1 = scores_bC.exp_().sum(dim=1, keepdim=True, dtype=target_b1.dtype)
+        return sums_b1.log() - target_b1, sums_b1
     highest_b1 = scores_bC.amax(dim=1, keepdim=True)
     sums_b1 = scores_bC.sub_(highest_b1).exp_().sum(dim=1, keepdim=True, dtype=target_b1.dtype)
     return sums_b1.log() + highest_b1 - target_b1, sums_b1

@@ -94,11 +94,12 @@ def test_bfloat16_is_close(with_bias: bool) -> None:
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_probabilities_of_bfloat16_scores_add_to_one() -> None:
+@pytest.mark.parametrize("is_small", [False, True])
+def test_probabilities_of_bfloat16_scores_add_to_one(is_small: bool) -> None:
     """Each is rounded by itself; their sum is not, so that the gradient of a row pushes and pulls alike."""
     torch.manual_seed(0)
     scores_bC = torch.randn(40, 4000).to(torch.bfloat16)
-    _, sums_b1 = kernel._cross_entropy_in_place(scores_bC, torch.zeros(40, 1))
+    _, sums_b1 = kernel._cross_entropy_in_place(scores_bC, torch.zeros(40, 1), is_small)
     total_b = (scores_bC.float() / sums_b1).sum(dim=1)
     assert (total_b - 1).abs().mean() < 1e-6
 
@@ -125,3 +126,15 @@ def test_extreme_scores_stay_finite() -> None:
     value.backward()
     torch.testing.assert_close(value.detach(), torch.tensor(1e4))
     assert queries.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("scale", "bias", "is_small"), [(6.0, -1e4, True), (7.0, 0.0, False), (6.0, 5.0, False)])
+def test_a_shift_is_left_out_only_where_norms_bound_all_scores(scale: float, bias: float, is_small: bool) -> None:
+    """At both sides of the limit the loss and its gradients are those of the reference."""
+    queries = torch.full((2, 4), scale / 2) * torch.tensor([[1.0], [-1.0]])
+    items, biases = torch.full((3, 4), 3.0), torch.tensor([0.0, bias, 0.0])
+    items[2] = -items[2]
+    assert kernel._scores_are_small(queries, items, biases) == is_small
+    arguments = (torch.tensor([0, 0]), torch.ones(2), biases)
+    actual, expected = (loss_and_gradients(loss, queries, items, *arguments) for loss in (softmax_loss, reference))
+    torch.testing.assert_close(actual, expected)
