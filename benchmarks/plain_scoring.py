@@ -1,4 +1,4 @@
-"""Straightforward offline scoring: Python rows, padded prompts in file order, one score matrix per batch.
+"""Straightforward offline scoring: Python rows in file order, one score matrix per batch.
 
 Shapes: B sessions, V items, K items of a list.
 """
@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.straightforward import StraightforwardLLMGR
+from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import lengths_to_offsets
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.storage.bundle import Bundle, load_bundle
 from llmgr_rec.storage.model_factory import ModelFactory
 
 
@@ -53,6 +54,40 @@ def score_plainly(bundle_path: Path, source: Path, output: Path, k: int, batch_s
         queries_BQ = model(bundle.collate(_raw(sessions)))
         scores_BK, ids_BK = (queries_BQ @ items_VQ.T).topk(k, dim=1)
         for row, ids, scores in zip(batch, ids_BK.tolist(), scores_BK.tolist(), strict=True):
+            lists.append(
+                {"session_id": row["session_id"], "item_ids": [item_ids[item] for item in ids], "scores": scores}
+            )
+    pq.write_table(pa.Table.from_pylist(lists), output)
+    return len(rows)
+
+
+@torch.no_grad()
+def score_recommender_plainly(bundle: Bundle, source: Path, output: Path, k: int, batch_size: int) -> int:
+    """Scores a Parquet file of sessions of raw item ids by a session recommender with its blend, repeats allowed.
+
+    Args:
+        bundle: The loaded bundle.
+        source: Input file with columns session_id and items.
+        output: File to write.
+        k: Items per session.
+        batch_size: Sessions of a batch.
+
+    Returns:
+        Number of sessions scored.
+    """
+    ranking, item_ids = bundle.ranking(batch_size), bundle.catalog.item_ids.to_pylist()
+    index = {item: number for number, item in enumerate(item_ids)}
+    items_VQ = bundle.model.item_vectors(bundle.collate.item_features(torch.arange(len(index))))
+    rows = pq.read_table(source, columns=["session_id", "items"]).to_pylist()
+    lists = []
+    for start in range(0, len(rows), batch_size):
+        sessions = [[index[item] for item in row["items"]] for row in rows[start : start + batch_size]]
+        batch = bundle.collate(_raw(sessions))
+        scores_BV = ranking.queries(batch) @ items_VQ.T
+        if bundle.blend is not None:
+            scores_BV += torch.from_numpy(bundle.blend.scores(clicks_of(batch)).toarray())
+        scores_BK, ids_BK = scores_BV.topk(k, dim=1)
+        for row, ids, scores in zip(rows[start:], ids_BK.tolist(), scores_BK.tolist(), strict=False):
             lists.append(
                 {"session_id": row["session_id"], "item_ids": [item_ids[item] for item in ids], "scores": scores}
             )

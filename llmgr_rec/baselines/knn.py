@@ -72,7 +72,7 @@ class Neighbors(Baseline, Protocol):
     """A baseline with sparse scores."""
 
     def scores(self, items_L: Ints, offsets_B1: Ints) -> sparse.csr_array:
-        """Scores of the items for each session, sparse [B, V]."""
+        """Scores of the items for each session, sparse [B, V], with at most one entry an item."""
         ...
 
 

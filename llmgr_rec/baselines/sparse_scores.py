@@ -12,6 +12,8 @@ Floats = NDArray[np.float64]
 
 # Maximum number of item pairs in memory while similarities are computed, about 50 bytes each.
 _BLOCK_PAIRS = 5_000_000
+# Columns of a strip, and the number of columns for each product that is not 0, below which strips are compared.
+_STRIP, _MIN_SHARE = 8, 3
 # Decimals to which scores are rounded. Sums of the same numbers in different orders differ in the last bits, and such
 # scores must be ties.
 _DIGITS = 12
@@ -39,6 +41,8 @@ def cosine_similarity(features_FV: sparse.csr_array, k_neighbors: int = 0) -> sp
     similarities = [sparse.csr_array((0, num_items))]
     for start, stop in blocks(pairs_V, _BLOCK_PAIRS):
         cosine_UV = sparse.csr_array(features_VF[start:stop] @ features_FV)
+        if 0 < k_neighbors * _STRIP <= num_items < _MIN_SHARE * cosine_UV.nnz / (stop - start):
+            cosine_UV = _promising(cosine_UV, scale_V, start, k_neighbors)
         rows = np.repeat(np.arange(start, stop), np.diff(cosine_UV.indptr))
         cosine_UV.data *= scale_V[rows]
         cosine_UV.data *= scale_V[cosine_UV.indices]
@@ -48,11 +52,49 @@ def cosine_similarity(features_FV: sparse.csr_array, k_neighbors: int = 0) -> sp
     return sparse.vstack(similarities, format="csr")
 
 
+def _promising(products_UV: sparse.csr_array, scale_V: Floats, start: int, k_neighbors: int) -> sparse.csr_array:
+    """The few products of each row that may be its nearest, where most are not 0.
+
+    The k-th highest maximum of strips of columns is a lower bound of the k-th highest cosine of a row.
+
+    Args:
+        products_UV: Products of the features of items `start` and after with those of all items.
+        scale_V: Factor of each item that makes them cosines.
+        start: First item.
+        k_neighbors: Number of nearest items.
+    """
+    num_rows, num_items = products_UV.shape
+    scaled_UV = products_UV.toarray()
+    scaled_UV *= scale_V
+    scaled_UV[np.arange(num_rows), np.arange(start, start + num_rows)] = 0
+    strips = num_items // _STRIP
+    maxima = scaled_UV[:, : strips * _STRIP].reshape(num_rows, _STRIP, strips).max(axis=1)
+    bound_U = np.partition(maxima, strips - k_neighbors, axis=1)[:, strips - k_neighbors]
+    # Cosines that are equal after rounding may be lower by some 10^-12.
+    bound_U = bound_U * (1 - 1e-6) - 10.0**-_DIGITS / scale_V[start : start + num_rows]
+    is_promising_UV = scaled_UV >= np.maximum(bound_U, np.finfo(np.float64).tiny)[:, None]
+    (places,) = np.nonzero(is_promising_UV.ravel())
+    first_U1 = np.arange(num_rows + 1) * num_items
+    offsets = np.searchsorted(places, first_U1)
+    columns = places - np.repeat(first_U1[:-1], np.diff(offsets))
+    products = scaled_UV.ravel()[places] / scale_V[columns]
+    return sparse.csr_array((products, columns, offsets), shape=products_UV.shape)
+
+
 def _nearest(cosine_UV: sparse.csr_array, k_neighbors: int) -> sparse.csr_array:
-    entries, ranks = best_entries(cosine_UV, k_neighbors)
-    top = entries[ranks < k_neighbors]
-    rows = np.repeat(np.arange(cosine_UV.shape[0]), np.diff(cosine_UV.indptr))
-    return sparse.csr_array((cosine_UV.data[top], (rows[top], cosine_UV.indices[top])), shape=cosine_UV.shape)
+    """The entries of each row that `best_entries` ranks below `k_neighbors`, found without ranking them."""
+    counts_U = np.diff(cosine_UV.indptr)
+    values = np.round(cosine_UV.data, _DIGITS)
+    kth = np.repeat(_kth_values(values, cosine_UV.indptr, k_neighbors), counts_U)
+    is_kept = values > kth
+    # Of those that are equal to the k-th, the first columns.
+    (tied,) = np.nonzero(values == kth)
+    rows = np.searchsorted(cosine_UV.indptr, tied, side="right") - 1
+    kept_before = np.concatenate([[0], np.cumsum(is_kept)])[cosine_UV.indptr]
+    order, ranks = order_in_rows(rows, cosine_UV.indices[tied], np.zeros(len(tied)))
+    is_kept[tied[order[ranks < (k_neighbors - np.diff(kept_before))[rows[order]]]]] = True
+    offsets = np.concatenate([[0], np.cumsum(is_kept)])[cosine_UV.indptr]
+    return sparse.csr_array((cosine_UV.data[is_kept], cosine_UV.indices[is_kept], offsets), shape=cosine_UV.shape)
 
 
 def blocks(sizes: Ints, limit: int) -> list[tuple[int, int]]:
@@ -103,13 +145,12 @@ def top_k(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
     """The k best items of each row, in order of item index if tied.
 
     Args:
-        scores_BV: Non-negative sparse scores; items without an entry have score 0.
+        scores_BV: Non-negative sparse scores without duplicate entries; items without an entry have score 0.
         k: Length K of the lists.
 
     Returns:
         Item indices, int64 [B, K], and scores, float64 [B, K], padded with -1 and -inf if there are fewer than K items.
     """
-    scores_BV.sum_duplicates()
     num_rows, num_items = scores_BV.shape
     entries, ranks = best_entries(scores_BV, k)
     entries, ranks = entries[ranks < k], ranks[ranks < k]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.baselines.sparse_scores import Floats, Ints
@@ -104,6 +105,10 @@ def seen_items(batch: SessionBatch) -> Jagged:
     return Jagged(batch.graph.node_items_N, batch.graph.node_offsets_B1)
 
 
+# Clicks of a session that is not worth a call of its own.
+_SHORT = 8
+
+
 def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, exclude_seen: bool) -> tuple[Ints, Floats]:
     """The K best items of each session by a baseline, int64 [B, K], best first, and their scores, float64 [B, K].
 
@@ -115,11 +120,23 @@ def ranked_by(baseline: Baseline, sessions: RawSessions, k: int, exclude_seen: b
         k: Number K of items.
         exclude_seen: Whether to exclude the items that the session has clicked.
     """
-    items_L, offsets_B1 = sessions.items_L.numpy(), sessions.offsets_B1.numpy()
     if not exclude_seen:
-        return baseline.rank(items_L, offsets_B1, k)
-    longest = int(np.diff(offsets_B1).max(initial=0))
-    return without_seen(*baseline.rank(items_L, offsets_B1, k + longest), items_L, offsets_B1, k)
+        return baseline.rank(sessions.items_L.numpy(), sessions.offsets_B1.numpy(), k)
+    clicks = Jagged(sessions.items_L, sessions.offsets_B1)
+    ids_BK, scores_BK = np.empty((clicks.num_rows, k), np.int64), np.empty((clicks.num_rows, k))
+    for rows in _rows_of_similar_length(clicks.lengths.numpy()):
+        some = clicks.select(torch.from_numpy(rows))
+        items_L, offsets_B1 = some.values.numpy(), some.offsets.numpy()
+        longest = int(np.diff(offsets_B1).max())
+        ranked = baseline.rank(items_L, offsets_B1, k + longest)
+        ids_BK[rows], scores_BK[rows] = without_seen(*ranked, items_L, offsets_B1, k)
+    return ids_BK, scores_BK
+
+
+def _rows_of_similar_length(lengths_B: Ints) -> list[Ints]:
+    """Rows of sessions by the power of two that their length does not exceed, so that few are ranked too deep."""
+    power_B = np.ceil(np.log2(np.maximum(lengths_B, _SHORT)))
+    return [np.flatnonzero(power_B == power) for power in np.unique(power_B)]
 
 
 def without_seen(ids_BD: Ints, scores_BD: Floats, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:

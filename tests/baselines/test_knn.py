@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from llmgr_rec.baselines import knn, sparse_scores
 from llmgr_rec.baselines.knn import ItemKNN, Popularity, SessionKNN, session_matrix
-from llmgr_rec.baselines.sparse_scores import cosine_similarity
+from llmgr_rec.baselines.sparse_scores import best_entries, cosine_similarity
 
 sessions_of = st.lists(st.lists(st.integers(0, 14), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -117,3 +118,19 @@ def test_popularity_breaks_ties_by_index():
     ids, scores = Popularity(np.array([1, 5, 5, 0])).rank(*flat([[0], [1]]), 5)
     assert ids.tolist() == [[1, 2, 0, 3, -1]] * 2
     np.testing.assert_allclose(scores[0, :4], [5 / 11, 5 / 11, 1 / 11, 0])
+
+
+@pytest.mark.parametrize("k_neighbors", [1, 3, 7, 40])
+def test_the_nearest_items_are_those_that_rank_first(k_neighbors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Few distinct values, so that many similarities are equal.
+    features = sparse.random_array((9, 30), density=0.4, rng=np.random.default_rng(0), format="csr")
+    features.data = np.ceil(2 * features.data)
+    whole = cosine_similarity(features)
+    entries, ranks = best_entries(whole, k_neighbors)
+    rows = np.repeat(np.arange(30), np.diff(whole.indptr))
+    expected = np.zeros((30, 30))
+    for entry in entries[ranks < k_neighbors]:
+        expected[rows[entry], whole.indices[entry]] = whole.data[entry]
+    for share in (0, 100):
+        monkeypatch.setattr(sparse_scores, "_MIN_SHARE", share)
+        np.testing.assert_allclose(cosine_similarity(features, k_neighbors).toarray(), expected, rtol=1e-15)
