@@ -35,7 +35,8 @@ from llmgr_rec.data.item_ids import (
     plain_ids,
 )
 from llmgr_rec.data.missing_values import SUSPECT_IDS
-from llmgr_rec.data.preparation.database import connect, identifier, literal
+from llmgr_rec.data.preparation.database import identifier, literal
+from llmgr_rec.data.preparation.duckdb_database import connect
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
 from llmgr_rec.paths import text_problem

@@ -8,7 +8,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmgr_rec.data.preparation.database import identifier, literal, literal_path
+from llmgr_rec.data.preparation.database import identifier, literal
+from llmgr_rec.data.preparation.duckdb_database import literal_path
 from llmgr_rec.errors import UserError, did_you_mean
 
 _SURROGATE = re.compile("[\ud800-\udfff]")

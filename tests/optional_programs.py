@@ -11,7 +11,7 @@ def _lacks(package: str) -> bool:
 
 
 needs_spark = pytest.mark.skipif(
-    _lacks("pyspark") or shutil.which("java") is None,
-    reason="needs pip install 'pyspark>=4.2,<5', and Java 17 or later (apt install openjdk-17-jre-headless)",
+    _lacks("pyspark") or _lacks("sqlglot") or shutil.which("java") is None,
+    reason="needs pip install 'pyspark>=4.2,<5' 'sqlglot>=30,<31', and apt install openjdk-17-jre-headless",
 )
 needs_ray = pytest.mark.skipif(_lacks("ray"), reason="needs pip install 'ray[data]>=2.50,<3'")

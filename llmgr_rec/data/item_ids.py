@@ -96,7 +96,7 @@ def plain_id_sql(text: str) -> str:
     Args:
         text: SQL of a string.
     """
-    return f"CASE WHEN {is_float_id_sql(text)} THEN left({text}, -2) ELSE {text} END"
+    return f"CASE WHEN {is_float_id_sql(text)} THEN left({text}, length({text}) - 2) ELSE {text} END"
 
 
 def lost_digits_sql(text: str) -> str:

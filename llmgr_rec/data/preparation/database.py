@@ -1,55 +1,60 @@
-"""A DuckDB database in a scratch file. Its memory is limited; what exceeds the limit spills to disk."""
+"""What the steps of prepare need of an engine: scratch tables, and queries in the SQL of DuckDB."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 
-from llmgr_rec.errors import UserError
-from llmgr_rec.files import storage_error
-
 # Rows per batch of a streamed result.
-_BATCH_ROWS = 65536
-# Bugs in the SQL of this package, and Ctrl-C in a query.
-_NOT_OF_THE_USER = (
-    duckdb.BinderException,
-    duckdb.CatalogException,
-    duckdb.ParserException,
-    duckdb.InternalException,
-    duckdb.InterruptException,
-)
+BATCH_ROWS = 65536
 
 
-class Database:
-    """A scratch database.
+class Database(ABC):
+    """A scratch database, whose tables keep no order. Each query that needs an order has an ORDER BY."""
 
-    Insertion order is not preserved, which saves memory. Each query that needs an order has an ORDER BY.
-
-    Args:
-        folder: Existing folder for the database file and spilled data.
-        memory_gb: Memory limit in GiB.
-        threads: Number of threads; 0 uses one per core.
-    """
-
-    def __init__(self, folder: Path, memory_gb: float, threads: int) -> None:
-        options = {"threads": threads} if threads else {}
-        self._connection = connect(
-            folder, memory_limit=f"{max(int(memory_gb * 1024), 1)}MiB", preserve_insertion_order="false", **options
-        )
-
-    def run(self, statement: str) -> list[tuple[Any, ...]]:
-        """Executes a statement.
+    @abstractmethod
+    def create(self, table: str, query: str) -> None:
+        """Makes a table of the result of a query, in place of a table of that name, from which the query may read.
 
         Args:
-            statement: SQL.
+            table: Name of the table.
+            query: SQL.
+        """
+
+    @abstractmethod
+    def delete(self, table: str, keys: Sequence[str], query: str) -> int:
+        """Deletes rows of a table.
+
+        Args:
+            table: Name of the table.
+            keys: Columns of the table, none of them with nulls.
+            query: SQL. The rows are deleted whose keys are in its result, which has the keys as columns.
+
+        Returns:
+            Number of deleted rows.
+        """
+
+    @abstractmethod
+    def drop(self, table: str) -> None:
+        """Deletes a table.
+
+        Args:
+            table: Name of the table.
+        """
+
+    @abstractmethod
+    def run(self, query: str) -> list[tuple[Any, ...]]:
+        """Executes a query.
+
+        Args:
+            query: SQL.
 
         Returns:
             All rows of the result. Use `stream` for large results.
         """
-        return self._connection.execute(statement).fetchall()
 
     def value(self, query: str) -> Any:
         """The single value of a query.
@@ -59,65 +64,65 @@ class Database:
         """
         return self.run(query)[0][0]
 
+    @abstractmethod
     def stream(self, query: str) -> Iterator[pa.RecordBatch]:
-        """Yields the result of a query in batches, without holding all of it in memory.
+        """Yields the result of a query in batches of `BATCH_ROWS` rows, without holding all of it in memory.
 
         Args:
             query: SQL.
         """
-        # A separate cursor, because DuckDB allows one open result per connection.
-        with self._connection.cursor() as cursor:
-            yield from cursor.sql(query).to_arrow_reader(_BATCH_ROWS)
 
+    @abstractmethod
+    def parquet(self, paths: Sequence[Path], columns: Sequence[str]) -> str:
+        """SQL of a table of the rows of Parquet files.
+
+        Args:
+            paths: The files, whose columns may differ in the width of integers and in the unit of times.
+            columns: Columns to read. The table also has `file_index`, the place of a file in `paths` from 0, and
+                `file_row_number`, the row in the file from 0.
+        """
+
+    @abstractmethod
+    def date(self, text: str) -> str:
+        """SQL of a date such as 2026-11-30, in the form of a date of `parquet`.
+
+        Args:
+            text: SQL of the text of the date.
+        """
+
+    @abstractmethod
+    def epoch_ns(self, time: str, is_date: bool) -> str:
+        """SQL of a time of a Parquet file as nanoseconds since 1970.
+
+        Args:
+            time: SQL of a column of `parquet`.
+            is_date: Whether it is a date in all files.
+        """
+
+    @abstractmethod
+    def beyond_epoch_ns(self, time: str) -> str:
+        """SQL condition: a time or date of a Parquet file is not between the years 1678 and 2261.
+
+        Args:
+            time: SQL of a column of `parquet`.
+        """
+
+    @abstractmethod
+    def user_errors(self, action: str) -> AbstractContextManager[None]:
+        """Converts errors of the engine and of the file system to one-line user errors.
+
+        Errors that point to a bug in the SQL of this package pass unchanged.
+
+        Args:
+            action: Start of the message: what was being done.
+
+        Raises:
+            UserError: The engine ran out of memory, or a file could not be read or written.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Closes the database; its files may then be deleted."""
-        self._connection.close()
-
-
-def connect(folder: Path, **options: Any) -> duckdb.DuckDBPyConnection:
-    """Creates a database in a folder, beside its spilled data.
-
-    Args:
-        folder: Existing folder.
-        options: Options of DuckDB.
-
-    Raises:
-        UserError: DuckDB cannot create files in the folder, because it changes the path.
-    """
-    if changed := set(str(folder.resolve())) & set("\\?"):
-        raise UserError(
-            f"DuckDB cannot keep temporary files in {folder.parent}, because its path has a {changed.pop()}; give one "
-            "without it"
-        )
-    # DuckDB takes the start of a relative path such as `md:data` for an extension to load.
-    folder = folder.absolute()
-    config = {
-        "temp_directory": str(folder / "spill"),
-        # Never download extensions; those used here are in the wheel.
-        "autoinstall_known_extensions": "false",
-        **options,
-    }
-    connection = duckdb.connect(str(folder / "scratch.duckdb"), config=config)
-    # Timestamps without a time zone are UTC, whatever the time zone of the machine.
-    connection.execute("SET TimeZone = 'UTC'")
-    return connection
-
-
-def literal_path(path: Path) -> str:
-    """A path that DuckDB reads as it is. DuckDB takes each path for a glob pattern, or for an address such as `s3:`.
-
-    Args:
-        path: Path of a file.
-
-    Raises:
-        UserError: The path has a backslash beside `*`, `?` or `[`, which no pattern of DuckDB can match.
-    """
-    text = str(path.absolute())
-    if not set(text) & set("*?["):
-        return text
-    if "\\" in text:
-        raise UserError(f"{path}: DuckDB cannot read a path with a backslash and one of * ? [; rename the file")
-    return "".join(f"[{character}]" if character in "*?[" else character for character in text)
 
 
 def literal(text: str) -> str:
@@ -136,35 +141,3 @@ def identifier(name: str) -> str:
         name: Any name.
     """
     return '"' + name.replace('"', '""') + '"'
-
-
-@contextmanager
-def user_errors(action: str) -> Iterator[None]:
-    """Converts errors of DuckDB and of the file system to one-line user errors.
-
-    Errors that point to a bug in the SQL of this package pass unchanged.
-
-    Args:
-        action: Start of the message: what was being done.
-
-    Raises:
-        UserError: DuckDB ran out of memory, or a file could not be read or written.
-    """
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        if known := storage_error(error):
-            raise known from None
-        raise UserError(
-            f"{action}: DuckDB ran out of memory ({_first_line(error)}); raise --memory_gb or lower --threads"
-        ) from None
-    except _NOT_OF_THE_USER:
-        raise
-    except (duckdb.Error, OSError) as error:
-        raise storage_error(error) or UserError(
-            f"{action}: {_first_line(error)}; the file may be damaged (write or download it again)"
-        ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")

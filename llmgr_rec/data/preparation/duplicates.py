@@ -31,15 +31,9 @@ def drop_duplicates(database: Database) -> int:
     Returns:
         Number of deleted clicks.
     """
-    database.run(
-        f"CREATE OR REPLACE TABLE duplicates AS SELECT {_SAME}, min(row) AS first FROM events GROUP BY {_SAME} "
-        "HAVING count(*) > 1"
-    )
-    return int(
-        database.value(
-            "DELETE FROM events USING duplicates d WHERE events.user = d.user AND events.item = d.item "
-            "AND events.time = d.time AND events.phase = d.phase AND events.row > d.first"
-        )
+    groups = f"SELECT {_SAME}, min(row) AS first FROM events GROUP BY {_SAME} HAVING count(*) > 1"
+    return database.delete(
+        "events", ["user", "row"], f"SELECT user, row FROM events JOIN ({groups}) USING ({_SAME}) WHERE row > first"
     )
 
 
@@ -52,11 +46,11 @@ def merge_consecutive_repeats(database: Database) -> int:
     Returns:
         Number of deleted clicks.
     """
-    database.run(
-        "CREATE OR REPLACE TABLE merged AS SELECT user, row FROM events "
-        "QUALIFY item = lag(item) OVER (PARTITION BY user ORDER BY time, row)"
+    return database.delete(
+        "events",
+        ["user", "row"],
+        "SELECT user, row FROM events QUALIFY item = lag(item) OVER (PARTITION BY user ORDER BY time, row)",
     )
-    return int(database.value("DELETE FROM events USING merged m WHERE events.user = m.user AND events.row = m.row"))
 
 
 @contextmanager

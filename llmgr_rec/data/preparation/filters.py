@@ -37,7 +37,7 @@ def apply_core(database: Database, min_per_item: int, min_per_user: int) -> int:
 
 def _delete_rare(database: Database, column: str, minimum: int) -> int:
     rare = f'SELECT "{column}" FROM events GROUP BY "{column}" HAVING count(*) < {minimum}'
-    return int(database.value(f'DELETE FROM events WHERE "{column}" IN ({rare})'))
+    return database.delete("events", [column], rare)
 
 
 def number_items(database: Database, keep_unseen: bool) -> int:
@@ -51,9 +51,8 @@ def number_items(database: Database, keep_unseen: bool) -> int:
         Number of items.
     """
     seen = "" if keep_unseen else "WHERE key IN (SELECT item FROM events)"
-    database.run(
-        f'CREATE TABLE catalog AS SELECT key, row_number() OVER (ORDER BY key) - 1 AS "index" FROM items {seen}'
-    )
+    number = "CAST(row_number() OVER (ORDER BY key) AS BIGINT) - 1"
+    database.create("catalog", f'SELECT key, {number} AS "index" FROM items {seen}')
     return int(database.value("SELECT count(*) FROM catalog"))
 
 
@@ -63,4 +62,4 @@ def drop_users_without_clicks(database: Database) -> None:
     Args:
         database: Scratch database with tables users and events.
     """
-    database.run("DELETE FROM users WHERE key NOT IN (SELECT user FROM events)")
+    database.delete("users", ["key"], "SELECT key FROM users ANTI JOIN events ON events.user = users.key")

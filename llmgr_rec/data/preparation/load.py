@@ -104,15 +104,17 @@ def load_items(database: Database, items: Source | None, clicks: Source) -> None
     """
     if items is None:
         id_type = "VARCHAR" if item_id_type(clicks) == "string" else "BIGINT"
-        columns = ", ".join(f"{column} VARCHAR" for column in TEXT_COLUMNS)
-        database.run(f"CREATE TABLE items (key BIGINT, item_id {id_type}, {columns})")
+        columns = ", ".join(f"CAST(NULL AS VARCHAR) AS {column}" for column in TEXT_COLUMNS)
+        database.create(
+            "items", f"SELECT CAST(NULL AS BIGINT) AS key, CAST(NULL AS {id_type}) AS item_id, {columns} WHERE false"
+        )
         return
     texts = ", ".join(
         f"CAST({column} AS VARCHAR) AS {column}" if column in items.types else f"CAST(NULL AS VARCHAR) AS {column}"
         for column in TEXT_COLUMNS
     )
     _check_values(database, items, ["item_id"], [column for column in TEXT_COLUMNS if column in items.types])
-    database.run(f"CREATE TABLE items AS SELECT source_row AS key, item_id, {texts} FROM {items.sql()}")
+    database.create("items", f"SELECT source_row AS key, item_id, {texts} FROM {items.sql(database)}")
     duplicates = database.run(
         "SELECT count(*) OVER (), item_id, keys[1], keys[2] FROM (SELECT item_id, list_sort(list(key)) AS keys "
         "FROM items WHERE item_id IN (SELECT item_id FROM items GROUP BY item_id HAVING count(*) > 1) "
@@ -143,15 +145,15 @@ def load_interactions(database: Database, clicks: Source, settings: PrepareSetti
     _check_values(database, clicks, ["user_id", "item_id", "timestamp"])
     _check_units(database, clicks, settings)
     label, time = _label_sql(clicks, settings), _time_sql(database, clicks)
-    database.run(
-        f"CREATE TABLE users AS SELECT min(source_row) AS key, user_id AS name FROM {clicks.sql()} GROUP BY ALL"
+    database.create(
+        "users", f"SELECT min(source_row) AS key, user_id AS name FROM {clicks.sql(database)} GROUP BY user_id"
     )
     return _load_events(
         database,
         clicks,
         settings,
         f"SELECT user_id AS name, item_id, {time} AS time, source_row AS row, "
-        f"source_row AS place, {label} AS label FROM {clicks.sql()}",
+        f"source_row AS place, {label} AS label FROM {clicks.sql(database)}",
     )
 
 
@@ -173,7 +175,7 @@ def load_sessions(database: Database, clicks: Source, settings: PrepareSettings)
     _check_values(database, clicks, columns)
     _check_units(database, clicks, settings)
     time = _time_sql(database, clicks)
-    database.run(f"CREATE TABLE users AS SELECT source_row AS key, session_id AS name FROM {clicks.sql()}")
+    database.create("users", f"SELECT source_row AS key, session_id AS name FROM {clicks.sql(database)}")
     duplicates = database.run("SELECT name, max(key) FROM users GROUP BY name HAVING count(*) > 1 ORDER BY 2 LIMIT 1")
     if duplicates:
         name, key = duplicates[0]
@@ -186,7 +188,7 @@ def load_sessions(database: Database, clicks: Source, settings: PrepareSettings)
         settings,
         f"SELECT session_id AS name, unnest(items) AS item_id, {time} AS time, "
         "generate_subscripts(items, 1) AS row, source_row AS place, "
-        f"{_label_sql(clicks, settings)} AS label FROM {clicks.sql()}",
+        f"{_label_sql(clicks, settings)} AS label FROM {clicks.sql(database)}",
     )
 
 
@@ -208,9 +210,10 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
     dropped = resolve_missing_items(database, settings, raw)
     user = "u.key" if settings.interactions else "r.place"
     join = "JOIN users u ON u.name = r.name" if settings.interactions else ""
-    database.run(
-        f"CREATE TABLE events AS SELECT {user} AS user, i.key AS item, r.time, r.row, "
-        f"{_phase_sql(clicks, settings)} AS phase FROM ({raw}) r JOIN items i ON i.item_id = r.item_id {join}"
+    database.create(
+        "events",
+        f"SELECT {user} AS user, i.key AS item, r.time, r.row, "
+        f"{_phase_sql(clicks, settings)} AS phase FROM ({raw}) r JOIN items i ON i.item_id = r.item_id {join}",
     )
     _check_split_labels(database, clicks, settings)
     return int(database.value("SELECT count(*) FROM events")) + dropped
@@ -218,12 +221,12 @@ def _load_events(database: Database, clicks: Source, settings: PrepareSettings, 
 
 def _check_values(database: Database, source: Source, columns: list[str], texts: Sequence[str] = ()) -> None:
     """Raises a `UserError` if a value is invalid; warns of ids and texts that are words for a missing value."""
-    tests = [(column, *test) for column in columns for test in _value_tests(source, column)]
+    tests = [(column, *test) for column in columns for test in _value_tests(database, source, column)]
     ids = [column for column in columns if source.types[column] == "string" and column != "items"]
     tests += [(column, f"({column} IN ({_ID_WORDS}) OR lower({column}) IN ({_ID_WORDS}))", "") for column in ids]
     tests += [(column, f"{column} IN ({_WORDS})", "") for column in texts]
     selected = ", ".join(f"count(*) FILTER ({test}), min(source_row) FILTER ({test})" for _, test, _ in tests)
-    results = database.run(f"SELECT {selected} FROM {source.sql()}")[0]
+    results = database.run(f"SELECT {selected} FROM {source.sql(database)}")[0]
     for position, (column, _, problem) in enumerate(tests):
         count, row = results[2 * position : 2 * position + 2]
         if count and problem:
@@ -238,7 +241,7 @@ def _check_values(database: Database, source: Source, columns: list[str], texts:
             )
 
 
-def _value_tests(source: Source, column: str) -> Iterator[tuple[str, str]]:
+def _value_tests(database: Database, source: Source, column: str) -> Iterator[tuple[str, str]]:
     """SQL conditions of an invalid value, each with the end of a message, in which {} is the number of rows."""
     kind = source.types[column]
     if column in source.float_ids:
@@ -249,10 +252,9 @@ def _value_tests(source: Source, column: str) -> Iterator[tuple[str, str]]:
     null = "null or NaN" if kind == "float" or column in source.float_ids else "null"
     yield f"{column} IS NULL", f"is {null} ({{}} in all); fill or delete such rows"
     if column == "items":
-        yield "list_count(items) < len(items)", "holds a null item ({} rows in all); delete it from the list"
+        yield "list_count(items) < array_length(items)", "holds a null item ({} rows in all); delete it from the list"
     if kind in ("timestamp", "date"):
-        years = f"{column} NOT BETWEEN TIMESTAMP '1678-01-01' AND TIMESTAMP '2262-01-01'"
-        yield years, "is not between the years 1678 and 2261 ({} rows in all); correct it"
+        yield database.beyond_epoch_ns(column), "is not between the years 1678 and 2261 ({} rows in all); correct it"
     elif column == "timestamp":
         # NaT of pandas is the smallest integer.
         yield f"abs(CAST({column} AS DOUBLE)) >= 9.2e18", "is not a time ({} rows in all); fill or delete such rows"
@@ -300,7 +302,7 @@ def _check_units(database: Database, clicks: Source, settings: PrepareSettings) 
     """Raises a `UserError` if the numbers of column timestamp are of several units, which would mix up their order."""
     if clicks.types.get("timestamp") not in ("int64", "float") or settings.time_unit != "auto":
         return
-    units = f"SELECT {unit_sql('timestamp')} AS unit FROM {clicks.sql()}"
+    units = f"SELECT {unit_sql('timestamp')} AS unit FROM {clicks.sql(database)}"
     counts = dict(database.run(f"SELECT unit, count(*) FROM ({units}) WHERE unit IS NOT NULL GROUP BY unit"))
     if len(counts) > 1:
         raise UserError(
@@ -315,9 +317,9 @@ def _time_sql(database: Database, clicks: Source) -> str:
         return "CAST(0 AS BIGINT)"
     if kind == "float":
         return f"CAST(round(timestamp * {time_factor(database, clicks)}) AS BIGINT)"
-    return {"timestamp": "epoch_ns(timestamp)", "date": "epoch_ns(CAST(timestamp AS TIMESTAMP))"}.get(
-        kind, "CAST(timestamp AS BIGINT)"
-    )
+    if kind in ("timestamp", "date"):
+        return database.epoch_ns("timestamp", kind == "date")
+    return "CAST(timestamp AS BIGINT)"
 
 
 def time_factor(database: Database, clicks: Source) -> int:
@@ -330,6 +332,6 @@ def time_factor(database: Database, clicks: Source) -> int:
     if clicks.types.get("timestamp") != "float":
         return 1
     whole, largest = database.run(
-        f"SELECT bool_and(timestamp = floor(timestamp)), max(abs(timestamp)) FROM {clicks.sql()}"
+        f"SELECT bool_and(timestamp = floor(timestamp)), max(abs(timestamp)) FROM {clicks.sql(database)}"
     )[0]
     return 1 if whole or largest > _LARGEST_WITH_FRACTION else 10**6

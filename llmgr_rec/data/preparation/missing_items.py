@@ -25,9 +25,10 @@ def resolve_missing_items(database: Database, settings: PrepareSettings, raw: st
     Raises:
         UserError: Items are missing from the item file and may not be, or no item of the clicks is in it.
     """
-    database.run(
-        f"CREATE TABLE missing AS SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
-        "ANTI JOIN items USING (item_id) GROUP BY item_id"
+    database.create(
+        "missing",
+        f"SELECT item_id, count(*) AS clicks, min(place) AS first FROM ({raw}) "
+        "ANTI JOIN items USING (item_id) GROUP BY item_id",
     )
     count, first = database.run("SELECT sum(clicks), arg_min(item_id, first) FROM missing")[0]
     if not count:
@@ -56,10 +57,12 @@ def resolve_missing_items(database: Database, settings: PrepareSettings, raw: st
 
 def _add_missing(database: Database) -> None:
     """Adds the items of table missing to table items, without text, in order of their first click."""
-    texts = ", ".join(f"NULL AS {column}" for column in TEXT_COLUMNS)
-    database.run(
-        "INSERT INTO items SELECT (SELECT coalesce(max(key), -1) FROM items) "
-        f"+ row_number() OVER (ORDER BY first, item_id), item_id, {texts} FROM missing"
+    texts = ", ".join(f"CAST(NULL AS VARCHAR) AS {column}" for column in TEXT_COLUMNS)
+    last = int(database.value("SELECT coalesce(max(key), -1) FROM items"))
+    database.create(
+        "items",
+        f"SELECT key, item_id, {', '.join(TEXT_COLUMNS)} FROM items UNION ALL "
+        f"SELECT {last} + CAST(row_number() OVER (ORDER BY first, item_id) AS BIGINT), item_id, {texts} FROM missing",
     )
 
 

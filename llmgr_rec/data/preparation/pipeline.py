@@ -9,7 +9,8 @@ import pyarrow as pa
 from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.preparation import filters, load, phases, sessionize
-from llmgr_rec.data.preparation.database import Database, user_errors
+from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.duckdb_database import DuckDBDatabase
 from llmgr_rec.data.preparation.duplicates import (
     count_duplicates,
     drop_duplicates,
@@ -30,14 +31,17 @@ from llmgr_rec.files import atomic_folder, scratch_folder
 from llmgr_rec.first_and_last_line import print_start, threads_in_use
 
 if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
     from tqdm import tqdm
 
 
-def prepare_dataset(settings: PrepareSettings) -> Manifest:
+def prepare_dataset(settings: PrepareSettings, spark: "SparkSession | None" = None) -> Manifest:
     """Makes a data set from raw logs.
 
     Args:
         settings: Settings of this run.
+        spark: Running Spark session that does the work, as with `engine` spark; it is left running. None takes what
+            `engine` says.
 
     Returns:
         The manifest of the data set.
@@ -45,19 +49,34 @@ def prepare_dataset(settings: PrepareSettings) -> Manifest:
     Raises:
         UserError: The input or the settings are invalid. Nothing is left on disk.
     """
+    if spark is not None:
+        settings = replace(settings, engine="spark")
     check_settings(settings)
     clicks, items = load.open_inputs(settings)
     reads = [settings.interactions, settings.sessions, settings.items]
-    limits = f"DuckDB, {threads_in_use(settings.threads)}, {settings.memory_gb:g} GiB of memory"
-    print_start("prepare", reads, settings.output, limits)
+    print_start("prepare", reads, settings.output, _describe_engine(settings))
     output = Path(settings.output).resolve()
     temporary = Path(settings.temp_folder or output.parent).absolute() / output.name
     with atomic_folder(output) as draft, scratch_folder(temporary) as scratch:
-        database = Database(scratch, settings.memory_gb, settings.threads)
+        database = _open_database(scratch, settings, spark)
         try:
             return _run_steps(draft, database, settings, clicks, items)
         finally:
             database.close()
+
+
+def _describe_engine(settings: PrepareSettings) -> str:
+    if settings.engine == "spark":
+        return f"Spark{f' of {settings.spark_master}' if settings.spark_master else ''}"
+    return f"DuckDB, {threads_in_use(settings.threads)}, {settings.memory_gb:g} GiB of memory"
+
+
+def _open_database(scratch: Path, settings: PrepareSettings, spark: "SparkSession | None") -> Database:
+    if settings.engine == "duckdb":
+        return DuckDBDatabase(scratch, settings.memory_gb, settings.threads)
+    from llmgr_rec.data.preparation.spark_database import SparkDatabase
+
+    return SparkDatabase(scratch, settings.memory_gb, settings.threads, settings.spark_master, spark)
 
 
 def _run_steps(
@@ -66,13 +85,13 @@ def _run_steps(
     """Runs all steps; each advances the progress bar by one."""
     with progress(6, "prepare", "step") as bar:
         bar.set_description("prepare: read items and clicks")
-        with user_errors(f"reading {settings.items}"):
+        with database.user_errors(f"reading {settings.items}"):
             load.load_items(database, items, clicks)
-        with user_errors(f"reading {settings.interactions or settings.sessions}"):
+        with database.user_errors(f"reading {settings.interactions or settings.sessions}"):
             read = (load.load_interactions if settings.interactions else load.load_sessions)(database, clicks, settings)
         bar.update()
         bar.set_description("prepare: k-core")
-        with user_errors("preparing"):
+        with database.user_errors("preparing"):
             cut = sessionize.cut_sessions(database, clicks, settings) if settings.session_gap else {}
             duplicates = _find_duplicates(database, settings)
             with naming_duplicates(duplicates if settings.duplicates == "drop" else 0, read):

@@ -47,9 +47,8 @@ def stream_blocks(database: Database, order: str) -> Iterator[Block]:
         database: Scratch database with tables users, events and catalog.
         order: `SHUFFLED` or `INPUT_ORDER`.
     """
-    database.run(
-        f"CREATE OR REPLACE TABLE places AS SELECT key, row_number() OVER (ORDER BY {order}) AS place FROM users"
-    )
+    place = f"CAST(row_number() OVER (ORDER BY {order}) AS BIGINT)"
+    database.create("places", f"SELECT key, {place} AS place FROM users")
     clicks = database.stream(
         'SELECT p.place, c."index", e.phase FROM events e JOIN places p ON p.key = e.user '
         "JOIN catalog c ON c.key = e.item ORDER BY p.place, e.time, e.row"

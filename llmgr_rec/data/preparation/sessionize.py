@@ -33,24 +33,27 @@ def cut_sessions(database: Database, clicks: Source, settings: PrepareSettings) 
     gap = nanoseconds_of(settings.session_gap, "--session_gap") * per_second // UNITS["nanoseconds"]
     users = int(database.value("SELECT count(*) FROM users"))
     # HUGEINT, because the difference of two times may exceed 64 bits.
-    database.run(
-        "CREATE TABLE numbered AS SELECT *, 1 + sum(CAST(starts AS BIGINT)) OVER clicks AS number FROM (SELECT *, "
+    database.create(
+        "numbered",
+        "SELECT *, 1 + sum(CAST(starts AS BIGINT)) OVER clicks AS number FROM (SELECT *, "
         f"coalesce(CAST(time AS HUGEINT) - lag(time) OVER clicks > {gap}, false) AS starts FROM events "
         "WINDOW clicks AS (PARTITION BY user ORDER BY time, row)) "
-        "WINDOW clicks AS (PARTITION BY user ORDER BY time, row ROWS UNBOUNDED PRECEDING)"
+        "WINDOW clicks AS (PARTITION BY user ORDER BY time, row ROWS UNBOUNDED PRECEDING)",
     )
     # Like the key of a user: the first row of the input, so that sessions keep the order of the input.
-    database.run("CREATE TABLE cut AS SELECT user, number, min(row) AS key FROM numbered GROUP BY user, number")
-    database.run(
-        "CREATE OR REPLACE TABLE users AS SELECT c.key, CAST(u.name AS VARCHAR) || '/' || c.number AS name "
-        "FROM cut c JOIN users u ON u.key = c.user"
+    database.create("cut", "SELECT user, number, min(row) AS key FROM numbered GROUP BY user, number")
+    database.create(
+        "users",
+        "SELECT c.key, CAST(u.name AS VARCHAR) || '/' || CAST(c.number AS VARCHAR) AS name "
+        "FROM cut c JOIN users u ON u.key = c.user",
     )
-    database.run(
-        "CREATE OR REPLACE TABLE events AS SELECT n.* EXCLUDE (starts, number) REPLACE (c.key AS user) "
-        "FROM numbered n JOIN cut c ON c.user = n.user AND c.number = n.number"
+    database.create(
+        "events",
+        "SELECT c.key AS user, n.item, n.time, n.row, n.phase "
+        "FROM numbered n JOIN cut c ON c.user = n.user AND c.number = n.number",
     )
-    database.run("DROP TABLE numbered")
-    database.run("DROP TABLE cut")
+    database.drop("numbered")
+    database.drop("cut")
     sessions, count = database.run("SELECT count(DISTINCT user), count(*) FROM events")[0]
     return {"gap": settings.session_gap, "unit": unit, "users": users, "sessions": sessions, "clicks": count}
 

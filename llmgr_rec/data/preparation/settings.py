@@ -1,5 +1,8 @@
 """Settings of prepare. Imports no third-party package, so that `--help` is fast."""
 
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,9 +71,12 @@ class PrepareSettings:
         hold_out_items: Share of items held out of training, at least 0 and below 1. Their clicks are removed from the
             training sessions; validation and test sessions keep them, as history and as targets.
         hold_out_seed: Seed of the choice of held-out items, which depends on the seed and the item ids only.
+        engine: duckdb works on this machine; spark needs pyspark and Java, and gives the same files.
+        spark_master: Spark master, such as spark://host:7077; default: that of spark-submit, or this machine.
         memory_gb: Memory limit of DuckDB, in GiB; what exceeds it spills to disk. The process needs about 0.5 GiB more.
-        threads: DuckDB threads; 0 for one per core.
-        temp_folder: Folder for spilled data; default: next to the output.
+            With Spark, the memory of its driver.
+        threads: DuckDB threads, or tasks of Spark on this machine; 0 for one per core.
+        temp_folder: Folder for spilled data; default: next to the output. With Spark, all executors must reach it.
     """
 
     output: LocalPath
@@ -96,6 +102,8 @@ class PrepareSettings:
     keep_unseen_items: bool = False
     hold_out_items: float = 0.0
     hold_out_seed: int = 0
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    spark_master: str | None = None
     memory_gb: float = 1.0
     threads: int = 0
     temp_folder: LocalPath | None = None
@@ -125,6 +133,7 @@ def check_settings(settings: PrepareSettings) -> None:
         raise UserError("give exactly one of --interactions and --sessions")
     _check_sessions(settings)
     _check_split(settings)
+    _check_engine(settings)
     if settings.temp_folder:
         require_writable(Path(settings.temp_folder), "--temp_folder")
     output = Path(settings.output)
@@ -153,4 +162,24 @@ def _check_split(settings: PrepareSettings) -> None:
         raise UserError(
             "--prefix_augmentation all would evaluate on training clicks with --split leave_one_out; "
             "use train or none, or a split by whole sessions (temporal, predefined)"
+        )
+
+
+def _check_engine(settings: PrepareSettings) -> None:
+    if settings.engine != "spark":
+        if settings.spark_master is not None:
+            raise UserError("--spark_master needs --engine spark; add it, or leave out --spark_master")
+        return
+    for package in ("pyspark", "sqlglot"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"--engine spark needs the package {package}, which is not installed: "
+                "pip install 'pyspark>=4.2,<5' 'sqlglot>=30,<31'"
+            )
+    home = os.environ.get("JAVA_HOME")
+    if shutil.which("java", path=f"{home}/bin" if home else None) is None:
+        where = f"in JAVA_HOME={home}" if home else "on the PATH"
+        raise UserError(
+            f"--engine spark needs Java 17 or later, and there is no java {where}: "
+            "apt install openjdk-17-jre-headless, or set JAVA_HOME"
         )

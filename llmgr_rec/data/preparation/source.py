@@ -13,7 +13,7 @@ import pyarrow as pa
 from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, LARGEST_EXACT_FLOAT32, plain_id_sql
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
-from llmgr_rec.data.preparation.database import identifier, literal, literal_path
+from llmgr_rec.data.preparation.database import Database, identifier, literal
 from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
 
@@ -33,7 +33,7 @@ _EXACT = {"float": LARGEST_EXACT_FLOAT, "float32": LARGEST_EXACT_FLOAT32}
 _FROM_FOLDER = "from the folder name"
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
-_SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT", "date": "DATE", "float": "DOUBLE"}
+_SQL_TYPES = {"string": "VARCHAR", "int64": "BIGINT", "float": "DOUBLE"}
 
 
 @dataclass(frozen=True)
@@ -86,37 +86,42 @@ class Source:
         group = int(np.searchsorted(np.cumsum(self.row_groups[file]), in_file, side="right"))
         return f"{self.files[file]}, row group {group}, row {in_file}"
 
-    def sql(self) -> str:
-        """A DuckDB table expression of the checked columns and `source_row`, the row number in the table.
+    def sql(self, database: Database) -> str:
+        """SQL of a table of the checked columns and `source_row`, the row number in the table.
 
         Ids have the type in `types`, those that are whole floats as integers (`12.0` is 12, also in text); NaN and
         infinity are null. A float that is no exact integer is true in the column `inexact(NAME)`.
+
+        Args:
+            database: Database that reads the files.
         """
         # Not one query for all files, where DuckDB would cast integers to floats if another file has floats.
         groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
         for place, stored in enumerate(self.stored):
             groups.setdefault(tuple(stored.items()), []).append(place)
-        return "(" + " UNION ALL ".join(map(self._files_sql, groups.values())) + ")"
+        return "(" + " UNION ALL ".join(self._files_sql(database, places) for places in groups.values()) + ")"
 
-    def _files_sql(self, places: list[int]) -> str:
+    def _files_sql(self, database: Database, places: list[int]) -> str:
         """SQL of some of the files, which store all columns as the same types."""
         stored = self.stored[places[0]]
-        paths = ", ".join(literal(literal_path(self.files[place])) for place in places)
         starts = ", ".join(f"{self.first_rows[place]}::BIGINT" for place in places)
-        columns = [f"{self._column_sql(name, stored[name], places)} AS {identifier(name)}" for name in self.types]
+        columns = [
+            f"{self._column_sql(database, name, stored[name], places)} AS {identifier(name)}" for name in self.types
+        ]
         columns += [f"{self._inexact_sql(name, stored[name])} AS {inexact(name)}" for name in self.float_ids]
-        # Not DuckDB's partitions: those override columns of the file, and begin above the input folder. Files may have
-        # different integer widths and time units.
-        options = "file_row_number=true, hive_partitioning=false, union_by_name=true"
+        files = database.parquet(
+            [self.files[place] for place in places], [name for name in self.types if name not in self.partitions]
+        )
         row = f"file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT)"
-        return f"SELECT {', '.join(columns)}, {row} AS {_SOURCE_ROW} FROM read_parquet([{paths}], {options})"
+        return f"SELECT {', '.join(columns)}, {row} AS {_SOURCE_ROW} FROM {files}"
 
-    def _column_sql(self, name: str, stored: str, places: list[int]) -> str:
+    def _column_sql(self, database: Database, name: str, stored: str, places: list[int]) -> str:
         target = self.types[name]
         if name in self.partitions:
             values = [self.partitions[name][place] for place in places]
             texts = ", ".join("NULL" if value is None else literal(value) for value in values)
-            return f"CAST(list_extract([{texts}]::VARCHAR[], (file_index + 1)::BIGINT) AS {_SQL_TYPES[target]})"
+            text = f"list_extract([{texts}]::VARCHAR[], (file_index + 1)::BIGINT)"
+            return database.date(text) if target == "date" else f"CAST({text} AS {_SQL_TYPES[target]})"
         column = identifier(name)
         if self.kinds[name] == "id":
             return _id_sql(column, stored, target)
@@ -133,7 +138,7 @@ class Source:
         wrong = f"isfinite({{0}}) AND ({{0}} <> floor({{0}}) OR abs({{0}}) >= {_EXACT[stored]})"
         if self.kinds[name] == "id":
             return f"coalesce({wrong.format(identifier(name))}, false)"
-        return f"coalesce(len(list_filter({identifier(name)}, lambda x: {wrong.format('x')})) > 0, false)"
+        return f"coalesce(array_length(list_filter({identifier(name)}, lambda x: {wrong.format('x')})) > 0, false)"
 
 
 def _id_sql(value: str, stored: str, target: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmgr_rec.data.preparation import database
+from llmgr_rec.data.preparation import duckdb_database
 from llmgr_rec.errors import UserError
 from llmgr_rec.prepare import main
 from tests.data.prepare_inputs import Click, Prepared, Row, prepare, write_interactions, write_items
@@ -118,7 +118,7 @@ def test_the_choice_depends_on_seed_and_id_alone(tmp_path: Path) -> None:
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(tmp_path, long_log(), hold_out_items=0.3, output=str(tmp_path / "a"), threads=1).dataset.path
-    monkeypatch.setattr(database, "_BATCH_ROWS", 2048)  # the smallest that DuckDB hands out
+    monkeypatch.setattr(duckdb_database, "BATCH_ROWS", 2048)  # the smallest that DuckDB hands out
     second = prepare(tmp_path, long_log(), hold_out_items=0.3, output=str(tmp_path / "b"), threads=4).dataset.path
     for path in (path for path in first.rglob("*") if path.is_file()):
         assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmgr_rec.data.preparation import database
+from llmgr_rec.data.preparation import duckdb_database
 from llmgr_rec.data.preparation.summary import summary_lines
 from llmgr_rec.data.repeats import RepeatCounts, decide_repeats
 from llmgr_rec.errors import UserError
@@ -167,7 +167,7 @@ def test_consecutive_repeats_are_merged_until_there_are_none(tmp_path: Path) -> 
 
 
 def test_repeats_count_wherever_blocks_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(database, "_BATCH_ROWS", 2048)  # the smallest that DuckDB hands out
+    monkeypatch.setattr(duckdb_database, "BATCH_ROWS", 2048)  # the smallest that DuckDB hands out
     more = sessions(3, "abbacde")
     counts = prepare(tmp_path, distinct(700) + more).dataset.manifest.repeat_counts
     assert counts["train"] == RepeatCounts(700 * 7 + 3 * 5, 6, 700 * 6 + 3 * 4, 6)
