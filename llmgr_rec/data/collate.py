@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.catalog import Catalog
-from llmgr_rec.data.graph import build_graphs
+from llmgr_rec.data.graph import build_graphs, nodes_of_longest
 from llmgr_rec.data.hashing import hash_ints
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prefixes import following_items
@@ -91,6 +91,8 @@ class Collator:
         candidates: Items that a loss scores.
         text: Text shown in prompts; None for no text.
         seed: Seed of the random draws.
+        longest_nodes: Whether features have bags of the nodes of the longest prefix of each pass only, instead of those
+            of all prefixes.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class Collator:
         candidates: CandidateItems = CandidateItems(),
         text: PromptText | None = None,
         seed: int = 0,
+        longest_nodes: bool = False,
     ) -> None:
+        self.longest_nodes = longest_nodes
         self.num_items = num_items = catalog.num_items
         self.side_features = {name: catalog.features.get(name, Jagged.empty(num_items)) for name in side_features}
         self.candidates = candidates
@@ -132,7 +136,10 @@ class Collator:
         text_items_B = self._text_items(raw)
         targets_B = text_items_B if isinstance(self.text, RandomNodeText) else raw.targets_B
         candidates_C, log_q_C = self._candidates(raw, targets_B)
-        items_X = torch.cat([graph.node_items_N, candidates_C])
+        items_N = graph.node_items_N
+        if self.longest_nodes and raw.pass_offsets_P1.numel():
+            items_N = items_N[nodes_of_longest(graph, raw.pass_offsets_P1).values]
+        items_X = torch.cat([items_N, candidates_C])
         return SessionBatch(
             features=self.item_features(items_X if self._has_features else items_X[:0]),
             graph=graph,

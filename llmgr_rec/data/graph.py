@@ -3,7 +3,8 @@
 The graph of a session has one node per distinct item, in order of first click, and one directed edge per distinct pair
 of consecutive clicks. An item clicked twice in a row gives a self loop (Guo et al., arXiv 2402.16539, section 3).
 
-Shapes: B sessions, L clicks of all sessions, N nodes of all sessions, E edges of all sessions.
+Shapes: B sessions, L clicks of all sessions, N nodes of all sessions, E edges of all sessions, P passes,
+M nodes of their longest prefixes.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from llmgr_rec.data.jagged import Jagged, lengths_to_offsets, ranges
 
 IntArray = NDArray[np.int64]
 
@@ -78,6 +81,18 @@ class SessionGraph:
         """Marks the tensors as used by `stream`; see `torch.Tensor.record_stream`."""
         for tensor in self.tensors():
             tensor.record_stream(stream)
+
+
+def nodes_of_longest(graph: SessionGraph, pass_offsets_P1: Tensor) -> Jagged:
+    """Nodes of the longest prefix of each pass, P rows of M nodes; on any device.
+
+    Args:
+        graph: Graphs of the prefixes.
+        pass_offsets_P1: First prefix of each pass and, last, the number of prefixes, int64.
+    """
+    longest_P = pass_offsets_P1[1:] - 1
+    offsets_P1 = lengths_to_offsets(graph.node_offsets_B1.diff()[longest_P])
+    return Jagged(ranges(graph.node_offsets_B1[longest_P], offsets_P1), offsets_P1)
 
 
 def _rows_of(offsets: Tensor, total: int) -> Tensor:

@@ -97,21 +97,24 @@ class PackedSequences:
             [bucket.unpad(function(bucket.pad(part))) for bucket, part in zip(self.buckets, parts, strict=True)]
         )
 
-    def node_and_session_states(self, states_LD: Tensor, nodes_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Picks the state at the last click of each node and of each sequence.
+    def session_states(self, states_LD: Tensor) -> Tensor:
+        """Picks the state at the last click of each sequence, [B, D]; zeros for a sequence without clicks."""
+        return _with_no_click(states_LD).index_select(0, self.last_click_B + 1)
+
+    def node_states(self, states_LD: Tensor, nodes_ND: Tensor) -> Tensor:
+        """Picks the state at the last click of each node, [N, D].
 
         Args:
             states_LD: A state for each packed click.
             nodes_ND: Vectors of the nodes, kept by nodes whose clicks are all too old to be packed.
-
-        Returns:
-            States of the nodes, [N, D], and of the sequences, [B, D]; zeros for a sequence without clicks.
         """
-        # Row 0 stands for "no click", so that -1 + 1 picks zeros, also in a batch without any click.
-        padded = torch.cat([states_LD.new_zeros(1, states_LD.shape[1]), states_LD])
-        states_ND = padded.index_select(0, self.last_click_N + 1)
-        states_ND = torch.where(self.last_click_N.unsqueeze(1) >= 0, states_ND, nodes_ND)
-        return states_ND, padded.index_select(0, self.last_click_B + 1)
+        states_ND = _with_no_click(states_LD).index_select(0, self.last_click_N + 1)
+        return torch.where(self.last_click_N.unsqueeze(1) >= 0, states_ND, nodes_ND)
+
+
+def _with_no_click(states_LD: Tensor) -> Tensor:
+    """States after a row of zeros for "no click", so that -1 + 1 picks it, also in a batch without any click."""
+    return torch.cat([states_LD.new_zeros(1, states_LD.shape[1]), states_LD])
 
 
 def pack_sequences(graph: SessionGraph, max_clicks: int, pass_offsets_P1: Tensor | None = None) -> PackedSequences:

@@ -19,10 +19,10 @@ The last prefix adds the edge from 5 to 7, so nodes 5 and 7 are new. Node 6 is b
 >>> nodes.computed_C[nodes.state_N].tolist()
 [0, 1, 2, 3, 4, 5, 4, 7]
 
-Every item has one vector in all prefixes, that of its node in the longest one:
+Every item has one vector in all prefixes, that of its node in the longest one, which has the nodes 5, 6 and 7:
 
->>> nodes.longest_M.tolist(), nodes.vector_N.tolist()
-([5, 6, 7], [0, 0, 1, 0, 1, 0, 1, 2])
+>>> nodes.vector_N.tolist()
+[0, 0, 1, 0, 1, 0, 1, 2]
 
 Shapes: B prefixes of the batch, L their clicks, N their nodes, P passes, M nodes of the longest prefix of each pass, C
 computed nodes.
@@ -33,8 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.data.jagged import lengths_to_offsets, ranges
+from llmgr_rec.data.graph import SessionGraph, nodes_of_longest
 
 
 @dataclass
@@ -42,13 +41,11 @@ class PrefixNodes:
     """Which nodes of all prefixes share vectors and states. All tensors are int64.
 
     Args:
-        longest_M: Nodes of the longest prefix of each pass.
-        vector_N: Index in `longest_M` of the same item.
+        vector_N: Of the M nodes of the longest prefixes, see `nodes_of_longest`, that of the same item.
         computed_C: Nodes whose state is that of no shorter prefix.
         state_N: Index in `computed_C` of the node with the same state after one round of message passing.
     """
 
-    longest_M: Tensor
     vector_N: Tensor
     computed_C: Tensor
     state_N: Tensor
@@ -67,14 +64,12 @@ def prefix_nodes(graph: SessionGraph, pass_offsets_P1: Tensor) -> PrefixNodes:
     # A session numbers its nodes by first click, so an item has the same number in all prefixes that have it.
     number_N = node_N - graph.node_offsets_B1[session_N]
     pass_B = torch.repeat_interleave(pass_offsets_P1.diff(), output_size=graph.num_sessions)
-    longest_P, offsets_B1 = pass_offsets_P1[1:] - 1, graph.node_offsets_B1
-    vector_offsets_P1 = lengths_to_offsets(offsets_B1.diff()[longest_P])
+    offsets_B1, longest = graph.node_offsets_B1, nodes_of_longest(graph, pass_offsets_P1)
     prefix_N = _first_prefix_of_state(graph, session_N, pass_offsets_P1[:-1][pass_B])
     same_N = offsets_B1[prefix_N] + number_N
     is_computed_N = same_N == node_N
     return PrefixNodes(
-        longest_M=ranges(offsets_B1[longest_P], vector_offsets_P1),
-        vector_N=vector_offsets_P1[pass_B[session_N]] + number_N,
+        vector_N=longest.offsets[pass_B[session_N]] + number_N,
         computed_C=is_computed_N.nonzero().squeeze(1),
         state_N=(is_computed_N.cumsum(0) - 1)[same_N],
     )

@@ -23,11 +23,9 @@ torch.fx.wrap("encode_one_pass")
 torch.fx.wrap("normalize")
 
 
-def encode_one_pass(
-    encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor
-) -> EncodedSessions:
+def encode_one_pass(encoder: SessionEncoder, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
     """`SessionEncoder.encode_one_pass` as a function that symbolic tracing does not enter."""
-    return encoder.encode_one_pass(nodes_ND, graph, pass_offsets_P1)
+    return encoder.encode_one_pass(nodes_MD, graph, pass_offsets_P1)
 
 
 @dataclass
@@ -85,17 +83,21 @@ class SessionRecommender(nn.Module):
 
         Args:
             batch: Its features contain a bag for each node, then one for each candidate.
-            one_pass: Whether to encode only the longest prefix of each pass, see `SessionEncoder.encode_one_pass`.
+            one_pass: Whether to encode all prefixes of a pass at once, see `SessionEncoder.encode_one_pass`. The
+                features then have bags of the nodes of the longest prefixes only, and the output has no node states.
 
         Returns:
             Queries and candidates, and the vectors that they are computed from.
         """
         rows = self.rows(batch.features)
-        num_nodes = batch.graph.node_items_N.shape[0]
-        # The backward pass of two slices allocates two full gradients, that of a split only one.
-        rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, rows.vectors_XD.shape[0] - num_nodes])
+        num_rows, num_nodes = rows.vectors_XD.shape[0], batch.graph.node_items_N.shape[0]
         if one_pass:
-            encoded = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
+            num_nodes = num_rows - batch.candidates_C.shape[0]
+        # The backward pass of two slices allocates two full gradients, that of a split only one.
+        rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, num_rows - num_nodes])
+        if one_pass:
+            sessions_BD = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
+            encoded = EncodedSessions(rows_ND[:0], sessions_BD)
         else:
             encoded = self.encoder(rows_ND, batch.graph)
         queries_BQ, candidates_CQ = self.as_query(encoded.sessions_BD), self._as_item(candidates_CD)

@@ -1,7 +1,7 @@
 """Base class of session encoders, and segment operations for them; the registry is in `encoders`.
 
-Shapes: B sessions, N nodes (the distinct items of each session, session by session), V items of the catalog, D = d1
-columns, K channels.
+Shapes: B sessions, N nodes (the distinct items of each session, session by session), M of them in longest prefixes, V
+items of the catalog, D = d1 columns, K channels.
 """
 
 from abc import ABC, abstractmethod
@@ -87,17 +87,18 @@ class SessionEncoder(nn.Module, ABC):
         """
         return self(prepared.index_select(0, graph.node_items_N), graph).sessions_BD
 
-    def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
+    def encode_one_pass(self, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
         """Encodes all prefixes of each pass by encoding only the longest of them.
 
         Args:
-            nodes_ND: Item vectors of the nodes; those of an item are the same in all prefixes.
+            nodes_MD: Item vectors of the nodes of the longest prefix of each pass, which has the items of all others;
+                see `data.graph.nodes_of_longest`.
             graph: Graphs of the prefixes.
             pass_offsets_P1: First prefix of each pass and, last, the number of prefixes, int64; each prefix of a pass
                 is one click longer than the previous one.
 
         Returns:
-            The output of `forward` for the same prefixes.
+            Session vectors of the prefixes, [B, D], as `forward` gives them.
 
         Raises:
             ValueError: This encoder does not support it.

@@ -56,11 +56,11 @@ class SRGNN(SessionEncoder):
         """Encodes a batch; see `SessionEncoder.forward`."""
         return self._read_out(self.graph_network(self.dropout(nodes_ND), graph), graph)
 
-    def encode_one_pass(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> EncodedSessions:
+    def encode_one_pass(self, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
         """Computes each node state of the prefixes once; see `SessionEncoder.encode_one_pass`."""
         prefixes = prefix_nodes(graph, pass_offsets_P1)
-        nodes_MD = self.dropout(nodes_ND.index_select(0, prefixes.longest_M))
-        return self._read_out(self.graph_network.forward_prefixes(nodes_MD, graph, prefixes), graph)
+        states_ND = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
+        return self._read_out(states_ND, graph).sessions_BD
 
     def prepare_items(self, items_VD: Tensor) -> Tensor | ItemGates:
         """See `SessionEncoder.prepare_items`: the gates of the graph network, where its items fit."""

@@ -134,6 +134,7 @@ class ModelFactory:
             CandidateItems(spec.candidates(purpose), spec.num_negatives),
             self._prompt_text(spec, catalog, purpose, item_tokens),
             spec.config.seed,
+            longest_nodes=spec.stage == "sbr",
         )
 
     def _prompt_text(

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmgr_rec.config import EncoderConfig
+from llmgr_rec.data.graph import SessionGraph, nodes_of_longest
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.gated_recurrence import Weights, gru_cell
 from llmgr_rec.modules import gated_graph
 from llmgr_rec.modules.encoders import ENCODERS, build_encoder
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.modules.session_encoder import SessionEncoder
 from llmgr_rec.modules.tasks import SbrTask
 from tests.modules.graphs import graphs_of
 from tests.modules.small_llmgr import D1, make_llmgr, one_pass_batch
@@ -45,6 +47,11 @@ def prefixes_of(sessions: Sessions, most: int = 50) -> tuple[list[list[int]], Te
     return prefixes, torch.tensor([*starts, len(prefixes)])
 
 
+def in_one_pass(encoder: SessionEncoder, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
+    nodes_MD = node_vectors(graph)[nodes_of_longest(graph, pass_offsets_P1).values]
+    return encoder.encode_one_pass(nodes_MD, graph, pass_offsets_P1)
+
+
 @all_variants
 @given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=9), min_size=1, max_size=4), st.integers(1, 9))
 @settings(deadline=None, max_examples=25)
@@ -53,9 +60,8 @@ def test_a_pass_gives_what_each_prefix_gives(config: EncoderConfig, sessions: Se
     prefixes, pass_offsets_P1 = prefixes_of(sessions, most)
     graph = graphs_of(prefixes)
     nodes_ND = node_vectors(graph)
-    one_pass, each = encoder.encode_one_pass(nodes_ND, graph, pass_offsets_P1), encoder(nodes_ND, graph)
-    torch.testing.assert_close(one_pass.sessions_BD, each.sessions_BD, rtol=0, atol=1e-12)
-    torch.testing.assert_close(one_pass.states_ND, each.states_ND, rtol=0, atol=1e-12)
+    sessions_BD = in_one_pass(encoder, graph, pass_offsets_P1)
+    torch.testing.assert_close(sessions_BD, encoder(nodes_ND, graph).sessions_BD, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
@@ -64,7 +70,7 @@ def test_prefixes_of_long_sessions_are_encoded_from_the_window_of_the_longest(co
     encoder = double_encoder(config)
     prefixes, pass_offsets_P1 = prefixes_of([[1, 2, 3, 2, 4]], most=2)
     graph = graphs_of(prefixes)
-    one_pass = encoder.encode_one_pass(node_vectors(graph), graph, pass_offsets_P1).sessions_BD
+    one_pass = in_one_pass(encoder, graph, pass_offsets_P1)
     # The groups end with 2, 4 and 5 clicks.
     windows = graphs_of([[1], [1, 2], [2, 3], [2, 3, 2], [3, 2, 4]])
     torch.testing.assert_close(one_pass, encoder(node_vectors(windows), windows).sessions_BD, rtol=0, atol=1e-12)
@@ -77,7 +83,7 @@ def test_a_later_click_changes_no_earlier_vector(config: EncoderConfig) -> None:
     for sessions in (SESSIONS, [[*SESSIONS[0][:4], 9, 9, 9, 9], *SESSIONS[1:]]):
         prefixes, pass_offsets_P1 = prefixes_of(sessions)
         graph = graphs_of(prefixes)
-        found.append(encoder.encode_one_pass(node_vectors(graph), graph, pass_offsets_P1).sessions_BD)
+        found.append(in_one_pass(encoder, graph, pass_offsets_P1))
     torch.testing.assert_close(found[0][:4], found[1][:4], rtol=0, atol=1e-12)
     torch.testing.assert_close(found[0][-5:], found[1][-5:], rtol=0, atol=1e-12)
     assert (found[0][4:7] - found[1][4:7]).abs().amax(1).min() > 1e-3
@@ -86,12 +92,13 @@ def test_a_later_click_changes_no_earlier_vector(config: EncoderConfig) -> None:
 @all_variants
 def test_loss_and_gradients_are_those_of_a_pass_each(config: EncoderConfig) -> None:
     recommender: SessionRecommender = make_llmgr(encoder=config).recommender.requires_grad_(True)
-    batch = one_pass_batch([[1, 2, 3, 2, 4, 8], [7, 9], [5, 5, 6]])
+    sessions = [[1, 2, 3, 2, 4, 8], [7, 9], [5, 5, 6]]
+    batch = one_pass_batch(sessions, longest_nodes=True)
     assert batch.pass_offsets_P1.tolist() == [0, 5, 6, 8]
     found = []
     for one_pass in (True, False):
         recommender.zero_grad()
-        loss, _ = SbrTask(recommender, one_pass=one_pass)(batch)
+        loss, _ = SbrTask(recommender, one_pass=one_pass)(batch if one_pass else one_pass_batch(sessions))
         loss.backward()
         found.append({"loss": loss.detach(), **{name: p.grad for name, p in recommender.named_parameters()}})
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in found[0].values())
@@ -104,7 +111,9 @@ def test_a_pass_is_over_the_longest_prefixes_alone(monkeypatch: pytest.MonkeyPat
     graph, lengths = graphs_of(prefixes), []
     forward = encoder.norm.forward
     monkeypatch.setattr(encoder.norm, "forward", lambda states_LD: lengths.append(len(states_LD)) or forward(states_LD))
-    encoder.encode_one_pass(torch.zeros(graph.node_items_N.numel(), D1), graph, pass_offsets_P1)
+    encoder.encode_one_pass(
+        torch.zeros(nodes_of_longest(graph, pass_offsets_P1).values.numel(), D1), graph, pass_offsets_P1
+    )
     assert lengths == [7 + 1 + 4]
 
 
@@ -121,7 +130,9 @@ def test_a_graph_network_updates_two_nodes_of_each_longer_prefix(
         return gru_cell(inputs_RF, states_RD, weights)
 
     monkeypatch.setattr(gated_graph, "gru_cell", counted)
-    encoder.encode_one_pass(torch.zeros(graph.node_items_N.numel(), D1), graph, pass_offsets_P1)
+    encoder.encode_one_pass(
+        torch.zeros(nodes_of_longest(graph, pass_offsets_P1).values.numel(), D1), graph, pass_offsets_P1
+    )
     assert updated == [(1 + 8 * 2) + 3 + (1 + 3 * 2)]
 
 
