@@ -164,7 +164,9 @@ class GatedGraph(nn.Module):
         input_NG = functional.embedding_bag(added, items.edge_gates_XG, starts_N, mode="sum", per_sample_weights=shares)
         state_NG = items.state_gates_VG.index_select(0, graph.node_items_N)
         gates = torch.sigmoid_(input_NG[:, : 2 * dim] + state_NG[:, : 2 * dim])
-        new_ND = (input_NG[:, 2 * dim :] + items.new_bias_D).addcmul_(gates[:, :dim], state_NG[:, 2 * dim :]).tanh_()
+        new_ND = (input_NG[:, 2 * dim :] + items.new_bias_D).addcmul_(gates[:, :dim], state_NG[:, 2 * dim :])
+        # The hyperbolic tangent, of which torch's own takes several times as long on a CPU.
+        new_ND = new_ND.mul_(2).sigmoid_().mul_(2).sub_(1)
         return torch.lerp(new_ND, items.states_VD.index_select(0, graph.node_items_N), gates[:, dim:])
 
     def _weights(self) -> Weights:

@@ -17,7 +17,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, fsync, require_writable
 from llmgr_rec.folder_lock import LOCK_NAME, FolderLock
 from llmgr_rec.index_files import read_json
-from llmgr_rec.scoring.input import MANIFEST_NAME, Part
+from llmgr_rec.scoring.input import MANIFEST_NAME, SESSION_ID, Part
 
 SUCCESS_NAME = "_SUCCESS"
 FORMAT = "llmgr_rec.scores"
@@ -131,7 +131,11 @@ class ScoreFolder:
         metadata = {key: str(count).encode() for key, count in counts.items()}
         with atomic_write(self.path / part.name) as partial:
             pq.write_table(
-                table.replace_schema_metadata(metadata), partial, compression="zstd", write_page_checksum=True
+                table.replace_schema_metadata(metadata),
+                partial,
+                compression="zstd",
+                use_dictionary=_repeating_columns(table.schema),
+                write_page_checksum=True,
             )
 
     def finish(self) -> Totals:
@@ -222,6 +226,22 @@ class ScoreFolder:
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with atomic_write(self.path / name) as partial:
             partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _repeating_columns(schema: pa.Schema) -> list[str]:
+    """Parquet paths of the columns whose values repeat.
+
+    Session ids and scores hardly do: a dictionary of them takes longer to make than to write them without one.
+    """
+    paths = []
+    for column in schema:
+        if column.name in (SESSION_ID, "scores"):
+            continue
+        path, kind = column.name, column.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            path, kind = f"{path}.list.element", kind.value_type
+        paths.append(path)
+    return paths
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

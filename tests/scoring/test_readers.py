@@ -7,6 +7,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from llmgr_rec import Recommender, UserError
@@ -42,6 +43,19 @@ def rows_of(scores: Path) -> list[dict[str, Any]]:
 def test_titles_are_those_of_the_recommender(scores: Path) -> None:
     recommender = Recommender.load(small_run().run / "export" / "sbr")
     assert [row["titles"] for row in rows_of(scores)] == recommender.recommend(SESSIONS, k=3)["titles"].to_pylist()
+
+
+def test_what_repeats_is_written_once(scores: Path) -> None:
+    group = pq.read_metadata(next(scores.glob("*.parquet"))).row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    has_dictionary = {column.path_in_schema: column.has_dictionary_page for column in columns}
+    assert has_dictionary == {
+        "session_id": False,
+        "item_ids.list.element": True,
+        "titles.list.element": True,
+        "scores.list.element": False,
+        "fallback": False,
+    }
 
 
 def test_titles_belong_to_the_job(scores: Path) -> None:
