@@ -91,6 +91,6 @@ def test_buckets_hold_sessions_of_similar_length() -> None:
 def test_nodes_without_a_packed_click_keep_their_vectors() -> None:
     packed = pack_sequences(graphs_of([[5, 6, 7], []]), max_clicks=2)
     states_LD, nodes_ND = torch.tensor([[1.0], [2.0]]), torch.tensor([[-1.0], [-2.0], [-3.0]])
-    states_ND, sessions_BD = packed.node_and_session_states(states_LD, nodes_ND)
+    states_ND, sessions_BD = packed.node_states(states_LD, nodes_ND), packed.session_states(states_LD)
     assert states_ND.flatten().tolist() == [-1, 1, 2]
     assert sessions_BD.flatten().tolist() == [2, 0]
