@@ -18,7 +18,7 @@ from llmgr_rec.kernels.fused_lora import fuse_lora
 from llmgr_rec.kernels.grouped_query_attention import use_grouped_query_attention
 from llmgr_rec.kernels.packed_attention import PackedMask
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
-from llmgr_rec.modules.last_token_layer import compute_last_token_only
+from llmgr_rec.modules.packed_layer import use_packed_layers
 
 
 class LoraLanguageModel(nn.Module):
@@ -52,7 +52,7 @@ class LoraLanguageModel(nn.Module):
         super().__init__()
         decoder.requires_grad_(False)
         self.packs_prompts = use_grouped_query_attention(decoder)
-        self._last_token_only = self.packs_prompts and compute_last_token_only(decoder)
+        self._last_token_only = self.packs_prompts and use_packed_layers(decoder)
         linear_layers = [name for name, module in decoder.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
         settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers)
         with warnings.catch_warnings():
@@ -74,6 +74,10 @@ class LoraLanguageModel(nn.Module):
     def token_embedding(self) -> nn.Module:
         """The frozen token embedding."""
         return self.base.get_input_embeddings()
+
+    def leave_out_lora(self) -> None:
+        """Freezes LoRA and leaves its products and its dropout out; the result is the same while LoRA adds zero."""
+        self.decoder.base_model.disable_adapter_layers()
 
     def embed(self, tokens_X: Tensor) -> Tensor:
         """Embeddings of tokens, [X, H]."""

@@ -30,9 +30,9 @@ def prepare_for_inference(model: "LoraLanguageModel", num_layers: int = 0) -> No
             raise ValueError(f"the decoder does not have {num_layers} layers to keep")
         del layers[num_layers:]
         model.base.config.get_text_config(decoder=True).num_hidden_layers = num_layers
-        from llmgr_rec.modules.last_token_layer import compute_last_token_only
+        from llmgr_rec.modules.packed_layer import use_packed_layers
 
-        compute_last_token_only(model.base)
+        use_packed_layers(model.base)
 
 
 def fold_weights(model: nn.Module) -> None:

@@ -208,7 +208,10 @@ def _build(spec: ModelSpec, context: RunContext) -> tuple[DistributedModelParall
     if spec.stage == "sbr":
         init_tables(sharded, config.seed, config.tables.init_std)
     else:
-        load_weights(model, latest_bundle(context.export))
+        new = load_weights(model, latest_bundle(context.export))
+        if isinstance(model, LLMGR) and "lora" not in spec.trains and any("lora_" in name for name in new):
+            # Initial LoRA weights add zero, and no step of this stage changes them.
+            model.language_model.leave_out_lora()
     if spec.encodes_text and not any(config.tables.knn_smoothing):
         # Without smoothing, id rows of items without training clicks still have their random initial values.
         zero_rows(sharded, ITEM_ID, context.catalog.train_count_V == 0)

@@ -158,7 +158,7 @@ def test_the_last_layer_is_computed_for_last_tokens_only(tiny):
     widths = {}
     layers = tiny.base.layers
     hooks = [
-        layer.mlp.register_forward_hook(lambda _, inputs, __, n=number: widths.__setitem__(n, inputs[0].shape[1]))
+        layer.register_forward_hook(lambda _, __, output, n=number: widths.__setitem__(n, output.shape[1]))
         for number, layer in enumerate(layers)
     ]
     tiny.packs_prompts = True
@@ -249,3 +249,15 @@ def test_text_embeddings_are_mean_hidden_states_of_each_text_alone():
             expected = decoder(input_ids=torch.tensor([row])).last_hidden_state[0].mean(dim=0)
         torch.testing.assert_close(encoding, expected, atol=1e-5, rtol=1e-5)
     assert not encodings_VH.requires_grad
+
+
+def test_lora_that_adds_zero_can_be_left_out():
+    torch.manual_seed(0)
+    model, packed, embeddings_XH = make(dropout=0.5).train(), pack([3, 2], [7, 8]), torch.randn(5, 64)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    expected = model(embeddings_XH, packed)
+    model.leave_out_lora()
+    torch.testing.assert_close(model(embeddings_XH, packed), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
