@@ -11,7 +11,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # Maximum number of item pairs in memory while similarities are computed, about 50 bytes each.
-_BLOCK_PAIRS = 5_000_000
+_BLOCK_PAIRS = 1_000_000
 # Columns of a strip, and the number of columns for each product that is not 0, below which strips are compared.
 _STRIP, _MIN_SHARE = 8, 3
 # Decimals to which scores are rounded. Sums of the same numbers in different orders differ in the last bits, and such

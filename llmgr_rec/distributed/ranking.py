@@ -39,7 +39,7 @@ from llmgr_rec.modules.recommender import SessionRecommender
 # Target rank of an excluded target: beyond the end of any list.
 EXCLUDED_RANK = 1 << 30
 # Items per call of the model when item vectors are computed.
-_CHUNK = 8192
+_CHUNK = 2048
 # Item index in the lists of a rank that has a NaN score.
 _FAILED = -2
 # A scan reads the items for each session, a product for all of them at once: items of the catalog for which a scan of

@@ -17,6 +17,7 @@ from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
+from llmgr_rec.training.freed_memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,11 @@ def neighbor_scores(
     if not names:
         return []
     with long_timeout_group(world) as group:
-        return run_on_rank0(
+        scores = run_on_rank0(
             world, lambda: [_cached(name, k_neighbors, dataset, catalog, folder) for name in names], group
         )
+    return_freed_memory()
+    return scores
 
 
 def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, folder: Path | None) -> Blend:

@@ -36,7 +36,7 @@ from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.number_format import resolve_dtype
 from llmgr_rec.storage.table_io import init_tables, zero_rows
-from llmgr_rec.training.freed_memory import keep_freed_memory
+from llmgr_rec.training.freed_memory import keep_freed_memory, return_freed_memory
 from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import build_optimizer
@@ -155,6 +155,8 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     )
     position = _start(loop, context)
     loop.run(position)
+    # The temporary tensors of the steps, before those of the selection.
+    return_freed_memory()
     # Those of the best validation, if there was one.
     step = position.step if (best := loop.best.latest()) is None else step_of(best)
     require_finite(model, stage, step, world)
