@@ -219,10 +219,10 @@ def _scores_are_small(queries_BQ: Tensor, items_CQ: Tensor, bias_C: Tensor | Non
     """Whether exp of all scores is far from overflow and underflow, by the largest norms."""
     if queries_BQ.device.type != "cpu" or not queries_BQ.numel() or not items_CQ.numel():
         return False
-    largest = torch.linalg.vector_norm(queries_BQ, dim=1).max() * torch.linalg.vector_norm(items_CQ, dim=1).max()
-    # A negative bias takes an item out of the softmax.
-    highest_bias = 0.0 if bias_C is None else max(float(bias_C.max()), 0.0)
-    return float(largest) + highest_bias < _MAX_UNSHIFTED_SCORE
+    reach_C = torch.linalg.vector_norm(queries_BQ, dim=1).max() * torch.linalg.vector_norm(items_CQ, dim=1)
+    # An item that its bias takes out of the softmax changes neither bound.
+    highest, surest = (reach_C, -reach_C) if bias_C is None else (bias_C + reach_C, bias_C - reach_C)
+    return float(highest.max()) < _MAX_UNSHIFTED_SCORE and float(surest.max()) > -_MAX_UNSHIFTED_SCORE
 
 
 def _cross_entropy_in_place(scores_bC: Tensor, target_b1: Tensor, is_small: bool) -> tuple[Tensor, Tensor]:
