@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from llmgr_rec.data.graph import SessionGraph as SessionGraph
     from llmgr_rec.data.graph import build_graphs as build_graphs
     from llmgr_rec.data.jagged import Jagged as Jagged
+    from llmgr_rec.data.preparation.pipeline import prepare_dataset as prepare_dataset
+    from llmgr_rec.data.preparation.settings import PrepareSettings as PrepareSettings
     from llmgr_rec.data.reader import DataShard as DataShard
     from llmgr_rec.data.reader import SamplingOrder as SamplingOrder
     from llmgr_rec.data.reader import SessionReader as SessionReader
@@ -77,6 +79,7 @@ _MODULES = {
     "LLMGRTower": "towers.llmgr_tower",
     "ModelFactory": "storage.model_factory",
     "ModelSpec": "modules.model_spec",
+    "PrepareSettings": "data.preparation.settings",
     "RankingModel": "distributed.ranking",
     "RawSessions": "data.batch",
     "Recommender": "python_api",
@@ -99,6 +102,7 @@ _MODULES = {
     "init_tables": "storage.table_io",
     "load_bundle": "storage.bundle",
     "load_config": "config_file",
+    "prepare_dataset": "data.preparation.pipeline",
     "ranking_loss": "kernels.softmax_loss",
     "shard": "distributed.sharding",
     "shutdown": "distributed.process_group",

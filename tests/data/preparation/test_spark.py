@@ -21,6 +21,8 @@ from tests.marked_process import MarkedProcess
 from tests.optional_programs import needs_spark
 from tests.scoring.sessions import all_bytes
 
+# A test takes a small part of this on an idle machine.
+TIMEOUT_S = 600
 SECOND = 1_700_000_000
 ARGUMENTS = {"min_interactions": 2, "threads": 1}
 
@@ -142,6 +144,7 @@ def an_item_twice(folder: Path) -> dict[str, Any]:
 
 @needs_spark
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.parametrize(
     "make",
     [
@@ -165,6 +168,7 @@ def test_spark_writes_the_files_of_duckdb(tmp_path: Path, spark: Any, make: Any)
 
 @needs_spark
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
 def test_a_mistake_in_the_input_has_the_line_of_duckdb(tmp_path: Path, spark: Any) -> None:
     settings = PrepareSettings(output=str(tmp_path / "out"), **{**ARGUMENTS, **an_item_twice(tmp_path)})
     lines = []
@@ -179,6 +183,7 @@ def test_a_mistake_in_the_input_has_the_line_of_duckdb(tmp_path: Path, spark: An
 
 @needs_spark
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
 @pytest.mark.dist
 def test_the_command_starts_spark_and_ends_it(tmp_path: Path) -> None:
     log = write_interactions(tmp_path / "log.parquet", [(f"u{n % 4}", f"i{n % 5}", n) for n in range(40)])
@@ -197,7 +202,7 @@ def test_the_command_starts_spark_and_ends_it(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(ROOT), "SPARK_LOCAL_IP": "127.0.0.1"}
     process = MarkedProcess(words, tmp_path / "log", tmp_path, environment)
     try:
-        assert process.wait(240) == 0, process.log.read_text()
+        assert process.wait(TIMEOUT_S - 60) == 0, process.log.read_text()
         assert not process.left_after(30)
     finally:
         process.kill()
