@@ -5,9 +5,8 @@ python -m benchmarks.latency
 python -m benchmarks.latency --items [1000000] --sessions 100 --rounds 2 --index true
 ```
 
-The vectors of random tables have no structure, and no index finds neighbors among them. So the words have vectors of
-few independent columns, and the ids small ones: item vectors then vary in about as many directions as those of a
-trained model, whose number is printed for comparison.
+Random vectors have no structure, and no index finds neighbors among them. So items have topics, whose titles share
+words with a Zipf distribution, and the vectors of ids are small beside those of words.
 """
 
 import tempfile
@@ -24,9 +23,10 @@ from llmgr_rec.library_imports import collector_paused
 # Items that a benchmark makes similar to each item, as item-kNN and text-kNN do on Amazon Beauty.
 _NEIGHBORS = 160
 _WORDS, _WORDS_PER_ITEM = 20_000, 8
+_ITEMS_PER_TOPIC, _WORDS_PER_TOPIC = 500, 40
 _LONGEST_SESSION = 12
-# Independent columns of the vectors of words, and the scale of the vectors of ids relative to those of words.
-_WORD_COLUMNS, _ID_SCALE = 32, 0.1
+# Scale of the vectors of ids relative to those of words.
+_ID_SCALE = 0.1
 # Wanted recall of an index, and the places that it is measured for.
 _RECALL, _PLACES = 0.99, 20
 _WARM_UP = 20
@@ -64,8 +64,8 @@ def measure(num_items: int, sessions: int, k: int, rounds: int, index: bool = Fa
         index: Whether to measure calls that rank by an index, too.
 
     Returns:
-        Percentiles by kind of time, those with an index as `index wall` and `index cpu`; and `vectors`: directions in
-        which the item vectors vary and, with an index, its recall of the lists without and with the blend.
+        Percentiles by kind of time, those with an index as `index wall` and `index cpu`, and then its recall: of the
+        model's scores for its sample sessions, and of the lists, blend included.
     """
     import numpy as np
 
@@ -79,7 +79,6 @@ def measure(num_items: int, sessions: int, k: int, rounds: int, index: bool = Fa
         lengths = rng.integers(1, _LONGEST_SESSION + 1, sessions)
         asked = [[f"item{item}" for item in rng.integers(0, num_items, length)] for length in lengths]
         results = _percentiles(recommender, asked, k, rounds)
-        vectors = {"directions": _directions(recommender.ranker.catalog_ranker.item_vectors.numpy())}
         if index:
             exact = [recommender.recommend([session], _PLACES)["item_ids"][0].as_py() for session in asked]
             del recommender
@@ -87,9 +86,9 @@ def measure(num_items: int, sessions: int, k: int, rounds: int, index: bool = Fa
             results |= {f"index {kind}": of for kind, of in _percentiles(recommender, asked, k, rounds).items()}
             found = [recommender.recommend([session], _PLACES)["item_ids"][0].as_py() for session in asked]
             shares = [len(set(ours) & set(theirs)) / _PLACES for ours, theirs in zip(found, exact, strict=True)]
-            vectors["recall@20 of samples"] = recommender.index_recall or float("nan")
-            vectors["recall@20 of lists"] = float(np.mean(shares))
-        return {**results, "vectors": vectors}
+            measured = float("nan") if recommender.index_recall is None else recommender.index_recall
+            results["recall"] = {"of samples": measured, "of lists": float(np.mean(shares))}
+        return results
 
 
 def _percentiles(recommender: Any, asked: list[list[str]], k: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -117,14 +116,6 @@ def _percentiles(recommender: Any, asked: list[list[str]], k: int, rounds: int) 
     }
 
 
-def _directions(vectors: Any) -> float:
-    """Number of equally strong directions with the same spread of variance (participation ratio of the covariance)."""
-    import numpy as np
-
-    variances = np.linalg.eigvalsh(np.cov(vectors[:20_000].T))
-    return float(variances.sum() ** 2 / (variances**2).sum())
-
-
 def untrained_bundle(folder: Path, num_items: int) -> Path:
     """Writes a bundle of the default recipe with random weights, neighbors and words."""
     import torch
@@ -142,22 +133,11 @@ def untrained_bundle(folder: Path, num_items: int) -> Path:
     factory, cpu = ModelFactory(), torch.device("cpu")
     model = factory.build(factory.spec("sbr", config, catalog), None, cpu)
     init_tables(model, config.seed, 0.1)
-    _give_structure(dict(model.named_parameters()))
-    export_bundle(model, "sbr", config, catalog, folder / "bundle", World.alone(), blend=_random_blend(num_items))
-    return folder / "bundle"
-
-
-def _give_structure(parameters: dict[str, Any]) -> None:
-    """Makes the vectors of words those of few independent columns, and the vectors of ids small."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    for name, table in parameters.items():
+    for name, table in model.named_parameters():
         if name.endswith("item_id.weight"):
             table.data.mul_(_ID_SCALE)
-        elif name.endswith("word.weight"):
-            mixed = torch.randn(_WORD_COLUMNS, table.shape[1], generator=generator)
-            table.data.copy_(torch.randn(len(table), _WORD_COLUMNS, generator=generator) @ mixed * 0.1)
+    export_bundle(model, "sbr", config, catalog, folder / "bundle", World.alone(), blend=_random_blend(num_items))
+    return folder / "bundle"
 
 
 def _write_items(file: Path, num_items: int) -> None:
@@ -168,7 +148,10 @@ def _write_items(file: Path, num_items: int) -> None:
     from llmgr_rec.data.schema import items_schema
 
     rng = np.random.default_rng(0)
-    words = rng.integers(0, _WORDS, num_items * _WORDS_PER_ITEM)
+    topics = rng.integers(0, _WORDS, (-(-num_items // _ITEMS_PER_TOPIC), _WORDS_PER_TOPIC))
+    shares = 1 / np.arange(1, _WORDS_PER_TOPIC + 1)
+    places = rng.choice(_WORDS_PER_TOPIC, (num_items, _WORDS_PER_ITEM), p=shares / shares.sum())
+    words = topics[rng.integers(0, len(topics), num_items)[:, None], places].ravel()
     offsets = np.arange(0, len(words) + 1, _WORDS_PER_ITEM, dtype=np.int32)
     nothing = pa.array([[]] * num_items, pa.list_(pa.int64()))
     columns = {
@@ -210,7 +193,9 @@ def table(results: dict[str, dict[str, dict[str, float]]], threads: int) -> str:
                 wall, cpu = found[f"{prefix}wall"], found[f"{prefix}cpu"]
                 times = f"{wall['p50']:>12.2f}{wall['p99']:>12.2f}{cpu['p50']:>14.2f}{cpu['p99']:>14.2f}"
                 lines.append(f"{int(items):>12,}{kind:>7}{times}")
-        lines += [f"{int(items):>12,}       {name}: {value:.4g}" for name, value in found["vectors"].items()]
+        lines += [
+            f"{int(items):>12,}  recall@20 {name}: {value:.4f}" for name, value in found.get("recall", {}).items()
+        ]
     lines.append(f"one session a call, threads: {threads}")
     return "\n".join(lines)
 

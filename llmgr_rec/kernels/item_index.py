@@ -31,9 +31,11 @@ logger = logging.getLogger(__name__)
 # Best items of a sample query that the index has to find.
 _SAMPLE_PLACES = 20
 # Share of the misses that are allowed which sample queries may have, because other queries vary.
-_SAFETY = 0.25
+_SAFETY = 0.4
 # An index that has to search more of its lists takes longer than an exact scan.
 _MOST_LISTS_SEARCHED = 1 / 8
+# Lists relative to the square root of the number of items.
+_LISTS_PER_ROOT = 4
 # Items of a list and iterations that centroids are computed with.
 _CENTROID_ITEMS, _ITERATIONS = 40, 6
 # Candidates for each place or excluded item: columns of 8 bits order the items around the last place otherwise.
@@ -63,7 +65,7 @@ class ItemIndex:
     def __init__(self, items_RQ: Tensor, scan: ItemScan, samples_SQ: Tensor, recall: float) -> None:
         faiss = import_faiss()
         self._items_RQ, self._scan = items_RQ, scan
-        num_lists = 1 << max(round(math.log2(len(items_RQ)) / 2), 0)
+        num_lists = 1 << round(math.log2(min(_LISTS_PER_ROOT * len(items_RQ) ** 0.5, len(items_RQ))))
         self._index = faiss.index_factory(items_RQ.shape[1], f"IVF{num_lists},SQ8", faiss.METRIC_INNER_PRODUCT)
         self._index.cp.niter, self._index.cp.min_points_per_centroid = _ITERATIONS, 1
         self._index.cp.max_points_per_centroid = _CENTROID_ITEMS

@@ -34,7 +34,7 @@ from llmgr_rec.storage.bundle import BundleFiles, load_model
 # Sessions that are encoded at once.
 _BATCH = 256
 # Sample sessions that the recall of an index is measured with.
-_SAMPLES = 128
+_SAMPLES = 256
 
 
 class SessionRanker:
