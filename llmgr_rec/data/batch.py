@@ -81,6 +81,7 @@ class SessionBatch(Pipelineable):
         features: One bag for each of the N nodes, then one for each of the C candidates (stride N + C); keys `item_id`
             and the side features. TorchRec's pipelines prefetch the embeddings of this attribute.
             Where stage sbr encodes all prefixes of a pass at once, the nodes are those of the longest prefixes alone.
+            From `Collator.with_table_rows`, one bag for each row of the tables instead.
         graph: Session graphs; its nodes are the first N bags.
         targets_B: Item to be predicted, int64; -1 for no target.
         target_columns_B: Column of the target among the scored items, int64: its index in `candidates_C`, or the item

@@ -123,11 +123,27 @@ class Collator:
         )
         self.seed = seed
         self._has_features = True
+        self._table_rows: KeyedJaggedTensor | None = None
 
     def without_features(self) -> "Collator":
         """A collator of batches without item features, for a model that has the vectors of all items."""
         other = copy.copy(self)
         other.side_features, other._has_features = {}, False
+        return other
+
+    def with_table_rows(self) -> "Collator":
+        """A collator whose batches look up each row of the item tables once, for a model with a `WholeCatalog`."""
+        other = copy.copy(self)
+        sizes = {ITEM_ID: self.num_items}
+        for name, feature in self.side_features.items():
+            sizes[name] = int(feature.values.max()) + 1 if feature.values.numel() else 0
+        row_S = torch.arange(max(sizes.values()))
+        other._table_rows = KeyedJaggedTensor(
+            keys=list(sizes),
+            values=torch.cat([row_S[:size] for size in sizes.values()]),
+            lengths=torch.cat([(row_S < size).to(torch.int64) for size in sizes.values()]),
+            stride=row_S.numel(),
+        )
         return other
 
     def __call__(self, raw: RawSessions) -> SessionBatch:
@@ -141,7 +157,7 @@ class Collator:
             items_N = items_N[nodes_of_longest(graph, raw.pass_offsets_P1).values]
         items_X = torch.cat([items_N, candidates_C])
         return SessionBatch(
-            features=self.item_features(items_X if self._has_features else items_X[:0]),
+            features=self._table_rows or self.item_features(items_X if self._has_features else items_X[:0]),
             graph=graph,
             targets_B=targets_B,
             target_columns_B=self._columns(targets_B, candidates_C),

@@ -25,6 +25,7 @@ from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.tasks import AlignTask, BehaveTask, LLMTextTask, SbrTask
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from llmgr_rec.modules.text_table import text_tables
+from llmgr_rec.modules.whole_catalog import WholeCatalog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +133,13 @@ class ModelSpec:
         most = self.num_negatives if self.encodes_text else self.config.loss.full_softmax_max_items
         return "full" if self.num_items <= most else "sampled"
 
+    @property
+    def looks_up_whole_tables(self) -> bool:
+        """Whether training looks up each row of the item tables once, because a step needs the vectors of all items."""
+        used = [self.num_embeddings.get(name, 0) for name in self.config.tables.side_features]
+        # The lookup is as long as the largest table.
+        return self.stage == "sbr" and self.candidates("train") == "full" and max(used, default=0) <= 2 * self.num_items
+
     def prompt_text_source(self, purpose: Purpose) -> PromptTextSource:
         """Source of the text at the placeholder {text} of the prompts."""
         if self.stage == "align" and purpose == "train":
@@ -170,7 +178,11 @@ class ModelSpec:
         return self._recommender(tables_device, self._text_encoder(language))
 
     def build_task(
-        self, model: SessionRecommender | LLMGR, world_size: int = 1, loss_dtype: torch.dtype = torch.float32
+        self,
+        model: SessionRecommender | LLMGR,
+        world_size: int = 1,
+        loss_dtype: torch.dtype = torch.float32,
+        side_features: Mapping[str, Jagged] | None = None,
     ) -> nn.Module:
         """Builds the training task of the stage: the model and its loss.
 
@@ -178,6 +190,8 @@ class ModelSpec:
             model: From `build`.
             world_size: Number of ranks, over which gradients are averaged.
             loss_dtype: Dtype of the scores in the ranking loss, see `ranking_loss`.
+            side_features: Side features of the items, where the batches look up whole tables; see
+                `Collator.with_table_rows`.
 
         Raises:
             TypeError: The model is not of this stage.
@@ -188,7 +202,11 @@ class ModelSpec:
         if isinstance(model, SessionRecommender):
             if self.encodes_text:
                 return LLMTextTask(model, world_size, loss_dtype)
-            return SbrTask(model, world_size, loss_dtype, config.encoder.one_pass)
+            catalog = None
+            if side_features is not None:
+                names = [name for name in model.item_tables.feature_names if name in side_features]
+                catalog = WholeCatalog(self.num_items, {name: side_features[name] for name in names})
+            return SbrTask(model, world_size, loss_dtype, config.encoder.one_pass, catalog)
         if self.stage == "align":
             contrast = config.contrast
             return AlignTask(

@@ -13,19 +13,27 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.data.batch import SessionBatch
-from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.data.collate import ITEM_ID
+from llmgr_rec.data.graph import SessionGraph, nodes_of_longest
 from llmgr_rec.modules.item_tables import ItemRows, ItemTables
 from llmgr_rec.modules.normalize import normalize
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
+from llmgr_rec.modules.whole_catalog import WholeCatalog
 
 torch.fx.wrap("encode_one_pass")
+torch.fx.wrap("items_of_longest")
 torch.fx.wrap("normalize")
 
 
 def encode_one_pass(encoder: SessionEncoder, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
     """`SessionEncoder.encode_one_pass` as a function that symbolic tracing does not enter."""
     return encoder.encode_one_pass(nodes_MD, graph, pass_offsets_P1)
+
+
+def items_of_longest(graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
+    """Items of the nodes of the longest prefix of each pass, [M], as the bags of a batch for one pass have them."""
+    return graph.node_items_N[nodes_of_longest(graph, pass_offsets_P1).values]
 
 
 @dataclass
@@ -78,28 +86,30 @@ class SessionRecommender(nn.Module):
         self.text_tables = text_tables
         self.text_encoder = text_encoder
 
-    def forward(self, batch: SessionBatch, one_pass: bool = False) -> RecommenderOutput:
+    def forward(
+        self, batch: SessionBatch, one_pass: bool = False, catalog: WholeCatalog | None = None
+    ) -> RecommenderOutput:
         """Encodes the sessions and the candidates of a batch with one lookup.
 
         Args:
             batch: Its features contain a bag for each node, then one for each candidate.
             one_pass: Whether to encode all prefixes of a pass at once, see `SessionEncoder.encode_one_pass`. The
                 features then have bags of the nodes of the longest prefixes only, and the output has no node states.
+            catalog: Makes the vectors of all items, which are the candidates, from the rows of the tables; the batch
+                then looks up each row once, see `Collator.with_table_rows`. None takes the bags of the batch.
 
         Returns:
             Queries and candidates, and the vectors that they are computed from.
         """
+        if catalog is not None:
+            return self._from_catalog(batch, one_pass, catalog)
         rows = self.rows(batch.features)
         num_rows, num_nodes = rows.vectors_XD.shape[0], batch.graph.node_items_N.shape[0]
         if one_pass:
             num_nodes = num_rows - batch.candidates_C.shape[0]
         # The backward pass of two slices allocates two full gradients, that of a split only one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, num_rows - num_nodes])
-        if one_pass:
-            sessions_BD = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
-            encoded = EncodedSessions(rows_ND[:0], sessions_BD)
-        else:
-            encoded = self.encoder(rows_ND, batch.graph)
+        encoded = self._encode(rows_ND, batch, one_pass)
         queries_BQ, candidates_CQ = self.as_query(encoded.sessions_BD), self._as_item(candidates_CD)
         if self.text_encoder is not None:
             text = self.text_encoder(rows.texts_XH, batch)
@@ -111,6 +121,30 @@ class SessionRecommender(nn.Module):
             rows_ND=rows_ND,
             sessions_BD=encoded.sessions_BD,
             candidate_ids_CD=rows.ids_XD[num_nodes:],
+        )
+
+    def _encode(self, rows_ND: Tensor, batch: SessionBatch, one_pass: bool) -> EncodedSessions:
+        if one_pass:
+            sessions_BD = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
+            return EncodedSessions(rows_ND[:0], sessions_BD)
+        encoded: EncodedSessions = self.encoder(rows_ND, batch.graph)
+        return encoded
+
+    def _from_catalog(self, batch: SessionBatch, one_pass: bool, catalog: WholeCatalog) -> RecommenderOutput:
+        rows = self.item_tables.ebc(batch.features)
+        node_items = batch.graph.node_items_N
+        if one_pass:
+            node_items = items_of_longest(batch.graph, batch.pass_offsets_P1)
+        # Not unpacked: symbolic tracing does not know how many there are.
+        vectors = catalog(rows, node_items)
+        encoded = self._encode(vectors[1], batch, one_pass)
+        return RecommenderOutput(
+            queries_BQ=self.as_query(encoded.sessions_BD),
+            candidates_CQ=self._as_item(vectors[0]),
+            states_ND=encoded.states_ND,
+            rows_ND=vectors[1],
+            sessions_BD=encoded.sessions_BD,
+            candidate_ids_CD=rows[ITEM_ID][: catalog.num_items],
         )
 
     def encode_texts(self, batch: SessionBatch) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from llmgr_rec.modules.contrastive_loss import contrastive_loss
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.prompts import prompt_nodes
 from llmgr_rec.modules.recommender import RecommenderOutput, SessionRecommender
+from llmgr_rec.modules.whole_catalog import WholeCatalog
 
 torch.fx.wrap("ranking_loss")
 torch.fx.wrap("contrastive_loss")
@@ -36,6 +37,7 @@ class SbrTask(nn.Module):
         world_size: Number of ranks, over which gradients are averaged.
         loss_dtype: Dtype of the scores in the loss, see `ranking_loss`.
         one_pass: Whether to encode all prefixes of a session in one pass; batches then need `pass_offsets_P1`.
+        catalog: Makes the vectors of all items, see `SessionRecommender.forward`.
     """
 
     def __init__(
@@ -44,16 +46,18 @@ class SbrTask(nn.Module):
         world_size: int = 1,
         loss_dtype: torch.dtype = torch.float32,
         one_pass: bool = False,
+        catalog: WholeCatalog | None = None,
     ) -> None:
         super().__init__()
         self.recommender = recommender
         self.world_size = world_size
         self.loss_dtype = loss_dtype
         self.one_pass = one_pass
+        self.catalog = catalog
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch with candidates, and the values to log, detached."""
-        output = self.recommender(batch, self.one_pass)
+        output = self.recommender(batch, self.one_pass, self.catalog)
         loss = _ranking_loss(output.queries_BQ, output.candidates_CQ, batch, self.world_size, self.loss_dtype)
         return loss, {"loss": loss.detach()}
 

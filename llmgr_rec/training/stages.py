@@ -204,7 +204,8 @@ def _build(spec: ModelSpec, context: RunContext) -> tuple[DistributedModelParall
     if isinstance(model, SessionRecommender) and model.text_encoder is not None:
         _whiten(model.text_encoder, spec, world)
     loss_dtype = resolve_dtype(config.loss.dtype, world.device)
-    task = spec.build_task(model, world.size, loss_dtype)
+    features = _collator(spec, "train", context).side_features if spec.looks_up_whole_tables else None
+    task = spec.build_task(model, world.size, loss_dtype, features)
     select_trainable(task, spec.trains)
     sharded = shard(task, config.tables, world, lambda name: param_group(name) in spec.trains, config.llm.fsdp)
     if spec.stage == "sbr":
@@ -255,6 +256,8 @@ def _warn_of_small_groups(config: Config, world: World) -> None:
 def _reader(spec: ModelSpec, context: RunContext) -> SessionReader:
     config, world, manifest = spec.config, context.world, context.dataset.manifest
     collate = _collator(spec, "train", context)
+    if spec.looks_up_whole_tables:
+        collate = collate.with_table_rows()
     return SessionReader(
         context.dataset.parts("train"),
         num_items=manifest.num_items,
