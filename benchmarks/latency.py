@@ -6,7 +6,8 @@ python -m benchmarks.latency --items [1000000] --sessions 100 --rounds 2 --index
 ```
 
 Random vectors have no structure, and no index finds neighbors among them. So items have topics, whose titles share
-words with a Zipf distribution, and the vectors of ids are small beside those of words.
+words with a Zipf distribution, and the vectors of ids are small beside those of words. Neighbors of an item, and items
+of a session, are near in the catalog, and so mostly of one topic.
 """
 
 import tempfile
@@ -77,7 +78,11 @@ def measure(num_items: int, sessions: int, k: int, rounds: int, index: bool = Fa
         recommender = Recommender.load(bundle)
         rng = np.random.default_rng(1)
         lengths = rng.integers(1, _LONGEST_SESSION + 1, sessions)
-        asked = [[f"item{item}" for item in rng.integers(0, num_items, length)] for length in lengths]
+        firsts = rng.integers(0, num_items, sessions)
+        asked = [
+            [f"item{item % num_items}" for item in first + rng.integers(0, _NEIGHBORS, length)]
+            for first, length in zip(firsts, lengths, strict=True)
+        ]
         results = _percentiles(recommender, asked, k, rounds)
         if index:
             exact = [recommender.recommend([session], _PLACES)["item_ids"][0].as_py() for session in asked]
@@ -151,7 +156,7 @@ def _write_items(file: Path, num_items: int) -> None:
     topics = rng.integers(0, _WORDS, (-(-num_items // _ITEMS_PER_TOPIC), _WORDS_PER_TOPIC))
     shares = 1 / np.arange(1, _WORDS_PER_TOPIC + 1)
     places = rng.choice(_WORDS_PER_TOPIC, (num_items, _WORDS_PER_ITEM), p=shares / shares.sum())
-    words = topics[rng.integers(0, len(topics), num_items)[:, None], places].ravel()
+    words = topics[np.arange(num_items)[:, None] // _ITEMS_PER_TOPIC, places].ravel()
     offsets = np.arange(0, len(words) + 1, _WORDS_PER_ITEM, dtype=np.int32)
     nothing = pa.array([[]] * num_items, pa.list_(pa.int64()))
     columns = {
@@ -175,9 +180,7 @@ def _random_blend(num_items: int) -> Any:
 
     rng = np.random.default_rng(2)
     count = min(_NEIGHBORS, num_items)
-    # Equal steps from a random first one, so that the neighbors of an item are distinct.
-    firsts, step = rng.integers(0, num_items, num_items), max(num_items // count, 1)
-    neighbors = np.sort((firsts[:, None] + step * np.arange(count)) % num_items, axis=1)
+    neighbors = np.sort((np.arange(num_items)[:, None] + np.arange(count)) % num_items, axis=1)
     starts = np.arange(0, num_items * count + 1, count)
     values = rng.random(num_items * count, dtype=np.float32)
     similarity = sparse.csr_array((values, neighbors.ravel(), starts), shape=(num_items, num_items))
