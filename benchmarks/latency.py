@@ -5,9 +5,10 @@ python -m benchmarks.latency
 python -m benchmarks.latency --items [1000000] --sessions 100 --rounds 2 --index true
 ```
 
-Random vectors have no structure, and no index finds neighbors among them. So items have topics, whose titles share
-words with a Zipf distribution, and the vectors of ids are small beside those of words. Neighbors of an item, and items
-of a session, are near in the catalog, and so mostly of one topic.
+Random vectors have no structure, and no index finds neighbors among them. So items have topics with words of their own,
+which titles share with a Zipf distribution; the vectors of ids are small beside those of words; neighbors of an item,
+and items of a session, are near in the catalog, and so mostly of one topic; and the weights of the encoder are small,
+so that a session's vector is near that of its last item.
 """
 
 import tempfile
@@ -23,11 +24,10 @@ from llmgr_rec.library_imports import collector_paused
 
 # Items that a benchmark makes similar to each item, as item-kNN and text-kNN do on Amazon Beauty.
 _NEIGHBORS = 160
-_WORDS, _WORDS_PER_ITEM = 20_000, 8
-_ITEMS_PER_TOPIC, _WORDS_PER_TOPIC = 500, 40
+_WORDS_PER_ITEM, _ITEMS_PER_TOPIC, _WORDS_PER_TOPIC = 8, 500, 40
 _LONGEST_SESSION = 12
-# Scale of the vectors of ids relative to those of words.
-_ID_SCALE = 0.1
+# Scale of the vectors of ids and of the encoder's weights relative to those at the start of a training.
+_SCALE = 0.1
 # Wanted recall of an index, and the places that it is measured for.
 _RECALL, _PLACES = 0.99, 20
 _WARM_UP = 20
@@ -139,8 +139,8 @@ def untrained_bundle(folder: Path, num_items: int) -> Path:
     model = factory.build(factory.spec("sbr", config, catalog), None, cpu)
     init_tables(model, config.seed, 0.1)
     for name, table in model.named_parameters():
-        if name.endswith("item_id.weight"):
-            table.data.mul_(_ID_SCALE)
+        if name.endswith("item_id.weight") or name.startswith("encoder."):
+            table.data.mul_(_SCALE)
     export_bundle(model, "sbr", config, catalog, folder / "bundle", World.alone(), blend=_random_blend(num_items))
     return folder / "bundle"
 
@@ -153,10 +153,9 @@ def _write_items(file: Path, num_items: int) -> None:
     from llmgr_rec.data.schema import items_schema
 
     rng = np.random.default_rng(0)
-    topics = rng.integers(0, _WORDS, (-(-num_items // _ITEMS_PER_TOPIC), _WORDS_PER_TOPIC))
     shares = 1 / np.arange(1, _WORDS_PER_TOPIC + 1)
     places = rng.choice(_WORDS_PER_TOPIC, (num_items, _WORDS_PER_ITEM), p=shares / shares.sum())
-    words = topics[np.arange(num_items)[:, None] // _ITEMS_PER_TOPIC, places].ravel()
+    words = (np.arange(num_items)[:, None] // _ITEMS_PER_TOPIC * _WORDS_PER_TOPIC + places).ravel()
     offsets = np.arange(0, len(words) + 1, _WORDS_PER_ITEM, dtype=np.int32)
     nothing = pa.array([[]] * num_items, pa.list_(pa.int64()))
     columns = {
