@@ -33,7 +33,7 @@ from llmgr_rec.kernels.item_index import ItemIndex
 from llmgr_rec.kernels.item_scan import ItemScan, can_search
 from llmgr_rec.kernels.topk import NOT_NUMBERS, Terms, merge_top_k, top_k
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.query_encoder import QueryEncoder
+from llmgr_rec.modules.query_encoder import MeasuredItems, QueryEncoder, QueryItems
 from llmgr_rec.modules.recommender import SessionRecommender
 
 # Target rank of an excluded target: beyond the end of any list.
@@ -48,8 +48,6 @@ _ITEMS_PER_SCANNED_SESSION = 1 << 15
 _MAX_SCANNED_SESSIONS = 16
 # A choice of fewer than one in so many items is ranked without the others.
 _FEW_CHOSEN = 8
-# Memory of a second copy of the item vectors, as they are before they are normalized.
-_MAX_COPY_BYTES = 1 << 28
 # Maximum number of scores in memory while target ranks are computed.
 _MAX_SCORES = 1 << 22
 
@@ -98,15 +96,10 @@ class RankingModel:
         Args:
             ranker: From `ranker`, with the present weights.
         """
-        model = self.model
-        if not isinstance(model, SessionRecommender) or model.text_encoder is not None or not ranker.has_all_items:
+        if not isinstance(self.model, SessionRecommender) or ranker.query_items is None:
             return self
-        items_VD = ranker.item_vectors
-        if model.score == "cosine":
-            if items_VD.nbytes > _MAX_COPY_BYTES:
-                return self
-            items_VD = _vectors_of_items(model.item_tables, self.collate, ranker.items, World.alone(items_VD.device))
-        return replace(self, collate=self.collate.without_features(), query_encoder=QueryEncoder(model, items_VD))
+        query_encoder = QueryEncoder(self.model, ranker.query_items)
+        return replace(self, collate=self.collate.without_features(), query_encoder=query_encoder)
 
     def queries(self, batch: SessionBatch) -> Tensor:
         """Computes the query of each session of a batch, [B, Q]."""
@@ -136,7 +129,12 @@ class RankingModel:
     def ranker(self, world: World) -> "CatalogRanker":
         """Computes all item vectors with the current weights. A collective: all ranks must call it."""
         ranks = World.alone(world.device) if self.is_replicated else world
-        return CatalogRanker(self.model, self.collate, ranks, self.blend)
+        if ranks.size > 1 or not isinstance(self.model, SessionRecommender) or self.model.text_encoder is not None:
+            return CatalogRanker(self.model, self.collate, ranks, self.blend)
+        measured = MeasuredItems(self.model)
+        ranker = CatalogRanker(measured, self.collate, ranks, self.blend)
+        ranker.query_items = QueryItems(ranker.item_vectors, measured.lengths())
+        return ranker
 
 
 class CatalogRanker:
@@ -158,17 +156,14 @@ class CatalogRanker:
         first = collate.num_items * world.rank // world.size
         self.items = range(first, collate.num_items * (world.rank + 1) // world.size)
         self._items_RQ = _vectors_of_items(model.item_vectors, collate, self.items, world)
+        # What sessions are encoded from; None where this rank does not know it.
+        self.query_items: QueryItems | None = None
         self._blend = None if blend is None else blend.of_items(self.items)
         self._scan: ItemScan | ItemIndex | None = None
         self._is_allowed_R: NDArray[np.bool_] | None = None
         # A choice of items and their vectors.
         self._chosen_R: Tensor | None = None
         self._chosen_RQ: Tensor | None = None
-
-    @property
-    def has_all_items(self) -> bool:
-        """Whether this rank has the vectors of the whole catalog."""
-        return len(self.items) == self._num_items
 
     @property
     def item_vectors(self) -> Tensor:

@@ -123,17 +123,20 @@ class GatedGraph(nn.Module):
         with torch.no_grad():
             self._folded = self._weights()
 
-    def prepare_items(self, items_VD: Tensor) -> ItemGates | None:
+    def can_prepare(self, num_items: int) -> bool:
+        """Whether the gates of all items are affordable, and enough: of several rounds, only the first knows its nodes.
+
+        Args:
+            num_items: Number of items.
+        """
+        return self.steps == 1 and 3 * num_items * self.update.bias_hh.numel() * 4 <= _MAX_PREPARED_BYTES
+
+    def prepare_items(self, items_VD: Tensor) -> ItemGates:
         """Multiplies the vectors of all items by the weights, so that `forward_prepared` multiplies nothing.
 
         Args:
             items_VD: Item vectors.
-
-        Returns:
-            None with several rounds, where only the first knows the states of its nodes, or for a large catalog.
         """
-        if self.steps > 1 or 3 * items_VD.shape[0] * self.update.bias_hh.numel() * 4 > _MAX_PREPARED_BYTES:
-            return None
         input_weight, state_weight, input_bias, state_bias = self._weights()
         new_bias_D = input_bias[2 * self.dim :]
         state_bias = state_bias + functional.pad(input_bias[: 2 * self.dim], (0, self.dim))

@@ -67,16 +67,21 @@ class SessionEncoder(nn.Module, ABC):
             Node states [N, D] and session vectors [B, D].
         """
 
+    def can_prepare(self, num_items: int) -> bool:
+        """Whether `prepare_items` and `encode_prepared` are there, and affordable.
+
+        Args:
+            num_items: Number of items V of the catalog.
+        """
+        return False
+
     def prepare_items(self, items_VD: Tensor) -> Any:
         """What the encoder computes of an item alone, for all items of the catalog, for `encode_prepared`.
 
         Args:
             items_VD: Item vectors, [V, D].
-
-        Returns:
-            The item vectors themselves, unless a subclass computes more of them.
         """
-        return items_VD
+        raise NotImplementedError(f"{type(self).__name__} computes nothing of an item alone")
 
     def encode_prepared(self, prepared: Any, graph: SessionGraph) -> Tensor:
         """Session vectors [B, D] of `forward` without dropout, from what was computed for all items.
@@ -85,7 +90,7 @@ class SessionEncoder(nn.Module, ABC):
             prepared: From `prepare_items`, with the present weights.
             graph: The sessions' graphs.
         """
-        return self(prepared.index_select(0, graph.node_items_N), graph).sessions_BD
+        raise NotImplementedError(f"{type(self).__name__} computes nothing of an item alone")
 
     def encode_one_pass(self, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
         """Encodes all prefixes of each pass by encoding only the longest of them.

@@ -62,15 +62,16 @@ class SRGNN(SessionEncoder):
         states_ND = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
         return self._read_out(states_ND, graph).sessions_BD
 
-    def prepare_items(self, items_VD: Tensor) -> Tensor | ItemGates:
-        """See `SessionEncoder.prepare_items`: the gates of the graph network, where its items fit."""
-        gates = self.graph_network.prepare_items(items_VD)
-        return items_VD if gates is None else gates
+    def can_prepare(self, num_items: int) -> bool:
+        """See `SessionEncoder.can_prepare`."""
+        return self.graph_network.can_prepare(num_items)
 
-    def encode_prepared(self, prepared: Tensor | ItemGates, graph: SessionGraph) -> Tensor:
+    def prepare_items(self, items_VD: Tensor) -> ItemGates:
+        """See `SessionEncoder.prepare_items`: the gates of the graph network."""
+        return self.graph_network.prepare_items(items_VD)
+
+    def encode_prepared(self, prepared: ItemGates, graph: SessionGraph) -> Tensor:
         """See `SessionEncoder.encode_prepared`."""
-        if isinstance(prepared, Tensor):
-            return super().encode_prepared(prepared, graph)
         return self._read_out(self.graph_network.forward_prepared(prepared, graph), graph).sessions_BD
 
     def _read_out(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:

@@ -17,6 +17,7 @@ from llmgr_rec.arrow_input import to_ids
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.config import DType
 from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker
@@ -28,7 +29,6 @@ from llmgr_rec.modules.prepare_for_inference import fold_weights, prepare_for_in
 from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
 from llmgr_rec.scoring.ranked_lists import list_columns
 from llmgr_rec.scoring.sample_sessions import sample_sessions
-from llmgr_rec.scoring.session_queries import SessionQueries
 from llmgr_rec.storage.bundle import BundleFiles, load_model
 
 # Sessions that are encoded at once.
@@ -67,8 +67,8 @@ class SessionRanker:
         self.rule = ranking_rule(files.index)
         self.model = self.bundle.ranking(_BATCH)
         fold_weights(self.bundle.model)
-        self._queries = SessionQueries(self.model) if SessionQueries.supports(self.bundle.model) else None
-        self.catalog_ranker = self._queries.ranker if self._queries else self.model.ranker(World.alone())
+        self.catalog_ranker = self.model.ranker(World.alone())
+        self._encoder = self.model.for_many_sessions(self.catalog_ranker).query_encoder
         self.catalog_ranker.prepare_for_few_sessions()
         self.index_recall = None if index is None else self._prepare_index(index)
         self._merges_repeats = files.index.consecutive_repeats == "merge"
@@ -182,8 +182,9 @@ class SessionRanker:
         return ranker.rank(self._queries_of(clicks), k, clicks if excludes_seen else None, clicks)
 
     def _queries_of(self, clicks: Jagged) -> Tensor:
-        if self._queries is not None:
-            return self._queries(clicks)
+        if self._encoder is not None:
+            graph = build_graphs(clicks.values, clicks.offsets, self.catalog.num_items)
+            return self._encoder.queries(graph.to(self.catalog_ranker.item_vectors.device))
         return self.model.queries(self.model.collate(RawSessions.to_rank(clicks)))
 
     def _popular(self, k: int, allowed_R: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The session recommender: one score by every way to it, and a training step that TorchRec's pipeline can trace."""
 
 from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch.nn import functional
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.kernels.softmax_loss import ranking_loss
+from llmgr_rec.modules import gated_graph
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.item_tables import ItemTables
-from llmgr_rec.modules.query_encoder import QueryEncoder
+from llmgr_rec.modules.query_encoder import MeasuredItems, QueryEncoder, QueryItems
 from llmgr_rec.modules.recommender import SessionRecommender, normalize
 from tests.modules.graphs import NUM_CATEGORIES, NUM_ITEMS, batch_of, features_of
 from tests.modules.small_llmgr import one_pass_batch
@@ -52,9 +54,13 @@ def test_one_lookup_gives_what_separate_calls_give(score: Score) -> None:
 @pytest.mark.parametrize("score", ["dot", "cosine"])
 def test_queries_from_the_vectors_of_all_items(score: Score) -> None:
     recommender, batch = recommender_of(score).eval(), small_batch()
-    items_VD = recommender.item_tables(features_of(torch.arange(NUM_ITEMS)))
-    found = QueryEncoder(recommender, items_VD).queries(batch.graph)
-    torch.testing.assert_close(found, recommender.queries(batch))
+    items = MeasuredItems(recommender)
+    items_VD = items.item_vectors(features_of(torch.arange(NUM_ITEMS)))
+    torch.testing.assert_close(items_VD, recommender.item_vectors(features_of(torch.arange(NUM_ITEMS))))
+    for limit in (1 << 27, 0):
+        with mock.patch.object(gated_graph, "_MAX_PREPARED_BYTES", limit):
+            encoder = QueryEncoder(recommender, QueryItems(items_VD, items.lengths()))
+            torch.testing.assert_close(encoder.queries(batch.graph), recommender.queries(batch))
 
 
 def test_scores_are_cosines_over_temperature_or_dot_products() -> None:

@@ -18,7 +18,6 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels import item_index
 from llmgr_rec.modules.prepare_for_inference import fold_weights
-from llmgr_rec.scoring.session_queries import SessionQueries
 from llmgr_rec.storage.bundle import load_bundle
 from tests.small_run import small_run
 
@@ -85,8 +84,8 @@ def test_queries_from_item_vectors_are_those_of_a_lookup(score: str) -> None:
     ranking.model.score = score
     clicks = Jagged.from_lengths(torch.tensor([3, 5, 3, 9, 2, 0, 0]), torch.tensor([4, 1, 2]))
     expected = ranking.queries(ranking.collate(RawSessions.to_rank(clicks)))
-    assert SessionQueries.supports(ranking.model)
     fold_weights(ranking.model)
-    queries = SessionQueries(ranking)
-    torch.testing.assert_close(queries(clicks), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(queries.ranker.item_vectors, ranking.ranker(World.alone()).item_vectors)
+    fast = ranking.for_many_sessions(ranking.ranker(World.alone()))
+    assert fast.query_encoder is not None
+    found = fast.queries(fast.collate(RawSessions.to_rank(clicks)))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
