@@ -2,6 +2,7 @@
 
 ```sh
 python -m benchmarks.growth
+python -m benchmarks.growth --axes items --items 100000 --stages prepare,sbr,evaluate,score
 ```
 
 The language model is `random-tiny`: its cost does not depend on the size of the data.
@@ -17,6 +18,7 @@ from benchmarks.growth_stages import STAGES, Size, reader_memory, run_stages
 from benchmarks.harness import benchmark_parser, write_report
 from llmgr_rec.cli import parse_args, progress, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluate import split_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +35,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--sessions", type=int, default=2000, help="Sessions at 1x.")
     parser.add_argument("--items", type=int, default=1000, help="Items at 1x.")
     parser.add_argument("--steps", type=int, default=30, help="Steps of each of the stages align and behave.")
+    parser.add_argument("--axes", type=str, default=",".join(AXES), help="What to vary, separated by commas.")
+    parser.add_argument("--stages", type=str, default=",".join(STAGES), help="Stages to run, separated by commas.")
     parser.add_argument("--quick", action="store_true", help="Two small sizes only, as a smoke test.")
     args = parse_args(parser, argv).as_dict()
     if args["sessions"] < 100 or args["items"] < 32:
@@ -40,7 +44,9 @@ def main(argv: Sequence[str]) -> None:
     if args["quick"]:
         args |= {"sessions": 300, "items": 64, "steps": 10}
     base = Size(args["sessions"], args["items"], 1)
-    results = measure(base, sizes(base, args["quick"]), args["steps"], args["threads"])
+    axes, stages = split_names(args["axes"], "--axes", AXES), split_names(args["stages"], "--stages", STAGES)
+    grid = {axis: line for axis, line in sizes(base, args["quick"]).items() if axis in axes}
+    results = measure(base, grid, stages, args["steps"], args["threads"])
     print(table(results))
     write_report(args["output"], args, results)
     file = Path(args["output"]).with_suffix(".svg")
@@ -61,18 +67,20 @@ def sizes(base: Size, quick: bool) -> dict[str, list[Size]]:
 _FULL: Mapping[str, tuple[int, ...]] = {"sessions": (1, 3, 10), "items": (1, 10, 100), "ranks": (1, 2, 4)}
 
 
-def measure(base: Size, grid: Mapping[str, Sequence[Size]], steps: int, threads: int) -> dict[str, Any]:
-    """Runs every stage once at every size."""
+def measure(
+    base: Size, grid: Mapping[str, Sequence[Size]], stages: Sequence[str], steps: int, threads: int
+) -> dict[str, Any]:
+    """Runs stages once at every size."""
     distinct = list(dict.fromkeys(size for line in grid.values() for size in line))
-    bar = progress(len(distinct) * len(STAGES), "growth", "stage")
+    bar = progress(len(distinct) * len(stages), "growth", "stage")
     costs: dict[Size, Any] = {}
     for size in distinct:
         with tempfile.TemporaryDirectory(prefix="llmgr-growth-") as folder:
-            costs[size] = run_stages(Path(folder), size, steps, threads, lambda stage: _advance(bar, stage))
+            costs[size] = run_stages(Path(folder), size, stages, steps, threads, lambda stage: _advance(bar, stage))
     bar.close()
     axes = {axis: [{"at": getattr(size, axis), "stages": costs[size]} for size in line] for axis, line in grid.items()}
     reader = []
-    for by in [size.sessions / base.sessions for size in grid["sessions"]]:
+    for by in [size.sessions / base.sessions for size in grid.get("sessions", ())]:
         with tempfile.TemporaryDirectory(prefix="llmgr-growth-") as folder:
             rows = round(_READER_SESSIONS * by)
             reader.append({"at": rows, "added_mib": reader_memory(Path(folder), rows, base.items)})
@@ -95,7 +103,7 @@ def exponents(axes: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
     for axis, points in axes.items():
         at = [float(point["at"]) for point in points]
         found[axis] = {}
-        for stage in STAGES:
+        for stage in points[0]["stages"]:
             costs = [point["stages"][stage] for point in points]
             work = [cost["work_s"] for cost in costs]
             found[axis][stage] = {
@@ -120,15 +128,16 @@ def table(results: Mapping[str, Any]) -> str:
     lines = []
     for axis, points in results["axes"].items():
         lines += ["", f"by {axis}: seconds (ms per training step) and MiB of the largest process"]
-        lines.append(f"{axis:>10}" + "".join(f"{stage:>24}" for stage in STAGES))
+        stages = list(points[0]["stages"])
+        lines.append(f"{axis:>10}" + "".join(f"{stage:>24}" for stage in stages))
         for point in points:
-            costs = "".join(f"{_cost(point['stages'][stage]):>24}" for stage in STAGES)
+            costs = "".join(f"{_cost(point['stages'][stage]):>24}" for stage in stages)
             lines.append(f"{point['at']:>10,}" + costs)
         for kind, title in (("whole", "exponent"), ("above_base", "above 1x"), ("memory", "memory")):
-            values = [results["exponents"][axis][stage][kind] for stage in STAGES]
+            values = [results["exponents"][axis][stage][kind] for stage in stages]
             lines.append(f"{title:>10}" + "".join(f"{'' if v is None else f'{v:.2f}':>24}" for v in values))
     reader = ", ".join(f"{line['at']:,} sessions {line['added_mib']:.1f} MiB" for line in results["reader"])
-    return "\n".join([*lines, "", f"memory of the reader alone: {reader}"])
+    return "\n".join([*lines, "", f"memory of the reader alone: {reader}"] if reader else lines)
 
 
 def _cost(cost: Mapping[str, float]) -> str:
@@ -145,8 +154,8 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "growth"}
     with rc_context(style):
         figure = Figure(figsize=(11, 6))
-        panels = figure.subplots(2, len(AXES), squeeze=False)
-        for column, axis in enumerate(AXES):
+        panels = figure.subplots(2, len(results["axes"]), squeeze=False)
+        for column, axis in enumerate(results["axes"]):
             _draw(panels[0][column], results["axes"][axis], "work_s")
             _draw(panels[1][column], results["axes"][axis], "tree_mib")
             panels[1][column].set_xlabel(axis)
@@ -159,6 +168,8 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
 
 def _draw(panel: "Axes", points: Sequence[Mapping[str, Any]], what: str) -> None:
     for stage, color in zip(STAGES, _COLORS, strict=True):
+        if stage not in points[0]["stages"]:
+            continue
         values = [point["stages"][stage][what] for point in points]
         panel.plot([point["at"] for point in points], values, marker="o", markersize=4, color=color, label=stage)
     panel.set_xscale("log")

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,13 +47,14 @@ class Cost:
 
 
 def run_stages(
-    folder: Path, size: Size, steps: int, threads: int, on_stage: Callable[[str], None]
+    folder: Path, size: Size, stages: Sequence[str], steps: int, threads: int, on_stage: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
-    """Runs all stages at one size.
+    """Runs stages at one size.
 
     Args:
         folder: Empty folder for data and runs.
         size: The size.
+        stages: Some of `STAGES`, in their order, with those that they need.
         steps: Steps of each of the stages align and behave; stage sbr trains a whole epoch.
         threads: CPU threads of each rank; 0 divides the cores among the ranks.
         on_stage: Called with the name of each stage before it starts.
@@ -76,6 +77,8 @@ def run_stages(
     }
     costs = {}
     for stage, (module, arguments) in commands.items():
+        if stage not in stages:
+            continue
         on_stage(stage)
         if stage in ("evaluate", "score"):
             arguments = ["--run_folder", str(run), *arguments]

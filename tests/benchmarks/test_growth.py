@@ -54,6 +54,16 @@ def test_table_has_a_row_for_each_size_and_a_column_for_each_stage():
     json.dumps(results())
 
 
+def test_some_axes_and_stages_can_be_measured_alone(tmp_path):
+    cells = [{"at": at, "stages": {stage: cost(at / 100) for stage in ("sbr", "score")}} for at in (100, 1000)]
+    found = {"axes": {"items": cells}, "exponents": exponents({"items": cells}), "reader": []}
+    text = table(found)
+    assert "score" in text
+    assert not any(word in text for word in ("align", "sessions", "reader"))
+    pytest.importorskip("matplotlib")
+    plot(found, tmp_path / "growth.svg")
+
+
 def test_plot_is_the_same_bytes_for_the_same_results(tmp_path):
     pytest.importorskip("matplotlib")
     for name in ("a.svg", "b.svg"):
