@@ -15,6 +15,7 @@ from benchmarks.commands import run_module
 from benchmarks.harness import benchmark_parser, write_report
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.errors import UserError
+from llmgr_rec.paths import LocalPath
 
 # The first thousandth of the items has a tenth of the clicks.
 _SKEW = 3
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--clicks", type=int, default=5_000_000, help="Rows of the log.")
     parser.add_argument("--memory_gb", type=float, default=2.0, help="Memory limit of DuckDB, in GiB.")
     parser.add_argument("--options", type=str, default="", help="More options of prepare, separated by spaces.")
-    parser.add_argument("--folder", type=str, help="Folder for log and data set; default: a temporary one.")
+    parser.add_argument("--folder", type=LocalPath, help="Folder for log and data set; default: a temporary one.")
     args = parse_args(parser, argv).as_dict()
     if args["clicks"] < 1000:
         raise UserError("--clicks must be 1000 or more")

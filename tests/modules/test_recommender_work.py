@@ -47,7 +47,8 @@ def test_the_operators_of_a_step_do_not_depend_on_the_batch() -> None:
     batches = (make_batch([SESSION[:-1]] * count, [SESSION[-1]] * count) for count in (3, 24))
     few, many = (operators_of(lambda batch: task(batch)[0].backward(), batch) for batch in batches)
     assert sum(few.calls.values()) == sum(many.calls.values()) <= MOST_OF_A_STEP
-    assert sum(many.calls[name] for name in WAITS) <= 2
+    # One of them is the bound of the scores, which only a CPU asks for.
+    assert sum(many.calls[name] for name in WAITS) <= 3
 
 
 def test_the_operators_of_the_queries_of_a_batch_do_not_depend_on_it() -> None:
