@@ -151,4 +151,7 @@ class PlainAlignTask(AlignTask):
 def _cross_entropy(llmgr: LLMGR, output: RecommenderOutput, hidden_BH: Tensor, batch: SessionBatch) -> Tensor:
     trained = slice(llmgr.head.head_columns if llmgr.head.separate_loss else None)
     scores_BV = llmgr.queries(output, hidden_BH)[:, trained] @ llmgr.items(output, batch)[:, trained].T
+    if batch.log_q_C.numel():
+        # Items without training clicks have no part in the softmax.
+        scores_BV = scores_BV - batch.log_q_C
     return functional.cross_entropy(scores_BV, batch.targets_B)
