@@ -3,8 +3,8 @@
 All are of the first 20 items of the lists, and are sums over lists, so they do not depend on batch size, order or
 number of ranks.
 
-Shapes: B sessions, K items of a ranked list, V items, F ids of a feature, W ids of all listed
-items, G distinct ones of a list.
+Shapes: B sessions, K items of a ranked list, V items, X distinct items of all lists, F ids
+of a feature, W places of all lists.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
 from torch import Tensor
 
 from llmgr_rec.data.catalog import Catalog
@@ -64,21 +65,28 @@ class FeatureVectors:
         Returns:
             Sums, float64 [B], and numbers, int64 [B]; each pair counts twice.
         """
-        num_lists, length = ids_BK.shape
-        # Padding takes the features of item 0, and then the weight 0.
-        rows = self._ids.select(ids_BK.reshape(-1).clamp(min=0))
-        values_W, place_W = rows.values.numpy(), rows.row_of_value.numpy()
-        weights_W = self._weight_F[values_W] * (ids_BK.reshape(-1).numpy()[place_W] >= 0)
-        # Without any id, bincount returns integers.
-        squares = np.bincount(place_W, weights=weights_W**2, minlength=num_lists * length).astype(np.float64)
-        scale = np.divide(1.0, np.sqrt(squares), out=np.zeros_like(squares), where=squares > 0)
+        listed_BK = ids_BK.numpy() >= 0
+        items_X, place_W = np.unique(ids_BK.numpy()[listed_BK], return_inverse=True)
+        vectors_XF = self._vectors(items_X)
+        has_vector_W = (np.diff(vectors_XF.indptr) > 0)[place_W]
+        lists_B1 = np.concatenate([[0], np.cumsum(listed_BK.sum(axis=1))])
+        members_BX = sparse.csr_array((has_vector_W.astype(np.float64), place_W, lists_B1), (len(ids_BK), len(items_X)))
         # The squared length of the sum of n unit vectors is n plus the cosines of all pairs.
-        key_W = (place_W // length) * len(self._weight_F) + values_W
-        keys_G, entry_W = np.unique(key_W, return_inverse=True)
-        sums_G = np.bincount(entry_W, weights=weights_W * scale[place_W], minlength=len(keys_G))
-        squared_B = np.bincount(keys_G // len(self._weight_F), weights=sums_G**2, minlength=num_lists)
-        count_B = (squares > 0).reshape(num_lists, length).sum(1)
+        sums_BF = members_BX @ vectors_XF
+        squared_B = np.asarray((sums_BF * sums_BF).sum(axis=1))
+        count_B = np.asarray(members_BX.sum(axis=1)).astype(np.int64)
         return squared_B - count_B, count_B * (count_B - 1)
+
+    def _vectors(self, items_X: NDArray[np.int64]) -> sparse.csr_array:
+        """Vectors of some items, [X, F]; without an entry for ids that all items have."""
+        rows = self._ids.select(torch.from_numpy(items_X))
+        values = rows.values.numpy()
+        shape = (len(items_X), len(self._weight_F))
+        vectors_XF = sparse.csr_array((self._weight_F[values], values, rows.offsets.numpy()), shape)
+        vectors_XF.eliminate_zeros()
+        length_X = np.sqrt(np.asarray((vectors_XF * vectors_XF).sum(axis=1)))
+        vectors_XF.data /= np.repeat(length_X, np.diff(vectors_XF.indptr))
+        return vectors_XF
 
 
 class BeyondAccuracy:
