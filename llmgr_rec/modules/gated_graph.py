@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.gated_recurrence import Weights, gru_cell
 from llmgr_rec.kernels.prefix_nodes import PrefixNodes
 from llmgr_rec.modules.session_encoder import initialize_uniform, occurrences
@@ -186,22 +184,6 @@ class GatedGraph(nn.Module):
         folded = [weight[:, : self.dim] @ self.message[0], weight[:, self.dim :] @ self.message[1]]
         bias = weight @ self.message_bias + self.update.bias_ih
         return torch.cat(folded, dim=1), self.update.weight_hh, bias, self.update.bias_hh
-
-
-def check_rounds(config: EncoderConfig) -> None:
-    """Checks that a graph network which trains in one pass has one round of message passing.
-
-    Args:
-        config: Encoder settings.
-
-    Raises:
-        UserError: It has several rounds.
-    """
-    if config.one_pass and config.steps > 1:
-        raise UserError(
-            f"setting encoder.one_pass is true, but with encoder.steps {config.steps} the node states of {config.name} "
-            "depend on later clicks; set encoder.steps to 1, or encoder.one_pass to false"
-        )
 
 
 def _degrees(receivers: Tensor, num_nodes: int, dtype: torch.dtype) -> Tensor:

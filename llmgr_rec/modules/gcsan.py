@@ -14,11 +14,9 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.packed_sequences import LengthBucket
-from llmgr_rec.kernels.prefix_nodes import prefix_nodes
-from llmgr_rec.modules.gated_graph import GatedGraph, ItemGates, check_rounds
+from llmgr_rec.modules.graph_encoder import GraphEncoder
 from llmgr_rec.modules.session_encoder import (
     EncodedSessions,
-    SessionEncoder,
     check_heads,
     click_counts,
     initialize_uniform,
@@ -126,7 +124,7 @@ def _node_rows(graph: SessionGraph) -> LengthBucket:
     return LengthBucket(session_N * width + column_N, graph.num_sessions, width)
 
 
-class GCSAN(SessionEncoder):
+class GCSAN(GraphEncoder):
     """GC-SAN: the session vector is a weighted sum of the last click's attention output and its graph-network state.
 
     Args:
@@ -138,14 +136,9 @@ class GCSAN(SessionEncoder):
             train in one pass with several rounds of message passing.
     """
 
-    supports_one_pass = True
-
     def __init__(self, config: EncoderConfig, dim: int) -> None:
-        super().__init__()
-        self.check(config, dim)
+        super().__init__(config, dim)
         self.last_item_weight = config.last_item_weight
-        self.dropout = ByteDropout(config.dropout)
-        self.graph_network = GatedGraph(dim, config.steps)
         self.blocks = nn.ModuleList(
             AttentionBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
         )
@@ -155,31 +148,10 @@ class GCSAN(SessionEncoder):
     def check(cls, config: EncoderConfig, dim: int) -> None:
         """Checks the attention settings and the rounds of message passing; see `SessionEncoder.check`."""
         check_heads(config, dim)
-        check_rounds(config)
+        super().check(config, dim)
 
-    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
-        """Encodes a batch; see `SessionEncoder.forward`."""
-        return self._read_out(self.graph_network(self.dropout(nodes_ND), graph), graph)
-
-    def encode_one_pass(self, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
-        """Computes each state of the graph network once; see `SessionEncoder.encode_one_pass`."""
-        prefixes = prefix_nodes(graph, pass_offsets_P1)
-        states_ND = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
-        return self._read_out(states_ND, graph).sessions_BD
-
-    def can_prepare(self, num_items: int) -> bool:
-        """See `SessionEncoder.can_prepare`."""
-        return self.graph_network.can_prepare(num_items)
-
-    def prepare_items(self, items_VD: Tensor) -> ItemGates:
-        """See `SessionEncoder.prepare_items`: the gates of the graph network."""
-        return self.graph_network.prepare_items(items_VD)
-
-    def encode_prepared(self, prepared: ItemGates, graph: SessionGraph) -> Tensor:
-        """See `SessionEncoder.encode_prepared`."""
-        return self._read_out(self.graph_network.forward_prepared(prepared, graph), graph).sessions_BD
-
-    def _read_out(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+    def read_sessions(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+        """Computes the session vectors [B, D]; see `GraphEncoder.read_sessions`."""
         log_counts_N = click_counts(graph).to(states_ND.dtype).log()
         attended_ND = states_ND
         for block in self.blocks[:-1]:

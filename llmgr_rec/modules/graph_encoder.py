@@ -1,0 +1,80 @@
+"""Base class of encoders that read a session out of the node states of a gated graph network: GC-SAN and SR-GNN.
+
+Shapes: B sessions, N nodes, M of them in longest prefixes, V items of the catalog, D = d1 columns.
+"""
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from llmgr_rec.config import EncoderConfig
+from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.byte_dropout import ByteDropout
+from llmgr_rec.kernels.prefix_nodes import prefix_nodes
+from llmgr_rec.modules.gated_graph import GatedGraph, ItemGates
+from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
+
+
+class GraphEncoder(SessionEncoder):
+    """Node states of a gated graph network, by every way to them; subclasses read the sessions out.
+
+    Args:
+        config: Encoder settings; dropout applies to the input vectors.
+        dim: Width of item, node and session vectors, in columns.
+
+    Raises:
+        UserError: The settings are wrong, see `check`.
+    """
+
+    supports_one_pass = True
+
+    def __init__(self, config: EncoderConfig, dim: int) -> None:
+        super().__init__()
+        self.check(config, dim)
+        self.dropout = ByteDropout(config.dropout)
+        self.graph_network = GatedGraph(dim, config.steps)
+
+    @classmethod
+    def check(cls, config: EncoderConfig, dim: int) -> None:
+        """Checks the rounds of message passing; see `SessionEncoder.check`.
+
+        Raises:
+            UserError: It has to train in one pass with several rounds.
+        """
+        if config.one_pass and config.steps > 1:
+            raise UserError(
+                f"setting encoder.one_pass is true, but with encoder.steps {config.steps} the node states of "
+                f"{config.name} depend on later clicks; set encoder.steps to 1, or encoder.one_pass to false"
+            )
+
+    @abstractmethod
+    def read_sessions(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+        """Computes the session vectors [B, D] from the node states.
+
+        Args:
+            states_ND: Node states of the graph network.
+            graph: The sessions' graphs.
+        """
+
+    def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+        """Encodes a batch; see `SessionEncoder.forward`."""
+        return self.read_sessions(self.graph_network(self.dropout(nodes_ND), graph), graph)
+
+    def encode_one_pass(self, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
+        """Computes each node state of the prefixes once; see `SessionEncoder.encode_one_pass`."""
+        prefixes = prefix_nodes(graph, pass_offsets_P1)
+        states_ND = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
+        return self.read_sessions(states_ND, graph).sessions_BD
+
+    def can_prepare(self, num_items: int) -> bool:
+        """See `SessionEncoder.can_prepare`."""
+        return self.graph_network.can_prepare(num_items)
+
+    def prepare_items(self, items_VD: Tensor) -> ItemGates:
+        """See `SessionEncoder.prepare_items`: the gates of the graph network."""
+        return self.graph_network.prepare_items(items_VD)
+
+    def encode_prepared(self, prepared: ItemGates, graph: SessionGraph) -> Tensor:
+        """See `SessionEncoder.encode_prepared`."""
+        return self.read_sessions(self.graph_network.forward_prepared(prepared, graph), graph).sessions_BD
