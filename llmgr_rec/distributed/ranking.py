@@ -77,7 +77,7 @@ class RankingModel:
         collate: Collator for batches without candidates.
         batch_size: Sessions per batch of one rank.
         blend: Nearest-neighbor scores that are added to the model's scores; None for no blend.
-        query_encoder: Encodes the sessions in place of the model; see `for_many_sessions`.
+        query_encoder: Encodes the sessions in place of the model; see `with_query_encoder`.
         is_replicated: Whether each rank has the whole model. Ranking is then no collective.
     """
 
@@ -88,7 +88,7 @@ class RankingModel:
     query_encoder: QueryEncoder | None = None
     is_replicated: bool = False
 
-    def for_many_sessions(self, ranker: "CatalogRanker") -> "RankingModel":
+    def with_query_encoder(self, ranker: "CatalogRanker") -> "RankingModel":
         """The same model in a form that encodes sessions faster while its weights do not change, where it has one.
 
         The collator of the result makes batches that only the result can encode.

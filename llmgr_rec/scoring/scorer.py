@@ -183,7 +183,7 @@ class Scorer:
             ranker = self._ranking.ranker(self._world)
             ranking = self._ranking
             if ranking.is_replicated:
-                self._ranking = ranking.for_many_sessions(ranker)
+                self._ranking = ranking.with_query_encoder(ranker)
             current: _RankedPart | None = None
             for element in read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD):
                 if isinstance(element, _RankBatch):

@@ -68,7 +68,7 @@ class SessionRanker:
         self.model = self.bundle.ranking(_BATCH)
         fold_weights(self.bundle.model)
         self.catalog_ranker = self.model.ranker(World.alone())
-        self._encoder = self.model.for_many_sessions(self.catalog_ranker).query_encoder
+        self._encoder = self.model.with_query_encoder(self.catalog_ranker).query_encoder
         self.catalog_ranker.prepare_for_few_sessions()
         self.index_recall = None if index is None else self._prepare_index(index)
         self._merges_repeats = files.index.consecutive_repeats == "merge"

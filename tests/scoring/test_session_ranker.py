@@ -85,7 +85,7 @@ def test_queries_from_item_vectors_are_those_of_a_lookup(score: str) -> None:
     clicks = Jagged.from_lengths(torch.tensor([3, 5, 3, 9, 2, 0, 0]), torch.tensor([4, 1, 2]))
     expected = ranking.queries(ranking.collate(RawSessions.to_rank(clicks)))
     fold_weights(ranking.model)
-    fast = ranking.for_many_sessions(ranking.ranker(World.alone()))
+    fast = ranking.with_query_encoder(ranking.ranker(World.alone()))
     assert fast.query_encoder is not None
     found = fast.queries(fast.collate(RawSessions.to_rank(clicks)))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
