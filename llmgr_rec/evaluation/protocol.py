@@ -122,8 +122,7 @@ def ranked_lists(
     """
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
-        if ranking.is_replicated or world.size == 1:
-            ranking = ranking.with_query_encoder(ranker)
+        ranking = ranking.with_query_encoder(ranker)
         for sessions in evaluation_batches(ranking, dataset, split, world, f"evaluate {split}", rule):
             clicks = None if ranking.blend is None else clicks_of(sessions.batch)
             ids_BK, scores_BK = ranker.rank(sessions.queries_BQ, depth, sessions.exclude, clicks)
