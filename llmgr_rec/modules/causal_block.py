@@ -1,4 +1,4 @@
-"""A causal transformer block over packed clicks: only its attention pads sessions.
+"""Causal transformer blocks over packed clicks: only their attention pads sessions.
 
 Shapes: L packed clicks, R sessions of similar length padded to T positions, A heads, D = d1 columns, E = D / A columns
 of a head.
@@ -14,12 +14,10 @@ from llmgr_rec.kernels.packed_sequences import PackedSequences
 _WIDENING = 4
 
 
-class CausalBlock(nn.Module):
-    """Pre-norm self-attention and feed-forward network (GELU), each with a residual connection.
+class CausalAttention(nn.Module):
+    """Base class of causal blocks: the pre-norm self-attention, without what a block adds to it.
 
-    Equivalent to `nn.TransformerEncoderLayer(norm_first=True)`, with the same initialization and the same four
-    dropouts (attention weights, attention output, hidden layer, output). That module requires padded sessions and
-    computes every layer for the padding, too.
+    A subclass makes its own layers, then calls `initialize_attention`.
 
     Args:
         dim: Width of states, in columns.
@@ -33,13 +31,46 @@ class CausalBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(dim)
         self.query_key_value = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
-        self.feed_forward_norm = nn.LayerNorm(dim)
-        self.expand = nn.Linear(dim, _WIDENING * dim)
-        self.contract = nn.Linear(_WIDENING * dim, dim)
         self.dropout = ByteDropout(dropout)
+
+    def initialize_attention(self) -> None:
+        """Initializes the projections of the attention as `nn.TransformerEncoderLayer` does: after all other layers."""
         nn.init.xavier_uniform_(self.query_key_value.weight)
         nn.init.zeros_(self.query_key_value.bias)
         nn.init.zeros_(self.project.bias)
+
+    def attend(self, states_LD: Tensor, packed: PackedSequences) -> Tensor:
+        """Output of the attention for each click, after dropout, [L, D].
+
+        Args:
+            states_LD: State of each click.
+            packed: Sessions of the clicks.
+        """
+        query_key_value_LF = self.query_key_value(self.attention_norm(states_LD))
+        attended_LD = causal_attention(query_key_value_LF, self.heads, packed, self.dropout.p if self.training else 0.0)
+        projected_LD: Tensor = self.dropout(self.project(attended_LD))
+        return projected_LD
+
+
+class CausalBlock(CausalAttention):
+    """Pre-norm self-attention and feed-forward network (GELU), each with a residual connection.
+
+    Equivalent to `nn.TransformerEncoderLayer(norm_first=True)`, with the same initialization and the same four
+    dropouts (attention weights, attention output, hidden layer, output). That module requires padded sessions and
+    computes every layer for the padding, too.
+
+    Args:
+        dim: Width of states, in columns.
+        heads: Attention heads; must divide `dim`.
+        dropout: Probability of dropping an activation.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__(dim, heads, dropout)
+        self.feed_forward_norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, _WIDENING * dim)
+        self.contract = nn.Linear(_WIDENING * dim, dim)
+        self.initialize_attention()
 
     def forward(self, states_LD: Tensor, packed: PackedSequences) -> Tensor:
         """States after the block, [L, D].
@@ -48,9 +79,7 @@ class CausalBlock(nn.Module):
             states_LD: State of each click.
             packed: Sessions of the clicks.
         """
-        query_key_value_LF = self.query_key_value(self.attention_norm(states_LD))
-        attended_LD = causal_attention(query_key_value_LF, self.heads, packed, self.dropout.p if self.training else 0.0)
-        states_LD = states_LD + self.dropout(self.project(attended_LD))
+        states_LD = states_LD + self.attend(states_LD, packed)
         hidden = self.dropout(functional.gelu(self.expand(self.feed_forward_norm(states_LD))))
         return states_LD + self.dropout(self.contract(hidden))
 

@@ -6,14 +6,13 @@ Shapes: L packed clicks, D = d1 columns, H columns of the hidden layer.
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.packed_sequences import PackedSequences
-from llmgr_rec.modules.causal_block import causal_attention
+from llmgr_rec.modules.causal_block import CausalAttention
 
 _WIDENING = 4
 
 
-class LiGRBlock(nn.Module):
+class LiGRBlock(CausalAttention):
     """Pre-norm self-attention and SwiGLU feed-forward network, each added times a gate of the states before it.
 
     The gate of a click is the sigmoid of a linear layer of its state, so it can leave out what a sub-layer adds, column
@@ -27,21 +26,14 @@ class LiGRBlock(nn.Module):
     """
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention_norm = nn.LayerNorm(dim)
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.project = nn.Linear(dim, dim)
+        super().__init__(dim, heads, dropout)
         self.attention_gate = nn.Linear(dim, dim)
         self.feed_forward_norm = nn.LayerNorm(dim)
         # The activated half and the half that it multiplies, in one product.
         self.expand = nn.Linear(dim, 2 * _WIDENING * dim, bias=False)
         self.contract = nn.Linear(_WIDENING * dim, dim, bias=False)
         self.feed_forward_gate = nn.Linear(dim, dim)
-        self.dropout = ByteDropout(dropout)
-        nn.init.xavier_uniform_(self.query_key_value.weight)
-        nn.init.zeros_(self.query_key_value.bias)
-        nn.init.zeros_(self.project.bias)
+        self.initialize_attention()
 
     def forward(self, states_LD: Tensor, packed: PackedSequences) -> Tensor:
         """States after the block, [L, D].
@@ -50,10 +42,8 @@ class LiGRBlock(nn.Module):
             states_LD: State of each click.
             packed: Sessions of the clicks.
         """
-        query_key_value_LF = self.query_key_value(self.attention_norm(states_LD))
-        attended_LD = causal_attention(query_key_value_LF, self.heads, packed, self.dropout.p if self.training else 0.0)
         gate_LD = self.attention_gate(states_LD).sigmoid()
-        states_LD = states_LD + gate_LD * self.dropout(self.project(attended_LD))
+        states_LD = states_LD + gate_LD * self.attend(states_LD, packed)
         activated_LH, linear_LH = self.expand(self.feed_forward_norm(states_LD)).chunk(2, dim=1)
         hidden_LH = self.dropout(functional.silu(activated_LH) * linear_LH)
         gate_LD = self.feed_forward_gate(states_LD).sigmoid()
