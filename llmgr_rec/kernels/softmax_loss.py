@@ -48,6 +48,10 @@ _GPU_BLOCK_BYTES = 1 << 24
 _MIN_BLOCK_ROWS = 64
 # In a lower precision the block's part of that gradient is also widened, in one more pass over it.
 _MIN_BLOCK_ROWS_LOW_PRECISION = 256
+# Bytes of the rows that are widened at once to be summed.
+_WIDENED_BYTES = 1 << 20
+# An item with this bias, or a lower one, has no part in the softmax.
+_LEFT_OUT = -1000.0
 # exp of it, times the number of items, is far from the ends of the range of float32 and bfloat16.
 _MAX_UNSHIFTED_SCORE = 40.0
 
@@ -134,7 +138,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         dtype: torch.dtype,
         with_gradients: bool,
     ) -> Tensor:
-        columns = _Columns(items_CQ.to(dtype), None if bias_C is None else bias_C.to(dtype))
+        columns = _Columns.of(items_CQ, bias_C, dtype)
         target_items_BQ = items_CQ.index_select(0, targets_B)
         gradients = _Gradients.zeros(queries_BQ, items_CQ) if with_gradients else None
         loss = queries_BQ.new_zeros(())
@@ -166,17 +170,36 @@ class _SoftmaxLoss(torch.autograd.Function):
 
 @dataclass
 class _Columns:
-    """Items and bias of all columns, in the kernel's number format."""
+    """Items and bias of all columns, in the kernel's number format.
+
+    Args:
+        items_CQ: Items.
+        bias_C: Bias of each column; None where all have none, but for those that are left out.
+        left_out_X: Columns that are left out, unless they are by their bias.
+    """
 
     items_CQ: Tensor
-    bias_C: Tensor | None
+    bias_C: Tensor | None = None
+    left_out_X: Tensor | None = None
+
+    @classmethod
+    def of(cls, items_CQ: Tensor, bias_C: Tensor | None, dtype: torch.dtype) -> "_Columns":
+        """The columns; a CPU does not add a bias that only leaves out items, which takes a fourth of the product."""
+        if bias_C is None:
+            return cls(items_CQ.to(dtype))
+        if bias_C.device.type == "cpu":
+            left_out_X = (bias_C <= _LEFT_OUT).nonzero().squeeze(1)
+            if left_out_X.numel() == torch.count_nonzero(bias_C):
+                return cls(items_CQ.to(dtype), left_out_X=left_out_X)
+        return cls(items_CQ.to(dtype), bias_C.to(dtype))
 
     def scores(self, queries_bQ: Tensor, out_bC: Tensor) -> Tensor:
         """Scores of a block, written to `out_bC`."""
         queries_bQ = queries_bQ.to(self.items_CQ.dtype)
-        if self.bias_C is None:
-            return torch.mm(queries_bQ, self.items_CQ.T, out=out_bC)
-        return torch.addmm(self.bias_C, queries_bQ, self.items_CQ.T, out=out_bC)
+        if self.bias_C is not None:
+            return torch.addmm(self.bias_C, queries_bQ, self.items_CQ.T, out=out_bC)
+        torch.mm(queries_bQ, self.items_CQ.T, out=out_bC)
+        return out_bC if self.left_out_X is None else out_bC.index_fill_(1, self.left_out_X, _LEFT_OUT)
 
     def target_scores(self, queries_bQ: Tensor, target_items_bQ: Tensor, targets_b: Tensor) -> Tensor:
         """Scores of the targets, [b, 1], from unrounded vectors: they are half of the loss and cost little."""
@@ -237,11 +260,24 @@ def _cross_entropy_in_place(scores_bC: Tensor, target_b1: Tensor, is_small: bool
         Cross-entropies and Z, [b, 1] each, in the number format of the target scores.
     """
     if is_small:
-        sums_b1 = scores_bC.exp_().sum(dim=1, keepdim=True, dtype=target_b1.dtype)
+        sums_b1 = _row_sums(scores_bC.exp_(), target_b1.dtype)
         return sums_b1.log() - target_b1, sums_b1
     highest_b1 = scores_bC.amax(dim=1, keepdim=True)
-    sums_b1 = scores_bC.sub_(highest_b1).exp_().sum(dim=1, keepdim=True, dtype=target_b1.dtype)
+    sums_b1 = _row_sums(scores_bC.sub_(highest_b1).exp_(), target_b1.dtype)
     return sums_b1.log() + highest_b1 - target_b1, sums_b1
+
+
+def _row_sums(values_bC: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of each row in a number format, [b, 1].
+
+    A CPU would widen a whole block of a lower precision before it sums, which then is not in the cache any more.
+    """
+    if values_bC.dtype == dtype or values_bC.device.type != "cpu":
+        return values_bC.sum(dim=1, keepdim=True, dtype=dtype)
+    rows = max(1, _WIDENED_BYTES // (dtype.itemsize * max(1, values_bC.shape[1])))
+    wide_rC = values_bC.new_empty(rows, values_bC.shape[1], dtype=dtype)
+    parts = values_bC.split(rows)
+    return torch.cat([wide_rC[: part_rC.shape[0]].copy_(part_rC).sum(dim=1, keepdim=True) for part_rC in parts])
 
 
 def _blocks(num_rows: int, block_rows: int) -> Iterator[slice]:

@@ -71,7 +71,7 @@ def _split_by_sharding(parameters: list[Tensor]) -> list[dict[str, Any]]:
 
 def _is_fused(parameters: list[Tensor]) -> bool | None:
     """Whether torch fuses the update; None leaves the choice to torch."""
-    return True if all(type(p) is nn.Parameter and p.device.type == "cpu" for p in parameters) else None
+    return True if all(not isinstance(p, DTensor) and p.device.type == "cpu" for p in parameters) else None
 
 
 def _clipped(optimizer: KeyedOptimizerWrapper, norm: float) -> GradientClippingOptimizer:

@@ -104,6 +104,22 @@ def test_probabilities_of_bfloat16_scores_add_to_one(is_small: bool) -> None:
     assert (total_b - 1).abs().mean() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_only_leaves_out_columns_is_that_of_fewer_columns(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    queries, items = torch.randn(5, 4), torch.randn(9, 4)
+    biases = torch.zeros(9).index_fill(0, torch.tensor([2, 7]), -1e4)
+    assert kernel._Columns.of(items, biases, dtype).bias_C is None
+    kept = (biases == 0).nonzero().squeeze(1)
+    targets = torch.tensor([0, 2, 4, 6, 1])
+    loss, of_queries, of_items = loss_and_gradients(
+        softmax_loss, queries, items, kept[targets], torch.ones(5), biases, dtype
+    )
+    expected = loss_and_gradients(softmax_loss, queries, items[kept], targets, torch.ones(5), None, dtype)
+    torch.testing.assert_close((loss, of_queries, of_items[kept]), expected)
+    assert not of_items[[2, 7]].any()
+
+
 def test_without_gradient_none_is_kept() -> None:
     queries, items = torch.randn(4, 3, requires_grad=True), torch.randn(6, 3, requires_grad=True)
     arguments = (torch.tensor([0, 1, 2, 3]), torch.ones(4))

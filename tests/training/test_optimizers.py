@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn, optim
+from torchrec.distributed.composable.table_batched_embedding_slice import TableBatchedEmbeddingSlice
 from torchrec.optim.keyed import CombinedOptimizer
 
 from llmgr_rec.config import Config, OptimizerConfig, StageConfig, TablesConfig
-from llmgr_rec.training.optimizers import CosineSchedule, build_optimizer
+from llmgr_rec.training.optimizers import CosineSchedule, _is_fused, build_optimizer
 
 
 class SmallTask(nn.Module):
@@ -51,6 +52,11 @@ def test_steps_are_those_of_adamw_and_adam_from_the_first_on() -> None:
         for reference in references:
             reference.step()
         torch.testing.assert_close(dict(ours.named_parameters()), dict(plain.named_parameters()), atol=1e-6, rtol=0)
+
+
+def test_a_table_of_torchrec_has_the_fused_update() -> None:
+    weights = torch.zeros(6, requires_grad=True)
+    assert _is_fused([TableBatchedEmbeddingSlice(weights, 0, 6, 3, 2)])
 
 
 def schedule(total: int, warmup: float, *peaks: float) -> tuple[CosineSchedule, list[dict[str, float]]]:
