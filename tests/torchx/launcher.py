@@ -25,10 +25,11 @@ def torchx(
     )
 
 
-def torchx_in_process(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs TorchX's command line in this process, which is faster, from the repository's folder."""
+def torchx_in_process(words: Sequence[str], monkeypatch: pytest.MonkeyPatch, cwd: Path = ROOT) -> None:
+    """Runs TorchX's command line in this process, which is faster; by default from the repository's folder."""
     from torchx.cli import argparse_util
     from torchx.cli.main import main
+    from torchx.runner import config
 
     # TorchX remembers in its classes which options and defaults it has seen, for a process runs it once.
     for seen in (
@@ -37,7 +38,9 @@ def torchx_in_process(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> 
         argparse_util.ArgOnceAction.called_args,
     ):
         seen.clear()
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(cwd)
+    # Computed when TorchX is imported: the home folder, and the current one.
+    monkeypatch.setattr(config, "DEFAULT_CONFIG_DIRS", [str(cwd)])
     main(list(words))
 
 

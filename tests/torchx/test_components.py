@@ -17,7 +17,9 @@ from torchx.specs import file_linter, finder
 from tests.torchx.volcano import JOB
 from torchx_components import rec
 
-NAMES = ["prepare", "train", "evaluate", "score", "pipeline"]
+NAMES = ["prepare", "train", "evaluate", "score", "report", "serve", "pipeline"]
+# Components that may have several ranks.
+RANKED = ["train", "evaluate", "score"]
 FILE = str(Path(rec.__file__).resolve())
 
 
@@ -64,8 +66,24 @@ def test_training_restarts_and_keeps_what_the_user_sets() -> None:
     assert rec.RESTART_ENV["PET_MAX_RESTARTS"] == "2"
 
 
+@pytest.mark.parametrize("name", RANKED)
+def test_nodes_and_gpus_are_those_asked_for(name: str) -> None:
+    (role,) = getattr(rec, name)("--run", "/data/run", "--out=x", nnodes=3, nproc=2, gpu=2).roles
+    assert (role.num_replicas, role.resource.gpu) == (3, 2)
+    # Under torchrun, --run is short for an option of its own.
+    run = "--run" if name == "train" else "--run_folder"
+    assert "--nnodes 3 --nproc_per_node 2" in role.args[1]
+    assert role.args[1].endswith(f"-m llmgr_rec.{name} {run} /data/run --out=x")
+
+
 def test_the_pipeline_runs_its_own_module() -> None:
     assert rec.pipeline("--output", "x").roles[0].args == ["-m", "torchx_components.pipeline", "--output", "x"]
+
+
+def test_the_service_listens_to_the_cluster() -> None:
+    (role,) = rec.serve("--run", "/data/run", port=80).roles
+    assert role.args == ["-m", "llmgr_rec.serve", "--host", "0.0.0.0", "--port", "80", "--run", "/data/run"]
+    assert role.port_map == {"http": 80}
 
 
 def test_the_runner_renders_by_file() -> None:
@@ -122,7 +140,7 @@ def test_an_odd_argument_arrives_as_it_is_written(name: str) -> None:
     assert not any("$$" in word or "$(" in word for word in command)
     if command[0] == "bash":
         # Only the quoted arguments at the end are of interest; before them stands the launcher.
-        script = command[2][command[2].index("-m llmgr_rec.train") :]
+        script = command[2][command[2].index(f"-m llmgr_rec.{name}") :]
         command = subprocess.run(
             ["bash", "-c", f"printf '%s\\0' {script}"], capture_output=True, text=True, check=True
         ).stdout.split("\0")[:-1]

@@ -100,8 +100,6 @@ def test_the_same_line_on_this_machine() -> None:
 
 
 def test_a_component_by_file_needs_no_installation() -> None:
-    words = (
-        "run --dryrun -s kubernetes torchx_components/rec.py:score --mem_mb 4096 -- --run /data/run --input /data/in"
-    )
+    words = "run --dryrun -s kubernetes torchx_components/rec.py:report --mem_mb 4096 -- --run /data/run --output out"
     container = only_container(rendered_job(words.split()))
-    assert container["command"] == ["python", "-m", "llmgr_rec.score", "--run", "/data/run", "--input", "/data/in"]
+    assert container["command"] == ["python", "-m", "llmgr_rec.report", "--run", "/data/run", "--output", "out"]

@@ -35,16 +35,21 @@ VOLUME: Schema = _object(
         "hostPath": _object({"path": TEXT}),
     },
 )
+SECRET_KEY: Schema = _object({"secretKeyRef": _object({"name": TEXT, "key": TEXT})})
 CONTAINER: Schema = _object(
     {
         "name": NAME,
         "image": TEXT,
         "command": _list({"type": "string"}, at_least=1),
-        "env": _list(_object({"name": TEXT, "value": {"type": "string"}})),
+        "env": _list(_object({"name": TEXT}, {"value": {"type": "string"}, "valueFrom": SECRET_KEY})),
         "resources": _object({"limits": RESOURCES, "requests": RESOURCES}),
         "volumeMounts": _list(MOUNT, at_least=1),
     },
-    {"ports": _list(_object({"name": TEXT, "containerPort": COUNT})), "securityContext": {"const": {}}},
+    {
+        "ports": _list(_object({"name": TEXT, "containerPort": COUNT})),
+        "securityContext": {"const": {}},
+        "envFrom": _list(_object({"secretRef": _object({"name": TEXT})})),
+    },
 )
 POD: Schema = _object(
     {
@@ -52,7 +57,11 @@ POD: Schema = _object(
         "restartPolicy": {"const": "Never"},
         "volumes": _list(VOLUME, at_least=1),
     },
-    {"nodeSelector": MAP},
+    {
+        "nodeSelector": MAP,
+        "imagePullSecrets": _list(_object({"name": TEXT})),
+        "tolerations": _list(_object({}, dict.fromkeys(("key", "operator", "value", "effect"), TEXT))),
+    },
 )
 TASK: Schema = _object(
     {
