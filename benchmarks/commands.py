@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.result_cache import LIMIT_VARIABLE
 
 _POLL_S = 0.05
 _MIB_OF_KIB = 1 / 1024
@@ -25,18 +27,20 @@ class CommandCost:
 
     Args:
         seconds: Wall-clock time.
+        processor_s: Processor time of the process and its descendants, which other load on the machine changes less.
         tree_mib: Largest sum of the resident sizes of the process and its descendants, in MiB; shared memory counts for
             each of them.
         process_mib: Largest resident size of one of them, in MiB.
     """
 
     seconds: float
+    processor_s: float
     tree_mib: float
     process_mib: float
 
 
 def run_module(module: str, arguments: Sequence[str], ranks: int = 1) -> CommandCost:
-    """Runs `python -m module`, under torchrun where there are several ranks.
+    """Runs `python -m module`, under torchrun where there are several ranks, without the cache of results.
 
     Args:
         module: Module with an entry point.
@@ -48,8 +52,11 @@ def run_module(module: str, arguments: Sequence[str], ranks: int = 1) -> Command
     """
     launcher = [] if ranks == 1 else ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     words = [sys.executable, "-m", *launcher, module, *arguments]
-    started = time.perf_counter()
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    environment = os.environ | {LIMIT_VARIABLE: "0"}
+    started, spent_before = time.perf_counter(), _processor_seconds()
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         sampler = _MemorySampler(process.pid)
         output, _ = process.communicate()
         seconds = time.perf_counter() - started
@@ -57,7 +64,13 @@ def run_module(module: str, arguments: Sequence[str], ranks: int = 1) -> Command
     if process.returncode:
         last = " | ".join(line for line in output.strip().splitlines()[-3:])
         raise UserError(f"python -m {module} failed with exit code {process.returncode}: {last}")
-    return CommandCost(seconds, sampler.tree_mib, sampler.process_mib)
+    return CommandCost(seconds, _processor_seconds() - spent_before, sampler.tree_mib, sampler.process_mib)
+
+
+def _processor_seconds() -> float:
+    """Processor time of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def prepare_synthetic(folder: Path, sessions: int, items: int, seed: int = 0) -> Path:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,13 +75,21 @@ def convert(
     Raises:
         UserError: A file is missing, damaged or of another year, or `output` is not empty.
     """
-    from datagen.conversion import conversion
-    from datagen.sources import json_sql, require_file
+    from datagen.reuse import convert_once
+    from datagen.sources import require_file
 
     if year not in _DUMPS:
         raise UserError(f"--year is {year}; it must be one of {', '.join(map(str, _DUMPS))}")
+    files = require_file(reviews, "--reviews"), require_file(meta, "--meta")
+    options = {"year": year, "min_rating": min_rating}
+    convert_once(output, files, options, partial(_convert, year, *files, output, min_rating))
+
+
+def _convert(year: int, reviews_file: Path, meta_file: Path, output: str | Path, min_rating: float | None) -> None:
+    from datagen.conversion import conversion
+    from datagen.sources import json_sql
+
     dump = _DUMPS[year]
-    reviews_file, meta_file = require_file(reviews, "--reviews"), require_file(meta, "--meta")
     with conversion(output) as work:
         table = json_sql(reviews_file, [dump.user, dump.item, dump.rating, dump.time])
         names = {"user_id": dump.user, "item_id": dump.item, "time": dump.time, "rating": dump.rating}

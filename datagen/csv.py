@@ -110,7 +110,7 @@ def _add_reading_options(parser: "ArgumentParser") -> None:
 
 
 def _convert(args: dict[str, Any]) -> None:
-    from datagen.conversion import Conversion, conversion
+    from datagen.reuse import convert_once
     from datagen.sources import require_file
     from datagen.times import check_time_format
 
@@ -120,6 +120,18 @@ def _convert(args: dict[str, Any]) -> None:
     option = "interactions" if args["sessions"] is None else "sessions"
     log = require_file(args[option], f"--{option}")
     items = require_file(args["items"], "--items") if args["items"] is not None else None
+    options = {
+        name: value for name, value in args.items() if name not in ("output", "interactions", "sessions", "items")
+    }
+    sources = [log, *([] if items is None else [items])]
+    convert_once(
+        args["output"], sources, {"of": option, **options}, lambda: _convert_files(args, option, log, items, texts)
+    )
+
+
+def _convert_files(args: dict[str, Any], option: str, log: Path, items: Path | None, texts: dict[str, str]) -> None:
+    from datagen.conversion import Conversion, conversion
+
     missing_values = frozenset(word.strip() for word in args["missing_values"].split(","))
     # Without times, equal rows may be clicks at different times.
     drop = args["duplicates"] == "drop" and args["time_column"] is not None

@@ -9,6 +9,7 @@ Every rating becomes an interaction. The title includes the year; the genres bec
 import csv
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def convert(source: str | Path, output: str | Path, min_rating: float | None = N
     Raises:
         UserError: The dump is missing or damaged, or `output` is not empty.
     """
-    from datagen.conversion import conversion
+    from datagen.reuse import convert_once
 
     folder = Path(source)
     if str(source) == _WHEEL and not folder.is_dir():
@@ -74,6 +75,14 @@ def convert(source: str | Path, output: str | Path, min_rating: float | None = N
     if not folder.is_dir():
         raise UserError(f"--input {folder} is not a folder; give one with {_EXPECTED}")
     read = _format_of(folder)
+    # Which of them are read depends on the format.
+    sources = sorted(path for path in folder.iterdir() if path.is_file())
+    convert_once(output, sources, {"min_rating": min_rating}, partial(_convert, read, folder, output, min_rating))
+
+
+def _convert(read: "Reader", folder: Path, output: str | Path, min_rating: float | None) -> None:
+    from datagen.conversion import conversion
+
     with conversion(output) as work:
         read(work, folder, min_rating)
 

@@ -249,7 +249,8 @@ def check_language_model() -> Iterator[Finding]:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=cache):
-            yield Finding("model cache", "ok", str(cache))
+            size = sum(file.stat().st_size for file in (cache / "results").rglob("*") if file.is_file())
+            yield Finding("model cache", "ok", f"{cache}, {size / 2**30:.2f} GiB of results")
     except OSError as error:
         yield Finding("model cache", "FAIL", str(error), fix)
 

@@ -11,6 +11,8 @@ from hypothesis import settings
 # Tests share the cores with the ranks that they start; more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Each test makes its own results, except those of the cache.
+os.environ.setdefault("LLMGR_CACHE_GB", "0")
 
 
 # A deadline is wall-clock time per example, which a busy machine exceeds.

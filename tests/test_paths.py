@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from llmgr_rec.cache import cache_folder
 from llmgr_rec.cli import run_cli
 from llmgr_rec.config import Config, settings
 from llmgr_rec.config_file import load_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import require_writable
 from llmgr_rec.paths import local_path, path_problem
-from llmgr_rec.storage.cache import cache_folder
 from tests.commands import command_names, main_of, options_of, takes_path, type_of
 
 # Help texts begin with what the value is.

@@ -8,7 +8,6 @@ import torch
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import CandidateItems, Collator, LastItemsText, PromptText, RandomNodeText
-from llmgr_rec.data.item_tokens import tokenize_items
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.prompt_templates import Task, load_templates
 from llmgr_rec.data.session_tokens import append_token
@@ -16,6 +15,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, Purpose
 from llmgr_rec.modules.prompts import CompiledPrompt, compile_prompt
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.storage.cached_tokens import cached_item_tokens
 from llmgr_rec.storage.model_folder import one_line_errors
 from llmgr_rec.storage.number_format import resolve_dtype
 from llmgr_rec.storage.pretrained import (
@@ -111,8 +111,8 @@ class ModelFactory:
         Raises:
             UserError: An item has no text.
         """
-        tokenizer = load_tokenizer(config.llm.name_or_path)
-        return tokenize_items(catalog, tokenizer, list(config.prompt.text_fields), config.prompt.max_text_tokens)
+        prompt = config.prompt
+        return cached_item_tokens(catalog, config.llm.name_or_path, list(prompt.text_fields), prompt.max_text_tokens)
 
     def collator(
         self, spec: ModelSpec, catalog: Catalog, purpose: Purpose, item_tokens: Jagged | None = None

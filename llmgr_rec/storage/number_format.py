@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llmgr_rec.storage.cache import cache_folder
+from llmgr_rec.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmgr_rec.cache import cache_folder
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder
-from llmgr_rec.storage.cache import cache_folder
 from llmgr_rec.storage.model_folder import check_model_folder, first_line, one_line_errors
 from llmgr_rec.storage.number_format import resolve_dtype
 

@@ -24,13 +24,15 @@ from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.fsdp import is_sharded
-from llmgr_rec.distributed.process_group import World, barrier, long_timeout_group
+from llmgr_rec.distributed.process_group import World, barrier, long_timeout_group, run_on_rank0
 from llmgr_rec.evaluation.protocol import evaluation_mode
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
 from llmgr_rec.modules.text_table import ITEM_TEXT
+from llmgr_rec.result_cache import CachedResult, files_below
+from llmgr_rec.storage.machine import processor_name
 from llmgr_rec.storage.table_io import fill_table, local_rows, local_shards, table_parameters, write_rows
 
 if TYPE_CHECKING:
@@ -173,6 +175,8 @@ def embed_catalog(
 ) -> TextEmbeddings:
     """Text embeddings of the catalog, in a folder named by a hash of their inputs.
 
+    Rank 0 takes them from the cache of results, where an earlier run may have left them, or leaves them there.
+
     Args:
         decoder: The pre-trained decoder without head.
         tokens: Token ids of each item's text, one row per item.
@@ -185,8 +189,18 @@ def embed_catalog(
     digest.update(tokens.values.numpy().tobytes())
     digest.update(tokens.offsets.numpy().tobytes())
     width = decoder.get_input_embeddings().weight.shape[1]
-    embeddings = TextEmbeddings(folder / digest.hexdigest()[:16], tokens.num_rows, width)
+    own = folder / digest.hexdigest()[:16]
+    # Other processors round differently.
+    made_by = {"device": decoder.device.type, "processor": processor_name()}
+    packages = ("torch", "transformers")
+    cached = CachedResult("text embeddings", {"digest": digest.hexdigest(), **made_by}, packages=packages)
+    with long_timeout_group(world) as group:
+        # A run that is resumed has some of its own.
+        run_on_rank0(world, lambda: own.exists() or cached.take(own), group)
+    embeddings = TextEmbeddings(own, tokens.num_rows, width)
     embeddings.compute(decoder, tokens, world)
+    if world.rank == 0:
+        cached.keep(files_below(own))
     return embeddings
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmgr_rec.cache import cache_folder
 from llmgr_rec.storage import number_format
-from llmgr_rec.storage.cache import cache_folder
 from llmgr_rec.storage.number_format import measure_gain_of_bfloat16, resolve_dtype
 from llmgr_rec.storage.pretrained import load_decoder
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from llmgr_rec.cli import progress
-from llmgr_rec.data.dataset import Manifest
+from llmgr_rec.data.dataset import Manifest, load_manifest
 from llmgr_rec.data.preparation import filters, load, phases, sessionize
 from llmgr_rec.data.preparation.database import Database
 from llmgr_rec.data.preparation.duckdb_database import DuckDBDatabase
@@ -20,6 +20,7 @@ from llmgr_rec.data.preparation.duplicates import (
 from llmgr_rec.data.preparation.hold_out import HeldOutFilter, choose_held_out
 from llmgr_rec.data.preparation.items import catalog_hash, write_items
 from llmgr_rec.data.preparation.parts import PartWriter, describe_file
+from llmgr_rec.data.preparation.reuse import cached_data_set
 from llmgr_rec.data.preparation.rows import INPUT_ORDER, SHUFFLED, RowBuilder, stream_blocks
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.data.preparation.source import Source
@@ -29,6 +30,7 @@ from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder, scratch_folder
 from llmgr_rec.first_and_last_line import print_start, threads_in_use
+from llmgr_rec.result_cache import files_below, recorded_messages
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def prepare_dataset(settings: PrepareSettings, spark: "SparkSession | None" = None) -> Manifest:
-    """Makes a data set from raw logs.
+    """Makes a data set from raw logs, or takes that of an earlier run with the same files and settings.
 
     Args:
         settings: Settings of this run.
@@ -56,13 +58,21 @@ def prepare_dataset(settings: PrepareSettings, spark: "SparkSession | None" = No
     reads = [settings.interactions, settings.sessions, settings.items]
     print_start("prepare", reads, settings.output, _describe_engine(settings))
     output = Path(settings.output).resolve()
-    temporary = Path(settings.temp_folder or output.parent).absolute() / output.name
-    with atomic_folder(output) as draft, scratch_folder(temporary) as scratch:
-        database = _open_database(scratch, settings, spark)
-        try:
-            return _run_steps(draft, database, settings, clicks, items)
-        finally:
-            database.close()
+    # What takes a cluster is too large for a copy.
+    cached = cached_data_set(settings, clicks, items) if settings.engine == "duckdb" else None
+    with atomic_folder(output) as draft, recorded_messages(__package__) as messages:
+        if cached and cached.take(draft):
+            return load_manifest(draft)
+        temporary = Path(settings.temp_folder or output.parent).absolute() / output.name
+        with scratch_folder(temporary) as scratch:
+            database = _open_database(scratch, settings, spark)
+            try:
+                manifest = _run_steps(draft, database, settings, clicks, items)
+            finally:
+                database.close()
+        if cached:
+            cached.keep(files_below(draft), messages)
+    return manifest
 
 
 def _describe_engine(settings: PrepareSettings) -> str:

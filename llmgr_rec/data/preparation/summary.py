@@ -21,7 +21,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
 
 
 def _sizes(manifest: Manifest) -> str:
-    rows = ", ".join(f"{split} {rows:,} rows" for split, rows in manifest.num_sessions.items())
+    rows = ", ".join(f"{split} {manifest.num_sessions[split]:,} rows" for split in SPLITS)
     examples = ", ".join(f"{split} {manifest.num_examples[split]:,}" for split in manifest.prefix_augmentation)
     note = f" (with their prefixes: {examples} examples)" if examples else ""
     clicks = f"{manifest.num_clicks['kept']:,} of {manifest.num_clicks['read']:,} clicks kept"
