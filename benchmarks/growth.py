@@ -3,12 +3,15 @@
 ```sh
 python -m benchmarks.growth
 python -m benchmarks.growth --axes items --items 100000 --stages prepare,sbr,evaluate,score
+python -m benchmarks.growth --axes items --items 10000000 --times 1 --stages prepare,sbr,evaluate,score
 ```
 
-The language model is `random-tiny`: its cost does not depend on the size of the data.
+Growth is that of processor time, which other load on the machine changes less than elapsed time. The language model is
+`random-tiny`: its cost does not depend on the size of the data.
 """
 
 import math
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +40,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=30, help="Steps of each of the stages align and behave.")
     parser.add_argument("--axes", type=str, default=",".join(AXES), help="What to vary, separated by commas.")
     parser.add_argument("--stages", type=str, default=",".join(STAGES), help="Stages to run, separated by commas.")
+    parser.add_argument("--times", type=str, default="", help="Multiples of 1x; default: those of each axis.")
     parser.add_argument("--quick", action="store_true", help="Two small sizes only, as a smoke test.")
     args = parse_args(parser, argv).as_dict()
     if args["sessions"] < 100 or args["items"] < 32:
@@ -45,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
         args |= {"sessions": 300, "items": 64, "steps": 10}
     base = Size(args["sessions"], args["items"], 1)
     axes, stages = split_names(args["axes"], "--axes", AXES), split_names(args["stages"], "--stages", STAGES)
-    grid = {axis: line for axis, line in sizes(base, args["quick"]).items() if axis in axes}
+    times = _whole_numbers(args["times"]) if args["times"] else None
+    grid = {axis: line for axis, line in sizes(base, args["quick"], times).items() if axis in axes}
     results = measure(base, grid, stages, args["steps"], args["threads"])
     print(table(results))
     write_report(args["output"], args, results)
@@ -54,16 +59,23 @@ def main(argv: Sequence[str]) -> None:
     print(f"written: {file}")
 
 
-def sizes(base: Size, quick: bool) -> dict[str, list[Size]]:
-    """The sizes along each axis, the base first."""
-    times = {"sessions": (1, 3), "items": (1,), "ranks": (1,)} if quick else _FULL
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", text):
+        raise UserError(f"--times is {text}; give whole numbers separated by commas, such as 1,10")
+    return tuple(map(int, text.split(",")))
+
+
+def sizes(base: Size, quick: bool, times: tuple[int, ...] | None = None) -> dict[str, list[Size]]:
+    """The sizes along each axis, the base first; `times` are multiples of the base in place of the usual ones."""
+    by_axis = dict.fromkeys(AXES, times) if times else _QUICK if quick else _FULL
     return {
-        "sessions": [Size(base.sessions * by, base.items, 1) for by in times["sessions"]],
-        "items": [Size(base.sessions, base.items * by, 1) for by in times["items"]],
-        "ranks": [Size(base.sessions, base.items, by) for by in times["ranks"]],
+        "sessions": [Size(base.sessions * by, base.items, 1) for by in by_axis["sessions"]],
+        "items": [Size(base.sessions, base.items * by, 1) for by in by_axis["items"]],
+        "ranks": [Size(base.sessions, base.items, by) for by in by_axis["ranks"]],
     }
 
 
+_QUICK: Mapping[str, tuple[int, ...]] = {"sessions": (1, 3), "items": (1,), "ranks": (1,)}
 _FULL: Mapping[str, tuple[int, ...]] = {"sessions": (1, 3, 10), "items": (1, 10, 100), "ranks": (1, 2, 4)}
 
 
@@ -96,8 +108,9 @@ def exponents(axes: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
     """Exponents of growth along each axis: slopes of log(cost) against log(size).
 
     Returns:
-        By axis and stage: `whole` of the seconds of the command, including start-up; `above_base` of the differences of
-        seconds and size from those of the smallest size, where start-up cancels; `memory` of the largest process.
+        By axis and stage: `whole` of the processor seconds of the command, including start-up; `above_base` of the
+        differences of seconds and size from those of the smallest size, where start-up cancels; `memory` of the
+        largest process.
     """
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for axis, points in axes.items():
@@ -105,9 +118,9 @@ def exponents(axes: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict
         found[axis] = {}
         for stage in points[0]["stages"]:
             costs = [point["stages"][stage] for point in points]
-            work = [cost["work_s"] for cost in costs]
+            work = [cost["processor_s"] for cost in costs]
             found[axis][stage] = {
-                "whole": slope(at, [cost["seconds"] for cost in costs]),
+                "whole": slope(at, work),
                 "above_base": slope([x - at[0] for x in at[1:]], [y - work[0] for y in work[1:]]),
                 "memory": slope(at, [cost["process_mib"] for cost in costs]),
             }
@@ -127,7 +140,7 @@ def table(results: Mapping[str, Any]) -> str:
     """The results as text."""
     lines = []
     for axis, points in results["axes"].items():
-        lines += ["", f"by {axis}: seconds (ms per training step) and MiB of the largest process"]
+        lines += ["", f"by {axis}: processor seconds (ms per training step) and MiB of the largest process"]
         stages = list(points[0]["stages"])
         lines.append(f"{axis:>10}" + "".join(f"{stage:>24}" for stage in stages))
         for point in points:
@@ -142,7 +155,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _cost(cost: Mapping[str, float]) -> str:
     step = f" ({cost['step_ms']:.0f} ms)" if cost["step_ms"] else ""
-    return f"{cost['seconds']:.1f} s{step} {cost['process_mib']:,.0f}"
+    return f"{cost['processor_s']:.1f} s{step} {cost['process_mib']:,.0f}"
 
 
 def plot(results: Mapping[str, Any], file: Path) -> None:
@@ -156,10 +169,10 @@ def plot(results: Mapping[str, Any], file: Path) -> None:
         figure = Figure(figsize=(11, 6))
         panels = figure.subplots(2, len(results["axes"]), squeeze=False)
         for column, axis in enumerate(results["axes"]):
-            _draw(panels[0][column], results["axes"][axis], "work_s")
+            _draw(panels[0][column], results["axes"][axis], "processor_s")
             _draw(panels[1][column], results["axes"][axis], "tree_mib")
             panels[1][column].set_xlabel(axis)
-        panels[0][0].set_ylabel("seconds (training: of the steps)")
+        panels[0][0].set_ylabel("processor seconds")
         panels[1][0].set_ylabel("MiB of all processes")
         panels[0][0].legend(frameon=False)
         figure.tight_layout()

@@ -33,14 +33,14 @@ class Cost:
 
     Args:
         seconds: Of the whole command, including the start of the process.
-        work_s: Of the training steps alone; of the whole command if it does not train.
+        processor_s: Processor time of the command and its processes.
         step_ms: Milliseconds per training step; 0 if the command does not train.
         tree_mib: Largest sum of the resident sizes of all its processes; shared memory counts for each of them.
         process_mib: Largest resident size of one of them.
     """
 
     seconds: float
-    work_s: float
+    processor_s: float
     step_ms: float
     tree_mib: float
     process_mib: float
@@ -83,9 +83,9 @@ def run_stages(
         if stage in ("evaluate", "score"):
             arguments = ["--run_folder", str(run), *arguments]
         ran = run_module(module, arguments, 1 if stage == "prepare" else size.ranks)
-        trained, work_s = _training_time(run, stage) if module == "llmgr_rec.train" else (0, ran.seconds)
-        step_ms = 1000 * work_s / trained if trained else 0.0
-        costs[stage] = asdict(Cost(ran.seconds, work_s, step_ms, ran.tree_mib, ran.process_mib))
+        trained, steps_s = _training_time(run, stage) if module == "llmgr_rec.train" else (0, 0.0)
+        step_ms = 1000 * steps_s / trained if trained else 0.0
+        costs[stage] = asdict(Cost(ran.seconds, ran.processor_s, step_ms, ran.tree_mib, ran.process_mib))
     return costs
 
 

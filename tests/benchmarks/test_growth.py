@@ -9,10 +9,10 @@ from benchmarks.growth_stages import STAGES, Size
 from llmgr_rec.cli import run_cli
 
 
-def cost(work_s, process_mib=500.0):
+def cost(processor_s, process_mib=500.0):
     return {
-        "seconds": work_s + 6,
-        "work_s": work_s,
+        "seconds": processor_s + 6,
+        "processor_s": processor_s,
         "step_ms": 20.0,
         "tree_mib": process_mib + 20,
         "process_mib": process_mib,
@@ -79,6 +79,7 @@ def test_sizes_change_one_thing_at_a_time():
     assert [size.items for size in grid["items"]] == [1000, 10_000, 100_000]
     assert [size.ranks for size in grid["ranks"]] == [1, 2, 4]
     assert all(line[0] == base for line in grid.values())
+    assert sizes(base, quick=False, times=(1, 5))["items"] == [base, Size(2000, 5000, 1)]
 
 
 def test_a_bad_argument_is_one_line(monkeypatch, capsys):
@@ -87,6 +88,11 @@ def test_a_bad_argument_is_one_line(monkeypatch, capsys):
         run_cli(growth.main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: --sessions must be 100 or more, and --items 32 or more\n"
+    monkeypatch.setattr(sys, "argv", ["growth", "--times", "1,0"])
+    with pytest.raises(SystemExit):
+        run_cli(growth.main)
+    error = "error: --times is 1,0; give whole numbers separated by commas, such as 1,10\n"
+    assert capsys.readouterr().err == error
 
 
 @pytest.mark.slow
