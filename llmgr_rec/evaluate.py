@@ -17,13 +17,12 @@ from llmgr_rec.cli import (
     run_cli,
     split_code,
 )
-from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.comma_separated import split_names, split_numbers
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.evaluation.results import CUTOFFS, MODEL_NAMES
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
-from llmgr_rec.registry import is_import_path
 
 MODELS = tuple(MODEL_NAMES)
 
@@ -73,12 +72,12 @@ def main(argv: Sequence[str]) -> None:
             dataset=Path(arguments.dataset),
             split=arguments.split,
             output=Path(arguments.output),
-            models=split_names(arguments.models, "--models", MODELS) if arguments.models else None,
+            models=split_names(arguments.models, "--models", MODELS, import_paths=True) if arguments.models else None,
             repeats=arguments.repeats,
             max_length=arguments.max_length,
             batch_size=arguments.batch_size,
             device=arguments.device,
-            cutoffs=split_numbers(arguments.cutoffs, "--cutoffs"),
+            cutoffs=split_numbers(arguments.cutoffs, "--cutoffs", "5,10,20"),
             threads=arguments.threads,
             allow_code=split_code(arguments.allow_code),
         )
@@ -91,42 +90,6 @@ def main(argv: Sequence[str]) -> None:
         print(headline(Evaluated(Path(arguments.output), content)))
     count = f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items"
     print_result("evaluate", f"{count}; {content['protocol']}", arguments.output)
-
-
-def split_names(text: str, option: str, known: Sequence[str]) -> list[str]:
-    """Splits a comma-separated option into names.
-
-    Args:
-        text: Value of the option.
-        option: The option, for messages.
-        known: Valid names, in addition to import paths.
-
-    Raises:
-        UserError: A name is unknown, or there is none.
-    """
-    names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
-    for name in names:
-        if name not in known and not is_import_path(name):
-            raise UserError(f"{option} contains {name}, which is not known{did_you_mean(name, known)}")
-    if not names:
-        raise UserError(f"{option} is empty; give some of {', '.join(known)}")
-    return names
-
-
-def split_numbers(text: str, option: str) -> list[int]:
-    """Splits a comma-separated option into integers.
-
-    Args:
-        text: Value of the option.
-        option: The option, for messages.
-
-    Raises:
-        UserError: A part is no integer, or there is none.
-    """
-    parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise UserError(f"{option} is {text!r}; give integers separated by commas, such as 5,10,20")
-    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from llmgr_rec.evaluation.protocol import Measures, evaluate_baseline, evaluate_
 from llmgr_rec.evaluation.rank_collector import RankCollector, TargetRanks
 from llmgr_rec.evaluation.results import (
     CUTOFFS,
-    LARGEST_CUTOFF,
     K,
+    check_cutoffs,
     in_table_order,
     refuse_foreign_output,
     write_metrics,
@@ -102,7 +102,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     config = _config(request)
     indexes = {name: read_index(bundle) for name, bundle in bundles.items()}
     rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length)
-    cutoffs = _cutoffs(request.cutoffs)
+    cutoffs = sorted({*check_cutoffs(request.cutoffs), K})
     refuse_foreign_output(request.output)
     refuse_foreign_ranks(ranks_path(request.output))
     reads = [request.run, request.dataset]
@@ -195,13 +195,6 @@ def _bundles(request: EvaluationRequest, dataset: Dataset) -> dict[str, Path]:
         check_trained_on(bundle, dataset)
         check_bundle_code(read_config(bundle), bundle, request.allow_code)
     return bundles
-
-
-def _cutoffs(given: Sequence[int]) -> list[int]:
-    """The cutoffs in ascending order, 20 among them."""
-    if bad := [k for k in given if not 1 <= k <= LARGEST_CUTOFF]:
-        raise UserError(f"--cutoffs has {bad[0]}; give lengths of lists from 1 to {LARGEST_CUTOFF}, such as 1,5,10,50")
-    return sorted({*given, K})
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

@@ -47,6 +47,20 @@ def columns(cutoffs: Iterable[int] = CUTOFFS) -> tuple[str, ...]:
 COLUMNS = columns()
 
 
+def check_cutoffs(given: Sequence[int]) -> Sequence[int]:
+    """Checks the values of --cutoffs, and returns them.
+
+    Args:
+        given: Lengths of lists.
+
+    Raises:
+        UserError: A length is out of range.
+    """
+    if bad := [k for k in given if not 1 <= k <= LARGEST_CUTOFF]:
+        raise UserError(f"--cutoffs has {bad[0]}; give lengths of lists from 1 to {LARGEST_CUTOFF}, such as 1,5,10,50")
+    return given
+
+
 def write_metrics(path: Path, content: Mapping[str, Any]) -> None:
     """Writes metrics.json atomically.
 

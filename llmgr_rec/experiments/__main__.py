@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.cli import make_parser, parse_args, run_cli
-from llmgr_rec.errors import UserError
+from llmgr_rec.comma_separated import split_names, split_numbers
+from llmgr_rec.evaluation.results import METRICS
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
@@ -40,25 +41,28 @@ def main(argv: Sequence[str]) -> None:
         default="test",
         help="Split to evaluate; select on valid, report on test.",
     )
+    parser.add_argument(
+        "--metrics", type=str, default=",".join(METRICS), help="Comma-separated metrics of the tables: hr, ndcg, mrr."
+    )
+    parser.add_argument(
+        "--cutoffs", type=str, default="20", help="Comma-separated cutoffs of the metrics of the tables, 1 to 255."
+    )
     parser.add_argument("--jobs", type=int, default=1, help="Number of processes that run trials in parallel.")
     arguments = parse_args(parser, argv)
-    seeds = _numbers(arguments.seeds)
+    seeds = split_numbers(arguments.seeds, "--seeds", "0,1,2")
+    metrics = split_names(arguments.metrics, "--metrics", METRICS)
+    cutoffs = split_numbers(arguments.cutoffs, "--cutoffs", "5,10,20")
 
     with command_imports():
         from llmgr_rec.experiments.run_experiment import ExperimentRequest, run_experiment
 
     folders = Path(arguments.dataset), Path(arguments.output)
-    request = ExperimentRequest(arguments.experiment, *folders, seeds, arguments.split, arguments.jobs)
+    request = ExperimentRequest(
+        arguments.experiment, *folders, seeds, arguments.split, arguments.jobs, metrics, cutoffs
+    )
     print(run_experiment(request))
-    wrote = f"{request.file('md')}, .json and plots"
+    wrote = f"{request.file('md')}, .csv, .tex, .json, target ranks and plots"
     print_result("experiments", f"seeds {arguments.seeds}, split {arguments.split}", wrote)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.strip("[] ").split(",")]
-    except ValueError:
-        raise UserError(f"--seeds is {text}; give comma-separated numbers, such as 0,1,2") from None
 
 
 if __name__ == "__main__":

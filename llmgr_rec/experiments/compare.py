@@ -1,9 +1,9 @@
-"""Metrics per session, and confidence intervals of their differences by paired bootstrap over sessions.
+"""Metrics per session, and confidence intervals of their means and differences by paired bootstrap over sessions.
 
-Shapes: S sessions.
+Shapes: S sessions, R resamples, M arrays of values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,22 +20,37 @@ _TAILS = (2.5, 97.5)
 _CHUNK_DRAWS = 4_000_000
 
 
-def hit_rate(ranks_S: NDArray[np.int32]) -> Floats:
-    """HR@20 of each session, [S]: 1 if the target is among the first 20, else 0."""
-    return (ranks_S < K).astype(np.float64)
+def hit_rate(ranks_S: NDArray[np.int32], k: int = K) -> Floats:
+    """HR@k of each session, [S]: 1 if the target is among the first k, else 0."""
+    return (ranks_S < k).astype(np.float64)
 
 
-def ndcg(ranks_S: NDArray[np.int32]) -> Floats:
-    """NDCG@20 of each session, [S], with one relevant item per session."""
-    return np.where(ranks_S < K, 1 / np.log2(ranks_S + 2.0), 0.0)
+def ndcg(ranks_S: NDArray[np.int32], k: int = K) -> Floats:
+    """NDCG@k of each session, [S], with one relevant item per session."""
+    return np.where(ranks_S < k, 1 / np.log2(ranks_S + 2.0), 0.0)
 
 
-def reciprocal_rank(ranks_S: NDArray[np.int32]) -> Floats:
-    """Reciprocal rank of each session, [S], 0 beyond rank 20; its mean is MRR@20."""
-    return np.where(ranks_S < K, 1 / (ranks_S + 1.0), 0.0)
+def reciprocal_rank(ranks_S: NDArray[np.int32], k: int = K) -> Floats:
+    """Reciprocal rank of each session, [S], 0 beyond rank k; its mean is MRR@k."""
+    return np.where(ranks_S < k, 1 / (ranks_S + 1.0), 0.0)
 
 
-METRICS = {"hr@20": hit_rate, "ndcg@20": ndcg, "mrr@20": reciprocal_rank}
+MEASURES: dict[str, Callable[[NDArray[np.int32], int], Floats]] = {
+    "hr": hit_rate,
+    "ndcg": ndcg,
+    "mrr": reciprocal_rank,
+}
+
+
+def values_of(metric: str, ranks_S: NDArray[np.int32]) -> Floats:
+    """A metric of each session, [S].
+
+    Args:
+        metric: A measure and a cutoff, such as `ndcg@10`.
+        ranks_S: Target ranks from 0, up to the cutoff at least.
+    """
+    measure, _, cutoff = metric.partition("@")
+    return MEASURES[measure](ranks_S, int(cutoff))
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,50 @@ class Gain:
     high: float
 
 
+def resampled_means(values_MS: Sequence[Floats], seed: int = 0) -> Floats:
+    """Means over sessions drawn with replacement, the same sessions for all arrays, [R, M].
+
+    Args:
+        values_MS: Values of the sessions.
+        seed: Seed of the resampling.
+    """
+    values_SM = np.stack(values_MS, axis=1)
+    rng, size = np.random.default_rng(seed), len(values_SM)
+    chunk = max(1, _CHUNK_DRAWS // size)
+    means: list[Floats] = []
+    for start in range(0, _RESAMPLES, chunk):
+        draws_CS = rng.integers(size, size=(min(chunk, _RESAMPLES - start), size))
+        # How often each session was drawn: a product with it reads the values once for all arrays.
+        offsets_C1 = np.arange(len(draws_CS))[:, None] * size
+        counts_CS = np.bincount((draws_CS + offsets_C1).ravel(), minlength=draws_CS.size).reshape(draws_CS.shape)
+        means.append(counts_CS.astype(np.float64) @ values_SM / size)
+    return np.concatenate(means)
+
+
+def interval(resampled_R: Floats) -> tuple[float, float]:
+    """Ends of the 95 % interval of resampled values."""
+    low, high = np.percentile(resampled_R, _TAILS)
+    return float(low), float(high)
+
+
+def gain_over(mean: float, reference: float, means_R: Floats, reference_R: Floats) -> Gain | None:
+    """Relative gain with its interval.
+
+    Args:
+        mean: Mean of a metric over the sessions.
+        reference: The same of the reference.
+        means_R: From `resampled_means`.
+        reference_R: The same of the reference, from the same call.
+
+    Returns:
+        The gain; None if the metric of the reference is 0. Resamples in which it is 0 are ignored.
+    """
+    if not reference:
+        return None
+    found = reference_R > 0
+    return Gain(mean / reference - 1, *interval(means_R[found] / reference_R[found] - 1))
+
+
 def relative_gain(values: Sequence[Floats], reference: Sequence[Floats], seed: int = 0) -> Gain | None:
     """Relative gain, averaged over training seeds, with the interval of a paired bootstrap over sessions.
 
@@ -62,20 +121,11 @@ def relative_gain(values: Sequence[Floats], reference: Sequence[Floats], seed: i
         seed: Seed of the resampling.
 
     Returns:
-        The gain; None if the metric of the reference is 0. Resamples in which it is 0 are ignored.
+        The gain, see `gain_over`.
     """
-    values_S, reference_S = np.mean(values, axis=0), np.mean(reference, axis=0)
-    if not reference_S.any():
-        return None
-    rng, size = np.random.default_rng(seed), len(values_S)
-    ratios: list[Floats] = []
-    chunk = max(1, _CHUNK_DRAWS // size)
-    for start in range(0, _RESAMPLES, chunk):
-        draws = rng.integers(size, size=(min(chunk, _RESAMPLES - start), size))
-        means, reference_means = values_S[draws].mean(axis=1), reference_S[draws].mean(axis=1)
-        ratios.append(means[reference_means > 0] / reference_means[reference_means > 0] - 1)
-    low, high = np.percentile(np.concatenate(ratios), _TAILS)
-    return Gain(float(values_S.mean() / reference_S.mean() - 1), float(low), float(high))
+    both = [np.mean(values, axis=0), np.mean(reference, axis=0)]
+    means_R2 = resampled_means(both, seed)
+    return gain_over(float(both[0].mean()), float(both[1].mean()), means_R2[:, 0], means_R2[:, 1])
 
 
 def hit_rate_by_frequency(

@@ -76,7 +76,9 @@ def _in_pool(runner: TrialRunner, experiment: Experiment, tasks: Sequence[Task],
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _initialize)
 
     def start(task: Task, then: list[Task]) -> None:
-        running[pool.submit(_work, runner.folder, runner.dataset.path, runner.split, experiment, task)] = (task, then)
+        running[
+            pool.submit(_work, runner.folder, runner.dataset.path, runner.split, runner.depth, experiment, task)
+        ] = (task, then)
 
     try:
         for first, *others in groups.values():
@@ -110,14 +112,14 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _work(folder: Path, dataset: Path, split: str, experiment: Experiment, task: Task) -> None:
+def _work(folder: Path, dataset: Path, split: str, depth: int, experiment: Experiment, task: Task) -> None:
     """Runs a trial in a process of the pool; its log lines contain the name of the trial."""
     for handler in logging.getLogger("llmgr_rec").handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {task}: %(message)s", datefmt="%H:%M:%S"))
-    _runner(folder, dataset, split).trial(experiment, task.variant, task.seed)
+    _runner(folder, dataset, split, depth).trial(experiment, task.variant, task.seed)
 
 
 @cache
-def _runner(folder: Path, dataset: Path, split: str) -> TrialRunner:
+def _runner(folder: Path, dataset: Path, split: str, depth: int) -> TrialRunner:
     """One runner per process, so that the catalog is loaded once."""
-    return TrialRunner(folder, Dataset(dataset), split)
+    return TrialRunner(folder, Dataset(dataset), split, depth)

@@ -14,11 +14,24 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import choose_device
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import ranking_rule
-from llmgr_rec.experiments.compare import METRICS, K, hit_rate_by_frequency, relative_gain
+from llmgr_rec.evaluation.metrics import BY_FREQUENCY
+from llmgr_rec.evaluation.results import check_cutoffs
+from llmgr_rec.experiments.compare import (
+    MEASURES,
+    K,
+    gain_over,
+    hit_rate_by_frequency,
+    interval,
+    resampled_means,
+    values_of,
+)
 from llmgr_rec.experiments.experiment import Experiment, Variant, load_experiment
+from llmgr_rec.experiments.paper_tables import csv_table, latex_table
 from llmgr_rec.experiments.process_pool import Task, run_trials
+from llmgr_rec.experiments.ranks_file import write_target_ranks
+from llmgr_rec.experiments.significance import holm, paired_p_value
 from llmgr_rec.experiments.tables import plot_cold, plot_gains, table
-from llmgr_rec.experiments.target_ranks import targets_of
+from llmgr_rec.experiments.target_ranks import TargetRanks, targets_of
 from llmgr_rec.experiments.trial import Trial, TrialRunner
 from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.first_and_last_line import print_start
@@ -35,6 +48,8 @@ class ExperimentRequest:
         seeds: Seeds of each trained variant.
         split: Split to evaluate.
         jobs: Number of processes that run trials in parallel.
+        metrics: Measures of the tables, some of `compare.MEASURES`.
+        cutoffs: Cutoffs of the tables.
     """
 
     experiment: str
@@ -43,6 +58,8 @@ class ExperimentRequest:
     seeds: Sequence[int]
     split: str = "test"
     jobs: int = 1
+    metrics: Sequence[str] = tuple(MEASURES)
+    cutoffs: Sequence[int] = (K,)
 
     def file(self, kind: str, part: str = "") -> Path:
         """Path of a result file, such as OUTPUT/EXPERIMENT.md, or OUTPUT/EXPERIMENT-valid.md for validation sessions.
@@ -69,7 +86,7 @@ class Tuned:
 
 
 def run_experiment(request: ExperimentRequest) -> str:
-    """Runs the missing trials and writes OUTPUT/EXPERIMENT.json, .md and two plots.
+    """Runs the missing trials and writes results, tables, target ranks and plots into the output folder.
 
     Args:
         request: Arguments of the experiment.
@@ -82,22 +99,24 @@ def run_experiment(request: ExperimentRequest) -> str:
     """
     _check_request(request)
     experiment, dataset = load_experiment(request.experiment), Dataset(request.dataset)
-    runner = TrialRunner(request.output, dataset, request.split)
+    runner = TrialRunner(request.output, dataset, request.split, max(K, *request.cutoffs))
     _check_experiment(experiment, runner, request)
     jobs = f"{request.jobs} process{'es' * (request.jobs != 1)}"
     print_start("experiments", [request.experiment, request.dataset], request.output, jobs)
     tuned = tune(experiment, TrialRunner(request.output, dataset, "valid"), request)
     trials = _run_variants(experiment, runner, [choice.variant for choice in tuned], request)
-    results = compare(experiment, trials, runner)
+    metrics = [f"{measure}@{k}" for measure in request.metrics for k in sorted({*request.cutoffs})]
+    results = compare(experiment, trials, runner, metrics)
     for choice in tuned:
         results["variants"][choice.variant.name]["grid"] = choice.points
-    return _write_results(experiment, results, request)
+    return _write_results(experiment, results, trials, request)
 
 
 def _check_request(request: ExperimentRequest) -> None:
     if not request.seeds or min(request.seeds) < 0 or len(set(request.seeds)) < len(request.seeds):
         raise UserError("--seeds must be distinct numbers from 0 on; give some, such as 0,1,2")
     check_options({"jobs": request.jobs, "seeds": list(request.seeds)}, {"jobs": Bounds(at_least=1, at_most=256)})
+    check_cutoffs(request.cutoffs)
     require_writable(request.output)
 
 
@@ -170,21 +189,34 @@ def _run_variants(
     return trials
 
 
-def compare(experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runner: TrialRunner) -> dict[str, Any]:
+def compare(
+    experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runner: TrialRunner, metrics: Sequence[str]
+) -> dict[str, Any]:
     """Metrics of all variants and their gains, as JSON values.
 
     Args:
         experiment: The experiment.
         trials: Trials by variant name, one per seed.
         runner: Trial runner of the evaluated split.
+        metrics: Metrics of the tables, such as `ndcg@10`.
     """
     dataset, catalog = runner.dataset, runner.catalog
     train_count_S = catalog.train_count_V.numpy()[targets_of(dataset, runner.split)]
-    variants = {
-        name: _variant_metrics(of_variant, trials[experiment.against(name)], train_count_S)
-        | {"against": experiment.against(name)}
+    against = {name: experiment.against(name) for name in trials}
+    variants: dict[str, dict[str, Any]] = {
+        name: {
+            "against": against[name],
+            BY_FREQUENCY: hit_rate_by_frequency([trial.target_ranks_S for trial in of_variant], train_count_S),
+            "valid_ndcg@20": float(np.mean([trial.valid_ndcg for trial in of_variant])),
+            "selected": [trial.selected for trial in of_variant],
+            "training_minutes": float(np.mean([trial.seconds for trial in of_variant])) / 60,
+        }
         for name, of_variant in trials.items()
     }
+    ranks = {name: [trial.target_ranks_S for trial in of_variant] for name, of_variant in trials.items()}
+    for metric in metrics:
+        for name, content in compare_metric(metric, ranks, against).items():
+            variants[name][metric] = content
     return {
         "title": experiment.title,
         "reference": experiment.reference,
@@ -195,36 +227,68 @@ def compare(experiment: Experiment, trials: Mapping[str, Sequence[Trial]], runne
         "chance_hr@20": min(K / catalog.num_items, 1.0),
         "protocol": dataset.manifest.split,
         "ranking": str(ranking_rule(dataset.manifest)),
+        "metrics": list(metrics),
         "variants": variants,
     }
 
 
-def _variant_metrics(trials: Sequence[Trial], reference: Sequence[Trial], train_count_S: np.ndarray) -> dict[str, Any]:
-    """Metrics of one variant and their gains over its reference."""
-    results: dict[str, Any] = {}
-    for metric, measure in METRICS.items():
-        values = [measure(trial.target_ranks_S) for trial in trials]
-        means = [float(value_S.mean()) for value_S in values]
-        gain = relative_gain(values, [measure(trial.target_ranks_S) for trial in reference])
-        results[metric] = {
-            "mean": float(np.mean(means)),
-            "sd": float(np.std(means, ddof=1)) if len(means) > 1 else 0.0,
-            "seeds": means,
-            "gain": asdict(gain) if gain else None,
-        }
-    return results | {
-        "hr@20_by_train_count": hit_rate_by_frequency([trial.target_ranks_S for trial in trials], train_count_S),
-        "valid_ndcg@20": float(np.mean([trial.valid_ndcg for trial in trials])),
-        "selected": [trial.selected for trial in trials],
-        "training_minutes": float(np.mean([trial.seconds for trial in trials])) / 60,
+def compare_metric(
+    metric: str, ranks: Mapping[str, Sequence[TargetRanks]], against: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """A metric of all variants with its interval, and their gains with intervals and p-values, as JSON values.
+
+    Args:
+        metric: A measure and a cutoff, such as `ndcg@10`.
+        ranks: Target ranks [S] of each seed, by variant name.
+        against: The variant that each is compared with; its own name for the reference.
+
+    Returns:
+        By variant: `mean`, `low`, `high`, `seeds` (mean of each seed), `sd` over seeds (None for one), `gain` (None if
+        the other variant finds nothing), `p` of a paired t-test and `p_holm`, adjusted for all comparisons of the
+        metric (None for the reference).
+    """
+    values = {
+        name: np.stack([values_of(metric, ranks_S) for ranks_S in of_variant]) for name, of_variant in ranks.items()
     }
+    seed_mean_S = {name: values_NS.mean(axis=0) for name, values_NS in values.items()}
+    resampled_R = dict(zip(values, resampled_means(list(seed_mean_S.values())).T, strict=True))
+    compared = [name for name in values if against[name] != name]
+    p_values = [paired_p_value(seed_mean_S[name], seed_mean_S[against[name]]) for name in compared]
+    p_value, adjusted = dict(zip(compared, p_values, strict=True)), dict(zip(compared, holm(p_values), strict=True))
+    results: dict[str, dict[str, Any]] = {}
+    for name, values_NS in values.items():
+        means_N, other = values_NS.mean(axis=1), against[name]
+        low, high = interval(resampled_R[name])
+        gain = gain_over(
+            float(seed_mean_S[name].mean()), float(seed_mean_S[other].mean()), resampled_R[name], resampled_R[other]
+        )
+        results[name] = {
+            "mean": float(means_N.mean()),
+            "low": low,
+            "high": high,
+            "seeds": means_N.tolist(),
+            "sd": float(means_N.std(ddof=1)) if len(means_N) > 1 else None,
+            "gain": asdict(gain) if gain else None,
+            "p": p_value.get(name),
+            "p_holm": adjusted.get(name),
+        }
+    return results
 
 
-def _write_results(experiment: Experiment, results: Mapping[str, Any], request: ExperimentRequest) -> str:
-    """Writes the results, the table and the plots, and returns the table."""
+def _write_results(
+    experiment: Experiment,
+    results: Mapping[str, Any],
+    trials: Mapping[str, Sequence[Trial]],
+    request: ExperimentRequest,
+) -> str:
+    """Writes the results, the tables, the target ranks and the plots, and returns the table in Markdown."""
     text = table(experiment, results)
     _write(request.file("json"), json.dumps(results, indent=2) + "\n")
     _write(request.file("md"), text)
+    _write(request.file("csv"), csv_table(results))
+    _write(request.file("tex"), latex_table(experiment, results))
+    seeds = {name: request.seeds if len(of_variant) > 1 else request.seeds[:1] for name, of_variant in trials.items()}
+    write_target_ranks(request.file("parquet", "-ranks"), trials, seeds)
     plot_gains(experiment, results, request.file("svg", "-gains"))
     plot_cold(results, request.file("svg", "-cold"))
     return text

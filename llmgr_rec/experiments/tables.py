@@ -8,8 +8,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from llmgr_rec.evaluation.metrics import BUCKET_NAMES, BY_FREQUENCY
-from llmgr_rec.experiments.compare import METRICS
 from llmgr_rec.experiments.experiment import Experiment
+from llmgr_rec.experiments.paper_tables import SIGNIFICANCE_LEVEL, is_significant
 from llmgr_rec.files import atomic_write
 
 _COLORS = ("#2b6cb0", "#6b9e3f", "#d2552d")
@@ -24,7 +24,7 @@ _UNSEEN = BUCKET_NAMES[:1]
 
 
 def table(experiment: Experiment, results: Mapping[str, Any]) -> str:
-    """Table of an experiment in Markdown: mean and standard deviation over seeds, and gains with 95 % intervals.
+    """Table of an experiment in Markdown: means and gains with 95 % intervals, and standard deviations over seeds.
 
     Args:
         experiment: The experiment.
@@ -40,26 +40,29 @@ def table(experiment: Experiment, results: Mapping[str, Any]) -> str:
             f" {unseen:,} targets have no training interaction; a list of 20 random items holds a target in "
             f"{results['chance_hr@20']:.4f} of sessions."
         )
-    titles = ["variant", "HR@20", "NDCG@20", "MRR@20", *(["against"] if has_several else [])]
-    titles += ["gain in HR", "gain in NDCG", "gain in MRR"]
+    metrics = results["metrics"]
+    titles = ["variant", *(metric.upper() for metric in metrics), *(["against"] if has_several else [])]
+    titles += [f"gain in {metric.upper()}" for metric in metrics]
     titles += [*(f"HR@20, targets of {bounds} training interactions" for bounds in rare), "training, minutes"]
     lines = [
         f"### {experiment.title}",
         "",
         f"{results['sessions']:,} {results['split']} sessions ({results['protocol'].replace('_', '-')}), "
-        f"{results['items']:,} items, full ranking, {results['ranking']}. Mean ± standard deviation over seeds; gains "
-        f"relative to {'the variant in column against' if has_several else reference}, with 95 % intervals of a paired "
-        f"bootstrap over sessions.{chance}",
+        f"{results['items']:,} items, full ranking, {results['ranking']}. Means, where there are several seeds ± their "
+        f"standard deviation, and gains relative to {'the variant in column against' if has_several else reference}, "
+        "with 95 % intervals of a paired bootstrap over sessions. An asterisk marks gains that are significant "
+        f"(p < {SIGNIFICANCE_LEVEL}) by a paired t-test over sessions with Holm's correction for the comparisons of "
+        f"the column.{chance}",
         "",
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",
     ]
     for name, variant in results["variants"].items():
-        cells = [f"{variant[metric]['mean']:.4f} ± {variant[metric]['sd']:.4f}" for metric in METRICS]
+        cells = [_mean(variant[metric]) for metric in metrics]
         is_reference = variant["against"] == name
         if has_several:
             cells.append("" if is_reference else variant["against"])
-        cells += ["" if is_reference else _gain(variant[metric]["gain"]) for metric in METRICS]
+        cells += ["" if is_reference else _gain(variant[metric]) for metric in metrics]
         cells += [_hit_rate(variant, buckets) for buckets in rare.values()]
         lines.append(f"| {' | '.join([name, *cells])} | {variant['training_minutes']:.1f} |")
     return "\n".join([*lines, "", *_selected_points(results)])
@@ -83,10 +86,16 @@ def _selected_points(results: Mapping[str, Any]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def _gain(gain: Mapping[str, float] | None) -> str:
+def _mean(figures: Mapping[str, Any]) -> str:
+    spread = "" if figures["sd"] is None else f" ± {figures['sd']:.4f}"
+    return f"{figures['mean']:.4f}{spread} [{figures['low']:.4f} .. {figures['high']:.4f}]"
+
+
+def _gain(figures: Mapping[str, Any]) -> str:
+    gain = figures["gain"]
     if gain is None:
         return "none"
-    return f"{gain['mean']:+.1%} [{gain['low']:+.1%} .. {gain['high']:+.1%}]"
+    return f"{gain['mean']:+.1%} [{gain['low']:+.1%} .. {gain['high']:+.1%}]{' *' * is_significant(figures)}"
 
 
 def _hit_rate(variant: Mapping[str, Any], buckets: Sequence[str]) -> str:
@@ -102,7 +111,7 @@ def _count(variant: Mapping[str, Any], buckets: Sequence[str]) -> int:
 
 
 def plot_gains(experiment: Experiment, results: Mapping[str, Any], file: Path) -> None:
-    """Plots the relative gains of all variants with their intervals.
+    """Plots the relative gains of all variants with their intervals, at the largest cutoff of each measure.
 
     Args:
         experiment: The experiment.
@@ -115,7 +124,9 @@ def plot_gains(experiment: Experiment, results: Mapping[str, Any], file: Path) -
         figure = Figure(figsize=(8.4, 1.2 + 0.42 * max(len(names), 1)))
         panel = figure.subplots()
         largest = 0.0
-        for shift, (metric, color) in enumerate(zip(METRICS, _COLORS, strict=True)):
+        # One metric for each measure: cutoffs ascend.
+        plotted = {metric.partition("@")[0]: metric for metric in results["metrics"]}.values()
+        for shift, (metric, color) in enumerate(zip(plotted, _COLORS, strict=False)):
             found = [(row, results["variants"][name][metric]["gain"]) for row, name in enumerate(names)]
             gains = [gain for _, gain in found if gain]
             rows = [len(names) - 1 - row + 0.22 * (1 - shift) for row, gain in found if gain]

@@ -14,7 +14,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World, choose_device
 from llmgr_rec.errors import UserError
-from llmgr_rec.experiments.compare import ndcg
+from llmgr_rec.experiments.compare import K, ndcg
 from llmgr_rec.experiments.controls import factory_of
 from llmgr_rec.experiments.experiment import Experiment, Variant
 from llmgr_rec.experiments.runs import SharedRuns, training_inputs
@@ -34,12 +34,14 @@ class Trial:
         valid_ndcg: NDCG@20 on the validation sessions.
         selected: Values selected on validation, by name, such as the blend weights.
         seconds: Training time in seconds, that of shared runs included.
+        depth: Length of the ranked lists; the rank of a target that is not in the list.
     """
 
     target_ranks_S: TargetRanks
     valid_ndcg: float
     selected: dict[str, float]
     seconds: float
+    depth: int = K
 
     def save(self, file: Path) -> None:
         """Writes the trial to an npz file, without pickle."""
@@ -58,7 +60,13 @@ class Trial:
             # np.load would not close a damaged file that it opened itself.
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
                 selected = dict(zip(stored["selected"].tolist(), stored["selected_values"].tolist(), strict=True))
-                return cls(stored["target_ranks_S"], float(stored["valid_ndcg"]), selected, float(stored["seconds"]))
+                return cls(
+                    stored["target_ranks_S"],
+                    float(stored["valid_ndcg"]),
+                    selected,
+                    float(stored["seconds"]),
+                    int(stored["depth"]),
+                )
         except Exception as error:
             # numpy, zipfile and zlib have errors of many types for it.
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -72,12 +80,14 @@ class TrialRunner:
         folder: Folder of runs and trials.
         dataset: Prepared sessions.
         split: Split to evaluate.
+        depth: Length of the ranked lists, the largest cutoff of the metrics.
     """
 
-    def __init__(self, folder: Path, dataset: Dataset, split: str) -> None:
+    def __init__(self, folder: Path, dataset: Dataset, split: str, depth: int = K) -> None:
         self.folder = folder
         self.dataset = dataset
         self.split = split
+        self.depth = depth
         self.runs = SharedRuns(folder, dataset)
 
     @cached_property
@@ -120,25 +130,25 @@ class TrialRunner:
         if variant.trains:
             training = training_inputs(variant.model, config, variant.controls)
             inputs = [training, _selection_inputs(variant.model, config)]
-        return self.folder / "trials" / f"{self.runs.key(variant.model, self.split, *inputs)}.npz"
+        return self.folder / "trials" / f"{self.runs.key(variant.model, self.split, self.depth, *inputs)}.npz"
 
     def _run_baseline(self, name: str) -> Trial:
         baseline = build_baseline(name, self.dataset, self.catalog)
         valid_ndcg = float(ndcg(baseline_ranks(baseline, self.dataset, "valid")).mean())
-        return Trial(baseline_ranks(baseline, self.dataset, self.split), valid_ndcg, {}, 0.0)
+        return Trial(baseline_ranks(baseline, self.dataset, self.split, self.depth), valid_ndcg, {}, 0.0, self.depth)
 
     def _run_model(self, variant: Variant, config: Config) -> Trial:
         run = self.runs.trained(variant.model, config, variant.controls)
         if threads := config.runtime.threads_per_rank:
             torch.set_num_threads(threads)
         bundle, selection = self._selected(run.folder, variant, config)
-        ranks_S = model_ranks(bundle, self.dataset, self.split)
+        ranks_S = model_ranks(bundle, self.dataset, self.split, self.depth)
         metrics = dict(selection.metrics)
         valid_ndcg = metrics.pop("ndcg@20", None)
         if valid_ndcg is None:
             valid_S = ranks_S if self.split == "valid" else model_ranks(bundle, self.dataset, "valid")
             valid_ndcg = float(ndcg(valid_S).mean())
-        return Trial(ranks_S, valid_ndcg, metrics, run.seconds)
+        return Trial(ranks_S, valid_ndcg, metrics, run.seconds, self.depth)
 
     def _selected(self, run: Path, variant: Variant, config: Config) -> tuple[Bundle, Selection]:
         """A run's bundle with the values selected on validation under a variant's settings."""

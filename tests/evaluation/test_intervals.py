@@ -12,7 +12,7 @@ from llmgr_rec.evaluation.intervals import (
     rate_interval,
     unpaired_gain,
 )
-from llmgr_rec.experiments.compare import METRICS, relative_gain
+from llmgr_rec.experiments.compare import relative_gain, values_of
 
 
 def ranks(seed: int, sessions: int = 900) -> tuple[np.ndarray, np.ndarray]:
@@ -25,8 +25,8 @@ def ranks(seed: int, sessions: int = 900) -> tuple[np.ndarray, np.ndarray]:
 def test_gains_are_those_of_the_bootstrap_over_sessions():
     mine, other = ranks(0)
     gains = paired_gains(count_pairs(mine, other))
-    for metric, measure in METRICS.items():
-        expected = relative_gain([measure(mine)], [measure(other)])
+    for metric in VALUES_P:
+        expected = relative_gain([values_of(metric, mine)], [values_of(metric, other)])
         found = gains[metric]
         assert found.mean == pytest.approx(expected.mean, abs=1e-12)
         # Both are random: two times 2,000 resamples of the same distribution.
@@ -59,7 +59,7 @@ def test_intervals_of_means_are_those_of_their_formulas():
     mine, _ = ranks(2)
     intervals = mean_intervals(count_ranks(mine))
     for metric in ("ndcg@20", "mrr@20"):
-        value_S = METRICS[metric](mine)
+        value_S = values_of(metric, mine)
         half = 1.959964 * value_S.std() / np.sqrt(len(value_S))
         assert intervals[metric] == pytest.approx((value_S.mean() - half, value_S.mean() + half))
         np.testing.assert_allclose(VALUES_P[metric][np.minimum(mine, 20)], value_S)

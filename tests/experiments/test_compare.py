@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from llmgr_rec.experiments.compare import Gain, hit_rate, hit_rate_by_frequency, ndcg, reciprocal_rank, relative_gain
+from llmgr_rec.experiments.compare import (
+    Gain,
+    hit_rate,
+    hit_rate_by_frequency,
+    ndcg,
+    reciprocal_rank,
+    relative_gain,
+    resampled_means,
+    values_of,
+)
 
 
 def test_metrics_of_single_ranks():
@@ -11,6 +20,20 @@ def test_metrics_of_single_ranks():
     np.testing.assert_array_equal(hit_rate(ranks), [1, 1, 1, 0, 0])
     np.testing.assert_allclose(ndcg(ranks), [1, 1 / np.log2(3), 1 / np.log2(21), 0, 0])
     np.testing.assert_allclose(reciprocal_rank(ranks), [1, 1 / 2, 1 / 20, 0, 0])
+
+
+def test_cutoffs_of_metrics():
+    ranks = np.array([0, 4, 5, 49, 50])
+    np.testing.assert_array_equal(values_of("hr@5", ranks), [1, 1, 0, 0, 0])
+    np.testing.assert_allclose(values_of("mrr@50", ranks), [1, 1 / 5, 1 / 6, 1 / 50, 0])
+    np.testing.assert_allclose(values_of("ndcg@6", ranks), [1, 1 / np.log2(6), 1 / np.log2(7), 0, 0])
+
+
+def test_resampled_means_are_those_of_the_drawn_sessions():
+    values_MS = np.random.default_rng(1).random((3, 37))
+    draws_RS = np.random.default_rng(5).integers(37, size=(2000, 37))
+    expected_RM = np.stack([values_S[draws_RS].mean(axis=1) for values_S in values_MS], axis=1)
+    np.testing.assert_allclose(resampled_means(list(values_MS), seed=5), expected_RM, rtol=1e-12)
 
 
 def test_a_gain_that_all_sessions_share_has_no_spread():

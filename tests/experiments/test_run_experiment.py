@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from llmgr_rec.baselines.builders import BASELINES, build_baseline
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluation.protocol import evaluate_baseline, evaluate_model
+from llmgr_rec.evaluation.protocol import Measures, evaluate_baseline, evaluate_model
 from llmgr_rec.experiments import runs, trial
 from llmgr_rec.experiments.__main__ import main
 from llmgr_rec.experiments.compare import hit_rate, ndcg
@@ -76,6 +78,40 @@ def test_an_experiment_trains_each_thing_once_and_goes_on(tmp_path, monkeypatch,
     assert all(f"| {name} |" in text for name in results["variants"])
     for plot in ("small-gains.svg", "small-cold.svg"):
         assert "<svg" in (output / plot).read_text()
+    ranks = pq.read_table(output / "small-ranks.parquet")
+    assert ranks.num_rows == results["sessions"] * (1 + 4 * 2)
+    of_model = ranks.filter((pc.field("variant") == "LLMGR") & (pc.field("seed") == 1))
+    hits = (of_model["rank"].drop_null().to_numpy() <= 20).sum() / results["sessions"]
+    assert hits == pytest.approx(results["variants"]["LLMGR"]["hr@20"]["seeds"][1])
+    assert of_model["session"].to_pylist() == list(range(results["sessions"]))
+    for file in ("small.csv", "small.tex"):
+        assert all(name in (output / file).read_text() for name in results["variants"])
+
+
+def test_metrics_and_cutoffs_of_the_tables_are_chosen_and_nothing_is_trained_again(tmp_path, monkeypatch):
+    (tmp_path / "e.yaml").write_text(EXPERIMENT.split("  GNN + item-kNN")[0])
+    data = ["--experiment", str(tmp_path / "e.yaml"), "--dataset", str(small_run().dataset.path)]
+    data += ["--output", str(tmp_path / "out"), "--seeds", "0"]
+    main(data)
+    monkeypatch.setattr(runs, "train_run", lambda request: pytest.fail("trained"))
+    main([*data, "--metrics", "mrr,hr", "--cutoffs", "25,5"])
+    results = json.loads((tmp_path / "out" / "e.json").read_text())
+    assert results["metrics"] == ["mrr@5", "mrr@25", "hr@5", "hr@25"]
+    header = next(line for line in (tmp_path / "out" / "e.md").read_text().splitlines() if line.startswith("| variant"))
+    assert header.startswith("| variant | MRR@5 | MRR@25 | HR@5 | HR@25 | gain in MRR@5 |")
+    bundle = load_bundle(next((tmp_path / "out" / "runs").iterdir()) / "export" / "sbr")
+    metrics = evaluate_model(
+        bundle.ranking(),
+        small_run().dataset,
+        "test",
+        ONE_RANK,
+        bundle.catalog.train_count_V,
+        measures=Measures([5, 20, 25]),
+    )
+    assert results["variants"]["GNN"]["hr@25"]["mean"] == pytest.approx(metrics["hr@25"])
+    for words, message in ((["--metrics", "hit"], "--metrics contains hit"), (["--cutoffs", "0"], "--cutoffs has 0")):
+        with pytest.raises(UserError, match=message):
+            main([*data, *words])
 
 
 def test_a_point_of_a_grid_is_selected_on_validation_and_never_on_test(tmp_path, monkeypatch):

@@ -15,17 +15,20 @@ from llmgr_rec.experiments.tables import plot_gains, table
 from tests.data.prepare_inputs import prepare, write_items
 from tests.experiments.test_run_experiment import EXPERIMENT as SMALL
 
+METRICS = ("hr@20", "ndcg@20", "mrr@20")
 EXPERIMENT = Experiment("Unseen", "a", "quickstart", {}, ())
 
 
 def results_of(buckets):
-    metric = {"mean": 0.25, "sd": 0.01, "gain": {"mean": 0.1, "low": 0.05, "high": 0.2}}
+    metric = {"mean": 0.25, "low": 0.24, "high": 0.27, "sd": 0.01, "seeds": [0.24, 0.26]}
+    metric |= {"gain": {"mean": 0.1, "low": 0.05, "high": 0.2}, "p": 0.004, "p_holm": 0.012}
     by_count = {name: {"hr": hr, "count": count} for name, (hr, count) in buckets.items()}
-    variant = dict.fromkeys(("hr@20", "ndcg@20", "mrr@20"), metric)
+    variant = dict.fromkeys(METRICS, metric)
     variant |= {"hr@20_by_train_count": by_count, "training_minutes": 1.5, "grid": [], "against": "a"}
     split = {"split": "test", "protocol": "leave_one_out", "sessions": 1200, "items": 4000, "chance_hr@20": 0.005}
     split["ranking"] = "no item excluded"
-    return {"reference": "a", **split, "variants": {"a": variant, "b": variant}}
+    alone = dict.fromkeys(METRICS, metric | {"sd": None, "seeds": [0.25], "p": None, "p_holm": None})
+    return {"reference": "a", **split, "metrics": list(METRICS), "variants": {"a": variant | alone, "b": variant}}
 
 
 def rows(text):
@@ -38,23 +41,25 @@ def test_targets_without_training_interactions_have_a_column_and_their_chance():
     assert len(header) == len(first) == len(second)
     assert dict(zip(header, second, strict=True)) == {
         "variant": "b",
-        "HR@20": "0.2500 ± 0.0100",
-        "NDCG@20": "0.2500 ± 0.0100",
-        "MRR@20": "0.2500 ± 0.0100",
-        "gain in HR": "+10.0% [+5.0% .. +20.0%]",
-        "gain in NDCG": "+10.0% [+5.0% .. +20.0%]",
-        "gain in MRR": "+10.0% [+5.0% .. +20.0%]",
+        "HR@20": "0.2500 ± 0.0100 [0.2400 .. 0.2700]",
+        "NDCG@20": "0.2500 ± 0.0100 [0.2400 .. 0.2700]",
+        "MRR@20": "0.2500 ± 0.0100 [0.2400 .. 0.2700]",
+        "gain in HR@20": "+10.0% [+5.0% .. +20.0%] *",
+        "gain in NDCG@20": "+10.0% [+5.0% .. +20.0%] *",
+        "gain in MRR@20": "+10.0% [+5.0% .. +20.0%] *",
         "HR@20, targets of 0 training interactions": "0.5000",
         "HR@20, targets of 0 to 8 training interactions": "0.4667",
         "training, minutes": "1.5",
     }
+    # One seed or no training: no spread over seeds.
+    assert dict(zip(header, first, strict=True))["NDCG@20"] == "0.2500 [0.2400 .. 0.2700]"
     assert "1,100 targets have no training interaction; a list of 20 random items holds a target in 0.0050" in text
 
 
 @pytest.mark.parametrize("rule", ["no item excluded", "clicked items excluded"])
 def test_the_rule_of_ranking_stands_above_the_table(rule):
     text = table(EXPERIMENT, results_of({"21+": (0.9, 10.0)}) | {"ranking": rule})
-    assert f"4,000 items, full ranking, {rule}. Mean" in text
+    assert f"4,000 items, full ranking, {rule}. Means" in text
 
 
 def test_no_such_column_without_such_targets():
@@ -72,7 +77,7 @@ def test_a_gain_over_another_variant_than_the_reference_says_over_which(tmp_path
     text = table(EXPERIMENT, results)
     header, _, *lines = rows(text)
     assert [dict(zip(header, line, strict=True))["against"] for line in lines] == ["", "a", "b"]
-    assert [dict(zip(header, line, strict=True))["gain in HR"] == "" for line in lines] == [True, False, False]
+    assert [dict(zip(header, line, strict=True))["gain in HR@20"] == "" for line in lines] == [True, False, False]
     assert "gains relative to the variant in column against" in text
     plot_gains(EXPERIMENT, results, tmp_path / "gains.svg")
     drawn = (tmp_path / "gains.svg").read_text()
