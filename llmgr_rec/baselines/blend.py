@@ -24,6 +24,7 @@ from llmgr_rec.baselines.sparse_scores import Floats, Ints
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.batch_scan import TermRows
 from llmgr_rec.kernels.topk import Terms
 
 # The product of sparse matrices takes time for each item of the catalog. With fewer similarities of clicked items than
@@ -103,6 +104,18 @@ class Blend:
         shape = (len(offsets_B1) - 1, self.similarity_VR.shape[1])
         return sparse.csr_array((sums_BU.data, neighbors_U[sums_BU.indices], sums_BU.indptr), shape=shape)
 
+    def term_rows(self, clicks: Jagged) -> TermRows:
+        """The summands of `scores`: a row for each click, whose sums over the clicks of a session are its scores.
+
+        Args:
+            clicks: Item indices of each session, oldest first; on the CPU.
+        """
+        items_L, offsets_B1 = clicks.values.numpy(), clicks.offsets.numpy()
+        weights_L = recency_weights(items_L, offsets_B1, self.decay, self.similarity_VR.shape[0]).data
+        rows_LR = self.similarity_VR[items_L]
+        rows_LR.data *= np.repeat(weights_L.astype(np.float32), np.diff(rows_LR.indptr))
+        return TermRows(rows_LR, offsets_B1)
+
     def scores_of_session(self, clicks: Ints) -> tuple[Ints, NDArray[np.float32]]:
         """The same sums for one session, in less time.
 
@@ -164,8 +177,8 @@ class Blend:
             names=np.array(list(self.weights), np.str_),
             weights=np.array(list(self.weights.values()), np.float64),
             decay=np.float64(self.decay),
-            indptr=self.similarity_VR.indptr,
-            indices=self.similarity_VR.indices,
+            indptr=self.similarity_VR.indptr.astype(np.int64),
+            indices=self.similarity_VR.indices.astype(np.int64),
             values=self.similarity_VR.data,
         )
 
@@ -180,9 +193,10 @@ class Blend:
             # np.load would not close a damaged file that it opened itself.
             with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
                 num_items = len(stored["indptr"]) - 1
-                similarity_VV = sparse.csr_array(
-                    (stored["values"], stored["indices"], stored["indptr"]), shape=(num_items, num_items)
-                )
+                # Half of the memory of the 64 bits in the file.
+                index_dtype = np.int32 if len(stored["values"]) < 1 << 31 else np.int64
+                indices, indptr = (stored[name].astype(index_dtype) for name in ("indices", "indptr"))
+                similarity_VV = sparse.csr_array((stored["values"], indices, indptr), shape=(num_items, num_items))
                 similarity_VV.check_format()
                 weights = dict(zip(stored["names"].tolist(), stored["weights"].tolist(), strict=True))
                 return cls(weights, similarity_VV, float(stored["decay"]))

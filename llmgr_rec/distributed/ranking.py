@@ -11,6 +11,7 @@ their weights.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -28,10 +29,11 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.batch_scan import BatchScan
 from llmgr_rec.kernels.blended_ranks import BlendedScores
 from llmgr_rec.kernels.item_index import ItemIndex
 from llmgr_rec.kernels.item_scan import ItemScan, can_search
-from llmgr_rec.kernels.topk import NOT_NUMBERS, Terms, merge_top_k, top_k
+from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.query_encoder import MeasuredItems, QueryEncoder, QueryItems
 from llmgr_rec.modules.recommender import SessionRecommender
@@ -244,11 +246,14 @@ class CatalogRanker:
             raise ValueError("a ranker with a blend needs the clicks of the sessions")
         if k >= 1 and self._scans(queries_BQ):
             return self._scanned(queries_BQ, k, exclude, clicks)
-        if self._blend is None or clicks is None:
-            return self._rank_with(None, queries_BQ, k, exclude)
-        if self._world.size == 1 and self._chosen_R is None:
-            return self._rank_with(self._blend.terms_of_scores(clicks), queries_BQ, k, exclude)
-        return self._rank_with(self.added_by(self._blend, clicks), queries_BQ, k, exclude)
+        if k < 1:
+            raise ValueError(f"k is {k}; it must be 1 or more")
+        queries = queries_BQ.detach().float()
+        if self._chosen_R is not None:
+            return self._top_k_of_chosen(self._chosen_R, queries, k, exclude, clicks)
+        if self._world.size == 1:
+            return self._top_k(queries, k, exclude, clicks)
+        return self._rank_by_all_ranks(queries, k, exclude, None if self._blend is None else clicks)
 
     def _scans(self, queries_BQ: Tensor) -> bool:
         most = min(max(self._num_items // _ITEMS_PER_SCANNED_SESSION, 1), _MAX_SCANNED_SESSIONS)
@@ -341,18 +346,15 @@ class CatalogRanker:
         num_ahead = sum_over_ranks(torch.from_numpy(blended.count_ahead(target_scores.numpy())), self._world)
         return torch.where(target_scores.isneginf(), EXCLUDED_RANK, num_ahead)
 
-    def _rank_with(
-        self, added_YR: Terms | None, queries_BQ: Tensor, k: int, exclude: Jagged | None
+    def _rank_by_all_ranks(
+        self, queries: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None
     ) -> tuple[Tensor, Tensor]:
-        if k < 1:
-            raise ValueError(f"k is {k}; it must be 1 or more")
-        queries = queries_BQ.detach().float()
-        if self._world.size == 1:
-            return self._top_k_of_chosen(queries, k, exclude, added_YR)
         max_sessions = max(_gather_sizes(queries.shape[0], queries.device, self._world))
         queries_WXQ = _gather(_pad_rows(queries, max_sessions), self._world)
-        excluded = None if exclude is None else self._gather_lists(exclude, max_sessions)
-        ids, scores = self._local_top_k(queries_WXQ.flatten(0, 1), k, excluded, added_YR)
+        excluded, clicked = (
+            None if lists is None else self._gather_lists(lists, max_sessions) for lists in (exclude, clicks)
+        )
+        ids, scores = self._local_top_k(queries_WXQ.flatten(0, 1), k, excluded, clicked)
         # Each rank gets the lists that all ranks computed for its sessions.
         ids_WXK = _exchange(ids.view(self._world.size, max_sessions, k))
         scores_WXK = _exchange(scores.view(self._world.size, max_sessions, k))
@@ -361,31 +363,45 @@ class CatalogRanker:
         ids_BK, scores_BK = merge_top_k(ids_WXK, scores_WXK, k)
         return ids_BK[: queries.shape[0]], scores_BK[: queries.shape[0]]
 
+    def _top_k(self, queries: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None) -> tuple[Tensor, Tensor]:
+        """Top-K among this rank's items, counted from its first one."""
+        blend = self._blend if clicks is not None else None
+        if self._batch_scan is not None and self._batch_scan.can_rank(k):
+            rows = None if blend is None or clicks is None else blend.term_rows(clicks)
+            ranked = self._batch_scan.top_k(queries, k, exclude, rows)
+            if ranked is not None:
+                return ranked
+        added = None if blend is None or clicks is None else blend.terms_of_scores(clicks)
+        return top_k(queries, self._items_RQ, k, exclude, added)
+
+    @cached_property
+    def _batch_scan(self) -> BatchScan | None:
+        return BatchScan.where_faster(self._items_RQ)
+
     def _top_k_of_chosen(
-        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: Terms | None
+        self, chosen_R: Tensor, queries: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None
     ) -> tuple[Tensor, Tensor]:
-        if self._chosen_R is None:
-            return top_k(queries, self._items_RQ, k, exclude, added_YR)
         if self._chosen_RQ is None:
-            self._chosen_RQ = self._items_RQ[self._chosen_R]
-        items_RQ = self._chosen_RQ
-        added_YR = None if added_YR is None else sparse.csr_array(added_YR[:, self._chosen_R.numpy()])
-        if not len(self._chosen_R):
-            return top_k(queries, items_RQ, k, exclude, added_YR)
+            self._chosen_RQ = self._items_RQ[chosen_R]
+        items_RQ, added_BR = self._chosen_RQ, None
+        if self._blend is not None and clicks is not None:
+            added_BR = sparse.csr_array(self._blend.scores(clicks)[:, chosen_R.numpy()])
+        if not len(chosen_R):
+            return top_k(queries, items_RQ, k, exclude, added_BR)
         if exclude is not None:
-            rows = torch.searchsorted(self._chosen_R, exclude.values).clamp(max=len(self._chosen_R) - 1)
-            exclude = Jagged(torch.where(self._chosen_R[rows] == exclude.values, rows, -1), exclude.offsets)
-        ids, scores = top_k(queries, items_RQ, k, exclude, added_YR)
-        return torch.where(ids >= 0, self._chosen_R[ids.clamp(min=0)], ids), scores
+            rows = torch.searchsorted(chosen_R, exclude.values).clamp(max=len(chosen_R) - 1)
+            exclude = Jagged(torch.where(chosen_R[rows] == exclude.values, rows, -1), exclude.offsets)
+        ids, scores = top_k(queries, items_RQ, k, exclude, added_BR)
+        return torch.where(ids >= 0, chosen_R[ids.clamp(min=0)], ids), scores
 
     def _local_top_k(
-        self, queries: Tensor, k: int, exclude: Jagged | None, added_YR: Terms | None
+        self, queries: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None
     ) -> tuple[Tensor, Tensor]:
         """Top-K among this rank's items for the sessions of all ranks; lists of `_FAILED` if a score is NaN."""
         if exclude is not None:
             exclude = Jagged(exclude.values - self.items.start, exclude.offsets)
         try:
-            ids, scores = top_k(queries, self._items_RQ, k, exclude, added_YR)
+            ids, scores = self._top_k(queries, k, exclude, clicks)
         except UserError:
             # The other ranks wait for these lists, so the failure is sent to them instead of being raised here.
             return (

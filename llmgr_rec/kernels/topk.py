@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
+from torch.nn import functional
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
@@ -47,6 +48,8 @@ _STRIPS = (64, 32, 8, 4)
 _MIN_STRIPS_PER_PLACE = 2
 # With more candidates for each place, `lowest` is raised by the strips of a later block as well.
 _MAX_PER_PLACE = 2
+# Items for each place up to which all are sorted.
+_MOST_SORTED = 1.5
 # Candidates for each place, and in addition, that are collected before they are merged: `lowest` lags a little, and
 # sorts are rare.
 _MERGE_EVERY = 0.5
@@ -140,7 +143,7 @@ class _RunningTopK:
         Raises:
             UserError: A candidate is not a number. NaN is not below any score, so it is a candidate.
         """
-        if start == 0 and scores_BN.shape[1] <= self._k:
+        if start == 0 and scores_BN.shape[1] <= _MOST_SORTED * self._k:
             self._keys_BW.append(_keys_of_all(scores_BN))
         else:
             self._keys_BW.append(self._keys_of_candidates(scores_BN, start))
@@ -161,7 +164,7 @@ class _RunningTopK:
         if scores_C.isnan().any():
             raise UserError(NOT_NUMBERS)
         queries_C = flat_C // num_items
-        return _padded_rows(sort_keys(scores_C, flat_C - queries_C * num_items + start), queries_C, num_queries)
+        return padded_rows(sort_keys(scores_C, flat_C - queries_C * num_items + start), queries_C, num_queries)
 
     def _raise_lowest(self, scores_BN: Tensor, strip: int) -> None:
         self.lowest_B = torch.maximum(self.lowest_B, _kth_maximum_of_strips(scores_BN, strip, self._k))
@@ -191,10 +194,7 @@ class _RunningTopK:
         """Ids and scores, [B, K], padded with -1 and -inf."""
         if len(self._keys_BW) > 1:
             self._merge()
-        keys_BX = self._keys_BW[0]
-        missing_BX = keys_BX.new_full((keys_BX.shape[0], self._k - keys_BX.shape[1]), _NO_ITEM)
-        keys_BK = torch.cat([keys_BX, missing_BX], dim=1)
-        return (keys_BK & _LOW_31_BITS).masked_fill(keys_BK == _NO_ITEM, -1), scores_of(keys_BK)
+        return lists_of_keys(self._keys_BW[0], self._k)
 
 
 class _RunningTop1:
@@ -249,8 +249,28 @@ def _kth_maximum_of_strips(scores_BN: Tensor, strip: int, k: int) -> Tensor:
     return maxima_BM.topk(k, dim=1).values[:, -1]
 
 
-def _padded_rows(keys_C: Tensor, queries_C: Tensor, num_queries: int) -> Tensor:
-    """Entries in order of queries as one row a query, [B, W], padded to the longest one."""
+def lists_of_keys(keys_BX: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and scores of sorted keys, [B, K], padded with -1 and -inf.
+
+    Args:
+        keys_BX: Sort keys, ascending, at most K of each query.
+        k: Places K.
+    """
+    ids_BX, scores_BX = (keys_BX & _LOW_31_BITS).masked_fill_(keys_BX == _NO_ITEM, -1), scores_of(keys_BX)
+    missing = (0, k - keys_BX.shape[1])
+    if not missing[1]:
+        return ids_BX, scores_BX
+    return functional.pad(ids_BX, missing, value=-1), functional.pad(scores_BX, missing, value=float("-inf"))
+
+
+def padded_rows(keys_C: Tensor, queries_C: Tensor, num_queries: int) -> Tensor:
+    """Keys in order of queries as one row a query, [B, W], padded to the longest one by a key that follows all others.
+
+    Args:
+        keys_C: The keys.
+        queries_C: Query of each key, ascending.
+        num_queries: Queries B.
+    """
     width, rest = divmod(keys_C.numel(), num_queries)
     if width and not rest:
         # They ascend, so a row whose first and last entry are of its query has no other.

@@ -35,6 +35,8 @@ from llmgr_rec.storage.bundle import Bundle
 # Batches that are prepared in advance, and ranked parts that may wait to be written.
 _READ_AHEAD = 4
 _WRITE_BEHIND = 2
+# Clicks of a batch for each session that it may have.
+_CLICKS_PER_SESSION = 12
 # Memory of an item of a list: index and score.
 LIST_ITEM_BYTES = 12
 
@@ -120,6 +122,24 @@ def share_of_rank(parts: list[Part], world: World) -> list[Part]:
     middle = np.cumsum(rows) - rows / 2
     rank = np.minimum(middle * world.size // max(int(rows.sum()), 1), world.size - 1)
     return [part for part, owner in zip(parts, rank.tolist(), strict=True) if owner == world.rank]
+
+
+def batch_bounds(lengths_S: NDArray[np.int64], batch_size: int) -> list[int]:
+    """First session of each batch, and the number of sessions.
+
+    The memory of a batch grows with its clicks, so batches of long sessions have fewer of them.
+
+    Args:
+        lengths_S: Clicks of each session.
+        batch_size: Maximum number of sessions of a batch.
+    """
+    clicks_S = np.cumsum(lengths_S)
+    bounds, most, num_sessions = [0], batch_size * _CLICKS_PER_SESSION, len(lengths_S)
+    while (start := bounds[-1]) < num_sessions:
+        before = int(clicks_S[start - 1]) if start else 0
+        affordable = max(int(np.searchsorted(clicks_S, before + most, side="right")), start + 1)
+        bounds.append(min(start + batch_size, affordable, num_sessions))
+    return bounds
 
 
 class Scorer:
@@ -217,13 +237,16 @@ class Scorer:
         batch contains rows of one part only, and ranks take whole batches in turn. Only the product with item vectors
         is computed for other numbers of sessions and items.
         """
-        size, world = self._settings.batch_size, self._world
+        world = self._world
         # Batches of sessions with similar lengths need less padding. The sort is stable and therefore reproducible.
         order_S = rows_S[np.argsort(np.diff(sessions.offsets)[rows_S], kind="stable")]
+        lengths_S = np.minimum(np.diff(sessions.offsets)[order_S], self._settings.rule.max_length)
         all_clicks = Jagged(torch.from_numpy(sessions.items_L), torch.from_numpy(sessions.offsets))
-        for first in range(0, len(order_S), size * world.size):
-            start = first + world.rank * size
-            rows = torch.from_numpy(order_S[start : start + size])
+        bounds = batch_bounds(lengths_S, self._settings.batch_size)
+        for first in range(0, len(bounds) - 1, world.size):
+            of_ranks = bounds[first : first + world.size + 1]
+            start, stop = [*of_ranks, *[of_ranks[-1]] * world.size][world.rank : world.rank + 2]
+            rows = torch.from_numpy(order_S[start:stop])
             # A rank without a batch takes part in the collectives with one session, whose result is discarded.
             rows_or_filler = rows if rows.numel() else torch.from_numpy(order_S[:1])
             clicks = all_clicks.select(rows_or_filler).last(self._settings.rule.max_length)
@@ -231,7 +254,7 @@ class Scorer:
                 rows=rows,
                 batch=self._ranking.collate(RawSessions.to_rank(clicks)),
                 exclude=clicks if self._settings.rule.excludes_seen else None,
-                sessions=min(size * world.size, len(order_S) - first),
+                sessions=of_ranks[-1] - of_ranks[0],
                 routed=routed,
             )
 

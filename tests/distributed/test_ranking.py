@@ -17,7 +17,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.errors import UserError
-from llmgr_rec.kernels import topk
+from llmgr_rec.kernels import batch_scan, topk
 from llmgr_rec.kernels.topk import top_k
 from llmgr_rec.storage.table_io import init_tables
 from tests.distributed.small_model import collection
@@ -109,12 +109,16 @@ def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tenso
 def rank_with_blend(world: World, sizes: list[int], catalogs: list[int]) -> list[tuple[Tensor, ...]]:
     # Many blocks of queries and of items.
     topk._QUERY_BLOCK, topk._CPU_FIRST_BLOCK, topk._CPU_ITEM_BLOCK = 4, 128, 128
+    # The largest catalog is ranked by bounds.
+    batch_scan._LEAST_ITEMS, batch_scan._ITEM_BLOCK, batch_scan._QUERY_BLOCK = 1000, 512, 8
+    batch_scan.has_fast_products = lambda num_columns: True  # type: ignore[assignment]
     answers: list[tuple[Tensor, ...]] = []
     for num_items in catalogs:
         model = Items(num_items, "meta")
         shard(model, TablesConfig(dim=DIM), world, lambda name: True)
         init_tables(model, 1, 0.1)
         ranker = CatalogRanker(model, Bags(num_items), world, blend_of(num_items))
+        assert (ranker._batch_scan is not None) == (num_items > 3000)
         queries = queries_of(world.rank, sizes[world.rank])
         clicks = clicks_of(world.rank, sizes[world.rank], num_items)
         answers.append((*ranker.rank(queries, K, None, clicks), *ranker.rank(queries, K, clicks, clicks)))
@@ -124,7 +128,7 @@ def rank_with_blend(world: World, sizes: list[int], catalogs: list[int]) -> list
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_blend_is_added_to_the_scores_before_ranking(ranks: int) -> None:
-    sizes, catalogs = [11, 3][:ranks], [3001, 101, 3, 1]
+    sizes, catalogs = [11, 3][:ranks], [3001, 951, 101, 3, 1]
     answers = run_on_ranks(rank_with_blend, ranks, sizes, catalogs)
     for number, num_items in enumerate(catalogs):
         items = plain_items(num_items)

@@ -13,6 +13,7 @@ from llmgr_rec.config import Config
 from llmgr_rec.config_file import load_config, save_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
+from llmgr_rec.scoring.scorer import batch_bounds
 from tests.json_files import edit_json
 from tests.scoring.sessions import all_bytes, raw_sessions, read_scores, write_sessions
 from tests.scoring.test_score_run import request
@@ -124,3 +125,9 @@ def test_a_head_without_the_recommenders_score_cannot_route(tmp_path, source):
     edit_json(file.parent / "bundle.json", record)
     with pytest.raises(UserError, match=r"--llm_budget and --llm_threshold need a model whose head adds"):
         score_run(ScoreRequest(run=run, input=source, output=tmp_path / "out", llm_budget=0.5))
+
+
+def test_batches_of_long_sessions_have_fewer_of_them() -> None:
+    assert batch_bounds(np.array([], np.int64), 4) == [0]
+    # At most 4 sessions and 48 clicks; a session that is longer makes a batch of its own.
+    assert batch_bounds(np.array([1, 1, 1, 1, 1, 12, 20, 20, 20, 30, 50]), 4) == [0, 4, 7, 9, 10, 11]
