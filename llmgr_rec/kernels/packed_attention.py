@@ -82,15 +82,21 @@ class PackedMask:
         query_tokens_Y: The querying tokens, counted from the end of the prefix.
         prefix_length: Tokens of the prefix P; all queries attend to all of them.
         buckets: The prompts.
+        query_padding: Rows after the last query, whose results are zeros.
+        key_padding: Rows after the last token, to which nothing attends.
     """
 
     query_tokens_Y: Tensor
     prefix_length: int
     buckets: list[MaskBucket]
+    query_padding: int = 0
+    key_padding: int = 0
     _rows: dict[tuple[int, int], "_Rows"] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, packed: PackedPrompts, query_tokens_Y: Tensor) -> "PackedMask":
+    def of(
+        cls, packed: PackedPrompts, query_tokens_Y: Tensor, query_padding: int = 0, key_padding: int = 0
+    ) -> "PackedMask":
         """The mask of some querying tokens, at least one of each prompt."""
         tokens_X = torch.arange(packed.num_tokens, device=query_tokens_Y.device)
         keys, queries = packed.by_prompt(tokens_X), packed.by_prompt(query_tokens_Y)
@@ -102,7 +108,7 @@ class PackedMask:
             padded_queries, padded_keys = PaddedIndex.of(queries.select(prompts)), PaddedIndex.of(keys.select(prompts))
             is_masked_BQK = _masked(packed, query_tokens_Y, padded_queries, padded_keys)
             buckets.append(MaskBucket(padded_queries, padded_keys, is_masked_BQK))
-        return cls(query_tokens_Y, packed.prefix_P.numel(), buckets)
+        return cls(query_tokens_Y, packed.prefix_P.numel(), buckets, query_padding, key_padding)
 
     def rows(self, groups: int, heads_of_group: int) -> "_Rows":
         """Which rows are gathered for a number of heads; made once for all layers."""
@@ -170,7 +176,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask
 
     Args:
         query: Of the whole row or, in a layer whose other results are not used, of the querying tokens alone,
-            [1, h, Z or Y, E].
+            [1, h, Z or Y, E]; here and below, Z and Y include the padding of the mask.
         key: Of the whole row, prefix first, [1, G, Z, E].
         value: Likewise.
         mask: Which tokens attend to which.
@@ -239,18 +245,27 @@ def _parts(mask: PackedMask, groups: int, heads: int, with_prefix: bool) -> Iter
         yield _Part(slice(query, query + rows), slice(key, key), (groups, 1, heads, length, 0), is_later_PP)
 
 
+def _products_dtype(inputs: Tensor) -> torch.dtype:
+    """Dtype of the products: float32 for bfloat16 on a CPU, whose small products are no faster in bfloat16.
+
+    There, torch also compiles a bfloat16 product anew for each of their shapes, which hardly ever repeat.
+    """
+    return torch.float32 if inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 else inputs.dtype
+
+
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query_YhE: Tensor, key_ZGE: Tensor, value_ZGE: Tensor, mask: PackedMask, scale: float
     ) -> Tensor:
         layout = _Layout.of(query_YhE, key_ZGE, mask)
+        dtype = _products_dtype(query_YhE)
         query_ME, key_NE, value_NE = (
-            layout.gather_queries(query_YhE).mul_(scale),
-            layout.gather_keys(key_ZGE),
-            layout.gather_keys(value_ZGE),
+            layout.gather_queries(query_YhE).to(dtype).mul_(scale),
+            layout.gather_keys(key_ZGE).to(dtype),
+            layout.gather_keys(value_ZGE).to(dtype),
         )
-        prefix_key_GPE, prefix_value_GPE = layout.of_prefix(key_ZGE), layout.of_prefix(value_ZGE)
+        prefix_key_GPE, prefix_value_GPE = layout.of_prefix(key_ZGE).to(dtype), layout.of_prefix(value_ZGE).to(dtype)
         result_ME = torch.empty_like(query_ME)
         weights = []
         for part in layout.parts:
@@ -263,14 +278,15 @@ class _PackedAttention(torch.autograd.Function):
             weights.append(weight)
         ctx.layout, ctx.scale = layout, scale
         ctx.save_for_backward(query_ME, key_NE, value_NE, prefix_key_GPE, prefix_value_GPE, result_ME, *weights)
-        return layout.scatter_queries(result_ME)
+        return layout.scatter_queries(result_ME.to(query_YhE.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_YhE: Tensor) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
         query_ME, key_NE, value_NE, prefix_key_GPE, prefix_value_GPE, result_ME, *weights = ctx.saved_tensors
-        gradient_ME = layout.gather_queries(gradient_YhE)
+        dtype = gradient_YhE.dtype
+        gradient_ME = layout.gather_queries(gradient_YhE).to(query_ME.dtype)
         # The results of padding are not used.
         gradient_ME[: layout.rows.query_M.numel()].mul_(layout.rows.is_real_M1)
         # The sum of weight times gradient over all keys, which the softmax subtracts, without a pass over the keys.
@@ -296,9 +312,9 @@ class _PackedAttention(torch.autograd.Function):
                 torch.bmm(of_score.transpose(1, 2), query, out=part.by_prompt(to_key_NE[part.keys]))
                 torch.bmm(own_weight.transpose(1, 2), gradient, out=part.by_prompt(to_value_NE[part.keys]))
         return (
-            layout.scatter_queries(to_query_ME.mul_(ctx.scale)),
-            layout.scatter_keys(to_prefix_key, to_key_NE),
-            layout.scatter_keys(to_prefix_value, to_value_NE),
+            layout.scatter_queries(to_query_ME.mul_(ctx.scale).to(dtype)),
+            layout.scatter_keys(to_prefix_key.to(dtype), to_key_NE.to(dtype)),
+            layout.scatter_keys(to_prefix_value.to(dtype), to_value_NE.to(dtype)),
             None,
             None,
         )
@@ -314,6 +330,8 @@ class _Layout:
         prefix: Tokens of the prefix P.
         prefix_queries: Querying tokens of the prefix, P or 0.
         groups: Key and value heads G.
+        query_padding: Rows after the last query.
+        key_padding: Rows after the last key.
     """
 
     parts: list[_Part]
@@ -321,15 +339,18 @@ class _Layout:
     prefix: int
     prefix_queries: int
     groups: int
+    query_padding: int
+    key_padding: int
 
     @classmethod
     def of(cls, query_YhE: Tensor, key_ZGE: Tensor, mask: PackedMask) -> "_Layout":
         """The layout of a packed row."""
         groups = key_ZGE.shape[1]
         heads = query_YhE.shape[1] // groups
-        prefix_queries = query_YhE.shape[0] - mask.query_tokens_Y.numel()
+        prefix_queries = query_YhE.shape[0] - mask.query_tokens_Y.numel() - mask.query_padding
         parts = list(_parts(mask, groups, heads, prefix_queries > 0))
-        return cls(parts, mask.rows(groups, heads), mask.prefix_length, prefix_queries, groups)
+        rows, prefix = mask.rows(groups, heads), mask.prefix_length
+        return cls(parts, rows, prefix, prefix_queries, groups, mask.query_padding, mask.key_padding)
 
     def gather_queries(self, of_token_YhE: Tensor) -> Tensor:
         """Rows of the buckets, then those of the prefix as [G, R, P]."""
@@ -342,10 +363,10 @@ class _Layout:
         """The inverse of `gather_queries`."""
         heads, width = self.groups * self.parts[0].shape[2], rows_ME.shape[1]
         of_token = rows_ME.index_select(0, self.rows.of_query).view(-1, heads, width)
-        if not self.prefix_queries:
+        if not self.prefix_queries and not self.query_padding:
             return of_token
         of_prefix = rows_ME[self.rows.query_M.numel() :].view(heads, self.prefix_queries, width)
-        return torch.cat([of_prefix.transpose(0, 1), of_token])
+        return torch.cat([of_prefix.transpose(0, 1), of_token, of_token.new_zeros(self.query_padding, heads, width)])
 
     def gather_keys(self, of_token_ZGE: Tensor) -> Tensor:
         """Rows of the buckets."""
@@ -358,4 +379,5 @@ class _Layout:
     def scatter_keys(self, of_prefix_GPE: Tensor, rows_NE: Tensor) -> Tensor:
         """The inverse of `of_prefix` and `gather_keys`."""
         of_token = rows_NE.index_select(0, self.rows.of_key).view(-1, self.groups, rows_NE.shape[1])
-        return torch.cat([of_prefix_GPE.transpose(0, 1), of_token])
+        padding = of_token.new_zeros(self.key_padding, *of_token.shape[1:])
+        return torch.cat([of_prefix_GPE.transpose(0, 1), of_token, padding])

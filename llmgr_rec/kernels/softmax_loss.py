@@ -140,7 +140,7 @@ class _SoftmaxLoss(torch.autograd.Function):
     ) -> Tensor:
         columns = _Columns.of(items_CQ, bias_C, dtype)
         target_items_BQ = items_CQ.index_select(0, targets_B)
-        gradients = _Gradients.zeros(queries_BQ, items_CQ) if with_gradients else None
+        gradients = _Gradients.empty(queries_BQ, items_CQ) if with_gradients else None
         loss = queries_BQ.new_zeros(())
         is_small = _scores_are_small(queries_BQ, items_CQ, bias_C)
         rows = _block_rows(items_CQ, dtype, low_precision=dtype != queries_BQ.dtype)
@@ -215,20 +215,23 @@ class _Gradients:
     items_CQ: Tensor
 
     @classmethod
-    def zeros(cls, queries_BQ: Tensor, items_CQ: Tensor) -> "_Gradients":
-        # Every block writes its own rows of the queries' gradient.
-        return cls(torch.empty_like(queries_BQ), torch.zeros_like(items_CQ))
+    def empty(cls, queries_BQ: Tensor, items_CQ: Tensor) -> "_Gradients":
+        # Without rows there is no block to write.
+        make = torch.empty_like if queries_BQ.shape[0] else torch.zeros_like
+        return cls(torch.empty_like(queries_BQ), make(items_CQ))
 
     def add_block(
         self, block: slice, exps_bC: Tensor, factors_b1: Tensor, queries_bQ: Tensor, items_CQ: Tensor
     ) -> None:
-        """Adds the terms of e; factors_b1 is w / Z."""
+        """Adds the terms of e; factors_b1 is w / Z. The first block of rows comes first, and writes."""
         self.queries_BQ[block] = (exps_bC @ items_CQ) * factors_b1
         weighted_bQ = (queries_bQ * factors_b1).to(exps_bC.dtype)
         if exps_bC.dtype == self.items_CQ.dtype:
-            self.items_CQ.addmm_(exps_bC.T, weighted_bQ)
-        else:
+            torch.addmm(self.items_CQ, exps_bC.T, weighted_bQ, beta=min(block.start, 1), out=self.items_CQ)
+        elif block.start:
             self.items_CQ.add_(exps_bC.T @ weighted_bQ)
+        else:
+            self.items_CQ.copy_(exps_bC.T @ weighted_bQ)
 
     def subtract_targets(
         self, queries_BQ: Tensor, target_items_BQ: Tensor, targets_B: Tensor, weights_B1: Tensor

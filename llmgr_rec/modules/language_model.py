@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +20,9 @@ from llmgr_rec.kernels.grouped_query_attention import use_grouped_query_attentio
 from llmgr_rec.kernels.packed_attention import PackedMask
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
 from llmgr_rec.modules.packed_layer import use_packed_layers
+
+# Least number of rows to which those of a bfloat16 product are rounded up.
+_LEAST_ROW_STEP = 16
 
 
 class LoraLanguageModel(nn.Module):
@@ -122,21 +126,37 @@ class LoraLanguageModel(nn.Module):
 
     def _forward_packed(self, embeddings_XH: Tensor, packed: PackedPrompts) -> Tensor:
         """One row without padding and with one prefix; the last layer computes only the output tokens."""
-        prefix = packed.prefix_P.numel()
+        prefix, num_outputs = packed.prefix_P.numel(), packed.output_token_C.numel()
         tokens_X = torch.arange(packed.num_tokens, device=embeddings_XH.device)
-        masks = {"packed_mask": PackedMask.of(packed, tokens_X)}
+        padding = self._padding(prefix + packed.num_tokens)
+        masks = {"packed_mask": PackedMask.of(packed, tokens_X, padding, padding)}
         if self._last_token_only:
-            masks["last_layer_mask"] = PackedMask.of(packed, packed.output_token_C)
+            masks["last_layer_mask"] = PackedMask.of(packed, packed.output_token_C, self._padding(num_outputs), padding)
         prefix_positions_P = torch.arange(prefix, device=tokens_X.device)
+        padding_rows = embeddings_XH.new_zeros(padding, embeddings_XH.shape[1])
         hidden_1ZH = self.base(
-            inputs_embeds=torch.cat([self.token_embedding(packed.prefix_P), embeddings_XH]).unsqueeze(0),
-            position_ids=torch.cat([prefix_positions_P, prefix + packed.position_X]).unsqueeze(0),
+            inputs_embeds=torch.cat([self.token_embedding(packed.prefix_P), embeddings_XH, padding_rows]).unsqueeze(0),
+            position_ids=functional.pad(
+                torch.cat([prefix_positions_P, prefix + packed.position_X]), (0, padding)
+            ).unsqueeze(0),
             # transformers builds no mask if it is given a 4-dimensional one; packed attention uses the packed masks.
             attention_mask=embeddings_XH.new_zeros(1, 1, 1, 1),
             use_cache=False,
             **masks,
         ).last_hidden_state
-        return hidden_1ZH[0] if self._last_token_only else hidden_1ZH[0].index_select(0, prefix + packed.output_token_C)
+        if self._last_token_only:
+            return hidden_1ZH[0, :num_outputs]
+        return hidden_1ZH[0].index_select(0, prefix + packed.output_token_C)
+
+    def _padding(self, rows: int) -> int:
+        """Rows to add to a bfloat16 matrix on a CPU, so that its products have one of few shapes.
+
+        Torch compiles such a product anew for each number of rows, a quarter of a millisecond each. A power of two is
+        divided into 16 steps.
+        """
+        if self.base.device.type != "cpu" or self.base.dtype != torch.bfloat16:
+            return 0
+        return -rows % max(_LEAST_ROW_STEP, 1 << max(rows.bit_length() - 5, 0))
 
     def _precision(self) -> AbstractContextManager[object]:
         dtype = self.base.dtype

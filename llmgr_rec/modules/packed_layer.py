@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
@@ -94,7 +95,8 @@ def _forward(
     attention = layer.self_attn
     normed_ZH = _norm(layer.input_layernorm, hidden_ZH)
     if outputs_only:
-        output_C = mask.query_tokens_Y + mask.prefix_length
+        # Rows of padding repeat the first output.
+        output_C = functional.pad(mask.query_tokens_Y, (0, mask.query_padding)) + mask.prefix_length
         hidden_YH = hidden_ZH.index_select(0, output_C)
         (query,) = _products(normed_ZH.index_select(0, output_C), attention.q_proj)
         key, value = _products(normed_ZH, attention.k_proj, attention.v_proj)
@@ -120,7 +122,7 @@ def _products(inputs: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Products of one input with linear layers, with or without LoRA; all of them share the LoRA input's dropout."""
     if not any(isinstance(layer, LoraLinear) and not layer.disable_adapters and not layer.merged for layer in layers):
         bases = (layer.get_base_layer() if isinstance(layer, LoraLinear) else layer for layer in layers)
-        return tuple(nn.functional.linear(inputs, base.weight, base.bias) for base in bases)  # type: ignore[arg-type]
+        return tuple(functional.linear(inputs, base.weight, base.bias) for base in bases)  # type: ignore[arg-type]
     first: Any = layers[0]
     dropped = first.lora_dropout[first.active_adapters[0]](inputs)
     return lora_products(inputs, None if dropped is inputs else dropped, [_product(layer) for layer in layers])

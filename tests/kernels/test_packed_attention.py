@@ -43,6 +43,7 @@ def prompts_of(lengths: list[int], prefix: int, suffix: int | None) -> PackedPro
 
 
 def check(packed: PackedPrompts, query_tokens_Y: Tensor, whole_row: bool, seed: int) -> None:
+    """Compares results and gradients, with rows of padding after those of the reference."""
     generator = torch.Generator().manual_seed(seed)
     prefix = packed.prefix_P.numel()
     tokens = [*(range(prefix) if whole_row else []), *(query_tokens_Y + prefix).tolist()]
@@ -50,13 +51,15 @@ def check(packed: PackedPrompts, query_tokens_Y: Tensor, whole_row: bool, seed: 
     def draw(heads: int, rows: int) -> Tensor:
         return torch.randn(1, heads, rows, WIDTH, dtype=torch.float64, generator=generator).requires_grad_()
 
+    padding = (seed % 3, seed // 2 % 3)
     inputs = (
-        draw(GROUPS * HEADS_OF_GROUP, len(tokens)),
-        draw(GROUPS, prefix + packed.num_tokens),
-        draw(GROUPS, prefix + packed.num_tokens),
+        draw(GROUPS * HEADS_OF_GROUP, len(tokens) + padding[0]),
+        draw(GROUPS, prefix + packed.num_tokens + padding[1]),
+        draw(GROUPS, prefix + packed.num_tokens + padding[1]),
     )
-    actual = packed_attention(*inputs, PackedMask.of(packed, query_tokens_Y), SCALE)[0]
-    expected = reference(*inputs, packed, tokens)
+    actual = packed_attention(*inputs, PackedMask.of(packed, query_tokens_Y, *padding), SCALE)[0]
+    real = reference(*inputs, packed, tokens)
+    expected = torch.cat([real, real.new_zeros(padding[0], *real.shape[1:])])
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     direction = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
     torch.testing.assert_close(
@@ -82,6 +85,15 @@ def test_the_whole_row_agrees(lengths: list[int], prefix: int, suffix: int | Non
 def test_the_outputs_agree(lengths: list[int], prefix: int, suffix: int | None, seed: int) -> None:
     packed = prompts_of(lengths, prefix, suffix)
     check(packed, packed.output_token_C, False, seed)
+
+
+def test_products_of_bfloat16_on_a_cpu_are_float32() -> None:
+    packed = prompts_of([3, 5], 2, 1)
+    tokens = torch.arange(packed.num_tokens)
+    query, key, value = (torch.randn(1, heads, packed.num_tokens + 2, WIDTH).bfloat16() for heads in (6, 2, 2))
+    rounded = packed_attention(query, key, value, PackedMask.of(packed, tokens), SCALE)
+    exact = packed_attention(query.float(), key.float(), value.float(), PackedMask.of(packed, tokens), SCALE)
+    assert torch.equal(rounded, exact.bfloat16())
 
 
 @pytest.mark.parametrize("suffix", [None, 2])

@@ -136,6 +136,13 @@ def test_a_frozen_side_gets_no_gradient() -> None:
     assert items.grad is None
 
 
+def test_no_rows_have_no_loss_and_no_gradient() -> None:
+    arguments = (torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    loss, _, of_items = loss_and_gradients(softmax_loss, torch.empty(0, 3), torch.full((4, 3), 7.0), *arguments)
+    assert loss == 0
+    assert not of_items.any()
+
+
 def test_extreme_scores_stay_finite() -> None:
     queries = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     value = softmax_loss(queries, torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 1]), torch.full((2,), 0.5))

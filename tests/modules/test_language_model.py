@@ -169,6 +169,24 @@ def test_the_last_layer_is_computed_for_last_tokens_only(tiny):
     assert widths == {0: 5 + 9, 1: 3}
 
 
+@pytest.mark.parametrize("config", [None, OTHER_DECODERS[0]])
+def test_rows_of_padding_change_nothing(config, monkeypatch):
+    model = make(config and AutoModel.from_config(config, attn_implementation="sdpa"))
+    packed = pack([3, 2], [7, 8], one_pass=True, suffix=2)
+    embeddings_XH = torch.randn(packed.num_tokens, model.hidden_size)
+    expected = read_with_gradients(model, embeddings_XH, packed, True)
+    monkeypatch.setattr(LoraLanguageModel, "_padding", lambda self, rows: 3)
+    torch.testing.assert_close(read_with_gradients(model, embeddings_XH, packed, True), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_bfloat16_rows_are_rounded_up_to_few_sizes():
+    model = make(dtype="bfloat16")
+    sizes = {rows + model._padding(rows) for rows in range(1, 4097)}
+    assert len(sizes) < 110
+    assert all(model._padding(rows) < max(16, rows / 16) for rows in range(1, 4097))
+    assert make()._padding(100) == 0
+
+
 def test_prefix_gradient_reaches_lora(tiny):
     """The prefix is not a constant: with LoRA after it switched off, its gradient is still there."""
     torch.manual_seed(0)
