@@ -12,6 +12,7 @@ import torch
 from datagen.csv import main as convert
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation import pipeline
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
@@ -21,9 +22,10 @@ from llmgr_rec.result_cache import files_below
 from llmgr_rec.storage import cached_tokens
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import load_decoder
+from llmgr_rec.training import neighbors
 from llmgr_rec.training.text_embeddings import embed_catalog
 from tests.data.prepare_inputs import Click, write_interactions, write_items
-from tests.small_run import ONE_RANK, small_run
+from tests.small_run import ONE_RANK, prepare_small, small_run
 
 CLICKS: list[Click] = [(f"u{user}", f"i{(user + n) % 7}", n) for user in range(6) for n in range(5)]
 
@@ -143,3 +145,25 @@ def test_item_texts_are_tokenized_and_encoded_once(tmp_path: Path, monkeypatch: 
     )
     embed("texts", Catalog.load(tmp_path / "data"))
     assert (len(tokenized), len(encoded)) == (3, 5)
+
+
+def test_neighbors_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = counted(monkeypatch, neighbors, "_compute")
+    small = small_run()
+
+    def similarities(run: str, name: str = "text_knn", k: int = 5, dataset: Dataset = small.dataset) -> Any:
+        catalog = Catalog.load(dataset.path)
+        (found,) = neighbors.neighbor_scores([name], k, dataset, catalog, ONE_RANK, tmp_path / run)
+        return found.similarity_VR.toarray()
+
+    first = similarities("first")
+    assert (similarities("again") == first).all()
+    assert len(computed) == 1
+    similarities("more", k=6)
+    similarities("other", name="item_knn")
+    similarities("data", dataset=prepare_small(tmp_path / "data", seed=1))
+    assert len(computed) == 4
+    # Its code may change.
+    for run in ("own", "own again"):
+        similarities(run, name="llmgr_rec.baselines.builders:_item_knn")
+    assert len(computed) == 6

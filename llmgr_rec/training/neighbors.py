@@ -1,4 +1,4 @@
-"""Nearest-neighbor similarities of a data set's items, cached in a run folder."""
+"""Nearest-neighbor similarities of a data set's items, kept in a run folder and in the cache of results."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llmgr_rec.baselines.blend import Blend
-from llmgr_rec.baselines.builders import build_neighbors
+from llmgr_rec.baselines.builders import BLENDED, build_neighbors
 from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -17,6 +17,7 @@ from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
+from llmgr_rec.result_cache import CachedResult
 from llmgr_rec.training.freed_memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def neighbor_scores(
         dataset: Prepared sessions.
         catalog: Their items.
         world: Ranks; all call together. Rank 0 computes and broadcasts, with a timeout of days.
-        folder: Folder where rank 0 caches them; None disables the cache.
+        folder: Folder where rank 0 keeps them for later stages; None keeps them neither there nor in the cache.
 
     Returns:
         A blend per name, in the order of `names`.
@@ -65,9 +66,15 @@ def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, fol
             return Blend.load(file)
         except UserError:
             logger.info("%s is damaged; computing it again", file)
+    # The key lacks the code of an own baseline.
+    cached = CachedResult("neighbors", {"file": file.name}, packages=("numpy", "scipy")) if name in BLENDED else None
+    if cached and cached.take(folder):
+        return Blend.load(file)
     scores = _compute(name, k_neighbors, dataset, catalog)
     with atomic_write(file) as partial:
         scores.save(partial)
+    if cached:
+        cached.keep({file.name: file})
     return scores
 
 
