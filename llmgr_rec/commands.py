@@ -34,6 +34,10 @@ COMMANDS = {
         "Ranks the catalog for every session of Parquet files.",
         "--run run --input sessions.parquet --output scores",
     ),
+    "extend": Command(
+        "Makes a run for the catalog of today, whose new items are ranked by their texts until they are trained.",
+        "--run run --items items.parquet --output extended",
+    ),
     "explain": Command(
         "Says why a session gets its recommendations.",
         "--run run --items pen,ink,paper",

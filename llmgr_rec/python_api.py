@@ -40,6 +40,7 @@ from llmgr_rec.scoring.ranked_lists import RankedLists, long_rows, rows_of_short
 from llmgr_rec.scoring.session_ranker import SessionRanker
 from llmgr_rec.storage.bundle import BundleFiles, code_names, open_bundle
 from llmgr_rec.storage.bundle_index import INDEX, resolve_bundle
+from llmgr_rec.storage.extended_run import extend_run
 
 # Folders in the output of `fit`.
 _DATASET, _RUN = "dataset", "run"
@@ -402,6 +403,40 @@ class Recommender:
             run_command("evaluate", own_and_given(given, {**allowed, **options}, "evaluate"))
             content: dict[str, Any] = json.loads(file.read_text())
         return content
+
+    def extend(self, items: object, *, output: str | os.PathLike[str] | None = None) -> "Recommender":
+        """A recommender of another catalog, without training: new items are ranked by their texts.
+
+        Items that the given ones lack are gone: they are not recommended any more, and ignored as clicks. See
+        docs/every-day.md.
+
+        Args:
+            items: The whole current catalog, in any form that `arrow_input.to_table` takes: `item_id` and, each
+                optional, `title`, `category`, `brand`, `description`. A text that is null or whose column is missing is
+                that of this recommender.
+            output: New folder for the run, from which training can go on (`python -m llmgr_rec.train --init_from`).
+                None uses a temporary folder, which is deleted together with the new recommender.
+
+        Raises:
+            UserError: An id is null, a duplicate or of a wrong type, a text is missing that the model needs, or the
+                folder is not empty.
+        """
+        table = to_table(items, "items")
+        # This recommender runs the same code.
+        code = modules_of(code_names(self._files.config).values())
+        source = self._run or self._files.path
+        if output is not None:
+            extend_run(source, table, "items", Path(output), code)
+            return Recommender(open_bundle(Path(output), code), Path(output))
+        parent = Path(tempfile.mkdtemp(prefix="llmgr_rec-"))
+        try:
+            extend_run(source, table, "items", parent / _RUN, code)
+            extended = Recommender(open_bundle(parent / _RUN, code), parent / _RUN)
+        except BaseException:
+            shutil.rmtree(parent, ignore_errors=True)
+            raise
+        weakref.finalize(extended, shutil.rmtree, parent, ignore_errors=True)
+        return extended
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model as a bundle, a folder that `load` and `python -m llmgr_rec.score --run` take.

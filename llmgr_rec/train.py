@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
             resume=arguments.resume or _is_restarted(output),
             launch=_launch(),
             recipe=_recipe(arguments, output),
+            init_from=Path(arguments.init_from) if arguments.init_from else None,
         )
     )
     trained = ", ".join(stages) or "nothing, because all stages of the run are already complete with its settings"
@@ -66,9 +67,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _recipe(arguments: "Namespace", output: Path) -> str:
-    """Name of the recipe or settings file; empty for a run that is resumed with its own settings."""
+    """Name of the recipe or settings file; empty for a run that is resumed, or that takes the settings of another."""
     files = [Path(str(file)) for file in arguments.config or []]
-    return "" if output / "config.yaml" in files else recipe_of(files)
+    runs = [output, *([Path(arguments.init_from)] if arguments.init_from else [])]
+    return "" if any(run / "config.yaml" in files for run in runs) else recipe_of(files)
 
 
 def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
@@ -95,26 +97,37 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
         action="store_true",
         help="Continue an interrupted run exactly where it stopped, with the settings of the run.",
     )
+    parser.add_argument(
+        "--init_from",
+        type=LocalPath,
+        help="Run to start from instead of random weights, whose items may differ; its settings are used without "
+        "--config.",
+    )
     add_code_argument(parser)
     add_config_arguments(parser)
     return parse_with_config(parser, _with_default_config(argv))
 
 
 def _with_default_config(argv: Sequence[str]) -> list[str]:
-    """Adds --config if absent: the settings of a resumed run, or `BARE_RECIPE` for a command without options."""
+    """Adds --config if absent: the settings of the run that is resumed or started from, or `BARE_RECIPE`.
+
+    `BARE_RECIPE` is for a command without options.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     # The real parser reports a missing value.
     parser.add_argument("--config", nargs="?", const="")
     parser.add_argument("--output", nargs="?", default="", const="")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--init_from", nargs="?", default="", const="")
     parser.add_argument("--allow_code", nargs="?", default="", const="")
     given, _ = parser.parse_known_args(argv)
     if given.config is not None:
         return list(argv)
-    run_config = Path(given.output, "config.yaml")
-    if given.resume and given.output and run_config.is_file():
-        _check_settings_of_run(run_config, argv, split_code(given.allow_code))
-        return ["--config", str(run_config), *argv]
+    runs = [given.output if given.resume else "", given.init_from]
+    for run_config in (Path(run, "config.yaml") for run in runs if run):
+        if run_config.is_file():
+            _check_settings_of_run(run_config, argv, split_code(given.allow_code))
+            return ["--config", str(run_config), *argv]
     if not any(word.startswith("--") for word in argv):
         return ["--config", BARE_RECIPE, *argv]
     return list(argv)
@@ -126,8 +139,8 @@ def _check_settings_of_run(run_config: Path, argv: Sequence[str], allow_code: Se
         config = load_config(run_config)
     except UserError as error:
         raise UserError(
-            f"cannot resume with the settings of the run: {error}; if another version of llmgr_rec wrote them, resume "
-            "with that version, or train into another --output"
+            f"cannot go on with the settings of the run: {error}; if another version of llmgr_rec wrote them, use that "
+            "version, or give --config and another --output"
         ) from None
     names = {"encoder.name": config.encoder.name, "head.name": config.head.name}
     names |= {f"blend.neighbors[{place}]": name for place, name in enumerate(config.blend.neighbors)}

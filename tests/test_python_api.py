@@ -55,6 +55,7 @@ SIGNATURES = {
     "items: collections.abc.Sequence[typing.Any] | None = None, exclude_seen: bool | None = None) "
     "-> llmgr_rec.explanation.records.Explanation",
     "evaluate": "(self, split: str = 'test', **options: object) -> dict[str, typing.Any]",
+    "extend": f"(self, items: object, *, output: {PATH} | None = None) -> 'Recommender'",
     "save": f"(self, path: {PATH}) -> None",
 }
 
@@ -492,6 +493,21 @@ def write_program(path: Path, text: str) -> Path:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
+
+
+def test_extends_to_another_catalog_without_changing_itself(rec: Recommender) -> None:
+    before = rec.recommend([["i1"]], k=3)
+    extended = rec.extend([{"item_id": "new", "title": "thing i1"}, {"item_id": "i1"}, {"item_id": "i2"}])
+    (row,) = extended.recommend([["new", "i7"]], k=9).to_pylist()
+    assert sorted(row["item_ids"]) == ["i1", "i2", "new"]
+    assert extended.titles.to_pylist() == ["thing i1", "<b>Thing</b> & i1", "<b>Thing</b> & i2"]
+    assert rec.recommend([["i1"]], k=3).equals(before)
+    folder = Path(str(extended).rpartition(" from ")[2].removesuffix(">"))
+    assert folder.is_dir()
+    del extended
+    assert not folder.exists()
+    with pytest.raises(UserError, match=r"items: item_id 'i1' occurs more than once"):
+        rec.extend({"item_id": ["i1", "i1"]})
 
 
 def test_an_interrupted_fit_leaves_no_process_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from llmgr_rec.paths import LocalPath
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-COMPONENTS = ("prepare", "train", "evaluate", "score", "report", "serve", "pipeline")
+COMPONENTS = ("prepare", "train", "evaluate", "score", "report", "extend", "serve", "pipeline")
 
 _HEAD = """\
 # Defaults of `torchx run` in this folder, by python -m torchx_components.configure. With them

@@ -302,6 +302,29 @@ def report(
     )
 
 
+def extend(
+    *args: str,
+    image: str = "llmgr-rec:latest",
+    cpu: int = 4,
+    mem_mb: int = 16384,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    overlay: Optional[str] = None,
+) -> specs.AppDef:
+    """Makes a run for the catalog of today, without training, in one process.
+
+    Args:
+        args: arguments for llmgr_rec.extend (after --)
+        image: container image with llmgr_rec
+        cpu: number of CPUs
+        mem_mb: memory limit in MB; TorchX requests 1024 MB less
+        env: environment variables, as A=1,B=2
+        mounts: shared storage, as type=volume,src=CLAIM,dst=/data
+        overlay: YAML file with fields of the pod, such as tolerations (Kubernetes)
+    """
+    return _one_process("extend", args, image=image, cpu=cpu, mem_mb=mem_mb, env=env, mounts=mounts, overlay=overlay)
+
+
 def serve(
     *args: str,
     port: int = 8000,

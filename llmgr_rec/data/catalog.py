@@ -122,7 +122,18 @@ class Catalog:
 
     def titles(self) -> list[str | None]:
         """Title of each item; None for an item without a title."""
-        return _read(self.file, ["title"])["title"].to_pylist()
+        return self.column("title").to_pylist()
+
+    def column(self, name: str) -> pa.Array:
+        """A text column of the catalog, as it is in the file.
+
+        Args:
+            name: title, category, brand or description.
+
+        Raises:
+            UserError: The file has no such column.
+        """
+        return _one_array(_read(self.file, [name])[name])
 
     def in_category(self, category: str) -> np.ndarray:
         """Mask of the items of a category or of one below it, bool [V].

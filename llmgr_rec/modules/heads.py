@@ -43,12 +43,14 @@ class RankingHead(nn.Module, ABC):
     Attributes:
         uses_text: Whether `items` requires text embeddings.
         separate_loss: Whether the training loss uses the head's own columns only, see `trained_columns_only`.
+        item_parameters: Names of parameters that have a row for each item, which follow the items into another catalog.
 
     Raises:
         UserError: A setting is out of its range.
     """
 
     uses_text: bool = False
+    item_parameters: tuple[str, ...] = ()
 
     def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int, head_columns: int | None = None) -> None:
         super().__init__()
@@ -196,6 +198,8 @@ class LinearHead(RankingHead):
         d2: Width of the language model's hidden states, in columns.
         num_items: Items of the catalog.
     """
+
+    item_parameters = ("weight_VH", "bias_V")
 
     def __init__(self, config: HeadConfig, d1: int, d2: int, num_items: int) -> None:
         super().__init__(config, d1, d2, num_items, head_columns=d2 + 1)

@@ -193,7 +193,8 @@ def embed_item_texts(
     embeddings_VH = torch.zeros(tokens.num_rows, decoder.get_input_embeddings().weight.shape[1])
     order = torch.argsort(lengths_V, stable=True)
     order = order[lengths_V[order] > 0]
-    for items in order.split(batch_size):
+    # `split` of no items is one part.
+    for items in order.split(batch_size) if len(order) else ():
         batch = tokens.select(items)
         row_S = batch.row_of_value
         column_S = torch.arange(row_S.numel()) - batch.offsets[:-1][row_S]

@@ -4,6 +4,7 @@ Shapes: R rows and C columns of a block of a table.
 """
 
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from llmgr_rec.storage.bundle_index import (
     verified_file,
     verified_table_file,
 )
+from llmgr_rec.storage.catalog_mapping import CatalogMapping
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import fill_table, local_shards, table_parameters
 
@@ -259,12 +261,13 @@ def check_bundle_code(config: Config, folder: Path, allow_code: Collection[str])
     require_allowed(code_names(config), allow_code, f"bundle {folder}")
 
 
-def load_weights(module: nn.Module, path: Path | str) -> list[str]:
+def load_weights(module: nn.Module, path: Path | str, mapping: CatalogMapping | None = None) -> list[str]:
     """Copies the weights of a bundle into a model; each rank reads only its shards of the tables.
 
     Args:
         module: The model, sharded or not, or any module around it.
         path: A bundle.
+        mapping: From the catalog of the bundle to that of the model; None if they are the same.
 
     Returns:
         Names of parameters that are not in the bundle, because the model of an earlier stage does not have them.
@@ -278,12 +281,13 @@ def load_weights(module: nn.Module, path: Path | str) -> list[str]:
     index = read_index(folder)
     require_memory(model)
     held = {name.split(".")[-2] for name in table_parameters(model)}
-    if unused := sorted(set(index.tables) - held - {ITEM_TEXT}):
+    # A new catalog may have no brands or categories.
+    if mapping is None and (unused := sorted(set(index.tables) - held - {ITEM_TEXT})):
         raise UserError(
             f"bundle {folder} has the table {unused[0]}, which the model lacks; build the model by the settings of the "
             "bundle and for its catalog"
         )
-    missing = copy_weights(model, folder, index)
+    missing = copy_weights(model, folder, index, mapping=mapping)
     recommender = dense_tensors(model.recommender if isinstance(model, LLMGR) else model)
     required = [
         name for name in missing if name in recommender and not (index.stage == "sbr" and _is_of_text_encoder(name))
@@ -315,7 +319,12 @@ def require_memory(model: nn.Module) -> None:
 
 
 def copy_weights(
-    model: SessionRecommender | LLMGR, folder: Path, index: BundleIndex, table_names: Mapping[str, str] | None = None
+    model: SessionRecommender | LLMGR,
+    folder: Path,
+    index: BundleIndex,
+    table_names: Mapping[str, str] | None = None,
+    mapping: CatalogMapping | None = None,
+    only: Collection[str] | None = None,
 ) -> list[str]:
     """Copies what a bundle has of a model into it.
 
@@ -324,6 +333,8 @@ def copy_weights(
         folder: A bundle.
         index: Its index.
         table_names: Name in the bundle of each table of the model that has another name there.
+        mapping: From the catalog of the bundle to that of the model; None if they are the same.
+        only: Names of the parameters and buffers to copy; None copies all.
 
     Returns:
         Names of the parameters and buffers that are not in the bundle.
@@ -331,40 +342,64 @@ def copy_weights(
     Raises:
         UserError: The bundle is damaged, or a shape differs.
     """
+
+    def wanted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if only is None or name in only}
+
     try:
-        missing = _load_tables(model, folder, index, table_names or {})
+        missing = _load_tables(model, folder, index, table_names or {}, mapping, only)
         recommender = model.recommender if isinstance(model, LLMGR) else model
-        missing += _load_dense(dense_tensors(recommender), folder, index, RECOMMENDER)
+        missing += _load_dense(wanted(dense_tensors(recommender)), folder, index, RECOMMENDER)
         if isinstance(model, LLMGR):
-            missing += _load_dense(language_tensors(model), folder, index, LANGUAGE)
-            adapter = folder / LORA / ADAPTER_WEIGHTS
-            if adapter.is_file():
-                verified_file(folder, index, f"{LORA}/{ADAPTER_WEIGHTS}")
-            missing += load_adapter(model.language_model.decoder, adapter.parent)
+            of_items = {f"head.{name}" for name in model.head.item_parameters} if mapping else set()
+            language = wanted(language_tensors(model))
+            missing += _load_dense(language, folder, index, LANGUAGE, mapping, of_items)
+            if only is None or any("lora_" in name for name in only):
+                missing += _load_lora(model, folder, index)
     except (SafetensorError, OSError) as error:
         raise UserError(f"bundle {folder} is damaged ({error}); copy or export it again") from None
     return missing
 
 
-def _load_tables(model: nn.Module, folder: Path, index: BundleIndex, table_names: Mapping[str, str]) -> list[str]:
+def _load_tables(
+    model: nn.Module,
+    folder: Path,
+    index: BundleIndex,
+    table_names: Mapping[str, str],
+    mapping: CatalogMapping | None,
+    only: Collection[str] | None,
+) -> list[str]:
     """Loads this rank's shards of the tables; returns the parameters of tables that are not in the bundle."""
     not_found = []
     for parameter, shape in table_parameters(model).items():
+        if only is not None and parameter not in only:
+            continue
         name = parameter.split(".")[-2]
         table = table_names.get(name, name)
         if table not in index.tables:
             not_found.append(parameter)
             continue
-        if index.tables[table] != shape:
+        if index.tables[table] != shape and (mapping is None or index.tables[table][1] != shape[1]):
             raise UserError(
                 f"bundle {folder} has {index.tables[table]} rows and columns in table {table}, the model {shape}; "
                 "use the settings and the data set of the run that made it"
             )
-        fill_table(model, parameter, _TableReader(folder, index.table_files[table]).read)
+        reader = TableReader(folder, index.table_files[table])
+        if mapping is None:
+            fill_table(model, parameter, reader.read)
+        else:
+            mapping.fill_table(model, parameter, table, reader.take)
     return not_found
 
 
-class _TableReader:
+def _load_lora(model: LLMGR, folder: Path, index: BundleIndex) -> list[str]:
+    adapter = folder / LORA / ADAPTER_WEIGHTS
+    if adapter.is_file():
+        verified_file(folder, index, f"{LORA}/{ADAPTER_WEIGHTS}")
+    return load_adapter(model.language_model.decoder, adapter.parent)
+
+
+class TableReader:
     """Reads blocks of a table from those of its files that overlap them."""
 
     def __init__(self, folder: Path, table_files: list[TableFile]) -> None:
@@ -386,13 +421,40 @@ class _TableReader:
                 )
         return values_RC
 
+    def take(self, rows_R: Tensor, cols: range) -> Tensor:
+        """Reads some rows of the table in any order, float32 [R, C]; of the files, only the pages with these rows."""
+        values_RC = torch.full((len(rows_R), len(cols)), float("nan"))
+        for part in self._table_files:
+            col0, col1 = max(cols.start, part.col), min(cols.stop, part.col + part.cols)
+            is_here_R = (rows_R >= part.row) & (rows_R < part.row + part.rows)
+            if col0 >= col1 or not is_here_R.any():
+                continue
+            with safe_open(self._path(part), framework="pt") as file:
+                # Mapped, not read.
+                block = file.get_tensor(TENSOR)[:, col0 - part.col : col1 - part.col]
+                values_RC[is_here_R, col0 - cols.start : col1 - cols.start] = block[rows_R[is_here_R] - part.row]
+        return values_RC
+
 
 @torch.no_grad()
-def _load_dense(targets: dict[str, Tensor], folder: Path, index: BundleIndex, name: str) -> list[str]:
-    """Copies the tensors of a safetensors file into the targets; returns the names that are not in the file."""
+def _load_dense(
+    targets: dict[str, Tensor],
+    folder: Path,
+    index: BundleIndex,
+    name: str,
+    mapping: CatalogMapping | None = None,
+    of_items: AbstractSet[str] = frozenset(),
+) -> list[str]:
+    """Copies the tensors of a safetensors file into the targets; returns the names that are not in the file.
+
+    Those in `of_items` have a row for each item, which follows the item.
+    """
     if not (folder / name).is_file():
         return list(targets)
     stored = load_file(verified_file(folder, index, name))
+    if mapping is not None:
+        for key in of_items & stored.keys():
+            stored[key] = mapping.item_rows(stored[key]).view(-1, *stored[key].shape[1:])
     for key, target in targets.items():
         if key in stored and stored[key].shape != target.shape:
             raise UserError(

@@ -22,6 +22,7 @@ from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
+from llmgr_rec.training.warm_start import WarmStart, open_warm_start
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RunRequest:
         text_embeddings: Folder of text embeddings of the items, which runs may share; None takes a folder in the run.
         factory: Builds the models.
         recipe: Name of the recipe or settings file of `config`, for the record of the run; empty if unknown.
+        init_from: Run or bundle whose models the training starts from; None starts with random weights, or from what
+            the resumed run started from.
     """
 
     config: Config
@@ -49,6 +52,7 @@ class RunRequest:
     text_embeddings: Path | None = None
     factory: ModelFactory = field(default_factory=ModelFactory)
     recipe: str = ""
+    init_from: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ class CheckedRun:
         dataset: Prepared sessions.
         catalog: Their items.
         stages: Stages to train, in order, without complete ones.
+        warm_start: The models that the training starts from; None for random weights.
     """
 
     dataset: Dataset
     catalog: Catalog
     stages: list[StageName]
+    warm_start: WarmStart | None = None
 
 
 def check_run(request: RunRequest) -> CheckedRun:
@@ -97,7 +103,10 @@ def check_run(request: RunRequest) -> CheckedRun:
         _check_contrast(spec)
         _check_item_text(spec, dataset, catalog)
     _check_memory(request.config, stages, catalog)
-    return CheckedRun(dataset, catalog, stages)
+    warm_start = open_warm_start(request.output, request.init_from, request.resume) if stages else None
+    if warm_start:
+        warm_start.check(request.config, stages, request.factory)
+    return CheckedRun(dataset, catalog, stages, warm_start)
 
 
 def _check_sessions(dataset: Dataset, catalog: Catalog) -> None:

@@ -31,6 +31,7 @@ from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle import load_weights
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import latest_bundle, read_config
+from llmgr_rec.storage.catalog_mapping import CatalogMapping
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity, step_of
 from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
@@ -49,6 +50,7 @@ from llmgr_rec.training.text_embeddings import (
     fill_text_table,
     refresh_item_vectors,
 )
+from llmgr_rec.training.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class RunContext:
         factory: Builds the models.
         text_embeddings: Folder of text embeddings of the items.
         signals: Signals that ask the run to stop.
+        warm_start: The models that the stages start from; None for random weights.
     """
 
     config: Config
@@ -85,6 +88,7 @@ class RunContext:
     factory: ModelFactory
     text_embeddings: Path
     signals: StopSignals
+    warm_start: WarmStart | None = None
 
     @classmethod
     def of(
@@ -102,6 +106,7 @@ class RunContext:
             factory=request.factory,
             text_embeddings=request.text_embeddings or request.output / "text_embeddings",
             signals=signals,
+            warm_start=checked.warm_start,
         )
 
     @property
@@ -113,6 +118,11 @@ class RunContext:
     def item_tokens(self) -> Jagged:
         """Token ids of each item's text, one row per item, computed once for all stages."""
         return self.factory.item_tokens(self.config, self.catalog)
+
+    @cached_property
+    def mapping(self) -> CatalogMapping | None:
+        """Rows of the tables of the models that the stages start from; all ranks ask for it together."""
+        return self.warm_start.mapping(self.catalog, self.world) if self.warm_start else None
 
 
 def run_stage(stage: StageName, context: RunContext) -> None:
@@ -210,8 +220,12 @@ def _build(spec: ModelSpec, context: RunContext) -> tuple[DistributedModelParall
     sharded = shard(task, config.tables, world, lambda name: param_group(name) in spec.trains, config.llm.fsdp)
     if spec.stage == "sbr":
         init_tables(sharded, config.seed, config.tables.init_std)
+        if context.warm_start and context.mapping:
+            context.warm_start.load_recommender(model, context.mapping)
     else:
         new = load_weights(model, latest_bundle(context.export))
+        if context.warm_start and context.mapping:
+            new = context.warm_start.load_missing(model, spec.stage, new, context.mapping)
         if isinstance(model, LLMGR) and "lora" not in spec.trains and any("lora_" in name for name in new):
             # Initial LoRA weights add zero, and no step of this stage changes them.
             model.language_model.leave_out_lora()

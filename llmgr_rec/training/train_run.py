@@ -60,6 +60,8 @@ def _train(request: RunRequest, checked: CheckedRun, world: World, signals: Stop
     # A complete run keeps the settings of its training.
     if world.rank == 0 and checked.stages:
         _save_config(config, output)
+        if checked.warm_start:
+            checked.warm_start.record(output)
         with atomic_write(output / LAUNCH) as partial:
             partial.write_text(request.launch)
     metrics = MetricsLogger(output, enabled=world.rank == 0)

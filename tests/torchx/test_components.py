@@ -17,7 +17,7 @@ from torchx.specs import file_linter, finder
 from tests.torchx.volcano import JOB
 from torchx_components import rec
 
-NAMES = ["prepare", "train", "evaluate", "score", "report", "serve", "pipeline"]
+NAMES = ["prepare", "train", "evaluate", "score", "report", "extend", "serve", "pipeline"]
 # Components that may have several ranks.
 RANKED = ["train", "evaluate", "score"]
 FILE = str(Path(rec.__file__).resolve())

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,19 +85,31 @@ def title_words(text: str | None) -> list[str]:
     return list(dict.fromkeys(words_of(text)))
 
 
-def frequent_title_words(database: Database) -> set[str]:
-    """Words that occur in at least two titles of the catalog and in at most a tenth of them.
+def frequent_title_words(titles: Iterable[str | None]) -> set[str]:
+    """Words that occur in at least two titles of a catalog and in at most a tenth of them.
 
     Args:
-        database: Scratch database with tables items and catalog.
+        titles: Title of each item.
     """
     counts: Counter[str] = Counter()
     num_items = 0
-    for batch in database.stream("SELECT i.title FROM catalog c JOIN items i USING (key)"):
-        num_items += batch.num_rows
-        for title in batch.column(0).to_pylist():
-            counts.update(title_words(title))
+    for title in titles:
+        num_items += 1
+        counts.update(title_words(title))
     return {word for word, count in counts.items() if _MIN_TITLES <= count <= _MAX_TITLE_SHARE * num_items}
+
+
+def vocabularies(words: set[str]) -> dict[str, Vocabulary]:
+    """An empty vocabulary of each side feature.
+
+    Args:
+        words: Words of titles that get an id.
+    """
+    return {
+        "category": Vocabulary("category", category_paths),
+        "brand": Vocabulary("brand", brand_values),
+        "word": Vocabulary("title", title_words, words),
+    }
 
 
 def catalog_hash(database: Database) -> str:
@@ -129,11 +141,8 @@ def write_items(
     Returns:
         Vocabulary size of each side feature that has values, and whether any item has a title or description.
     """
-    vocabularies = {
-        "category": Vocabulary("category", category_paths),
-        "brand": Vocabulary("brand", brand_values),
-        "word": Vocabulary("title", title_words, frequent_title_words(database)),
-    }
+    titles = database.stream("SELECT i.title FROM catalog c JOIN items i USING (key)")
+    features = vocabularies(frequent_title_words(title for batch in titles for title in batch.column(0).to_pylist()))
     schema = items_schema(item_id_type, bool(held_out_V.any()))
     has_text = False
     texts = ", ".join(f"i.{name}" for name in TEXT_COLUMNS)
@@ -144,8 +153,7 @@ def write_items(
         for batch in batches:
             has_text = has_text or any(_any_text(batch.column(name)) for name in ("title", "description"))
             feature_ids = {
-                name: vocabularies[name].encode(batch.column(vocabularies[name].column).to_pylist())
-                for name in FEATURES
+                name: features[name].encode(batch.column(features[name].column).to_pylist()) for name in FEATURES
             }
             first = batch.column("index")[0].as_py()
             columns = {name: batch.column(name) for name in ("index", "item_id")}
@@ -156,8 +164,8 @@ def write_items(
             columns |= {f"{name}_ids": pa.array(ids, pa.list_(pa.int64())) for name, ids in feature_ids.items()}
             table = pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
-    features = {name: {"num_embeddings": len(v.ids)} for name, v in vocabularies.items() if v.ids}
-    return features, has_text
+    sizes = {name: {"num_embeddings": len(values.ids)} for name, values in features.items() if values.ids}
+    return sizes, has_text
 
 
 def _any_text(column: pa.Array) -> bool:

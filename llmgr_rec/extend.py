@@ -1,0 +1,59 @@
+"""`python -m llmgr_rec.extend`: a trained run for the catalog of today, without training.
+
+    python -m llmgr_rec.extend --run RUN --items items.parquet --output EXTENDED
+
+docs/every-day.md says when.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
+from llmgr_rec.first_and_last_line import print_result, print_start
+from llmgr_rec.paths import LocalPath
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parses arguments and writes the extended run.
+
+    Args:
+        argv: Arguments of the command.
+
+    Raises:
+        UserError: The run has no complete model, an item is not usable, or the output cannot be written.
+    """
+    arguments = parse_args(_parser(), argv)
+
+    from llmgr_rec.arrow_input import to_table
+    from llmgr_rec.storage.extended_run import extend_run
+
+    run, output = Path(arguments.run), Path(arguments.output)
+    # `arguments.items` is a method.
+    file = str(arguments["items"])
+    print_start("extend", [run, file], output)
+    items = to_table(file, "--items")
+    mapping = extend_run(run, items, f"--items {file}", output, split_code(arguments.allow_code))
+    print_result("extend", mapping.summary(), output)
+
+
+def _parser() -> "ArgumentParser":
+    parser = make_parser("llmgr_rec.extend")
+    add_run_argument(parser)
+    parser.add_argument(
+        "--items",
+        type=LocalPath,
+        required=True,
+        help="Parquet file or folder with the whole current catalog: item_id and, each optional, title, category, "
+        "brand, description. Items of the run that it lacks are gone.",
+    )
+    parser.add_argument("--output", type=LocalPath, required=True, help="Folder to write the extended run to.")
+    add_code_argument(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,177 @@
+"""A trained run for another catalog, without training: known items keep their vectors, new ones get vectors from text.
+
+Shapes: V items of the new catalog.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from scipy import sparse
+
+from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN
+from llmgr_rec.config import STAGES, Config
+from llmgr_rec.config_file import load_config
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.extended_items import write_extended_items
+from llmgr_rec.data.prompt_templates import load_templates
+from llmgr_rec.distributed.process_group import World
+from llmgr_rec.errors import UserError
+from llmgr_rec.files import atomic_folder, require_writable
+from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, load_blend_terms, open_bundle
+from llmgr_rec.storage.bundle_export import export_bundle
+from llmgr_rec.storage.bundle_index import BLEND, CONFIG, PROMPTS, is_complete, resolve_bundle, verified_file
+from llmgr_rec.storage.catalog_mapping import CatalogMapping
+from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.new_text_rows import new_text_rows, write_text_rows
+from llmgr_rec.storage.run_facts import TRAINING_RECORD
+
+_TEXT_KNN = "text_knn"
+
+
+def extend_run(run: Path, items: pa.Table, name: str, output: Path, allow_code: Collection[str] = ()) -> CatalogMapping:
+    """Writes a run that ranks another catalog: the models of all complete stages of a run, and its settings.
+
+    The output gets its name when it is complete.
+
+    Args:
+        run: A run, or a bundle.
+        items: The whole new catalog; see `write_extended_items`. Items that only the run knows are left out.
+        name: Name of the items, for messages.
+        output: Folder to create; must not exist or be empty.
+        allow_code: Modules and packages from which the bundles may import encoder and head.
+
+    Returns:
+        From which items of the run those of the new catalog start.
+
+    Raises:
+        UserError: The run has no complete model, an item is not usable, or the output cannot be written.
+    """
+    bundles = [open_bundle(path, allow_code) for path in _bundles(run)]
+    _check_output(output)
+    with atomic_folder(output.resolve()) as draft:
+        with tempfile.TemporaryDirectory(dir=draft) as folder:
+            catalog = write_extended_items(bundles[0].catalog, items, name, Path(folder))
+            mapping = CatalogMapping.between(bundles[0].catalog, catalog)
+            for files in bundles:
+                _extend_bundle(files, catalog, name, mapping, draft / "export" / files.index.stage)
+        settings = run if (run / CONFIG).is_file() else bundles[-1].path
+        for file in (CONFIG, PROMPTS, TRAINING_RECORD):
+            if (settings / file).is_file():
+                shutil.copyfile(settings / file, draft / file)
+    return mapping
+
+
+def _bundles(run: Path) -> list[Path]:
+    """The complete bundles of a run, in the order of their stages; a bundle itself, if it is one."""
+    last = resolve_bundle(run)
+    if last == run:
+        return [run]
+    return [last.parent / stage for stage in STAGES if is_complete(last.parent / stage)]
+
+
+def _check_output(output: Path) -> None:
+    require_writable(output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"--output {output} is not empty; give a folder that does not exist")
+
+
+def _extend_bundle(files: BundleFiles, catalog: Catalog, name: str, mapping: CatalogMapping, folder: Path) -> None:
+    factory, index, config = ModelFactory(), files.index, files.config
+    if index.factory:
+        raise UserError(
+            f"bundle {files.path} was made by an experiment with controls {index.factory}; train a run without controls"
+        )
+    if index.catalog_hash != mapping.earlier_hash:
+        raise UserError(f"{files.path} and the stages before it have other items; train the run again")
+    if index.language_model:
+        check_language_model(index, factory.decoder_hash(config), files.path)
+    spec = factory.spec(index.stage, config, catalog)
+    _check_texts(spec, catalog, name)
+    language = factory.language_parts(spec, catalog, torch.device("cpu"))
+    # Before the model is built, which adds LoRA layers to the decoder.
+    texts = new_text_rows(files, spec, language, catalog, mapping) if language and spec.head_has_text else None
+    model = factory.build(spec, language, "cpu").requires_grad_(False)
+    if missing := copy_weights(model, files.path, index, mapping=mapping):
+        raise UserError(f"bundle {files.path} is damaged: it lacks {missing[0]}; export it again")
+    write_text_rows(model.eval(), texts, mapping.new_items)
+    export_bundle(
+        model,
+        index.stage,
+        _own_settings(files),
+        catalog,
+        folder,
+        World.alone(),
+        # The sessions of a data set of the new catalog are not those of the training.
+        replace(index, sessions_hash=""),
+        _extend_blend(files, catalog, mapping),
+        factory,
+    )
+
+
+def _check_texts(spec: ModelSpec, catalog: Catalog, name: str) -> None:
+    if not spec.needs_item_text:
+        return
+    fields: list[str] = list(spec.config.prompt.text_fields)
+    missing = [row for row, text in enumerate(catalog.texts(fields, required=False)) if not text]
+    if missing:
+        raise UserError(
+            f"{name}: {len(missing):,} items have no text in {', '.join(fields)}, the first is item_id "
+            f"{catalog.item_ids[missing[0]].as_py()!r}; stage {spec.stage} of the run needs a text of every item"
+        )
+
+
+def _own_settings(files: BundleFiles) -> Config:
+    """The settings of a bundle with the templates by their name; by their path in the bundle if they have none here."""
+    named = load_config(verified_file(files.path, files.index, CONFIG))
+    try:
+        same = load_templates(named.prompt.templates) == load_templates(files.config.prompt.templates)
+    except UserError:
+        same = False
+    return named if same else files.config
+
+
+def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping) -> Blend | None:
+    """The blend for the new catalog: text-kNN from its texts; similarities by clicks as they are among known items."""
+    if BLEND not in files.index.files:
+        return None
+    blend = Blend.load(verified_file(files.path, files.index, BLEND))
+    used = [name for name, weight in blend.weights.items() if weight]
+    terms = load_blend_terms(files) or (blend,)
+    if len(used) > 1 and len(terms) < len(used):
+        raise UserError(
+            f"bundle {files.path} was written by an earlier version, which did not store the parts of a blend; train "
+            "the run again"
+        )
+    extended = []
+    for name, term in zip(used, terms, strict=False):
+        if name == _TEXT_KNN:
+            texts = catalog.texts(list(TEXT_FIELDS), required=False)
+            nearest = TextKNN(texts, k_neighbors=files.config.blend.k_neighbors)
+            similarity = nearest.similarity_VV.astype(np.float32) * np.float32(blend.weights[name])
+        else:
+            similarity = _among_known(term.similarity_VR, mapping)
+        extended.append(Blend({name: blend.weights[name]}, sparse.csr_array(similarity), term.decay))
+    total = sparse.csr_array((catalog.num_items, catalog.num_items), dtype=np.float32)
+    for term in extended:
+        total = total + term.similarity_VR
+    return Blend(blend.weights, sparse.csr_array(total), blend.decay, tuple(extended) if len(extended) > 1 else ())
+
+
+def _among_known(similarity_VV: sparse.csr_array, mapping: CatalogMapping) -> sparse.csr_array:
+    """Similarities of the items of a run, at the places of the new catalog; none of new items."""
+    known_V = mapping.known_V.numpy()
+    place = np.full(similarity_VV.shape[0], -1, np.int64)
+    place[known_V[known_V >= 0]] = np.flatnonzero(known_V >= 0)
+    entries = similarity_VV.tocoo()
+    rows, columns = place[entries.row], place[entries.col]
+    is_kept = (rows >= 0) & (columns >= 0)
+    shape = (len(known_V), len(known_V))
+    return sparse.coo_array((entries.data[is_kept], (rows[is_kept], columns[is_kept])), shape=shape).tocsr()

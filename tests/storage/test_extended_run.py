@@ -1,0 +1,251 @@
+"""A trained run for another catalog, without training."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import sparse
+
+from llmgr_rec import Recommender
+from llmgr_rec.baselines.blend import Blend, combine
+from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN
+from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.errors import UserError
+from llmgr_rec.extend import main as extend
+from llmgr_rec.storage.bundle import load_blend_terms, load_bundle, open_bundle
+from llmgr_rec.storage.bundle_export import export_bundle
+from llmgr_rec.storage.bundle_index import BLEND
+from llmgr_rec.storage.extended_run import extend_run
+from tests.documented import ROOT
+from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
+
+SESSIONS = [["i11", "i13"], ["i17"], ["i20", "i22", "i25"]]
+
+
+def items_of(ids: list[Any], **texts: list[Any]) -> pa.Table:
+    return pa.table({"item_id": ids, **texts})
+
+
+def known() -> list[str]:
+    return small_run().catalog.item_ids.to_pylist()
+
+
+def scores(run: Path, sessions: list[list[str]] = SESSIONS) -> list[dict[Any, float]]:
+    """The score of every item that may be recommended, by session."""
+    ranked = Recommender.load(run).recommend(sessions, k=2 * NUM_ITEMS).to_pylist()
+    return [dict(zip(row["item_ids"], row["scores"], strict=True)) for row in ranked]
+
+
+def extended(folder: Path, ids: list[Any], run: Path | None = None, **texts: list[Any]) -> Path:
+    extend_run(run or small_run().run, items_of(ids, **texts), "items", folder)
+    return folder
+
+
+def test_the_same_items_give_the_same_model_and_another_order_the_same_scores(tmp_path: Path) -> None:
+    run = small_run().run
+    before = {path: path.lstat().st_mtime_ns for path in [run, *run.rglob("*")]}
+    same, reversed_ = extended(tmp_path / "same", known()), extended(tmp_path / "reversed", known()[::-1])
+    for stage in ("sbr", "behave"):
+        source = run / "export" / stage
+        for name in (
+            "recommender.safetensors",
+            *(f"tables/{table}-r0-c0.safetensors" for table in ("item_id", "category")),
+        ):
+            assert (same / "export" / stage / name).read_bytes() == (source / name).read_bytes()
+        assert scores(same / "export" / stage) == scores(source)
+        for one, other in zip(scores(reversed_ / "export" / stage), scores(source), strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+    assert before == {path: path.lstat().st_mtime_ns for path in [run, *run.rglob("*")]}
+
+
+def test_new_items_are_ranked_by_their_texts_and_gone_items_never(tmp_path: Path) -> None:
+    gone = ["i3", "i40"]
+    ids = ["n1", "n2", "n3", *(item for item in known()[::-1] if item not in gone)]
+    titles = ["Thing i17", "Nothing Else", None, *[None] * (NUM_ITEMS - 2)]
+    categories = ["Kind 1", "Kind 2", "Kind 9", *[None] * (NUM_ITEMS - 2)]
+    run = extended(tmp_path / "new", ids, title=titles, category=categories)
+    for stage in ("sbr", "behave"):
+        before, after = scores(small_run().run / "export" / stage), scores(run / "export" / stage)
+        for one, other in zip(after, before, strict=True):
+            assert one.keys() == set(ids)
+            for item in one.keys() & other.keys():
+                assert one[item] == pytest.approx(other[item], abs=1e-5)
+    catalog, rec = Catalog.load(run / "export" / "sbr"), Recommender.load(run)
+    assert catalog.titles()[:4] == [*titles[:2], None, f"<b>Thing</b> & {ids[3]}"]
+    assert catalog.train_count_V[:3].tolist() == [0, 0, 0]
+    # Most similar by words is i17 itself.
+    assert rec.similar(["n1"], k=3).to_pylist()[0]["item_ids"][0] == "i17"
+    assert rec.recommend([["n1"]], k=3).to_pylist()[0]["fallback"] is False
+    # A value that the run does not know has no row.
+    assert catalog.features["category"].lengths[:3].tolist() == [1, 1, 0]
+
+
+def test_a_new_item_is_the_weighted_mean_of_similar_items_or_of_all(tmp_path: Path) -> None:
+    run = extended(tmp_path / "new", [*known(), "n1", "n2"], title=[None] * NUM_ITEMS + ["i17 i18", "unheard"])
+    rows = load_file(run / "export/sbr/tables/item_id-r0-c0.safetensors")["weight"]
+    place = {item: row for row, item in enumerate(known())}
+    trained = small_run().catalog.train_count_V > 0
+    assert trained[[place["i17"], place["i18"]]].all()
+    mean = (rows[place["i17"]] + rows[place["i18"]]) / 2
+    torch.testing.assert_close(rows[NUM_ITEMS], mean)
+    torch.testing.assert_close(rows[NUM_ITEMS + 1], rows[:NUM_ITEMS][trained].mean(dim=0))
+
+
+def test_an_extended_run_is_extended_again_and_items_that_come_back_are_new(tmp_path: Path) -> None:
+    first = extended(tmp_path / "first", [*known()[1:], "n1"], title=[None] * (NUM_ITEMS - 1) + ["Thing i17"])
+    # Texts that are left out are those of the run.
+    second = extended(tmp_path / "second", ["n1", *known()], first, title=[None, "Thing i0", *[None] * (NUM_ITEMS - 1)])
+    one, two = scores(first), scores(second)
+    for before, after in zip(one, two, strict=True):
+        assert {item: after[item] for item in before} == pytest.approx(before, abs=1e-5)
+    assert Catalog.load(second / "export/sbr").train_count_V[1] == 0
+
+
+def test_all_items_may_be_new(tmp_path: Path) -> None:
+    run = extended(tmp_path / "new", ["a", "b"], title=["Thing i17", "Thing i18"], category=["Kind 1", "Kind 2"])
+    assert [set(row) for row in scores(run, [["a"], ["i17"]])] == [{"a", "b"}] * 2
+    back = extend_run(run, items_of(["c"], title=["Thing i18 a"]), "items", tmp_path / "back")
+    assert (back.num_new, back.num_gone, back.neighbors_NK[0, 0]) == (1, 2, 1)
+
+
+def test_ids_may_be_of_another_type(tmp_path: Path) -> None:
+    small = small_run()
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    table = pq.read_table(small.dataset.path / "items.parquet")
+    numbers = pa.array([int(item.removeprefix("i")) for item in table["item_id"].to_pylist()])
+    pq.write_table(table.set_column(1, "item_id", numbers), folder / "items.parquet")
+    bundle = load_bundle(small.run / "export/sbr")
+    export_bundle(bundle.model, "sbr", config(), Catalog.load(folder), folder / "run/export/sbr", ONE_RANK)
+    run, ids = folder / "run", [*numbers.to_pylist()[5:], 77]
+    for given, name in ((list(map(str, ids)), "text"), (list(map(float, ids)), "floats")):
+        mapping = extend_run(run, items_of(given, title=[None] * (NUM_ITEMS - 5) + ["i17"]), "items", tmp_path / name)
+        assert (mapping.num_new, mapping.num_gone) == (1, 5)
+        assert Recommender.load(tmp_path / name).item_ids.to_pylist() == ids
+    with pytest.raises(UserError, match=r"items: item_id 'x7' is not an integer, but those of the run are"):
+        extend_run(run, items_of(["x7"]), "items", tmp_path / "x")
+
+
+def blended(folder: Path) -> Path:
+    """A run of stage sbr with a blend of item-kNN and text-kNN."""
+    small, rng = small_run(), np.random.default_rng(0)
+    settings = config()
+    settings.blend.neighbors = ["item_knn", "text_knn"]
+    texts = small.catalog.texts(list(TEXT_FIELDS))
+    clicks = sparse.csr_array(rng.random((NUM_ITEMS, NUM_ITEMS)) * (rng.random((NUM_ITEMS, NUM_ITEMS)) < 0.2))
+    parts = {
+        "item_knn": clicks.astype(np.float32),
+        "text_knn": TextKNN(texts, k_neighbors=settings.blend.k_neighbors).similarity_VV.astype(np.float32),
+    }
+    blend = combine([Blend({name: 1.0}, sparse.csr_array(part), 0.7) for name, part in parts.items()], [2.0, 4.0])
+    model = load_bundle(small.run / "export/sbr").model
+    export_bundle(model, "sbr", settings, small.catalog, folder / "export/sbr", ONE_RANK, blend=blend)
+    return folder
+
+
+def test_the_blend_follows_the_items_and_its_text_knn_knows_the_new_ones(tmp_path: Path) -> None:
+    run = blended(tmp_path / "run")
+    same = extended(tmp_path / "same", known(), run)
+    assert (same / "export/sbr" / BLEND).read_bytes() == (run / "export/sbr" / BLEND).read_bytes()
+    ids = ["n1", *known()[:0:-1]]
+    new = extended(tmp_path / "new", ids, run, title=["Thing i17", *[None] * (NUM_ITEMS - 1)])
+    before, after = (load_blend_terms(open_bundle(one)) for one in (run, new))
+    place = [known().index(item) for item in ids[1:]]
+    clicks = after[0].similarity_VR.toarray()
+    np.testing.assert_array_equal(clicks[1:, 1:], before[0].similarity_VR.toarray()[np.ix_(place, place)])
+    assert not clicks[0].any()
+    assert not clicks[:, 0].any()
+    assert after[1].similarity_VR.toarray()[0].argmax() == ids.index("i17")
+    assert after[1].weights == {"text_knn": 4.0}
+
+
+_KILLED = """
+import os, signal, sys
+from llmgr_rec.storage import extended_run
+done = []
+def export(*arguments):
+    if done:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(real(*arguments))
+real, extended_run.export_bundle = extended_run.export_bundle, export
+from llmgr_rec.extend import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_command_leaves_nothing_that_is_taken_for_a_run(tmp_path: Path) -> None:
+    output = tmp_path / "out" / "new"
+    pq.write_table(items_of(known()), tmp_path / "items.parquet")
+    words = ["--run", str(small_run().run), "--items", str(tmp_path / "items.parquet"), "--output", str(output)]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *words], capture_output=True, timeout=120, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not output.exists()
+    assert list(output.parent.iterdir())
+    extend(words)
+    assert [path.name for path in output.parent.iterdir()] == ["new"]
+    assert {path.name for path in (output / "export").iterdir()} == {"sbr", "behave"}
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ({"id": ["a"]}, "items has no column item_id"),
+        ({"item_id": []}, "items has no items; give the whole current catalog"),
+        ({"item_id": ["a", None]}, "items: column item_id has 1 nulls; give every item an id"),
+        (
+            {"item_id": ["i1", "a", "a"]},
+            r"items: item_id 'a' occurs more than once \(1 ids do\); keep one row per item",
+        ),
+        ({"item_id": [True]}, "items: column item_id is bool, but must be text or integers"),
+        ({"item_id": ["a"], "title": [["x"]]}, "items: column title is list<.*>, but must be text"),
+        ({"item_id": ["a"]}, "items: 1 items have no text in title, category, the first is item_id 'a'; stage behave"),
+    ],
+)
+def test_unusable_items_are_refused_in_one_line(tmp_path: Path, items: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        extend_run(small_run().run, pa.table(items), "items", tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "absent", "does not exist; give a run folder"),
+        (lambda folder: folder.joinpath("model.pt2"), "is a file; give a run folder"),
+    ],
+)
+def test_what_is_no_run_is_refused(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    (tmp_path / "model.pt2").write_bytes(b"program")
+    with pytest.raises(UserError, match=message):
+        extend_run(make(tmp_path), items_of(known()), "items", tmp_path / "new")
+
+
+def test_the_command_counts_the_items_and_refuses_a_second_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(items_of([*known()[2:], "n1"], title=[None] * (NUM_ITEMS - 2) + ["i17"]), tmp_path / "items.parquet")
+    words = [
+        "--run",
+        str(small_run().run),
+        "--items",
+        str(tmp_path / "items.parquet"),
+        "--output",
+        str(tmp_path / "new"),
+    ]
+    extend(words)
+    assert capsys.readouterr().out == (
+        f"extend: 58 items known, 1 new (1 of them with similar texts), 2 gone; wrote {tmp_path / 'new'}\n"
+    )
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.yaml", "export"}
+    with pytest.raises(UserError, match=r"new is not empty; give a folder that does not exist"):
+        extend(words)
