@@ -19,6 +19,7 @@ from llmgr_rec.commands import COMMANDS
 from llmgr_rec.errors import RankLostError, StopRequested, UserError
 from llmgr_rec.files import storage_error
 from llmgr_rec.interruption import EXIT_INTERRUPTED, no_signal_is_lost, report_interrupt
+from llmgr_rec.log_format import log_formatter, write_last_line
 from llmgr_rec.parent_process import PARENT_VARIABLE, end_with_parent
 from llmgr_rec.paths import LocalPath, local_path
 
@@ -51,17 +52,17 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         end_with_parent()
     elif parent := os.environ.get(PARENT_VARIABLE):
         end_with_parent(parent=int(parent))
-    configure_logging()
     threading.excepthook = _report_thread_error
     try:
+        configure_logging()
         with _signals(), no_signal_is_lost():
             main(sys.argv[1:])
     except StopRequested as stop:
         if is_rank0():
-            sys.stderr.write(f"{stop}\n")
+            write_last_line(str(stop))
         _end_rank(stop.exit_code)
     except RankLostError as error:
-        sys.stderr.write(f"error: {error}\n")
+        write_last_line(f"error: {error}")
         _end_rank(1)
     except UserError as error:
         _report_error(error)
@@ -70,9 +71,9 @@ def run_cli(main: Callable[[Sequence[str]], None]) -> None:
         package = (error.name or "").split(".")[0]
         if package in _OWN_PACKAGES:
             raise
-        sys.stderr.write(
+        write_last_line(
             f"error: package {package} is not installed in {sys.prefix}; "
-            "activate the environment built by `make venv`, and run python -m llmgr_rec.doctor\n"
+            "activate the environment built by `make venv`, and run python -m llmgr_rec.doctor"
         )
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
@@ -151,19 +152,24 @@ def _report_error(error: UserError) -> None:
     # A path in the message may contain line breaks.
     line = "".join(one if one.isprintable() else repr(one)[1:-1] for one in str(error))
     if is_rank0():
-        sys.stderr.write(f"error: {line}\n")
+        write_last_line(f"error: {line}")
         return
     time.sleep(_RANK0_REPORTS_S)
-    sys.stderr.write(f"error: rank {os.environ['RANK']}: {line}\n")
+    write_last_line(f"error: rank {os.environ['RANK']}: {line}")
 
 
 def configure_logging() -> None:
-    """Logs this package to stderr, at level INFO on rank 0 and ERROR on other ranks; other libraries at level ERROR."""
+    """Logs this package to stderr, at level INFO on rank 0 and ERROR on other ranks; other libraries at level ERROR.
+
+    Raises:
+        UserError: The environment names a format of the log that there is not.
+    """
+    formatter = log_formatter()
     logger = logging.getLogger("llmgr_rec")
     logger.setLevel(logging.INFO if is_rank0() else logging.ERROR)
     logger.propagate = False
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(formatter)
     logger.handlers = [handler]
     for name in ("torch", "torch.fx._symbolic_trace", "torchrec", "fbgemm_gpu", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.log_format import VARIABLE
 from llmgr_rec.parent_process import PARENT_VARIABLE
 
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID")
@@ -79,6 +80,8 @@ def _environment(bars: bool) -> dict[str, str]:
     """The environment of the command; of a process that torchrun started, the command is no rank."""
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
     environment[PARENT_VARIABLE] = str(os.getpid())
+    # Its messages are read here.
+    environment.pop(VARIABLE, None)
     if bars and sys.stderr.isatty():
         environment.setdefault("LLMGR_TERMINAL", os.ttyname(sys.stderr.fileno()))
     return environment

@@ -448,8 +448,8 @@ class RuntimeConfig(Group):
     device: Device = setting("auto", "Device of the model; auto takes CUDA where available.")
     threads_per_rank: int = setting(
         0,
-        "CPU threads of each rank; 0 divides the cores among the local ranks, and follows OMP_NUM_THREADS for a single "
-        "rank.",
+        "CPU threads of each rank; 0 follows OMP_NUM_THREADS where it is set, and otherwise divides the cores among "
+        "the local ranks.",
         at_least=0,
         at_most=1024,
     )
@@ -482,6 +482,11 @@ class RuntimeConfig(Group):
     )
     keep_checkpoints: int = setting(2, "Newest complete checkpoints kept per stage.", at_least=1, at_most=1_000_000)
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.", at_least=1, at_most=1 << 31)
+    trackers: list[Literal["mlflow", "wandb"]] = setting(
+        [],
+        "Trackers that get the metrics beside metrics.jsonl and TensorBoard: mlflow, wandb (Weights & Biases). Their "
+        "own environment variables say where they are.",
+    )
     timeout_s: int = setting(
         600,
         "Longest wait for another rank in a training step or validation, and for a sign of life of a rank at any time.",

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 
 from llmgr_rec import __version__
+from llmgr_rec.process_facts import memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ def print_start(command: str, reads: Iterable[object] = (), writes: object | Non
         runs_on: Device, number of ranks and threads.
     """
     read = ", ".join(str(path) for path in reads if path is not None)
-    parts = [f"reads {read}" if read else "", f"writes {writes}" if writes is not None else "", runs_on]
+    memory = f"{memory_bytes() / 1e9:.0f} GB memory"
+    parts = [f"reads {read}" if read else "", f"writes {writes}" if writes is not None else "", runs_on, memory]
     logger.info("llmgr_rec %s %s: %s", __version__, command, "; ".join(part for part in parts if part))
 
 

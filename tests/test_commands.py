@@ -140,7 +140,8 @@ def test_commands_print_a_first_and_a_last_line(
     command = name.removeprefix("llmgr_rec.")
     lines = [record.getMessage() for record in caplog.records if record.name == print_start.__module__]
     first = lines[-1]
-    assert re.fullmatch(f"llmgr_rec {llmgr_rec.__version__} {command}: {start.format(folder=scratch)}", first), first
+    expected = rf"llmgr_rec {llmgr_rec.__version__} {command}: {start.format(folder=scratch)}; \d+ GB memory"
+    assert re.fullmatch(expected, first), first
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(f"{command}: {result.format(folder=scratch)}", last), last
 

@@ -102,6 +102,7 @@ runtime.checkpoint_every          int                                           
 runtime.checkpoint_minutes        float                                             10.0
 runtime.keep_checkpoints          int                                               2
 runtime.log_every                 int                                               10
+runtime.trackers                  list of mlflow | wandb                            []
 runtime.timeout_s                 int                                               600
 runtime.startup_timeout_s         int                                               3600
 runtime.grace_s                   int                                               25

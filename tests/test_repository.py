@@ -50,7 +50,7 @@ CPU, GPU, DEV = read_lock("cpu.txt"), read_lock("gpu.txt"), read_lock("dev.txt")
 # Extras that only work on the project itself needs, and one that its tests need beside the demo.
 DEV_EXTRAS = {"dev", "docs", "index"}
 # Extras of engines that no lock has.
-UNLOCKED_EXTRAS = {"spark", "ray"}
+UNLOCKED_EXTRAS = {"spark", "ray", "mlflow", "wandb"}
 
 
 def metadata() -> dict[str, Any]:
@@ -122,8 +122,9 @@ def third_party_imports(package: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module)
     tops = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - {*PACKAGES, "tests"}
-    # A package that is not installed has the name of its module.
-    return {canonicalize_name(distributions.get(top, [top])[0]) for top in tops}
+    # A package that is not installed has the name of its module, or the one given here.
+    names = {"mlflow": ["mlflow-skinny"], **distributions}
+    return {canonicalize_name(names.get(top, [top])[0]) for top in tops}
 
 
 @pytest.mark.parametrize("package", ["llmgr_rec", "datagen", "torchx_components", "tests"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -70,8 +71,8 @@ def init_distributed(device: Device, timeout_s: int, threads: int = 0, silence_s
     Args:
         device: `auto` uses CUDA if available.
         timeout_s: Timeout of collective operations, in seconds.
-        threads: CPU threads of this rank; 0 divides the cores of the machine among its ranks, and follows
-            OMP_NUM_THREADS for a single rank.
+        threads: CPU threads of this rank; 0 follows OMP_NUM_THREADS where the user has set it, and otherwise divides
+            the cores of the machine among its ranks.
         silence_s: Seconds without a sign of life after which a rank counts as hung; 0 takes `timeout_s`.
 
     Raises:
@@ -348,9 +349,24 @@ def _is_launched() -> bool:
 
 
 def _default_threads(local_size: int) -> int:
-    # For several ranks torchrun sets the variable to 1 by itself, so it says nothing about the user's wish.
-    given = os.environ.get("OMP_NUM_THREADS", "") if local_size == 1 else ""
-    return int(given) if given.isdigit() and int(given) else max(1, usable_cores() // local_size)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) and not _is_set_by_torchrun(given, local_size):
+        return int(given)
+    return max(1, usable_cores() // local_size)
+
+
+def _is_set_by_torchrun(threads: str, local_size: int) -> bool:
+    """Whether OMP_NUM_THREADS is what torchrun sets for several ranks, and not the wish of the user.
+
+    torchrun sets 1 in its own process, whose environment at its start still says what the user gave.
+    """
+    if threads != "1" or local_size == 1 or not _is_launched():
+        return False
+    try:
+        at_start = Path("/proc", str(os.getppid()), "environ").read_bytes().split(b"\0")
+    except OSError:
+        return True
+    return not any(entry.startswith(b"OMP_NUM_THREADS=") for entry in at_start)
 
 
 def usable_cores() -> int:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-# Where the kernel keeps the memory limit of a container, by version of its control groups.
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+from llmgr_rec.process_facts import memory_bytes
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Machine:
             device: Device of the models.
         """
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        return cls(processor_name(), len(os.sched_getaffinity(0)), round(_memory_bytes() / 2**30, 1), name)
+        return cls(processor_name(), len(os.sched_getaffinity(0)), round(memory_bytes() / 2**30, 1), name)
 
 
 def processor_name() -> str:
@@ -46,14 +45,3 @@ def processor_name() -> str:
         lines = []
     found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(found, platform.processor() or platform.machine())
-
-
-def _memory_bytes() -> int:
-    """Memory of the machine, or of the container where it may use less."""
-    amounts = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in _MEMORY_LIMITS:
-        try:
-            amounts.append(int(Path(file).read_text()))
-        except (OSError, ValueError):
-            continue
-    return min(amounts)

@@ -20,6 +20,7 @@ from llmgr_rec.distributed.collectives import gather_from_ranks, mean_over_ranks
 from llmgr_rec.distributed.process_group import World, report_progress, set_collective_timeout
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.tasks import LossAndParts
+from llmgr_rec.process_facts import peak_memory_mb
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.checkpoint import CheckpointManager
 from llmgr_rec.training.metrics_logger import MetricsLogger
@@ -286,6 +287,7 @@ class StageLoop:
             lr=self.settings.lr * factor,
             examples_per_s=window.examples() / window.seconds(),
             data_wait=window.waiting_share(),
+            memory_mb=peak_memory_mb(),
             **means,
         )
 

@@ -1,53 +1,57 @@
-"""Metrics logger of a run: metrics.jsonl and TensorBoard events, written by rank 0."""
+"""Metrics logger of a run: metrics.jsonl, TensorBoard events and trackers, written by rank 0."""
 
 import json
+import logging
 import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, storage_errors
+from llmgr_rec.log_format import log_metrics
+from llmgr_rec.training.metric_writers import MetricWriter, TensorBoardWriter
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsLogger:
-    """Appends records to RUN/metrics.jsonl and writes their numbers to RUN/tensorboard."""
+    """Appends records to RUN/metrics.jsonl and hands their numbers to RUN/tensorboard and to trackers."""
 
-    def __init__(self, run: Path, enabled: bool) -> None:
+    def __init__(self, run: Path, enabled: bool, trackers: Sequence[MetricWriter] = ()) -> None:
         """Opens the log.
 
         Args:
             run: Run folder.
             enabled: False on all ranks except 0, where every call does nothing.
+            trackers: From `open_trackers`.
         """
         self._path = run / "metrics.jsonl"
-        self._events = run / "tensorboard"
         self._enabled = enabled
-        self._writer: Any = None
-        if enabled:
-            from torch.utils.tensorboard import SummaryWriter
-
-            with storage_errors(self._events):
-                self._writer = SummaryWriter(str(self._events))
+        self._writers: list[MetricWriter] = [TensorBoardWriter(run), *trackers] if enabled else []
 
     def write(self, stage: str, step: int, **values: Any) -> None:
-        """Appends one record; its line is in the file when the call returns.
+        """Appends one record, with the time of day; its line is in the file when the call returns.
 
         Args:
             stage: Stage name.
             step: Steps done in the stage.
-            **values: JSON values; `split` is part of the TensorBoard tag.
+            **values: JSON values; `split` is part of the tags.
 
         Raises:
             UserError: The storage is full or fails; the file has whole lines only.
         """
         if not self._enabled:
             return
-        self._append(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        prefix = "/".join(str(values[key]) for key in ("split",) if key in values)
-        with storage_errors(self._events):
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar("/".join(filter(None, (stage, prefix, name))), value, step)
+        record = {"stage": stage, "step": step, **values}
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._append(json.dumps({**record, "time": time}) + "\n")
+        log_metrics(logger, record)
+        prefix = "/".join(filter(None, (stage, str(values.get("split", "")))))
+        numbers = {f"{prefix}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        for writer in self._writers:
+            writer.write(stage, step, numbers)
 
     def _append(self, line: str) -> None:
         size = self._path.stat().st_size if self._path.exists() else 0
@@ -83,19 +87,20 @@ class MetricsLogger:
         Raises:
             UserError: The storage is full or fails.
         """
-        if self._writer is not None:
-            with storage_errors(self._events):
-                self._writer.flush()
+        for writer in self._writers:
+            writer.flush()
 
-    def close(self) -> None:
-        """Flushes TensorBoard events.
+    def close(self, complete: bool = True) -> None:
+        """Flushes TensorBoard events, and ends the runs of the trackers.
+
+        Args:
+            complete: Whether the run has trained all it should.
 
         Raises:
             UserError: The storage is full or fails.
         """
-        if self._writer is not None:
-            with storage_errors(self._events):
-                self._writer.close()
+        for writer in self._writers:
+            writer.close(complete)
 
 
 def _is_later(record: dict[str, Any], step: int, validated: bool) -> bool:

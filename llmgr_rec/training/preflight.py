@@ -22,6 +22,7 @@ from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
+from llmgr_rec.training.metric_writers import check_trackers
 from llmgr_rec.training.warm_start import WarmStart, open_warm_start
 
 
@@ -83,6 +84,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     """
     request.config.validate()
     check_blended(request.config.blend.neighbors)
+    check_trackers(request.config.runtime.trackers)
     dataset = Dataset(request.dataset)
     catalog = Catalog.of(dataset)
     _check_sessions(dataset, catalog)

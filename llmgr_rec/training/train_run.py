@@ -15,6 +15,7 @@ from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle_index import CONFIG, PROMPTS
+from llmgr_rec.training.metric_writers import MetricWriter, open_trackers
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import CheckedRun, RunRequest, check_run
 from llmgr_rec.training.stages import RunContext, run_stage
@@ -45,7 +46,8 @@ def train_run(request: RunRequest) -> list[StageName]:
     with StopSignals(runtime.grace_s) as signals:
         try:
             with process_group(runtime) as world, _locked(request.output, world):
-                print_start("train", [request.dataset], request.output, describe_ranks(runtime))
+                recipe = f"recipe {request.recipe}; " if request.recipe else ""
+                print_start("train", [request.dataset], request.output, recipe + describe_ranks(runtime))
                 _train(request, checked, world, signals)
         except RankLostError:
             # Another rank has stopped before this one.
@@ -64,13 +66,19 @@ def _train(request: RunRequest, checked: CheckedRun, world: World, signals: Stop
             checked.warm_start.record(output)
         with atomic_write(output / LAUNCH) as partial:
             partial.write_text(request.launch)
-    metrics = MetricsLogger(output, enabled=world.rank == 0)
+    trackers: list[MetricWriter] = []
+    if checked.stages:
+        # Any rank reports that a tracker does not start; rank 0 alone has them.
+        run_on_rank0(world, lambda: trackers.extend(open_trackers(output, config)))
+    metrics = MetricsLogger(output, enabled=world.rank == 0, trackers=trackers)
     context = RunContext.of(request, checked, world, metrics, signals)
+    complete = False
     try:
         if checked.stages:
             _train_stages(request, checked, context)
+        complete = True
     finally:
-        metrics.close()
+        metrics.close(complete)
 
 
 def _train_stages(request: RunRequest, checked: CheckedRun, context: RunContext) -> None:

@@ -1,6 +1,7 @@
 """The process group: one process without a launcher, several ranks, an error on one rank is an error on all."""
 
 import os
+import subprocess
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -146,9 +147,25 @@ def threads_of_groups() -> list[str]:
 
 @pytest.mark.parametrize(
     ("variable", "local_size", "threads"),
-    [("3", 1, 3), ("", 1, 8), ("all", 1, 8), ("0", 1, 8), ("1", 2, 4), ("3", 16, 1)],
+    [("3", 1, 3), ("", 1, 8), ("all", 1, 8), ("0", 1, 8), ("", 2, 4), ("3", 16, 3), ("1", 1, 1), ("", 16, 1)],
 )
 def test_default_threads(monkeypatch: pytest.MonkeyPatch, variable: str, local_size: int, threads: int) -> None:
     monkeypatch.setattr(process_group, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
     assert process_group._default_threads(local_size) == threads
+
+
+@pytest.mark.parametrize(("given", "threads"), [({}, 4), ({"OMP_NUM_THREADS": "1"}, 1)])
+def test_one_thread_of_torchrun_is_not_the_wish_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], threads: int
+) -> None:
+    """torchrun gives its ranks OMP_NUM_THREADS=1 where the user gives nothing."""
+    monkeypatch.setattr(process_group, "usable_cores", lambda: 8)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.setenv(name, value)
+    with subprocess.Popen(["sleep", "60"], env={"PATH": os.defpath, **given}) as launcher:
+        try:
+            monkeypatch.setattr(os, "getppid", lambda: launcher.pid)
+            assert process_group._default_threads(2) == threads
+        finally:
+            launcher.kill()

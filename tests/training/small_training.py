@@ -27,7 +27,7 @@ structure_nodes: "N {nodes} ="
 """
 BATCH = 32
 # Fields of a metrics line that tell of time and not of what was computed.
-_TIMES = ("examples_per_s", "data_wait")
+_TIMES = ("time", "examples_per_s", "data_wait", "memory_mb")
 
 
 def prepare(folder: Path, **synthetic: Any) -> Path:
