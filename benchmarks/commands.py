@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,24 +39,25 @@ class CommandCost:
     process_mib: float
 
 
-def run_module(module: str, arguments: Sequence[str], ranks: int = 1) -> CommandCost:
+def run_module(
+    module: str, arguments: Sequence[str], ranks: int = 1, environment: Mapping[str, str] | None = None
+) -> CommandCost:
     """Runs `python -m module`, under torchrun where there are several ranks, without the cache of results.
 
     Args:
         module: Module with an entry point.
         arguments: Its arguments.
         ranks: Processes on this machine.
+        environment: Variables of the environment besides those of this process.
 
     Raises:
         UserError: It failed; the message has its last lines of output.
     """
     launcher = [] if ranks == 1 else ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"]
     words = [sys.executable, "-m", *launcher, module, *arguments]
-    environment = os.environ | {LIMIT_VARIABLE: "0"}
+    variables = {**os.environ, LIMIT_VARIABLE: "0", **(environment or {})}
     started, spent_before = time.perf_counter(), _processor_seconds()
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables) as process:
         sampler = _MemorySampler(process.pid)
         output, _ = process.communicate()
         seconds = time.perf_counter() - started

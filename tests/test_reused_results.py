@@ -156,8 +156,10 @@ def test_neighbors_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (found,) = neighbors.neighbor_scores([name], k, dataset, catalog, ONE_RANK, tmp_path / run)
         return found.similarity_VR.toarray()
 
+    before = content(small.dataset.path)
     first = similarities("first")
     assert (similarities("again") == first).all()
+    assert content(small.dataset.path) == before, "a data set may be read-only"
     assert len(computed) == 1
     similarities("more", k=6)
     similarities("other", name="item_knn")
