@@ -45,6 +45,16 @@ def results_folder() -> Path:
     return cache_folder() / "results"
 
 
+def _has_folder() -> bool:
+    """Whether there is a cache folder; users of containers may have no home folder."""
+    try:
+        results_folder()
+    except RuntimeError:
+        logger.info("there is no home folder, so nothing is kept for later commands; set LLMGR_CACHE to a folder")
+        return False
+    return True
+
+
 def limit_bytes() -> int:
     """Bytes that the results may take together: $LLMGR_CACHE_GB GiB, 5 by default. 0 disables the cache.
 
@@ -85,7 +95,7 @@ class CachedResult:
     ) -> None:
         self._kind, self._sources, self._paths = kind, sources, paths
         limit = limit_bytes()
-        self._is_enabled = 0 < limit >= sum(file.stat().st_size for file in sources)
+        self._is_enabled = 0 < limit >= sum(file.stat().st_size for file in sources) and _has_folder()
         if not self._is_enabled:
             return
         self._states = self._state_of_sources()
@@ -177,7 +187,8 @@ class CachedResult:
             for name, checksum in entry["files"].items():
                 verify_file(files[name], checksum, "it is made again")
             messages = [(str(name), int(level), str(text)) for name, level, text in entry["messages"]]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            # Or of another user, who keeps it private.
             return {}, []
         except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("the %s in %s is not used: %s", self._kind, self._folder, error)
@@ -232,9 +243,8 @@ def _write_entry(draft: Path, files: Mapping[str, Path], messages: Sequence[Mess
 def _make_room(root: Path, size: int) -> bool:
     """Deletes the results that were used longest ago, and what killed processes have left; whether there is room."""
     limit = limit_bytes()
-    root.mkdir(parents=True, exist_ok=True)
     # What is in it may be private.
-    root.chmod(0o700)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in root.iterdir():
         remove_stale(path.with_name(path.name.split(".tmp-")[0]))
     if size > _LARGEST_SHARE * min(limit, shutil.disk_usage(root).free):

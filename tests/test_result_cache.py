@@ -152,6 +152,13 @@ def test_a_cache_that_cannot_be_written_is_in_nobodys_way(
     result(tmp_path).keep(made)
     assert not result(tmp_path).take(tmp_path / "taken")
     assert caplog.text.count("cannot be kept for later commands") == 2
+    monkeypatch.delenv("LLMGR_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    result(tmp_path).keep(made)
+    assert not result(tmp_path).take(tmp_path / "taken")
+    assert "there is no home folder" in caplog.text
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
