@@ -96,7 +96,7 @@ class GatedGraph(nn.Module):
             prefixes: Their nodes.
 
         Returns:
-            Node states, [N, D].
+            The states, [C, D], of which node n has number `prefixes.state_N[n]`.
 
         Raises:
             ValueError: There are several rounds, in which a node depends on more than its neighbors.
@@ -113,8 +113,7 @@ class GatedGraph(nn.Module):
         sources, receivers = sources[is_computed], receivers[is_computed]
         degrees = _degrees(receivers, num_computed, nodes_MD.dtype)
         received = _mean_of_sources(nodes_MD, sources, receivers, degrees)
-        states_CD = gru_cell(received, nodes_MD[prefixes.vector_N[prefixes.computed_C]], self._weights())
-        return states_CD.index_select(0, prefixes.state_N)
+        return gru_cell(received, nodes_MD[prefixes.vector_N[prefixes.computed_C]], self._weights())
 
     def fold(self) -> None:
         """Computes for good what depends on the weights alone. They must not change any more."""

@@ -4,6 +4,7 @@ Shapes: B sessions, N nodes, M = largest number of nodes of a session, A attenti
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,16 +15,9 @@ from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.packed_sequences import LengthBucket
+from llmgr_rec.kernels.shared_states import SharedStates
 from llmgr_rec.modules.graph_encoder import GraphEncoder
-from llmgr_rec.modules.session_encoder import (
-    EncodedSessions,
-    check_heads,
-    click_counts,
-    initialize_uniform,
-    last_states,
-    segment_softmax,
-    segment_sum,
-)
+from llmgr_rec.modules.session_encoder import check_heads, click_counts, initialize_uniform, segment_softmax
 
 
 class AttentionBlock(nn.Module):
@@ -77,31 +71,26 @@ class AttentionBlock(nn.Module):
         )
         return self._feed_forward(self.dropout(rows.unpad(attended_BAMD.transpose(1, 2).flatten(2))))
 
-    def forward_last(self, states_ND: Tensor, last_BD: Tensor, log_counts_N: Tensor, graph: SessionGraph) -> Tensor:
+    def forward_last(self, states: SharedStates, last_BD: Tensor, log_counts_N: Tensor) -> Tensor:
         """Attention of the last click of each session over its nodes, [B, D].
 
         No node is projected: the key projection is applied to the query, q . (K h) = (K' q) . h, and the value
         projection to the weighted mean, sum p (V h) = V (sum p h).
 
         Args:
-            states_ND: Node states.
+            states: Node states.
             last_BD: State of each session's last click.
             log_counts_N: Logarithm of each node's number of clicks.
-            graph: The sessions' graphs.
         """
-        dim, num_sessions, session_N = states_ND.shape[1], graph.num_sessions, graph.node_session_N
+        num_sessions, dim = states.num_sessions, states.states_CD.shape[1]
         width = dim // self.heads
         query_BAK = self.query(last_BD).view(num_sessions, self.heads, width) * width**-0.5
         # Not einsum, whose traced form excludes batches of one session.
         probe_ABD = torch.bmm(query_BAK.transpose(0, 1), _weight(self.key).view(self.heads, width, dim))
-        probe_NAD = probe_ABD.transpose(0, 1).index_select(0, session_N)
-        scores_NA = (probe_NAD * states_ND.unsqueeze(1)).sum(dim=2)
-        scores_NA = scores_NA + log_counts_N.unsqueeze(1)
-        weights_NA = segment_softmax(scores_NA, session_N, num_sessions)
-        weighted_NAD = weights_NA.unsqueeze(2) * states_ND.unsqueeze(1)
-        means_BAD = segment_sum(weighted_NAD.flatten(1), session_N, num_sessions).unflatten(1, (self.heads, dim))
+        scores_NA = states.scores(probe_ABD) + log_counts_N.unsqueeze(1)
+        weights_NA = segment_softmax(scores_NA, states.session_N, num_sessions)
         value_ADK = _weight(self.value).view(self.heads, width, dim).transpose(1, 2)
-        attended_ABK = torch.bmm(means_BAD.transpose(0, 1), value_ADK)
+        attended_ABK = torch.bmm(states.sums(weights_NA), value_ADK)
         return self._feed_forward(self.dropout(torch.cat(attended_ABK.unbind(), dim=1)))
 
     def _feed_forward(self, attended_XD: Tensor) -> Tensor:
@@ -150,17 +139,17 @@ class GCSAN(GraphEncoder):
         check_heads(config, dim)
         super().check(config, dim)
 
-    def read_sessions(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+    def read_sessions(self, states: SharedStates, graph: SessionGraph) -> Tensor:
         """Computes the session vectors [B, D]; see `GraphEncoder.read_sessions`."""
-        log_counts_N = click_counts(graph).to(states_ND.dtype).log()
-        attended_ND = states_ND
+        log_counts_N = click_counts(graph).to(states.states_CD.dtype).log()
+        last_BD = states.at(graph.last_node_B)
+        attended, last_attended_BD = states, last_BD
         for block in self.blocks[:-1]:
-            attended_ND = block(attended_ND, log_counts_N, graph)
+            attended_ND = block(attended.of_nodes(), log_counts_N, graph)
+            attended = replace(states, states_CD=attended_ND, state_N=None)
+            last_attended_BD = attended.at(graph.last_node_B)
         final = cast(AttentionBlock, self.blocks[-1])
-        last_BD = last_states(states_ND, graph)
-        last_attended_BD = last_BD if attended_ND is states_ND else last_states(attended_ND, graph)
-        attended_BD = final.forward_last(attended_ND, last_attended_BD, log_counts_N, graph)
+        attended_BD = final.forward_last(attended, last_attended_BD, log_counts_N)
         # Under autocast, the attention has a lower precision than the graph network.
         mixed_BD = torch.lerp(last_BD, attended_BD.to(last_BD.dtype), self.last_item_weight)
-        filled_B1 = (graph.click_offsets_B1.diff() > 0).unsqueeze(1)
-        return EncodedSessions(states_ND, mixed_BD * filled_B1)
+        return mixed_BD * (graph.click_offsets_B1.diff() > 0).unsqueeze(1)

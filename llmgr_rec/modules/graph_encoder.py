@@ -12,6 +12,7 @@ from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.prefix_nodes import prefix_nodes
+from llmgr_rec.kernels.shared_states import SharedStates
 from llmgr_rec.modules.gated_graph import GatedGraph, ItemGates
 from llmgr_rec.modules.session_encoder import EncodedSessions, SessionEncoder
 
@@ -49,23 +50,24 @@ class GraphEncoder(SessionEncoder):
             )
 
     @abstractmethod
-    def read_sessions(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+    def read_sessions(self, states: SharedStates, graph: SessionGraph) -> Tensor:
         """Computes the session vectors [B, D] from the node states.
 
         Args:
-            states_ND: Node states of the graph network.
+            states: Node states of the graph network.
             graph: The sessions' graphs.
         """
 
     def forward(self, nodes_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
         """Encodes a batch; see `SessionEncoder.forward`."""
-        return self.read_sessions(self.graph_network(self.dropout(nodes_ND), graph), graph)
+        states_ND = self.graph_network(self.dropout(nodes_ND), graph)
+        return EncodedSessions(states_ND, self._read(states_ND, graph))
 
     def encode_one_pass(self, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
         """Computes each node state of the prefixes once; see `SessionEncoder.encode_one_pass`."""
         prefixes = prefix_nodes(graph, pass_offsets_P1)
-        states_ND = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
-        return self.read_sessions(states_ND, graph).sessions_BD
+        states_CD = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
+        return self._read(states_CD, graph, prefixes.state_N)
 
     def can_prepare(self, num_items: int) -> bool:
         """See `SessionEncoder.can_prepare`."""
@@ -77,4 +79,7 @@ class GraphEncoder(SessionEncoder):
 
     def encode_prepared(self, prepared: ItemGates, graph: SessionGraph) -> Tensor:
         """See `SessionEncoder.encode_prepared`."""
-        return self.read_sessions(self.graph_network.forward_prepared(prepared, graph), graph).sessions_BD
+        return self._read(self.graph_network.forward_prepared(prepared, graph), graph)
+
+    def _read(self, states_CD: Tensor, graph: SessionGraph, state_N: Tensor | None = None) -> Tensor:
+        return self.read_sessions(SharedStates(states_CD, graph.node_session_N, graph.node_offsets_B1, state_N), graph)

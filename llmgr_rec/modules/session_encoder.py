@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.shared_states import rows_or_zeros
 
 
 @dataclass
@@ -163,9 +164,7 @@ def last_states(states_ND: Tensor, graph: SessionGraph) -> Tensor:
         states_ND: Node states.
         graph: The sessions' graphs.
     """
-    # Row 0 stands for "no click", so that -1 + 1 picks zeros, also in a batch without any click.
-    padded = torch.cat([states_ND.new_zeros(1, states_ND.shape[1]), states_ND])
-    return padded.index_select(0, graph.last_node_B + 1)
+    return rows_or_zeros(states_ND, graph.last_node_B)
 
 
 def segment_sum(values_NK: Tensor, session_N: Tensor, num_sessions: int) -> Tensor:

@@ -3,19 +3,16 @@
 Shapes: B sessions, N nodes, D = d1 columns.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
+from llmgr_rec.kernels.shared_states import SharedStates
 from llmgr_rec.modules.graph_encoder import GraphEncoder
-from llmgr_rec.modules.session_encoder import (
-    EncodedSessions,
-    click_counts,
-    initialize_uniform,
-    last_states,
-    segment_sum,
-)
+from llmgr_rec.modules.session_encoder import click_counts, initialize_uniform
 
 
 class SRGNN(GraphEncoder):
@@ -39,11 +36,11 @@ class SRGNN(GraphEncoder):
         self.read_out = nn.Linear(2 * dim, dim, bias=False)
         initialize_uniform(self, dim)
 
-    def read_sessions(self, states_ND: Tensor, graph: SessionGraph) -> EncodedSessions:
+    def read_sessions(self, states: SharedStates, graph: SessionGraph) -> Tensor:
         """Computes the session vectors [B, D]; see `GraphEncoder.read_sessions`."""
-        last_BD = last_states(states_ND, graph)
-        session_N = graph.node_session_N
-        hidden_ND = self.attend_last(last_BD).index_select(0, session_N) + self.attend_node(states_ND)
+        last_BD = states.at(graph.last_node_B)
+        projected = replace(states, states_CD=self.attend_node(states.states_CD))
+        hidden_ND = self.attend_last(last_BD).index_select(0, states.session_N) + projected.of_nodes()
         attention_N1 = self.attend_score(hidden_ND.sigmoid()) * click_counts(graph).unsqueeze(1)
-        global_BD = segment_sum(attention_N1 * states_ND, session_N, graph.num_sessions)
-        return EncodedSessions(states_ND, self.read_out(torch.cat([last_BD, global_BD], dim=1)))
+        read_out: Tensor = self.read_out(torch.cat([last_BD, states.sums(attention_N1)[0]], dim=1))
+        return read_out

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.shared_states import SharedStates
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.gated_graph import GatedGraph
 from llmgr_rec.modules.gcsan import GCSAN, AttentionBlock
@@ -221,7 +222,8 @@ def test_last_click_form_equals_the_full_form() -> None:
     states_ND = node_vectors(graph)
     log_counts_N = torch.rand(len(states_ND), dtype=torch.float64)
     everything = block(states_ND, log_counts_N, graph)[graph.last_node_B]
-    last = block.forward_last(states_ND, states_ND[graph.last_node_B], log_counts_N, graph)
+    states = SharedStates(states_ND, graph.node_session_N, graph.node_offsets_B1)
+    last = block.forward_last(states, states_ND[graph.last_node_B], log_counts_N)
     torch.testing.assert_close(last, everything, rtol=0, atol=1e-12)
 
 
