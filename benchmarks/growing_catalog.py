@@ -9,7 +9,7 @@ sessions whose target is a new item. Seconds are those of the CPU.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -77,9 +77,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--days is {args['days']}; give 2 or more")
     with TemporaryDirectory(prefix="llmgr-growing-") as folder:
         days = cut(Path(args["interactions"]), Path(args["items"]), args["days"], Path(folder))
-        rows = [row for seed in args["seeds"].split(",") for row in follow(days, int(seed), args, Path(folder))]
-    for row in rows:
-        print(*(f"{name} {value}" for name, value in row.items()), sep="  ")
+        rows = []
+        for seed in args["seeds"].split(","):
+            for row in follow(days, int(seed), args, Path(folder)):
+                rows.append(row)
+                print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
     write_report(args["output"], args, {"rows": rows})
 
 
@@ -126,7 +128,7 @@ def prepare(raw: Path, folder: Path) -> Dataset:
     return Dataset(folder)
 
 
-def follow(days: Sequence[Day], seed: int, args: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def follow(days: Sequence[Day], seed: int, args: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     """Trains and evaluates every day with one seed.
 
     Args:
@@ -135,10 +137,9 @@ def follow(days: Sequence[Day], seed: int, args: dict[str, Any], folder: Path) -
         args: Options of the benchmark.
         folder: Folder to write to.
 
-    Returns:
+    Yields:
         A row for each day after the first.
     """
-    rows = []
     yesterday = folder / f"seed-{seed}-anew-1"
     trained(days[0], yesterday, seed, args["epochs"], args)
     for before, day in pairwise(days):
@@ -151,9 +152,8 @@ def follow(days: Sequence[Day], seed: int, args: dict[str, Any], folder: Path) -
         }
         ranks = {name: evaluated(run, day, ("sbr",))["sbr"] for name, run in runs.items() if name != "extended"}
         cold = evaluated(runs["extended"], day, _COLD_MODELS)
-        rows.append({"seed": seed, "day": day.number, **summary(day, before, ranks, cold, seconds)})
+        yield {"seed": seed, "day": day.number, **summary(day, before, ranks, cold, seconds)}
         yesterday = runs["warm"]
-    return rows
 
 
 def trained(day: Day, run: Path, seed: int, epochs: int, args: dict[str, Any], start: Path | None = None) -> float:

@@ -81,6 +81,7 @@ def base_words(command: str, folder: Path) -> list[str]:
         "llmgr_rec.prepare": [*log, "--output", out],
         "llmgr_rec.explain": ["--run", run, "--items", "i1,i2", "--output", f"{out}/explanation.json"],
         "llmgr_rec.export": ["--run", run, "--stage", "sbr", "--output", f"{out}/model.pt2"],
+        "llmgr_rec.extend": ["--run", run, "--items", str(raw / "items.parquet"), "--output", out],
         "llmgr_rec.serve": ["--run", run, "--port", "0"],
         "llmgr_rec.experiments.__main__": experiment.split(),
         "datagen.synthetic": ["--output", out, "--sessions", "50", "--items", "40"],

@@ -27,6 +27,7 @@ WORK = (
     "llmgr_rec.python_api.Recommender.load",
     "llmgr_rec.serving.run_service.Service",
     "llmgr_rec.scoring.program_export.session_program",
+    "llmgr_rec.storage.extended_run.write_extended_items",
     "llmgr_rec.data.preparation.pipeline.Database",
     "datagen.conversion.conversion",
     "datagen.planted.plant",

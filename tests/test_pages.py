@@ -122,6 +122,8 @@ def test_a_day_makes_a_new_run_and_new_scores_and_is_served(shop: Path) -> None:
         assert client.get("/health").json() != yesterday
     assert pq.read_table(shop / "shop" / "2026-11-03" / "scores").num_rows == 3
     assert (shop / "shop" / "current" / "run" / "export" / "sbr").is_dir()
+    assert (shop / "shop" / "2026-11-03" / "run" / "init_from.json").is_file()
+    assert (shop / "shop" / "noon" / "export" / "sbr").is_dir()
 
 
 @pytest.mark.slow

@@ -18,13 +18,19 @@ from scipy import sparse
 from llmgr_rec import Recommender
 from llmgr_rec.baselines.blend import Blend, combine
 from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN
+from llmgr_rec.config import StageName
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.errors import UserError
 from llmgr_rec.extend import main as extend
+from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.storage.bundle import load_blend_terms, load_bundle, open_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import BLEND
 from llmgr_rec.storage.extended_run import extend_run
+from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.table_io import init_tables, local_shards
+from llmgr_rec.training.text_embeddings import embed_catalog, fill_text_table, refresh_item_vectors
 from tests.documented import ROOT
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
 
@@ -45,15 +51,20 @@ def scores(run: Path, sessions: list[list[str]] = SESSIONS) -> list[dict[Any, fl
     return [dict(zip(row["item_ids"], row["scores"], strict=True)) for row in ranked]
 
 
+def sbr() -> Path:
+    """A bundle of stage sbr alone."""
+    return small_run().run / "export/sbr"
+
+
 def extended(folder: Path, ids: list[Any], run: Path | None = None, **texts: list[Any]) -> Path:
-    extend_run(run or small_run().run, items_of(ids, **texts), "items", folder)
+    extend_run(run or sbr(), items_of(ids, **texts), "items", folder)
     return folder
 
 
 def test_the_same_items_give_the_same_model_and_another_order_the_same_scores(tmp_path: Path) -> None:
     run = small_run().run
     before = {path: path.lstat().st_mtime_ns for path in [run, *run.rglob("*")]}
-    same, reversed_ = extended(tmp_path / "same", known()), extended(tmp_path / "reversed", known()[::-1])
+    same, reversed_ = extended(tmp_path / "same", known(), run), extended(tmp_path / "reversed", known()[::-1])
     for stage in ("sbr", "behave"):
         source = run / "export" / stage
         for name in (
@@ -62,8 +73,8 @@ def test_the_same_items_give_the_same_model_and_another_order_the_same_scores(tm
         ):
             assert (same / "export" / stage / name).read_bytes() == (source / name).read_bytes()
         assert scores(same / "export" / stage) == scores(source)
-        for one, other in zip(scores(reversed_ / "export" / stage), scores(source), strict=True):
-            assert one == pytest.approx(other, abs=1e-5)
+    for one, other in zip(scores(reversed_), scores(sbr()), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
     assert before == {path: path.lstat().st_mtime_ns for path in [run, *run.rglob("*")]}
 
 
@@ -73,12 +84,10 @@ def test_new_items_are_ranked_by_their_texts_and_gone_items_never(tmp_path: Path
     titles = ["Thing i17", "Nothing Else", None, *[None] * (NUM_ITEMS - 2)]
     categories = ["Kind 1", "Kind 2", "Kind 9", *[None] * (NUM_ITEMS - 2)]
     run = extended(tmp_path / "new", ids, title=titles, category=categories)
-    for stage in ("sbr", "behave"):
-        before, after = scores(small_run().run / "export" / stage), scores(run / "export" / stage)
-        for one, other in zip(after, before, strict=True):
-            assert one.keys() == set(ids)
-            for item in one.keys() & other.keys():
-                assert one[item] == pytest.approx(other[item], abs=1e-5)
+    for one, other in zip(scores(run), scores(sbr()), strict=True):
+        assert one.keys() == set(ids)
+        kept = one.keys() & other.keys()
+        assert {item: one[item] for item in kept} == pytest.approx({item: other[item] for item in kept}, abs=1e-5)
     catalog, rec = Catalog.load(run / "export" / "sbr"), Recommender.load(run)
     assert catalog.titles()[:4] == [*titles[:2], None, f"<b>Thing</b> & {ids[3]}"]
     assert catalog.train_count_V[:3].tolist() == [0, 0, 0]
@@ -135,6 +144,48 @@ def test_ids_may_be_of_another_type(tmp_path: Path) -> None:
         extend_run(run, items_of(["x7"]), "items", tmp_path / "x")
 
 
+def language_run(folder: Path, stage: StageName, head: str = "tied") -> Path:
+    """A run of an untrained model with a language model, whose table of text embeddings has those of the texts."""
+    small, settings, factory = small_run(), config(), ModelFactory()
+    settings.head.name, settings.head.item_text = head, True
+    settings.text_encoder.dim = 16
+    spec = factory.spec(stage, settings, small.catalog)
+    language = factory.language_parts(spec, small.catalog, torch.device("cpu"))
+    assert language
+    tokens = factory.item_tokens(settings, small.catalog)
+    texts = embed_catalog(language.decoder, tokens, ONE_RANK, folder / "texts", "") if spec.head_has_text else None
+    model = factory.build(spec, language, "cpu")
+    init_tables(model, 1, 0.5)
+    if texts:
+        fill_text_table(model, texts.read)
+    refresh_item_vectors(model.eval(), ONE_RANK)
+    export_bundle(model, stage, settings, small.catalog, folder / "export" / stage, ONE_RANK)
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "head"), [("behave", "tied"), ("behave", "linear"), ("llm_text", "tied")])
+def test_what_a_language_model_knows_of_an_item_follows_it(tmp_path: Path, stage: StageName, head: str) -> None:
+    run = language_run(tmp_path / "run", stage, head)
+    ids = ["twin", *known()[::-1]]
+    titles, categories = (small_run().catalog.column(name).to_pylist() for name in ("title", "category"))
+    place, twin = known().index("i17"), [None] * NUM_ITEMS
+    new = extended(tmp_path / "new", ids, run, title=[titles[place], *twin], category=[categories[place], *twin])
+    before, after = (load_bundle(one).model for one in (run, new))
+    # Of the same text, and so of the same text embedding.
+    rows = [NUM_ITEMS - place, *range(1, NUM_ITEMS + 1)]
+    for one, other in zip(local_shards(before), local_shards(after), strict=True):
+        if one.table == ITEM_TEXT:
+            torch.testing.assert_close(other.tensor[1:].flip(0), one.tensor, atol=1e-6, rtol=0)
+            torch.testing.assert_close(other.tensor[0], other.tensor[rows[0]], atol=1e-4, rtol=0)
+    if head == "linear":
+        assert isinstance(before, LLMGR)
+        assert isinstance(after, LLMGR)
+        assert torch.equal(after.head.get_parameter("weight_VH")[1:].flip(0), before.head.get_parameter("weight_VH"))
+    one, other = scores(run), scores(new)
+    for first, second in zip(one, other, strict=True):
+        assert {item: second[item] for item in first} == pytest.approx(first, abs=1e-4)
+
+
 def blended(folder: Path) -> Path:
     """A run of stage sbr with a blend of item-kNN and text-kNN."""
     small, rng = small_run(), np.random.default_rng(0)
@@ -166,6 +217,8 @@ def test_the_blend_follows_the_items_and_its_text_knn_knows_the_new_ones(tmp_pat
     assert not clicks[:, 0].any()
     assert after[1].similarity_VR.toarray()[0].argmax() == ids.index("i17")
     assert after[1].weights == {"text_knn": 4.0}
+    explanation = Recommender.load(new).explain(["i17"], items=["n1"])
+    assert "text" in str(explanation)
 
 
 _KILLED = """

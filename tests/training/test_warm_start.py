@@ -80,6 +80,7 @@ def test_all_stages_start_from_the_rows_and_weights_of_the_run(today: Dataset, t
             torch.testing.assert_close(now[name], then[name], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_one_stage_or_a_bundle_of_any_stage_or_an_extended_run_starts_another(
     today: Dataset, tmp_path: Path
 ) -> None:
