@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 
 from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
+from llmgr_rec.remote_path import as_path
 
 _ACCEPTED = (
     "a pandas or polars data frame, an Arrow table, the path of a Parquet file or folder, a list of records, "
@@ -47,7 +48,7 @@ def _converted(data: object, name: str) -> pa.Table:
     if isinstance(data, pa.Table):
         return data
     if isinstance(data, str | os.PathLike):
-        return _read(Path(data), name)
+        return _read(as_path(data), name)
     try:
         if hasattr(data, "__arrow_c_stream__") or hasattr(data, "__arrow_c_array__"):
             return pa.table(data)

@@ -21,7 +21,7 @@ from llmgr_rec.files import storage_error
 from llmgr_rec.interruption import EXIT_INTERRUPTED, no_signal_is_lost, report_interrupt
 from llmgr_rec.log_format import log_formatter, write_last_line
 from llmgr_rec.parent_process import PARENT_VARIABLE, end_with_parent
-from llmgr_rec.paths import LocalPath, local_path
+from llmgr_rec.paths import LocalPath, StoragePath, local_path, storage_path
 
 if TYPE_CHECKING:
     from argparse import HelpFormatter
@@ -194,6 +194,7 @@ def make_parser(prog: str, description: str = "", example: str = "") -> "Argumen
 
     # Without a type check, because the value stays a str.
     register_type(LocalPath, deserializer=local_path, type_check=_is_never_checked)
+    register_type(StoragePath, deserializer=storage_path, type_check=_is_never_checked)
 
     class _Formatter(DefaultHelpFormatter):
         def __init__(self, prog: str) -> None:
@@ -231,7 +232,7 @@ def add_run_argument(parser: "ArgumentParser", several: bool = False) -> None:
     parser.add_argument(
         "--run",
         "--run_folder",
-        type=LocalPath,
+        type=StoragePath,
         action="append" if several else None,
         required=True,
         help="Run folder written by llmgr_rec.train. "
@@ -284,12 +285,12 @@ def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":
 
 
 def _convert_repeated_paths(parser: "ArgumentParser", namespace: "Namespace") -> None:
-    """Converts the paths of options that may be repeated, because argparse handles those and knows no `local_path`."""
+    """Converts the paths of options that may be repeated, because argparse handles those without `storage_path`."""
     for action in parser._actions:
-        if action.type is not LocalPath or not (paths := namespace.get(action.dest)):
+        if action.type is not StoragePath or not (paths := namespace.get(action.dest)):
             continue
         try:
-            namespace[action.dest] = [local_path(path) for path in paths]
+            namespace[action.dest] = [storage_path(path) for path in paths]
         except ValueError as error:
             raise UserError(f"setting {action.dest} is {error}") from None
 
@@ -306,7 +307,9 @@ def _rewrite_message(message: str, parser: "ArgumentParser", words: Sequence[str
     if nested or top:
         name = ".".join((nested or top).groups())  # type: ignore[union-attr]
         return f"unknown setting {name}{_config_source(words)}{_suggestion(name, known)}; see --help for all settings"
-    path = re.search(r'Parser key "([\w.]+)": .*?Not of type LocalPath: (.*?)(?: - Expected a <class .*)?$', line)
+    path = re.search(
+        r'Parser key "([\w.]+)": .*?Not of type (?:Local|Storage)Path: (.*?)(?: - Expected a <class .*)?$', line
+    )
     if path:
         return f"setting {path[1]} is {path[2]}"
     # For a union type, jsonargparse repeats the whole error for each member type.

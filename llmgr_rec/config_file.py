@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from llmgr_rec.cli import make_parser, parse_args
 from llmgr_rec.config import Config, settings
 from llmgr_rec.errors import UserError, did_you_mean
-from llmgr_rec.paths import path_problem
+from llmgr_rec.paths import is_remote, path_problem
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def _resolve_recipes(argv: Sequence[str]) -> list[str]:
 
 
 def _config_file(name: str) -> str:
+    if is_remote(name):
+        name = _copy_of_settings(name)
     if problem := path_problem(name):
         raise UserError(f"--config {name}: {problem}")
     if Path(name).is_file():
@@ -139,6 +142,14 @@ def _config_file(name: str) -> str:
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         raise UserError(f"settings file {name} does not exist; give a YAML file or one of {', '.join(recipe_names())}")
     raise UserError(f"no recipe named {name}{did_you_mean(name, recipe_names())}")
+
+
+def _copy_of_settings(url: str) -> str:
+    """A copy on this machine of a remote settings file, which the parser opens by name."""
+    try:
+        return os.fspath(as_path(url))
+    except OSError:
+        raise UserError(f"settings file {url} does not exist; give a YAML file") from None
 
 
 def _check_sections(file: Path) -> None:

@@ -5,7 +5,6 @@ torchrun --nproc_per_node 2 -m -- llmgr_rec.evaluate --run RUN --dataset DATASET
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.cli import (
@@ -22,7 +21,8 @@ from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.evaluation.results import CUTOFFS, MODEL_NAMES
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath
+from llmgr_rec.remote_path import as_path
 
 MODELS = tuple(MODEL_NAMES)
 
@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = make_parser("llmgr_rec.evaluate")
     add_run_argument(parser)
-    parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder written by llmgr_rec.prepare.")
+    parser.add_argument("--dataset", type=StoragePath, required=True, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument("--split", type=Literal["test", "valid"], default="test", help="Split to evaluate.")
-    parser.add_argument("--output", type=LocalPath, required=True, help="Metrics file (JSON) to write.")
+    parser.add_argument("--output", type=StoragePath, required=True, help="Metrics file (JSON) to write.")
     parser.add_argument(
         "--models",
         type=str,
@@ -68,10 +68,10 @@ def main(argv: Sequence[str]) -> None:
 
     content = evaluate_run(
         EvaluationRequest(
-            run=Path(arguments.run),
-            dataset=Path(arguments.dataset),
+            run=as_path(arguments.run),
+            dataset=as_path(arguments.dataset),
             split=arguments.split,
-            output=Path(arguments.output),
+            output=as_path(arguments.output),
             models=split_names(arguments.models, "--models", MODELS, import_paths=True) if arguments.models else None,
             repeats=arguments.repeats,
             max_length=arguments.max_length,
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"\n{format_beyond_accuracy(content[arguments.split])}")
         for note in blend_notes(content["blends"]):
             print(note)
-        print(headline(Evaluated(Path(arguments.output), content)))
+        print(headline(Evaluated(as_path(arguments.output), content)))
     count = f"{content['count']:,} {arguments.split} sessions, {content['num_items']:,} items"
     print_result("evaluate", f"{count}; {content['protocol']}", arguments.output)
 

@@ -8,7 +8,6 @@ docs/explaining.md says what the numbers mean.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.bounds import Bounds, check_options
@@ -16,7 +15,8 @@ from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, pars
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.library_imports import command_imports
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath
+from llmgr_rec.remote_path import as_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = parse_args(_parser(), argv)
     check_options({"k": arguments.k}, {"k": Bounds(at_least=1, at_most=100)})
-    output = Path(arguments.output) if arguments.output else None
+    output = as_path(arguments.output) if arguments.output else None
     if output and output.suffix not in _FORMATS:
         raise UserError(f"--output {output} ends in {output.suffix or 'no suffix'}; give one of {', '.join(_FORMATS)}")
     # By its name as a key: Namespace has a method items.
@@ -69,7 +69,7 @@ def _parser() -> "ArgumentParser":
         '["a,b", "c"].',
     )
     parser.add_argument(
-        "--input", type=LocalPath, help="Parquet file or folder with sessions, as llmgr_rec.score takes it."
+        "--input", type=StoragePath, help="Parquet file or folder with sessions, as llmgr_rec.score takes it."
     )
     parser.add_argument("--session", type=str, help="The session_id of the session of --input.")
     parser.add_argument("--k", type=int, default=5, help="Number of recommended items to explain.")
@@ -78,7 +78,7 @@ def _parser() -> "ArgumentParser":
     )
     parser.add_argument(
         "--output",
-        type=LocalPath,
+        type=StoragePath,
         help="File to write, in the format of its suffix: .txt, .json, .html, or .svg with the session graph for the "
         "first item; default: text on standard output.",
     )

@@ -14,6 +14,7 @@ from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, pars
 from llmgr_rec.config import StageName
 from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import LocalPath
+from llmgr_rec.remote_path import as_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     from llmgr_rec.scoring.program_export import check_output, write_program
     from llmgr_rec.storage.bundle import open_bundle
 
-    output, run = Path(arguments.output), Path(arguments.run)
+    output, run = Path(arguments.output), as_path(arguments.run)
     check_output(output)
     path = run / "export" / arguments.stage if arguments.stage else run
     files = open_bundle(path, split_code(arguments.allow_code))

@@ -6,12 +6,12 @@ docs/every-day.md says when.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.first_and_last_line import print_result, print_start
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath
+from llmgr_rec.remote_path import as_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     from llmgr_rec.arrow_input import to_table
     from llmgr_rec.storage.extended_run import extend_run
 
-    run, output = Path(arguments.run), Path(arguments.output)
+    run, output = as_path(arguments.run), as_path(arguments.output)
     # `arguments.items` is a method.
     file = str(arguments["items"])
     print_start("extend", [run, file], output)
@@ -45,12 +45,12 @@ def _parser() -> "ArgumentParser":
     add_run_argument(parser)
     parser.add_argument(
         "--items",
-        type=LocalPath,
+        type=StoragePath,
         required=True,
         help="Parquet file or folder with the whole current catalog: item_id and, each optional, title, category, "
         "brand, description. Items of the run that it lacks are gone.",
     )
-    parser.add_argument("--output", type=LocalPath, required=True, help="Folder to write the extended run to.")
+    parser.add_argument("--output", type=StoragePath, required=True, help="Folder to write the extended run to.")
     add_code_argument(parser)
     return parser
 

@@ -1,7 +1,10 @@
-"""Local files: atomic replacement of files and folders, and errors of the storage.
+"""Atomic replacement of files and folders, here and on remote storage, and errors of the storage.
 
 A temporary file or folder is named by the process that writes it, so that a later process can tell whether the writer
 still runs, and remove what a killed one left.
+
+What goes to remote storage is written to a temporary file or folder of this machine. A file is then uploaded as a
+whole. A folder cannot be renamed there, so its marker, a file that all readers require, is uploaded last.
 """
 
 import errno
@@ -11,13 +14,15 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from llmgr_rec.cache import cache_folder
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import path_problem
+from llmgr_rec.remote_path import RemotePath
 
 # Process id, hash of machine, and start time of the process; the names of version 0.2 had the process id alone.
 _WRITER = r"(?P<pid>\d+)(?:-(?P<machine>[0-9a-f]{8})-(?P<start>\d+))?"
@@ -40,6 +45,8 @@ _FIXES = {
 # Libraries that report the error of a write as text, by its number or by its description.
 _ERROR_NUMBER = re.compile(r"\b(?:os error|errno) (\d+)\b", re.IGNORECASE)
 _QUOTED_PATH = re.compile(r'"(/[^"]+)"')
+# In a folder of remote storage until its marker is there, so that what a killed process left is known as such.
+INCOMPLETE = "_INCOMPLETE"
 _REPORTED_AS_TEXT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -53,6 +60,11 @@ def require_writable(folder: Path, option: str = "--output") -> None:
     Raises:
         UserError: The folder, or its nearest existing parent, is a file or is not writable.
     """
+    if isinstance(folder, RemotePath):
+        if folder.is_file():
+            raise UserError(f"{option} {folder} is a file; give the path of a folder")
+        folder.check_writable()
+        return
     if problem := path_problem(str(folder)):
         raise UserError(f"{option} {folder}: {problem}")
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -123,11 +135,16 @@ def atomic_write(file: Path) -> Iterator[Path]:
     Raises:
         UserError: The storage is full or cannot be written.
     """
+    if isinstance(file, RemotePath):
+        with local_draft(file) as folder:
+            yield folder / file.name
+            file.upload(folder / file.name)
+        return
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(file)
         # The suffix stays the same, because some writers choose the format by it.
-        partial = file.with_name(f".tmp-{_this_writer()}-{file.name}")
+        partial = file.with_name(f".tmp-{this_writer()}-{file.name}")
         try:
             yield partial
             fsync(partial)
@@ -138,21 +155,22 @@ def atomic_write(file: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields a new temporary folder, which is renamed to `folder` if the block succeeds and deleted if it fails.
+def atomic_folder(folder: Path, marker: str | None = None) -> Iterator[Path]:
+    """Yields a new temporary folder, which becomes `folder` if the block succeeds and is deleted if it fails.
 
     Its content is flushed to disk before it gets its name. Temporary folders for the same name that killed processes
     have left are deleted.
 
     Args:
         folder: Folder to create; may exist if it is empty. Missing parent folders are created.
+        marker: File in the folder that all readers require; needed where the folder may be remote.
 
     Raises:
         UserError: The storage is full or cannot be written, or the folder exists and is not empty.
     """
-    with _own_folder(folder, "tmp") as partial:
+    with local_draft(folder) if isinstance(folder, RemotePath) else _own_folder(folder, "tmp") as partial:
         yield partial
-        publish_folder(partial, folder)
+        publish_folder(partial, folder, marker)
 
 
 @contextmanager
@@ -170,10 +188,40 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def local_draft(path: RemotePath) -> Iterator[Path]:
+    """Yields a new folder of this machine for what is to be uploaded; it is deleted at the end.
+
+    Args:
+        path: Remote file or folder by which it is named.
+
+    Raises:
+        UserError: The storage of this machine is full or cannot be written.
+    """
+    with _own_folder(_drafts_of(path), "tmp") as draft:
+        yield draft
+
+
+def draft_of(path: RemotePath) -> Path:
+    """The folder of this machine in which this process writes what it uploads to a path; those of killed ones go.
+
+    Args:
+        path: Remote folder.
+    """
+    drafts = _drafts_of(path)
+    remove_stale(drafts)
+    return drafts.with_name(f"{drafts.name}.tmp-{this_writer()}")
+
+
+def _drafts_of(path: RemotePath) -> Path:
+    name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
+    return cache_folder() / "remote" / "drafts" / name
+
+
+@contextmanager
 def _own_folder(folder: Path, kind: str) -> Iterator[Path]:
     with storage_errors(folder):
         remove_stale(folder)
-        own = folder.with_name(f"{folder.name}.{kind}-{_this_writer()}")
+        own = folder.with_name(f"{folder.name}.{kind}-{this_writer()}")
         try:
             own.mkdir(parents=True)
             yield own
@@ -181,16 +229,26 @@ def _own_folder(folder: Path, kind: str) -> Iterator[Path]:
             shutil.rmtree(own, ignore_errors=True)
 
 
-def publish_folder(partial: Path, folder: Path) -> None:
-    """Flushes a folder with all its content to disk, then gives it its final name.
+def publish_folder(partial: Path, folder: Path, marker: str | None = None) -> None:
+    """Flushes a folder with all its content to disk, then gives it its final name; or uploads it, its marker last.
 
     Args:
         partial: Complete folder.
         folder: Its final path, absent or an empty folder.
+        marker: File in the folder that all readers require; needed where the folder may be remote.
 
     Raises:
         UserError: The final path exists.
     """
+    if isinstance(folder, RemotePath):
+        if marker is None:
+            raise ValueError(f"{folder} is remote, but has no marker")
+        if not is_free(folder, marker):
+            raise UserError(f"cannot write {folder} (it is not empty); give a folder that does not exist")
+        remove_folder(folder)
+        upload_files(partial, folder, [marker])
+        upload_marker(partial, folder, marker)
+        return
     for path in [*partial.rglob("*"), partial]:
         fsync(path)
     try:
@@ -202,6 +260,83 @@ def publish_folder(partial: Path, folder: Path) -> None:
     fsync(folder.parent)
 
 
+def upload_files(partial: Path, folder: RemotePath, leave_out: Collection[str]) -> None:
+    """Uploads files to a remote folder, which is incomplete until `upload_marker`.
+
+    Args:
+        partial: Folder of this machine.
+        folder: Remote folder.
+        leave_out: Files of `partial` that are not uploaded.
+    """
+    if not (folder / INCOMPLETE).exists():
+        (folder / INCOMPLETE).write_bytes(b"")
+    for path in sorted(partial.rglob("*")):
+        name = str(path.relative_to(partial))
+        if path.is_file() and name not in leave_out:
+            (folder / name).upload(path)
+
+
+def upload_marker(partial: Path, folder: RemotePath, marker: str) -> None:
+    """Uploads the marker of a remote folder, whose other files are there.
+
+    Args:
+        partial: Folder of this machine that has the marker.
+        folder: Remote folder.
+        marker: File that all readers require.
+    """
+    (folder / marker).upload(partial / marker)
+    (folder / INCOMPLETE).unlink(missing_ok=True)
+
+
+def is_free(folder: Path, marker: str) -> bool:
+    """Whether a folder may become the output of `atomic_folder`: it is absent or empty, or an upload was interrupted.
+
+    Args:
+        folder: The folder.
+        marker: File that all readers require.
+    """
+    if not folder.exists():
+        return True
+    if not folder.is_dir():
+        return False
+    if isinstance(folder, RemotePath) and (folder / INCOMPLETE).is_file() and not (folder / marker).is_file():
+        return True
+    return not any(folder.iterdir())
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies the content of a folder, which may be remote, to a folder of this machine.
+
+    Args:
+        source: The folder.
+        target: Existing folder.
+    """
+    if not isinstance(source, RemotePath):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    for file in source.rglob("*"):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file.local(), copy)
+
+
+def remove_folder(folder: Path, marker: str | None = None) -> None:
+    """Deletes a folder with its content.
+
+    Args:
+        folder: The folder; may be absent if it is remote.
+        marker: File that is deleted first, so that a partly deleted folder does not count as complete.
+    """
+    if marker is not None:
+        (folder / marker).unlink(missing_ok=True)
+    if not isinstance(folder, RemotePath):
+        shutil.rmtree(folder)
+        return
+    # Last the mark that says what the others are.
+    for path in sorted(folder.rglob("*"), key=lambda path: path == folder / INCOMPLETE):
+        path.unlink(missing_ok=True)
+
+
 def remove_stale(path: Path) -> None:
     """Deletes temporary files and folders for a path whose writers do not run any more.
 
@@ -210,6 +345,8 @@ def remove_stale(path: Path) -> None:
     Args:
         path: The file or folder that the temporaries were to become, or were named by.
     """
+    if isinstance(path, RemotePath):
+        return
     own = re.escape(path.name)
     patterns = [re.compile(rf"\.tmp-{_WRITER}-{own}"), re.compile(rf"{own}\.(?:tmp|scratch)-{_WRITER}")]
     if not path.parent.is_dir():
@@ -234,6 +371,19 @@ def _is_stale(path: Path, pid: int, machine: str | None, start: str | None) -> b
     return running is None or (start is not None and running != int(start))
 
 
+def is_running(writer: str) -> bool | None:
+    """Whether a process runs; None if it is of another machine.
+
+    Args:
+        writer: Its name, from `this_writer`.
+    """
+    match = re.fullmatch(_WRITER, writer)
+    if match is None or match["machine"] != _this_machine():
+        return None
+    running = _start_time(int(match["pid"]))
+    return running is not None and running == int(match["start"])
+
+
 def _last_change(path: Path) -> float:
     newest = 0.0
     for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
@@ -245,7 +395,8 @@ def _last_change(path: Path) -> float:
     return newest
 
 
-def _this_writer() -> str:
+def this_writer() -> str:
+    """Name of this process: its id, a hash of the machine, and when it started."""
     pid = os.getpid()
     return f"{pid}-{_this_machine()}-{_start_time(pid) or 0}"
 
@@ -278,6 +429,8 @@ def fsync(path: Path) -> None:
     Args:
         path: File or folder.
     """
+    if isinstance(path, RemotePath):
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

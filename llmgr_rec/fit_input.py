@@ -10,6 +10,7 @@ from llmgr_rec.arrow_input import lists_of, to_sessions, to_table
 from llmgr_rec.data.parquet_files import list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.errors import UserError
+from llmgr_rec.remote_path import as_path
 
 
 class FitInput:
@@ -31,12 +32,12 @@ class FitInput:
         self._folder = folder
         self.options: dict[str, Path] = {}
         if isinstance(interactions, str | os.PathLike):
-            path = Path(interactions)
+            path = as_path(interactions)
             self.options["sessions" if _has_sessions(path) else "interactions"] = path
         else:
             self._write(*_clicks_table(interactions), "interactions")
         if isinstance(items, str | os.PathLike):
-            self.options["items"] = Path(items)
+            self.options["items"] = as_path(items)
         elif items is not None:
             self._write("items", to_table(items, "items"), "items")
 

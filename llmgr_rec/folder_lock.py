@@ -1,4 +1,7 @@
-"""A lock on an output folder, which the operating system releases when its process ends, however it ends."""
+"""A lock on an output folder, which the operating system releases when its process ends, however it ends.
+
+On remote storage it is a `RemoteLock`.
+"""
 
 import errno
 import logging
@@ -8,6 +11,8 @@ from filelock import FileLock, Timeout
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.remote_lock import RemoteLock
+from llmgr_rec.remote_path import RemotePath
 
 LOCK_NAME = ".lock"
 # Errors of storage without locks. All others say that this lock cannot be had.
@@ -27,6 +32,9 @@ class FolderLock:
     def __init__(self, folder: Path, task: str) -> None:
         self._folder = folder
         self._task = task
+        self._remote = RemoteLock(folder / LOCK_NAME) if isinstance(folder, RemotePath) else None
+        if self._remote is not None:
+            return
         # Not the library's substitute for storage without locks: a file that a killed process would leave locked.
         self._lock = FileLock(folder / LOCK_NAME, timeout=0, thread_local=False, fallback_to_soft=False)
 
@@ -37,12 +45,15 @@ class FolderLock:
             UserError: Another process has locked the folder, or the lock file cannot be written: the storage is full or
                 read-only, or the file belongs to another user.
         """
+        locked = f"another process is {self._task} in {self._folder}; wait until it ends, or give another --output"
+        if self._remote is not None:
+            if not self._remote.acquire():
+                raise UserError(locked)
+            return
         try:
             self._lock.acquire()
         except Timeout:
-            raise UserError(
-                f"another process is {self._task} in {self._folder}; wait until it ends, or give another --output"
-            ) from None
+            raise UserError(locked) from None
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 file = self._folder / LOCK_NAME
@@ -54,6 +65,9 @@ class FolderLock:
 
     def release(self) -> None:
         """Deletes the lock file and unlocks the folder; without effect if this process has not locked it."""
+        if self._remote is not None:
+            self._remote.release()
+            return
         if not self._lock.is_locked:
             return
         try:

@@ -8,7 +8,6 @@ fix it.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmgr_rec.bounds import Bounds, check_options
@@ -17,7 +16,8 @@ from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.library_imports import command_imports
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath
+from llmgr_rec.remote_path import as_path
 
 if TYPE_CHECKING:
     from llmgr_rec.training.memory_plan import CatalogSizes, StagePlan
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
         UserError: An argument or setting is not usable, or the tables do not fit.
     """
     parser = make_parser("llmgr_rec.plan")
-    parser.add_argument("--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare.")
+    parser.add_argument("--dataset", type=StoragePath, help="Folder written by llmgr_rec.prepare.")
     parser.add_argument("--num_items", type=int, help="Number of items, instead of --dataset.")
     parser.add_argument("--num_categories", type=int, default=0, help="Number of categories, with --num_items.")
     parser.add_argument("--num_brands", type=int, default=0, help="Number of brands, with --num_items.")
@@ -91,7 +91,7 @@ def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int])
     if dataset is not None:
         from llmgr_rec.data.dataset import Dataset
 
-        manifest = Dataset(Path(dataset)).manifest
+        manifest = Dataset(as_path(dataset)).manifest
         return CatalogSizes(
             manifest.num_items, {name: feature["num_embeddings"] for name, feature in manifest.features.items()}
         )

@@ -31,10 +31,11 @@ from llmgr_rec.config_file import load_config
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.explanation.explainer import Explainer
 from llmgr_rec.explanation.records import Explanation
-from llmgr_rec.files import atomic_folder
+from llmgr_rec.files import atomic_folder, copy_folder, is_free
 from llmgr_rec.fit_input import FitInput
 from llmgr_rec.kernels.item_index import check_recall
 from llmgr_rec.registry import modules_of
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.scoring.output import OUTPUT_COLUMNS
 from llmgr_rec.scoring.ranked_lists import RankedLists, long_rows, rows_of_short_offsets
 from llmgr_rec.scoring.session_ranker import SessionRanker
@@ -111,12 +112,12 @@ class Recommender:
             UserError: There is no complete bundle, it is damaged, it would import code that is not allowed, or an index
                 is wanted and faiss is not installed.
         """
-        folder = _run_folder(Path(path))
-        if folder != Path(path) and dataset is None:
-            dataset = Path(path) / _DATASET
+        folder = _run_folder(as_path(path))
+        if folder != as_path(path) and dataset is None:
+            dataset = as_path(path) / _DATASET
         files = open_bundle(folder, allow_code)
         run = folder if files.path != folder.resolve() and files.path != folder else None
-        return cls(files, run, None if dataset is None else Path(dataset), dtype, index)
+        return cls(files, run, None if dataset is None else as_path(dataset), dtype, index)
 
     @classmethod
     def load_once(cls, path: str | os.PathLike[str]) -> "Recommender":
@@ -130,7 +131,7 @@ class Recommender:
         Raises:
             UserError: As from `load`.
         """
-        bundle = resolve_bundle(_run_folder(Path(path))).resolve()
+        bundle = resolve_bundle(_run_folder(as_path(path))).resolve()
         with _loading:
             status = (bundle / INDEX).stat()
             version, (loaded, found) = (status.st_ino, status.st_mtime_ns), _loaded.get(bundle, (None, None))
@@ -171,7 +172,7 @@ class Recommender:
         """
         arguments = (interactions, items, recipe, settings or {}, preparation or {}, _progress(verbose))
         if output is not None:
-            return cls._fit_in(_new_folder(Path(output)), *arguments)
+            return cls._fit_in(_new_folder(as_path(output)), *arguments)
         folder = Path(tempfile.mkdtemp(prefix="llmgr_rec-"))
         try:
             fitted = cls._fit_in(folder, *arguments)
@@ -447,9 +448,9 @@ class Recommender:
         Raises:
             UserError: The folder is not empty or cannot be written.
         """
-        folder = _new_folder(Path(path))
-        with atomic_folder(folder.resolve()) as draft:
-            shutil.copytree(self._files.path, draft, dirs_exist_ok=True)
+        folder = _new_folder(as_path(path))
+        with atomic_folder(folder.resolve(), INDEX) as draft:
+            copy_folder(self._files.path, draft)
 
     def _list_length(self, k: int) -> int:
         try:
@@ -467,7 +468,7 @@ def _run_folder(path: Path) -> Path:
 
 
 def _new_folder(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_free(folder, INDEX):
         remedy = f", or use Recommender.load({str(folder)!r})" if (folder / _RUN).is_dir() else ""
         raise UserError(f"{folder} exists and is not an empty folder; give another path{remedy}")
     try:

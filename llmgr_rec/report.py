@@ -5,13 +5,13 @@ python -m llmgr_rec.report --run RUN --run OTHER --output FOLDER
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath
+from llmgr_rec.remote_path import as_path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,20 +25,24 @@ def main(argv: Sequence[str]) -> None:
     """
     parser = make_parser("llmgr_rec.report")
     add_run_argument(parser, several=True)
-    parser.add_argument("--output", type=LocalPath, required=True, help="Folder for index.html, plots and results.csv.")
+    parser.add_argument(
+        "--output", type=StoragePath, required=True, help="Folder for index.html, plots and results.csv."
+    )
     parser.add_argument(
         "--metrics",
-        type=LocalPath,
+        type=StoragePath,
         action="append",
         help="Metrics file of llmgr_rec.evaluate; repeat it as often as --run; default: RUN/metrics.json if it exists.",
     )
     parser.add_argument(
         "--scores",
-        type=LocalPath,
+        type=StoragePath,
         help="Output folder of llmgr_rec.score for the example sessions of the first run; default: rank.",
     )
     parser.add_argument(
-        "--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare; default: the path in the metrics file."
+        "--dataset",
+        type=StoragePath,
+        help="Folder written by llmgr_rec.prepare; default: the path in the metrics file.",
     )
     add_code_argument(parser)
     parser.add_argument("--sessions", type=int, default=24, help="Number of example sessions, half of them hits.")
@@ -50,11 +54,11 @@ def main(argv: Sequence[str]) -> None:
 
     report = write_report(
         ReportRequest(
-            runs=[Path(run) for run in arguments.run],
-            output=Path(arguments.output),
-            metrics=[Path(file) for file in arguments.metrics or []],
-            scores=Path(arguments.scores) if arguments.scores else None,
-            dataset=Path(arguments.dataset) if arguments.dataset else None,
+            runs=[as_path(run) for run in arguments.run],
+            output=as_path(arguments.output),
+            metrics=[as_path(file) for file in arguments.metrics or []],
+            scores=as_path(arguments.scores) if arguments.scores else None,
+            dataset=as_path(arguments.dataset) if arguments.dataset else None,
             sessions=arguments.sessions,
             allow_code=split_code(arguments.allow_code),
         )

@@ -8,7 +8,6 @@ complete when it contains _SUCCESS.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmgr_rec.cli import (
@@ -23,7 +22,8 @@ from llmgr_rec.config import DType, StageName
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath
+from llmgr_rec.remote_path import as_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -46,9 +46,9 @@ def main(argv: Sequence[str]) -> None:
 
     totals = score_run(
         ScoreRequest(
-            run=Path(arguments.run),
-            input=Path(arguments.input),
-            output=Path(arguments.output),
+            run=as_path(arguments.run),
+            input=as_path(arguments.input),
+            output=as_path(arguments.output),
             k=arguments.k,
             columns=[name.strip() for name in arguments.columns.strip("[]").split(",") if name.strip()],
             titles=arguments.titles,
@@ -83,7 +83,7 @@ def _parser() -> "ArgumentParser":
     add_run_argument(parser)
     parser.add_argument(
         "--input",
-        type=LocalPath,
+        type=StoragePath,
         required=True,
         help="Parquet file, or folder of Parquet files at any depth, with columns session_id and items (a list of item "
         "ids, oldest first), such as a split of a prepared data set.",
@@ -107,7 +107,7 @@ def _parser() -> "ArgumentParser":
 
 def _add_output_arguments(parser: "ArgumentParser") -> None:
     """Adds the options of the output."""
-    parser.add_argument("--output", type=LocalPath, required=True, help="Output folder; continued if incomplete.")
+    parser.add_argument("--output", type=StoragePath, required=True, help="Output folder; continued if incomplete.")
     parser.add_argument("--k", type=int, default=20, help="Items per session.")
     parser.add_argument(
         "--columns",

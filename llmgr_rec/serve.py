@@ -8,7 +8,6 @@ Open http://127.0.0.1:8000, or send JSON: docs/serving.md. New models of the run
 
 import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmgr_rec.bounds import Bounds, check_options
@@ -17,6 +16,7 @@ from llmgr_rec.config import DType
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
+from llmgr_rec.remote_path import as_path
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 
     code = split_code(arguments.allow_code)
     settings = ServiceSettings(
-        run=Path(arguments.run),
+        run=as_path(arguments.run),
         version=__version__,
         wait_ms=arguments.wait_ms,
         reload_s=arguments.reload_s,

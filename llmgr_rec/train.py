@@ -20,8 +20,9 @@ from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath, is_remote, url_problem
 from llmgr_rec.registry import require_allowed
+from llmgr_rec.remote_path import RemotePath, as_path
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -48,8 +49,8 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec.training.preflight import RunRequest
         from llmgr_rec.training.train_run import train_run
 
-    output = Path(arguments.output or _default_output())
-    dataset = Path(arguments.dataset) if arguments.dataset else _synthetic_dataset()
+    output = as_path(arguments.output or _default_output())
+    dataset = as_path(arguments.dataset) if arguments.dataset else _synthetic_dataset()
     stages = train_run(
         RunRequest(
             config=config,
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
             resume=arguments.resume or _is_restarted(output),
             launch=_launch(),
             recipe=_recipe(arguments, output),
-            init_from=Path(arguments.init_from) if arguments.init_from else None,
+            init_from=as_path(arguments.init_from) if arguments.init_from else None,
         )
     )
     trained = ", ".join(stages) or "nothing, because all stages of the run are already complete with its settings"
@@ -69,8 +70,14 @@ def main(argv: Sequence[str]) -> None:
 def _recipe(arguments: "Namespace", output: Path) -> str:
     """Name of the recipe or settings file; empty for a run that is resumed, or that takes the settings of another."""
     files = [Path(str(file)) for file in arguments.config or []]
-    runs = [output, *([Path(arguments.init_from)] if arguments.init_from else [])]
-    return "" if any(run / "config.yaml" in files for run in runs) else recipe_of(files)
+    runs = [output, *([as_path(arguments.init_from)] if arguments.init_from else [])]
+    return "" if any(_settings_file(run) in files for run in runs) else recipe_of(files)
+
+
+def _settings_file(run: Path) -> Path:
+    """The settings of a run; a copy on this machine, with which the parser was called, if the run is remote."""
+    file = run / "config.yaml"
+    return file.local() if isinstance(file, RemotePath) and file.is_file() else file
 
 
 def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
@@ -84,11 +91,11 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
     """
     parser = make_parser("llmgr_rec.train")
     parser.add_argument(
-        "--dataset", type=LocalPath, help="Folder written by llmgr_rec.prepare; default: small synthetic sessions."
+        "--dataset", type=StoragePath, help="Folder written by llmgr_rec.prepare; default: small synthetic sessions."
     )
     parser.add_argument(
         "--output",
-        type=LocalPath,
+        type=StoragePath,
         help="Run folder; default: runs/ID with the run id of the launcher, or train-TIME.",
     )
     parser.add_argument("--stage", type=Literal["all", StageName], default="all", help="Stage to train.")
@@ -99,7 +106,7 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
     )
     parser.add_argument(
         "--init_from",
-        type=LocalPath,
+        type=StoragePath,
         help="Run to start from instead of random weights, whose items may differ; its settings are used without "
         "--config.",
     )
@@ -123,8 +130,13 @@ def _with_default_config(argv: Sequence[str]) -> list[str]:
     given, _ = parser.parse_known_args(argv)
     if given.config is not None:
         return list(argv)
-    runs = [given.output if given.resume else "", given.init_from]
-    for run_config in (Path(run, "config.yaml") for run in runs if run):
+    # The real parser reports a URL that is not one.
+    runs = [
+        run
+        for run in (given.output if given.resume else "", given.init_from)
+        if not (is_remote(run) and url_problem(run))
+    ]
+    for run_config in (as_path(run) / "config.yaml" for run in runs if run):
         if run_config.is_file():
             _check_settings_of_run(run_config, argv, split_code(given.allow_code))
             return ["--config", str(run_config), *argv]

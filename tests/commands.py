@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from jsonargparse import ArgumentParser
 
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import LocalPath, StoragePath
 
 ROOT = Path(__file__).parents[1]
 # Lists the others; the parser of doctor is argparse's and has no options with values; session_trainer is a worker.
@@ -61,5 +61,13 @@ def type_of(option: Any) -> Any:
 
 
 def takes_path(option: Any) -> bool:
+    return takes_url(option) or _is_of(option, LocalPath)
+
+
+def takes_url(option: Any) -> bool:
+    return _is_of(option, StoragePath)
+
+
+def _is_of(option: Any, wanted: type) -> bool:
     kind = type_of(option)
-    return LocalPath in (kind, *typing.get_args(kind))
+    return wanted in (kind, *typing.get_args(kind))

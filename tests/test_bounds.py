@@ -26,7 +26,7 @@ from llmgr_rec.errors import UserError
         (Bounds(), "a\0b", "leave out the null character"),
         (Bounds(), ["a", "\udc80"], "give text in UTF-8"),
         (Bounds(), "s3://b", ""),
-        (Bounds(is_path=True), "s3://b", "give a path on this machine, because remote storage is not supported yet"),
+        (Bounds(is_path=True), "s3://b", "give a path on this machine, because remote storage is not supported here"),
         (Bounds(is_path=True), "", "give the path of a file or folder"),
     ],
 )

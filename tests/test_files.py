@@ -77,7 +77,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
 def test_temporaries_of_running_processes_and_of_other_files_stay(tmp_path, monkeypatch):
     """A process id counts only with the start time of its process, and only on its machine."""
     folder = tmp_path / "dataset"
-    mine, me, ticks = files._this_writer(), os.getpid(), files._start_time(os.getpid())
+    mine, me, ticks = files.this_writer(), os.getpid(), files._start_time(os.getpid())
     here, foreign = files._this_machine(), "0" * 8
     kept = [f"dataset.tmp-{mine}", f"dataset.scratch-{me}", f"dataset.tmp-999999999-{foreign}-5"]
     kept += ["dataset.tmp-old", "other.tmp-999999999", f".tmp-999999999-{here}-1-dataset.json"]

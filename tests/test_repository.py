@@ -50,7 +50,7 @@ CPU, GPU, DEV = read_lock("cpu.txt"), read_lock("gpu.txt"), read_lock("dev.txt")
 # Extras that only work on the project itself needs, and one that its tests need beside the demo.
 DEV_EXTRAS = {"dev", "docs", "index"}
 # Extras of engines that no lock has.
-UNLOCKED_EXTRAS = {"spark", "ray", "mlflow", "wandb"}
+UNLOCKED_EXTRAS = {"spark", "ray", "mlflow", "wandb", "s3", "gcs"}
 
 
 def metadata() -> dict[str, Any]:

@@ -24,7 +24,7 @@ RESTART_ENV = {"PET_MAX_RESTARTS": "2", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1
 
 # What TorchX or Kubernetes replaces: TorchX makes $ of $$, and Kubernetes also replaces $(NAME).
 _REPLACED = re.compile(r"\$[$(]")
-_REMOTE = re.compile(r"(?:--[\w.]+=)?[A-Za-z][A-Za-z0-9+.-]+://")
+_REMOTE = re.compile(r"(?:--[\w.]+=)?([A-Za-z][A-Za-z0-9+.-]+://)")
 
 
 def _refuse(message):  # type: ignore[no-untyped-def]
@@ -36,15 +36,23 @@ def _refuse(message):  # type: ignore[no-untyped-def]
 def _check(args):  # type: ignore[no-untyped-def]
     """Refuses arguments that would not arrive as written, or that the container would refuse."""
     for word in args:
-        problem = ""
+        problem, remote = "", _REMOTE.match(word)
         if _REPLACED.search(word):
             problem = "$$ and $( are replaced on the way to the container; give a name without them"
-        elif _REMOTE.match(word):
-            problem = "remote storage is not supported yet; mount it (--mounts), and give the path in the container"
+        elif remote:
+            problem = _url_problem(word[remote.start(1) :])
         elif "\0" in word:
             problem = "give a name without null characters"
         if problem:
-            _refuse(f"argument {word!r}: {problem}")
+            # A URL may have a key in it.
+            shown = f"{remote.group()}..." if remote else word
+            _refuse(f"argument {shown!r}: {problem}")
+
+
+def _url_problem(url):  # type: ignore[no-untyped-def]
+    from llmgr_rec.paths import url_problem
+
+    return url_problem(url)
 
 
 def _overlaid(app, overlay):  # type: ignore[no-untyped-def]

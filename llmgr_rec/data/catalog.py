@@ -24,6 +24,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
 from llmgr_rec.data.text_index import TextIndex
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.remote_path import as_path
 
 _REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 _TEXT_SEPARATOR = ", "
@@ -55,7 +56,7 @@ class Catalog:
         Raises:
             UserError: The file is missing or truncated, or does not have the format that `prepare` writes.
         """
-        file = Path(path) / ITEMS_NAME
+        file = as_path(path) / ITEMS_NAME
         required = ["index", "item_id", "train_count"]
         # Data sets of early versions have no column word_ids and are still valid.
         columns = [f"{name}_ids" for name in FEATURES if name != "word" or "word_ids" in _column_names(file)]

@@ -15,6 +15,7 @@ from llmgr_rec.data.schema import FORMAT_VERSION, ITEMS_NAME, MANIFEST_NAME, SPL
 from llmgr_rec.errors import UserError
 from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
+from llmgr_rec.remote_path import as_path
 
 _REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 
@@ -142,7 +143,7 @@ class Dataset:
     manifest: Manifest = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "path", as_path(self.path))
         object.__setattr__(self, "manifest", load_manifest(self.path))
 
     @property
@@ -188,7 +189,7 @@ def load_manifest(path: str | Path) -> Manifest:
     Raises:
         UserError: The manifest is missing or invalid, or a file is missing or has another size.
     """
-    folder = Path(path)
+    folder = as_path(path)
     file = folder / MANIFEST_NAME
     if not file.is_file():
         raise UserError(f"{folder} is not a prepared data set: it has no {MANIFEST_NAME}; {_REMEDY}")

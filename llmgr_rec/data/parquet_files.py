@@ -8,6 +8,7 @@ from urllib.parse import unquote
 
 from llmgr_rec.data.delimited_text import conversion_advice, is_delimited_text
 from llmgr_rec.errors import UserError
+from llmgr_rec.remote_path import RemotePath
 
 SUFFIXES = (".parquet", ".parq", ".pq")
 
@@ -84,7 +85,7 @@ def list_parquet_files(path: Path, option: str, output_marker: str | None = None
         return ParquetFiles((ParquetFile(path, path.name, {}),), ())
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give a Parquet file or a folder of them to --{option}")
-    search = _Search(path, option, output_marker)
+    search = (_RemoteSearch if isinstance(path, RemotePath) else _Search)(path, option, output_marker)
     search.run()
     read, skipped = search.found, search.skipped
     if not read:
@@ -105,7 +106,7 @@ class _Search:
         self._folders: list[Name] = [()]
         self._links: list[Name] = []
         # First name of each folder and Parquet file, by its path without links.
-        self._names: dict[str, Name] = {os.path.realpath(root): ()}
+        self._names: dict[str, Name] = {str(root) if isinstance(root, RemotePath) else os.path.realpath(root): ()}
         self.found: list[Name] = []
         self.skipped: list[tuple[str, str]] = []
 
@@ -167,6 +168,32 @@ class _Search:
 
     def _skip(self, name: Name, reason: str) -> None:
         self.skipped.append(("/".join(name), reason))
+
+
+class _RemoteSearch(_Search):
+    """Finds what is below a folder of remote storage, from one list of its files."""
+
+    def run(self) -> None:
+        """Fills `found` and `skipped`."""
+        names = [path.relative_to(self._root).parts for path in self._root.rglob("*")]
+        outputs = {name[:-1] for name in names if name[-1] == self._output_marker and len(name) > 1}
+        for name in sorted(names):
+            for part in name:
+                self._check_name(part, self._root)
+            above = [name[:end] for end in range(1, len(name) + 1)]
+            hidden = next((part for part in above if part[-1].startswith((".", "_"))), None)
+            if output := next((part for part in above if part in outputs), None):
+                self._skip_once(output, "an output of this program")
+            elif hidden:
+                self._skip_once(hidden, _HIDDEN)
+            elif not name[-1].lower().endswith(SUFFIXES):
+                self._skip(name, "not named *.parquet")
+            else:
+                self.found.append(name)
+
+    def _skip_once(self, name: Name, reason: str) -> None:
+        if ("/".join(name), reason) not in self.skipped[-1:]:
+            self._skip(name, reason)
 
 
 def _partitions(folders: Sequence[str]) -> dict[str, str | None]:

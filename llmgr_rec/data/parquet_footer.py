@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmgr_rec.data.delimited_text import not_parquet
+from llmgr_rec.remote_path import parquet_source
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_footer(path: Path, option: str) -> Footer:
     """
     try:
         # In nanoseconds, times of Spark beyond the year 2262 become others without a word.
-        with pq.ParquetFile(path, coerce_int96_timestamp_unit="us") as parquet:
+        with pq.ParquetFile(parquet_source(path), coerce_int96_timestamp_unit="us") as parquet:
             metadata, schema = parquet.metadata, parquet.schema_arrow
             # Not the sizes of its columns: pyarrow 26 ends the process where those of a damaged footer do not fit.
             rows = tuple(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))

@@ -106,7 +106,7 @@ class RowGroups:
         self.files: list[tuple[str, int, int]] = []
         sizes: list[int] = []
         unchecked: list[int] = []
-        for part in sorted(Path(part) for part in parts):
+        for part in sorted(parts):
             metadata = _read_footer(part)
             items, target = _find_columns(metadata, part)
             self.files.append((part.name, part.stat().st_size, metadata.num_rows))

@@ -31,6 +31,7 @@ from llmgr_rec.evaluation.reported_run import ReportedRun, labels_of
 from llmgr_rec.evaluation.results import BEYOND_ACCURACY, BEYOND_ACCURACY_NAMES, MODEL_NAMES, columns
 from llmgr_rec.files import atomic_write, require_writable
 from llmgr_rec.first_and_last_line import print_start
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.storage.bundle_index import check_trained_on, default_bundle, model_of_bundle
 
 PAGE_NAME = "index.html"
@@ -159,11 +160,11 @@ def _dataset(request: ReportRequest, evaluated: Evaluated | None) -> Dataset | N
         dataset = Dataset(request.dataset)
     else:
         path = evaluated.content.get("dataset_path") if evaluated else None
-        if not path or not (Path(path) / "manifest.json").is_file():
+        if not path or not (as_path(path) / "manifest.json").is_file():
             if request.scores is not None:
                 raise UserError("--scores requires --dataset, which has the clicks and titles of the scored sessions")
             return None
-        dataset = Dataset(Path(path))
+        dataset = Dataset(as_path(path))
     if evaluated and evaluated.content.get("dataset") != dataset.manifest.catalog_hash:
         raise UserError(
             f"the metrics belong to another data set than {dataset.path}; "

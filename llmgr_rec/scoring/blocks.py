@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.remote_path import STREAM_BYTES, RemotePath, parquet_source
 
 # Rows that are decoded at a time, and decoded bytes of a block, unless those rows have more.
 _BATCH_ROWS, _BLOCK_BYTES = 2**10, 2**26
@@ -37,8 +38,8 @@ class Block:
 
 def _open(path: Path) -> pq.ParquetFile:
     return pq.ParquetFile(
-        path,
-        buffer_size=_READ_BYTES,
+        parquet_source(path),
+        buffer_size=STREAM_BYTES if isinstance(path, RemotePath) else _READ_BYTES,
         page_checksum_verification=True,
         # In nanoseconds, times of Spark beyond the year 2262 become others without a word.
         coerce_int96_timestamp_unit="us",

@@ -21,6 +21,7 @@ from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.schema import CATALOG_HASH_KEY, has_item_indices
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.remote_path import open_sequential
 from llmgr_rec.scoring.blocks import Block, read_blocks
 from llmgr_rec.scoring.click_lists import Ints, flat_clicks, known_clicks
 from llmgr_rec.scoring.common_schema import CommonSchema
@@ -74,7 +75,7 @@ class InputFile:
 
     def sha256(self) -> str:
         """Hexadecimal hash of the content."""
-        with self.path.open("rb") as file:
+        with open_sequential(self.path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 

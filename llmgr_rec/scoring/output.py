@@ -17,6 +17,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, fsync, require_writable
 from llmgr_rec.folder_lock import LOCK_NAME, FolderLock
 from llmgr_rec.index_files import read_json
+from llmgr_rec.remote_path import parquet_source
 from llmgr_rec.scoring.input import MANIFEST_NAME, SESSION_ID, Part
 
 SUCCESS_NAME = "_SUCCESS"
@@ -144,7 +145,7 @@ class ScoreFolder:
         Raises:
             UserError: A part is missing or has another number of rows, or the folder has other Parquet files.
         """
-        metadata = [pq.read_metadata(self._check_part(part)) for part in self.parts]
+        metadata = [pq.read_metadata(parquet_source(self._check_part(part))) for part in self.parts]
         totals = Totals(
             rows_in=sum(part.rows for part in self.parts),
             rows_out=sum(entry.num_rows for entry in metadata),
@@ -176,7 +177,7 @@ class ScoreFolder:
         if manifest.is_file():
             self._check_same_job(manifest)
         for temporary in self._temporaries():
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
         if not manifest.is_file():
             self._write_json(MANIFEST_NAME, self._manifest)
         for part in self.parts:
@@ -194,7 +195,7 @@ class ScoreFolder:
     def _check_part(self, part: Part) -> Path:
         path = self.path / part.name
         try:
-            rows = pq.read_metadata(path).num_rows
+            rows = pq.read_metadata(parquet_source(path)).num_rows
         except (pa.ArrowInvalid, OSError):
             rows = -1
         if rows != part.rows:

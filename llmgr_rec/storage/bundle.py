@@ -3,6 +3,7 @@
 Shapes: R rows and C columns of a block of a table.
 """
 
+import os
 from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.registry import require_allowed
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.storage.adapter_files import ADAPTER_WEIGHTS, load_adapter
 from llmgr_rec.storage.bundle_export import dense_tensors, language_tensors, model_of
 from llmgr_rec.storage.bundle_index import (
@@ -150,11 +152,11 @@ def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFil
     Raises:
         UserError: There is no complete bundle, it is damaged, or it would import code that is not allowed.
     """
-    folder = resolve_bundle(Path(path))
+    folder = resolve_bundle(as_path(path))
     index = read_index(folder)
     config = load_config(verified_file(folder, index, CONFIG))
     check_bundle_code(config, folder, allow_code)
-    config = replace(config, prompt=replace(config.prompt, templates=str(verified_file(folder, index, PROMPTS))))
+    config = replace(config, prompt=replace(config.prompt, templates=os.fspath(verified_file(folder, index, PROMPTS))))
     catalog = Catalog.load(verified_file(folder, index, ITEMS_NAME).parent)
     if catalog.hash != index.catalog_hash:
         raise UserError(
@@ -277,7 +279,7 @@ def load_weights(module: nn.Module, path: Path | str, mapping: CatalogMapping | 
             the meta device, or a parameter of the session recommender is missing. Only the text sequence encoder may be
             missing.
     """
-    folder, model = Path(path), model_of(module)
+    folder, model = as_path(path), model_of(module)
     index = read_index(folder)
     require_memory(model)
     held = {name.split(".")[-2] for name in table_parameters(model)}

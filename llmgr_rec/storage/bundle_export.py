@@ -25,9 +25,11 @@ from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.fsdp import gather_full
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import publish_folder, storage_errors
+from llmgr_rec.files import storage_errors
+from llmgr_rec.folder_draft import FolderDraft
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.remote_path import RemotePath
 from llmgr_rec.storage.adapter_files import save_adapter
 from llmgr_rec.storage.bundle_index import (
     BLEND,
@@ -92,15 +94,19 @@ def export_bundle(
             fails. Nothing is left of the export.
     """
     model, factory = model_of(module), factory or ModelFactory()
-    partial = folder.with_name(folder.name + ".tmp")
+    draft = FolderDraft(folder, INDEX)
+    partial = draft.path
     require_finite(model, stage, step, world)
-    run_on_rank0(world, lambda: _prepare(folder, partial))
+    run_on_rank0(world, lambda: _prepare(folder, draft))
 
     def write_tables() -> list[_WrittenFile]:
         names = table_names or {}
         shards = (replace(shard, table=names.get(shard.table, shard.table)) for shard in local_shards(model))
         with storage_errors(partial):
-            return _write_tables(shards, partial, folder.parent, earlier, world.rank)
+            draft.join()
+            written = _write_tables(shards, partial, folder.parent, earlier, world.rank)
+            draft.upload()
+        return written
 
     def finish() -> None:
         with storage_errors(partial):
@@ -114,7 +120,8 @@ def export_bundle(
             index = _index(model, stage, config, catalog, partial, written, weights_hash, trained_on)
             index = replace(index, factory=factory.name)
             (partial / INDEX).write_text(index.to_json())
-            _publish(partial, folder)
+            _set_default_modes(partial)
+            draft.publish()
 
     try:
         earlier = run_on_all_ranks(world, lambda: _earlier_table_files(folder, catalog))
@@ -122,9 +129,11 @@ def export_bundle(
         weights = _gather_weights(model, world)
         run_on_rank0(world, finish)
     except UserError:
-        if world.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        if world.rank == 0 or draft.is_remote:
+            draft.discard()
         raise
+    if draft.is_remote:
+        draft.discard()
 
 
 def model_of(module: nn.Module) -> LLMGR | SessionRecommender:
@@ -165,14 +174,11 @@ def language_tensors(model: LLMGR) -> dict[str, Tensor]:
     return {f"{part}.{name}": value for part, module in parts.items() for name, value in dense_tensors(module).items()}
 
 
-def _prepare(folder: Path, partial: Path) -> None:
+def _prepare(folder: Path, draft: FolderDraft) -> None:
     if is_complete(folder):
         raise UserError(f"{folder} already contains an exported model; give another --output")
-    with storage_errors(partial):
-        for leftover in (folder, partial):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        (partial / "tables").mkdir(parents=True)
+    with storage_errors(draft.path):
+        draft.begin()
 
 
 def _earlier_table_files(folder: Path, catalog: Catalog) -> dict[str, TableFile]:
@@ -180,7 +186,9 @@ def _earlier_table_files(folder: Path, catalog: Catalog) -> dict[str, TableFile]
 
     Their paths are relative to the folder of the bundles.
     """
-    earlier = {}
+    earlier: dict[str, TableFile] = {}
+    if isinstance(folder, RemotePath):
+        return earlier
     for stage in STAGES:
         if is_complete(folder.parent / stage):
             index = read_index(folder.parent / stage)
@@ -199,6 +207,7 @@ def _write_tables(
 ) -> list[_WrittenFile]:
     """Writes or links this rank's shards."""
     written = []
+    (partial / "tables").mkdir(exist_ok=True)
     for shard in shards:
         rows_at_a_time = max(1, _MAX_FILE_BYTES // (shard.tensor.shape[1] * shard.tensor.element_size()))
         for start in range(0, shard.tensor.shape[0], rows_at_a_time):
@@ -316,14 +325,12 @@ def _index(
     )
 
 
-def _publish(partial: Path, folder: Path) -> None:
-    """Syncs all files to disk, then renames the folder to its final name."""
-    # safetensors creates files that only their owner can read; they get the default mode of new files.
+def _set_default_modes(partial: Path) -> None:
+    """Gives files the default mode of new files, because safetensors creates files that only their owner can read."""
     mode = (partial / INDEX).stat().st_mode
     for path in [*partial.rglob("*"), partial]:
         if path.is_file() and path.stat().st_mode != mode:
             path.chmod(mode)
-    publish_folder(partial, folder)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -7,7 +7,6 @@ step-00000123.tmp, which rank 0 renames when all of them are done.
 import json
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 from llmgr_rec.checksums import damage, file_checksum
 from llmgr_rec.config import Config, StageName
-from llmgr_rec.distributed.process_group import World, run_on_rank0
+from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import atomic_write, publish_folder, storage_errors, write_and_fsync
+from llmgr_rec.files import atomic_write, remove_folder, storage_errors, write_and_fsync
+from llmgr_rec.folder_draft import FolderDraft
 from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
 from llmgr_rec.storage.checkpoint_reader import CheckpointReader, DamagedCheckpointError
@@ -159,14 +159,14 @@ class CheckpointManager:
             UserError: The storage is full, fails, or is not shared by all ranks. The checkpoints before are complete.
         """
         final = self._folder / f"step-{step:08d}"
-        partial = final.with_name(final.name + ".tmp")
-        if not run_on_rank0(self._world, lambda: self._prepare(final, partial)):
+        draft = FolderDraft(final, _COMPLETE)
+        if not run_on_rank0(self._world, lambda: self._prepare(final, draft)):
             run_on_rank0(self._world, lambda: self._replace_extra(final, extra))
             return
         tensors = model_tensors(model)
         if optimizer is not None:
             tensors |= equalize_steps(optimizer_tensors(optimizer, model))
-        checksums = self._write_tensors(tensors, partial)
+        checksums = self._write_tensors(tensors, draft)
         state = _State(
             format=FORMAT,
             step=step,
@@ -179,7 +179,9 @@ class CheckpointManager:
             files={},
             tensor_checksums=checksums,
         )
-        run_on_rank0(self._world, lambda: self._complete_folder(partial, final, state))
+        run_on_rank0(self._world, lambda: self._complete_folder(draft, final, state))
+        if draft.is_remote:
+            draft.discard()
 
     def load(self, model: nn.Module, optimizer: KeyedOptimizer | None, path: Path | None = None) -> dict[str, Any]:
         """Loads a checkpoint into a model and its optimizer; it may be written at another number of ranks.
@@ -220,18 +222,21 @@ class CheckpointManager:
             optimizer.set_optimizer_step(state.step)
         return state.extra
 
-    def _write_tensors(self, tensors: StateTensors, partial: Path) -> TensorChecksums:
+    def _write_tensors(self, tensors: StateTensors, draft: FolderDraft) -> TensorChecksums:
         """Writes the tensors of all ranks; returns their checksums, complete only on rank 0."""
-        writer = CheckpointWriter(partial)
+        draft.join()
+        writer = CheckpointWriter(draft.path)
         try:
             dcp.save(tensors, storage_writer=writer)
         except CheckpointException as error:
             if self._world.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                draft.discard()
             known = _cause(error)
             if isinstance(known, UserError):
                 raise known from error
             raise
+        if draft.is_remote:
+            run_on_all_ranks(self._world, draft.upload)
         checksums = [writer.checksums] * self._world.size
         if self._world.size > 1:
             # Also a barrier: all ranks have written their files when it returns.
@@ -244,17 +249,17 @@ class CheckpointManager:
         found = [path for path in self._folder.iterdir() if _FOLDER.fullmatch(path.name)]
         return sorted((path for path in found if (path / _COMPLETE).is_file()), reverse=True)
 
-    def _prepare(self, final: Path, partial: Path) -> bool:
+    def _prepare(self, final: Path, draft: FolderDraft) -> bool:
         if (final / _COMPLETE).is_file():
             return False
-        with storage_errors(partial):
+        with storage_errors(draft.path):
             # A run that was killed may have left them at any step. The lock of the run keeps other processes out.
             # A complete folder that it had not renamed is removed as well: this step is written again.
             for leftover in self._folder.iterdir() if self._folder.is_dir() else ():
                 is_step = _FOLDER.fullmatch(leftover.name) and not (leftover / _COMPLETE).is_file()
                 if is_step or _PARTIAL.fullmatch(leftover.name):
-                    shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
+                    remove_folder(leftover)
+            draft.begin()
         return True
 
     @staticmethod
@@ -264,8 +269,8 @@ class CheckpointManager:
             with atomic_write(final / _STATE) as partial:
                 partial.write_text(state.to_json())
 
-    def _complete_folder(self, partial: Path, final: Path, state: _State) -> None:
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    def _complete_folder(self, draft: FolderDraft, final: Path, state: _State) -> None:
+        partial, files = draft.path, draft.sizes()
         written = {
             str(entry.relative_path) for entry in CheckpointReader(partial).read_metadata().storage_data.values()
         }
@@ -279,17 +284,15 @@ class CheckpointManager:
             with storage_errors(partial):
                 write_and_fsync(partial / _STATE, state.to_json())
                 write_and_fsync(partial / _COMPLETE, "")
-                publish_folder(partial, final)
+                draft.publish()
         except UserError:
-            shutil.rmtree(partial, ignore_errors=True)
+            draft.discard()
             raise
         complete = self._complete()
         later = [path for path in complete if path.name > final.name]
         old = [path for path in complete if path.name <= final.name][self._keep :]
         for path in later + old:
-            # The marker is removed first, so that a partly removed folder does not count as complete.
-            (path / _COMPLETE).unlink()
-            shutil.rmtree(path)
+            remove_folder(path, _COMPLETE)
 
     def _check(
         self, path: Path | None, needs_optimizer: bool, widths: Mapping[str, list[int]] | None

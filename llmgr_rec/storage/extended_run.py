@@ -23,11 +23,11 @@ from llmgr_rec.data.extended_items import write_extended_items
 from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import atomic_folder, require_writable
+from llmgr_rec.files import atomic_folder, is_free, require_writable
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, load_blend_terms, open_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
-from llmgr_rec.storage.bundle_index import BLEND, CONFIG, PROMPTS, is_complete, resolve_bundle, verified_file
+from llmgr_rec.storage.bundle_index import BLEND, CONFIG, INDEX, PROMPTS, is_complete, resolve_bundle, verified_file
 from llmgr_rec.storage.catalog_mapping import CatalogMapping
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.new_text_rows import new_text_rows, write_text_rows
@@ -55,8 +55,9 @@ def extend_run(run: Path, items: pa.Table, name: str, output: Path, allow_code: 
         UserError: The run has no complete model, an item is not usable, or the output cannot be written.
     """
     bundles = [open_bundle(path, allow_code) for path in _bundles(run)]
-    _check_output(output)
-    with atomic_folder(output.resolve()) as draft:
+    marker = f"export/{bundles[-1].index.stage}/{INDEX}"
+    _check_output(output, marker)
+    with atomic_folder(output.resolve(), marker) as draft:
         with tempfile.TemporaryDirectory(dir=draft) as folder:
             catalog = write_extended_items(bundles[0].catalog, items, name, Path(folder))
             mapping = CatalogMapping.between(bundles[0].catalog, catalog)
@@ -77,9 +78,9 @@ def _bundles(run: Path) -> list[Path]:
     return [last.parent / stage for stage in STAGES if is_complete(last.parent / stage)]
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, marker: str) -> None:
     require_writable(output)
-    if output.exists() and any(output.iterdir()):
+    if not is_free(output, marker):
         raise UserError(f"--output {output} is not empty; give a folder that does not exist")
 
 

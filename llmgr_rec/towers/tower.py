@@ -6,7 +6,6 @@ Shapes: B sessions, C shown items, Q columns of queries and item vectors.
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -29,6 +28,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import query_width
 from llmgr_rec.modules.param_groups import ParamGroup, param_group, select_trainable
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, open_bundle, require_memory
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import BLEND, is_complete, verified_file
@@ -155,7 +155,7 @@ class RecommenderTower(nn.Module, ABC):
                 allowed, or `item_tables` does not fit; or a group is unknown.
         """
         chosen = _groups(cls.groups, cls.default_trains if trains is None else trains)
-        files = open_bundle(path if isinstance(path, Path) else Path(path), allow_code)
+        files = open_bundle(as_path(path), allow_code)
         cls._check_stage(files)
         collection = None if item_tables is None else as_collection(item_tables)
         # The context of torch.device("meta") that a model may be built in is only meant for its tables.
@@ -324,7 +324,7 @@ class RecommenderTower(nn.Module, ABC):
             UserError: The bundle is damaged or of another model, a shape differs, tables are on the meta device, or
                 there is a difference and `strict` is true. Nothing has been loaded then.
         """
-        files = open_bundle(path if isinstance(path, Path) else Path(path), allow_code)
+        files = open_bundle(as_path(path), allow_code)
         self._check_stage(files)
         require_memory(self.model)
         differences = compare(self.model, self._files, files, self._table_names)
@@ -361,7 +361,7 @@ class RecommenderTower(nn.Module, ABC):
             files.index.stage,
             files.config,
             files.catalog,
-            Path(run) / "export" / files.index.stage,
+            as_path(run) / "export" / files.index.stage,
             World.current(next(self.parameters()).device),
             files.index,
             blend,

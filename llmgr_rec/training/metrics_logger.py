@@ -3,14 +3,17 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import atomic_write, storage_errors
+from llmgr_rec.files import atomic_write, draft_of, storage_errors
 from llmgr_rec.log_format import log_metrics
+from llmgr_rec.remote_path import RemotePath
 from llmgr_rec.training.metric_writers import MetricWriter, TensorBoardWriter
 
 logger = logging.getLogger(__name__)
@@ -27,9 +30,13 @@ class MetricsLogger:
             enabled: False on all ranks except 0, where every call does nothing.
             trackers: From `open_trackers`.
         """
-        self._path = run / "metrics.jsonl"
+        self._run = run
+        self._folder = draft_of(run / "logs") if isinstance(run, RemotePath) else run
+        self._path = self._folder / "metrics.jsonl"
         self._enabled = enabled
-        self._writers: list[MetricWriter] = [TensorBoardWriter(run), *trackers] if enabled else []
+        if enabled:
+            self._download()
+        self._writers: list[MetricWriter] = [TensorBoardWriter(self._folder), *trackers] if enabled else []
 
     def write(self, stage: str, step: int, **values: Any) -> None:
         """Appends one record, with the time of day; its line is in the file when the call returns.
@@ -82,13 +89,14 @@ class MetricsLogger:
             partial.write_text("".join(f"{line}\n" for line in lines))
 
     def flush(self) -> None:
-        """Writes the TensorBoard events so far to their file.
+        """Writes the TensorBoard events so far to their file; uploads them and the records if the run is remote.
 
         Raises:
             UserError: The storage is full or fails.
         """
         for writer in self._writers:
             writer.flush()
+        self._upload()
 
     def close(self, complete: bool = True) -> None:
         """Flushes TensorBoard events, and ends the runs of the trackers.
@@ -101,6 +109,23 @@ class MetricsLogger:
         """
         for writer in self._writers:
             writer.close(complete)
+        self._upload()
+        if isinstance(self._run, RemotePath):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _download(self) -> None:
+        """Begins with the records of a remote run so far, because remote files cannot be appended to."""
+        if isinstance(self._run, RemotePath):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                self._path.write_bytes((self._run / self._path.name).read_bytes())
+
+    def _upload(self) -> None:
+        if not isinstance(self._run, RemotePath) or not self._enabled:
+            return
+        for file in self._folder.rglob("*"):
+            if file.is_file():
+                (self._run / file.relative_to(self._folder)).upload(file)
 
 
 def _is_later(record: dict[str, Any], step: int, validated: bool) -> bool:

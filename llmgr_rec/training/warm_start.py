@@ -21,6 +21,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.storage.bundle import copy_weights, load_weights
 from llmgr_rec.storage.bundle_index import (
     INDEX,
@@ -192,7 +193,7 @@ def recorded_run(output: Path) -> Path | None:
     if not file.is_file():
         return None
     try:
-        return Path(json.loads(file.read_text())["run"])
+        return as_path(json.loads(file.read_text())["run"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is damaged; train into another --output") from None
 

@@ -109,8 +109,8 @@ def test_registered_components_hide_no_builtin() -> None:
     [
         ("/data/a$$b", "are replaced on the way"),
         ("--output=/data/$(HOME)", "are replaced on the way"),
-        ("s3://bucket/run", "remote storage is not supported yet"),
-        ("--output=gs://bucket/run", "remote storage is not supported yet"),
+        ("s3://key:secret@bucket/run", "leave out keys and options"),
+        ("--output=https://bucket/run?secret", "give s3://, gs://, hdfs:// or memory://"),
         ("/data/a\0b", "null characters"),
     ],
 )
@@ -121,7 +121,9 @@ def test_an_argument_that_would_not_arrive_is_refused_in_one_line(
         runner.dryrun_component(f"{FILE}:{name}", ["--", "--output", word], "kubernetes", {"queue": "q"})
     assert stop.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"error: argument {word!r}: ")
+    shown = word.partition("://")
+    assert said.startswith(f"error: argument {f'{shown[0]}://...' if shown[1] else word!r}: ")
+    assert "secret" not in said
     assert problem in said
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from llmgr_rec.data.preparation.database import BATCH_ROWS, Database, literal
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.remote_path import RemotePath
 
 # Bugs in the SQL of this package, and Ctrl-C in a query.
 _NOT_OF_THE_USER = (
@@ -63,10 +64,20 @@ class DuckDBDatabase(Database):
     def parquet(self, paths: Sequence[Path], columns: Sequence[str]) -> str:
         """See the base class."""
         del columns  # DuckDB reads those that a query names.
+        for path in paths:
+            if isinstance(path, RemotePath):
+                self._register(path)
         files = ", ".join(literal(literal_path(path)) for path in paths)
         # Not DuckDB's partitions: those override columns of the file, and begin above the input folder. Files may have
         # different integer widths and time units.
         return f"read_parquet([{files}], file_row_number=true, hive_partitioning=false, union_by_name=true)"
+
+    def _register(self, path: RemotePath) -> None:
+        """Lets DuckDB read paths like this one."""
+        system = path.file_system()
+        names = {system.protocol} if isinstance(system.protocol, str) else set(system.protocol)
+        if not any(self._connection.filesystem_is_registered(name) for name in names):
+            self._connection.register_filesystem(system)
 
     def date(self, text: str) -> str:
         """See the base class."""
@@ -143,6 +154,8 @@ def literal_path(path: Path) -> str:
         UserError: The path has a backslash beside `*`, `?` or `[`, which no pattern of DuckDB can match.
     """
     text = str(path.absolute())
+    if isinstance(path, RemotePath):
+        return text
     if not set(text) & set("*?["):
         return text
     if "\\" in text:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from llmgr_rec.cache import cache_folder
 from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest, load_manifest
 from llmgr_rec.data.preparation import filters, load, phases, sessionize
@@ -30,6 +31,7 @@ from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder, scratch_folder
 from llmgr_rec.first_and_last_line import print_start, threads_in_use
+from llmgr_rec.remote_path import RemotePath, as_path
 from llmgr_rec.result_cache import files_below, recorded_messages
 
 if TYPE_CHECKING:
@@ -57,13 +59,15 @@ def prepare_dataset(settings: PrepareSettings, spark: "SparkSession | None" = No
     clicks, items = load.open_inputs(settings)
     reads = [settings.interactions, settings.sessions, settings.items]
     print_start("prepare", reads, settings.output, _describe_engine(settings))
-    output = Path(settings.output).resolve()
-    # What takes a cluster is too large for a copy.
-    cached = cached_data_set(settings, clicks, items) if settings.engine == "duckdb" else None
-    with atomic_folder(output) as draft, recorded_messages(__package__) as messages:
+    output = as_path(settings.output).resolve()
+    # What takes a cluster, or is read from remote storage without a copy, is too large for one.
+    is_here = not any(isinstance(file, RemotePath) for source in (clicks, items) if source for file in source.files)
+    cached = cached_data_set(settings, clicks, items) if settings.engine == "duckdb" and is_here else None
+    with atomic_folder(output, MANIFEST_NAME) as draft, recorded_messages(__package__) as messages:
         if cached and cached.take(draft):
             return load_manifest(draft)
-        temporary = Path(settings.temp_folder or output.parent).absolute() / output.name
+        beside = cache_folder() / "remote" if isinstance(output, RemotePath) else output.parent
+        temporary = Path(settings.temp_folder or beside).absolute() / output.name
         with scratch_folder(temporary) as scratch:
             database = _open_database(scratch, settings, spark)
             try:

@@ -11,8 +11,9 @@ from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.data.preparation.duration import nanoseconds_of
 from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, RepeatsOption
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import require_writable
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.files import is_free, require_writable
+from llmgr_rec.paths import LocalPath, StoragePath
+from llmgr_rec.remote_path import RemotePath, as_path
 
 _SHARE = Bounds(at_least=0, below=1)
 _CLICKS = Bounds(at_least=0, at_most=2**31)
@@ -79,10 +80,10 @@ class PrepareSettings:
         temp_folder: Folder for spilled data; default: next to the output. With Spark, all executors must reach it.
     """
 
-    output: LocalPath
-    interactions: LocalPath | None = None
-    sessions: LocalPath | None = None
-    items: LocalPath | None = None
+    output: StoragePath
+    interactions: StoragePath | None = None
+    sessions: StoragePath | None = None
+    items: StoragePath | None = None
     session_gap: str | None = None
     time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds"] = "auto"
     duplicates: Literal["drop", "keep"] = "drop"
@@ -136,9 +137,12 @@ def check_settings(settings: PrepareSettings) -> None:
     _check_engine(settings)
     if settings.temp_folder:
         require_writable(Path(settings.temp_folder), "--temp_folder")
-    output = Path(settings.output)
-    require_writable(output.parent)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    # Not at the top, because it imports pyarrow, which --help does without.
+    from llmgr_rec.data.schema import MANIFEST_NAME
+
+    output = as_path(settings.output)
+    require_writable(output if isinstance(output, RemotePath) else output.parent)
+    if not is_free(output, MANIFEST_NAME):
         raise UserError(f"output {output} exists and is not an empty folder; give another --output or delete it")
 
 

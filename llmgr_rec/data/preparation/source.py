@@ -16,6 +16,7 @@ from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.preparation.database import Database, identifier, literal
 from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
+from llmgr_rec.remote_path import as_path
 
 Kind = Literal["id", "time", "text", "id_list"]
 # Columns that DuckDB adds to those of a file, in any case, and the column that `Source.sql` adds.
@@ -173,7 +174,7 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     Raises:
         UserError: A file is missing or unreadable, or a column is missing or has the wrong type.
     """
-    listing = list_parquet_files(Path(path), option)
+    listing = list_parquet_files(as_path(path), option)
     files: list[ParquetFile] = []
     first_rows, row_groups, stored = [], [], list[dict[str, str]]()
     types: dict[str, str] = {}
@@ -218,7 +219,7 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
         first_rows=tuple(first_rows),
         row_groups=tuple(row_groups),
         partitions=partitions,
-        description=listing.describe() if Path(path).is_dir() else "",
+        description=listing.describe() if as_path(path).is_dir() else "",
         stored=tuple(stored),
         kinds={name: kinds[name] for name in types},
     )
