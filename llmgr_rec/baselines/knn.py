@@ -7,21 +7,17 @@ Shapes: B sessions, L clicks of all sessions, V items, K length of a ranked list
 """
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from llmgr_rec.baselines.item_similarity import cosine_similarity
 from llmgr_rec.baselines.recency import recency_weights
-from llmgr_rec.baselines.sparse_scores import (
-    Floats,
-    Ints,
-    blocks,
-    cosine_similarity,
-    order_in_rows,
-    top_k,
-)
+from llmgr_rec.baselines.sparse_scores import Floats, Ints, blocks, high_products, order_in_rows, top_k
+from llmgr_rec.kernels.sparse_product import SparseProduct
 
 DECAY = 0.7
 # Maximum number of sparse scores in memory while sessions are ranked.
@@ -99,7 +95,12 @@ class ItemNeighbors:
 
     def rank(self, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
         """See `Baseline.rank`; items without a sparse score have score 0."""
-        return _rank_in_blocks(self, items_L, offsets_B1, np.diff(self.similarity_VV.indptr), k)
+        weights_BV = recency_weights(items_L, offsets_B1, self.decay, self.similarity_VV.shape[0])
+        return _rank_in_blocks(weights_BV, self._product, k)
+
+    @cached_property
+    def _product(self) -> SparseProduct:
+        return SparseProduct(self.similarity_VV)
 
 
 class ItemKNN(ItemNeighbors):
@@ -156,7 +157,14 @@ class SessionKNN:
 
     def rank(self, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
         """See `Baseline.rank`; items without a sparse score have score 0."""
-        return _rank_in_blocks(self, items_L, offsets_B1, np.diff(self._normalized_VS.indptr), k)
+        additions_V = np.diff(self._normalized_VS.indptr)
+        additions_B = np.diff(np.concatenate([[0], np.cumsum(additions_V[items_L])])[offsets_B1])
+        lists = []
+        for start, stop in blocks(additions_B, _BLOCK_SCORES):
+            clicks = slice(offsets_B1[start], offsets_B1[stop])
+            scores_BV = self.scores(items_L[clicks], offsets_B1[start : stop + 1] - offsets_B1[start])
+            lists.append(top_k(scores_BV, k))
+        return _concatenated(lists)
 
 
 def session_matrix(sessions: Iterable[tuple[Ints, Ints]], num_items: int) -> sparse.csr_array:
@@ -181,18 +189,23 @@ def session_matrix(sessions: Iterable[tuple[Ints, Ints]], num_items: int) -> spa
     return matrix
 
 
-def _rank_in_blocks(
-    baseline: Neighbors, items_L: Ints, offsets_B1: Ints, entries_V: Ints, k: int
-) -> tuple[Ints, Floats]:
-    """Ranks blocks of sessions with a bounded number of sparse scores; `entries_V` is their number per clicked item."""
-    is_empty_B = np.diff(offsets_B1) == 0
-    entries_B = np.where(is_empty_B, 0, np.add.reduceat(np.append(entries_V[items_L], 0), offsets_B1[:-1]))
+def _rank_in_blocks(weights_BV: sparse.csr_array, similarity: SparseProduct, k: int) -> tuple[Ints, Floats]:
+    """Ranks blocks of sessions with a bounded number of scores.
+
+    Args:
+        weights_BV: Weights of the clicked items.
+        similarity: Similarity of clicked and ranked items.
+        k: Length K of the lists.
+    """
     lists = []
-    for start, stop in blocks(entries_B, _BLOCK_SCORES):
-        clicks = slice(offsets_B1[start], offsets_B1[stop])
-        scores_BV = baseline.scores(items_L[clicks], offsets_B1[start : stop + 1] - offsets_B1[start])
-        lists.append(top_k(scores_BV, k))
-    return np.concatenate([ids for ids, _ in lists]), np.concatenate([scores for _, scores in lists])
+    for start, stop in blocks(np.minimum(similarity.additions(weights_BV), similarity.width), _BLOCK_SCORES):
+        lists.append(top_k(high_products(similarity, weights_BV[start:stop], k), k))
+    return _concatenated(lists)
+
+
+def _concatenated(lists: list[tuple[Ints, Floats]]) -> tuple[Ints, Floats]:
+    ids, scores = zip(*lists, strict=True)
+    return np.concatenate(ids), np.concatenate(scores)
 
 
 def _padded(values: NDArray, length: int, fill: float) -> NDArray:

@@ -1,100 +1,146 @@
-"""Sparse similarities and scores of items: cosine similarity with bounded memory, and top-K of each row.
+"""Scores of items in sparse and dense rows: the highest entries of each row, and their order.
 
-Shapes: B sessions, V items, K length of a ranked list, F features, U items of a block.
+Scores are compared after rounding: sums of the same numbers in different orders differ in the last bits, and such
+scores must be ties. Of tied ones, the lower column comes first.
+
+Shapes: B rows, V columns (items), D >= V columns of a dense row, U rows of a block, K length of a ranked list, S strips
+of columns, M maximum number of entries of a row.
 """
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import sparse
+
+from llmgr_rec.kernels.sparse_product import ALIGNED, SparseProduct
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-# Maximum number of item pairs in memory while similarities are computed, about 50 bytes each.
-_BLOCK_PAIRS = 1_000_000
-# Columns of a strip, and the number of columns for each product that is not 0, below which strips are compared.
-_STRIP, _MIN_SHARE = 8, 3
-# Decimals to which scores are rounded. Sums of the same numbers in different orders differ in the last bits, and such
-# scores must be ties.
+# Decimals to which scores are rounded.
 _DIGITS = 12
+# Width of a strip of columns at least, and the number of strips for each of the highest entries that are wanted.
+_SMALLEST_STRIP, _STRIPS_PER_ENTRY = 8, 3
+# Maximum number of entries that are copied at a time to find the k-th highest of rows of different lengths.
+_COPIED = 1 << 20
 
 
-def cosine_similarity(features_FV: sparse.csr_array, k_neighbors: int = 0) -> sparse.csr_array:
-    """Item-item cosine similarity without the diagonal, computed in blocks of items.
-
-    Memory is bounded by the block size and the result. Time is proportional to the sum over features of the squared
-    number of items with the feature.
+def nearest(scores_BV: sparse.csr_array, k: int) -> sparse.csr_array:
+    """The k highest entries of each row, with sorted indices.
 
     Args:
-        features_FV: Non-negative features of the items, one column per item, such as training sessions or words.
-        k_neighbors: Number of most similar items per item (ties: lower index); 0 keeps all.
+        scores_BV: Sparse scores without duplicate entries.
+        k: Number of entries per row.
+    """
+    kept, rows = _highest(scores_BV, k)
+    offsets = np.searchsorted(rows, np.arange(scores_BV.shape[0] + 1))
+    return sparse.csr_array((scores_BV.data[kept], scores_BV.indices[kept], offsets), shape=scores_BV.shape)
+
+
+def best_entries(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Ints, Ints]:
+    """The k highest entries of each row in their order.
+
+    Args:
+        scores_BV: Sparse scores without duplicate entries.
+        k: Number of entries per row.
 
     Returns:
-        Sparse matrix [V, V] of cosines in (0, 1].
+        Positions of the entries in the data of the matrix, sorted by row and rank; the row of each; and its rank.
     """
-    features_VF = features_FV.T.tocsr()
-    num_items = features_VF.shape[0]
-    squares_V = np.asarray(features_VF.multiply(features_VF).sum(axis=1)).ravel()
-    scale_V = 1 / np.sqrt(np.where(squares_V > 0, squares_V, 1.0))
-    has_VF = sparse.csr_array((np.ones(features_VF.nnz), features_VF.indices, features_VF.indptr), features_VF.shape)
-    pairs_V = np.minimum(has_VF @ np.diff(features_FV.indptr), num_items)
-    similarities = [sparse.csr_array((0, num_items))]
-    for start, stop in blocks(pairs_V, _BLOCK_PAIRS):
-        cosine_UV = sparse.csr_array(features_VF[start:stop] @ features_FV)
-        if 0 < k_neighbors * _STRIP <= num_items < _MIN_SHARE * cosine_UV.nnz / (stop - start):
-            cosine_UV = _promising(cosine_UV, scale_V, start, k_neighbors)
-        rows = np.repeat(np.arange(start, stop), np.diff(cosine_UV.indptr))
-        cosine_UV.data *= scale_V[rows]
-        cosine_UV.data *= scale_V[cosine_UV.indices]
-        cosine_UV.data[cosine_UV.indices == rows] = 0
-        cosine_UV.eliminate_zeros()
-        similarities.append(_nearest(cosine_UV, k_neighbors) if k_neighbors else cosine_UV)
-    return sparse.vstack(similarities, format="csr")
+    kept, rows = _highest(scores_BV, k)
+    first_B1 = np.searchsorted(rows, np.arange(scores_BV.shape[0] + 1))
+    length_B = np.diff(first_B1)
+    lowered_BM = np.full((len(length_B), int(length_B.max(initial=0))), np.inf)
+    is_entry_BM = np.arange(lowered_BM.shape[1]) < length_B[:, None]
+    lowered_BM[is_entry_BM] = -_rounded(scores_BV.data[kept])
+    order_BM = np.argsort(lowered_BM, axis=1, kind="stable")
+    return kept[(first_B1[:-1, None] + order_BM)[is_entry_BM]], rows, np.nonzero(is_entry_BM)[1]
 
 
-def _promising(products_UV: sparse.csr_array, scale_V: Floats, start: int, k_neighbors: int) -> sparse.csr_array:
-    """The few products of each row that may be its nearest, where most are not 0.
-
-    The k-th highest maximum of strips of columns is a lower bound of the k-th highest cosine of a row.
+def top_k(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
+    """The k best items of each row, in order of item index if tied.
 
     Args:
-        products_UV: Products of the features of items `start` and after with those of all items.
-        scale_V: Factor of each item that makes them cosines.
-        start: First item.
-        k_neighbors: Number of nearest items.
+        scores_BV: Non-negative sparse scores without duplicate entries; items without an entry have score 0.
+        k: Length K of the lists.
+
+    Returns:
+        Item indices, int64 [B, K], and scores, float64 [B, K], padded with -1 and -inf if there are fewer than K items.
     """
-    num_rows, num_items = products_UV.shape
-    scaled_UV = products_UV.toarray()
-    scaled_UV *= scale_V
-    scaled_UV[np.arange(num_rows), np.arange(start, start + num_rows)] = 0
-    strips = num_items // _STRIP
-    maxima = scaled_UV[:, : strips * _STRIP].reshape(num_rows, _STRIP, strips).max(axis=1)
-    bound_U = np.partition(maxima, strips - k_neighbors, axis=1)[:, strips - k_neighbors]
-    # Cosines that are equal after rounding may be lower by some 10^-12.
-    bound_U = bound_U * (1 - 1e-6) - 10.0**-_DIGITS / scale_V[start : start + num_rows]
-    is_promising_UV = scaled_UV >= np.maximum(bound_U, np.finfo(np.float64).tiny)[:, None]
-    (places,) = np.nonzero(is_promising_UV.ravel())
-    first_U1 = np.arange(num_rows + 1) * num_items
-    offsets = np.searchsorted(places, first_U1)
-    columns = places - np.repeat(first_U1[:-1], np.diff(offsets))
-    products = scaled_UV.ravel()[places] / scale_V[columns]
-    return sparse.csr_array((products, columns, offsets), shape=products_UV.shape)
+    num_rows, num_items = scores_BV.shape
+    entries, rows, ranks = best_entries(scores_BV, k)
+    ids_BK = np.full((num_rows, k), -1, np.int64)
+    scores_BK = np.full((num_rows, k), -np.inf)
+    ids_BK[rows, ranks] = scores_BV.indices[entries]
+    scores_BK[rows, ranks] = _rounded(scores_BV.data[entries])
+    for row in np.flatnonzero(ids_BK[:, -1] < 0):
+        length = int((ids_BK[row] >= 0).sum())
+        # Of the 2k lowest item indices, at least k are not in the list yet, if the catalog has as many.
+        fill = np.setdiff1d(np.arange(min(2 * k, num_items)), ids_BK[row, :length])[: k - length]
+        ids_BK[row, length : length + len(fill)] = fill
+        scores_BK[row, length : length + len(fill)] = 0.0
+    return ids_BK, scores_BK
 
 
-def _nearest(cosine_UV: sparse.csr_array, k_neighbors: int) -> sparse.csr_array:
-    """The entries of each row that `best_entries` ranks below `k_neighbors`, found without ranking them."""
-    counts_U = np.diff(cosine_UV.indptr)
-    values = np.round(cosine_UV.data, _DIGITS)
-    kth = np.repeat(_kth_values(values, cosine_UV.indptr, k_neighbors), counts_U)
-    is_kept = values > kth
-    # Of those that are equal to the k-th, the first columns.
-    (tied,) = np.nonzero(values == kth)
-    rows = np.searchsorted(cosine_UV.indptr, tied, side="right") - 1
-    kept_before = np.concatenate([[0], np.cumsum(is_kept)])[cosine_UV.indptr]
-    order, ranks = order_in_rows(rows, cosine_UV.indices[tied], np.zeros(len(tied)))
-    is_kept[tied[order[ranks < (k_neighbors - np.diff(kept_before))[rows[order]]]]] = True
-    offsets = np.concatenate([[0], np.cumsum(is_kept)])[cosine_UV.indptr]
-    return sparse.csr_array((cosine_UV.data[is_kept], cosine_UV.indices[is_kept], offsets), shape=cosine_UV.shape)
+def high_products(
+    product: SparseProduct, left_BF: sparse.csr_array, k: int, first_item: int | None = None
+) -> sparse.csr_array:
+    """Entries of a product of non-negative matrices, the k highest of each row among them.
+
+    Args:
+        product: The right matrix, whose V columns are items.
+        left_BF: Rows of the left matrix.
+        k: Number of entries per row.
+        first_item: If given, row b is item `first_item` + b, and its product with itself is left out.
+
+    Returns:
+        Sparse matrix [B, V] without duplicates.
+    """
+    items_B = None if first_item is None else np.arange(first_item, first_item + left_BF.shape[0])
+    if product.is_dense(product.additions(left_BF)):
+        parts = [sparse.csr_array((0, product.width))]
+        for start, scores_UD in product.dense_blocks(left_BF):
+            if items_B is not None:
+                rows_U = np.arange(len(scores_UD))
+                scores_UD[rows_U, items_B[start + rows_U]] = 0
+            parts.append(_high_entries(scores_UD, k, product.width))
+        return sparse.csr_array(sparse.vstack(parts, format="csr"))
+    products_BV = product.sparse_rows(left_BF)
+    if items_B is not None:
+        products_BV.data[products_BV.indices == np.repeat(items_B, np.diff(products_BV.indptr))] = 0
+        products_BV.eliminate_zeros()
+    return products_BV
+
+
+def _high_entries(scores_BD: Floats, k: int, width: int) -> sparse.csr_array:
+    """The entries above 0 of each row that may be among its k highest, and few others; with sorted indices.
+
+    The k-th highest maximum of strips of columns is a lower bound of the k-th highest entry of a row.
+
+    Args:
+        scores_BD: Scores, float64; D is a multiple of `ALIGNED`, columns from `width` on are 0.
+        k: Number of entries.
+        width: Number V of columns of the result.
+    """
+    strip = min(max(_power_of_two(width // (_STRIPS_PER_ENTRY * k)), _SMALLEST_STRIP), ALIGNED)
+    maxima_BS = torch.from_numpy(scores_BD).unflatten(1, (-1, strip)).amax(2)
+    lowest_B = np.full(len(scores_BD), np.finfo(np.float64).tiny)
+    if k < maxima_BS.shape[1]:
+        kth_B = torch.topk(maxima_BS, k, sorted=False).values.amin(1).numpy()
+        lowest_B = np.maximum(lowest_B, kth_B - 10.0**-_DIGITS)
+    places = _true_places(scores_BD >= lowest_B[:, None])
+    first_B1 = np.arange(len(scores_BD) + 1) * scores_BD.shape[1]
+    offsets = np.searchsorted(places, first_B1)
+    columns = places - np.repeat(first_B1[:-1], np.diff(offsets))
+    return sparse.csr_array((scores_BD.ravel()[places], columns, offsets), shape=(len(scores_BD), width))
+
+
+def _true_places(is_true_BD: NDArray[np.bool_]) -> Ints:
+    """Places of the few true values in a matrix that is read row by row, ascending; D is a multiple of 8."""
+    # Eight values at a time.
+    groups = np.flatnonzero(is_true_BD.view(np.uint64) != 0)
+    found = np.flatnonzero(is_true_BD.reshape(-1, 8)[groups])
+    return groups[found >> 3] * 8 + (found & 7)
 
 
 def blocks(sizes: Ints, limit: int) -> list[tuple[int, int]]:
@@ -123,54 +169,47 @@ def order_in_rows(rows: Ints, columns: Ints, values: Floats) -> tuple[Ints, Ints
     return order, np.arange(len(order)) - first
 
 
-def best_entries(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Ints]:
-    """The k best entries of each row and all that are tied with the last of them. Ties are in order of column.
+def _highest(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Ints]:
+    """Positions of the k highest entries of each row in the data, in order of row and column, and their rows."""
+    # Rounding keeps the order, so the k-th highest may be found before it.
+    kth_B = _rounded(_kth_values(scores_BV.data, scores_BV.indptr, k))
+    rows = np.repeat(np.arange(len(kth_B)), np.diff(scores_BV.indptr))
+    entries = np.flatnonzero(scores_BV.data >= (kth_B - 10.0**-_DIGITS)[rows])
+    rows = rows[entries]
+    if not scores_BV.has_sorted_indices:
+        order = np.lexsort((scores_BV.indices[entries], rows))
+        entries = entries[order]
+    values, kth = _rounded(scores_BV.data[entries]), kth_B[rows]
+    is_above, is_tied = values > kth, values == kth
+    above_B = np.bincount(rows[is_above], minlength=len(kth_B))
+    tied_before = np.concatenate([[0], np.cumsum(is_tied)])
+    first_B = np.searchsorted(rows, np.arange(len(kth_B)))
+    rank_of_tied = tied_before[:-1] - tied_before[first_B][rows]
+    is_kept = is_above | (is_tied & (rank_of_tied < k - above_B[rows]))
+    return entries[is_kept], rows[is_kept]
 
-    Args:
-        scores_BV: Sparse scores without duplicate entries.
-        k: Number of entries per row.
 
-    Returns:
-        Positions of the entries in the data of the matrix, sorted by row and rank, and the rank of each in its row.
-    """
-    counts_B = np.diff(scores_BV.indptr)
-    values = np.round(scores_BV.data, _DIGITS)
-    (candidates,) = np.nonzero(values >= np.repeat(_kth_values(values, scores_BV.indptr, k), counts_B))
-    rows = np.repeat(np.arange(len(counts_B)), counts_B)[candidates]
-    order, ranks = order_in_rows(rows, scores_BV.indices[candidates], values[candidates])
-    return candidates[order], ranks
-
-
-def top_k(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Floats]:
-    """The k best items of each row, in order of item index if tied.
-
-    Args:
-        scores_BV: Non-negative sparse scores without duplicate entries; items without an entry have score 0.
-        k: Length K of the lists.
-
-    Returns:
-        Item indices, int64 [B, K], and scores, float64 [B, K], padded with -1 and -inf if there are fewer than K items.
-    """
-    num_rows, num_items = scores_BV.shape
-    entries, ranks = best_entries(scores_BV, k)
-    entries, ranks = entries[ranks < k], ranks[ranks < k]
-    rows = np.repeat(np.arange(num_rows), np.diff(scores_BV.indptr))[entries]
-    ids_BK = np.full((num_rows, k), -1, np.int64)
-    scores_BK = np.full((num_rows, k), -np.inf)
-    ids_BK[rows, ranks] = scores_BV.indices[entries]
-    scores_BK[rows, ranks] = np.round(scores_BV.data[entries], _DIGITS)
-    for row in np.flatnonzero(ids_BK[:, -1] < 0):
-        length = int((ids_BK[row] >= 0).sum())
-        # Of the 2k lowest item indices, at least k are not in the list yet, if the catalog has as many.
-        fill = np.setdiff1d(np.arange(min(2 * k, num_items)), ids_BK[row, :length])[: k - length]
-        ids_BK[row, length : length + len(fill)] = fill
-        scores_BK[row, length : length + len(fill)] = 0.0
-    return ids_BK, scores_BK
+def _rounded(scores: NDArray[np.floating]) -> Floats:
+    # In float64: rounding in float32 has an error of its own.
+    return np.round(scores.astype(np.float64, copy=False), _DIGITS)
 
 
 def _kth_values(values: Floats, offsets: Ints, k: int) -> Floats:
     """The k-th largest value of each row; -inf for a row with k values or fewer."""
-    kth_B = np.full(len(offsets) - 1, -np.inf)
-    for row in np.flatnonzero(np.diff(offsets) > k):
-        kth_B[row] = np.partition(values[offsets[row] : offsets[row + 1]], -k)[-k]
+    counts_B = np.diff(offsets)
+    kth_B = np.full(len(counts_B), -np.inf)
+    power_B = np.ceil(np.log2(np.maximum(counts_B, 1))).astype(np.int64)
+    for power in np.unique(power_B[counts_B > k]):
+        similar = np.flatnonzero((power_B == power) & (counts_B > k))
+        for start in range(0, len(similar), max(_COPIED >> power, 1)):
+            rows = similar[start : start + max(_COPIED >> power, 1)]
+            places_BM = offsets[rows][:, None] + np.arange(counts_B[rows].max())
+            values_BM = values[np.minimum(places_BM, len(values) - 1)]
+            values_BM[places_BM >= offsets[rows + 1][:, None]] = -np.inf
+            kth_B[rows] = torch.topk(torch.from_numpy(values_BM), k, sorted=False).values.amin(1).numpy()
     return kth_B
+
+
+def _power_of_two(number: int) -> int:
+    """The largest power of two that does not exceed a number; 0 of 0."""
+    return 1 << number.bit_length() - 1 if number else 0

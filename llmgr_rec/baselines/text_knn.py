@@ -11,8 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 from scipy import sparse
 
+from llmgr_rec.baselines.item_similarity import cosine_similarity
 from llmgr_rec.baselines.knn import DECAY, ItemNeighbors
-from llmgr_rec.baselines.sparse_scores import cosine_similarity
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.words import words_of
 from llmgr_rec.errors import UserError

@@ -19,6 +19,8 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.evaluation.results import K
 
+# Lists whose diversity is measured together, which takes less time than in smaller batches.
+_MEASURED_LISTS = 8192
 # Features of items, by the diversity that is measured with them.
 _DIVERSITY = {"category_diversity": "category", "text_diversity": "word"}
 
@@ -66,15 +68,18 @@ class FeatureVectors:
             Sums, float64 [B], and numbers, int64 [B]; each pair counts twice.
         """
         listed_BK = ids_BK.numpy() >= 0
-        items_X, place_W = np.unique(ids_BK.numpy()[listed_BK], return_inverse=True)
+        place_W = ids_BK.numpy()[listed_BK]
+        is_listed_V = np.zeros(self._ids.num_rows, bool)
+        is_listed_V[place_W] = True
+        items_X = np.flatnonzero(is_listed_V)
+        row_W = (np.cumsum(is_listed_V) - 1)[place_W]
         vectors_XF = self._vectors(items_X)
-        has_vector_W = (np.diff(vectors_XF.indptr) > 0)[place_W]
+        has_vector_W = (np.diff(vectors_XF.indptr) > 0)[row_W]
         lists_B1 = np.concatenate([[0], np.cumsum(listed_BK.sum(axis=1))])
-        members_BX = sparse.csr_array((has_vector_W.astype(np.float64), place_W, lists_B1), (len(ids_BK), len(items_X)))
+        members_BX = sparse.csr_array((has_vector_W.astype(np.float64), row_W, lists_B1), (len(ids_BK), len(items_X)))
         # The squared length of the sum of n unit vectors is n plus the cosines of all pairs.
-        sums_BF = members_BX @ vectors_XF
-        squared_B = np.asarray((sums_BF * sums_BF).sum(axis=1))
-        count_B = np.asarray(members_BX.sum(axis=1)).astype(np.int64)
+        squared_B = _squared_lengths(members_BX @ vectors_XF)
+        count_B = np.diff(np.concatenate([[0], np.cumsum(has_vector_W)])[lists_B1])
         return squared_B - count_B, count_B * (count_B - 1)
 
     def _vectors(self, items_X: NDArray[np.int64]) -> sparse.csr_array:
@@ -84,9 +89,13 @@ class FeatureVectors:
         shape = (len(items_X), len(self._weight_F))
         vectors_XF = sparse.csr_array((self._weight_F[values], values, rows.offsets.numpy()), shape)
         vectors_XF.eliminate_zeros()
-        length_X = np.sqrt(np.asarray((vectors_XF * vectors_XF).sum(axis=1)))
-        vectors_XF.data /= np.repeat(length_X, np.diff(vectors_XF.indptr))
+        vectors_XF.data /= np.repeat(np.sqrt(_squared_lengths(vectors_XF)), np.diff(vectors_XF.indptr))
         return vectors_XF
+
+
+def _squared_lengths(rows: sparse.csr_array) -> NDArray[np.float64]:
+    """Sum of the squared entries of each row."""
+    return np.add.reduceat(np.append(rows.data**2, 0.0), rows.indptr[:-1]) * (np.diff(rows.indptr) > 0)
 
 
 class BeyondAccuracy:
@@ -98,12 +107,14 @@ class BeyondAccuracy:
 
     def __init__(self, items: ItemProperties) -> None:
         self._items = items
-        self._recommended_V = torch.zeros(len(items.train_count_V), dtype=torch.float64)
-        self._sums: dict[str, float] = dict.fromkeys(
-            ["places", "surprise", "clicks", "lists", "target_clicks", "ties", "neighbors"], 0.0
-        )
+        # Number of lists with each item.
+        self._listed_V = np.zeros(len(items.train_count_V), np.int64)
+        self._sums: dict[str, float] = dict.fromkeys(["lists", "target_clicks", "ties", "neighbors"], 0.0)
         for name in items.features:
             self._sums |= {name: 0.0, f"{name}_lists": 0.0}
+        # Lists whose diversity is not measured yet.
+        self._pending: list[Tensor] = []
+        self._num_pending = 0
 
     def update(self, ids_BK: Tensor, scores_BK: Tensor, targets_B: Tensor, weights_B: Tensor) -> None:
         """Adds one batch of ranked lists.
@@ -117,23 +128,29 @@ class BeyondAccuracy:
         is_real_B = (weights_B > 0).cpu()
         ids_BK, scores_BK = ids_BK.cpu()[is_real_B, :K], scores_BK.cpu()[is_real_B, :K]
         targets_B = targets_B.cpu()[is_real_B]
-        places = ids_BK[ids_BK >= 0].numpy()
-        counts_V = np.bincount(places, minlength=len(self._recommended_V))
-        self._recommended_V += torch.from_numpy(counts_V)
         is_pair = ids_BK[:, 1:] >= 0
         sums = self._sums
-        sums["places"] += len(places)
-        sums["surprise"] += float(self._items.surprise_V[places].sum())
-        sums["clicks"] += float(self._items.train_count_V[places].sum())
         sums["lists"] += len(ids_BK)
         sums["target_clicks"] += float(self._items.train_count_V[targets_B.numpy()].sum())
         sums["ties"] += int(((scores_BK[:, 1:] == scores_BK[:, :-1]) & is_pair).sum())
         sums["neighbors"] += int(is_pair.sum())
+        self._pending.append(ids_BK)
+        self._num_pending += len(ids_BK)
+        if self._num_pending >= _MEASURED_LISTS:
+            self._measure_pending()
+
+    def _measure_pending(self) -> None:
+        if not self._pending:
+            return
+        ids_BK = torch.cat(self._pending)
+        self._pending, self._num_pending = [], 0
+        places = ids_BK[ids_BK >= 0].numpy()
+        self._listed_V += np.bincount(places, minlength=len(self._listed_V))
         for name, vectors in self._items.features.items():
             cosines_B, pairs_B = vectors.similarities(ids_BK)
             has_pairs_B = pairs_B > 0
-            sums[name] += float((1 - cosines_B[has_pairs_B] / pairs_B[has_pairs_B]).sum())
-            sums[f"{name}_lists"] += int(has_pairs_B.sum())
+            self._sums[name] += float((1 - cosines_B[has_pairs_B] / pairs_B[has_pairs_B]).sum())
+            self._sums[f"{name}_lists"] += int(has_pairs_B.sum())
 
     def compute(self, sum_over_ranks: Callable[[Tensor], object] | None = None) -> dict[str, float | None]:
         """Properties of all lists added so far.
@@ -148,17 +165,19 @@ class BeyondAccuracy:
             `category_diversity` and `text_diversity` (1 - mean cosine of the pairs of a list); None where there is
             nothing to measure.
         """
+        self._measure_pending()
         names = list(self._sums)
         values = torch.tensor([*self._sums.values()], dtype=torch.float64)
-        recommended_V = self._recommended_V.clone()
+        counts_V = torch.from_numpy(self._listed_V.astype(np.float64))
         if sum_over_ranks is not None:
             sum_over_ranks(values)
-            sum_over_ranks(recommended_V)
-        sums = dict(zip(names, values.tolist(), strict=True))
-        bias = _ratio(_ratio(sums["clicks"], sums["places"]), _ratio(sums["target_clicks"], sums["lists"]))
+            sum_over_ranks(counts_V)
+        sums, listed_V = dict(zip(names, values.tolist(), strict=True)), counts_V.numpy()
+        places, clicks = float(listed_V.sum()), float(listed_V @ self._items.train_count_V)
+        bias = _ratio(_ratio(clicks, places), _ratio(sums["target_clicks"], sums["lists"]))
         found = {
-            "coverage": int((recommended_V > 0).sum()) / len(recommended_V),
-            "novelty": _ratio(sums["surprise"], sums["places"]),
+            "coverage": int((listed_V > 0).sum()) / len(listed_V),
+            "novelty": _ratio(float(listed_V @ self._items.surprise_V), places),
             "popularity_bias": bias,
             "ties": _ratio(sums["ties"], sums["neighbors"]),
         }

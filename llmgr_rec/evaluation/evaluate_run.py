@@ -43,6 +43,7 @@ from llmgr_rec.storage.bundle_index import (
     read_index,
 )
 from llmgr_rec.storage.package_versions import own_version
+from llmgr_rec.training.freed_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     encodes_texts = any(bundle.name != "sbr" for bundle in bundles.values())
     runtime = ranking_runtime(config, request.threads, catalog.num_items, encodes_texts, request.batch_size)
     print_start("evaluate", reads, request.output, describe_ranks(runtime))
+    keep_freed_memory()
     with process_group(runtime) as world:
         items, results = ItemProperties(catalog), dict[str, dict[str, Any]]()
         blends: dict[str, dict[str, float]] = {}

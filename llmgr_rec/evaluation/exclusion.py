@@ -151,11 +151,14 @@ def without_seen(ids_BD: Ints, scores_BD: Floats, items_L: Ints, offsets_B1: Int
         offsets_B1: Start of each session in `items_L` and, last, their number.
         k: Number K of items, at most D.
     """
-    span = max(int(ids_BD.max(initial=0)), int(items_L.max(initial=0))) + 2
-    row_B = np.arange(len(ids_BD)) * span
-    # Shifted by 1, so that the padding -1 of a row does not equal an item of the previous row.
-    seen_L = np.repeat(row_B, np.diff(offsets_B1)) + items_L + 1
-    is_seen_BD = np.isin(row_B[:, None] + ids_BD + 1, seen_L)
-    columns_BK = np.argsort(is_seen_BD, axis=1, kind="stable")[:, :k]
-    ids_BK = np.take_along_axis(np.where(is_seen_BD, -1, ids_BD), columns_BK, axis=1)
-    return ids_BK, np.where(ids_BK >= 0, np.take_along_axis(scores_BD, columns_BK, axis=1), -np.inf)
+    lengths_B = np.diff(offsets_B1)
+    is_kept_BD = ids_BD >= 0
+    for place in range(int(lengths_B.max(initial=0))):
+        clicks_B = items_L[np.minimum(offsets_B1[:-1] + place, len(items_L) - 1)]
+        is_kept_BD &= (ids_BD != clicks_B[:, None]) | (place >= lengths_B)[:, None]
+    column_BD = np.cumsum(is_kept_BD, axis=1) - 1
+    rows, places = np.divmod(np.flatnonzero(is_kept_BD & (column_BD < k)), ids_BD.shape[1])
+    columns = column_BD[rows, places]
+    ids_BK, scores_BK = np.full((len(ids_BD), k), -1, np.int64), np.full((len(ids_BD), k), -np.inf)
+    ids_BK[rows, columns], scores_BK[rows, columns] = ids_BD[rows, places], scores_BD[rows, places]
+    return ids_BK, scores_BK

@@ -185,11 +185,9 @@ def nearest_known(known_texts: list[str], new_texts: list[str]) -> tuple[Tensor,
     known_TV = unit[:num_known].T.tocsr()
     for start in range(0, num_new, _BLOCK_ITEMS):
         cosine_UV = sparse.csr_array(unit[num_known + start : num_known + start + _BLOCK_ITEMS] @ known_TV)
-        entries, rank = best_entries(cosine_UV, K_NEIGHBORS)
-        entries, rank = entries[rank < K_NEIGHBORS], rank[rank < K_NEIGHBORS]
-        rows = start + np.repeat(np.arange(cosine_UV.shape[0]), np.diff(cosine_UV.indptr))[entries]
-        ids_NK[rows, rank] = torch.from_numpy(cosine_UV.indices[entries].astype(np.int64))
-        cosines_NK[rows, rank] = torch.from_numpy(cosine_UV.data[entries].astype(np.float32))
+        entries, rows, rank = best_entries(cosine_UV, K_NEIGHBORS)
+        ids_NK[start + rows, rank] = torch.from_numpy(cosine_UV.indices[entries].astype(np.int64))
+        cosines_NK[start + rows, rank] = torch.from_numpy(cosine_UV.data[entries].astype(np.float32))
     return ids_NK, neighbor_weights(cosines_NK)
 
 

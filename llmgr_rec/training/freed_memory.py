@@ -1,4 +1,4 @@
-"""Memory that was freed: kept for the next training step, and returned to the system after the last one."""
+"""Memory that was freed: kept for the next step or batch, and returned to the system after the last one."""
 
 import ctypes
 
@@ -12,8 +12,8 @@ _MOST_KEPT = 128 << 20
 def keep_freed_memory() -> None:
     """Lets glibc keep up to 128 MiB of freed memory, and take blocks of up to 32 MiB from it.
 
-    A step allocates and frees tensors of many MiB. By default glibc returns them to the system, which then clears each
-    page again: a tenth of a step of the default recipe. Another C library stays as it is.
+    A step or a batch allocates and frees tensors of many MiB. By default glibc returns them to the system, which then
+    clears each page again: a tenth of a step of the default recipe. Another C library stays as it is.
     """
     # None on other systems than Linux, or of another C library.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

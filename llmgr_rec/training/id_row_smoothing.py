@@ -84,9 +84,7 @@ def nearest_trained(similarity_VV: sparse.csr_array, train_count_V: Tensor) -> t
     is_trained_V = sparse.diags_array((train_count_V > 0).numpy().astype(np.float32))
     trained_VV = sparse.csr_array(similarity_VV @ is_trained_V)
     trained_VV.eliminate_zeros()
-    entries, rank = best_entries(trained_VV, K_NEIGHBORS)
-    entries, rank = entries[rank < K_NEIGHBORS], rank[rank < K_NEIGHBORS]
-    rows = np.repeat(np.arange(trained_VV.shape[0]), np.diff(trained_VV.indptr))[entries]
+    entries, rows, rank = best_entries(trained_VV, K_NEIGHBORS)
     ids_VN = torch.zeros(trained_VV.shape[0], K_NEIGHBORS, dtype=torch.int64)
     cosines_VN = torch.zeros(trained_VV.shape[0], K_NEIGHBORS)
     ids_VN[rows, rank] = torch.from_numpy(trained_VV.indices[entries].astype(np.int64))

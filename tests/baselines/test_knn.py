@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from llmgr_rec.baselines import knn, sparse_scores
-from llmgr_rec.baselines.knn import ItemKNN, Popularity, SessionKNN, session_matrix
-from llmgr_rec.baselines.sparse_scores import best_entries, cosine_similarity
+from llmgr_rec.baselines import item_similarity, knn
+from llmgr_rec.baselines.item_similarity import cosine_similarity
+from llmgr_rec.baselines.knn import ItemKNN, ItemNeighbors, Popularity, SessionKNN, session_matrix
+from llmgr_rec.baselines.sparse_scores import best_entries, top_k
+from llmgr_rec.kernels import sparse_product
 
 sessions_of = st.lists(st.lists(st.integers(0, 14), min_size=1, max_size=6), min_size=1, max_size=12)
 
@@ -93,12 +95,10 @@ def test_blocks_of_sessions_do_not_change_a_ranking(train, queries, block):
 def test_blocks_do_not_change_the_similarities(train, block):
     matrix = session_matrix([flat(train)], 15)
     whole = cosine_similarity(matrix)
-    before = sparse_scores._BLOCK_PAIRS
-    sparse_scores._BLOCK_PAIRS = block
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(item_similarity, "_BLOCK_ADDITIONS", block)
+        patch.setattr(sparse_product, "_BLOCK_VALUES", 64 * block)
         np.testing.assert_array_equal(cosine_similarity(matrix).toarray(), whole.toarray())
-    finally:
-        sparse_scores._BLOCK_PAIRS = before
 
 
 def test_neighbors_keep_the_most_similar():
@@ -123,14 +123,52 @@ def test_popularity_breaks_ties_by_index():
 @pytest.mark.parametrize("k_neighbors", [1, 3, 7, 40])
 def test_the_nearest_items_are_those_that_rank_first(k_neighbors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Few distinct values, so that many similarities are equal.
-    features = sparse.random_array((9, 30), density=0.4, rng=np.random.default_rng(0), format="csr")
+    features = sparse.random_array((9, 300), density=0.4, rng=np.random.default_rng(0), format="csr")
     features.data = np.ceil(2 * features.data)
-    whole = cosine_similarity(features)
-    entries, ranks = best_entries(whole, k_neighbors)
-    rows = np.repeat(np.arange(30), np.diff(whole.indptr))
-    expected = np.zeros((30, 30))
-    for entry in entries[ranks < k_neighbors]:
-        expected[rows[entry], whole.indices[entry]] = whole.data[entry]
-    for share in (0, 100):
-        monkeypatch.setattr(sparse_scores, "_MIN_SHARE", share)
-        np.testing.assert_allclose(cosine_similarity(features, k_neighbors).toarray(), expected, rtol=1e-15)
+    whole = cosine_similarity(features).toarray()
+    columns = np.argsort(-np.round(whole, 12), axis=1, kind="stable")[:, :k_neighbors]
+    expected = np.zeros((300, 300))
+    np.put_along_axis(expected, columns, np.take_along_axis(whole, columns, axis=1), axis=1)
+    for share in (0, 1000):
+        monkeypatch.setattr(sparse_product, "_COLUMNS_PER_ADDITION", share)
+        np.testing.assert_allclose(cosine_similarity(features, k_neighbors).toarray(), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("digits", [1, 6])
+@pytest.mark.parametrize("k", [1, 5, 20, 400])
+def test_the_best_of_dense_and_of_sparse_rows_are_those_of_a_stable_sort(digits: int, k: int) -> None:
+    rng = np.random.default_rng(k)
+    similarity = sparse.random_array((50, 333), density=0.1, rng=rng, format="csr")
+    similarity.data = np.round(similarity.data, digits)
+    # Repeated items, a session without similar items and one without clicks.
+    items, offsets = np.append(rng.integers(0, 50, 90), 7), np.array([0, 1, 40, 40, 60, 90, 91])
+    similarity.data[similarity.indptr[7] : similarity.indptr[8]] = 0
+    similarity.eliminate_zeros()
+    baseline = ItemNeighbors(similarity, 0.7)
+    scores = np.round(baseline.scores(items, offsets).toarray(), 12)
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    filled = np.full((6, max(k - 333, 0)), -1)
+    for share in (0, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sparse_product, "_COLUMNS_PER_ADDITION", share)
+            ids, found = baseline.rank(items, offsets, k)
+        np.testing.assert_array_equal(ids, np.hstack([expected, filled]))
+        np.testing.assert_array_equal(found[:, :333], np.take_along_axis(scores, expected, axis=1))
+        assert np.isneginf(found[:, 333:]).all()
+
+
+def test_entries_are_ranked_in_their_order_of_columns_if_tied() -> None:
+    scores = sparse.csr_array(([0.5, 0.5, 1.0, 0.5, 2.0], [4, 1, 3, 0, 2], [0, 4, 4, 5]), shape=(3, 6))
+    entries, rows, ranks = best_entries(scores, 3)
+    assert entries.tolist() == [2, 3, 1, 4]
+    assert rows.tolist() == [0, 0, 0, 2]
+    assert ranks.tolist() == [0, 1, 2, 0]
+    assert top_k(scores, 3)[0].tolist() == [[3, 0, 1], [0, 1, 2], [2, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_entries_of_each_number_format_are_ranked_by_their_values(dtype: type) -> None:
+    scores = sparse.random_array((20, 40), density=0.5, rng=np.random.default_rng(0), format="csr", dtype=dtype)
+    entries, rows, ranks = best_entries(scores, 4)
+    expected = np.argsort(-scores.toarray(), axis=1, kind="stable")[:, :4]
+    np.testing.assert_array_equal(scores.indices[entries], expected[rows, ranks])

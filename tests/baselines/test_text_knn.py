@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmgr_rec.baselines import sparse_scores
+from llmgr_rec.baselines import item_similarity
 from llmgr_rec.baselines.builders import build_baseline, check_baselines
 from llmgr_rec.baselines.knn import ItemKNN
 from llmgr_rec.baselines.text_knn import TextKNN, texts_to_compare
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels import sparse_product
 from tests.baselines.catalogs import CATALOGS
 from tests.baselines.test_knn import flat, sessions_of
 from tests.data.prepare_inputs import Prepared, edit_manifest, prepare, write_items
@@ -56,7 +57,7 @@ def test_text_knn_equals_the_reference(texts, queries, k):
 @settings(max_examples=30, deadline=None)
 def test_the_nearest_neighbors_are_kept_whatever_the_blocks(texts, neighbors, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse_scores, "_BLOCK_PAIRS", block)
+        patch.setattr(item_similarity, "_BLOCK_ADDITIONS", block)
         kept = TextKNN(texts, k_neighbors=neighbors).similarity_VV.toarray()
     for item in range(NUM_ITEMS):
         near = np.round([cosine(texts, item, other) for other in range(NUM_ITEMS)], 12)
@@ -67,9 +68,10 @@ def test_the_nearest_neighbors_are_kept_whatever_the_blocks(texts, neighbors, bl
 
 def test_similarities_are_held_a_block_at_a_time(monkeypatch):
     held = []
-    nearest = sparse_scores._nearest
-    monkeypatch.setattr(sparse_scores, "_BLOCK_PAIRS", 1000)
-    monkeypatch.setattr(sparse_scores, "_nearest", lambda near_UV, n: held.append(near_UV.nnz) or nearest(near_UV, n))
+    nearest = item_similarity.nearest
+    monkeypatch.setattr(item_similarity, "_BLOCK_ADDITIONS", 1000)
+    monkeypatch.setattr(sparse_product, "_COLUMNS_PER_ADDITION", 0)
+    monkeypatch.setattr(item_similarity, "nearest", lambda near_UV, n: held.append(near_UV.nnz) or nearest(near_UV, n))
     kept = TextKNN([f"tin {number}" for number in range(300)] + ["lid"], k_neighbors=7).similarity_VV
     # 300 items with a word in common are 89,700 pairs.
     assert 89_700 == sum(held) > 89 * max(held)
