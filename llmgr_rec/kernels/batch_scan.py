@@ -21,7 +21,6 @@ L rows of terms, E entries of these rows.
 import math
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,7 +42,7 @@ Floats = NDArray[np.float32]
 _LEAST_ITEMS = 4096
 _MAX_CODE = 127
 _QUERY_BLOCK = 256
-# Items of a block for a full block of queries; fewer queries have as many products of more items.
+# Maximum number of items of a block.
 _ITEM_BLOCK = 1 << 14
 _STRIP = 32
 # Strips for each place.
@@ -118,12 +117,15 @@ class BatchScan:
         largest = max(float(rows.abs().amax()) for rows in items_RQ.split(_ENCODED_ROWS))
         # A float32, as which items are divided by it.
         self._scale = float(np.float32(max(largest / _MAX_CODE, _SMALLEST)))
-        self._codes_RQ = torch.empty(items_RQ.shape, dtype=torch.int8)
+        # Blocks of equal size; the last one ends with items of zeros.
+        self._num_blocks = -(-len(items_RQ) // _ITEM_BLOCK)
+        self._width = -(-len(items_RQ) // self._num_blocks)
+        self._codes_RQ = torch.zeros(self._num_blocks * self._width, items_RQ.shape[1], dtype=torch.int8)
         self._rest = self._length = 0.0
         for start in range(0, len(items_RQ), _ENCODED_ROWS):
             scaled_XQ = items_RQ[start : start + _ENCODED_ROWS] / self._scale
             codes_XQ = scaled_XQ.round()
-            self._codes_RQ[start : start + _ENCODED_ROWS] = codes_XQ.to(torch.int8)
+            self._codes_RQ[start : start + len(codes_XQ)] = codes_XQ.to(torch.int8)
             self._rest = max(self._rest, _longest(scaled_XQ.sub_(codes_XQ)))
             self._length = max(self._length, _longest(codes_XQ))
         # Quotients are rounded to float32, which adds to the rest.
@@ -150,7 +152,7 @@ class BatchScan:
         Args:
             k: Places K.
         """
-        return 1 <= _STRIPS_PER_PLACE * k * _STRIP <= min(len(self._items_RQ), _ITEM_BLOCK)
+        return 1 <= _STRIPS_PER_PLACE * k * _STRIP <= self._width
 
     def top_k(
         self, queries_BQ: Tensor, k: int, exclude: Jagged | None = None, added: TermRows | None = None
@@ -195,7 +197,7 @@ class BatchScan:
         step_B1 = largest_B1.double() / _MAX_CODE
         scaled_BQ = queries_BQ.double() / step_B1
         codes_BQ = scaled_BQ.round()
-        terms = _Terms.of(added, self._scale * step_B1.squeeze(1).numpy(), len(self._items_RQ), self._width(queries_BQ))
+        terms = _Terms.of(added, self._scale * step_B1.squeeze(1).numpy(), self._num_blocks, self._width)
         if terms is None or _MAX_CODE**2 * queries_BQ.shape[1] > _LARGEST_PRODUCT:
             return None
         norm_B = torch.linalg.vector_norm(scaled_BQ, dim=1)
@@ -207,27 +209,25 @@ class BatchScan:
             return None
         return self._ranked(queries_BQ, k, candidates)
 
-    def _width(self, queries_BQ: Tensor) -> int:
-        """Items of a block."""
-        return _ITEM_BLOCK * (_QUERY_BLOCK // len(queries_BQ))
-
     def _candidates(
         self, codes_BQ: Tensor, k: int, distance_B: Ints, exclude: Jagged | None, terms: "_Terms"
     ) -> _Candidates | None:
         """Items whose product is at most so far below a K-th highest one; None if there are too many."""
-        num_queries = len(codes_BQ)
+        num_queries, width = len(codes_BQ), self._width
+        products_BN, is_candidate_BN = self._block_buffers(num_queries)
+        products = products_BN.numpy()
         excluded = None if exclude is None else (exclude.row_of_value.numpy(), exclude.values.numpy())
         maxima_BM, found, count = np.empty((num_queries, 0), np.int32), [], 0
-        for number, (start, stop) in enumerate(_blocks(len(self._items_RQ), terms.width)):
-            products_BN, is_candidate_BN = self._block_buffers(num_queries, stop - start)
-            torch._int_mm(codes_BQ, self._codes_RQ[start:stop].T, out=products_BN)
-            products = products_BN.numpy()
-            places_E, values_E = terms.add_to(products, number, start)
+        for number in range(self._num_blocks):
+            start = number * width
+            torch._int_mm(codes_BQ, self._codes_RQ[start : start + width].T, out=products_BN)
+            terms.add_to(products, number)
+            products[:, len(self._items_RQ) - start :] = _EXCLUDED
             if excluded is not None:
                 rows, items = excluded
-                inside = (items >= start) & (items < stop)
+                inside = (items >= start) & (items < start + width)
                 products[rows[inside], items[inside] - start] = _EXCLUDED
-            # The first block has more strips than there are places.
+            # Each block has more strips than there are places.
             maxima_BM = np.concatenate([maxima_BM, _maxima_of_strips(products_BN)], axis=1)
             place = maxima_BM.shape[1] - k
             maxima_BM = np.partition(maxima_BM, place, axis=1)[:, place:]
@@ -238,20 +238,20 @@ class BatchScan:
             if count > (_MOST_PER_PLACE * k + _MOST_PLUS) * num_queries:
                 return None
             products_C = products.reshape(-1)[places_C]
-            terms_C = _terms_of(places_C, places_E, values_E, is_candidate_BN, products)
-            queries_C, items_C = np.divmod(places_C, stop - start)
+            terms_C = terms.of_candidates(number, places_C, is_candidate_BN, products)
+            queries_C, items_C = np.divmod(places_C, width)
             found.append(_Candidates(queries_C, items_C + start, products_C, terms_C))
-        return _closest(found, num_queries, k, distance_B)
+        return _of_all_blocks(found, lowest_B)
 
-    def _block_buffers(self, num_queries: int, width: int) -> tuple[Tensor, NDArray[np.bool_]]:
+    def _block_buffers(self, num_queries: int) -> tuple[Tensor, NDArray[np.bool_]]:
         """Products and candidates of a block, in memory of this thread."""
-        size = num_queries * width
+        size = num_queries * self._width
         if getattr(self._buffers, "size", 0) < size:
             self._buffers.size = size
             self._buffers.products = torch.empty(size, dtype=torch.int32)
             self._buffers.is_candidate = np.empty(size, np.bool_)
-        products_BN: Tensor = self._buffers.products[:size].view(num_queries, width)
-        is_candidate_BN: NDArray[np.bool_] = self._buffers.is_candidate[:size].reshape(num_queries, width)
+        products_BN: Tensor = self._buffers.products[:size].view(num_queries, self._width)
+        is_candidate_BN: NDArray[np.bool_] = self._buffers.is_candidate[:size].reshape(num_queries, self._width)
         return products_BN, is_candidate_BN
 
     def _ranked(self, queries_BQ: Tensor, k: int, candidates: _Candidates) -> tuple[Tensor, Tensor]:
@@ -281,31 +281,26 @@ class _Terms:
     """The entries of term rows in order of blocks of items, and within one in order of the rows.
 
     Args:
-        width: Items of a block.
         rounding_B: Largest sum of the roundings of a query's terms, in units of its products.
-        queries_E: Query of each entry.
-        items_E: Its item.
+        places_E: Place of each entry in the flat products of its block.
         values_E: Its value.
         units_E: Its value in units of the products.
         offsets: First entry of each block; the last is E.
     """
 
-    width: int
     rounding_B: NDArray[np.float64]
-    queries_E: Ints32
-    items_E: Ints32 | Ints
+    places_E: Ints
     values_E: Floats
     units_E: Ints32
     offsets: Ints
 
     @classmethod
-    def of(cls, added: TermRows | None, unit_B: NDArray[np.float64], num_items: int, width: int) -> "_Terms | None":
+    def of(cls, added: TermRows | None, unit_B: NDArray[np.float64], num_blocks: int, width: int) -> "_Terms | None":
         """Converts term rows; None if a value is too large in units of the products."""
-        num_blocks = -(-num_items // width)
         offsets = np.zeros(num_blocks + 1, np.int64)
         if added is None:
-            ints, floats = np.zeros(0, np.int32), np.zeros(0, np.float32)
-            return cls(width, np.zeros(len(unit_B)), ints, ints, floats, ints, offsets)
+            nothing = np.zeros(0, np.int64)
+            return cls(np.zeros(len(unit_B)), nothing, nothing.astype(np.float32), nothing.astype(np.int32), offsets)
         rows_LR, rows_B = added.rows_LR, np.diff(added.offsets_B1)
         entries_B = np.diff(rows_LR.indptr[added.offsets_B1])
         units = np.repeat((1 / unit_B).astype(np.float32), entries_B)
@@ -315,53 +310,49 @@ class _Terms:
         # NaN is not below any number.
         if not largest * max(rows_B.max(initial=0), 1) < _LARGEST_PRODUCT:
             return None
-        queries_E, items_E = np.repeat(np.arange(len(rows_B), dtype=np.int32), entries_B), rows_LR.indices
+        places_E = np.repeat(np.arange(len(rows_B)) * width, entries_B)
+        places_E += rows_LR.indices
         values_E, units_E = rows_LR.data, np.rint(units, out=units).astype(np.int32)
-        offsets[1:] = len(items_E)
+        offsets[1:] = len(values_E)
         if num_blocks > 1:
-            block_E = (items_E // width).astype(np.int16)
+            block_E = (rows_LR.indices // width).astype(np.int16)
+            places_E -= block_E.astype(np.int64) * width
             order = np.argsort(block_E, kind="stable")
-            queries_E, items_E, values_E, units_E = (all_E[order] for all_E in (queries_E, items_E, values_E, units_E))
+            places_E, values_E, units_E = places_E[order], values_E[order], units_E[order]
             offsets[1:] = np.bincount(block_E, minlength=num_blocks).cumsum()
         # Half a unit each, that of the units, and that of the scores' sums of terms.
         rounding_B = rows_B * (0.5 + _ROUNDING * rows_B * largest)
-        return cls(width, rounding_B, queries_E, items_E, values_E, units_E, offsets)
+        return cls(rounding_B, places_E, values_E, units_E, offsets)
 
-    def add_to(self, products: Ints32, number: int, start: int) -> tuple[Ints, Floats]:
-        """Adds the terms of a block to its products, and returns their flat places and values."""
-        entries = slice(self.offsets[number], self.offsets[number + 1])
-        places_E: Ints = self.queries_E[entries].astype(np.int64)
-        places_E *= products.shape[1]
-        places_E += self.items_E[entries]
-        places_E -= start
-        np.add.at(products.reshape(-1), places_E, self.units_E[entries])
-        return places_E, self.values_E[entries]
+    def _of_block(self, number: int) -> slice:
+        return slice(self.offsets[number], self.offsets[number + 1])
 
+    def add_to(self, products: Ints32, number: int) -> None:
+        """Adds the terms of a block to its products."""
+        entries = self._of_block(number)
+        np.add.at(products.reshape(-1), self.places_E[entries], self.units_E[entries])
 
-def _terms_of(
-    places_C: Ints, places_E: Ints, values_E: Floats, is_candidate_BN: NDArray[np.bool_], products: Ints32
-) -> Floats:
-    """Sums of the terms of candidates, [C], in order of the entries; overwrites the products."""
-    terms_C = np.zeros(len(places_C), np.float32)
-    chosen = np.flatnonzero(is_candidate_BN.reshape(-1).take(places_E))
-    numbers = products.reshape(-1)
-    numbers[places_C] = np.arange(len(places_C), dtype=np.int32)
-    np.add.at(terms_C, numbers.take(places_E[chosen]), values_E[chosen])
-    return terms_C
+    def of_candidates(
+        self, number: int, places_C: Ints, is_candidate_BN: NDArray[np.bool_], products: Ints32
+    ) -> Floats:
+        """Sums of the terms of a block's candidates, [C], in order of the entries; overwrites the products."""
+        places_E, values_E = self.places_E[self._of_block(number)], self.values_E[self._of_block(number)]
+        terms_C = np.zeros(len(places_C), np.float32)
+        chosen = np.flatnonzero(is_candidate_BN.reshape(-1).take(places_E))
+        numbers = products.reshape(-1)
+        numbers[places_C] = np.arange(len(places_C), dtype=np.int32)
+        np.add.at(terms_C, numbers.take(places_E[chosen]), values_E[chosen])
+        return terms_C
 
 
-def _closest(found: list[_Candidates], num_queries: int, k: int, distance_B: Ints) -> _Candidates:
-    """The candidates of all blocks, in order of queries, without those far below the K-th highest product of all."""
+def _of_all_blocks(found: list[_Candidates], lowest_B: Ints32) -> _Candidates:
+    """The candidates of all blocks, in order of queries, without those below what is the lowest after the last one."""
+    if len(found) == 1:
+        return found[0]
     parts = [(part.queries_C, part.items_C, part.products_C, part.terms_C) for part in found]
     candidates = _Candidates(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    if len(found) > 1:
-        candidates = candidates.where(np.argsort(candidates.queries_C.astype(np.int16), kind="stable"))
-    below_C = -candidates.products_C.astype(np.int64)
-    below_BW = padded_rows(torch.from_numpy(below_C), torch.from_numpy(candidates.queries_C), num_queries).numpy()
-    if below_BW.shape[1] < k:
-        return candidates
-    farthest_B = np.minimum(np.partition(below_BW, k - 1, axis=1)[:, k - 1], -_EXCLUDED) + distance_B
-    return candidates.where(below_C <= farthest_B[candidates.queries_C])
+    candidates = candidates.where(candidates.products_C >= lowest_B[candidates.queries_C])
+    return candidates.where(np.argsort(candidates.queries_C.astype(np.int16), kind="stable"))
 
 
 def _maxima_of_strips(products_BN: Tensor) -> Ints32:
@@ -369,11 +360,6 @@ def _maxima_of_strips(products_BN: Tensor) -> Ints32:
     strips = products_BN[:, : num_strips * _STRIP].unflatten(1, (num_strips, _STRIP))
     maxima_BM: Ints32 = strips.amax(dim=2).numpy()
     return maxima_BM
-
-
-def _blocks(num_items: int, width: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, num_items, width):
-        yield start, min(start + width, num_items)
 
 
 def _longest(vectors_XQ: Tensor) -> float:

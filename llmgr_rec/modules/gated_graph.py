@@ -24,13 +24,11 @@ class ItemGates:
     """What one round of message passing computes of an item alone, for all items.
 
     Args:
-        states_VD: Item vectors.
         state_gates_VG: What the state of the item adds to its gates; with all biases but the next one.
         new_bias_D: Bias of the input of the new state, which the reset gate does not multiply.
         edge_gates_XG: What the item adds to the gates of its successors, then to those of its predecessors, X = 2 * V.
     """
 
-    states_VD: Tensor
     state_gates_VG: Tensor
     new_bias_D: Tensor
     edge_gates_XG: Tensor
@@ -139,27 +137,27 @@ class GatedGraph(nn.Module):
         state_bias = state_bias + functional.pad(input_bias[: 2 * self.dim], (0, self.dim))
         halves = input_weight.split(self.dim, dim=1)
         return ItemGates(
-            states_VD=items_VD,
             state_gates_VG=functional.linear(items_VD, state_weight, state_bias),
             new_bias_D=new_bias_D,
             edge_gates_XG=torch.cat([items_VD @ half.T for half in halves]),
         )
 
-    def forward_prepared(self, items: ItemGates, graph: SessionGraph) -> Tensor:
+    def forward_prepared(self, items: ItemGates, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:
         """`forward` from the gates of all items: those of the neighbors of a node are averaged in place of states.
 
         Args:
             items: From `prepare_items`.
+            nodes_ND: Vectors of the nodes.
             graph: The sessions' graphs.
         """
-        num_items, num_nodes, dim = items.states_VD.shape[0], graph.node_items_N.shape[0], self.dim
+        num_items, num_nodes, dim = items.state_gates_VG.shape[0], nodes_ND.shape[0], self.dim
         # As in `forward`: even receivers are successors, odd ones predecessors.
         receivers = torch.cat([2 * graph.edge_dst_E, 2 * graph.edge_src_E + 1])
         receivers, order = torch.sort(receivers)
         item_E, other_E = (graph.node_items_N.index_select(0, ends) for ends in (graph.edge_src_E, graph.edge_dst_E))
         added = torch.cat([item_E, other_E + num_items]).index_select(0, order)
         counts = occurrences(receivers, 2 * num_nodes).index_select(0, receivers)
-        shares = 1 / counts.to(items.states_VD.dtype)
+        shares = 1 / counts.to(nodes_ND.dtype)
         starts_N = torch.searchsorted(receivers, 2 * torch.arange(num_nodes, device=receivers.device))
         input_NG = functional.embedding_bag(added, items.edge_gates_XG, starts_N, mode="sum", per_sample_weights=shares)
         state_NG = items.state_gates_VG.index_select(0, graph.node_items_N)
@@ -167,7 +165,7 @@ class GatedGraph(nn.Module):
         new_ND = (input_NG[:, 2 * dim :] + items.new_bias_D).addcmul_(gates[:, :dim], state_NG[:, 2 * dim :])
         # The hyperbolic tangent, of which torch's own takes several times as long on a CPU.
         new_ND = new_ND.mul_(2).sigmoid_().mul_(2).sub_(1)
-        return torch.lerp(new_ND, items.states_VD.index_select(0, graph.node_items_N), gates[:, dim:])
+        return torch.lerp(new_ND, nodes_ND, gates[:, dim:])
 
     def _weights(self) -> Weights:
         """Weights of the GRU cell for mean node states as inputs.

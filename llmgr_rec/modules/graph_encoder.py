@@ -77,9 +77,9 @@ class GraphEncoder(SessionEncoder):
         """See `SessionEncoder.prepare_items`: the gates of the graph network."""
         return self.graph_network.prepare_items(items_VD)
 
-    def encode_prepared(self, prepared: ItemGates, graph: SessionGraph) -> Tensor:
+    def encode_prepared(self, prepared: ItemGates, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:
         """See `SessionEncoder.encode_prepared`."""
-        return self._read(self.graph_network.forward_prepared(prepared, graph), graph)
+        return self._read(self.graph_network.forward_prepared(prepared, nodes_ND, graph), graph)
 
     def _read(self, states_CD: Tensor, graph: SessionGraph, state_N: Tensor | None = None) -> Tensor:
         return self.read_sessions(SharedStates(states_CD, graph.node_session_N, graph.node_offsets_B1, state_N), graph)

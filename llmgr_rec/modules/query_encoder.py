@@ -64,9 +64,10 @@ class QueryEncoder:
         Args:
             graph: The sessions' graphs.
         """
+        nodes_ND = self._items.select(graph.node_items_N)
         if self._prepared is None:
-            return self._model.encoder_queries(self._items.select(graph.node_items_N), graph)
-        return self._model.as_query(self._model.encoder.encode_prepared(self._prepared, graph))
+            return self._model.encoder_queries(nodes_ND, graph)
+        return self._model.as_query(self._model.encoder.encode_prepared(self._prepared, nodes_ND, graph))
 
 
 class MeasuredItems:

@@ -84,11 +84,12 @@ class SessionEncoder(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} computes nothing of an item alone")
 
-    def encode_prepared(self, prepared: Any, graph: SessionGraph) -> Tensor:
+    def encode_prepared(self, prepared: Any, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:
         """Session vectors [B, D] of `forward` without dropout, from what was computed for all items.
 
         Args:
             prepared: From `prepare_items`, with the present weights.
+            nodes_ND: Node vectors.
             graph: The sessions' graphs.
         """
         raise NotImplementedError(f"{type(self).__name__} computes nothing of an item alone")

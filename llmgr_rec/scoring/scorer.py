@@ -36,7 +36,7 @@ from llmgr_rec.storage.bundle import Bundle
 _READ_AHEAD = 4
 _WRITE_BEHIND = 2
 # Clicks of a batch for each session that it may have.
-_CLICKS_PER_SESSION = 12
+_CLICKS_PER_SESSION = 8
 # Memory of an item of a list: index and score.
 LIST_ITEM_BYTES = 12
 

@@ -76,7 +76,7 @@ def test_equals_a_stable_sort_of_exact_scores(data: st.DataObject) -> None:
         for query, score in enumerate(scores):
             row = exclude.row(query)
             score[row[(row >= 0) & (row < num_items)]] = -np.inf
-    sizes = {"_STRIP": 2, "_ITEM_BLOCK": 64, "_QUERY_BLOCK": 4, "_SCORED_QUERIES": 3, "_MOST_PLUS": 10**6}
+    sizes = {"_STRIP": 2, "_ITEM_BLOCK": 128, "_QUERY_BLOCK": 4, "_SCORED_QUERIES": 3, "_MOST_PLUS": 10**6}
     with mock.patch.multiple(batch_scan, **sizes):
         scan = BatchScan(items)
         assert scan.can_rank(k)

@@ -122,8 +122,11 @@ def test_what_is_computed_for_all_items_gives_the_same_session_vectors(sessions:
         if config.steps == 1:
             with torch.no_grad():
                 items = encoder.prepare_items(items_VD)
-                expected = encoder(items_VD[graph.node_items_N], graph).sessions_BD
-                torch.testing.assert_close(encoder.encode_prepared(items, graph), expected, rtol=0, atol=1e-10)
+                nodes_ND = items_VD[graph.node_items_N]
+                expected = encoder(nodes_ND, graph).sessions_BD
+                torch.testing.assert_close(
+                    encoder.encode_prepared(items, nodes_ND, graph), expected, rtol=0, atol=1e-10
+                )
             prepared += 1
     assert prepared
 

@@ -129,5 +129,5 @@ def test_a_head_without_the_recommenders_score_cannot_route(tmp_path, source):
 
 def test_batches_of_long_sessions_have_fewer_of_them() -> None:
     assert batch_bounds(np.array([], np.int64), 4) == [0]
-    # At most 4 sessions and 48 clicks; a session that is longer makes a batch of its own.
-    assert batch_bounds(np.array([1, 1, 1, 1, 1, 12, 20, 20, 20, 30, 50]), 4) == [0, 4, 7, 9, 10, 11]
+    # At most 4 sessions and 32 clicks; a session that is longer makes a batch of its own.
+    assert batch_bounds(np.array([1, 1, 1, 1, 1, 12, 20, 20, 20, 30, 50]), 4) == [0, 4, 6, 7, 8, 9, 10, 11]
