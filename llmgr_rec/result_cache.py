@@ -227,7 +227,9 @@ def files_below(folder: Path) -> dict[str, Path]:
     Args:
         folder: The folder.
     """
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    start = len(folder.parts)
+    # Not `relative_to`, whose result is no path of remote storage.
+    return {"/".join(path.parts[start:]): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _write_entry(draft: Path, files: Mapping[str, Path], messages: Sequence[Message]) -> None:

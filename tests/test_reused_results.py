@@ -18,6 +18,7 @@ from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.preparation.summary import summary_lines
 from llmgr_rec.modules import language_model
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.result_cache import files_below
 from llmgr_rec.storage import cached_tokens
 from llmgr_rec.storage.model_factory import ModelFactory
@@ -119,14 +120,17 @@ def test_item_texts_are_tokenized_and_encoded_once(tmp_path: Path, monkeypatch: 
     catalog, settings = small_run().catalog, Config()
     settings.llm.name_or_path = "random-tiny"
 
-    def embed(run: str, source: Catalog = catalog, layers: int = 1, weights: str = "hash") -> torch.Tensor:
+    def embed(
+        run: str, source: Catalog = catalog, layers: int = 1, weights: str = "hash", folder: Path = tmp_path
+    ) -> torch.Tensor:
         tokens = ModelFactory().item_tokens(settings, source)
         decoder = load_decoder("random-tiny", layers, "float32")
-        embeddings = embed_catalog(decoder, tokens, ONE_RANK, tmp_path / run, weights)
+        embeddings = embed_catalog(decoder, tokens, ONE_RANK, folder / run, weights)
         return embeddings.read(range(tokens.num_rows), range(embeddings.width))
 
     first = embed("first")
     assert torch.equal(embed("again"), first)
+    assert torch.equal(embed("remote", folder=as_path("memory://reused")), first)
     assert (len(tokenized), len(encoded)) == (1, 1)
     settings.prompt.max_text_tokens = 3
     assert not torch.equal(embed("tokens"), first)
