@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, storage_errors
+from llmgr_rec.remote_path import RemotePath
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +127,10 @@ class WandbWriter:
         name: Name of the run.
         tracked: Id of the run that is continued; empty for a new one.
         parameters: Settings by dotted name.
-        folder: Where the client keeps its files.
+        folder: Where the client keeps its files; None leaves it to the client.
     """
 
-    def __init__(self, name: str, tracked: str, parameters: Mapping[str, str], folder: Path) -> None:
+    def __init__(self, name: str, tracked: str, parameters: Mapping[str, str], folder: Path | None) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -138,7 +139,7 @@ class WandbWriter:
             resume="allow",
             name=name,
             config=dict(parameters),
-            dir=str(folder),
+            dir=str(folder) if folder else None,
         )
         self.id = str(self._run.id)
         self._stages: set[str] = set()
@@ -218,13 +219,15 @@ def open_trackers(run: Path, config: Config) -> list[MetricWriter]:
     ids = json.loads(file.read_text()) if file.is_file() else {}
     parameters = dict(_flat(asdict(config)))
     name = run.resolve().name
+    # A client keeps its files on a local disk.
+    local = None if isinstance(run, RemotePath) else run
     writers: list[MetricWriter] = []
     for tracker in config.runtime.trackers:
         try:
             writer: MLflowWriter | WandbWriter = (
                 MLflowWriter(name, ids.get(tracker, ""), parameters)
                 if tracker == "mlflow"
-                else WandbWriter(name, ids.get(tracker, ""), parameters, run)
+                else WandbWriter(name, ids.get(tracker, ""), parameters, local)
             )
         except Exception as error:
             raise UserError(

@@ -83,7 +83,8 @@ def _train(request: RunRequest, checked: CheckedRun, world: World, signals: Stop
 
 def _train_stages(request: RunRequest, checked: CheckedRun, context: RunContext) -> None:
     with TrainingRecord(request.output, request.recipe, request.config.seed, context.world) as record:
-        for stage in checked.stages:
+        for number, stage in enumerate(checked.stages, start=1):
+            logger.info("stage %s starts, %d of %d", stage, number, len(checked.stages))
             with record.stage(stage):
                 run_stage(stage, context)
 

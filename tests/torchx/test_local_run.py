@@ -26,6 +26,7 @@ def test_the_documented_line_trains_all_stages(tmp_path: Path) -> None:
     done = torchx(line.split(), cwd=tmp_path, timeout_s=240)
     assert done.returncode == 0, done.stderr
     assert "trained sbr, align, behave" in done.stderr
+    assert "stage align starts, 2 of 3" in done.stderr
     assert (tmp_path / "run" / "export" / "behave" / "bundle.json").is_file()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {record["stage"] for record in records} == {"sbr", "align", "behave"}

@@ -11,6 +11,7 @@ import pytest
 
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
+from llmgr_rec.remote_path import as_path
 from llmgr_rec.training.metric_writers import check_trackers, open_trackers
 from llmgr_rec.training.metrics_logger import MetricsLogger
 
@@ -106,6 +107,15 @@ def test_wandb_gets_settings_and_metrics(tmp_path: Path, monkeypatch: pytest.Mon
     calls.clear()
     log(tmp_path, config_with("wandb"))
     assert calls[0][1]["id"] == "run-1"
+
+
+def test_the_id_of_a_remote_run_is_kept_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_clients(monkeypatch)
+    run = as_path("memory://trackers/shop")
+    for _ in range(2):
+        open_trackers(run, config_with("wandb"))
+    assert [call[1]["id"] for call in calls] == [None, "run-1"]
+    assert [(call[1]["name"], call[1]["dir"]) for call in calls] == [("shop", None)] * 2
 
 
 def test_a_tracker_that_fails_does_not_end_the_training(
