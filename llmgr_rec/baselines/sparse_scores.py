@@ -191,7 +191,7 @@ def _highest(scores_BV: sparse.csr_array, k: int) -> tuple[Ints, Ints]:
 
 def _rounded(scores: NDArray[np.floating]) -> Floats:
     # In float64: rounding in float32 has an error of its own.
-    return np.round(scores.astype(np.float64, copy=False), _DIGITS)
+    return scores.astype(np.float64, copy=False).round(_DIGITS)
 
 
 def _kth_values(values: Floats, offsets: Ints, k: int) -> Floats:
