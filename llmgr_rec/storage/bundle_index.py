@@ -144,9 +144,14 @@ def default_bundle(export: Path) -> Path | None:
     return next((export / stage for stage in reversed(STAGES) if is_complete(export / stage)), None)
 
 
+def model_of_stage(stage: str) -> str:
+    """The model of `STAGES_OF_MODEL` that a stage trains."""
+    return next(model for model, stages in STAGES_OF_MODEL.items() if stage in stages)
+
+
 def model_of_bundle(bundle: Path) -> str:
     """The model of `STAGES_OF_MODEL` that a bundle of a run belongs to."""
-    return next(model for model, stages in STAGES_OF_MODEL.items() if bundle.name in stages)
+    return model_of_stage(bundle.name)
 
 
 def latest_bundle(export: Path) -> Path:

@@ -27,6 +27,7 @@ from llmgr_rec.storage.bundle_index import (
     INDEX,
     STAGES_OF_MODEL,
     find_bundle,
+    model_of_stage,
     read_config,
     read_index,
     resolve_bundle,
@@ -72,7 +73,7 @@ class WarmStart:
         found = {} if last == run else {model: find_bundle(last.parent, model) for model in STAGES_OF_MODEL}
         bundles = {model: bundle for model, bundle in found.items() if bundle}
         # Each bundle has tables and encoder.
-        bundles = {"sbr": last, _model_of(read_index(last).stage): last} | bundles
+        bundles = {"sbr": last, model_of_stage(read_index(last).stage): last} | bundles
         file = verified_file(bundles["sbr"], read_index(bundles["sbr"]), ITEMS_NAME)
         return cls(run, bundles, Catalog.load(file.parent))
 
@@ -87,7 +88,7 @@ class WarmStart:
         Raises:
             UserError: A setting of the models differs, or the base language model does.
         """
-        models = {_model_of(stage) for stage in stages}
+        models = {model_of_stage(stage) for stage in stages}
         for model, bundle in self.bundles.items():
             if model not in models:
                 continue
@@ -144,7 +145,7 @@ class WarmStart:
         Returns:
             Those that the other run has not either.
         """
-        bundle = self.bundles.get(_model_of(stage))
+        bundle = self.bundles.get(model_of_stage(stage))
         if bundle is None or not missing:
             return list(missing)
         return copy_weights(model, bundle, read_index(bundle), mapping=mapping, only=set(missing))
@@ -218,10 +219,6 @@ def open_warm_start(output: Path, given: Path | None, resume: bool) -> WarmStart
     if recorded is not None:
         start.check_recorded(output)
     return start
-
-
-def _model_of(stage: StageName) -> str:
-    return next(model for model, stages in STAGES_OF_MODEL.items() if stage in stages)
 
 
 def _check_settings(model: str, stage: StageName, trained: Config, config: Config, bundle: Path) -> None:

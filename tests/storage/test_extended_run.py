@@ -26,7 +26,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.storage.bundle import load_blend_terms, load_bundle, open_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
-from llmgr_rec.storage.bundle_index import BLEND
+from llmgr_rec.storage.bundle_index import BLEND, check_trained_on
 from llmgr_rec.storage.extended_run import extend_run
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables, local_shards
@@ -268,6 +268,23 @@ def test_unusable_items_are_refused_in_one_line(tmp_path: Path, items: dict[str,
     with pytest.raises(UserError, match=message):
         extend_run(small_run().run, pa.table(items), "items", tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_data_set_of_the_same_catalog_evaluates_an_extended_run(tmp_path: Path) -> None:
+    dataset = small_run().dataset
+    extend_run(sbr(), pq.read_table(dataset.items_path), "items", tmp_path / "new")
+    check_trained_on(tmp_path / "new/export/sbr", dataset)
+
+
+def test_a_run_with_controls_is_refused(tmp_path: Path) -> None:
+    class Controlled(ModelFactory):
+        name = "shuffled"
+
+    model = load_bundle(sbr()).model
+    folder = tmp_path / "run/export/sbr"
+    export_bundle(model, "sbr", config(), small_run().catalog, folder, ONE_RANK, factory=Controlled())
+    with pytest.raises(UserError, match="was made by an experiment with controls shuffled; train a run without"):
+        extend_run(tmp_path / "run", items_of(known()), "items", tmp_path / "new")
 
 
 @pytest.mark.parametrize(
