@@ -5,13 +5,15 @@
 Cuts the clicks by time into slices. Day d has the clicks of the first d slices and the items that were clicked in them.
 The sessions that end last are the test. From the second day on, it trains anew, anew for as few epochs as a warm start,
 and from the run of the day before; and it extends the run of the day before by the items of the day, and ranks the test
-sessions whose target is a new item. Seconds are those of the CPU.
+sessions whose target is a new item. Seconds are those of the CPU. The validation figures choose between two learning
+rates of a warm start.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +43,9 @@ _READ_ROWS = 8192
 _COLD_MODELS = ("sbr", "text_knn", "popularity")
 # First share of the clicks; the others are cut into slices of equal size.
 _FIRST_DAY = 0.4
+# Learning rate of the tables, and those of the trainings from yesterday's run: the steps of a new Adagrad are large.
+_LR = 0.2
+WARM = {"warm": 0.2, "gentle": 0.05}
 
 
 @dataclass(frozen=True)
@@ -140,28 +145,37 @@ def follow(days: Sequence[Day], seed: int, args: dict[str, Any], folder: Path) -
     Yields:
         A row for each day after the first.
     """
-    yesterday = folder / f"seed-{seed}-anew-1"
-    trained(days[0], yesterday, seed, args["epochs"], args)
+    first = folder / f"seed-{seed}-first"
+    trained(days[0], first, seed, args["epochs"], ["--tables.lr", str(_LR)], args)
+    yesterday = dict.fromkeys(WARM, first)
     for before, day in pairwise(days):
-        runs = {name: folder / f"seed-{seed}-{name}-{day.number}" for name in ("anew", "short", "warm", "extended")}
-        seconds = {
-            "anew": trained(day, runs["anew"], seed, args["epochs"], args),
-            "short": trained(day, runs["short"], seed, args["warm_epochs"], args),
-            "warm": trained(day, runs["warm"], seed, args["warm_epochs"], args, yesterday),
-            "extended": extended(yesterday, day, runs["extended"]),
-        }
-        ranks = {name: evaluated(run, day, ("sbr",))["sbr"] for name, run in runs.items() if name != "extended"}
-        cold = evaluated(runs["extended"], day, _COLD_MODELS)
-        yield {"seed": seed, "day": day.number, **summary(day, before, ranks, cold, seconds)}
-        yesterday = runs["warm"]
+        runs, seconds = {}, {}
+        for name, lr in {"anew": _LR, "short": _LR, **WARM}.items():
+            runs[name] = folder / f"seed-{seed}-{name}-{day.number}"
+            words = ["--tables.lr", str(lr), *(["--init_from", str(yesterday[name])] if name in WARM else [])]
+            epochs = args["epochs"] if name == "anew" else args["warm_epochs"]
+            seconds[name] = trained(day, runs[name], seed, epochs, words, args)
+        ranks = {name: evaluated(run, day, ("sbr",))["sbr"] for name, run in runs.items()}
+        run = folder / f"seed-{seed}-extended-{day.number}"
+        seconds["extended"] = extended(yesterday["warm"], day, run)
+        cold = evaluated(run, day, _COLD_MODELS)
+        valid = {f"validation {name}": validated(run) for name, run in runs.items()}
+        yield {"seed": seed, "day": day.number, **valid, **summary(day, before, ranks, cold, seconds)}
+        yesterday = {name: runs[name] for name in WARM}
 
 
-def trained(day: Day, run: Path, seed: int, epochs: int, args: dict[str, Any], start: Path | None = None) -> float:
+def trained(day: Day, run: Path, seed: int, epochs: int, more: Sequence[str], args: dict[str, Any]) -> float:
     """Trains stage sbr; returns CPU seconds."""
     words = ["--dataset", str(day.dataset.path), "--output", str(run), "--seed", str(seed), "--sbr.epochs", str(epochs)]
-    words += ["--config", "default", "--tables.dim", str(args["dim"]), "--encoder.one_pass", "true"]
+    words += ["--config", "default", "--tables.dim", str(args["dim"]), "--encoder.one_pass", "true", *more]
     words += ["--runtime.device", "cpu", "--runtime.threads_per_rank", str(args["threads"])]
-    return seconds_of(train, [*words, *(["--init_from", str(start)] if start else [])])
+    return seconds_of(train, words)
+
+
+def validated(run: Path) -> float:
+    """NDCG@20 on the validation sessions, by which the blend was chosen."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return round(next(line["ndcg@20"] for line in lines if line.get("split") == "selection"), 4)
 
 
 def extended(yesterday: Path, day: Day, run: Path) -> float:
@@ -203,9 +217,10 @@ def summary(
     }
     for name, ranks_S in ranks.items():
         row[f"ndcg@20 {name}"] = ndcg(ranks_S)
-    for name in ("anew", "short"):
-        gain = paired_gains(count_pairs(ranks["warm"], ranks[name]))["ndcg@20"]
-        row[f"gain over {name}"] = None if gain is None else [round(one, 4) for one in (gain.mean, gain.low, gain.high)]
+    for name, other in product(WARM, ("anew", "short")):
+        gain = paired_gains(count_pairs(ranks[name], ranks[other]))["ndcg@20"]
+        numbers = None if gain is None else [round(one, 4) for one in (gain.mean, gain.low, gain.high)]
+        row[f"gain of {name} over {other}"] = numbers
     row |= {f"seconds {name}": round(value, 1) for name, value in seconds.items()}
     for name, ranks_S in {**cold, "warm": ranks["warm"]}.items():
         row[f"new items: ndcg@20 {'extended' if name == 'sbr' else name}"] = ndcg(ranks_S[is_new_S])

@@ -22,5 +22,5 @@ def test_every_day_has_its_figures(tmp_path: Path) -> None:
     (row,) = json.loads((tmp_path / "o.json").read_text())["results"]["rows"]
     assert row["day"] == 2
     assert row["sessions"] > 5
-    assert all(row[f"seconds {name}"] > 0 for name in ("anew", "short", "warm", "extended"))
+    assert all(row[f"seconds {name}"] > 0 for name in ("anew", "short", "warm", "gentle", "extended"))
     assert len(row["ndcg@20 warm"]) == 3
