@@ -43,6 +43,8 @@ _READ_ROWS = 8192
 _COLD_MODELS = ("sbr", "text_knn", "popularity")
 # First share of the clicks; the others are cut into slices of equal size.
 _FIRST_DAY = 0.4
+# Settings of the recipe `default` that make it light: one pass, sampled softmax, and so smaller batches of sessions.
+_LIGHT = ("--encoder.one_pass", "true", "--loss.full_softmax_max_items", "1000", "--sbr.batch_size", "128")
 # Learning rate of the tables, and those of the trainings from yesterday's run: the steps of a new Adagrad are large.
 _LR = 0.2
 WARM = {"warm": 0.2, "gentle": 0.05}
@@ -74,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--items", type=LocalPath, required=True, help="As for llmgr_rec.prepare.")
     parser.add_argument("--days", type=int, default=4, help="Number of days, 2 or more.")
     parser.add_argument("--seeds", type=str, default="0", help="Seeds, separated by commas.")
-    parser.add_argument("--epochs", type=int, default=8, help="Epochs of a training anew.")
-    parser.add_argument("--warm_epochs", type=int, default=2, help="Epochs of a training from yesterday's run.")
-    parser.add_argument("--dim", type=int, default=64, help="Columns of the item tables.")
+    parser.add_argument("--epochs", type=int, default=5, help="Epochs of a training anew.")
+    parser.add_argument("--warm_epochs", type=int, default=1, help="Epochs of a training from yesterday's run.")
+    parser.add_argument("--dim", type=int, default=32, help="Columns of the item tables.")
     args = parse_args(parser, argv).as_dict()
     if args["days"] < 2:
         raise UserError(f"--days is {args['days']}; give 2 or more")
@@ -167,7 +169,7 @@ def follow(days: Sequence[Day], seed: int, args: dict[str, Any], folder: Path) -
 def trained(day: Day, run: Path, seed: int, epochs: int, more: Sequence[str], args: dict[str, Any]) -> float:
     """Trains stage sbr; returns CPU seconds."""
     words = ["--dataset", str(day.dataset.path), "--output", str(run), "--seed", str(seed), "--sbr.epochs", str(epochs)]
-    words += ["--config", "default", "--tables.dim", str(args["dim"]), "--encoder.one_pass", "true", *more]
+    words += ["--config", "default", "--tables.dim", str(args["dim"]), *_LIGHT, *more]
     words += ["--runtime.device", "cpu", "--runtime.threads_per_rank", str(args["threads"])]
     return seconds_of(train, words)
 
