@@ -65,15 +65,14 @@ class Settings:
         Args:
             loss_dtype: Number format of the query-item products in the loss; the peers' is float32.
             one_pass: Whether to encode all prefixes of a session in one pass, as the peer does if `one_pass` is set. A
-                step has as many prefixes as before, but of fewer sessions.
+                step has as many prefixes as before.
             sampled: Whether to train by the sampled softmax in place of the softmax over all items.
         """
-        sessions = self.batch_size if self.one_pass else max(1, round(self.batch_size / self.prefixes))
-        in_one_pass = one_pass or self.one_pass
+        prefixes = round(self.batch_size * self.prefixes) if self.one_pass else self.batch_size
         same = {
             "tables.dim": self.dim,
             "encoder.name": self.encoder,
-            "encoder.one_pass": str(in_one_pass).lower(),
+            "encoder.one_pass": str(one_pass or self.one_pass).lower(),
             "encoder.max_clicks": self.max_length,
             "encoder.steps": self.steps,
             "encoder.attention_layers": self.attention_layers,
@@ -81,7 +80,7 @@ class Settings:
             "encoder.dropout": self.dropout,
             "encoder.score": self.score,
             "loss.dtype": loss_dtype,
-            "sbr.batch_size": sessions if in_one_pass else self.batch_size,
+            "sbr.batch_size": prefixes,
             "sbr.epochs": _UNREACHED * self.rounds,
             "sbr.patience": 0,
             "sbr.lr": self.lr,

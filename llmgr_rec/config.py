@@ -164,11 +164,12 @@ class EncoderConfig(Group):
         "cosine", "Session-item score: dot product, or cosine divided by the temperature."
     )
     temperature: float = setting(0.07, "Divisor of the cosine score.", above=0, at_most=1e6)
-    one_pass: bool = setting(
+    one_pass: Literal["auto"] | bool = setting(
         False,
         "Train stage sbr on all prefixes of a session in one pass of the encoder, instead of one pass per prefix: the "
         "same targets for a fraction of the work. Needs sasrec, esasrec, hstu, gru4rec, or gcsan or srgnn with "
-        "encoder.steps 1. sbr.batch_size then counts sessions; sessions longer than encoder.max_clicks are split.",
+        "encoder.steps 1, and training sessions that are stored whole; auto does it where both are given. Sessions "
+        "longer than encoder.max_clicks are split.",
         invalidates="checkpoint",
         stages=("sbr",),
     )
@@ -313,10 +314,21 @@ class LossConfig(Group):
 
     full_softmax_max_items: int = setting(
         200_000,
-        "Largest catalog that is trained with a softmax over all items; above it the softmax is sampled.",
+        "Largest catalog that stage sbr trains with a softmax over all items, of which each step looks up and updates "
+        "every one; above it the softmax is sampled.",
         unit="items",
         at_least=0,
         at_most=1 << 31,
+        stages=("sbr",),
+    )
+    max_cached_items: int = setting(
+        200_000,
+        "Largest catalog that stages align and behave train with a softmax over all items, whose vectors are constant "
+        "there and held in memory; above it the softmax is sampled.",
+        unit="items",
+        at_least=0,
+        at_most=1 << 31,
+        stages=PROMPT_STAGES,
     )
     num_negatives: int = setting(
         8192,
@@ -354,7 +366,8 @@ class StageConfig(Group):
     )
     batch_size: int = setting(
         512,
-        "Training examples per optimizer step, over all ranks; sessions where the stage trains in one pass.",
+        "Training examples per optimizer step, over all ranks. In stage sbr a prefix is an example; in stage llm_text, "
+        "and in stage behave with prompt.one_pass, a session is.",
         at_least=1,
         at_most=1 << 27,
     )

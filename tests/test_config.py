@@ -35,7 +35,7 @@ encoder.max_clicks                int                                           
 encoder.dropout                   float                                             0.5
 encoder.score                     dot | cosine                                      "cosine"
 encoder.temperature               float                                             0.07
-encoder.one_pass                  bool                                              false
+encoder.one_pass                  auto | bool                                       false
 llm.name_or_path                  str                                               "smollm2"
 llm.num_layers                    int                                               4
 llm.dtype                         auto | float32 | bfloat16                         "auto"
@@ -62,6 +62,7 @@ text_encoder.dropout              float                                         
 text_encoder.num_negatives        int                                               512
 text_encoder.score_weight         list of float                                     [0.0, 0.125, 0.25, 0.5, 1.0, 2.0]
 loss.full_softmax_max_items       int                                               200000
+loss.max_cached_items             int                                               200000
 loss.num_negatives                int                                               8192
 loss.dtype                        auto | float32 | bfloat16                         "auto"
 contrast.weight                   float                                             0.1
@@ -114,6 +115,8 @@ def _type_name(kind: Any) -> str:
         return " | ".join(typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"list of {_type_name(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is typing.Union:
+        return " | ".join(map(_type_name, typing.get_args(kind)))
     return str(kind.__name__)
 
 

@@ -36,7 +36,8 @@ class RawSessions:
         pass_offsets_P1: First session of each pass, int64 [P + 1]; the last entry is B. The sessions of a pass are
             prefixes of one session, each one click longer than the previous one. Empty if each session is encoded
             separately.
-        global_batch: Rows of all ranks, not expanded to prefixes; None unless the reader was asked for them.
+        global_batch: Examples of all ranks, None unless the reader was asked for them. Rows that are expanded to all of
+            their prefixes are not expanded here.
     """
 
     items_L: Tensor

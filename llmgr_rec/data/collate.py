@@ -190,7 +190,7 @@ class Collator:
             return targets_B
         if isinstance(self.text, RandomNodeText):
             return self._text_items(whole)
-        if raw.pass_offsets_P1.numel():
+        if raw.pass_offsets_P1.numel() and not whole.pass_offsets_P1.numel():
             return following_items(Jagged(whole.items_L, whole.offsets_B1), whole.targets_B)
         return whole.targets_B
 

@@ -25,10 +25,15 @@ def prefix_examples(rows: Jagged, targets_R: Tensor, clicks_B: Tensor) -> tuple[
     Returns:
         Clicks of each example, B rows, and the item that followed it, int64 [B].
     """
+    lengths_B = prefix_lengths(rows, clicks_B)
+    return rows.gather(clicks_B + 1 - lengths_B, lengths_B), following_items(rows, targets_R)[clicks_B]
+
+
+def prefix_lengths(rows: Jagged, clicks_B: Tensor) -> Tensor:
+    """Number of clicks of the prefixes that end with the given clicks, int64 [B]; see `prefix_examples`."""
     # Not torch.searchsorted, which starts threads for any size; they would compete with the training threads.
-    row_B = torch.from_numpy(np.searchsorted(rows.offsets.numpy(), clicks_B.numpy(), side="right")) - 1
-    starts_B = rows.offsets[row_B]
-    return rows.gather(starts_B, clicks_B + 1 - starts_B), following_items(rows, targets_R)[clicks_B]
+    row_B = np.searchsorted(rows.offsets.numpy(), clicks_B.numpy(), side="right") - 1
+    return clicks_B + 1 - rows.offsets[torch.from_numpy(row_B)]
 
 
 def following_items(rows: Jagged, targets_R: Tensor) -> Tensor:
@@ -42,6 +47,22 @@ def following_items(rows: Jagged, targets_R: Tensor) -> Tensor:
     ends_R, is_filled_R = rows.offsets[1:], rows.lengths > 0
     following_L[ends_R[is_filled_R] - 1] = targets_R[is_filled_R]
     return following_L
+
+
+def pass_offsets(clicks_B: Tensor, lengths_B: Tensor, max_prefixes_per_pass: int) -> Tensor:
+    """First prefix of each pass and, last, the number of prefixes, int64 [P + 1]; see `RawSessions.pass_offsets_P1`.
+
+    Args:
+        clicks_B: Number of the last click of each prefix in the clicks of all rows, int64.
+        lengths_B: Clicks of each prefix, int64.
+        max_prefixes_per_pass: Maximum number of prefixes of a pass; longer rows are split into several passes.
+    """
+    # The first prefix of a row has one click.
+    starts_B = (lengths_B - 1) % max_prefixes_per_pass == 0
+    starts_B[:1] = True
+    starts_B[1:] |= clicks_B.diff() != 1
+    # Not nonzero, which starts threads for any size; they would compete with the training threads.
+    return torch.from_numpy(np.append(np.flatnonzero(starts_B.numpy()), clicks_B.numel()))
 
 
 def grow_prefixes(raw: RawSessions, max_prefixes_per_pass: int, global_size: int) -> RawSessions:

@@ -4,6 +4,10 @@ The order of an epoch is a permutation of the row groups and, within each row gr
 are functions of the seed and the epoch. Global batch t has the positions t * batch_size .. (t + 1) * batch_size - 1 of
 that order, and each rank reads a contiguous slice of it. So (epoch, step) is the complete position of a reader.
 
+Prefixes that are encoded in one pass are examples too, but the rows of a row group are permuted, and the prefixes of a
+row follow each other. A row at the end of a batch goes on in the next one, as a pass of its own. A pass is read by one
+rank, so that passes, too, are the same at any world size.
+
 Shapes: B sessions of this rank's slice, L clicks.
 """
 
@@ -21,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
-from llmgr_rec.data.prefixes import grow_prefixes, prefix_examples
+from llmgr_rec.data.prefixes import grow_prefixes, pass_offsets, prefix_examples, prefix_lengths
 from llmgr_rec.data.row_groups import LRUCache, RowGroup, RowGroups
 from llmgr_rec.errors import UserError
 from llmgr_rec.parent_process import become_worker
@@ -42,7 +46,9 @@ class SamplingOrder:
         augment_prefixes: Whether a row (v1 .. vn, target) gives n examples (v1 .. vj -> the next click), or only the
             last of them.
         max_prefixes_per_pass: With `augment_prefixes`, number of prefixes of a row that a model encodes in one pass; a
-            longer row takes several passes. Then `batch_size` counts rows. 0 makes each prefix an example of its own.
+            longer row takes several passes. 0 encodes each prefix by itself, and draws prefix by prefix.
+        whole_rows: With `max_prefixes_per_pass`, whether `batch_size` counts rows, and a batch has all prefixes of its
+            rows. Otherwise it counts prefixes, and a row at the end of a batch goes on in the next one.
 
     Raises:
         UserError: `batch_size` is below 1.
@@ -53,6 +59,7 @@ class SamplingOrder:
     seed: int = 0
     augment_prefixes: bool = False
     max_prefixes_per_pass: int = 0
+    whole_rows: bool = True
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -60,13 +67,23 @@ class SamplingOrder:
 
     @property
     def one_pass(self) -> bool:
-        """Whether the prefixes of a row stay in one batch, to be encoded in one pass."""
+        """Whether the prefixes of a row follow each other, to be encoded in one pass."""
         return self.augment_prefixes and self.max_prefixes_per_pass > 0
 
     @property
+    def expands_rows(self) -> bool:
+        """Whether examples are rows, which are expanded to all of their prefixes."""
+        return self.one_pass and self.whole_rows
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether examples are prefixes that follow each other, so that a row may go on in the next batch."""
+        return self.one_pass and not self.whole_rows
+
+    @property
     def by_click(self) -> bool:
-        """Whether examples are drawn click by click; otherwise row by row."""
-        return self.augment_prefixes and not self.one_pass
+        """Whether each click of a row is an example; otherwise each row is one."""
+        return self.augment_prefixes and not self.expands_rows
 
     def generator(self, *numbers: int) -> np.random.Generator:
         """A random generator seeded by the seed of the order and the given numbers."""
@@ -154,7 +171,7 @@ class SessionReader(Generic[T]):
 
     @property
     def num_examples(self) -> int:
-        """Examples of an epoch over all ranks; rows if prefixes are encoded in one pass."""
+        """Examples of an epoch over all ranks; rows if a batch has all prefixes of its rows."""
         return self.groups.num_examples
 
     @property
@@ -224,7 +241,8 @@ class SessionReader(Generic[T]):
             UserError: The files or the sampling order differ from those of the state.
         """
         now = self._fingerprint()
-        for name, before in state["fingerprint"].items():
+        # Older states have no such entry.
+        for name, before in ({"whole_rows": True} | state["fingerprint"]).items():
             if now[name] != before:
                 what = "the training files have changed" if name == "files" else f"{name} was {before}, is {now[name]}"
                 raise UserError(f"cannot resume within the epoch: {what}; restore it or start a new run")
@@ -239,6 +257,7 @@ class SessionReader(Generic[T]):
             "seed": order.seed,
             "augment_prefixes": order.augment_prefixes,
             "max_prefixes_per_pass": order.max_prefixes_per_pass,
+            "whole_rows": not order.cuts_rows,
         }
 
     def collated(self, epoch: int, step: int) -> T:
@@ -251,26 +270,38 @@ class SessionReader(Generic[T]):
         first = step * order.batch_size
         global_size = min(order.batch_size, self.num_examples - first)
         start, stop = self._shard.slice(global_size)
+        if order.cuts_rows and self._shard.world_size > 1:
+            start, stop = self._whole_passes(epoch, first, global_size)
         raw = self._read(epoch, first + start, first + stop)
         raw = replace(raw, global_size=global_size, step=step, epoch=epoch)
         if self._shard.with_global_batch:
             global_batch = raw if stop - start == global_size else self._read(epoch, first, first + global_size)
             global_batch = replace(global_batch, global_size=global_size, step=step, epoch=epoch)
             raw = replace(raw, global_batch=global_batch)
-        if order.one_pass:
+        if order.expands_rows:
             return grow_prefixes(raw, order.max_prefixes_per_pass, self._num_clicks(epoch, first, first + global_size))
         return raw
+
+    def _whole_passes(self, epoch: int, first: int, global_size: int) -> tuple[int, int]:
+        """This rank's slice of a global batch, moved to the starts of passes."""
+        clicks, lengths = [], []
+        for group, examples in self._examples(epoch, first, first + global_size):
+            clicks.append(examples + self.groups.first_example[group])
+            lengths.append(prefix_lengths(self.groups[group].items, examples))
+        starts_P1 = pass_offsets(torch.cat(clicks), torch.cat(lengths), self.order.max_prefixes_per_pass).numpy()
+        start, stop = (starts_P1[np.searchsorted(starts_P1, end)] for end in self._shard.slice(global_size))
+        return int(start), int(stop)
 
     def _read(self, epoch: int, start: int, stop: int) -> RawSessions:
         """Positions start .. stop - 1 of the epoch's order."""
         if start == stop:
-            return _filler()
+            return self._with_passes(_filler())
         by_group = [
             (*_select(self.groups[group], examples, self.order.by_click), examples + self.groups.first_example[group])
             for group, examples in self._examples(epoch, start, stop)
         ]
         sessions, targets, rows = zip(*by_group, strict=True)
-        return RawSessions(
+        raw = RawSessions(
             items_L=torch.cat([clicks.values for clicks in sessions]),
             offsets_B1=lengths_to_offsets(torch.cat([clicks.lengths for clicks in sessions])),
             targets_B=torch.cat(targets),
@@ -278,6 +309,15 @@ class SessionReader(Generic[T]):
             rows_B=torch.cat(rows),
             global_size=stop - start,
         )
+        return self._with_passes(raw)
+
+    def _with_passes(self, raw: RawSessions) -> RawSessions:
+        """The examples in passes, if they are prefixes that are encoded in one pass."""
+        order = self.order
+        if not order.cuts_rows:
+            return raw
+        lengths_B = raw.offsets_B1.diff()
+        return replace(raw, pass_offsets_P1=pass_offsets(raw.rows_B, lengths_B, order.max_prefixes_per_pass))
 
     def _num_clicks(self, epoch: int, start: int, stop: int) -> int:
         """Number of clicks of the rows at positions start .. stop - 1 of the epoch's order."""
@@ -306,7 +346,12 @@ class SessionReader(Generic[T]):
         count = int(self.groups.sizes[group])
         if not self.order.shuffle:
             return torch.arange(count)
-        return torch.from_numpy(self.order.generator(epoch, group).permutation(count))
+        generator = self.order.generator(epoch, group)
+        if self.order.cuts_rows:
+            rows = self.groups[group].items
+            shuffled_R = torch.from_numpy(generator.permutation(rows.num_rows))
+            return Jagged(torch.arange(count), rows.offsets).select(shuffled_R).values
+        return torch.from_numpy(generator.permutation(count))
 
 
 class _Steps(Dataset[Any]):

@@ -28,7 +28,7 @@ from llmgr_rec.files import atomic_write
 from llmgr_rec.storage.bundle_index import CONFIG, STAGES_OF_MODEL
 from llmgr_rec.storage.fingerprint import fingerprint
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.training.preflight import RunRequest
+from llmgr_rec.training.preflight import RunRequest, resolve_one_pass
 from llmgr_rec.training.train_run import train_run
 
 
@@ -126,6 +126,7 @@ class SharedRuns:
         Raises:
             UserError: The data set or a setting is not usable, or the run was started with other settings.
         """
+        config = resolve_one_pass(config, self.dataset)
         done = run / "seconds"
         locks = self.folder / "locks"
         for folder in (locks, run.parent):

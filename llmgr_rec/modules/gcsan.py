@@ -121,8 +121,7 @@ class GCSAN(GraphEncoder):
         dim: Width of item, node and session vectors, in columns.
 
     Raises:
-        UserError: The number of attention heads does not divide the width, there is no attention block, or it has to
-            train in one pass with several rounds of message passing.
+        UserError: The number of attention heads does not divide the width, or there is no attention block.
     """
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
@@ -135,9 +134,8 @@ class GCSAN(GraphEncoder):
 
     @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:
-        """Checks the attention settings and the rounds of message passing; see `SessionEncoder.check`."""
+        """Checks the attention settings; see `SessionEncoder.check`."""
         check_heads(config, dim)
-        super().check(config, dim)
 
     def read_sessions(self, states: SharedStates, graph: SessionGraph) -> Tensor:
         """Computes the session vectors [B, D]; see `GraphEncoder.read_sessions`."""

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.graph import SessionGraph
-from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.byte_dropout import ByteDropout
 from llmgr_rec.kernels.prefix_nodes import prefix_nodes
 from llmgr_rec.kernels.shared_states import SharedStates
@@ -25,7 +24,7 @@ class GraphEncoder(SessionEncoder):
         dim: Width of item, node and session vectors, in columns.
 
     Raises:
-        UserError: The settings are wrong, see `check`.
+        UserError: The settings are wrong, see `SessionEncoder.check`.
     """
 
     supports_one_pass = True
@@ -37,17 +36,11 @@ class GraphEncoder(SessionEncoder):
         self.graph_network = GatedGraph(dim, config.steps)
 
     @classmethod
-    def check(cls, config: EncoderConfig, dim: int) -> None:
-        """Checks the rounds of message passing; see `SessionEncoder.check`.
-
-        Raises:
-            UserError: It has to train in one pass with several rounds.
-        """
-        if config.one_pass and config.steps > 1:
-            raise UserError(
-                f"setting encoder.one_pass is true, but with encoder.steps {config.steps} the node states of "
-                f"{config.name} depend on later clicks; set encoder.steps to 1, or encoder.one_pass to false"
-            )
+    def one_pass_problem(cls, config: EncoderConfig) -> str:
+        """Only one round of messages leaves node states independent of later clicks; see `SessionEncoder`."""
+        if config.steps == 1:
+            return ""
+        return f"with encoder.steps {config.steps} the node states of {config.name} depend on later clicks"
 
     @abstractmethod
     def read_sessions(self, states: SharedStates, graph: SessionGraph) -> Tensor:

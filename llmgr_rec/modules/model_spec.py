@@ -108,7 +108,7 @@ class ModelSpec:
     @property
     def caches_catalog(self) -> bool:
         """Whether training caches the rows of all items: their tables are frozen and the catalog is small."""
-        return self.encodes_prompts and self.num_items <= self.config.loss.full_softmax_max_items
+        return self.encodes_prompts and self.num_items <= self.config.loss.max_cached_items
 
     @property
     def num_negatives(self) -> int:
@@ -116,9 +116,14 @@ class ModelSpec:
         return self.config.text_encoder.num_negatives if self.encodes_text else self.config.loss.num_negatives
 
     @property
+    def encoder_in_one_pass(self) -> bool:
+        """Whether stage sbr encodes all prefixes of a session in one pass. A run resolves `auto` in its preflight."""
+        return self.config.encoder.one_pass is True
+
+    @property
     def max_prefixes_per_pass(self) -> int:
         """Most prefixes of a session that training encodes in one pass; 0 encodes each prefix separately."""
-        if self.stage == "sbr" and self.config.encoder.one_pass:
+        if self.stage == "sbr" and self.encoder_in_one_pass:
             return self.config.encoder.max_clicks
         if self.stage == "behave" and self.config.prompt.one_pass:
             return self.config.prompt.max_nodes or sys.maxsize
@@ -128,8 +133,8 @@ class ModelSpec:
         """Candidate items whose vectors a batch looks up, in addition to its nodes."""
         if purpose == "rank":
             return "none"
-        if self.caches_catalog:
-            return "cached"
+        if self.encodes_prompts:
+            return "cached" if self.caches_catalog else "sampled"
         most = self.num_negatives if self.encodes_text else self.config.loss.full_softmax_max_items
         return "full" if self.num_items <= most else "sampled"
 
@@ -206,7 +211,7 @@ class ModelSpec:
             if side_features is not None:
                 names = [name for name in model.item_tables.feature_names if name in side_features]
                 catalog = WholeCatalog(self.num_items, {name: side_features[name] for name in names})
-            return SbrTask(model, world_size, loss_dtype, config.encoder.one_pass, catalog)
+            return SbrTask(model, world_size, loss_dtype, self.encoder_in_one_pass, catalog)
         if self.stage == "align":
             contrast = config.contrast
             return AlignTask(

@@ -45,6 +45,15 @@ class SessionEncoder(nn.Module, ABC):
     supports_one_pass: ClassVar[bool] = False
 
     @classmethod
+    def one_pass_problem(cls, config: EncoderConfig) -> str:
+        """Why an encoder of these settings has no `encode_one_pass`; empty if it has.
+
+        Args:
+            config: Encoder settings.
+        """
+        return "" if cls.supports_one_pass else f"encoder {config.name} does not support it"
+
+    @classmethod
     def check(cls, config: EncoderConfig, dim: int) -> None:
         """Validates the settings before a run starts; accepts all by default.
 

@@ -23,9 +23,6 @@ class SRGNN(GraphEncoder):
     Args:
         config: Encoder settings; dropout applies to the input vectors.
         dim: Width of item, node and session vectors, in columns.
-
-    Raises:
-        UserError: It has to train in one pass with several rounds of message passing.
     """
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:

@@ -1,7 +1,8 @@
 """Preflight of a run: every rank checks for all user errors before the process group starts."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from llmgr_rec.distributed.process_group import World, launched_world
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import require_writable
 from llmgr_rec.folder_lock import LOCK_NAME
-from llmgr_rec.modules.encoders import ENCODERS, encoder_class
+from llmgr_rec.modules.encoders import encoder_class
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.storage.bundle_index import check_trained_on, is_complete, latest_bundle, read_config, read_index
@@ -24,6 +25,8 @@ from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
 from llmgr_rec.training.metric_writers import check_trackers
 from llmgr_rec.training.warm_start import WarmStart, open_warm_start
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class CheckedRun:
     """A run that has passed the preflight.
 
     Args:
+        config: All settings, with `encoder.one_pass` resolved.
         dataset: Prepared sessions.
         catalog: Their items.
         stages: Stages to train, in order, without complete ones.
         warm_start: The models that the training starts from; None for random weights.
     """
 
+    config: Config
     dataset: Dataset
     catalog: Catalog
     stages: list[StageName]
@@ -90,6 +95,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     _check_sessions(dataset, catalog)
     warn_of_word_rule(dataset, catalog)
     stages = _stages_to_run(request)
+    request = replace(request, config=resolve_one_pass(request.config, dataset, say="sbr" in stages))
     _check_output(request.output)
     if _complete_stages(request.output):
         _check_same_data(latest_bundle(request.output / "export"), dataset, catalog)
@@ -108,7 +114,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     warm_start = open_warm_start(request.output, request.init_from, request.resume) if stages else None
     if warm_start:
         warm_start.check(request.config, stages, request.factory)
-    return CheckedRun(dataset, catalog, stages, warm_start)
+    return CheckedRun(request.config, dataset, catalog, stages, warm_start)
 
 
 def _check_sessions(dataset: Dataset, catalog: Catalog) -> None:
@@ -246,28 +252,49 @@ def _check_checkpoints(request: RunRequest, spec: ModelSpec, catalog: Catalog) -
     CheckpointManager(folder, 1, World.alone(), identity).check()
 
 
+def resolve_one_pass(config: Config, dataset: Dataset, say: bool = False) -> Config:
+    """The settings with `encoder.one_pass` true or false, where it is `auto`: true where encoder and rows allow it.
+
+    Args:
+        config: All settings.
+        dataset: Prepared sessions.
+        say: Whether rank 0 logs what `auto` is.
+    """
+    if config.encoder.one_pass != "auto":
+        return config
+    problem = _problem_of_one_pass(config, dataset)
+    if say and launched_world(config.runtime.device).rank == 0:
+        logger.info("sbr: encoder.one_pass auto is %s", f"false, because {problem}" if problem else "true")
+    return replace(config, encoder=replace(config.encoder, one_pass=not problem))
+
+
+def _problem_of_one_pass(config: Config, dataset: Dataset) -> str:
+    """Why stage sbr cannot encode all prefixes of a row in one pass; empty if it can."""
+    return encoder_class(config.encoder.name).one_pass_problem(config.encoder) or _problem_of_rows(dataset)
+
+
+def _problem_of_rows(dataset: Dataset) -> str:
+    """Why prefixes of a training row cannot share a pass; empty if they can."""
+    if "train" in dataset.manifest.prefix_augmentation:
+        return ""
+    return f"the training rows of {dataset.path} are already prefixes"
+
+
 def _check_one_pass(request: RunRequest, spec: ModelSpec, dataset: Dataset) -> None:
     """Checks that encoder or template supports training in one pass, and that training rows are whole sessions."""
     config = spec.config
-    if not spec.max_prefixes_per_pass or spec.encodes_text:
+    if spec.stage == "sbr" and config.encoder.one_pass and (problem := _problem_of_one_pass(config, dataset)):
+        raise UserError(f"setting encoder.one_pass is true, but {problem}; set encoder.one_pass to auto or false")
+    if spec.stage != "behave" or not config.prompt.one_pass:
         return
-    name = "encoder.one_pass" if spec.stage == "sbr" else "prompt.one_pass"
-    if spec.stage == "sbr" and not encoder_class(config.encoder.name).supports_one_pass:
-        supported = sorted(key for key, encoder in ENCODERS.items() if encoder.supports_one_pass)
+    if not request.factory.prompts(config)["behave"].supports_one_pass:
         raise UserError(
-            f"setting {name} is true, which encoder {config.encoder.name} does not support; "
-            f"set encoder.name to {' or '.join(supported)}, or {name} to false"
+            f"setting prompt.one_pass is true, but the first placeholder of template behave in "
+            f"{config.prompt.templates} is not {{nodes}}, so prefixes of a session cannot share a prompt; set "
+            "prompt.templates to compact, or prompt.one_pass to false"
         )
-    if spec.stage == "behave" and not request.factory.prompts(config)["behave"].supports_one_pass:
-        raise UserError(
-            f"setting {name} is true, but the first placeholder of template behave in {config.prompt.templates} is not "
-            f"{{nodes}}, so prefixes of a session cannot share a prompt; set prompt.templates to compact, or {name} "
-            "to false"
-        )
-    if "train" not in dataset.manifest.prefix_augmentation:
-        raise UserError(
-            f"setting {name} is true, but the training rows of {dataset.path} are already prefixes; set {name} to false"
-        )
+    if problem := _problem_of_rows(dataset):
+        raise UserError(f"setting prompt.one_pass is true, but {problem}; set prompt.one_pass to false")
 
 
 def _check_contrast(spec: ModelSpec) -> None:

@@ -96,7 +96,7 @@ class RunContext:
     ) -> Self:
         """The context of a run that has passed the preflight."""
         return cls(
-            config=request.config,
+            config=checked.config,
             dataset=checked.dataset,
             catalog=checked.catalog,
             run=request.output,
@@ -282,6 +282,7 @@ def _reader(spec: ModelSpec, context: RunContext) -> SessionReader:
             seed=config.seed,
             augment_prefixes="train" in manifest.prefix_augmentation,
             max_prefixes_per_pass=spec.max_prefixes_per_pass,
+            whole_rows=spec.stage != "sbr",
         ),
         shard=DataShard(world.rank, world.size, with_global_batch=collate.sampler is not None),
         prefetch=Prefetch(config.runtime.reader_workers, pin_memory=world.device.type == "cuda"),

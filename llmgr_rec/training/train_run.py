@@ -58,7 +58,7 @@ def train_run(request: RunRequest) -> list[StageName]:
 
 
 def _train(request: RunRequest, checked: CheckedRun, world: World, signals: StopSignals) -> None:
-    config, output = request.config, request.output
+    config, output = checked.config, request.output
     # A complete run keeps the settings of its training.
     if world.rank == 0 and checked.stages:
         _save_config(config, output)

@@ -170,7 +170,7 @@ def test_rectools_has_the_same_settings():
     assert ours.encoder.attention_heads == theirs["n_heads"]
     assert ours.encoder.dropout == theirs["dropout_rate"]
     assert ours.encoder.max_clicks == theirs["session_max_len"]
-    assert ours.sbr.batch_size == theirs["batch_size"]
+    assert ours.sbr.batch_size == theirs["batch_size"] * SASREC.prefixes
     assert ours.sbr.lr == ours.tables.lr == theirs["lr"]
     sampled = config_of(SASREC.same_words(sampled=True)).loss
     assert (sampled.full_softmax_max_items, sampled.num_negatives) == (0, 100)
@@ -178,8 +178,7 @@ def test_rectools_has_the_same_settings():
 
 def test_a_step_in_one_pass_has_as_many_prefixes():
     in_one_pass = config_of(replace(SETTINGS, steps=1).same_words(one_pass=True))
-    assert (in_one_pass.encoder.one_pass, in_one_pass.sbr.batch_size) == (True, 512 / 4)
-    assert config_of(SASREC.same_words()).sbr.batch_size == 512
+    assert (in_one_pass.encoder.one_pass, in_one_pass.sbr.batch_size) == (True, 512)
     exact = {encoder: replace(SETTINGS, encoder=encoder).one_pass_is_exact for encoder in ("gcsan", "sasrec")}
     assert exact == {"gcsan": False, "sasrec": True}
 

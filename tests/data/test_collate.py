@@ -117,7 +117,7 @@ def test_draws_depend_on_seed_epoch_and_step_not_on_the_rank(catalog: Catalog) -
     assert len({frozenset(draws([], *place)) for place in [(0, 0), (0, 1), (1, 0), (0, 0, 1)]}) == 4
 
 
-@pytest.mark.parametrize("mode", ["rows", "prefixes", "one_pass", "random_node"])
+@pytest.mark.parametrize("mode", ["rows", "prefixes", "one_pass", "whole_rows", "random_node"])
 def test_all_ranks_have_the_sample_of_one(catalog: Catalog, tmp_path: Path, mode: str) -> None:
     part = write_part(tmp_path / "part-00000.parquet", random_sessions(23, NUM_ITEMS))
     collate = Collator(
@@ -134,8 +134,9 @@ def test_all_ranks_have_the_sample_of_one(catalog: Catalog, tmp_path: Path, mode
             order=SamplingOrder(
                 5,
                 shuffle=True,
-                augment_prefixes=mode in ("prefixes", "one_pass"),
-                max_prefixes_per_pass=3 if mode == "one_pass" else 0,
+                augment_prefixes=mode in ("prefixes", "one_pass", "whole_rows"),
+                max_prefixes_per_pass=3 if mode in ("one_pass", "whole_rows") else 0,
+                whole_rows=mode == "whole_rows",
             ),
             shard=DataShard(rank, world_size, with_global_batch=True),
         )

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from threading import Semaphore, current_thread
 from typing import Any
@@ -119,7 +120,7 @@ def test_every_example_is_read_once_over_all_ranks(
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 @pytest.mark.parametrize("max_prefixes_per_pass", [2, 100])
-def test_one_pass_gives_the_same_examples(
+def test_whole_rows_give_the_same_examples(
     make: Make, sessions: list[Session], world_size: int, max_prefixes_per_pass: int
 ) -> None:
     settings = {"shuffle": True, "augment_prefixes": True, "max_prefixes_per_pass": max_prefixes_per_pass}
@@ -136,6 +137,47 @@ def test_one_pass_gives_the_same_examples(
             assert raw.pass_offsets_P1[-1] == len(raw.targets_B)
             assert raw.pass_offsets_P1.diff().min() >= 1
             assert raw.pass_offsets_P1.diff().max() <= max_prefixes_per_pass
+
+
+@pytest.mark.parametrize("max_prefixes_per_pass", [2, 100])
+def test_batches_of_prefixes_in_one_pass_are_full(
+    make: Make, sessions: list[Session], max_prefixes_per_pass: int
+) -> None:
+    settings = {
+        "shuffle": True,
+        "augment_prefixes": True,
+        "max_prefixes_per_pass": max_prefixes_per_pass,
+        "whole_rows": False,
+    }
+    examples = prefix_examples(sessions)
+    alone = global_batches(make, 1, 2, **settings)
+    order = [row for batch in alone for row in batch]
+
+    assert sorted(order) == numbered(examples)
+    assert [len(batch) for batch in alone[:-1]] == [7] * (len(examples) // 7)
+    assert [len(items) for _, items, _ in order] != [len(items) for items, _ in examples], "rows are shuffled"
+    for (before, _, _), (after, items, _) in pairwise(order):
+        assert after == before + 1 or len(items) == 1, "prefixes of a row follow each other"
+    passes = {(raw.step, row) for raw in make(**settings).batches(2) for row in starts_of_passes(raw)}
+    for world_size in (2, 3, 9):
+        assert global_batches(make, world_size, 2, **settings) == alone
+        found = set()
+        for rank in range(world_size):
+            for raw in make(rank=rank, world_size=world_size, with_global_batch=True, **settings).batches(2, 3):
+                found |= {(raw.step, row) for row in starts_of_passes(raw)}
+                lengths, starts = raw.offsets_B1.diff(), raw.pass_offsets_P1
+                assert starts[0] == 0
+                assert starts[-1] == len(raw.targets_B)
+                assert 1 <= starts.diff().min() <= starts.diff().max() <= max_prefixes_per_pass
+                within = torch.ones(len(lengths), dtype=torch.bool).index_fill(0, starts[:-1], False)
+                assert torch.equal(lengths[within], lengths[within.nonzero().squeeze(1) - 1] + 1)
+                assert torch.equal(raw.rows_B[within], raw.rows_B[within.nonzero().squeeze(1) - 1] + 1)
+        assert found == {(step, row) for step, row in passes if step >= 3}, "passes do not depend on the ranks"
+
+
+def starts_of_passes(raw: RawSessions) -> list[int]:
+    """First example of each pass, without fillers."""
+    return [row for row in raw.rows_B[raw.pass_offsets_P1[:-1]].tolist() if row >= 0]
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -206,8 +248,9 @@ def test_batches_know_their_place(make: Make) -> None:
     assert [(raw.epoch, raw.step, raw.global_size) for raw in raws] == [(4, 5, 7), (4, 6, 7), (4, 7, 7), (4, 8, 5)]
 
 
-def test_resume_continues_to_the_row_at_any_world_size(make: Make) -> None:
-    settings = {"shuffle": True, "augment_prefixes": True}
+@pytest.mark.parametrize("passes", [0, 2])
+def test_resume_continues_to_the_row_at_any_world_size(make: Make, passes: int) -> None:
+    settings = {"shuffle": True, "augment_prefixes": True, "max_prefixes_per_pass": passes, "whole_rows": False}
     before = make(rank=1, world_size=2, **settings)
     stream = before.batches(2)
     for _ in range(11):
@@ -268,11 +311,21 @@ def test_workers_do_not_change_the_batches(make: Make) -> None:
         ({"augment_prefixes": True}, "augment_prefixes was False, is True"),
         ({"augment_prefixes": True, "max_prefixes_per_pass": 4}, "augment_prefixes was False, is True"),
         ({"max_prefixes_per_pass": 4}, "max_prefixes_per_pass was 0, is 4"),
+        ({"augment_prefixes": True, "whole_rows": False}, "augment_prefixes was False, is True"),
     ],
 )
 def test_resume_with_another_order_is_refused(make: Make, change: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(**change).load_state_dict(make().state_dict())
+
+
+def test_a_state_of_whole_rows_is_not_one_of_cut_rows(make: Make) -> None:
+    settings = {"augment_prefixes": True, "max_prefixes_per_pass": 4}
+    state = make(**settings).state_dict()
+    with pytest.raises(UserError, match="whole_rows was True, is False"):
+        make(**settings, whole_rows=False).load_state_dict(state)
+    del state["fingerprint"]["whole_rows"]
+    make(**settings).load_state_dict(state)
 
 
 def test_resume_with_other_files_is_refused(make: Make, tmp_path: Path) -> None:

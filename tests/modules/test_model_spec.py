@@ -193,7 +193,7 @@ def test_side_features_that_the_catalog_lacks_have_no_table() -> None:
 )
 def test_candidates_of_a_batch(stage: StageName, most_full: int, train: str) -> None:
     settings = small_config()
-    settings.loss.full_softmax_max_items = most_full
+    settings.loss.full_softmax_max_items = settings.loss.max_cached_items = most_full
     spec = spec_of(stage, settings)
     assert spec.candidates("train") == train
     assert spec.caches_catalog == (train == "cached")

@@ -12,8 +12,8 @@ from tests.training.small_training import numbers, small_config, small_dataset, 
 
 pytestmark = pytest.mark.dist
 
-# Rows of the small data set, the examples that they stand for, and more than a session's clicks.
-ROWS, EXAMPLES, CLICKS = 120, 371, 40
+# Examples of the small data set, and more than a session's clicks.
+EXAMPLES, CLICKS = 371, 40
 EPOCHS = 3
 
 
@@ -23,7 +23,7 @@ def whole_epochs(folder: Path, one_pass: bool) -> Config:
     config.encoder.name, config.encoder.max_clicks = "sasrec", CLICKS
     config.encoder.attention_layers = config.encoder.attention_heads = 2
     config.align.epochs = config.behave.epochs = 0
-    config.sbr.epochs, config.encoder.one_pass, config.sbr.batch_size = EPOCHS, one_pass, ROWS if one_pass else EXAMPLES
+    config.sbr.epochs, config.encoder.one_pass, config.sbr.batch_size = EPOCHS, one_pass, EXAMPLES
     return config
 
 

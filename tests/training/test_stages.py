@@ -55,7 +55,8 @@ def adam(folder: Path) -> Config:
 def sampled(folder: Path) -> Config:
     """Sampled softmax losses, and item text in the prompt."""
     config = base_config(folder)
-    config.loss.full_softmax_max_items, config.loss.num_negatives = 20, 16
+    config.loss.full_softmax_max_items = config.loss.max_cached_items = 20
+    config.loss.num_negatives = 16
     config.encoder.name = "srgnn"
     config.align.epochs = 0
     config.prompt.text_items = 2
