@@ -164,8 +164,8 @@ class SessionReader(Generic[T]):
         self._collate = collate
         self._shard = shard
         self._prefetch = prefetch
-        self._epoch_orders = LRUCache(self._make_epoch_order, max_size=1)
-        self._group_orders = LRUCache(self._make_group_order, max_size=2)
+        self._epoch_orders: LRUCache[int, tuple[np.ndarray, np.ndarray]] = LRUCache(max_size=1)
+        self._group_orders: LRUCache[tuple[int, int], Tensor] = LRUCache(max_size=2)
         # One thread for all epochs, so that its state needs no lock.
         self._thread = ThreadPoolExecutor(1, "reader")
 
@@ -326,12 +326,13 @@ class SessionReader(Generic[T]):
 
     def _examples(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Row groups and example numbers within them at positions start .. stop - 1 of the epoch's order."""
-        groups, ends = self._epoch_orders(epoch)
+        groups, ends = self._epoch_orders.get(epoch, self._make_epoch_order)
         position = int(np.searchsorted(ends, start, side="right"))
         while start < stop:
             group, end = int(groups[position]), int(ends[position])
             begin = end - int(self.groups.sizes[group])
-            yield group, self._group_orders((epoch, group))[start - begin : min(stop, end) - begin]
+            order = self._group_orders.get((epoch, group), self._make_group_order)
+            yield group, order[start - begin : min(stop, end) - begin]
             start, position = end, position + 1
 
     def _make_epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -56,25 +56,31 @@ class RowGroup:
 
 
 class LRUCache(Generic[K, T]):
-    """Least-recently-used cache of a function's results. `functools.lru_cache` cannot be pickled for worker processes.
+    """Least-recently-used cache of results. `functools.lru_cache` cannot be pickled for worker processes.
+
+    The function that makes a result is given with each call: a cache that keeps a method of its owner is a reference
+    cycle, and the owner, with all that it refers to, then stays until the garbage collector looks for cycles.
 
     Args:
-        make: The function, with one hashable argument.
         max_size: Maximum number of results in the cache.
     """
 
-    def __init__(self, make: Callable[[K], T], max_size: int) -> None:
-        self._make = make
+    def __init__(self, max_size: int) -> None:
         self._max_size = max_size
         self._results: OrderedDict[K, T] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._results)
 
-    def __call__(self, key: K) -> T:
-        """Returns the result for `key`, from the cache or computed now."""
+    def get(self, key: K, make: Callable[[K], T]) -> T:
+        """Returns the result for `key`, from the cache or computed now.
+
+        Args:
+            key: The key.
+            make: Computes the result for a key.
+        """
         if key not in self._results:
-            result = self._make(key)
+            result = make(key)
             while len(self._results) >= self._max_size:
                 self._results.popitem(last=False)
             self._results[key] = result
@@ -101,7 +107,7 @@ class RowGroups:
     def __init__(self, parts: list[Path], *, num_items: int, by_click: bool, max_cached: int = 2) -> None:
         self.num_items = num_items
         self.by_click = by_click
-        self.decoded = LRUCache(self._decode, max_cached)
+        self.decoded: LRUCache[int, RowGroup] = LRUCache(max_cached)
         self.locations: list[RowGroupLocation] = []
         self.files: list[tuple[str, int, int]] = []
         sizes: list[int] = []
@@ -137,7 +143,7 @@ class RowGroups:
 
     def __getitem__(self, index: int) -> RowGroup:
         """Decoded content of row group `index`."""
-        return self.decoded(index)
+        return self.decoded.get(index, self._decode)
 
     def _is_in_range(self, column: pq.ColumnChunkMetaData) -> bool:
         """Whether the statistics of a column exclude nulls and indices out of range."""

@@ -126,6 +126,7 @@ class GatedGraph(nn.Module):
         """
         return self.steps == 1 and 3 * num_items * self.update.bias_hh.numel() * 4 <= _MAX_PREPARED_BYTES
 
+    @torch.no_grad()
     def prepare_items(self, items_VD: Tensor) -> ItemGates:
         """Multiplies the vectors of all items by the weights, so that `forward_prepared` multiplies nothing.
 
@@ -135,11 +136,15 @@ class GatedGraph(nn.Module):
         input_weight, state_weight, input_bias, state_bias = self._weights()
         new_bias_D = input_bias[2 * self.dim :]
         state_bias = state_bias + functional.pad(input_bias[: 2 * self.dim], (0, self.dim))
-        halves = input_weight.split(self.dim, dim=1)
+        num_items = items_VD.shape[0]
+        # One matrix, and not two that are joined, which would hold all gates twice.
+        edge_gates_XG = items_VD.new_empty(2 * num_items, state_weight.shape[0])
+        for gates_VG, half in zip(edge_gates_XG.split(num_items), input_weight.split(self.dim, dim=1), strict=True):
+            torch.mm(items_VD, half.T, out=gates_VG)
         return ItemGates(
             state_gates_VG=functional.linear(items_VD, state_weight, state_bias),
             new_bias_D=new_bias_D,
-            edge_gates_XG=torch.cat([items_VD @ half.T for half in halves]),
+            edge_gates_XG=edge_gates_XG,
         )
 
     def forward_prepared(self, items: ItemGates, nodes_ND: Tensor, graph: SessionGraph) -> Tensor:

@@ -90,6 +90,8 @@ def _key(name: str, k_neighbors: int, dataset: Dataset) -> str:
 
 def _compute(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog) -> Blend:
     baseline = build_neighbors(name, dataset, catalog, k_neighbors)
+    # Before the next baseline is built.
+    return_freed_memory()
     if not isinstance(baseline, ItemNeighbors):
         raise UserError(
             f"setting blend.neighbors contains {name}, whose builder returned a {type(baseline).__name__} instead of a "

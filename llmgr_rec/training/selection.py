@@ -28,6 +28,7 @@ from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import EvaluationBatch, evaluation_batches, evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
+from llmgr_rec.training.freed_memory import return_freed_memory
 from llmgr_rec.training.id_row_smoothing import KnnSmoothing
 from llmgr_rec.training.neighbors import neighbor_scores
 
@@ -132,6 +133,7 @@ def select_on_validation(
     candidates, ndcg = space.candidates(), {}
     if len(candidates) > 1:
         ndcg = _search(space, ranking, scores, dataset, catalog, world, smoothing)
+        return_freed_memory()
     best = max(candidates, key=lambda candidate: ndcg.get(candidate, 0.0))
     _apply(best, model, smoothing)
     blended = combine(scores, best.blend_weights) if scores else None
@@ -177,6 +179,8 @@ def _search(
     """
     ndcg: dict[Candidate, float] = {}
     for strength in space.smoothing:
+        # The vectors of all items with the strength before.
+        return_freed_memory()
         # Text weights are tried by scaling queries that were computed with text weight 1.
         _apply(Candidate(strength, 1.0, ()), ranking.model, smoothing)
         found = _validation_ndcg(

@@ -145,7 +145,11 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     def validate() -> dict[str, float]:
         require_finite(model, stage, position.step, world)
         refresh_item_vectors(model, world)
-        return evaluate_model(ranking, context.dataset, "valid", world, context.catalog.train_count_V)
+        # The temporary tensors of the steps have other sizes than those of the ranking, and the other way round.
+        return_freed_memory()
+        metrics = evaluate_model(ranking, context.dataset, "valid", world, context.catalog.train_count_V)
+        return_freed_memory()
+        return metrics
 
     loop = StageLoop(
         name=stage,
@@ -175,6 +179,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     selection = select_on_validation(
         stage, ranking, spec.config, context.dataset, context.catalog, world, context.run / _NEIGHBORS
     )
+    return_freed_memory()
     config = replace(spec.config, tables=replace(spec.config.tables, knn_smoothing=[selection.smoothing]))
     export_bundle(
         model,

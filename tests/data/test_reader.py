@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import pairwise
@@ -227,10 +229,27 @@ def test_examples_change_their_order_within_a_row_group_too(tmp_path: Path) -> N
 
 def test_the_result_longest_unused_is_forgotten() -> None:
     made: list[str] = []
-    recent: LRUCache[str, str] = LRUCache(lambda key: made.append(key) or key.upper(), max_size=2)  # type: ignore[func-returns-value]
+    recent: LRUCache[str, str] = LRUCache(max_size=2)
 
-    assert [recent(key) for key in "abacab"] == list("ABACAB")
+    def make(key: str) -> str:
+        made.append(key)
+        return key.upper()
+
+    assert [recent.get(key, make) for key in "abacab"] == list("ABACAB")
     assert made == ["a", "b", "c", "b"]
+
+
+def test_a_reader_is_freed_with_its_last_reference(make: Make) -> None:
+    """Its collate function may refer to what a model has prepared for all items."""
+    reader = make()
+    list(reader.batches(0))
+    freed = weakref.ref(reader)
+    gc.disable()
+    try:
+        del reader
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_a_rank_without_rows_gets_a_filler_of_weight_zero(make: Make) -> None:
@@ -357,13 +376,13 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, count: int) -> None:
 def test_each_row_group_is_decoded_once_an_epoch(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make(shuffle=True, augment_prefixes=True, batch_size=5)
     decoded: list[int] = []
-    decode = reader.groups.decoded._make
+    decode = reader.groups._decode
 
     def counted(index: int) -> RowGroup:
         decoded.append(index)
         return decode(index)
 
-    monkeypatch.setattr(reader.groups.decoded, "_make", counted)
+    monkeypatch.setattr(reader.groups, "_decode", counted)
 
     list(reader.batches(0))
 
