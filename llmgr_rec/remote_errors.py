@@ -94,6 +94,26 @@ def remote_error(error: BaseException, url: object) -> UserError | None:
     return UserError(f"{url}: the storage failed ({kinds}); run the same command again")
 
 
+def reported_error(text: str, action: str) -> UserError | None:
+    """The user error of an exception of remote storage that a library reports as the text of a stack trace, as DuckDB.
+
+    Args:
+        text: What the library says.
+        action: Start of the message: what was being done.
+
+    Returns:
+        None if there is no stack trace in the text.
+    """
+    _, trace, stack = text.partition("Traceback (most recent call last)")
+    if not trace:
+        return None
+    names = set(re.findall(r"[A-Za-z]\w+", stack))
+    remedy = next(
+        (text for known, text in _REMEDIES if names & known), "the storage failed; run the same command again"
+    )
+    return UserError(f"{action}: {remedy}")
+
+
 def _missing_package(url: str) -> UserError:
     import fsspec
 

@@ -73,6 +73,10 @@ class RemotePath(PosixPath):
         """The path itself."""
         return self
 
+    def relative_to(self, *other: Any, **options: Any) -> PosixPath:  # type: ignore[override]
+        """The path from another one that it is in, which is no `RemotePath`."""
+        return PosixPath(*super().relative_to(*other, **options).parts)
+
     def resolve(self, strict: bool = False) -> "RemotePath":
         """The path without `..`."""
         scheme, *names = self.parts

@@ -124,6 +124,7 @@ def test_a_url_that_names_no_folder_is_refused(url: str, problem: str) -> None:
 def test_a_remote_path_is_used_as_a_path() -> None:
     folder = as_path("s3://bucket/a//b/")
     assert str(folder) == "s3://bucket/a/b"
+    assert str((folder / "x" / "y").relative_to(folder)) == "x/y"
     assert str(folder.parent / "c.d" / "e") == "s3://bucket/a/c.d/e"
     assert (folder / "x" / ".." / "y").resolve() == folder / "y"
     assert not (folder / "../../../x").resolve().is_relative_to(folder)

@@ -6,9 +6,12 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llmgr_rec import remote_lock
+from llmgr_rec.data.preparation.duckdb_database import DuckDBDatabase
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder, atomic_write, require_writable, this_writer
 from llmgr_rec.folder_lock import LOCK_NAME, FolderLock
@@ -103,6 +106,22 @@ def test_errors_of_the_storage_are_one_line_without_credentials(
         assert SECRET not in str(raised.value)
         assert raised.value.__suppress_context__
         assert "\n" not in str(raised.value)
+
+
+def test_errors_of_the_storage_within_duckdb_are_one_line(folder: RemotePath, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    (folder / "a.parquet").upload(tmp_path / "a.parquet")
+    database = DuckDBDatabase(tmp_path, 1.0, 1)
+    try:
+        query = f"SELECT a FROM {database.parquet([folder / 'a.parquet'], ['a'])}"
+        assert database.run(query) == [(1,)]
+        for error, said in ((ClientError("ExpiredToken"), "have expired"), (ClientError("x"), "the storage failed")):
+            raises = pytest.raises(UserError, match=f"^reading: .*{said}.*$")
+            with fails(error), raises as raised, database.user_errors("reading"):
+                database.run(query)
+            assert SECRET not in str(raised.value)
+    finally:
+        database.close()
 
 
 def test_other_errors_are_not_those_of_the_storage(folder: RemotePath) -> None:

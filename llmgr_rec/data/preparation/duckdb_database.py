@@ -11,6 +11,7 @@ import pyarrow as pa
 from llmgr_rec.data.preparation.database import BATCH_ROWS, Database, literal
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.remote_errors import reported_error
 from llmgr_rec.remote_path import RemotePath
 
 # Bugs in the SQL of this package, and Ctrl-C in a query.
@@ -106,8 +107,10 @@ class DuckDBDatabase(Database):
         except _NOT_OF_THE_USER:
             raise
         except (duckdb.Error, OSError) as error:
-            raise storage_error(error) or UserError(
-                f"{action}: {_first_line(error)}; the file may be damaged (write or download it again)"
+            raise (
+                storage_error(error)
+                or reported_error(str(error), action)
+                or UserError(f"{action}: {_first_line(error)}; the file may be damaged (write or download it again)")
             ) from None
 
     def close(self) -> None:
