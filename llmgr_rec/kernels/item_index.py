@@ -1,8 +1,8 @@
 """Approximate top-K for one query at a time: faiss finds candidates, which are scored exactly.
 
 The items are divided into lists around centroids, with columns of 8 bits (IVF and SQ8 of faiss), and a query is
-compared with the items of the nearest lists only. How many lists that are is measured when the index is made: the
-fewest that find the wanted share of the best items of sample queries.
+compared with the items of the nearest lists only. How many lists that are is measured when the index is made: about
+the fewest that find the wanted share of the best items of sample queries.
 
     candidates = best items of the nearest lists, twice as many as there are places and excluded items,
                  and all items that have a sparse term
@@ -34,6 +34,8 @@ _SAMPLE_PLACES = 20
 _SAFETY = 0.4
 # An index that has to search more of its lists takes longer than an exact scan.
 _MOST_LISTS_SEARCHED = 1 / 8
+# Numbers of lists that are tried between the last two powers of two.
+_HALVINGS = 3
 # Lists relative to the square root of the number of items.
 _LISTS_PER_ROOT = 4
 # Items of a list and iterations that centroids are computed with.
@@ -78,14 +80,10 @@ class ItemIndex:
                 self._index.add(rows.numpy())
         finally:
             faiss.omp_set_num_threads(threads)
-        self._index.nprobe, most = 1, max(int(num_lists * _MOST_LISTS_SEARCHED), 1)
-        wanted = 1 - (1 - recall) * _SAFETY
         places = min(_SAMPLE_PLACES, len(items_RQ))
         exact_SK = [scan.top_k(query_Q, places)[0] for query_Q in samples_SQ]
-        self.recall = self._measured(samples_SQ, exact_SK)
-        while self.recall < wanted and self._index.nprobe < most:
-            self._index.nprobe *= 2
-            self.recall = self._measured(samples_SQ, exact_SK)
+        most = max(int(num_lists * _MOST_LISTS_SEARCHED), 1)
+        self.recall = self._choose_lists(samples_SQ, exact_SK, 1 - (1 - recall) * _SAFETY, most)
         self.is_used = self.recall >= recall
         logger.log(
             logging.INFO if self.is_used else logging.WARNING,
@@ -98,6 +96,23 @@ class ItemIndex:
             num_lists,
             "" if self.is_used else f"; less than {recall:g}, so all items are ranked exactly",
         )
+
+    def _choose_lists(self, samples_SQ: Tensor, exact_SK: list[Ints], wanted: float, most: int) -> float:
+        """Finds how many lists to search, at most one eighth too many, and returns the recall."""
+        too_few, self._index.nprobe = 0, 1
+        while (recall := self._measured(samples_SQ, exact_SK)) < wanted and self._index.nprobe < most:
+            too_few = self._index.nprobe
+            self._index.nprobe *= 2
+        enough = self._index.nprobe
+        for _ in range(_HALVINGS if recall >= wanted else 0):
+            self._index.nprobe = max((too_few + enough) // 2, 1)
+            found = self._measured(samples_SQ, exact_SK)
+            if found >= wanted:
+                enough, recall = self._index.nprobe, found
+            else:
+                too_few = self._index.nprobe
+        self._index.nprobe = enough
+        return recall
 
     def _measured(self, samples_SQ: Tensor, exact_SK: list[Ints]) -> float:
         found, places = 0, len(exact_SK[0])
