@@ -127,9 +127,39 @@ def test_each_table_wise_table_is_on_one_rank() -> None:
     assert sbr.tables[0].footprint.gib == pytest.approx(2 * 4 * 64 * 1000 / GIB)
 
 
+def test_a_plan_counts_what_is_not_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--num_items", "100000000", "--num_words", "1000", "--world_size", "64"]
+    measured = ["--num_interactions", "1000000000", "--examples_per_second", "20000"]
+    main([*arguments, *measured])
+    shown = capsys.readouterr().out
+    # 8 bytes for 100 neighbors of two kinds, and two more copies while weights are selected.
+    assert re.search(r"in selection neighbors +447\.035 GiB", shown)
+    assert re.search(r"in selection smoothing of cold items +\d", shown)
+    assert re.search(r"always +columns of the catalog +\d", shown)
+    assert "about 15,625,000 steps of 512 examples in 8 epochs; 4 days, 15:06:40 at 20000 examples/s" in shown
+    # 4 columns are the narrowest shard, so that 128 columns are on 32 ranks.
+    assert "warning: 32 of 64 ranks hold no table, or less than a tenth" in shown
+    assert "start 32 ranks" in shown
+    with pytest.raises(
+        UserError, match=r"stage sbr needs about \d+\.\d+ GiB on a rank, and --memory_per_rank_gb is 64"
+    ):
+        main([*arguments, "--memory_per_rank_gb", "64"])
+    assert "DOES NOT FIT into 64 GiB" in capsys.readouterr().out
+    main(["--num_items", "1000", "--memory_per_rank_gb", "2"])
+    shown = capsys.readouterr().out
+    assert "fits into 2 GiB" in shown
+    assert "warning" not in shown
+
+
+def test_a_head_with_a_row_an_item_is_planned_without_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--config", "llm", "--num_items", "100000000", "--world_size", "64", "--head.name", "linear", *TINY])
+    assert "head 6,500,000,000" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--dataset", "nowhere", "--num_interactions", "5"], "--num_interactions goes with --num_items"),
         ([], "either --dataset DATASET or --num_items N"),
         (["--num_items", "0"], "--num_items is 0"),
         (["--num_items", "5", "--num_words", "-5"], "--num_words is -5; give 0 or more"),

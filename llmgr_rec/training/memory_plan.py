@@ -19,7 +19,7 @@ from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.item_tables import ItemRows
 from llmgr_rec.modules.llmgr import LLMGR
-from llmgr_rec.modules.model_spec import ModelSpec, query_width
+from llmgr_rec.modules.model_spec import LanguageParts, ModelSpec, query_width
 from llmgr_rec.modules.param_groups import param_group, select_trainable
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.model_factory import meta_language_parts
@@ -90,6 +90,7 @@ class StagePlan:
             model that is sharded across ranks, one shard.
         cached_bytes: Memory of the cached item vectors on each rank.
         query_width: Number of columns of queries and item vectors in ranking.
+        hidden_size: Width of the language model; 0 without one.
         decoder_ranks: Number of ranks that the language model is sharded across; 1 if it is replicated or absent.
     """
 
@@ -102,7 +103,17 @@ class StagePlan:
     dense_bytes: int
     cached_bytes: int
     query_width: int
+    hidden_size: int
     decoder_ranks: int
+
+    @property
+    def bytes_per_rank(self) -> dict[int, int]:
+        """Weights and optimizer state of all tables on each rank that has a shard."""
+        totals: dict[int, int] = {}
+        for table in self.tables:
+            for rank, table_bytes in table.bytes_per_rank.items():
+                totals[rank] = totals.get(rank, 0) + table_bytes
+        return totals
 
 
 def plan_memory(
@@ -128,7 +139,8 @@ def plan_memory(
 
 def _plan_stage(spec: ModelSpec, ranks: Ranks) -> StagePlan:
     config = spec.config
-    model = _meta_model(spec)
+    language = meta_language_parts(spec)
+    model = _meta_model(spec, language)
     task = spec.build_task(model)
     select_trainable(task, spec.trains)
     decoder_ranks = ranks.size if config.llm.fsdp and any(True for _ in decoder_parameters(task)) else 1
@@ -156,12 +168,15 @@ def _plan_stage(spec: ModelSpec, ranks: Ranks) -> StagePlan:
         dense_bytes=dense_bytes,
         cached_bytes=sum(buffer.nbytes for buffer in cached),
         query_width=query_width(model),
+        hidden_size=0 if language is None else language.decoder.config.get_text_config(decoder=True).hidden_size,
         decoder_ranks=decoder_ranks,
     )
 
 
-def _meta_model(spec: ModelSpec) -> SessionRecommender | LLMGR:
-    model = spec.build(meta_language_parts(spec), "meta").to("meta")
+def _meta_model(spec: ModelSpec, language: LanguageParts | None) -> SessionRecommender | LLMGR:
+    # Parameters of a row an item, such as those of the linear head, are not allocated either.
+    with torch.device("meta"):
+        model = spec.build(language, "meta").to("meta")
     if isinstance(model, LLMGR) and spec.caches_catalog:
         rows_VD = torch.empty(spec.num_items, spec.config.tables.dim, device="meta")
         width = model.language_model.hidden_size

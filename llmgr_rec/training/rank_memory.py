@@ -1,0 +1,153 @@
+"""Estimate of the memory of a rank over a whole run, and of the disk that a checkpoint takes, in bytes.
+
+`memory_plan` gives what the model takes exactly. The rest, such as activations and the items' columns, is estimated
+from settings and sizes.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
+from llmgr_rec.data.collate import ITEM_ID
+from llmgr_rec.data.dataset import Manifest
+from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.training.memory_plan import FROZEN, CatalogSizes, Ranks, StagePlan
+
+_MIB = 1 << 20
+_FLOAT_BYTES = _INDEX_BYTES = 4
+_LONG_BYTES = 8
+# Imported libraries and the reader, and freed memory that the allocator keeps for the next step.
+_PROGRAM, _PROGRAM_WITH_LANGUAGE_MODEL, _KEPT = 430 * _MIB, 620 * _MIB, 128 * _MIB
+# Ids of an item in each side feature, where there is no data set: categories, brands, words.
+_IDS_PER_ITEM = {"category": 3, "brand": 1, "word": 8}
+# Copies of the similarities while blend weights are selected: as computed, weighted, and their sum.
+_COPIES_OF_NEIGHBORS = 3
+# Copies of item rows in a step: looked up, item vectors, gradients of both.
+_COPIES_OF_ROWS = 4
+# Tensors of the encoder that are kept for the backward pass, of [clicks, dim] each.
+_ENCODER_TENSORS = 24
+# Bytes of activations of a decoder layer per token and hidden column, in 16 bits without recomputation (Korthikanti et
+# al. 2022, arXiv 2205.05198, without the attention matrix, which the fused kernel does not keep).
+_DECODER_BYTES = 34
+# Tokens of a prompt beside those of its nodes, and clicks of a session, where they are not known.
+_PROMPT_TOKENS, _CLICKS = 40, 10
+# Values of a trained dense parameter in a checkpoint: itself and two moments of AdamW.
+_SAVED_VALUES = 3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The training sessions of a run.
+
+    Args:
+        num_targets: Number of targets; None if it is not known.
+        num_sessions: Number of sessions; None if it is not known.
+    """
+
+    num_targets: int | None = None
+    num_sessions: int | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        """The training sessions of a prepared data set."""
+        return cls(manifest.num_examples["train"], manifest.num_sessions["train"])
+
+    @property
+    def clicks(self) -> float:
+        """Mean number of targets of a session."""
+        return self.num_targets / self.num_sessions if self.num_targets and self.num_sessions else _CLICKS
+
+    def examples(self, spec: ModelSpec) -> int | None:
+        """Examples of an epoch of a stage, as `batch_size` counts them; None if not known."""
+        if self.num_targets is None or not _counts_sessions(spec):
+            return self.num_targets
+        return self.num_sessions or round(self.num_targets / _CLICKS)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Memory of the rank that needs most in a stage, by what takes it.
+
+    Args:
+        always: Held during the whole stage.
+        training: Held in a step, in addition.
+        selection: Held while smoothing and blend weights are selected after the last step, in addition.
+        checkpoint: Disk space of a checkpoint, of all ranks together.
+    """
+
+    always: dict[str, int]
+    training: dict[str, int]
+    selection: dict[str, int]
+    checkpoint: int
+
+    @property
+    def peak(self) -> int:
+        """The larger one of both phases."""
+        return sum(self.always.values()) + max(sum(self.training.values()), sum(self.selection.values()))
+
+
+def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading: Reading) -> RankMemory:
+    """Estimates the memory of the rank that needs most.
+
+    Args:
+        plan: Plan of the stage.
+        sizes: The catalog.
+        ranks: Ranks of the run.
+        reading: The training sessions.
+    """
+    config, num_items = plan.spec.config, sizes.num_items
+    always = {
+        "program": (_PROGRAM_WITH_LANGUAGE_MODEL if plan.spec.has_language_model else _PROGRAM) + _KEPT,
+        "tables and their optimizer": max(plan.bytes_per_rank.values(), default=0),
+        "dense parameters, gradients and AdamW": plan.dense_bytes,
+        "cached item vectors": plan.cached_bytes,
+        "columns of the catalog": _catalog_bytes(plan, sizes),
+    }
+    kinds = len(config.blend.neighbors)
+    neighbor_bytes = num_items * min(config.blend.k_neighbors, num_items) * (_FLOAT_BYTES + _INDEX_BYTES)
+    selection = {
+        "neighbors": (_COPIES_OF_NEIGHBORS * kinds) * neighbor_bytes,
+        "item vectors for ranking": _FLOAT_BYTES * plan.query_width * -(-num_items // ranks.size),
+    }
+    if plan.spec.stage == "sbr" and any(config.tables.knn_smoothing):
+        (ids,) = (table for table in plan.tables if table.footprint.table == ITEM_ID)
+        by_words = neighbor_bytes + num_items * K_NEIGHBORS * (_LONG_BYTES + _FLOAT_BYTES)
+        selection["smoothing of cold items"] = by_words + ids.footprint.weight_bytes // max(len(ids.bytes_per_rank), 1)
+    training = {"activations": _activation_bytes(plan, ranks, reading.clicks)}
+    return RankMemory(always, training, selection, _checkpoint_bytes(plan))
+
+
+def _counts_sessions(spec: ModelSpec) -> bool:
+    """Whether an example is a whole session, which has a target at every click."""
+    return spec.stage != "sbr" and bool(spec.max_prefixes_per_pass)
+
+
+def _catalog_bytes(plan: StagePlan, sizes: CatalogSizes) -> int:
+    """Ids, training clicks and side features of all items, and their logQ correction."""
+    used = [name for name in plan.spec.config.tables.side_features if name in sizes.num_embeddings]
+    per_item = 2 * _LONG_BYTES + sum(_LONG_BYTES * (1 + _IDS_PER_ITEM[name]) for name in used)
+    return sizes.num_items * (per_item + (_LONG_BYTES if plan.spec.candidates("train") == "sampled" else 0))
+
+
+def _activation_bytes(plan: StagePlan, ranks: Ranks, clicks: float) -> int:
+    spec, config = plan.spec, plan.spec.config
+    sessions = -(-config.stage(spec.stage).batch_size // ranks.size)
+    shown = min(clicks, config.encoder.max_clicks)
+    targets = round(sessions * shown) if _counts_sessions(spec) else sessions
+    candidates = spec.num_items
+    if spec.candidates("train") == "sampled":
+        candidates = min(spec.num_negatives + targets * ranks.size, spec.num_items)
+    loss = 2 * targets * candidates * _FLOAT_BYTES + _COPIES_OF_ROWS * candidates * config.tables.dim * _FLOAT_BYTES
+    encoder = round(_ENCODER_TENSORS * sessions * shown) * config.tables.dim * _FLOAT_BYTES
+    if not spec.has_language_model:
+        return loss + encoder
+    tokens = sessions * (_PROMPT_TOKENS + round(shown))
+    layers = 2 if config.llm.recompute else config.llm.num_layers
+    return loss + encoder + tokens * plan.hidden_size * layers * _DECODER_BYTES * _FLOAT_BYTES // 2
+
+
+def _checkpoint_bytes(plan: StagePlan) -> int:
+    tables = sum(table.footprint.weight_bytes + table.footprint.state_bytes for table in plan.tables)
+    return tables + _SAVED_VALUES * _FLOAT_BYTES * sum(
+        number for group, number in plan.parameters.items() if group != FROZEN
+    )
