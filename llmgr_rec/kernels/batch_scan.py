@@ -263,7 +263,7 @@ class BatchScan:
         for first in range(0, num_queries, _SCORED_QUERIES):
             last = min(first + _SCORED_QUERIES, num_queries)
             start = offsets_B1[first]
-            vectors = items[candidates.items_C[start : offsets_B1[last]]].astype(np.float64)
+            vectors = items.take(candidates.items_C[start : offsets_B1[last]], axis=0).astype(np.float64)
             for query in range(first, last):
                 of_query = slice(offsets_B1[query], offsets_B1[query + 1])
                 np.dot(vectors[of_query.start - start : of_query.stop - start], queries[query], out=scores[of_query])
