@@ -427,8 +427,8 @@ class Recommender:
         code = modules_of(code_names(self._files.config).values())
         source = self._run or self._files.path
         if output is not None:
-            extend_run(source, table, "items", Path(output), code)
-            return Recommender(open_bundle(Path(output), code), Path(output))
+            extend_run(source, table, "items", as_path(output), code)
+            return Recommender(open_bundle(as_path(output), code), as_path(output))
         parent = Path(tempfile.mkdtemp(prefix="llmgr_rec-"))
         try:
             extend_run(source, table, "items", parent / _RUN, code)

@@ -17,7 +17,8 @@ _UNKNOWN = {
     "UnrecognizedClientException", "401",
 }  # fmt: skip
 _ABSENT = {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"}
-_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden", "403", "PermissionError"}
+# S3 answers a request for the size of an object with 400 if the credentials have expired, and gives no reason.
+_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden", "400", "403", "PermissionError"}
 _NO_BUCKET = {"NoSuchBucket"}
 _NETWORK = {
     "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmgr_rec import Recommender
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
@@ -79,7 +80,9 @@ def test_commands_write_the_same_bytes_as_on_this_machine(bucket: Path, tmp_path
     assert not list((tmp_path / "cache" / "remote" / "drafts").iterdir())
 
 
-def test_a_remote_run_is_trained_and_resumed(bucket: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_remote_run_is_trained_resumed_saved_and_extended(
+    bucket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(small_run().dataset.path, bucket / "dataset")
     with dies_at(25), pytest.raises(Killed):
         run("train", dataset=f"{BUCKET}/dataset", output=f"{BUCKET}/run", **TRAINING)
@@ -90,6 +93,13 @@ def test_a_remote_run_is_trained_and_resumed(bucket: Path, capsys: pytest.Captur
     assert len(steps) == len(set(steps))
     assert load_bundle(f"{BUCKET}/run").stage == "sbr"
     assert "trained sbr" in capsys.readouterr().out
+    recommender = Recommender.load(f"{BUCKET}/run")
+    expected = recommender.recommend([["i1", "i2"]])
+    recommender.save(f"{BUCKET}/saved")
+    recommender.extend(write_log(tmp_path)[1], output=f"{BUCKET}/extended")
+    for name in ("saved", "extended"):
+        found = Recommender.load_once(f"{BUCKET}/{name}").recommend([["i1", "i2"]])
+        assert found["item_ids"] == expected["item_ids"]
     assert not list(bucket.rglob(INCOMPLETE))
 
 
@@ -134,6 +144,7 @@ def test_a_folder_killed_at_any_write_ends_with_the_same_bytes(bucket: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_training_killed_at_any_write_ends_with_the_same_model(bucket: Path) -> None:
     shutil.copytree(small_run().dataset.path, bucket / "dataset")
 

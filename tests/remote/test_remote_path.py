@@ -83,6 +83,7 @@ ClientError.__module__ = EndpointConnectionError.__module__ = "botocore.exceptio
         (ClientError("ExpiredToken"), "the credentials have expired; renew them"),
         (ClientError("InvalidAccessKeyId"), "does not know the credentials; give others"),
         (ClientError("AccessDenied"), "permission denied; use credentials"),
+        (ClientError("400"), "permission denied; use credentials that have not expired"),
         (PermissionError(SECRET), "permission denied; use credentials"),
         (ClientError("NoSuchBucket"), "the bucket does not exist; create it"),
         (EndpointConnectionError(SECRET), "cannot be reached; check the network"),

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from llmgr_rec.data.preparation.database import BATCH_ROWS, Database, identifier
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_error
+from llmgr_rec.remote_path import RemotePath
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -177,7 +178,7 @@ class SparkDatabase(Database):
         from pyspark.sql import functions as F
 
         frame = self._session.read.parquet(*(_pattern(paths[place]) for place in places))
-        index_of = {str(paths[place].resolve()): place for place in places}
+        index_of = {str(_on_this_machine(paths[place])): place for place in places}
         # Spark writes an address with one slash here and with three there.
         found = [(re.sub(_SCHEME, "/", uri), index_of[unquote(urlparse(uri).path)]) for uri in frame.inputFiles()]
         indices = self._session.createDataFrame(found, "file string, file_index bigint")
@@ -231,8 +232,13 @@ def _nanoseconds(number: "Column", unit: int) -> "Column":
     return F.when(number > last, _MAX_INT64).when(number < -last, -_MAX_INT64).otherwise(inside)
 
 
+def _on_this_machine(path: Path) -> Path:
+    """The path without links; a copy of a remote file, because Spark has credentials and file systems of its own."""
+    return path.local() if isinstance(path, RemotePath) else path.resolve()
+
+
 def _uri(path: Path) -> str:
-    return f"file://{path.resolve()}"
+    return f"file://{_on_this_machine(path)}"
 
 
 def _pattern(path: Path) -> str:
