@@ -104,13 +104,18 @@ class Blend:
         shape = (len(offsets_B1) - 1, self.similarity_VR.shape[1])
         return sparse.csr_array((sums_BU.data, neighbors_U[sums_BU.indices], sums_BU.indptr), shape=shape)
 
-    def term_rows(self, clicks: Jagged) -> TermRows:
+    def term_rows(self, clicks: Jagged) -> TermRows | None:
         """The summands of `scores`: a row for each click, whose sums over the clicks of a session are its scores.
+
+        None if there are more of them than scores, which would take more memory than their sums.
 
         Args:
             clicks: Item indices of each session, oldest first; on the CPU.
         """
         items_L, offsets_B1 = clicks.values.numpy(), clicks.offsets.numpy()
+        row_starts, num_items = self.similarity_VR.indptr, self.similarity_VR.shape[1]
+        if int((row_starts[items_L + 1] - row_starts[items_L]).sum()) > clicks.num_rows * num_items:
+            return None
         weights_L = recency_weights(items_L, offsets_B1, self.decay, self.similarity_VR.shape[0]).data
         rows_LR = self.similarity_VR[items_L]
         rows_LR.data *= np.repeat(weights_L.astype(np.float32), np.diff(rows_LR.indptr))

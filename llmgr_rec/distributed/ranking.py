@@ -368,9 +368,10 @@ class CatalogRanker:
         blend = self._blend if clicks is not None else None
         if self._batch_scan is not None and self._batch_scan.can_rank(k):
             rows = None if blend is None or clicks is None else blend.term_rows(clicks)
-            ranked = self._batch_scan.top_k(queries, k, exclude, rows)
-            if ranked is not None:
-                return ranked
+            if blend is None or rows is not None:
+                ranked = self._batch_scan.top_k(queries, k, exclude, rows)
+                if ranked is not None:
+                    return ranked
         added = None if blend is None or clicks is None else blend.terms_of_scores(clicks)
         return top_k(queries, self._items_RQ, k, exclude, added)
 

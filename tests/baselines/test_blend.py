@@ -67,6 +67,15 @@ def test_a_similarity_of_most_pairs_gives_the_same_scores_as_a_matrix(monkeypatc
         np.testing.assert_allclose(dense_terms.numpy(), given.scores(clicks()).toarray(), rtol=1e-6)
 
 
+def test_term_rows_add_up_to_the_scores() -> None:
+    assert blend().term_rows(clicks().narrow(3, 4)) is None, "there are more terms than scores"
+    terms = blend().term_rows(clicks())
+    assert terms is not None
+    ends = zip(terms.offsets_B1[:-1], terms.offsets_B1[1:], strict=True)
+    sums = np.stack([terms.rows_LR[start:stop].sum(axis=0) for start, stop in ends])
+    np.testing.assert_allclose(sums, blend().scores(clicks()).toarray(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("sessions", [SESSIONS, [[2, 2]], [[]]])
 def test_few_entries_give_the_same_scores(sessions: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.tensor([item for session in sessions for item in session], dtype=torch.int64)
