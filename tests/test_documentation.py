@@ -1,5 +1,6 @@
 """Every documented command exists and takes the options that are shown, and every entry point answers at once."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from llmgr_rec.errors import UserError
 from llmgr_rec.plan import main as plan
@@ -43,8 +45,35 @@ def test_a_documented_command_is_right(command: Command, monkeypatch: pytest.Mon
     check_command(command.line, monkeypatch)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "llmgr_rec.plan" in command.line])
-def test_a_documented_plan_fits(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+# The shape of LLaMA-2-7B, which is what a plan needs of a model.
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.slow] if "path/to/model" in command.line else [])
+        for command in COMMANDS
+        if "llmgr_rec.plan" in command.line
+    ],
+)
+def test_a_documented_plan_fits(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Path("path/to/model")
+    model.mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    save_file({}, model / "model.safetensors")
     plan(shlex.split(command.line)[3:])
     assert "fits: at most" in capsys.readouterr().out
 
