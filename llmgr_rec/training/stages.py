@@ -42,7 +42,7 @@ from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import build_optimizer
 from llmgr_rec.training.preflight import CheckedRun, RunRequest
-from llmgr_rec.training.selection import select_on_validation
+from llmgr_rec.training.selection import Selection, select_on_validation
 from llmgr_rec.training.text_embeddings import (
     TextEmbeddings,
     cache_catalog,
@@ -180,24 +180,38 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         stage, ranking, spec.config, context.dataset, context.catalog, world, context.run / _NEIGHBORS
     )
     return_freed_memory()
-    config = replace(spec.config, tables=replace(spec.config.tables, knn_smoothing=[selection.smoothing]))
-    export_bundle(
-        model,
-        stage,
-        config,
-        context.catalog,
-        context.export / stage,
-        world,
-        context.dataset.manifest,
-        selection.blend,
-        context.factory,
-        step,
-    )
+    _export(model, selection, step, spec, context)
     if selection.metrics:
         # After the export: a run that is killed before it selects and logs again when it is resumed.
         context.metrics.write(stage, position.step, split="selection", **selection.metrics)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.export / stage)
+
+
+def _export(
+    model: SessionRecommender | LLMGR, selection: Selection, step: int, spec: ModelSpec, context: RunContext
+) -> None:
+    """Writes the bundle of a stage, with what was selected on validation.
+
+    Args:
+        model: The model with the weights of the step.
+        selection: Smoothing strength and blend.
+        step: Step of the weights.
+        spec: The stage.
+        context: The run; all ranks call together.
+    """
+    export_bundle(
+        model,
+        spec.stage,
+        replace(spec.config, tables=replace(spec.config.tables, knn_smoothing=[selection.smoothing])),
+        context.catalog,
+        context.export / spec.stage,
+        context.world,
+        context.dataset.manifest,
+        selection.blend,
+        context.factory,
+        step,
+    )
 
 
 def _with_selected_smoothing(stage: StageName, context: RunContext) -> Config:
