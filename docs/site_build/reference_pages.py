@@ -5,10 +5,11 @@ import importlib
 import inspect
 import io
 import os
+import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import llmgr_rec
@@ -107,6 +108,8 @@ def _values(kind: Any, info: SettingInfo) -> str:
     """The values that a setting may have."""
     if get_origin(kind) is list:
         return f"list of {_values(get_args(kind)[0], info)}"
+    if get_origin(kind) in (Union, types.UnionType):
+        return ", ".join(_values(part, info) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if kind is bool:
