@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from llmgr_rec.baselines.recency import recency_weights
 from llmgr_rec.baselines.sparse_scores import Floats, Ints
+from llmgr_rec.baselines.stored_columns import read_columns
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
@@ -188,8 +189,12 @@ class Blend:
         )
 
     @classmethod
-    def load(cls, file: Path) -> "Blend":
+    def load(cls, file: Path, items: range | None = None) -> "Blend":
         """Reads a file written by `save`.
+
+        Args:
+            file: The file.
+            items: Ranked items (columns) to read, in memory for these; None reads all.
 
         Raises:
             UserError: The file is damaged.
@@ -197,14 +202,17 @@ class Blend:
         try:
             # np.load would not close a damaged file that it opened itself.
             with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
+                weights = dict(zip(stored["names"].tolist(), stored["weights"].tolist(), strict=True))
+                decay = float(stored["decay"])
+                if items is not None:
+                    return cls(weights, read_columns(opened, items), decay)
                 num_items = len(stored["indptr"]) - 1
                 # Half of the memory of the 64 bits in the file.
                 index_dtype = np.int32 if len(stored["values"]) < 1 << 31 else np.int64
                 indices, indptr = (stored[name].astype(index_dtype) for name in ("indices", "indptr"))
                 similarity_VV = sparse.csr_array((stored["values"], indices, indptr), shape=(num_items, num_items))
                 similarity_VV.check_format()
-                weights = dict(zip(stored["names"].tolist(), stored["weights"].tolist(), strict=True))
-                return cls(weights, similarity_VV, float(stored["decay"]))
+                return cls(weights, similarity_VV, decay)
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
             raise UserError(
                 f"{file} is damaged ({' '.join(str(error).split())}); copy the bundle again, or train its stage again"

@@ -70,6 +70,16 @@ class ItemCollator(Protocol):
         """Features of items, one bag per item; see `Collator.item_features`."""
 
 
+def items_of_rank(num_items: int, world: World) -> range:
+    """The items whose vectors and similarities a rank holds while ranks share them.
+
+    Args:
+        num_items: Items of the catalog.
+        world: This process and the world size.
+    """
+    return range(num_items * world.rank // world.size, num_items * (world.rank + 1) // world.size)
+
+
 @dataclass(frozen=True)
 class RankingModel:
     """A model with its collator, batch size and blend: all that ranking needs.
@@ -155,8 +165,7 @@ class CatalogRanker:
     def __init__(self, model: ItemVectorModel, collate: ItemCollator, world: World, blend: Blend | None = None) -> None:
         self._world = world
         self._num_items = collate.num_items
-        first = collate.num_items * world.rank // world.size
-        self.items = range(first, collate.num_items * (world.rank + 1) // world.size)
+        self.items = items_of_rank(collate.num_items, world)
         self._items_RQ = _vectors_of_items(model.item_vectors, collate, self.items, world)
         # What sessions are encoded from; None where this rank does not know it.
         self.query_items: QueryItems | None = None

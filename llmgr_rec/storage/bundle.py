@@ -22,7 +22,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.process_group import World, choose_device
-from llmgr_rec.distributed.ranking import RankingModel
+from llmgr_rec.distributed.ranking import RankingModel, items_of_rank
 from llmgr_rec.distributed.sharding import GIB, shard
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
@@ -205,7 +205,9 @@ def load_model(
         model.to(device)
     if missing := copy_weights(model, folder, index):
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
-    blend = Blend.load(verified_file(folder, index, BLEND)) if BLEND in index.files else None
+    # Where ranks share the model, each has its own items in memory only.
+    items = None if world is None or is_replicated else items_of_rank(catalog.num_items, world)
+    blend = Blend.load(verified_file(folder, index, BLEND), items) if BLEND in index.files else None
     if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
         raise UserError(f"bundle {folder} is damaged: {BLEND} belongs to another catalog; copy or export it again")
     collate = factory.collator(spec, catalog, "rank")

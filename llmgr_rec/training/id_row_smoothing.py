@@ -11,6 +11,7 @@ from torch import Tensor
 from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS, neighbor_weights, smooth_rows
 from llmgr_rec.baselines.sparse_scores import best_entries
 from llmgr_rec.data.collate import ITEM_ID, Collator
+from llmgr_rec.distributed.collectives import broadcast_from_rank0
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.table_io import Shard, local_shards
@@ -29,7 +30,7 @@ class KnnSmoothing:
 
     Args:
         recommender: The trained recommender, sharded or not; `apply` modifies it in place.
-        similarity_VV: Cosines of items by their words, the largest of each item; the same on all ranks.
+        similarity_VV: Cosines of items by their words, the largest of each item; read on rank 0 only.
         train_count_V: Training clicks of each item; items without any are excluded as neighbors.
         collator: Makes the bags of items, without masked ids.
         world: Ranks; all call together.
@@ -44,9 +45,13 @@ class KnnSmoothing:
         collator: Collator,
         world: World,
     ) -> None:
-        self._ids_VN, self._weights_VN = (
-            part.to(world.device) for part in nearest_trained(similarity_VV, train_count_V)
-        )
+        shape = (len(train_count_V), K_NEIGHBORS)
+        found = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+        if world.rank == 0:
+            found = nearest_trained(similarity_VV, train_count_V)
+        self._ids_VN, self._weights_VN = (part.to(world.device) for part in found)
+        broadcast_from_rank0(self._ids_VN, world)
+        broadcast_from_rank0(self._weights_VN, world)
         self._has_neighbors = bool(self._weights_VN.any())
         self._train_count_V = train_count_V.to(world.device)
         self._shards = [shard for shard in local_shards(recommender) if shard.table == ITEM_ID]

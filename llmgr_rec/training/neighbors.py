@@ -3,10 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch.distributed as dist
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.builders import BLENDED, build_neighbors
@@ -14,7 +17,14 @@ from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.words import WORD_RULE
-from llmgr_rec.distributed.process_group import World, long_timeout_group, run_on_rank0
+from llmgr_rec.distributed.process_group import (
+    World,
+    barrier,
+    long_timeout_group,
+    run_on_all_ranks,
+    run_on_rank0,
+)
+from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
 from llmgr_rec.result_cache import CachedResult
@@ -38,36 +48,67 @@ def neighbor_scores(
         k_neighbors: Number of most similar items kept per item.
         dataset: Prepared sessions.
         catalog: Their items.
-        world: Ranks; all call together. Rank 0 computes and broadcasts, with a timeout of days.
-        folder: Folder where rank 0 keeps them for later stages; None keeps them neither there nor in the cache.
+        world: Ranks; all call together. Rank 0 computes, and the others wait with a timeout of days.
+        folder: Folder where rank 0 keeps them for later stages; None keeps them neither there nor in the cache. With
+            several ranks, all can read it.
 
     Returns:
-        A blend per name, in the order of `names`.
+        A blend per name, in the order of `names`: on rank 0 of all items, on the others of the items that they rank
+        (`items_of_rank`), read from the files of rank 0.
 
     Raises:
         UserError: A baseline is unknown or is not based on item similarities.
     """
     if not names:
         return []
-    with long_timeout_group(world) as group:
-        scores = run_on_rank0(
-            world, lambda: [_cached(name, k_neighbors, dataset, catalog, folder) for name in names], group
-        )
+    with long_timeout_group(world) as group, _shared(folder, world, group) as shared:
+
+        def on_rank0() -> list[Blend]:
+            return [_cached(name, k_neighbors, dataset, catalog, shared, folder is not None) for name in names]
+
+        scores = run_on_all_ranks(world, on_rank0 if world.rank == 0 else list, group)
+
+        def of_rank() -> list[Blend]:
+            if not world.rank or shared is None:
+                return scores
+            items = items_of_rank(catalog.num_items, world)
+            return [Blend.load(_file(shared, name, k_neighbors, dataset), items) for name in names]
+
+        scores = run_on_all_ranks(world, of_rank, group)
     return_freed_memory()
     return scores
 
 
-def _cached(name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, folder: Path | None) -> Blend:
+@contextmanager
+def _shared(folder: Path | None, world: World, group: dist.ProcessGroup | None) -> Iterator[Path | None]:
+    """The folder; with several ranks and without one, a temporary folder of rank 0."""
+    if folder is not None or world.size == 1:
+        yield folder
+        return
+    with TemporaryDirectory() if world.rank == 0 else nullcontext("") as made:
+        yield Path(run_on_rank0(world, lambda: made, group))
+        barrier(world, group)
+
+
+def _file(folder: Path, name: str, k_neighbors: int, dataset: Dataset) -> Path:
+    return folder / f"{name}-{_key(name, k_neighbors, dataset)}.npz"
+
+
+def _cached(
+    name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, folder: Path | None, is_kept: bool
+) -> Blend:
     if folder is None:
         return _compute(name, k_neighbors, dataset, catalog)
-    file = folder / f"{name}-{_key(name, k_neighbors, dataset)}.npz"
+    file = _file(folder, name, k_neighbors, dataset)
     if file.is_file():
         try:
             return Blend.load(file)
         except UserError:
             logger.info("%s is damaged; computing it again", file)
     # The key lacks the code of an own baseline.
-    cached = CachedResult("neighbors", {"file": file.name}, packages=("numpy", "scipy")) if name in BLENDED else None
+    cached = None
+    if is_kept and name in BLENDED:
+        cached = CachedResult("neighbors", {"file": file.name}, packages=("numpy", "scipy"))
     if cached and cached.take(folder):
         return Blend.load(file)
     scores = _compute(name, k_neighbors, dataset, catalog)

@@ -9,6 +9,7 @@ import torch
 from scipy import sparse
 
 from llmgr_rec.baselines import blend as blend_module
+from llmgr_rec.baselines import stored_columns
 from llmgr_rec.baselines.blend import Blend, clicks_of, combine
 from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.checksums import file_checksum
@@ -54,6 +55,26 @@ def test_parts_of_the_items_give_their_columns_to_the_bit() -> None:
     cuts = [range(17), range(17, 18), range(18, NUM_ITEMS)]
     parts = [blend().of_items(items).scores(clicks()).toarray() for items in cuts]
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@pytest.mark.parametrize("block", [3, 1 << 20])
+@pytest.mark.parametrize("items", [range(NUM_ITEMS), range(7, 40), range(NUM_ITEMS - 1, NUM_ITEMS), range(5, 5)])
+def test_columns_that_are_read_from_a_file_are_those_of_the_whole(
+    tmp_path: Path, items: range, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_columns, "_BLOCK_ENTRIES", block)
+    whole, file = combine([blend(), blend(1, "text_knn")], [1.0, 0.5]), tmp_path / "blend.npz"
+    whole.save(file)
+    read, sliced = Blend.load(file, items), whole.similarity_VR[:, items.start : items.stop]
+    assert (read.weights, read.decay) == (whole.weights, whole.decay)
+    assert read.similarity_VR.has_canonical_format == sliced.has_canonical_format
+    for part in ("indptr", "indices", "data"):
+        np.testing.assert_array_equal(getattr(read.similarity_VR, part), getattr(sliced, part))
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.index(whole.similarity_VR.data.tobytes()) + 5] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"blend\.npz is damaged"):
+        Blend.load(file, items)
 
 
 def test_a_similarity_of_most_pairs_gives_the_same_scores_as_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from llmgr_rec.config import BlendConfig, Config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.process_group import World
+from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
 from llmgr_rec.evaluation.examples import ranked_examples
@@ -37,7 +38,7 @@ from tests.modules.small_llmgr import raw_sessions as as_raw
 from tests.ranks import run_on_ranks
 from tests.scoring.sessions import all_bytes, read_scores, write_sessions
 from tests.sharded_bundles import sharded_bundles
-from tests.small_run import ONE_RANK, small_run
+from tests.small_run import NUM_ITEMS, ONE_RANK, small_run
 from tests.training.small_training import small_config
 
 K = 10
@@ -266,6 +267,9 @@ def select_and_evaluate(world: World, run: Path, dataset: Dataset) -> tuple[Any,
     config = replace(bundle.config, blend=BlendConfig(["item_knn", "text_knn"], 20))
     selection = select_on_validation("sbr", bundle.ranking(), config, dataset, bundle.catalog, world)
     assert selection.blend is not None
+    # Rank 0 has all items for the bundle, the others those that they rank.
+    held = NUM_ITEMS if world.rank == 0 else len(items_of_rank(NUM_ITEMS, world))
+    assert selection.blend.similarity_VR.shape == (NUM_ITEMS, held)
     ranking = replace(bundle.ranking(), blend=selection.blend)
     metrics = evaluate_model(ranking, dataset, "test", world, bundle.catalog.train_count_V)
     return selection.blend.weights, selection.metrics, metrics
