@@ -246,7 +246,7 @@ def publish_folder(partial: Path, folder: Path, marker: str | None = None) -> No
         if not is_free(folder, marker):
             raise UserError(f"cannot write {folder} (it is not empty); give a folder that does not exist")
         remove_folder(folder)
-        upload_files(partial, folder, [marker])
+        upload_files(partial, folder, marker)
         upload_marker(partial, folder, marker)
         return
     for path in [*partial.rglob("*"), partial]:
@@ -260,19 +260,20 @@ def publish_folder(partial: Path, folder: Path, marker: str | None = None) -> No
     fsync(folder.parent)
 
 
-def upload_files(partial: Path, folder: RemotePath, leave_out: Collection[str]) -> None:
+def upload_files(partial: Path, folder: RemotePath, marker: str, leave_out: Collection[str] = ()) -> None:
     """Uploads files to a remote folder, which is incomplete until `upload_marker`.
 
     Args:
         partial: Folder of this machine.
         folder: Remote folder.
-        leave_out: Files of `partial` that are not uploaded.
+        marker: File that all readers require, which is not uploaded.
+        leave_out: Other files of `partial` that are not uploaded.
     """
     if not (folder / INCOMPLETE).exists():
-        (folder / INCOMPLETE).write_bytes(b"")
+        (folder / INCOMPLETE).write_text(marker)
     for path in sorted(partial.rglob("*")):
         name = str(path.relative_to(partial))
-        if path.is_file() and name not in leave_out:
+        if path.is_file() and name != marker and name not in leave_out:
             (folder / name).upload(path)
 
 
@@ -288,6 +289,22 @@ def upload_marker(partial: Path, folder: RemotePath, marker: str) -> None:
     (folder / INCOMPLETE).unlink(missing_ok=True)
 
 
+def is_interrupted(folder: Path) -> bool:
+    """Whether a folder is remote, and its upload has not come to its marker.
+
+    Args:
+        folder: The folder.
+    """
+    if not isinstance(folder, RemotePath):
+        return False
+    try:
+        marker = (folder / INCOMPLETE).read_text()
+    except FileNotFoundError:
+        return False
+    # A process that was killed after its last file has left the note, which then means nothing.
+    return not (folder / marker).is_file()
+
+
 def is_free(folder: Path, marker: str) -> bool:
     """Whether a folder may become the output of `atomic_folder`: it is absent or empty, or an upload was interrupted.
 
@@ -299,7 +316,7 @@ def is_free(folder: Path, marker: str) -> bool:
         return True
     if not folder.is_dir():
         return False
-    if isinstance(folder, RemotePath) and (folder / INCOMPLETE).is_file() and not (folder / marker).is_file():
+    if is_interrupted(folder):
         return True
     return not any(folder.iterdir())
 

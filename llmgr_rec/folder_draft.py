@@ -40,7 +40,7 @@ class FolderDraft:
     def upload(self) -> None:
         """Uploads what this process has written, if the folder is remote. Every rank calls this."""
         if isinstance(self._folder, RemotePath):
-            upload_files(self.path, self._folder, {self._marker, *self._uploaded})
+            upload_files(self.path, self._folder, self._marker, self._uploaded)
             self._uploaded |= {str(path.relative_to(self.path)) for path in self.path.rglob("*")}
 
     def sizes(self) -> dict[str, int]:

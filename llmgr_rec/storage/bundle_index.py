@@ -23,10 +23,9 @@ from llmgr_rec.config_file import load_config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, Repeats
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import INCOMPLETE
+from llmgr_rec.files import is_interrupted
 from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
-from llmgr_rec.remote_path import RemotePath
 
 FORMAT_VERSION = 2
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
@@ -120,7 +119,7 @@ class BundleIndex:
 def is_complete(folder: Path) -> bool:
     """Whether a folder is a complete bundle. The index is written last, and then the folder gets its final name."""
     # A remote run is uploaded file by file.
-    if isinstance(folder, RemotePath) and (folder.parent.parent / INCOMPLETE).is_file():
+    if is_interrupted(folder.parent.parent):
         return False
     return not folder.name.endswith(".tmp") and (folder / INDEX).is_file()
 
