@@ -43,8 +43,8 @@ _READ_ROWS = 8192
 _COLD_MODELS = ("sbr", "text_knn", "popularity")
 # First share of the clicks; the others are cut into slices of equal size.
 _FIRST_DAY = 0.4
-# Settings of the recipe `default` that make it light: one pass, sampled softmax, and so smaller batches of sessions.
-_LIGHT = ("--encoder.one_pass", "true", "--loss.full_softmax_max_items", "1000", "--sbr.batch_size", "128")
+# Settings that make the recipe `default` light: one pass and sampled softmax.
+_LIGHT = ("--encoder.one_pass", "true", "--loss.full_softmax_max_items", "1000")
 # Learning rate of the tables, and those of the trainings from yesterday's run: the steps of a new Adagrad are large.
 _LR = 0.2
 WARM = {"warm": 0.2, "gentle": 0.05}
