@@ -2,7 +2,8 @@
 
 The order of an epoch is a permutation of the row groups and, within each row group, of its examples. Both permutations
 are functions of the seed and the epoch. Global batch t has the positions t * batch_size .. (t + 1) * batch_size - 1 of
-that order, and each rank reads a contiguous slice of it. So (epoch, step) is the complete position of a reader.
+that order, and each rank reads a contiguous slice of it, with about as many rows or clicks as the others. So
+(epoch, step) is the complete position of a reader.
 
 Prefixes that are encoded in one pass are examples too, but the rows of a row group are permuted, and the prefixes of a
 row follow each other. A row at the end of a batch goes on in the next one, as a pass of its own. A pass is read by one
@@ -98,6 +99,7 @@ class DataShard:
         rank: Rank of this process.
         world_size: Number of ranks.
         with_global_batch: Whether raw sessions also carry the rows of all ranks, see `RawSessions.global_batch`.
+        balanced: Whether ranks get about the same number of clicks of a batch; otherwise of rows.
 
     Raises:
         ValueError: `rank` is not in 0 .. world_size - 1.
@@ -106,6 +108,7 @@ class DataShard:
     rank: int = 0
     world_size: int = 1
     with_global_batch: bool = False
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -114,6 +117,26 @@ class DataShard:
     def slice(self, global_size: int) -> tuple[int, int]:
         """First row of this rank in a global batch of `global_size` rows, and the row after its last one."""
         return self.rank * global_size // self.world_size, (self.rank + 1) * global_size // self.world_size
+
+    def slice_by_clicks(self, clicks_G: np.ndarray) -> tuple[int, int]:
+        """As `slice`, cut where ranks have about the same work; each has a row if there are enough.
+
+        Args:
+            clicks_G: Number of clicks of each row of a global batch of G rows. A row is also some work without them.
+        """
+        size, world = len(clicks_G), self.world_size
+        if size < world:
+            return self.slice(size)
+        before_G1 = np.concatenate([[0], np.cumsum(clicks_G + 1)])
+        wanted_W1 = before_G1[-1] * np.arange(world + 1) / world
+        cuts_W1 = np.minimum(np.searchsorted(before_G1, wanted_W1), size)
+        # The nearer one of the two rows between which the cut falls.
+        previous_W1 = np.maximum(cuts_W1 - 1, 0)
+        cuts_W1 -= wanted_W1 - before_G1[previous_W1] < before_G1[cuts_W1] - wanted_W1
+        # A row for each rank before the cut, and after it.
+        ranks_W1 = np.arange(world + 1)
+        cuts_W1 = np.maximum.accumulate(np.clip(cuts_W1 - ranks_W1, 0, size - world)) + ranks_W1
+        return int(cuts_W1[self.rank]), int(cuts_W1[self.rank + 1])
 
 
 @dataclass(frozen=True)
@@ -269,9 +292,7 @@ class SessionReader(Generic[T]):
         order = self.order
         first = step * order.batch_size
         global_size = min(order.batch_size, self.num_examples - first)
-        start, stop = self._shard.slice(global_size)
-        if order.cuts_rows and self._shard.world_size > 1:
-            start, stop = self._whole_passes(epoch, first, global_size)
+        start, stop = self._slice(epoch, first, global_size)
         raw = self._read(epoch, first + start, first + stop)
         raw = replace(raw, global_size=global_size, step=step, epoch=epoch)
         if self._shard.with_global_batch:
@@ -281,6 +302,21 @@ class SessionReader(Generic[T]):
         if order.expands_rows:
             return grow_prefixes(raw, order.max_prefixes_per_pass, self._num_clicks(epoch, first, first + global_size))
         return raw
+
+    def _slice(self, epoch: int, first: int, global_size: int) -> tuple[int, int]:
+        """This rank's rows of the global batch at positions first .. first + global_size - 1 of the epoch's order."""
+        if self._shard.world_size > 1 and self.order.cuts_rows:
+            return self._whole_passes(epoch, first, global_size)
+        if self._shard.world_size > 1 and self._shard.balanced:
+            examples = self._examples(epoch, first, first + global_size)
+            lengths = [self._lengths(group, numbers) for group, numbers in examples]
+            return self._shard.slice_by_clicks(torch.cat(lengths).numpy())
+        return self._shard.slice(global_size)
+
+    def _lengths(self, group: int, examples: Tensor) -> Tensor:
+        """Number of clicks of examples of a row group."""
+        rows = self.groups[group].items
+        return prefix_lengths(rows, examples) if self.order.by_click else rows.lengths[examples]
 
     def _whole_passes(self, epoch: int, first: int, global_size: int) -> tuple[int, int]:
         """This rank's slice of a global batch, moved to the starts of passes."""

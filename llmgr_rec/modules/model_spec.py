@@ -129,6 +129,14 @@ class ModelSpec:
             return self.config.prompt.max_nodes or sys.maxsize
         return self.config.text_encoder.max_clicks if self.encodes_text else 0
 
+    @property
+    def balances_clicks(self) -> bool:
+        """Whether ranks train on about the same number of clicks, which decides the tokens of a language model.
+
+        Stage align cuts batches by rows, because its contrastive groups are rows that follow each other.
+        """
+        return self.stage == "behave" or self.encodes_text
+
     def candidates(self, purpose: Purpose) -> CandidateSource:
         """Candidate items whose vectors a batch looks up, in addition to its nodes."""
         if purpose == "rank":

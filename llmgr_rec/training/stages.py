@@ -303,7 +303,12 @@ def _reader(spec: ModelSpec, context: RunContext) -> SessionReader:
             max_prefixes_per_pass=spec.max_prefixes_per_pass,
             whole_rows=spec.stage != "sbr",
         ),
-        shard=DataShard(world.rank, world.size, with_global_batch=collate.sampler is not None),
+        shard=DataShard(
+            world.rank,
+            world.size,
+            with_global_batch=collate.sampler is not None,
+            balanced=spec.balances_clicks,
+        ),
         prefetch=Prefetch(config.runtime.reader_workers, pin_memory=world.device.type == "cuda"),
     )
 

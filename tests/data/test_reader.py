@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Semaphore, current_thread
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -118,6 +119,34 @@ def test_every_example_is_read_once_over_all_ranks(
 
     assert sorted(row for batch in batches for row in batch) == numbered(examples)
     assert batches == global_batches(make, 1, epoch=3, **settings)
+
+
+@pytest.mark.parametrize("augment_prefixes", [False, True])
+def test_balanced_ranks_read_the_same_batches(make: Make, augment_prefixes: bool) -> None:
+    settings = {"batch_size": 16, "shuffle": True, "augment_prefixes": augment_prefixes}
+    assert global_batches(make, 3, balanced=True, **settings) == global_batches(make, 1, **settings)
+
+    def largest(balanced: bool) -> float:
+        """Clicks of the rank with most of them, over those of all, in the mean."""
+        ranks = [make(rank=rank, world_size=3, balanced=balanced, **settings) for rank in range(3)]
+        clicks = torch.tensor([[len(raw.items_L) for raw in reader.batches(0)] for reader in ranks]).double()
+        return float((clicks.amax(0) / clicks.sum(0)).mean())
+
+    assert largest(balanced=True) < 0.97 * largest(balanced=False)
+
+
+@given(clicks=st.lists(st.integers(0, 50), min_size=1, max_size=40), world_size=st.integers(1, 12))
+def test_cuts_by_clicks_are_near_equal_shares(clicks: list[int], world_size: int) -> None:
+    slices = [DataShard(rank, world_size).slice_by_clicks(np.array(clicks)) for rank in range(world_size)]
+    assert slices[0][0] == 0
+    assert slices[-1][1] == len(clicks)
+    assert all(end == start for (_, end), (start, _) in pairwise(slices))
+    if len(clicks) < world_size:
+        return
+    assert all(end > start for start, end in slices)
+    work = [sum(clicks[start:end]) + end - start for start, end in slices]
+    # A cut is at most half a row from its place, or where it is to leave a row to each rank.
+    assert max(work) <= (sum(clicks) + len(clicks)) / world_size + max(clicks) + 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
