@@ -94,8 +94,8 @@ class Settings:
             "optimizer.clip_norm": 1e9,
             "optimizer.warmup": 0.0,
         }
-        if sampled:
-            same |= {"loss.full_softmax_max_items": 0, "loss.num_negatives": self.negatives}
+        # Above any catalog: the peers' softmax is full.
+        same |= {"loss.full_softmax_max_items": 0 if sampled else 1 << 31, "loss.num_negatives": self.negatives}
         return _words({**same, **self._of_all()})
 
     def default_words(self) -> list[str]:

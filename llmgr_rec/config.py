@@ -313,7 +313,7 @@ class LossConfig(Group):
     """Ranking loss."""
 
     full_softmax_max_items: int = setting(
-        200_000,
+        8192,
         "Largest catalog that stage sbr trains with a softmax over all items, of which each step looks up and updates "
         "every one; above it the softmax is sampled.",
         unit="items",
@@ -331,7 +331,7 @@ class LossConfig(Group):
         stages=PROMPT_STAGES,
     )
     num_negatives: int = setting(
-        8192,
+        2048,
         "Log-uniform negatives per step of a sampled softmax, beside the targets of the batch.",
         at_least=1,
         at_most=1 << 24,

@@ -61,9 +61,9 @@ text_encoder.max_clicks           int                                           
 text_encoder.dropout              float                                             0.1
 text_encoder.num_negatives        int                                               512
 text_encoder.score_weight         list of float                                     [0.0, 0.125, 0.25, 0.5, 1.0, 2.0]
-loss.full_softmax_max_items       int                                               200000
+loss.full_softmax_max_items       int                                               8192
 loss.max_cached_items             int                                               200000
-loss.num_negatives                int                                               8192
+loss.num_negatives                int                                               2048
 loss.dtype                        auto | float32 | bfloat16                         "auto"
 contrast.weight                   float                                             0.1
 contrast.temperature              float                                             0.07
