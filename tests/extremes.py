@@ -88,6 +88,7 @@ def base_words(command: str, folder: Path) -> list[str]:
         "datagen.csv": f"--interactions {folder}/log.csv --items {folder}/items.csv --output {out} {columns}".split(),
         "datagen.amazon": amazon.split(),
         "datagen.movielens": ["--input", str(folder / "ml"), "--output", out],
+        "torchx_components.configure": ["--output", f"{out}/torchxconfig"],
         "torchx_components.pipeline": ["--data", str(raw), "--output", out, "--config", str(folder / "c.yaml")],
     }
     return words[command]

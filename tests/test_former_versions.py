@@ -80,7 +80,7 @@ def test_a_run_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("tables:\n  item_text: sum\n")
     line = refused(lambda: parse_arguments(["--dataset", "data", "--output", str(tmp_path), "--resume"]), tmp_path)
     assert line.startswith("cannot go on with the settings of the run: unknown setting tables.item_text")
-    assert line.endswith("resume with that version, or train into another --output")
+    assert line.endswith("use that version, or give --config and another --output")
 
 
 @pytest.fixture
