@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 # Bytes of one block of scores. On a CPU the block stays in the cache, because it is passed over five times; a GPU needs
 # large products.
@@ -50,6 +51,9 @@ _MIN_BLOCK_ROWS = 64
 _MIN_BLOCK_ROWS_LOW_PRECISION = 256
 # Bytes of the rows that are widened at once to be summed.
 _WIDENED_BYTES = 1 << 20
+# A CPU compiles a product in a lower precision for each new shape, and keeps it. A sampled softmax has another number
+# of columns in each step, which is rounded up to a multiple of this.
+_COLUMN_STEP = 256
 # An item with this bias, or a lower one, has no part in the softmax.
 _LEFT_OUT = -1000.0
 # exp of it, times the number of items, is far from the ends of the range of float32 and bfloat16.
@@ -114,6 +118,8 @@ def softmax_loss(
         Scalar, differentiable once with respect to queries and items.
     """
     is_weighted_B = row_weights_B > 0
+    if dtype not in (None, queries_BQ.dtype) and items_CQ.device.type == "cpu" and bias_C is not None:
+        items_CQ, bias_C = _with_whole_steps(items_CQ, bias_C)
     return _SoftmaxLoss.apply(
         queries_BQ,
         items_CQ,
@@ -124,6 +130,12 @@ def softmax_loss(
         # Inside of a Function gradients are off, so whether one is wanted has to be asked here.
         torch.is_grad_enabled() and (queries_BQ.requires_grad or items_CQ.requires_grad),
     )
+
+
+def _with_whole_steps(items_CQ: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Items and bias with columns that have no part in the softmax, up to a multiple of `_COLUMN_STEP`."""
+    missing = -items_CQ.shape[0] % _COLUMN_STEP
+    return pad(items_CQ, (0, 0, 0, missing)), pad(bias_C, (0, missing), value=2 * _LEFT_OUT)
 
 
 class _SoftmaxLoss(torch.autograd.Function):

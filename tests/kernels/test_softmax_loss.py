@@ -94,6 +94,28 @@ def test_bfloat16_is_close(with_bias: bool) -> None:
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
+def test_samples_of_different_sizes_have_products_of_one_shape_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU compiles products in bfloat16 by their shapes."""
+    shapes = set()
+    scores = kernel._Columns.scores
+
+    def noted(columns: kernel._Columns, queries_bQ: Tensor, out_bC: Tensor) -> Tensor:
+        if out_bC.dtype == torch.bfloat16:
+            shapes.add(out_bC.shape[1])
+        return scores(columns, queries_bQ, out_bC)
+
+    monkeypatch.setattr(kernel._Columns, "scores", noted)
+    torch.manual_seed(0)
+    for columns in (257, 300, 511, 512):
+        queries, items, bias = torch.randn(8, 16), torch.randn(columns, 16), torch.randn(columns)
+        arguments = (torch.randint(0, columns, (8,)), torch.ones(8), bias)
+        rounded = loss_and_gradients(softmax_loss, queries, items, *arguments, torch.bfloat16)
+        exact = loss_and_gradients(softmax_loss, queries, items, *arguments)
+        assert rounded[2].shape == items.shape
+        assert (rounded[2] - exact[2]).norm() < 0.02 * exact[2].norm()
+    assert shapes == {512}
+
+
 @pytest.mark.parametrize("is_small", [False, True])
 def test_probabilities_of_bfloat16_scores_add_to_one(is_small: bool) -> None:
     """Each is rounded by itself; their sum is not, so that the gradient of a row pushes and pulls alike."""
