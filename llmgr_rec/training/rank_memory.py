@@ -17,7 +17,7 @@ _MIB = 1 << 20
 _FLOAT_BYTES = _INDEX_BYTES = 4
 _LONG_BYTES = 8
 # Imported libraries and the reader, and freed memory that the allocator keeps for the next step.
-_PROGRAM, _PROGRAM_WITH_LANGUAGE_MODEL, _KEPT = 560 * _MIB, 750 * _MIB, 128 * _MIB
+_PROGRAM, _PROGRAM_WITH_LANGUAGE_MODEL, _KEPT = 430 * _MIB, 620 * _MIB, 128 * _MIB
 # Ids of an item in each side feature, where there is no data set: categories, brands, words.
 _IDS_PER_ITEM = {"category": 3, "brand": 1, "word": 8}
 # Copies of the similarities while blend weights are selected: as computed, weighted, and their sum.
