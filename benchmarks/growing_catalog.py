@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import benchmark_parser, write_report
 from llmgr_rec.cli import parse_args, run_cli
+from llmgr_rec.comma_separated import split_numbers
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
@@ -82,11 +83,12 @@ def main(argv: Sequence[str]) -> None:
     args = parse_args(parser, argv).as_dict()
     if args["days"] < 2:
         raise UserError(f"--days is {args['days']}; give 2 or more")
+    seeds = split_numbers(args["seeds"], "--seeds", "0,1,2")
     with TemporaryDirectory(prefix="llmgr-growing-") as folder:
         days = cut(Path(args["interactions"]), Path(args["items"]), args["days"], Path(folder))
         rows = []
-        for seed in args["seeds"].split(","):
-            for row in follow(days, int(seed), args, Path(folder)):
+        for seed in seeds:
+            for row in follow(days, seed, args, Path(folder)):
                 rows.append(row)
                 print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
     write_report(args["output"], args, {"rows": rows})

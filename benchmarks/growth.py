@@ -11,7 +11,6 @@ Growth is that of processor time, which other load on the machine changes less t
 """
 
 import math
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.growth_stages import STAGES, Size, reader_memory, run_stages
 from benchmarks.harness import benchmark_parser, write_report
 from llmgr_rec.cli import parse_args, progress, run_cli
+from llmgr_rec.comma_separated import split_names, split_numbers
 from llmgr_rec.errors import UserError
-from llmgr_rec.evaluate import split_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         args |= {"sessions": 300, "items": 64, "steps": 10}
     base = Size(args["sessions"], args["items"], 1)
     axes, stages = split_names(args["axes"], "--axes", AXES), split_names(args["stages"], "--stages", STAGES)
-    times = _whole_numbers(args["times"]) if args["times"] else None
+    times = _multiples(args["times"]) if args["times"] else None
     grid = {axis: line for axis, line in sizes(base, args["quick"], times).items() if axis in axes}
     results = measure(base, grid, stages, args["steps"], args["threads"])
     print(table(results))
@@ -59,10 +58,11 @@ def main(argv: Sequence[str]) -> None:
     print(f"written: {file}")
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", text):
+def _multiples(text: str) -> tuple[int, ...]:
+    times = split_numbers(text, "--times", "1,10")
+    if not all(1 <= by < 10**6 for by in times):
         raise UserError(f"--times is {text}; give whole numbers separated by commas, such as 1,10")
-    return tuple(map(int, text.split(",")))
+    return tuple(times)
 
 
 def sizes(base: Size, quick: bool, times: tuple[int, ...] | None = None) -> dict[str, list[Size]]:
