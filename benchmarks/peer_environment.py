@@ -89,12 +89,15 @@ def make_environment(folder: Path, package: PeerPackage) -> Path:
     Raises:
         UserError: It could not be made.
     """
-    folder = folder.absolute()
+    # venv makes no environment in a link to a folder.
+    folder = folder.resolve()
     python, complete = folder / "bin" / "python", folder / _COMPLETE
     contents = "\n".join([*package.pins, _our_packages(), sys.version])
     if complete.is_file() and complete.read_text() == contents:
         return python
     print(f"making an environment for {package.name} {package.version} in {folder}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give another --environment")
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
         raise UserError(f"{folder} is not empty and is no virtual environment; give another --environment")
     try:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from benchmarks.harness import benchmark_parser, write_report
 from llmgr_rec.baselines.builders import DEFAULT_BASELINES, build_baseline
 from llmgr_rec.cli import parse_args, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parse_args(parser, argv).as_dict()
     try:
-        shares = [float(share) for share in args["shares"].strip("[]").split(",")]
+        shares = [float(share) for share in split_list(args["shares"])]
     except ValueError:
         raise UserError(f"--shares is {args['shares']!r}; give numbers from 0 to 1, separated by commas") from None
     rows = [compare(Path(args["interactions"]), Path(args["items"]), share) for share in shares]

@@ -241,7 +241,7 @@ def add_run_argument(parser: "ArgumentParser", several: bool = False) -> None:
 
 
 def add_code_argument(parser: "ArgumentParser") -> None:
-    """Adds --allow_code; `split_code` reads its value."""
+    """Adds --allow_code; `split_list` reads its value."""
     parser.add_argument(
         "--allow_code",
         type=str,
@@ -249,11 +249,6 @@ def add_code_argument(parser: "ArgumentParser") -> None:
         help="Packages, comma-separated, that the settings of the run and its bundles may import from; needed only "
         "where they contain an import path, as in encoder.name.",
     )
-
-
-def split_code(value: str) -> list[str]:
-    """The packages that --allow_code names."""
-    return [name.strip() for name in value.strip("[]").split(",") if name.strip()]
 
 
 def parse_args(parser: "ArgumentParser", argv: Sequence[str]) -> "Namespace":

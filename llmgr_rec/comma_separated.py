@@ -6,6 +6,18 @@ from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.registry import is_import_path
 
 
+def split_list(text: str) -> list[str]:
+    """The parts of a comma-separated option, without those that are empty; it may be written in brackets.
+
+    Args:
+        text: Value of the option.
+    """
+    inner = text.strip()
+    if inner.startswith("[") and inner.endswith("]"):
+        inner = inner[1:-1]
+    return [part.strip() for part in inner.split(",") if part.strip()]
+
+
 def split_numbers(text: str, option: str, example: str) -> list[int]:
     """Splits a comma-separated option into integers.
 
@@ -17,7 +29,7 @@ def split_numbers(text: str, option: str, example: str) -> list[int]:
     Raises:
         UserError: A part is no integer from 0 on, or there is none.
     """
-    parts = [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+    parts = split_list(text)
     if not parts or not all(part.isdecimal() for part in parts):
         raise UserError(f"{option} is {text!r}; give integers separated by commas, such as {example}")
     return [int(part) for part in parts]
@@ -35,7 +47,7 @@ def split_names(text: str, option: str, known: Sequence[str], import_paths: bool
     Raises:
         UserError: A name is unknown, or there is none.
     """
-    names = [name.strip() for name in text.strip("[]").split(",") if name.strip()]
+    names = split_list(text)
     for name in names:
         if name not in known and not (import_paths and is_import_path(name)):
             raise UserError(f"{option} contains {name}, which is not known{did_you_mean(name, known)}")

@@ -14,9 +14,8 @@ from llmgr_rec.cli import (
     make_parser,
     parse_args,
     run_cli,
-    split_code,
 )
-from llmgr_rec.comma_separated import split_names, split_numbers
+from llmgr_rec.comma_separated import split_list, split_names, split_numbers
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.evaluation.results import CUTOFFS, MODEL_NAMES
 from llmgr_rec.first_and_last_line import print_result
@@ -79,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
             device=arguments.device,
             cutoffs=split_numbers(arguments.cutoffs, "--cutoffs", "5,10,20"),
             threads=arguments.threads,
-            allow_code=split_code(arguments.allow_code),
+            allow_code=split_list(arguments.allow_code),
         )
     )
     if is_rank0():

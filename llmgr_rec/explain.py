@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.bounds import Bounds, check_options
-from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
+from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.library_imports import command_imports
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec import Recommender
         from llmgr_rec.files import atomic_write
 
-    recommender = Recommender.load(arguments.run, allow_code=split_code(arguments.allow_code))
+    recommender = Recommender.load(arguments.run, allow_code=split_list(arguments.allow_code))
     print_start("explain", [arguments.run, arguments.input], output)
     explanation = recommender.explain(session, arguments.k, items=chosen)
     if output is None:
@@ -111,7 +112,7 @@ def _session(items: str | None, file: str | None, session_id: str | None) -> lis
 def _ids(text: str, option: str) -> list[Any]:
     """Item ids of an option: a JSON list, or comma-separated text."""
     if not text.lstrip().startswith("["):
-        return [name.strip() for name in text.split(",") if name.strip()]
+        return split_list(text)
     try:
         ids = json.loads(text)
     except ValueError as error:

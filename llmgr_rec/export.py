@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmgr_rec.bounds import Bounds, check_options
-from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
+from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.config import StageName
 from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import LocalPath
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     output, run = Path(arguments.output), as_path(arguments.run)
     check_output(output)
     path = run / "export" / arguments.stage if arguments.stage else run
-    files = open_bundle(path, split_code(arguments.allow_code))
+    files = open_bundle(path, split_list(arguments.allow_code))
     print_start("export", [files.path], output)
     written = write_program(files, output, arguments.k)
     lists = f"lists of {written.k:,} of {written.num_items:,} items, whose ids are in {written.items}"

@@ -8,7 +8,8 @@ docs/every-day.md says when.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
+from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.paths import StoragePath
 from llmgr_rec.remote_path import as_path
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     file = str(arguments["items"])
     print_start("extend", [run, file], output)
     items = to_table(file, "--items")
-    mapping = extend_run(run, items, f"--items {file}", output, split_code(arguments.allow_code))
+    mapping = extend_run(run, items, f"--items {file}", output, split_list(arguments.allow_code))
     print_result("extend", mapping.summary(), output)
 
 

@@ -63,6 +63,11 @@ class FolderLock:
                 ) from error
             logger.warning("%s cannot be locked (%s); do not start a second process in it", self._folder, error)
 
+    def join(self) -> None:
+        """On a rank other than the one that has locked the folder: keeps to its lock, where storage is remote."""
+        if self._remote is not None:
+            self._remote.join()
+
     def release(self) -> None:
         """Deletes the lock file and unlocks the folder; without effect if this process has not locked it."""
         if self._remote is not None:

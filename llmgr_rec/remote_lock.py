@@ -1,7 +1,8 @@
 """A lock on a folder of remote storage, which has no locks: an object that its process renews while it runs.
 
 A process of this machine that has ended leaves its lock to the next at once. Whether one of another machine still runs
-shows in whether it renews its lock, so clocks are not compared.
+shows in whether it renews its lock, so clocks are not compared. A process whose lock was taken in the meantime, since
+it was suspended or cut off, ends before its next change of the folder.
 """
 
 import json
@@ -23,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteLock:
-    """Lock that one process at a time has.
+    """Lock on a folder that one process at a time has; it is renewed in a thread.
 
     Args:
-        file: The object.
+        file: The object, in the folder.
     """
 
     def __init__(self, file: RemotePath) -> None:
@@ -34,14 +35,15 @@ class RemoteLock:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._renewals = 0
-
-    @property
-    def is_locked(self) -> bool:
-        """Whether this object has the lock."""
-        return self._thread is not None
+        # The process that has the lock, which is another one than this on all ranks but one.
+        self._holder: str | None = None
+        # Not every storage replaces an object at once, so this process does not read what it is writing.
+        self._access = threading.RLock()
 
     def acquire(self) -> bool:
         """Takes the lock, after a wait if a process of another machine has it and does not renew it.
+
+        From then on, each change of the folder by this process requires that it still has the lock.
 
         Returns:
             False if another process has the lock.
@@ -53,18 +55,43 @@ class RemoteLock:
             return False
         self._stop.clear()
         self._thread = threading.Thread(target=self._renew, name="remote-lock", daemon=True)
+        self._require(this_writer())
         self._thread.start()
         return True
 
+    def join(self) -> None:
+        """Lets this process change the folder while the process that has the lock now, another rank, still has it."""
+        if self._holder is None and (holder := self._owner()):
+            self._require(holder)
+
     def release(self) -> None:
-        """Deletes the object; without effect if this object does not have the lock."""
-        if self._thread is None:
+        """Deletes the object if this process has the lock, and ends the requirement."""
+        if self._holder is None:
             return
-        self._stop.set()
-        self._thread.join()
-        self._thread = None
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+        self._holder = None
+        self._folder.require_lock(None)
         if self._owner() == this_writer():
             self._file.unlink(missing_ok=True)
+
+    @property
+    def _folder(self) -> RemotePath:
+        return self._file.parent
+
+    def _require(self, holder: str) -> None:
+        self._holder = holder
+        self._folder.require_lock(self._check)
+
+    def _check(self) -> None:
+        with self._access:
+            if self._owner() != self._holder:
+                raise UserError(
+                    f"{self._file} was removed, or taken by another process while this one was suspended or cut off; "
+                    "this one ends without writing there; run the same command again when no other one runs"
+                )
 
     def _take_over(self) -> bool:
         owner = self._owner()
@@ -88,11 +115,12 @@ class RemoteLock:
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_S):
             try:
-                if self._owner() not in (None, this_writer()):
-                    logger.error("%s was taken by another process; end one of the two", self._file)
-                    return
-                self._renewals += 1
-                self._file.write_bytes(self._content())
+                with self._access:
+                    if self._owner() != self._holder:
+                        # The next change of the folder ends the process.
+                        return
+                    self._renewals += 1
+                    self._file.write_bytes(self._content())
             except UserError as error:
                 # A later renewal may succeed.
                 logger.warning("the lock is not renewed: %s", error)

@@ -13,7 +13,7 @@ import posixpath
 import shutil
 import stat
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -28,6 +28,8 @@ STREAM_BYTES = 8 << 20
 _PROBE = ".llmgr_rec-writable"
 # Copies of former versions of a file are deleted when nothing has opened them for this time.
 _UNUSED_S = 24 * 3600
+# Folders in which this process works under a lock. The function raises a `UserError` if the lock has been lost.
+_REQUIRED_LOCKS: dict["RemotePath", Callable[[], None]] = {}
 
 
 class RemotePath(PosixPath):
@@ -156,18 +158,36 @@ class RemotePath(PosixPath):
         os.utime(copy.parent)
         return copy
 
+    def require_lock(self, check: Callable[[], None] | None) -> None:
+        """Lets this process write and delete in the folder only while it has the lock of the folder.
+
+        Args:
+            check: Called before each change; raises a `UserError` if the lock has been lost. None ends the requirement.
+        """
+        if check is None:
+            _REQUIRED_LOCKS.pop(self, None)
+        else:
+            _REQUIRED_LOCKS[self] = check
+
+    def _check_locks(self) -> None:
+        for folder in self.parents if _REQUIRED_LOCKS else ():
+            if check := _REQUIRED_LOCKS.get(folder):
+                check()
+
     def upload(self, source: Path) -> None:
         """Writes the file as a whole: others see its former content, or the new one.
 
         Args:
             source: File of this machine.
         """
+        self._check_locks()
         with remote_errors(self, writes=True):
             system, path = self._system()
             system.put_file(str(source), path)
 
     def write_bytes(self, data: Any) -> int:
         """Writes the file as a whole."""
+        self._check_locks()
         with remote_errors(self, writes=True):
             system, path = self._system()
             system.pipe_file(path, bytes(data))
@@ -193,6 +213,7 @@ class RemotePath(PosixPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Deletes the file."""
+        self._check_locks()
         try:
             with remote_errors(self):
                 system, path = self._system()

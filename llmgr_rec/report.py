@@ -7,7 +7,8 @@ python -m llmgr_rec.report --run RUN --run OTHER --output FOLDER
 from collections.abc import Sequence
 
 from llmgr_rec.bounds import Bounds, check_options
-from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
+from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import StoragePath
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
             scores=as_path(arguments.scores) if arguments.scores else None,
             dataset=as_path(arguments.dataset) if arguments.dataset else None,
             sessions=arguments.sessions,
-            allow_code=split_code(arguments.allow_code),
+            allow_code=split_list(arguments.allow_code),
         )
     )
     print_result("report", report.headline, report.page)

@@ -16,8 +16,8 @@ from llmgr_rec.cli import (
     make_parser,
     parse_args,
     run_cli,
-    split_code,
 )
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.config import DType, StageName
 from llmgr_rec.evaluation.ranking_arguments import add_ranking_arguments
 from llmgr_rec.first_and_last_line import print_result
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
             input=as_path(arguments.input),
             output=as_path(arguments.output),
             k=arguments.k,
-            columns=[name.strip() for name in arguments.columns.strip("[]").split(",") if name.strip()],
+            columns=split_list(arguments.columns),
             titles=arguments.titles,
             unknown_items=arguments.unknown_items,
             repeats=arguments.repeats,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
             batch_size=arguments.batch_size,
             device=arguments.device,
             threads=arguments.threads,
-            allow_code=split_code(arguments.allow_code),
+            allow_code=split_list(arguments.allow_code),
             llm_dtype=arguments.llm_dtype,
             llm_layers=arguments.llm_layers,
             llm_budget=arguments.llm_budget,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmgr_rec.bounds import Bounds, check_options
-from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli, split_code
+from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.config import DType
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result
@@ -52,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec.serving.request_guard import LOOPBACK_NAMES
         from llmgr_rec.serving.run_service import run_service
 
-    code = split_code(arguments.allow_code)
+    code = split_list(arguments.allow_code)
     settings = ServiceSettings(
         run=as_path(arguments.run),
         version=__version__,

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmgr_rec.cli import add_code_argument, make_parser, run_cli, split_code
+from llmgr_rec.cli import add_code_argument, make_parser, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.config import Config, StageName
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_of
 from llmgr_rec.errors import UserError
@@ -138,7 +139,7 @@ def _with_default_config(argv: Sequence[str]) -> list[str]:
     ]
     for run_config in (as_path(run) / "config.yaml" for run in runs if run):
         if run_config.is_file():
-            _check_settings_of_run(run_config, argv, split_code(given.allow_code))
+            _check_settings_of_run(run_config, argv, split_list(given.allow_code))
             return ["--config", str(run_config), *argv]
     if not any(word.startswith("--") for word in argv):
         return ["--config", BARE_RECIPE, *argv]

@@ -92,6 +92,10 @@ class ScoreFolder:
             self.close()
             raise
 
+    def join(self) -> None:
+        """After another rank has opened the folder: lets this one write while that one has the lock."""
+        self._lock.join()
+
     def close(self) -> None:
         """Unlocks the folder; without effect if it is not open."""
         self._lock.release()

@@ -59,6 +59,7 @@ def score_run(request: ScoreRequest) -> Totals:
     )
     with process_group(runtime, request.device) as world, closing(folder):
         missing: list[Part] = run_on_rank0(world, lambda: _open(folder))
+        folder.join()
         print_start("score", [request.input, bundle.path], request.output, describe_ranks(runtime, request.device))
         if request.input.is_dir():
             logger.info("--input %s: %s", request.input, files.description)

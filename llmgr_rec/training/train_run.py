@@ -99,6 +99,7 @@ def _locked(output: Path, world: World) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(output, "training")
     run_on_rank0(world, lock.acquire)
+    lock.join()
     try:
         yield
     finally:

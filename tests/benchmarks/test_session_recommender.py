@@ -1,5 +1,6 @@
 import json
 import sys
+import venv
 from dataclasses import replace
 from pathlib import Path
 
@@ -405,3 +406,16 @@ def test_a_folder_of_something_else_is_not_cleared(tmp_path):
     with pytest.raises(UserError, match="is not empty and is no virtual environment"):
         make_environment(tmp_path, RECBOLE)
     assert (tmp_path / "precious").exists()
+
+
+def test_an_environment_may_be_a_link_to_a_folder_but_no_file(monkeypatch, tmp_path):
+    create = venv.create
+    monkeypatch.setattr(peer_environment.venv, "create", lambda folder, **_: create(folder, clear=True))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with pytest.raises(UserError, match="No module named pip"):
+        make_environment(tmp_path / "link", RECBOLE)
+    assert (tmp_path / "folder" / "pyvenv.cfg").is_file()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; give another --environment"):
+        make_environment(tmp_path / "file", RECBOLE)

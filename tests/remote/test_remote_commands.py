@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from llmgr_rec.files import INCOMPLETE, publish_folder
 from llmgr_rec.folder_lock import LOCK_NAME
 from llmgr_rec.remote_path import as_path
 from llmgr_rec.scoring import score_run as scoring_run
+from llmgr_rec.scoring.input import Part
+from llmgr_rec.scoring.output import ScoreFolder
 from llmgr_rec.scoring.score_run import score_run
 from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.bundle_index import is_complete
@@ -102,6 +105,23 @@ def test_a_remote_run_is_trained_resumed_saved_and_extended(
         found = Recommender.load_once(f"{BUCKET}/{name}").recommend([["i1", "i2"]])
         assert found["item_ids"] == expected["item_ids"]
     assert not list(bucket.rglob(INCOMPLETE))
+
+
+def test_a_command_whose_lock_was_taken_ends_before_it_writes(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(small_run().dataset.path / "test", bucket / "sessions")
+    lock, write, taken = bucket / "scores" / LOCK_NAME, ScoreFolder.write, '{"writer": "1-00000000-1", "renewals": 7}'
+
+    def write_second(folder: ScoreFolder, part: Part, *values: Any, **named: Any) -> None:
+        if part.first_row:
+            lock.write_text(taken)
+        write(folder, part, *values, **named)
+
+    monkeypatch.setattr(ScoreFolder, "write", write_second)
+    with pytest.raises(UserError, match=r"scores/\.lock was removed, or taken by another process .*run the same"):
+        run("score", run=small_run().run, input=f"{BUCKET}/sessions", output=f"{BUCKET}/scores", part_rows=20)
+    assert lock.read_text() == taken
+    assert [file.name for file in lock.parent.glob("*.parquet")] == ["part-00000.parquet"]
+    assert not (lock.parent / "_SUCCESS").exists()
 
 
 def ends_with_the_same_bytes(bucket: Path, work: Callable[[str], object], marker: str) -> int:

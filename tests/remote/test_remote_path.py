@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -174,3 +175,32 @@ def test_a_lock_is_of_one_process(folder: RemotePath, monkeypatch: pytest.Monkey
     finally:
         stop.set()
         other.join()
+    _taken_locks_end_their_processes(folder, first, second)
+
+
+def _taken_locks_end_their_processes(folder: RemotePath, first: FolderLock, second: FolderLock) -> None:
+    """`first` is the lock of a process, and `second` that of another rank."""
+    lock = Path(os.environ["LLMGR_TEST_OBJECTS"]) / "bucket" / "folder" / LOCK_NAME
+    lock.unlink()
+    first.acquire()
+    (folder / "a").write_text("before")
+    for number, own in enumerate((first, second)):
+        taken = json.dumps({"writer": f"1-00000000-{number}", "renewals": 0})
+        lock.write_text(taken)
+        for change in ((folder / "a").unlink, lambda: (folder / "a").write_text("after"), lambda: write_b(folder)):
+            with pytest.raises(UserError, match=r"^objects://bucket/folder/\.lock was removed, or taken by another"):
+                change()
+        # Renewals have stopped, too, and the end does not delete the lock of another process.
+        time.sleep(0.15)
+        own.release()
+        assert lock.read_text() == taken
+        second.join()
+    second.release()
+    assert (folder / "a").read_text() == "before"
+    assert not (folder / "b").exists()
+    write_b(folder)
+
+
+def write_b(folder: RemotePath) -> None:
+    with atomic_write(folder / "b") as partial:
+        partial.write_text("b")
