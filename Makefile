@@ -1,20 +1,23 @@
-# `make demo` and `make test` need only Python 3.11 with its venv module; the rest is installed into .venv.
+# `make demo` and `make test` need only Python 3.11 to 3.13 with its venv module; the rest is installed into .venv.
 #
 #   make demo    [DATA=folder] [RUN=runs/demo] [CONFIG=quickstart]   all steps on real data; prints the metrics
 #   make test    [ARGS="-k name"]      all tests except slow ones
 #   make test-all                      all tests, including slow ones
 #   make lint                          ruff, mypy, import-linter
-#   make venv    [LOCK=gpu]            only .venv, from requirements/$(LOCK).txt; the targets for development add dev.txt
+#   make venv                          only .venv, from requirements/cpu.txt; the targets for development add dev.txt
 #   make docs                          the documentation site, in site/
 #   make wheel                         dist/llmgr_rec-*.whl
 #   make clean                         deletes what these targets made, except runs/
 #
+# LOCK=NAME takes requirements/NAME.txt instead, into .venv-NAME: make test LOCK=next has the newest tested versions,
+# LOCK=gpu a CUDA build. PYTHON=python3.13 is another interpreter, VENV=folder another environment.
 # DATA is a folder with interactions.parquet and items.parquet; the default is MovieLens-100K.
 # TORCH_INDEX is the URL of PyTorch's CPU wheel index, if `pip install torch` gives a CUDA build on this machine:
 # make demo TORCH_INDEX=<url>. It is an extra index, used only to build .venv.
 
-VENV ?= .venv
 LOCK ?= cpu
+# Each lock has an environment of its own.
+VENV ?= .venv$(if $(filter-out cpu,$(LOCK)),-$(LOCK))
 TORCH_INDEX ?=
 PYTHON ?=
 DATA ?=
@@ -71,5 +74,5 @@ wheel: tools
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf "$(VENV)" "$(VENV).lock" build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf "$(VENV)" "$(VENV).lock" .venv .venv.lock .venv-* build dist site *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

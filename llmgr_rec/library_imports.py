@@ -1,6 +1,6 @@
 """Imports of torch and TorchRec in less time, and without what they do to the process.
 
-Imports only the standard library.
+Imports only the standard library and `versions`.
 """
 
 import gc
@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from llmgr_rec.versions import version_error
 
 # torch._dynamo sets this variable when it is imported (torch 2.13).
 _INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -47,7 +49,12 @@ def command_imports() -> Iterator[None]:
 
     pyarrow gets memory from the C library, and not from an allocator of its own, which keeps some 45 MB of what it has
     freed.
+
+    Raises:
+        UserError: The installed versions of torch, torchrec and fbgemm do not work together.
     """
+    if error := version_error():
+        raise error
     with collector_paused():
         if _is_command() and "pandas" not in sys.modules:
             os.environ.setdefault(_ARROW_POOL, "system")
@@ -82,6 +89,9 @@ def process_unchanged() -> Iterator[None]:
 
     fbgemm 1.8 logs to the root logger when it is imported, which gives it a handler, so that a later call of
     `logging.basicConfig` would have no effect.
+
+    Raises:
+        UserError: A library cannot be loaded, because the installed versions do not work together.
     """
     before = os.environ.get(_INDUCTOR_CACHE)
     placeholder = logging.NullHandler()
@@ -90,6 +100,8 @@ def process_unchanged() -> Iterator[None]:
     try:
         yield
         _warn_of_fx_unseen()
+    except OSError as error:
+        raise version_error() or error from None
     finally:
         logging.root.removeHandler(placeholder)
         if before is None:

@@ -15,7 +15,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST = (3, 11)
-CANDIDATES = ("python3.11", "python3", "python3.12", "python3.13")
+CANDIDATES = ("python3.11", "python3.12", "python3.13", "python3")
 PROBE = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
@@ -92,21 +92,55 @@ def write_stamp(venv, stamp):
     os.replace(partial, os.path.join(venv, "complete.json"))
 
 
+def require_same_origin(venv, stamp, lock, python):
+    """Refuses to replace an environment of another lock file or another Python.
+
+    Args:
+        venv: Absolute path of the environment.
+        stamp: Stamp of its build.
+        lock: Path of the lock file.
+        python: Interpreter requested by the user, or "".
+
+    Raises:
+        SetupError: The environment in this folder has another origin, or the interpreter cannot be used.
+    """
+    built_from = stamp.get("name", os.path.basename(lock))
+    if built_from != os.path.basename(lock):
+        raise SetupError(
+            "%s was built from %s, not %s; fix: give another folder with VENV=, or delete it"
+            % (venv, built_from, os.path.basename(lock))
+        )
+    if python:
+        found = _run_code(os.path.join(venv, "bin", "python"), PROBE)
+        wanted = _run_code(find_python((), python), PROBE)
+        if found != wanted:
+            raise SetupError(
+                "%s has Python %s, not %s; fix: give another folder with VENV=, or delete it" % (venv, found, wanted)
+            )
+
+
 def build(venv, lock, torch_index, python, tools=""):
     """Updates the environment to the lock files and the metadata of this project.
 
     Args:
         venv: Absolute path of the environment.
-        lock: Path of the lock file. If it changed, the environment is built anew.
+        lock: Path of the lock file. If its content changed, the environment is built anew; one of another file stays.
         torch_index: URL of an extra package index with CPU wheels of torch, or "".
         python: Interpreter requested by the user, or "".
         tools: Path of a lock file of further packages, which are added to the environment; "" adds none.
 
     Raises:
-        SetupError: No suitable Python was found, the installation failed, or the result does not work.
+        SetupError: The environment is of another lock file or another Python, no suitable Python was found, the
+            installation failed, or the result does not work.
     """
-    wanted = {"lock": fingerprint(lock), "project": fingerprint(os.path.join(ROOT, "pyproject.toml"))}
+    wanted = {
+        "name": os.path.basename(lock),
+        "lock": fingerprint(lock),
+        "project": fingerprint(os.path.join(ROOT, "pyproject.toml")),
+    }
     stamp = read_stamp(venv)
+    if stamp:
+        require_same_origin(venv, stamp, lock, python)
     inner = os.path.join(venv, "bin", "python")
     pip = [inner, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
     if stamp.get("lock") != wanted["lock"]:

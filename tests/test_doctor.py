@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from llmgr_rec import doctor
+from llmgr_rec import doctor, versions
+from llmgr_rec.errors import UserError
+from llmgr_rec.library_imports import command_imports, process_unchanged
+from llmgr_rec.versions import TESTED
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,42 +20,127 @@ def by_name(findings: Iterator[doctor.Finding]) -> dict[str, doctor.Finding]:
     return {finding.name: finding for finding in findings}
 
 
-def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
-    known = {name.replace("_", "-"): version for name, version in versions.items()}
+def install(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
+    known = {name.replace("_", "-"): version for name, version in installed.items()}
     monkeypatch.setattr(doctor, "version_of", known.get)
+    monkeypatch.setattr(versions, "version_of", known.get)
+    monkeypatch.setattr(versions, "cuda_build_of_torch", lambda: False)
 
 
 def test_this_environment_passes() -> None:
     findings = by_name(doctor.run_checks(core=False))
     failed = {name: finding.found for name, finding in findings.items() if finding.status == "FAIL"}
     assert failed == {}
-    assert {"torch", "fbgemm works", "gloo", "atomic rename", "smollm2", "torchx"} <= set(findings)
+    assert {"versions", "fbgemm works", "gloo", "atomic rename", "smollm2", "torchx"} <= set(findings)
 
 
-def test_two_fbgemm_wheels_fail_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, torch="2.13.0", torchrec="1.8.0", fbgemm_gpu="1.8.0", fbgemm_gpu_cpu="1.8.0")
-    finding = by_name(doctor.check_versions())["fbgemm"]
-    assert finding.status == "FAIL"
-    assert "both install the same files" in finding.found
-    assert finding.fix.startswith("pip uninstall -y fbgemm-gpu-cpu fbgemm-gpu && pip install --no-deps")
+def test_versions_that_were_tested_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in TESTED:
+        install(monkeypatch, torch=row.torch + "+cpu", torchrec=row.torchrec, fbgemm_gpu_cpu=row.fbgemm)
+        assert by_name(doctor.check_versions())["versions"].status == "ok"
+        assert versions.version_error() is None
+
+
+# Newest first: NEW is what is installed next, OLD the default.
+NEW, OLD = TESTED
+NEW_REST = f"torchrec=={NEW.torchrec} fbgemm-gpu-cpu=={NEW.fbgemm}"
+OLD_REST = f"torchrec=={OLD.torchrec} fbgemm-gpu-cpu=={OLD.fbgemm}"
+TWO_WHEELS = {"fbgemm_gpu": OLD.fbgemm, "fbgemm_gpu_cpu": OLD.fbgemm}
 
 
 @pytest.mark.parametrize(
-    ("versions", "name", "fix"),
+    ("installed", "status", "found", "fix"),
     [
-        ({"torchrec": "1.8.0", "fbgemm_gpu_cpu": "1.8.0"}, "torch", "pip install --no-deps torch==2.13.0"),
-        ({"torch": "2.13.0", "torchrec": "1.9.2"}, "torchrec", "pip install --no-deps torchrec==1.8.0"),
-        ({"torch": "2.13.0+cpu", "torchrec": "1.8.0"}, "fbgemm", "fbgemm-gpu-cpu==1.8.0"),
-        ({"torch": "2.13.0", "fbgemm_gpu_cpu": "1.9.0"}, "fbgemm", "fbgemm-gpu-cpu==1.8.0"),
+        ({}, "FAIL", "torch not installed, .* needed", f"pip install torch=={NEW.torch} && pip .* {NEW_REST}"),
+        (
+            {"torchrec": OLD.torchrec, "fbgemm_gpu_cpu": OLD.fbgemm},
+            "FAIL",
+            "torch not installed, .*: all three are needed",
+            f"pip install torch=={OLD.torch}",
+        ),
+        (
+            {"torch": OLD.torch, "torchrec": NEW.torchrec, "fbgemm_gpu_cpu": NEW.fbgemm},
+            "FAIL",
+            f"torch {OLD.torch}, .*: fbgemm {NEW.fbgemm} does not load with torch {OLD.torch}",
+            f"pip install --no-deps {OLD_REST}",
+        ),
+        (
+            {"torch": NEW.torch + "+cpu", "torchrec": OLD.torchrec, "fbgemm_gpu_cpu": OLD.fbgemm},
+            "FAIL",
+            f"fbgemm {OLD.fbgemm} does not load with torch",
+            f"pip install --no-deps {NEW_REST}",
+        ),
+        (
+            {"torch": OLD.torch, "torchrec": OLD.torchrec, **TWO_WHEELS},
+            "FAIL",
+            "both wheels of fbgemm install the same files",
+            f"pip uninstall -y fbgemm-gpu-cpu fbgemm-gpu && pip install --no-deps fbgemm-gpu-cpu=={OLD.fbgemm}",
+        ),
+        (
+            {"torch": OLD.torch, "torchrec": NEW.torchrec, "fbgemm_gpu_cpu": OLD.fbgemm},
+            "WARN",
+            "not tested together",
+            f"pip install --no-deps torchrec=={OLD.torchrec}",
+        ),
+        (
+            {"torch": "99.0.0", "torchrec": "99.0.0", "fbgemm_gpu_cpu": "99.0.0"},
+            "WARN",
+            "torch 99.0.0, torchrec 99.0.0, fbgemm-gpu-cpu 99.0.0: not tested together",
+            f"pip install torch=={NEW.torch} && pip install --no-deps {NEW_REST}",
+        ),
     ],
 )
-def test_other_versions_fail_with_the_command_that_fixes_them(
-    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], name: str, fix: str
+def test_other_versions_are_one_line_with_the_command_that_fixes_them(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], status: str, found: str, fix: str
 ) -> None:
-    install(monkeypatch, **versions)
-    finding = by_name(doctor.check_versions())[name]
-    assert finding.status == "FAIL"
-    assert fix in finding.fix
+    install(monkeypatch, **installed)
+    (finding,) = doctor.check_versions()
+    assert finding.status == status
+    assert re.search(found, finding.found)
+    assert re.fullmatch(fix, finding.fix)
+    error = versions.version_error()
+    if "does not load" in found or "same files" in found:
+        with pytest.raises(UserError, match=found), command_imports():
+            pytest.fail("the imports of a command were reached")
+    else:
+        assert error is None
+
+
+def test_an_environment_with_a_gpu_gets_its_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, torch=OLD.torch, torchrec=OLD.torchrec, fbgemm_gpu=NEW.fbgemm)
+    monkeypatch.setattr(versions, "cuda_build_of_torch", lambda: True)
+    assert versions.installed_combination().fix == f"pip install --no-deps fbgemm-gpu=={OLD.fbgemm}"
+    # The public package index has CUDA builds of torch alone; with them, the CPU wheel of fbgemm works.
+    install(monkeypatch, torch=OLD.torch, torchrec=OLD.torchrec, fbgemm_gpu_cpu=NEW.fbgemm)
+    monkeypatch.setattr(versions, "cuda_build_of_torch", lambda: True)
+    assert versions.installed_combination().fix == f"pip install --no-deps fbgemm-gpu-cpu=={OLD.fbgemm}"
+
+
+def test_a_library_that_does_not_load_names_the_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        with process_unchanged():
+            raise OSError("Could not load this library: fbgemm_gpu.so")
+
+    with pytest.raises(OSError, match="Could not load"):
+        load()
+    install(monkeypatch, torch=OLD.torch, torchrec=OLD.torchrec, fbgemm_gpu_cpu=NEW.fbgemm)
+    with pytest.raises(UserError, match=rf"fbgemm {NEW.fbgemm} does not load with torch {OLD.torch}; fix: pip"):
+        load()
+
+
+def test_packages_outside_of_the_ranges_fail_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [finding.status for finding in doctor.check_requirements()] == ["ok"]
+    monkeypatch.setattr(doctor, "version_of", lambda name: {"pyarrow": "1.0", "duckdb": None}.get(name, "2026.12"))
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["pyarrow>=2", "duckdb>=1", "x>1; extra=='y'"])
+    (finding,) = doctor.check_requirements()
+    assert finding.found == "pyarrow 1.0, duckdb not installed"
+    assert finding.fix == "pip install 'pyarrow>=2' 'duckdb>=1'"
+
+
+@pytest.mark.parametrize(("running", "status"), [((3, 10), "FAIL"), ((3, 11), "ok"), ((3, 99), "WARN")])
+def test_pythons(monkeypatch: pytest.MonkeyPatch, running: tuple[int, int], status: str) -> None:
+    monkeypatch.setattr(doctor.sys, "version_info", running)
+    assert by_name(doctor.check_python())["python"].status == status
 
 
 def test_a_cuda_build_without_its_libraries_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +203,7 @@ def test_it_reports_when_torch_is_broken(tmp_path: Path) -> None:
     done = run_with_torch(tmp_path, "raise ImportError('libtorch_cpu.so: cannot open shared object file')")
     assert done.returncode == 2
     assert "FAIL  torch loads    ImportError: libtorch_cpu.so" in done.stdout
-    assert "fix: pip install --no-deps --force-reinstall torch==2.13.0" in done.stdout
+    assert f"fix: pip install --no-deps --force-reinstall torch=={versions.version_of('torch')}" in done.stdout
     assert re.fullmatch(r"[0-9:]+ INFO llmgr_rec \S+ doctor: reads the environment .*\n", done.stderr)
 
 

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import re
 import stat
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,6 +139,32 @@ def test_tools_are_added_once_and_stay(builder: ModuleType, tmp_path: Path, inst
     installer.failing = ""
     build(builder, tmp_path, tools=str(tools))
     assert installer.ran == [*ALL, "-r", "-r", "-r"]
+
+
+def test_an_environment_of_another_lock_or_python_is_left_alone(
+    builder: ModuleType, tmp_path: Path, installer: Installer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(builder, tmp_path)
+    (tmp_path / "next.txt").write_text("a==2\n")
+    with pytest.raises(builder.SetupError, match=r"venv was built from lock\.txt, not next\.txt; fix: .*VENV="):
+        builder.build(str(tmp_path / "venv"), str(tmp_path / "next.txt"), "", "")
+    monkeypatch.setattr(builder, "find_python", lambda _, requested: requested)
+    builder.build(str(tmp_path / "venv"), str(tmp_path / "lock.txt"), "", sys.executable)
+    other = fake_python(tmp_path, "other", "3.99")
+    with pytest.raises(builder.SetupError, match=r"has Python 3\.1\d, not 3\.99; fix: .*VENV="):
+        builder.build(str(tmp_path / "venv"), str(tmp_path / "lock.txt"), "", other)
+    assert installer.ran == ALL
+
+
+def test_each_lock_has_its_folder() -> None:
+    def folder(*arguments: str) -> tuple[str, str]:
+        command = ["make", "--dry-run", "--directory", str(ROOT), "venv", *arguments]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return re.findall(r'--venv "(\S+)" --lock "(\S+)"', printed)[0]
+
+    assert folder() == (".venv", "requirements/cpu.txt")
+    assert folder("LOCK=next") == (".venv-next", "requirements/next.txt")
+    assert folder("LOCK=next", "VENV=other") == ("other", "requirements/next.txt")
 
 
 def test_a_moved_environment_is_rebuilt(builder: ModuleType, tmp_path: Path, installer: Installer) -> None:

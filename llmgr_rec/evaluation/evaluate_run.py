@@ -42,8 +42,8 @@ from llmgr_rec.storage.bundle_index import (
     read_config,
     read_index,
 )
-from llmgr_rec.storage.package_versions import own_version
 from llmgr_rec.training.freed_memory import keep_freed_memory
+from llmgr_rec.versions import own_version
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ from llmgr_rec.storage.bundle_index import (
 )
 from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.storage.package_versions import installed_versions
 from llmgr_rec.storage.pretrained import saved_model
 from llmgr_rec.storage.table_io import Shard, local_shards
+from llmgr_rec.versions import installed_versions
 
 # Maximum bytes of a table file; larger shards are split by rows.
 _MAX_FILE_BYTES = 2 * 1024**3

@@ -38,7 +38,7 @@ from llmgr_rec.storage.checkpoint_state import (
 )
 from llmgr_rec.storage.checkpoint_writer import CheckpointWriter, TensorChecksums, merge
 from llmgr_rec.storage.fingerprint import fingerprint
-from llmgr_rec.storage.package_versions import installed_versions
+from llmgr_rec.versions import installed_versions
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from typing import Any
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.files import atomic_write
 from llmgr_rec.storage.machine import Machine
-from llmgr_rec.storage.package_versions import own_version
 from llmgr_rec.storage.run_facts import TRAINING_RECORD, read_launches
+from llmgr_rec.versions import own_version
 
 
 class TrainingRecord:

@@ -22,6 +22,8 @@ def test_what_is_copied_is_there() -> None:
     copied = [shlex.split(line)[1:-1] for line in LINES if line.startswith("COPY ") and "--from=" not in line]
     assert {"requirements/cpu.txt", "requirements/gpu.txt", "llmgr_rec"} <= {name for names in copied for name in names}
     assert all((ROOT / name).exists() for names in copied for name in names)
+    excluded_but_for = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert {name for names in copied for name in names} <= excluded_but_for
 
 
 def test_programs_import_what_exists() -> None:
