@@ -14,6 +14,9 @@ from llmgr_rec.errors import UserError
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16"]
+# Items that a list may have in a catalog of several domains: those of the domain of the session, or all.
+Domains = Literal["own", "all"]
+ALL_DOMAINS = "all"
 StageName = Literal["sbr", "align", "behave", "llm_text"]
 # In the order of training. llm_text replaces align and behave: no stage goes on from it.
 STAGES: tuple[StageName, ...] = get_args(StageName)

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
         from llmgr_rec.evaluation.evaluated import Evaluated
         from llmgr_rec.evaluation.headline import headline
-        from llmgr_rec.evaluation.results import blend_notes, format_beyond_accuracy, format_table
+        from llmgr_rec.evaluation.results import blend_notes, format_beyond_accuracy, format_domains, format_table
 
     content = evaluate_run(
         EvaluationRequest(
@@ -73,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
             output=as_path(arguments.output),
             models=split_names(arguments.models, "--models", MODELS, import_paths=True) if arguments.models else None,
             repeats=arguments.repeats,
+            domains=arguments.domains,
             max_length=arguments.max_length,
             batch_size=arguments.batch_size,
             device=arguments.device,
@@ -83,6 +84,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if is_rank0():
         print(format_table(content[arguments.split], content["cutoffs"]))
+        for table in format_domains(content[arguments.split]):
+            print(f"\n{table}")
         print(f"\n{format_beyond_accuracy(content[arguments.split])}")
         for note in blend_notes(content["blends"]):
             print(note)

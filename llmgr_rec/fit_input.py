@@ -1,7 +1,9 @@
 """Hands clicks and items in the forms that Python users hold to `prepare`, which reads Parquet files."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,17 +14,21 @@ from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.errors import UserError
 from llmgr_rec.remote_path import as_path
 
+# Columns by which a mapping is a table, and not tables by the names of their domains.
+_ITEM_COLUMNS = {"item_id", "items"}
+
 
 class FitInput:
     """Clicks and items of a `fit`, as options of `prepare`. Paths are read where they are, other forms are written.
 
     Args:
-        interactions: Clicks or sessions, see `Recommender.fit`.
-        items: Items, or None.
+        interactions: Clicks or sessions, or those of each domain by its name, see `Recommender.fit`.
+        items: Items, or those of each domain, or None.
         folder: Existing folder for what is written.
 
     Attributes:
-        options: Path by option of `prepare`: `interactions` or `sessions`, and `items` if there are any.
+        options: Path, or paths by domain, by option of `prepare`: `interactions` or `sessions`, and `items` if there
+            are any.
 
     Raises:
         UserError: The clicks or items are of another kind or lack a column.
@@ -30,16 +36,18 @@ class FitInput:
 
     def __init__(self, interactions: object, items: object | None, folder: Path) -> None:
         self._folder = folder
-        self.options: dict[str, Path] = {}
-        if isinstance(interactions, str | os.PathLike):
-            path = as_path(interactions)
-            self.options["sessions" if _has_sessions(path) else "interactions"] = path
-        else:
-            self._write(*_clicks_table(interactions), "interactions")
-        if isinstance(items, str | os.PathLike):
-            self.options["items"] = as_path(items)
-        elif items is not None:
-            self._write("items", to_table(items, "items"), "items")
+        self._written: dict[Path, str] = {}
+        self.options: dict[str, str] = {}
+        clicks = {name: self._clicks(one, name) for name, one in _by_domain(interactions).items()}
+        options = {option: name for name, (option, _) in clicks.items()}
+        if len(options) > 1:
+            raise UserError(
+                f"interactions of the domain {options['sessions']} are sessions, those of {options['interactions']} "
+                "are clicks with times; give all in one form"
+            )
+        self.options[next(iter(options))] = _value({name: path for name, (_, path) in clicks.items()})
+        if items is not None:
+            self.options["items"] = _value({name: self._items(one, name) for name, one in _by_domain(items).items()})
 
     def in_terms_of_caller(self, message: str) -> str:
         """A message of `prepare` with the names of arguments where it has paths of files that were written.
@@ -47,20 +55,45 @@ class FitInput:
         Args:
             message: One line.
         """
-        for option in ("interactions", "sessions", "items"):
-            path = str(self._folder / f"{option}.parquet")
-            name = "items" if option == "items" else "interactions"
-            message = message.replace(f"{path}, row group 0, ", f"{name}, ").replace(path, name)
+        for path, name in self._written.items():
+            message = message.replace(f"{path}, row group 0, ", f"{name}, ").replace(str(path), name)
         return message
 
-    def _write(self, option: str, table: pa.Table, name: str) -> None:
-        path = self._folder / f"{option}.parquet"
+    def _clicks(self, interactions: object, domain: str) -> tuple[str, Path]:
+        """Option of `prepare` and the file of the clicks of a domain."""
+        if isinstance(interactions, str | os.PathLike):
+            path = as_path(interactions)
+            return ("sessions" if _has_sessions(path) else "interactions"), path
+        option, table = _clicks_table(interactions)
+        return option, self._write(option, domain, table, "interactions")
+
+    def _items(self, items: object, domain: str) -> Path:
+        if isinstance(items, str | os.PathLike):
+            return as_path(items)
+        return self._write("items", domain, to_table(items, "items"), "items")
+
+    def _write(self, option: str, domain: str, table: pa.Table, name: str) -> Path:
+        # A number, because the name of a domain may be none of a file.
+        path = self._folder / (f"{option}-{len(self._written)}.parquet" if domain else f"{option}.parquet")
+        shown = f"{name} of {domain}" if domain else name
         try:
             # One row group, in which the number of a row is that of the table.
             pq.write_table(table, path, row_group_size=max(table.num_rows, 1))
         except pa.ArrowException as error:
-            raise UserError(f"{name} cannot be written as Parquet: {str(error).splitlines()[0]}") from None
-        self.options[option] = path
+            raise UserError(f"{shown} cannot be written as Parquet: {str(error).splitlines()[0]}") from None
+        self._written[path] = shown
+        return path
+
+
+def _by_domain(given: object) -> Mapping[str, Any]:
+    """Tables by the names of their domains; a table that is of none has the name ""."""
+    if isinstance(given, Mapping) and given and not _ITEM_COLUMNS & set(given):
+        return {str(name): one for name, one in given.items()}
+    return {"": given}
+
+
+def _value(paths: Mapping[str, Path]) -> str:
+    return ",".join(f"{name}={path}" if name else str(path) for name, path in paths.items())
 
 
 def _clicks_table(interactions: object) -> tuple[str, pa.Table]:

@@ -157,9 +157,10 @@ class Recommender:
         Args:
             interactions: Clicks with `user_id` or `session_id`, `item_id` and `timestamp`, or one session a row with
                 `session_id` and `items`, in any form that `arrow_input.to_table` takes; or lists of item ids, one a
-                session. Clicks without `timestamp` are in their order.
-            items: Table with `item_id` and, each optional, `title`, `category`, `brand`, `description`. None takes the
-                items of the interactions, without text.
+                session. Clicks without `timestamp` are in their order. For one model of several domains, a mapping
+                of their names to these; see docs/domains.md.
+            items: Table with `item_id` and, each optional, `title`, `category`, `brand`, `description`; or those of the
+                domains by name. None takes the items of the interactions, without text.
             recipe: Recipe, or path of a settings file; see docs/concepts.md.
             settings: Settings of the training by dotted name, such as {"sbr.epochs": 5}.
             preparation: Options of `python -m llmgr_rec.prepare` by name, such as {"min_interactions": 1}.
@@ -238,6 +239,7 @@ class Recommender:
         among: Collection[Any] | None = None,
         without: Collection[Any] = (),
         category: str | None = None,
+        domain: str | None = None,
         layout: Layout = "lists",
     ) -> pa.Table:
         """Ranks items for sessions.
@@ -253,6 +255,8 @@ class Recommender:
             among: Item ids that may be recommended; None allows all. Ids that are not in the catalog are ignored.
             without: Item ids that are not recommended.
             category: Recommends only items of this category, or of one below it.
+            domain: For a model of several domains: recommends items of this one, or of `all`. None recommends items of
+                the domain of each session, which is that of its newest click; see docs/domains.md.
             layout: lists gives one row a session, long one row a recommended item.
 
         Returns:
@@ -262,17 +266,18 @@ class Recommender:
             records, `to_pandas()` and `polars.from_arrow` data frames.
 
         Raises:
-            UserError: `k` is not positive, or sessions, ids or the category have a wrong type or are unknown.
+            UserError: `k` is not positive, or sessions, ids, category or domain have a wrong type or are unknown.
         """
         length = self._list_length(k)
         if layout not in get_args(Layout):
             raise UserError(f"layout is {layout!r}; give lists or long")
         table = to_sessions(sessions)
         clicks = self.ranker.clicks(table["items"])
-        allowed_R = self.ranker.allowed_items(among, without, category)
+        allowed_R = self.ranker.allowed_items(among, without, category, domain)
         flag = _checked_flag(exclude_seen)
         excludes_seen = self.ranker.rule.excludes_seen if flag is None else flag
-        ranked = self.ranker.lists(*self.ranker.rank(clicks, length, excludes_seen, allowed_R))
+        domain_B = self.ranker.domains(table["items"])
+        ranked = self.ranker.lists(*self.ranker.rank(clicks, length, excludes_seen, allowed_R, domain, domain_B))
         is_empty_B = (clicks.lengths == 0).numpy()
         lists = pa.table({"session_id": table["session_id"], **ranked, "fallback": pa.array(is_empty_B)})
         return long_rows(lists) if layout == "long" else lists
@@ -315,8 +320,10 @@ class Recommender:
         parts = []
         # One slice for no sessions, which has the types of the result.
         for first in range(0, max(table.num_rows, 1), rows):
-            part = self.ranker.clicks(clicks.slice(first, rows))
-            ids_BK, scores_BK = self.ranker.rank(part, length, self.ranker.rule.excludes_seen)
+            some = clicks.slice(first, rows)
+            part = self.ranker.clicks(some)
+            domain_B = self.ranker.domains(some)
+            ids_BK, scores_BK = self.ranker.rank(part, length, self.ranker.rule.excludes_seen, domain_B=domain_B)
             ranked = lists.columns(ids_BK.numpy(), scores_BK.numpy())
             of_sessions = copied.slice(first, rows)
             fallback = pa.array((part.lengths == 0).numpy())

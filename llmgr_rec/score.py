@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
             titles=arguments.titles,
             unknown_items=arguments.unknown_items,
             repeats=arguments.repeats,
+            domains=arguments.domains,
             stage=arguments.stage,
             max_length=arguments.max_length,
             part_rows=arguments.part_rows,

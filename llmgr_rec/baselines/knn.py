@@ -6,6 +6,7 @@ On sparse e-commerce data, nearest neighbors are often better than neural models
 Shapes: B sessions, L clicks of all sessions, V items, K length of a ranked list, S training sessions.
 """
 
+import copy
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -46,14 +47,17 @@ class Baseline(Protocol):
 class Popularity:
     """Ranks items by their number of training clicks, the same for all sessions."""
 
-    def __init__(self, train_count_V: Ints) -> None:
+    def __init__(self, train_count_V: Ints, num_clicks: int | None = None) -> None:
         """Sorts the catalog.
 
         Args:
             train_count_V: Number of training clicks of each item.
+            num_clicks: Number of clicks that scores are shares of; None takes their sum.
         """
+        self._num_clicks = max(int(train_count_V.sum()), 1) if num_clicks is None else num_clicks
+        self._train_count_V = train_count_V
         self._order_V = np.argsort(-train_count_V, kind="stable")
-        self._share_V = train_count_V[self._order_V] / max(int(train_count_V.sum()), 1)
+        self._share_V = train_count_V[self._order_V] / self._num_clicks
 
     def rank(self, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
         """See `Baseline.rank`; the score is the item's share of all training clicks."""
@@ -61,6 +65,10 @@ class Popularity:
         ids_K = _padded(self._order_V[:k], k, -1)
         scores_K = _padded(self._share_V[:k], k, -np.inf)
         return np.tile(ids_K, (sessions, 1)), np.tile(scores_K, (sessions, 1))
+
+    def among(self, items_R: Ints) -> "Popularity":
+        """See `RanksSome.among`; scores stay shares of the clicks on all items."""
+        return Popularity(self._train_count_V[items_R], self._num_clicks)
 
 
 @runtime_checkable
@@ -97,6 +105,10 @@ class ItemNeighbors:
         """See `Baseline.rank`; items without a sparse score have score 0."""
         weights_BV = recency_weights(items_L, offsets_B1, self.decay, self.similarity_VV.shape[0])
         return _rank_in_blocks(weights_BV, self._product, k)
+
+    def among(self, items_R: Ints) -> "ItemNeighbors":
+        """See `RanksSome.among`."""
+        return ItemNeighbors(sparse.csr_array(self.similarity_VV[:, items_R]), self.decay)
 
     @cached_property
     def _product(self) -> SparseProduct:
@@ -165,6 +177,12 @@ class SessionKNN:
             scores_BV = self.scores(items_L[clicks], offsets_B1[start : stop + 1] - offsets_B1[start])
             lists.append(top_k(scores_BV, k))
         return _concatenated(lists)
+
+    def among(self, items_R: Ints) -> "SessionKNN":
+        """See `RanksSome.among`."""
+        chosen = copy.copy(self)
+        chosen._weighted_SV = sparse.csr_array(self._weighted_SV[:, items_R])
+        return chosen
 
 
 def session_matrix(sessions: Iterable[tuple[Ints, Ints]], num_items: int) -> sparse.csr_array:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.item_ids import are_ids, int64_ids, is_text, plain_ids
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
+from llmgr_rec.data.schema import DOMAIN, FEATURES, ITEMS_NAME, TEXT_COLUMNS, hash_item_ids
 from llmgr_rec.data.text_index import TextIndex
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.remote_path import as_path
@@ -39,12 +40,14 @@ class Catalog:
         item_ids: Raw ids, string or int64; element i belongs to item index i.
         train_count_V: Number of training clicks of each item, targets included, int64.
         features: Ids of each side feature that at least one item has, one row per item.
+        domains: The domain of each item; None for a catalog of one log.
     """
 
     file: Path
     item_ids: pa.Array
     train_count_V: Tensor
     features: dict[str, Jagged] = field(default_factory=dict)
+    domains: ItemDomains | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -59,7 +62,9 @@ class Catalog:
         file = as_path(path) / ITEMS_NAME
         required = ["index", "item_id", "train_count"]
         # Data sets of early versions have no column word_ids and are still valid.
-        columns = [f"{name}_ids" for name in FEATURES if name != "word" or "word_ids" in _column_names(file)]
+        found = _column_names(file)
+        columns = [f"{name}_ids" for name in FEATURES if name != "word" or "word_ids" in found]
+        required += [DOMAIN] if DOMAIN in found else []
         table = _read(file, [*required, *columns])
         for name in required:
             if table[name].null_count:
@@ -78,6 +83,7 @@ class Catalog:
             item_ids=item_ids,
             train_count_V=torch.from_numpy(_ints(table["train_count"], file, "train_count")),
             features={name: rows for name, rows in features.items() if rows.values.numel()},
+            domains=ItemDomains.of_column(_one_array(table[DOMAIN])) if DOMAIN in found else None,
         )
 
     @classmethod

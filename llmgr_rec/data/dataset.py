@@ -70,6 +70,7 @@ class Manifest:
         inputs: Which files of each input folder were read and which were skipped, by option of prepare.
         session_gap: Sessions cut from the users' logs: the inactivity `gap`, the `unit` of the timestamps, and the
             numbers of `users`, `sessions` and `clicks` before the filters. Empty if the input was not cut.
+        domains: Numbers of `items` and of `sessions` (or users) by domain; empty and not written for a single log.
         word_rule: `words.WORD_RULE` by which titles were split into the word feature.
         format_version: Version of the data set format.
     """
@@ -97,6 +98,7 @@ class Manifest:
     click_use: dict[str, int] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     session_gap: dict[str, Any] = field(default_factory=dict)
+    domains: dict[str, dict[str, int]] = field(default_factory=dict)
     word_rule: int = 1
     format_version: int = FORMAT_VERSION
 
@@ -125,7 +127,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal text."""
-        return json.dumps(seal(asdict(self)), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        values = asdict(self)
+        if not self.domains:
+            del values["domains"]
+        return json.dumps(seal(values), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)

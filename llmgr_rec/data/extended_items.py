@@ -3,6 +3,7 @@
 Shapes: V items of the new catalog.
 """
 
+import difflib
 import json
 from pathlib import Path
 
@@ -12,9 +13,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.item_ids import are_ids, int64_ids, is_text
 from llmgr_rec.data.preparation.items import vocabularies
-from llmgr_rec.data.schema import FEATURES, ITEMS_NAME, ROW_GROUP_ROWS, TEXT_COLUMNS, items_schema
+from llmgr_rec.data.schema import (
+    DOMAIN,
+    FEATURES,
+    ITEMS_NAME,
+    ROW_GROUP_ROWS,
+    TEXT_COLUMNS,
+    domains_of_ids,
+    items_schema,
+)
 from llmgr_rec.data.side_values import VALUES_KEY, side_values
 from llmgr_rec.errors import UserError, did_you_mean
 
@@ -36,7 +46,7 @@ def write_extended_items(known: Catalog, items: pa.Table, name: str, folder: Pat
 
     Raises:
         UserError: A column is missing or has a wrong type, an id is null or a duplicate or cannot be one of the run, or
-            there are no items.
+            there are no items; or an id has no domain, and those of the run have one.
     """
     ids = _item_ids(known, items, name)
     rows_V = known.index_of(ids)
@@ -54,7 +64,11 @@ def write_extended_items(known: Catalog, items: pa.Table, name: str, folder: Pat
         values = vocabulary.encode(texts[vocabulary.column].to_pylist())
         columns[f"{feature}_ids"] = pa.array(values, pa.list_(pa.int64()))
     named = {feature: list(features[feature].ids) for feature in FEATURES}
-    schema = items_schema(ids.type).with_metadata({VALUES_KEY: json.dumps(named).encode()})
+    if known.domains is not None:
+        columns[DOMAIN] = _domains(known.domains, ids, name)
+    schema = items_schema(ids.type, with_domain=known.domains is not None).with_metadata(
+        {VALUES_KEY: json.dumps(named).encode()}
+    )
     table = pa.table([columns[column] for column in schema.names], schema=schema)
     pq.write_table(table, folder / ITEMS_NAME, compression="zstd", row_group_size=ROW_GROUP_ROWS)
     return Catalog.load(folder)
@@ -86,6 +100,18 @@ def _item_ids(known: Catalog, items: pa.Table, name: str) -> pa.Array:
             )
     _refuse_duplicates(ids, name)
     return ids
+
+
+def _domains(known: ItemDomains, ids: pa.Array, name: str) -> pa.Array:
+    """Name of the domain of each item. One that the run does not know is new, unless it is nearly one that it knows."""
+    names = domains_of_ids(ids)
+    if names.null_count:
+        first = ids.filter(names.is_null())[0].as_py()
+        raise UserError(f"{name}: item_id {first!r} has no domain; write it as {known.names[0]}:{first}")
+    for found in names.unique().to_pylist():
+        if found not in known.names and difflib.get_close_matches(found, known.names, n=1):
+            raise UserError(f"{name}: item ids begin with {found}:{did_you_mean(found, known.names)}")
+    return names
 
 
 def _refuse_duplicates(ids: pa.Array, name: str) -> None:

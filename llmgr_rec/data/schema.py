@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -20,6 +21,10 @@ TEXT_COLUMNS = ("title", "category", "brand", "description")
 FEATURES = ("category", "brand", "word")
 # Column of items.parquet, present if any item is held out of training.
 HELD_OUT = "held_out"
+# Column of items.parquet, present if there are several domains.
+DOMAIN = "domain"
+# Between the name of a domain and the id of an item or a user in it. Names do not contain it.
+DOMAIN_SEPARATOR = ":"
 
 # Parquet schema metadata of the parts, by which scoring distinguishes item indices from raw ids.
 ITEMS_KIND_KEY = b"llmgr_rec.items"
@@ -44,12 +49,13 @@ def sessions_schema(catalog_hash: str) -> pa.Schema:
     )
 
 
-def items_schema(item_id_type: pa.DataType, with_held_out: bool = False) -> pa.Schema:
+def items_schema(item_id_type: pa.DataType, with_held_out: bool = False, with_domain: bool = False) -> pa.Schema:
     """Schema of items.parquet; row i describes item index i.
 
     Args:
         item_id_type: Type of the raw ids, string or int64.
         with_held_out: Whether a column marks the items that are held out of training.
+        with_domain: Whether a column names the domains of the items.
     """
     return pa.schema(
         [
@@ -59,6 +65,7 @@ def items_schema(item_id_type: pa.DataType, with_held_out: bool = False) -> pa.S
             pa.field("train_count", pa.int64(), nullable=False),
             *(pa.field(f"{name}_ids", pa.list_(pa.int64()), nullable=False) for name in FEATURES),
             *([pa.field(HELD_OUT, pa.bool_(), nullable=False)] if with_held_out else []),
+            *([pa.field(DOMAIN, pa.string(), nullable=False)] if with_domain else []),
         ]
     )
 
@@ -77,6 +84,15 @@ def hash_item_ids(batches: Iterable[pa.Array]) -> str:
         for item_id in batch.cast(pa.string()).to_pylist():
             digest.update(item_id.encode() + b"\0")
     return digest.hexdigest()
+
+
+def domains_of_ids(ids: pa.Array) -> pa.Array:
+    """Name of the domain in each id, string; null for an id without one.
+
+    Args:
+        ids: Ids of items or users, string.
+    """
+    return pc.struct_field(pc.extract_regex(ids, f"(?s)^(?P<name>[^{DOMAIN_SEPARATOR}]+){DOMAIN_SEPARATOR}."), "name")
 
 
 def has_item_indices(schema: pa.Schema) -> bool:

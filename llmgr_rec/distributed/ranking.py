@@ -25,6 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.collate import Collator
+from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
@@ -91,6 +92,7 @@ class RankingModel:
         blend: Nearest-neighbor scores that are added to the model's scores; None for no blend.
         query_encoder: Encodes the sessions in place of the model; see `with_query_encoder`.
         is_replicated: Whether each rank has the whole model. Ranking is then no collective.
+        domains: Domains of the items: a list has items of the domain of its session only. None ranks the whole catalog.
     """
 
     model: SessionRecommender | LLMGR
@@ -99,6 +101,7 @@ class RankingModel:
     blend: Blend | None = None
     query_encoder: QueryEncoder | None = None
     is_replicated: bool = False
+    domains: ItemDomains | None = None
 
     def with_query_encoder(self, ranker: "CatalogRanker") -> "RankingModel":
         """The same model in a form that encodes sessions faster while its weights do not change, where it has one.
@@ -142,9 +145,9 @@ class RankingModel:
         """Computes all item vectors with the current weights. A collective: all ranks must call it."""
         ranks = World.alone(world.device) if self.is_replicated else world
         if ranks.size > 1 or not isinstance(self.model, SessionRecommender) or self.model.text_encoder is not None:
-            return CatalogRanker(self.model, self.collate, ranks, self.blend)
+            return CatalogRanker(self.model, self.collate, ranks, self.blend, self.domains)
         measured = MeasuredItems(self.model)
-        ranker = CatalogRanker(measured, self.collate, ranks, self.blend)
+        ranker = CatalogRanker(measured, self.collate, ranks, self.blend, self.domains)
         ranker.query_items = QueryItems(ranker.item_vectors, measured.lengths())
         return ranker
 
@@ -160,9 +163,17 @@ class CatalogRanker:
         world: This process and the world size.
         blend: Nearest-neighbor scores that are added to the model's scores; each rank stores those of its own items.
             Must be given on all ranks or on none.
+        domains: Domains of the items. A session then gets items of the domain of its newest click only.
     """
 
-    def __init__(self, model: ItemVectorModel, collate: ItemCollator, world: World, blend: Blend | None = None) -> None:
+    def __init__(
+        self,
+        model: ItemVectorModel,
+        collate: ItemCollator,
+        world: World,
+        blend: Blend | None = None,
+        domains: ItemDomains | None = None,
+    ) -> None:
         self._world = world
         self._num_items = collate.num_items
         self.items = items_of_rank(collate.num_items, world)
@@ -175,6 +186,14 @@ class CatalogRanker:
         # A choice of items and their vectors.
         self._chosen_R: Tensor | None = None
         self._chosen_RQ: Tensor | None = None
+        self._domains = domains
+        # Indices of the items of each domain, and a ranker of them whose item indices are places among these.
+        self._of_domain: dict[int, tuple[Tensor, CatalogRanker]] = {}
+
+    @property
+    def needs_clicks(self) -> bool:
+        """Whether `rank` needs the clicks of the sessions."""
+        return self._blend is not None or self._domains is not None
 
     @property
     def item_vectors(self) -> Tensor:
@@ -188,6 +207,7 @@ class CatalogRanker:
         """
         if self._world.size == 1:
             self._scan = ItemScan.fastest(self._items_RQ)
+            self._of_domain = {}
 
     def prepare_index(self, samples_SQ: Tensor, recall: float) -> float | None:
         """Ranks few sessions approximately from now on; after `prepare_for_few_sessions`.
@@ -223,13 +243,19 @@ class CatalogRanker:
         if self._world.size > 1:
             raise ValueError("a choice of items is ranked in a single process only")
         chosen = copy.copy(self)
-        chosen._chosen_R, chosen._chosen_RQ = items_R, None
+        chosen._chosen_R, chosen._chosen_RQ, chosen._of_domain = items_R, None, {}
         if _FEW_CHOSEN * len(items_R) < self._num_items:
             chosen._scan = None
         elif self._scan is not None:
             chosen._is_allowed_R = np.zeros(self._num_items, bool)
             chosen._is_allowed_R[items_R.numpy()] = True
         return chosen
+
+    def over_all(self) -> "CatalogRanker":
+        """A ranker of the items of all domains, which shares nothing that either changes."""
+        ranker = copy.copy(self)
+        ranker._domains = None
+        return ranker
 
     @torch.no_grad()
     def rank(
@@ -241,7 +267,7 @@ class CatalogRanker:
             queries_BQ: Queries; the number of sessions may differ between ranks.
             k: Length K of a list; may exceed the number of items.
             exclude: Item indices that must not be in a session's list, one row per session; on all ranks or on none.
-            clicks: Clicked item indices of each session, oldest first; required by the blend, else unused.
+            clicks: Clicked item indices of each session, oldest first; required if `needs_clicks`, else unused.
 
         Returns:
             Item indices, int64 [B, K], and scores, float32 [B, K], best first; ties are in order of item index. Lists
@@ -249,10 +275,12 @@ class CatalogRanker:
 
         Raises:
             UserError: A score is NaN; raised on every rank.
-            ValueError: K is less than 1, or there is a blend but no clicks.
+            ValueError: K is less than 1, or the clicks are needed and missing.
         """
-        if self._blend is not None and clicks is None:
-            raise ValueError("a ranker with a blend needs the clicks of the sessions")
+        if self.needs_clicks and clicks is None:
+            raise ValueError("a ranker with a blend or with domains needs the clicks of the sessions")
+        if self._domains is not None and clicks is not None and k >= 1:
+            return self._rank_by_domain(self._domains.of_sessions(clicks), queries_BQ, k, exclude, clicks)
         if k >= 1 and self._scans(queries_BQ):
             return self._scanned(queries_BQ, k, exclude, clicks)
         if k < 1:
@@ -263,6 +291,47 @@ class CatalogRanker:
         if self._world.size == 1:
             return self._top_k(queries, k, exclude, clicks)
         return self._rank_by_all_ranks(queries, k, exclude, None if self._blend is None else clicks)
+
+    def _rank_by_domain(
+        self, domains_B: Tensor, queries_BQ: Tensor, k: int, exclude: Jagged | None, clicks: Jagged
+    ) -> tuple[Tensor, Tensor]:
+        """Ranks the sessions of each domain among its items; a session without a domain gets an empty list."""
+        assert self._domains is not None
+        counts = torch.bincount(domains_B.long() + 1, minlength=len(self._domains.names) + 1)[1:].double()
+        ids_BK = torch.full((len(domains_B), k), -1, device=queries_BQ.device)
+        scores_BK = torch.full((len(domains_B), k), float("-inf"), device=queries_BQ.device)
+        # Of all ranks, because all have to rank the same domains.
+        for domain in sum_over_ranks(counts, self._world).nonzero().squeeze(1).tolist():
+            rows = (domains_B == domain).nonzero().squeeze(1)
+            items, ranker = self._ranker_of(domain, clicks.values.device)
+            excluded = None if exclude is None else _places_among(items, exclude.select(rows))
+            places, scores = ranker.rank(queries_BQ[rows], k, excluded, clicks.select(rows))
+            ids_BK[rows] = torch.where(places >= 0, items[places.clamp(min=0)], places) if len(items) else places
+            scores_BK[rows] = scores
+        return ids_BK, scores_BK
+
+    def _ranker_of(self, domain: int, device: torch.device) -> tuple[Tensor, "CatalogRanker"]:
+        """The indices of the items of a domain that may be ranked, and a ranker of them; kept for the next batch."""
+        assert self._domains is not None
+        if domain not in self._of_domain:
+            items = self._domains.items(domain)
+            if self._chosen_R is not None:
+                items = items[torch.isin(items, self._chosen_R)]
+            self._of_domain[domain] = items.to(device), self._only(items)
+        return self._of_domain[domain]
+
+    def _only(self, items_R: Tensor) -> "CatalogRanker":
+        """A ranker of some items, ascending. Its item indices are places among them."""
+        first, last = (int(torch.searchsorted(items_R, end)) for end in (self.items.start, self.items.stop))
+        rows = items_R[first:last] - self.items.start
+        other = copy.copy(self)
+        other.__dict__.pop("_batch_scan", None)
+        other._num_items, other.items = len(items_R), range(first, last)
+        other._items_RQ = self._items_RQ[rows.to(self._items_RQ.device)]
+        other._blend = None if self._blend is None else self._blend.of_items(rows.numpy())
+        other._domains = other._chosen_R = other._is_allowed_R = None
+        other._scan = None if self._scan is None or not len(rows) else ItemScan.fastest(other._items_RQ)
+        return other
 
     def _scans(self, queries_BQ: Tensor) -> bool:
         most = min(max(self._num_items // _ITEMS_PER_SCANNED_SESSION, 1), _MAX_SCANNED_SESSIONS)
@@ -306,7 +375,8 @@ class CatalogRanker:
     ) -> Tensor:
         """Number of items ahead of each target under several blends, int64 [P, B] on the CPU.
 
-        The rank of an excluded target is `EXCLUDED_RANK`, that of a row without a target (-1) arbitrary.
+        With domains, of items of the domain of the target, which is that of the session. The rank of an excluded
+        target is `EXCLUDED_RANK`, that of a row without a target (-1) arbitrary.
 
         Args:
             queries_BQ: Queries.
@@ -343,6 +413,10 @@ class CatalogRanker:
         exclude: Jagged | None,
     ) -> Tensor:
         scores = queries @ self._items_RQ.T
+        if self._domains is not None:
+            domain_V = self._domains.of_item_V.to(scores.device)
+            of_items_R = domain_V[self.items.start : self.items.stop]
+            scores.masked_fill_(of_items_R != domain_V[targets.clamp(min=0)].unsqueeze(1), float("-inf"))
         if exclude is not None:
             columns = exclude.values - self.items.start
             is_local = (columns >= 0) & (columns < len(self.items))
@@ -427,6 +501,16 @@ class CatalogRanker:
         values_WY = _gather(_pad_rows(lists.values, max(sizes)), self._world)
         values = torch.cat([row[:size] for row, size in zip(values_WY, sizes, strict=True)])
         return Jagged.from_lengths(values, lengths_WX.flatten())
+
+
+def _places_among(items_R: Tensor, lists: Jagged) -> Jagged:
+    """Places among some items, ascending, of the values of each row that are among them."""
+    if not len(items_R):
+        return lists.where(torch.zeros_like(lists.values, dtype=torch.bool))
+    places = torch.searchsorted(items_R, lists.values).clamp(max=len(items_R) - 1)
+    is_among = items_R[places] == lists.values
+    found = Jagged(places, lists.offsets)
+    return found if is_among.all() else found.where(is_among)
 
 
 @torch.no_grad()

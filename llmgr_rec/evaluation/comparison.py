@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmgr_rec.evaluation.intervals import K, count_pairs, count_ranks, mean_intervals, paired_gains
+from llmgr_rec.evaluation.intervals import K, count_pairs, count_ranks, mean_intervals, mean_metrics, paired_gains
 from llmgr_rec.evaluation.metrics import LENGTH_BOUNDS, LENGTH_NAMES
 from llmgr_rec.evaluation.rank_collector import TargetRanks
 from llmgr_rec.evaluation.session_ranks import Sessions
@@ -43,6 +43,23 @@ def gains_between(ranks_S: TargetRanks, other_S: TargetRanks) -> dict[str, dict[
     """
     gains = paired_gains(count_pairs(ranks_S, other_S))
     return {metric: asdict(gain) if gain else None for metric, gain in gains.items()}
+
+
+def by_domain(ranks_S: TargetRanks, sessions: Sessions) -> dict[str, dict[str, Any]]:
+    """Metrics at 20 by the domain of the session.
+
+    Args:
+        ranks_S: Target ranks.
+        sessions: The sessions.
+
+    Returns:
+        The metrics of each domain, its number of sessions as `count`, and `intervals` by metric.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for place, name in enumerate(sessions.domains):
+        counts = count_ranks(ranks_S[sessions.domain_S == place])
+        results[name] = {**mean_metrics(counts), "count": int(counts.sum()), "intervals": mean_intervals(counts)}
+    return results
 
 
 def by_length(ranks_S: TargetRanks, sessions: Sessions) -> dict[str, dict[str, Any]]:

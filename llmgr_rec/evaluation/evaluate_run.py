@@ -1,15 +1,16 @@
 """Evaluates the models of a training run and the baselines, and writes metrics.json."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.builders import DEFAULT_BASELINES, baseline_builder, build_baseline, check_baselines
+from llmgr_rec.baselines.in_domains import in_domains
 from llmgr_rec.bounds import check_options
-from llmgr_rec.config import RANKING_BOUNDS, Config, Device
+from llmgr_rec.config import RANKING_BOUNDS, Config, Device, Domains
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -18,12 +19,13 @@ from llmgr_rec.distributed.process_group import World, describe_ranks, process_g
 from llmgr_rec.distributed.ranking_threads import ranking_runtime
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.beyond_accuracy import BeyondAccuracy, ItemProperties
-from llmgr_rec.evaluation.comparison import by_length, compare_models
+from llmgr_rec.evaluation.comparison import by_domain, by_length, compare_models
 from llmgr_rec.evaluation.exclusion import RankingRule, rule_of_bundles
 from llmgr_rec.evaluation.metrics import BY_LENGTH
 from llmgr_rec.evaluation.protocol import Measures, evaluate_baseline, evaluate_model
 from llmgr_rec.evaluation.rank_collector import RankCollector, TargetRanks
 from llmgr_rec.evaluation.results import (
+    BY_DOMAIN,
     CUTOFFS,
     K,
     check_cutoffs,
@@ -61,6 +63,7 @@ class EvaluationRequest:
         batch_size: Sessions per batch; None takes the run's setting.
         device: Device of the models; None takes the run's setting.
         cutoffs: Cutoffs of the metrics; 20 is added to them.
+        domains: Which items a list may have, where the data set has several domains.
         threads: CPU threads of each rank; None takes as many as the work is worth, see `ranking_runtime`.
         allow_code: Packages from which bundles may import their encoder or head.
     """
@@ -75,6 +78,7 @@ class EvaluationRequest:
     batch_size: int | None = None
     device: Device | None = None
     cutoffs: Sequence[int] = CUTOFFS
+    domains: Domains = "own"
     threads: int | None = None
     allow_code: Sequence[str] = ()
 
@@ -102,7 +106,8 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
     check_baselines(names, catalog)
     config = _config(request)
     indexes = {name: read_index(bundle) for name, bundle in bundles.items()}
-    rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length)
+    rule = rule_of_bundles(indexes, dataset.manifest, request.repeats, request.max_length, request.domains)
+    domains = catalog.domains if rule.domains == "own" else None
     cutoffs = sorted({*check_cutoffs(request.cutoffs), K})
     refuse_foreign_output(request.output)
     refuse_foreign_ranks(ranks_path(request.output))
@@ -119,7 +124,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
             collector = RankCollector()
             measures = Measures(cutoffs, collector, BeyondAccuracy(items))
             if name not in bundles:
-                baseline = build_baseline(name, dataset, catalog)
+                baseline = in_domains(build_baseline(name, dataset, catalog), domains)
                 results[name] = evaluate_baseline(baseline, dataset, request.split, catalog, world, rule, measures)
             else:
                 results[name], blend = _evaluate_bundle(bundles[name], request, dataset, catalog, world, rule, measures)
@@ -132,8 +137,8 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "split": request.split,
         "dataset": dataset.manifest.catalog_hash,
         "dataset_path": str(request.dataset.resolve()),
-        "protocol": f"full catalog, ties by lower index, {rule}",
-        **asdict(rule),
+        "protocol": f"{rule.ranked_items(catalog.domains is not None)}, ties by lower index, {rule}",
+        **rule.record(catalog.domains is not None),
         "cutoffs": list(cutoffs),
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
@@ -155,6 +160,8 @@ def _write(
     """Writes the target ranks, then the metrics file with their checksum, to which this adds results by length."""
     for name, metrics in content[request.split].items():
         metrics[BY_LENGTH] = by_length(ranks[name], sessions)
+        if sessions.domains:
+            metrics[BY_DOMAIN] = by_domain(ranks[name], sessions)
     content["ranks_checksum"] = write_ranks(ranks_path(request.output), ranks, sessions)
     write_metrics(request.output, content)
 

@@ -131,7 +131,8 @@ class Evaluated:
         """What the rankings showed and excluded; None for files of version 0.2, which do not say it."""
         if "repeats" not in self.content:
             return None
-        return RankingRule(self.content["repeats"], int(self.content["max_length"]))
+        domains = self.content.get("domains", "own")
+        return RankingRule(self.content["repeats"], int(self.content["max_length"]), domains)
 
     @property
     def sessions(self) -> str:

@@ -1,7 +1,7 @@
 """Example sessions of a report: titles of the clicks, the target and the recommendations."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -84,6 +84,8 @@ def ranked_examples(
     rule = rule or rule_of_bundles({bundle.name: read_index(bundle)}, dataset.manifest)
     size = min(_SEARCHED_SESSIONS, loaded.config.runtime.eval_batch_size)
     ranking = loaded.ranking(size)
+    if rule.domains == "all":
+        ranking = replace(ranking, domains=None)
     ranker = ranking.ranker(World.alone())
     # Whole sessions, even if the split is evaluated on each of their prefixes.
     reader = SessionReader(

@@ -8,13 +8,14 @@ Shapes: B sessions, L clicks, D items of a list before exclusion, K after.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 from llmgr_rec.baselines.knn import Baseline
 from llmgr_rec.baselines.sparse_scores import Floats, Ints
+from llmgr_rec.config import Domains
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.jagged import Jagged
@@ -33,22 +34,46 @@ class RankingRule:
     Args:
         repeats: Whether the list may contain items of the clicks that are shown.
         max_length: Maximum number of clicks that are shown, the newest ones.
+        domains: Which items a list may have, where the catalog has several domains: those of the session's, or all.
     """
 
     repeats: Repeats
     max_length: int
+    domains: Domains = "own"
 
     @property
     def excludes_seen(self) -> bool:
         """Whether the items of the clicks that are shown are excluded from the list."""
         return self.repeats == "exclude"
 
+    def record(self, has_domains: bool) -> dict[str, str | int]:
+        """The rule as values of JSON, without what has no meaning for a catalog of one log.
+
+        Args:
+            has_domains: Whether the catalog has domains.
+        """
+        values = asdict(self)
+        if not has_domains:
+            del values["domains"]
+        return values
+
+    def ranked_items(self, has_domains: bool) -> str:
+        """Which items are ranked, in words.
+
+        Args:
+            has_domains: Whether the catalog has domains.
+        """
+        return "items of the session's domain" if has_domains and self.domains == "own" else "full catalog"
+
     def __str__(self) -> str:
         return "clicked items excluded" if self.excludes_seen else "no item excluded"
 
 
 def ranking_rule(
-    recorded: Manifest | BundleIndex, repeats: RepeatsOption = "auto", max_length: int | None = None
+    recorded: Manifest | BundleIndex,
+    repeats: RepeatsOption = "auto",
+    max_length: int | None = None,
+    domains: Domains = "own",
 ) -> RankingRule:
     """The rule of a data set or a bundle, with what the user asks for instead.
 
@@ -56,10 +81,12 @@ def ranking_rule(
         recorded: Manifest of the data set, or index of the bundle.
         repeats: `auto` takes what is recorded.
         max_length: None takes what is recorded.
+        domains: Which items a list may have.
     """
     return RankingRule(
         repeats=recorded.repeats if repeats == "auto" else repeats,
         max_length=max_length or recorded.max_length or _DEFAULT_MAX_LENGTH,
+        domains=domains,
     )
 
 
@@ -68,6 +95,7 @@ def rule_of_bundles(
     manifest: Manifest,
     repeats: RepeatsOption = "auto",
     max_length: int | None = None,
+    domains: Domains = "own",
 ) -> RankingRule:
     """The rule by which the models of a run and the baselines are compared.
 
@@ -76,6 +104,7 @@ def rule_of_bundles(
         manifest: Manifest of the data set, which is the rule without bundles.
         repeats: `auto` takes what the bundles record.
         max_length: None takes what the bundles record, or the data set where they record nothing.
+        domains: Which items a list may have.
 
     Raises:
         UserError: The bundles record different rules, or the data set has shorter histories than asked for.
@@ -86,11 +115,11 @@ def rule_of_bundles(
             f"prepare it with --max_length {max_length}, or give at most {manifest.max_length}"
         )
     rules = {
-        name: ranking_rule(index, repeats, max_length or index.max_length or manifest.max_length)
+        name: ranking_rule(index, repeats, max_length or index.max_length or manifest.max_length, domains)
         for name, index in indexes.items()
     }
     if not rules:
-        return ranking_rule(manifest, repeats, max_length)
+        return ranking_rule(manifest, repeats, max_length, domains)
     if len(set(rules.values())) > 1:
         recorded = "; ".join(f"{name}: {rule.repeats}, {rule.max_length}" for name, rule in rules.items())
         raise UserError(

@@ -12,7 +12,7 @@ from llmgr_rec.evaluation.intervals import VALUES_P, K
 from llmgr_rec.evaluation.metrics import LENGTH_BOUNDS, LENGTH_NAMES
 from llmgr_rec.evaluation.page_shell import page
 from llmgr_rec.evaluation.plots import Plot
-from llmgr_rec.evaluation.results import BEYOND_ACCURACY, BEYOND_ACCURACY_NAMES, best_by_column, columns
+from llmgr_rec.evaluation.results import BEYOND_ACCURACY, BEYOND_ACCURACY_NAMES, BY_DOMAIN, best_by_column, columns
 
 _SHOWN_CLICKS = 8
 _SHOWN_ITEMS = 10
@@ -130,7 +130,7 @@ def _quality(content: ReportContent) -> str:
     return (
         f"{_results(content)}\n{_definitions(METRIC_MEANINGS, 'means')}\n{notes}\n"
         f'<div class="plots">{figures}</div>\n<h3>All cutoffs and models</h3>{_cutoffs(content.rows)}'
-        f"{_beyond_accuracy(content.rows)}"
+        f"{by_domain(content.rows)}{_beyond_accuracy(content.rows)}"
         f"<details><summary>What the models are</summary>{_models(content.rows)}</details>"
     )
 
@@ -206,6 +206,27 @@ def _cutoffs(rows: Sequence[Row]) -> str:
         f"<tbody>{''.join(body)}</tbody></table>",
         "Results at all cutoffs",
     )
+
+
+def by_domain(rows: Sequence[Row]) -> str:
+    """A table of NDCG@20 by the domain of the session, with intervals; empty for a data set of one log.
+
+    Args:
+        rows: The evaluated models.
+    """
+    found = [(row.label, row.metrics[BY_DOMAIN]) for row in rows if BY_DOMAIN in row.metrics]
+    if not found:
+        return ""
+    metric = f"ndcg@{K}"
+    names = list(dict.fromkeys(name for _, domains in found for name in domains))
+    cells = []
+    for label, domains in found:
+        ends = {name: one["intervals"][metric] for name, one in domains.items()}
+        shown = [f"{domains[name][metric]:.4f} ({ends[name][0]:.3f} .. {ends[name][1]:.3f})" for name in names]
+        cells.append([label, *shown])
+    counts = next(domains for _, domains in found)
+    heads = ["Model", *(f"{name}, {counts[name]['count']:,} sessions" for name in names)]
+    return f"<h3>By domain</h3>{_table(f'{metric.upper()} and its 95 % interval', heads, cells)}"
 
 
 def _beyond_accuracy(rows: Sequence[Row]) -> str:

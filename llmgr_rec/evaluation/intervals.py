@@ -129,6 +129,16 @@ def unpaired_gain(rate: float, other: float, count: int) -> Gain | None:
     return Gain(rate / other - 1, float(low), float(high))
 
 
+def mean_metrics(counts_P: NDArray[np.int64]) -> dict[str, float]:
+    """Mean of each metric over sessions; 0 without any.
+
+    Args:
+        counts_P: From `count_ranks`.
+    """
+    total = max(int(counts_P.sum()), 1)
+    return {metric: float(counts_P @ values_P) / total for metric, values_P in VALUES_P.items()}
+
+
 def mean_intervals(counts_P: NDArray[np.int64]) -> dict[str, tuple[float, float]]:
     """Interval of the mean of each metric over sessions.
 

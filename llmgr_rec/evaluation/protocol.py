@@ -120,11 +120,13 @@ def ranked_lists(
         Item indices, int64 [B, depth], best first; -1 pads the lists of a smaller catalog. Their scores. And the batch
         of sessions, in the order of the split; sessions of weight 0 are padding.
     """
+    if rule is not None and rule.domains == "all":
+        ranking = replace(ranking, domains=None)
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
         ranking = ranking.with_query_encoder(ranker)
         for sessions in evaluation_batches(ranking, dataset, split, world, f"evaluate {split}", rule):
-            clicks = None if ranking.blend is None else clicks_of(sessions.batch)
+            clicks = clicks_of(sessions.batch) if ranker.needs_clicks else None
             ids_BK, scores_BK = ranker.rank(sessions.queries_BQ, depth, sessions.exclude, clicks)
             yield ids_BK, scores_BK, sessions.batch
 

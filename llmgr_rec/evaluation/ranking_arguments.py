@@ -5,6 +5,7 @@ Imports only what `--help` needs.
 
 from typing import TYPE_CHECKING
 
+from llmgr_rec.config import Domains
 from llmgr_rec.data.repeats import RepeatsOption
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_ranking_arguments(parser: "ArgumentParser") -> None:
-    """Adds --repeats and --max_length, which say what a ranking shows and excludes of a session, and --threads."""
+    """Adds --repeats, --max_length and --domains, which say what a ranking shows and excludes, and --threads."""
     parser.add_argument(
         "--repeats",
         type=RepeatsOption,
@@ -24,6 +25,13 @@ def add_ranking_arguments(parser: "ArgumentParser") -> None:
         "--max_length",
         type=int,
         help="Number of newest clicks of a session that are used; default: that of the run's data set.",
+    )
+    parser.add_argument(
+        "--domains",
+        type=Domains,
+        default="own",
+        help="Items that a list may have, where the data set was prepared from the logs of several domains: those of "
+        "the domain of the session, or all.",
     )
     parser.add_argument(
         "--threads",

@@ -22,6 +22,8 @@ MODEL_NAMES = {
     "llmgr": "LLMGR",
 }
 METRICS = ("hr", "ndcg", "mrr")
+# All metrics at 20, with intervals, by the domain of the session; see `comparison.by_domain`.
+BY_DOMAIN = "by_domain"
 # Properties of the lists beside their accuracy, and how tables call them.
 BEYOND_ACCURACY = "beyond_accuracy"
 BEYOND_ACCURACY_NAMES = {
@@ -156,6 +158,21 @@ def format_table(models: Mapping[str, Mapping[str, Any]], cutoffs: Sequence[int]
             cells.append(f"{value:>9.4f}{mark}")
         lines.append(f"{label:<{width}}" + "".join(cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def format_domains(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A plain-text table of each domain, with its number of sessions; none for a data set of one log.
+
+    Args:
+        models: Metrics by model.
+    """
+    by_domain = {name: metrics[BY_DOMAIN] for name, metrics in models.items() if BY_DOMAIN in metrics}
+    names: Mapping[str, Any] = next(iter(by_domain.values()), {})
+    return [
+        f"{name}, {found['count']:,} sessions\n"
+        + format_table({model: domains[name] for model, domains in by_domain.items()}, (K,))
+        for name, found in names.items()
+    ]
 
 
 def format_beyond_accuracy(models: Mapping[str, Mapping[str, Any]]) -> str:

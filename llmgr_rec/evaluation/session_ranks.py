@@ -6,7 +6,7 @@ Shapes: B sessions of a batch, S sessions of a split.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from llmgr_rec.checksums import file_checksum, verify_file
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.schema import DOMAIN
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.exclusion import RankingRule
 from llmgr_rec.evaluation.protocol import identity, split_reader
@@ -38,10 +39,14 @@ class Sessions:
     Args:
         clicks_S: Number of clicks that are shown to the models, int32.
         train_count_S: Training clicks of the target, int64.
+        domains: Names of the domains; empty for a catalog of one log.
+        domain_S: Place in `domains` of that of the target, int16; empty without domains.
     """
 
     clicks_S: NDArray[np.int32]
     train_count_S: NDArray[np.int64]
+    domains: tuple[str, ...] = ()
+    domain_S: NDArray[np.int16] = field(default_factory=lambda: np.empty(0, np.int16))
 
     @classmethod
     def of(cls, dataset: Dataset, split: str, catalog: Catalog, rule: RankingRule) -> "Sessions":
@@ -54,13 +59,18 @@ class Sessions:
             rule: Says how many clicks are shown.
         """
         clicks, counts = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+        places = [np.empty(0, np.int16)]
         train_count_V = catalog.train_count_V.numpy()
         for raw in split_reader(dataset, split, _READ_ROWS, identity).batches(0):
             is_real_B = raw.weights_B.numpy() > 0
             lengths_B = np.minimum(np.diff(raw.offsets_B1.numpy()), rule.max_length)
             clicks.append(lengths_B[is_real_B].astype(np.int32))
-            counts.append(train_count_V[raw.targets_B.numpy()[is_real_B]])
-        return cls(np.concatenate(clicks), np.concatenate(counts))
+            targets = raw.targets_B.numpy()[is_real_B]
+            counts.append(train_count_V[targets])
+            if catalog.domains:
+                places.append(catalog.domains.of_item_V.numpy()[targets])
+        names = catalog.domains.names if catalog.domains else ()
+        return cls(np.concatenate(clicks), np.concatenate(counts), names, np.concatenate(places))
 
 
 def ranks_path(metrics: Path) -> Path:
@@ -84,6 +94,8 @@ def write_ranks(file: Path, ranks: Mapping[str, TargetRanks], sessions: Sessions
         Checksum of the file.
     """
     columns = {CLICKS: sessions.clicks_S, TRAIN_COUNT: sessions.train_count_S}
+    if sessions.domains:
+        columns[DOMAIN] = pa.DictionaryArray.from_arrays(pa.array(sessions.domain_S), pa.array(sessions.domains))
     columns |= {f"{RANK_PREFIX}{name}": ranks_S for name, ranks_S in ranks.items()}
     table = pa.table(columns).replace_schema_metadata(_KIND)
     with atomic_write(file) as partial:

@@ -106,6 +106,8 @@ class PartSessions:
         offsets: First click of each session, [R + 1]; a session may be empty.
         unknown_items: Number of clicks on unknown items, which are not in `items_L`.
         consecutive_repeats: Number of clicks on the item clicked just before, which are not in `items_L`.
+        domain_R: Place of the domain of each session, known items or not; see `ItemDomains.of_ids`. None for a catalog
+            of one log.
     """
 
     table: pa.Table
@@ -113,6 +115,7 @@ class PartSessions:
     offsets: Ints
     unknown_items: int
     consecutive_repeats: int = 0
+    domain_R: Ints | None = None
 
     def without_consecutive_repeats(self) -> "PartSessions":
         """The sessions with clicks in a row on the same item merged into one."""
@@ -213,7 +216,14 @@ class SessionFiles:
         items = np.concatenate([items for items, _, _ in decoded])
         table = pa.concat_tables([self._copied(part.file, group, table) for group, table in slices])
         part.file.check_unchanged()
-        return PartSessions(table, items, offsets, sum(unknown for _, _, unknown in decoded))
+        unknown = sum(count for _, _, count in decoded)
+        return PartSessions(table, items, offsets, unknown, domain_R=self._domains(part.file, slices))
+
+    def _domains(self, file: InputFile, slices: list[tuple[int, pa.Table]]) -> Ints | None:
+        domains = self._catalog.domains
+        if domains is None or file.has_indices:
+            return None
+        return np.concatenate([domains.of_ids(*flat_clicks(table[ITEMS])[:2]) for _, table in slices])
 
     def _slices(self, part: Part) -> Iterator[tuple[int, pa.Table]]:
         """Rows of a part block by block, with their row groups. Parts in order are read without reading a row twice."""

@@ -65,6 +65,11 @@ def session_program(files: BundleFiles, k: int) -> SessionProgram:
             f"{files.path}: the model of stage {bundle.stage} has a language model, which is not exported; export that "
             "of stage sbr with --stage sbr"
         )
+    if bundle.catalog.domains is not None:
+        raise UserError(
+            f"{files.path}: the model ranks within {len(bundle.catalog.domains.names)} domains, which an exported "
+            "program does not; serve it with python -m llmgr_rec.serve"
+        )
     rule = ranking_rule(files.index)
     no_clicks = (np.zeros(0, np.int64), np.zeros(2, np.int64))
     popular, shares = Popularity(bundle.catalog.train_count_V.numpy()).rank(

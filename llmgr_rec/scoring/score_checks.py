@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmgr_rec.bounds import Bounds, check_options
-from llmgr_rec.config import PROMPT_STAGES, RANKING_BOUNDS, Device, DType, StageName
+from llmgr_rec.config import PROMPT_STAGES, RANKING_BOUNDS, Device, Domains, DType, StageName
 from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
@@ -39,6 +39,7 @@ class ScoreRequest:
         titles: Whether the output has the titles of the items.
         unknown_items: Whether clicks on unknown items are skipped or an error.
         repeats: Whether a list may contain the items of the session's clicks; `auto` takes what the bundle records.
+        domains: Which items a list may have, where the catalog has several domains.
         stage: Stage whose bundle is used; None uses the default bundle.
         max_length: Number of newest clicks of a session that are used; None takes what the bundle records.
         part_rows: Sessions per output file.
@@ -60,6 +61,7 @@ class ScoreRequest:
     titles: bool = False
     unknown_items: UnknownItems = "skip"
     repeats: RepeatsOption = "auto"
+    domains: Domains = "own"
     stage: StageName | None = None
     max_length: int | None = None
     part_rows: int = 16384

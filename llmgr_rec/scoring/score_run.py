@@ -74,7 +74,7 @@ def score_run(request: ScoreRequest) -> Totals:
 def _settings(request: ScoreRequest, bundle: BundleFiles) -> ScoreSettings:
     return ScoreSettings(
         k=request.k,
-        rule=ranking_rule(bundle.index, request.repeats, request.max_length),
+        rule=ranking_rule(bundle.index, request.repeats, request.max_length, request.domains),
         consecutive_repeats=bundle.index.consecutive_repeats,
         batch_size=request.batch_size or bundle.config.runtime.eval_batch_size,
         routing=request.routing,
@@ -87,7 +87,7 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
     return {
         "input": {file.name: {"rows": file.rows, "sha256": file.sha256()} for file in files.files},
         "settings": {
-            **_flat(settings),
+            **_flat(settings, bundle.catalog.domains is not None),
             "llm_dtype": request.llm_dtype or bundle.config.llm.dtype,
             "llm_layers": request.llm_layers,
             "columns": request.passed_columns,
@@ -102,8 +102,8 @@ def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settin
     }
 
 
-def _flat(settings: ScoreSettings) -> dict[str, Any]:
-    values = asdict(settings)
+def _flat(settings: ScoreSettings, has_domains: bool) -> dict[str, Any]:
+    values = {**asdict(settings), "rule": settings.rule.record(has_domains)}
     # Without titles, the settings are those of versions that had none, whose jobs can be continued.
     if not values["titles"]:
         del values["titles"]

@@ -6,7 +6,7 @@ list, Q width of queries.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmgr_rec.baselines.blend import clicks_of
+from llmgr_rec.baselines.in_domains import popular_items
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.jagged import Jagged
@@ -161,6 +162,8 @@ class Scorer:
         world: World,
     ) -> None:
         self._ranking = bundle.ranking(settings.batch_size)
+        if settings.rule.domains == "all":
+            self._ranking = replace(self._ranking, domains=None)
         self._catalog = bundle.catalog
         self._settings = settings
         # A list cannot be longer than the catalog.
@@ -263,7 +266,7 @@ class Scorer:
         device = self._world.device
         batch = step.batch.to(device)
         exclude = None if step.exclude is None else step.exclude.to(device)
-        clicks = None if self._ranking.blend is None else clicks_of(batch)
+        clicks = clicks_of(batch) if ranker.needs_clicks else None
         ids_BK, scores_BK = ranker.rank(self._queries(batch, step.routed), self._k, exclude, clicks)
         ranked.ids_RK[step.rows] = ids_BK[: step.rows.numel()].cpu()
         ranked.scores_RK[step.rows] = scores_BK[: step.rows.numel()].float().cpu()
@@ -311,8 +314,12 @@ class Scorer:
     def _table(self, ranked: _RankedPart, lists: RankedLists) -> pa.Table:
         ids_RK, scores_RK = ranked.ids_RK.numpy(), ranked.scores_RK.numpy()
         empty_R = ranked.is_empty_R
-        nothing = np.zeros(0, np.int64)
-        ids_RK[empty_R], scores_RK[empty_R] = self._fallback.rank(nothing, np.zeros(2, np.int64), self._k)
+        domain_R = ranked.sessions.domain_R
+        if domain_R is None or self._settings.rule.domains == "all":
+            domain_R = np.full(len(empty_R), -1)
+        ids_RK[empty_R], scores_RK[empty_R] = popular_items(
+            self._fallback, self._catalog.domains, domain_R[empty_R], self._k
+        )
         session_id, *copied = ranked.sessions.table.column_names
         columns = {
             session_id: ranked.sessions.table[session_id],

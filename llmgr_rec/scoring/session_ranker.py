@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmgr_rec.arrow_input import to_ids
 from llmgr_rec.baselines.knn import Popularity
-from llmgr_rec.config import DType
+from llmgr_rec.config import ALL_DOMAINS, DType
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.jagged import Jagged
@@ -91,8 +91,22 @@ class SessionRanker:
             clicks = clicks.without_consecutive_repeats()
         return clicks.last(self.rule.max_length)
 
+    def domains(self, lists: pa.ChunkedArray) -> Tensor | None:
+        """Domain of each session, whose popular items it gets without a known item; None for a catalog of one log.
+
+        Args:
+            lists: As for `clicks`.
+        """
+        if self.catalog.domains is None:
+            return None
+        return torch.from_numpy(self.catalog.domains.of_ids(*flat_clicks(lists)[:2]))
+
     def allowed_items(
-        self, among: Collection[Any] | None, without: Collection[Any], category: str | None
+        self,
+        among: Collection[Any] | None,
+        without: Collection[Any],
+        category: str | None,
+        domain: str | None = None,
     ) -> Tensor | None:
         """Item indices that may be recommended, ascending, int64 [R]; None if all may.
 
@@ -100,12 +114,14 @@ class SessionRanker:
             among: Ids that may be recommended; None allows all. Unknown ids are ignored, here and in `without`.
             without: Ids that may not.
             category: Only items of this category, or of one below it.
+            domain: Only items of this domain; None and `ALL_DOMAINS` allow those of all.
 
         Raises:
-            UserError: Ids have a wrong type, or no item has the category.
+            UserError: Ids have a wrong type, or no item has the category or the domain.
         """
         removed_ids = to_ids(without, "without")
-        if among is None and not len(removed_ids) and category is None:
+        of_domain_V = self._of_domain(domain)
+        if among is None and not len(removed_ids) and category is None and of_domain_V is None:
             return None
         is_allowed_V = np.ones(self.catalog.num_items, bool)
         if among is not None:
@@ -116,10 +132,26 @@ class SessionRanker:
             is_allowed_V[removed[removed >= 0]] = False
         if category is not None:
             is_allowed_V &= self.catalog.in_category(category)
+        if of_domain_V is not None:
+            is_allowed_V &= of_domain_V
         return torch.from_numpy(np.flatnonzero(is_allowed_V))
 
+    def _of_domain(self, domain: str | None) -> np.ndarray | None:
+        if domain is None or domain == ALL_DOMAINS:
+            return None
+        domains = self.catalog.domains
+        if domains is None:
+            raise UserError(f"domain is {domain!r}, but the model was trained on the log of one domain; leave it out")
+        return (domains.of_item_V == domains.place(domain)).numpy()
+
     def rank(
-        self, clicks: Jagged, k: int, excludes_seen: bool, allowed_R: Tensor | None = None
+        self,
+        clicks: Jagged,
+        k: int,
+        excludes_seen: bool,
+        allowed_R: Tensor | None = None,
+        domain: str | None = None,
+        domain_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Finds the K best items of each session; for a session without clicks, the most popular ones.
 
@@ -128,16 +160,25 @@ class SessionRanker:
             k: Length K of a list, at most the number of items.
             excludes_seen: Whether the items of the clicks are left out.
             allowed_R: From `allowed_items`.
+            domain: As for `allowed_items`; None ranks the items of the domain of each session.
+            domain_B: From `domains`; None takes popular items of all domains for sessions without clicks.
 
         Returns:
             Item indices, int64 [B, K], best first, and their scores, float32; a list ends before the first negative
             index.
         """
         ranker = self.catalog_ranker if allowed_R is None else self.catalog_ranker.among(allowed_R)
+        if domain is not None:
+            ranker = ranker.over_all()
         is_known_B = clicks.lengths > 0
         if is_known_B.all() and 0 < clicks.num_rows <= _BATCH:
             return self._ranked(ranker, clicks, k, excludes_seen)
         ids_BK, scores_BK = (row_K.repeat(clicks.num_rows, 1) for row_K in self._popular(k, allowed_R))
+        if domain is None and domain_B is not None and self.catalog.domains is not None:
+            for place in domain_B[~is_known_B & (domain_B >= 0)].unique().tolist():
+                items = self.catalog.domains.items(place)
+                items = items if allowed_R is None else items[torch.isin(items, allowed_R)]
+                ids_BK[domain_B == place], scores_BK[domain_B == place] = self._popular(k, items)
         for known in is_known_B.nonzero().squeeze(1).split(_BATCH):
             if known.numel():
                 ids_BK[known], scores_BK[known] = self._ranked(ranker, clicks.select(known), k, excludes_seen)

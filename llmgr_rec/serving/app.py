@@ -166,6 +166,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             None if request.among is None else tuple(as_text(request.among)),
             tuple(as_text(request.without)),
             request.category,
+            request.domain,
         )
         sessions = [as_text(session) for session in request.sessions]
         rows = await service.rank(served, sessions, request.k, filters)

@@ -33,6 +33,7 @@ class Filters:
     among: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
     category: str | None = None
+    domain: str | None = None
 
 
 @dataclass(eq=False)
@@ -166,6 +167,7 @@ def _records(ask: Ask, sessions: Sequence[Sequence[str]], k: int) -> list[Row]:
         among=filters.among,
         without=filters.without,
         category=filters.category,
+        domain=filters.domain,
     )
     rows: list[Row] = table.drop_columns("session_id").to_pylist()
     return rows

@@ -55,6 +55,11 @@ class RecommendRequest(_Request):
     category: str | None = Field(
         None, max_length=_MAX_TEXT, description="Only items of this category, or of one below it."
     )
+    domain: str | None = Field(
+        None,
+        max_length=_MAX_TEXT,
+        description="For a model of several domains: items of this one, or of all; null takes that of each session.",
+    )
     model: ModelName = None
 
 

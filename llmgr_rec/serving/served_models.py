@@ -49,6 +49,7 @@ class SessionModel(Protocol):
         among: Collection[Any] | None = None,
         without: Collection[Any] = (),
         category: str | None = None,
+        domain: str | None = None,
     ) -> pa.Table:
         """Ranks items for sessions."""
 

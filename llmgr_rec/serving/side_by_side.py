@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.in_domains import in_domains
 from llmgr_rec.baselines.knn import Baseline, ItemNeighbors, Popularity
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import Jagged
@@ -35,7 +36,7 @@ class BaselineList:
 
     def __init__(self, name: str, title: str, baseline: Baseline, files: BundleFiles) -> None:
         self.name, self.title = name, title
-        self._baseline, self._catalog = baseline, files.catalog
+        self._baseline, self._catalog = in_domains(baseline, files.catalog.domains), files.catalog
         self._titles = pa.array(files.catalog.titles(), pa.string())
         self._rule = ranking_rule(files.index)
         self._merges_repeats = files.index.consecutive_repeats == "merge"

@@ -113,7 +113,14 @@ class Bundle:
             batch_size: Sessions per batch of one rank; None uses the setting of the run.
         """
         size = batch_size or self.config.runtime.eval_batch_size
-        return RankingModel(self.model, self.collate, size, self.blend, is_replicated=self.is_replicated)
+        return RankingModel(
+            self.model,
+            self.collate,
+            size,
+            self.blend,
+            is_replicated=self.is_replicated,
+            domains=self.catalog.domains,
+        )
 
 
 def load_bundle(

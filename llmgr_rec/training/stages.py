@@ -140,7 +140,12 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     keep_freed_memory()
     spec = context.factory.spec(stage, _with_selected_smoothing(stage, context), context.catalog)
     task, model = _build(spec, context)
-    ranking = RankingModel(model, _collator(spec, "rank", context), spec.config.runtime.eval_batch_size)
+    ranking = RankingModel(
+        model,
+        _collator(spec, "rank", context),
+        spec.config.runtime.eval_batch_size,
+        domains=context.catalog.domains,
+    )
 
     def validate() -> dict[str, float]:
         require_finite(model, stage, position.step, world)

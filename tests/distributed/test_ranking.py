@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import TablesConfig
+from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed import ranking
 from llmgr_rec.distributed.process_group import World
@@ -83,16 +84,27 @@ def dense_blend(clicks: Jagged, num_items: int, decay: float = 0.5) -> Tensor:
     return added
 
 
+def domains_of(num_items: int) -> ItemDomains:
+    """Two domains, whose items do not follow each other."""
+    return ItemDomains(("a", "b"), (torch.arange(num_items) % 3 == 0).to(torch.int16))
+
+
+def within_domains(scores: Tensor, clicks: Jagged) -> Tensor:
+    """The scores of the items of the domain of each newest click; -inf for the others."""
+    domains = domains_of(scores.shape[1])
+    return scores.masked_fill(domains.of_item_V != domains.of_sessions(clicks).unsqueeze(1), -torch.inf)
+
+
 def plain_items(num_items: int) -> Tensor:
     model = Items(num_items)
     init_tables(model, 1, 0.1)
     return model.item_vectors(Bags(num_items).item_features(torch.arange(num_items))).detach()
 
 
-def plain_ranker(num_items: int, blend: Blend | None = None) -> CatalogRanker:
+def plain_ranker(num_items: int, blend: Blend | None = None, domains: ItemDomains | None = None) -> CatalogRanker:
     model = Items(num_items)
     init_tables(model, 1, 0.1)
-    return CatalogRanker(model, Bags(num_items), World.alone(), blend)
+    return CatalogRanker(model, Bags(num_items), World.alone(), blend, domains)
 
 
 def sorted_scores(scores: Tensor, exclude: Jagged | None) -> tuple[Tensor, Tensor]:
@@ -121,7 +133,14 @@ def rank_with_blend(world: World, sizes: list[int], catalogs: list[int]) -> list
         assert (ranker._batch_scan is not None) == (num_items > 3000)
         queries = queries_of(world.rank, sizes[world.rank])
         clicks = clicks_of(world.rank, sizes[world.rank], num_items)
-        answers.append((*ranker.rank(queries, K, None, clicks), *ranker.rank(queries, K, clicks, clicks)))
+        within = CatalogRanker(model, Bags(num_items), world, blend_of(num_items), domains_of(num_items))
+        answers.append(
+            (
+                *ranker.rank(queries, K, None, clicks),
+                *ranker.rank(queries, K, clicks, clicks),
+                *within.rank(queries, K, clicks, clicks),
+            )
+        )
     return answers
 
 
@@ -135,22 +154,27 @@ def test_a_blend_is_added_to_the_scores_before_ranking(ranks: int) -> None:
         for rank, size in enumerate(sizes):
             clicks = clicks_of(rank, size, num_items)
             alone = queries_of(rank, size) @ items.T
-            for found, exclude in ((answers[rank][number][:2], None), (answers[rank][number][2:], clicks)):
-                ids, scores = sorted_scores(alone + dense_blend(clicks, num_items), exclude)
+            total = alone + dense_blend(clicks, num_items)
+            within = within_domains(total, clicks)
+            for place, (blended, exclude) in enumerate([(total, None), (total, clicks), (within, clicks)]):
+                found = answers[rank][number][2 * place : 2 * place + 2]
+                ids, scores = sorted_scores(blended.clone(), exclude)
                 assert torch.equal(found[0], ids)
                 assert torch.equal(found[1], scores)
             if num_items > 3:
                 assert not torch.equal(found[0], sorted_scores(alone, clicks)[0]), "the blend changes nothing"
 
 
-@pytest.mark.parametrize("share", [None, 0.9, 0.05])
-def test_few_sessions_are_ranked_as_many_are(share: float | None) -> None:
+@pytest.mark.parametrize(("share", "domains"), [(None, False), (0.9, False), (0.05, False), (None, True), (0.9, True)])
+def test_few_sessions_are_ranked_as_many_are(share: float | None, domains: bool) -> None:
     num_items, size = 3001, 11
-    ranker = plain_ranker(num_items, blend_of(num_items))
+    ranker = plain_ranker(num_items, blend_of(num_items), domains_of(num_items) if domains else None)
     ranker.prepare_for_few_sessions()
     clicks, queries = clicks_of(0, size, num_items), queries_of(0, size)
     queries[3] = 0
     scores = queries @ plain_items(num_items).T + dense_blend(clicks, num_items)
+    if domains:
+        scores = within_domains(scores, clicks)
     if share is not None:
         is_chosen = torch.rand(num_items, generator=torch.Generator().manual_seed(1)) < share
         scores[:, ~is_chosen] = -torch.inf

@@ -14,7 +14,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmgr_rec.data.preparation.database import Database
-from llmgr_rec.data.schema import FEATURES, HELD_OUT, ROW_GROUP_ROWS, TEXT_COLUMNS, hash_item_ids, items_schema
+from llmgr_rec.data.schema import (
+    DOMAIN,
+    FEATURES,
+    HELD_OUT,
+    ROW_GROUP_ROWS,
+    TEXT_COLUMNS,
+    domains_of_ids,
+    hash_item_ids,
+    items_schema,
+)
 from llmgr_rec.data.words import words_of
 
 # Document frequency bounds of title words. A word of a single title identifies the item, a word of many titles carries
@@ -128,6 +137,7 @@ def write_items(
     item_id_type: pa.DataType,
     train_count_V: npt.NDArray[np.int64],
     held_out_V: npt.NDArray[np.bool_],
+    in_domains: bool = False,
 ) -> tuple[dict[str, dict[str, int]], bool]:
     """Writes items.parquet.
 
@@ -137,13 +147,14 @@ def write_items(
         item_id_type: string or int64.
         train_count_V: Number of training clicks of each item.
         held_out_V: Whether each item is held out of training. The column is written only if an item is.
+        in_domains: Whether the ids begin with the names of domains, which are written as a column.
 
     Returns:
         Vocabulary size of each side feature that has values, and whether any item has a title or description.
     """
     titles = database.stream("SELECT i.title FROM catalog c JOIN items i USING (key)")
     features = vocabularies(frequent_title_words(title for batch in titles for title in batch.column(0).to_pylist()))
-    schema = items_schema(item_id_type, bool(held_out_V.any()))
+    schema = items_schema(item_id_type, bool(held_out_V.any()), in_domains)
     has_text = False
     texts = ", ".join(f"i.{name}" for name in TEXT_COLUMNS)
     batches = database.stream(
@@ -160,6 +171,8 @@ def write_items(
             # Tokenizers of language models know letters with accents as one character.
             columns |= {name: pc.utf8_normalize(batch.column(name), "NFC") for name in TEXT_COLUMNS}
             columns["train_count"] = pa.array(train_count_V[first : first + batch.num_rows])
+            if in_domains:
+                columns[DOMAIN] = domains_of_ids(batch.column("item_id"))
             columns[HELD_OUT] = pa.array(held_out_V[first : first + batch.num_rows])
             columns |= {f"{name}_ids": pa.array(ids, pa.list_(pa.int64())) for name, ids in feature_ids.items()}
             table = pa.table([columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema)

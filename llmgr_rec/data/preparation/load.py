@@ -16,7 +16,7 @@ from llmgr_rec.data.preparation.database import Database, identifier, literal
 from llmgr_rec.data.preparation.missing_items import resolve_missing_items
 from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.data.preparation.source import Kind, Source, inexact, open_source
-from llmgr_rec.data.schema import TEXT_COLUMNS
+from llmgr_rec.data.schema import DOMAIN_SEPARATOR, TEXT_COLUMNS
 from llmgr_rec.data.time_units import describe_units, unit_sql
 from llmgr_rec.errors import UserError
 
@@ -293,7 +293,10 @@ def _phase_sql(clicks: Source, settings: PrepareSettings) -> str:
     if split_column(settings) in clicks.types:
         word = "r.label"
     else:
-        word = f"regexp_extract(lower(CAST(r.name AS VARCHAR)), '^({'|'.join(_SPLIT_WORDS)})[_.:-]', 1)"
+        name = "CAST(r.name AS VARCHAR)"
+        if clicks.domains:
+            name = f"regexp_replace({name}, '^[^{DOMAIN_SEPARATOR}]*{DOMAIN_SEPARATOR}', '')"
+        word = f"regexp_extract(lower({name}), '^({'|'.join(_SPLIT_WORDS)})[_.:-]', 1)"
     cases = " ".join(f"WHEN '{name}' THEN {phase}" for name, phase in _SPLIT_WORDS.items())
     return f"CAST(CASE {word} {cases} END AS TINYINT)"
 

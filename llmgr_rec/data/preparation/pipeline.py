@@ -26,7 +26,7 @@ from llmgr_rec.data.preparation.rows import INPUT_ORDER, SHUFFLED, RowBuilder, s
 from llmgr_rec.data.preparation.settings import PrepareSettings, check_settings
 from llmgr_rec.data.preparation.source import Source
 from llmgr_rec.data.repeats import decide_repeats
-from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
+from llmgr_rec.data.schema import DOMAIN_SEPARATOR, ITEMS_NAME, MANIFEST_NAME, SPLITS, sessions_schema
 from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_folder, scratch_folder
@@ -118,7 +118,10 @@ def _run_steps(
                 manifest = _write_files(draft, database, settings, clicks, num_items, bar)
             described = {"interactions" if settings.interactions else "sessions": clicks, "items": items}
             inputs = {option: found.description for option, found in described.items() if found and found.description}
-            manifest = replace(manifest, cuts=cuts, num_clicks=num_clicks, inputs=inputs, session_gap=cut)
+            domains = _count_domains(database) if clicks.domains else {}
+            manifest = replace(
+                manifest, domains=domains, cuts=cuts, num_clicks=num_clicks, inputs=inputs, session_gap=cut
+            )
             (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -172,7 +175,9 @@ def _write_files(
     _check_not_empty(writers, settings)
     bar.set_description("prepare: write items")
     id_type = pa.string() if load.item_id_type(clicks) == "string" else pa.int64()
-    features, has_text = write_items(database, draft / ITEMS_NAME, id_type, builder.train_count_V, held_out_V)
+    features, has_text = write_items(
+        database, draft / ITEMS_NAME, id_type, builder.train_count_V, held_out_V, bool(clicks.domains)
+    )
     bar.update()
     return Manifest(
         num_items=num_items,
@@ -199,6 +204,20 @@ def _write_files(
         click_use=builder.click_use.counts,
         files={str(path.relative_to(draft)): describe_file(path) for path in sorted(draft.rglob("*.parquet"))},
     )
+
+
+def _count_domains(database: Database) -> dict[str, dict[str, int]]:
+    """Numbers of items and of users or sessions by domain, after the filters."""
+    counts: dict[str, dict[str, int]] = {}
+    relations = {
+        "items": "SELECT item_id AS id FROM catalog JOIN items USING (key)",
+        "sessions": "SELECT name AS id FROM users",
+    }
+    for what, ids in relations.items():
+        domain = f"split_part(id, '{DOMAIN_SEPARATOR}', 1)"
+        for name, count in database.run(f"SELECT {domain} AS name, count(*) FROM ({ids}) GROUP BY 1 ORDER BY 1"):
+            counts.setdefault(name, {"items": 0, "sessions": 0})[what] = int(count)
+    return counts
 
 
 def _held_out_counts(settings: PrepareSettings, held_out_filter: HeldOutFilter) -> dict[str, float]:

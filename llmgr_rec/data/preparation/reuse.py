@@ -22,7 +22,7 @@ def cached_data_set(settings: PrepareSettings, clicks: Source, items: Source | N
     inputs = {
         "settings": {name: value for name, value in asdict(settings).items() if name not in _WITHOUT_EFFECT},
         "sources": {
-            name: [len(source.files), source.types, source.partitions, source.description]
+            name: [len(source.files), source.types, source.partitions, source.description, source.domains]
             for name, source in sources.items()
             if source
         },

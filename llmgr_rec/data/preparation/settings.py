@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.bounds import Bounds, check_options
+from llmgr_rec.data.preparation.domain_inputs import check_domains
 from llmgr_rec.data.preparation.duration import nanoseconds_of
 from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, RepeatsOption
 from llmgr_rec.errors import UserError
@@ -36,12 +37,13 @@ class PrepareSettings:
 
     Args:
         output: Data set folder to write; must not exist or be empty.
-        interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions.
+        interactions: Parquet file or folder with user_id, item_id, timestamp. Give this or sessions. For one model of
+            several domains, a file or folder of each by its name: beauty=F,films=G; see docs/domains.md.
         sessions: Parquet file or folder with session_id, items (list of item ids, oldest first) and, optionally,
-            timestamp. Give this or interactions.
+            timestamp. Give this or interactions. By domain as interactions.
         items: Item catalog: a Parquet file or a folder of them, with item_id and any of title, category, brand,
-            description. Default: the items of the clicks, without text. In folders, files at any depth are read, and
-            dt=2026-11-01 in a path is a column.
+            description. By domain as interactions. Default: the items of the clicks, without text. In folders, files at
+            any depth are read, and dt=2026-11-01 in a path is a column.
         session_gap: Inactivity that ends a session of a user_id, such as 30min, 2h or 1d (s, min, h, d); default: all
             clicks of a user_id are one session. Needs interactions.
         time_unit: Unit of timestamps that are numbers since 1970; auto: by their size, if all are from 1990 to 2100.
@@ -132,6 +134,8 @@ def check_settings(settings: PrepareSettings) -> None:
     check_options(vars(settings), _BOUNDS)
     if (settings.interactions is None) == (settings.sessions is None):
         raise UserError("give exactly one of --interactions and --sessions")
+    option = "sessions" if settings.interactions is None else "interactions"
+    check_domains(str(settings.interactions or settings.sessions), settings.items, option)
     _check_sessions(settings)
     _check_split(settings)
     _check_engine(settings)

@@ -14,7 +14,8 @@ from llmgr_rec.data.item_ids import LARGEST_EXACT_FLOAT, LARGEST_EXACT_FLOAT32, 
 from llmgr_rec.data.parquet_files import ParquetFile, list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.preparation.database import Database, identifier, literal
-from llmgr_rec.data.schema import has_item_indices
+from llmgr_rec.data.preparation.domain_inputs import paths_by_domain
+from llmgr_rec.data.schema import DOMAIN_SEPARATOR, has_item_indices
 from llmgr_rec.errors import UserError
 from llmgr_rec.remote_path import as_path
 
@@ -51,6 +52,7 @@ class Source:
         description: Which files were read and which were skipped; empty for a single file.
         stored: Type of each column in each file.
         kinds: Kind of each column.
+        domains: Name of the domain of each file, by which its ids begin; empty if the files are not of domains.
     """
 
     files: tuple[Path, ...]
@@ -61,6 +63,7 @@ class Source:
     description: str
     stored: tuple[dict[str, str], ...]
     kinds: dict[str, Kind]
+    domains: tuple[str, ...] = ()
 
     @property
     def float_ids(self) -> list[str]:
@@ -90,34 +93,40 @@ class Source:
     def sql(self, database: Database) -> str:
         """SQL of a table of the checked columns and `source_row`, the row number in the table.
 
-        Ids have the type in `types`, those that are whole floats as integers (`12.0` is 12, also in text); NaN and
-        infinity are null. A float that is no exact integer is true in the column `inexact(NAME)`.
+        Ids have the type in `types`, those that are whole floats as integers (`12.0` is 12, also in text), after the
+        name of their domain, if there is one; NaN and infinity are null. A float that is no exact integer is true in
+        the column `inexact(NAME)`.
 
         Args:
             database: Database that reads the files.
         """
         # Not one query for all files, where DuckDB would cast integers to floats if another file has floats.
-        groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
         for place, stored in enumerate(self.stored):
-            groups.setdefault(tuple(stored.items()), []).append(place)
+            groups.setdefault((self._domain(place), tuple(stored.items())), []).append(place)
         return "(" + " UNION ALL ".join(self._files_sql(database, places) for places in groups.values()) + ")"
 
+    def _domain(self, place: int) -> str:
+        return self.domains[place] if self.domains else ""
+
     def _files_sql(self, database: Database, places: list[int]) -> str:
-        """SQL of some of the files, which store all columns as the same types."""
+        """SQL of some of the files, which store all columns as the same types and are of the same domain."""
         stored = self.stored[places[0]]
         starts = ", ".join(f"{self.first_rows[place]}::BIGINT" for place in places)
         columns = [
-            f"{self._column_sql(database, name, stored[name], places)} AS {identifier(name)}" for name in self.types
+            f"{self._column_sql(database, name, stored.get(name), places)} AS {identifier(name)}" for name in self.types
         ]
-        columns += [f"{self._inexact_sql(name, stored[name])} AS {inexact(name)}" for name in self.float_ids]
+        columns += [f"{self._inexact_sql(name, stored.get(name))} AS {inexact(name)}" for name in self.float_ids]
         files = database.parquet(
-            [self.files[place] for place in places], [name for name in self.types if name not in self.partitions]
+            [self.files[place] for place in places], [name for name in stored if name not in self.partitions]
         )
         row = f"file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT)"
         return f"SELECT {', '.join(columns)}, {row} AS {_SOURCE_ROW} FROM {files}"
 
-    def _column_sql(self, database: Database, name: str, stored: str, places: list[int]) -> str:
+    def _column_sql(self, database: Database, name: str, stored: str | None, places: list[int]) -> str:
         target = self.types[name]
+        if stored is None:
+            return f"CAST(NULL AS {_SQL_TYPES[target]})"
         if name in self.partitions:
             values = [self.partitions[name][place] for place in places]
             texts = ", ".join("NULL" if value is None else literal(value) for value in values)
@@ -125,14 +134,21 @@ class Source:
             return database.date(text) if target == "date" else f"CAST({text} AS {_SQL_TYPES[target]})"
         column = identifier(name)
         if self.kinds[name] == "id":
-            return _id_sql(column, stored, target)
+            return self._in_domain(_id_sql(column, stored, target), places)
         if self.kinds[name] == "id_list":
-            return f"list_transform({column}, lambda x: {_id_sql('x', stored, target)})"
+            return f"list_transform({column}, lambda x: {self._in_domain(_id_sql('x', stored, target), places)})"
         if target == "float":
             return f"CASE WHEN isfinite({column}) THEN CAST({column} AS DOUBLE) END"
         return column
 
-    def _inexact_sql(self, name: str, stored: str) -> str:
+    def _in_domain(self, value: str, places: list[int]) -> str:
+        """SQL of an id after the name of the domain of its file; an empty id stays empty, and a null null."""
+        domain = self._domain(places[0])
+        if not domain:
+            return value
+        return f"CASE WHEN {value} = '' THEN '' ELSE {literal(domain + DOMAIN_SEPARATOR)} || {value} END"
+
+    def _inexact_sql(self, name: str, stored: str | None) -> str:
         if stored not in _EXACT:
             return "false"
         # Not isnan, which DuckDB takes for false where the statistics of a file have a minimum and a maximum.
@@ -159,14 +175,15 @@ def inexact(name: str) -> str:
     return identifier(f"inexact({name})")
 
 
-def open_source(path: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
+def open_source(value: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
     """Finds the files of an input and checks that each is a Parquet file with the right columns.
 
     A column that no file has may come from the names of folders, `dt=2026-11-01`. Files without rows may have any
     columns. Ids may be strings in one file, integers or whole floats in another.
 
     Args:
-        path: Parquet file, or folder of Parquet files at any depth.
+        value: Parquet file, or folder of Parquet files at any depth; or one of each domain, see `paths_by_domain`.
+            Files of a domain may lack an optional text that those of another have.
         option: Command-line option that named the path, for messages.
         required: Kind of each required column.
         optional: Kind of each optional column.
@@ -174,13 +191,15 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
     Raises:
         UserError: A file is missing or unreadable, or a column is missing or has the wrong type.
     """
-    listing = list_parquet_files(as_path(path), option)
+    paths = paths_by_domain(value, option)
+    listings = {domain: list_parquet_files(as_path(path), option) for domain, path in paths.items()}
     files: list[ParquetFile] = []
+    domains: list[str] = []
     first_rows, row_groups, stored = [], [], list[dict[str, str]]()
     types: dict[str, str] = {}
     kinds = {**required, **optional}
     rows = 0
-    for file in listing.files:
+    for domain, file in ((domain, file) for domain, listing in listings.items() for file in listing.files):
         footer = read_footer(file.path, option)
         if "items" in required and has_item_indices(footer.schema):
             raise UserError(
@@ -192,7 +211,7 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
             continue
         found = _column_types(file, footer.schema, required, optional)
         for name in {**types, **found} if files else found:
-            common = _unify(types.get(name), found.get(name), kinds[name]) if files else found[name]
+            common = _unify(types.get(name), found.get(name), kinds[name], bool(domain)) if files else found[name]
             if common is None:
                 raise UserError(
                     f"{file.path}: column {name} is {found.get(name, 'missing')}, but {types.get(name, 'missing')} in "
@@ -200,36 +219,48 @@ def open_source(path: str, option: str, required: dict[str, Kind], optional: dic
                 )
             types[name] = common
         files.append(file)
+        domains.append(domain)
         stored.append(found)
         first_rows.append(rows)
         row_groups.append(footer.group_rows)
         rows += sum(footer.group_rows)
     if rows == 0:
-        raise UserError(f"{path} (--{option}) has no rows; give a file with at least one")
+        raise UserError(f"{value} (--{option}) has no rows; give a file with at least one")
     partitions = {
         name: tuple(file.partitions[name] for file in files) for name, found in types.items() if found == _FROM_FOLDER
     }
-    types |= {name: _partition_type(name, values, kinds[name], path) for name, values in partitions.items()}
+    types |= {name: _partition_type(name, values, kinds[name], value) for name, values in partitions.items()}
     for name, found_type in types.items():
         if found_type in _EXACT:
             types[name] = "float" if kinds[name] == "time" else "int64"
+    in_domains = "" not in paths
+    if in_domains:
+        types |= {name: "string" for name in types if kinds[name] in ("id", "id_list")}
     return Source(
         files=tuple(file.path for file in files),
         types=types,
         first_rows=tuple(first_rows),
         row_groups=tuple(row_groups),
         partitions=partitions,
-        description=listing.describe() if as_path(path).is_dir() else "",
+        description="; ".join(
+            f"{domain}: {listing.describe()}" if domain else listing.describe()
+            for domain, listing in listings.items()
+            if as_path(paths[domain]).is_dir()
+        ),
         stored=tuple(stored),
         kinds={name: kinds[name] for name in types},
+        domains=tuple(domains) if in_domains else (),
     )
 
 
-def _unify(first: str | None, second: str | None, kind: Kind) -> str | None:
+def _unify(first: str | None, second: str | None, kind: Kind, in_domains: bool) -> str | None:
     """Type of a column that two files store as different types; None if it is missing in one or cannot be unified."""
     both = {first, second}
     if len(both) == 1:
         return first
+    # A text that the items of one domain have, and those of another do not.
+    if in_domains and both == {None, "string"}:
+        return "string"
     if both <= {"timestamp", "date"}:
         return "timestamp"
     if kind != "text" and both <= {"int64", *_EXACT}:

@@ -12,6 +12,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
     """The summary of a data set; its first line has the sizes."""
     return [
         _sizes(manifest),
+        *_domains(manifest),
         *_session_cuts(manifest),
         *_deduplication(manifest),
         _click_use(manifest),
@@ -33,6 +34,11 @@ def _sizes(manifest: Manifest) -> str:
         else ""
     )
     return f"{clicks}, {manifest.num_items:,} items, {rows}{note}, split {manifest.split}{held_out}"
+
+
+def _domains(manifest: Manifest) -> list[str]:
+    counts = (f"{name} {one['items']:,} items, {one['sessions']:,} sessions" for name, one in manifest.domains.items())
+    return [f"domains: {'; '.join(counts)}"] if manifest.domains else []
 
 
 def _session_cuts(manifest: Manifest) -> list[str]:
