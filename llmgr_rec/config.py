@@ -23,6 +23,10 @@ STAGES: tuple[StageName, ...] = get_args(StageName)
 # Stages of LLMGR, which encode prompts with soft tokens by the language model.
 PROMPT_STAGES: tuple[StageName, ...] = ("align", "behave")
 
+# Name of the neighbor score of the text encoder, and values of `blend.text_encoder` that are no model.
+EMBEDDING_KNN = "embedding_knn"
+NO_TEXT_ENCODER, TEXT_ENCODER_IS_LLM = "none", "llm"
+
 # Options of the commands that rank sessions.
 RANKING_BOUNDS = {
     "batch_size": Bounds(at_least=1, at_most=1 << 20),
@@ -441,20 +445,33 @@ class BlendConfig(Group):
     )
     weights: list[float] = setting(
         [],
-        "Weight of each neighbor score, in the order of blend.neighbors; empty chooses those with the best NDCG@20 on "
-        "validation sessions, for every stage.",
+        "Weight of each neighbor score, in the order of blend.neighbors, and last of blend.text_encoder if there is "
+        "one; empty chooses those with the best NDCG@20 on validation sessions, for every stage.",
         at_least=0,
         at_most=1e6,
+    )
+    text_encoder: str = setting(
+        NO_TEXT_ENCODER,
+        "Frozen model for one more neighbor score, embedding_knn (items whose texts it encodes alike): none, llm "
+        "(llm.num_layers layers of llm.name_or_path), or the local folder or hub id of any encoder or decoder, such as "
+        "a sentence encoder.",
+        is_path=True,
     )
 
     def validate(self, name: str) -> None:
         """One weight for each neighbor score."""
-        names = ", ".join(self.neighbors) or "nothing"
-        if self.weights and len(self.weights) != len(self.neighbors):
+        names = ", ".join(self.scores) or "nothing"
+        if self.weights and len(self.weights) != len(self.scores):
+            by = f"{name}.neighbors names" if self.scores == self.neighbors else "the neighbor scores are"
             raise UserError(
-                f"setting {name}.weights has {len(self.weights)} numbers, but {name}.neighbors names {names}; give one "
+                f"setting {name}.weights has {len(self.weights)} numbers, but {by} {names}; give one "
                 "weight for each, or none to choose them on validation sessions"
             )
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of all neighbor scores, in the order of their weights."""
+        return [*self.neighbors, *([] if self.text_encoder == NO_TEXT_ENCODER else [EMBEDDING_KNN])]
 
 
 @dataclass

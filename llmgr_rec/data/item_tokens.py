@@ -39,8 +39,10 @@ def tokenize_items(
     return tokenize_texts(catalog.texts(fields), tokenizer, max_tokens)
 
 
-def tokenize_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int) -> Jagged:
-    """Token ids of each text, without special tokens.
+def tokenize_texts(
+    texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_tokens: int, special_tokens: bool = False
+) -> Jagged:
+    """Token ids of each text.
 
     A special token inside a text (`<|im_end|>` in a title) is split like ordinary text, so that a catalog cannot inject
     turns into the prompt.
@@ -49,6 +51,7 @@ def tokenize_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_t
         texts: Texts; an empty text gives an empty row.
         tokenizer: The language model's tokenizer.
         max_tokens: Length to which each text is truncated, in tokens.
+        special_tokens: Whether the tokenizer adds its special tokens around each text, also around an empty one.
 
     Returns:
         Token ids, int64, one row per text.
@@ -57,7 +60,7 @@ def tokenize_texts(texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_t
     for start in range(0, len(texts), _TEXTS_PER_CALL):
         encoded = tokenizer(
             texts[start : start + _TEXTS_PER_CALL],
-            add_special_tokens=False,
+            add_special_tokens=special_tokens,
             split_special_tokens=True,
             truncation=True,
             max_length=max_tokens,

@@ -35,6 +35,7 @@ MODEL_MEANINGS = {
 _BLEND_MEANINGS = {
     "item_knn": "item-kNN (items clicked in the same sessions)",
     "text_knn": "text-kNN (items that share words)",
+    "embedding_knn": "embedding-kNN (items whose texts a language model encodes alike)",
     "session_knn": "session-kNN (items of similar sessions)",
 }
 

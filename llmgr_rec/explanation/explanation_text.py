@@ -13,6 +13,7 @@ PART_LABELS = {
     "llm": "the language model",
     "item_knn": "item neighbors",
     "text_knn": "similar words",
+    "embedding_knn": "similar texts",
     "popularity": "popularity",
 }
 _STATES = {"unknown": "unknown item", "merged": "same item as the click before", "too_old": "older than the model sees"}

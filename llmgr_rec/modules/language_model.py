@@ -1,7 +1,7 @@
 """The decoder with LoRA (Hu et al., arXiv 2106.09685) that encodes prompts, and frozen embeddings of item texts.
 
 Shapes: P tokens of the shared prefix, X tokens of all prompts after it, Z = P + X, C outputs, T tokens of the longest
-prompt, V items, H = d2 hidden width.
+prompt or of the texts of a batch, B items of it, V items, H = d2 hidden width.
 """
 
 import warnings
@@ -176,12 +176,12 @@ def embed_item_texts(
     tokens: Jagged,
     batch_size: int,
 ) -> Tensor:
-    """Text embeddings of items: the decoder's last hidden states, averaged over the tokens of the text.
+    """Text embeddings of items: the model's last hidden states, averaged over the tokens of the text.
 
-    Batches contain items of similar length, to limit padding.
+    A batch contains items of one length, so that there is no padding, to which an encoder would attend.
 
     Args:
-        decoder: The pre-trained decoder without head.
+        decoder: The pre-trained decoder without head, or an encoder.
         tokens: Token ids, one row per item.
         batch_size: Items per batch.
 
@@ -193,15 +193,9 @@ def embed_item_texts(
     embeddings_VH = torch.zeros(tokens.num_rows, decoder.get_input_embeddings().weight.shape[1])
     order = torch.argsort(lengths_V, stable=True)
     order = order[lengths_V[order] > 0]
-    # `split` of no items is one part.
-    for items in order.split(batch_size) if len(order) else ():
-        batch = tokens.select(items)
-        row_S = batch.row_of_value
-        column_S = torch.arange(row_S.numel()) - batch.offsets[:-1][row_S]
-        ids = torch.zeros(items.numel(), int(batch.lengths.max()), dtype=torch.int64)
-        ids[row_S, column_S] = batch.values
-        hidden = decoder(input_ids=ids.to(device), use_cache=False).last_hidden_state.float().cpu()
-        # Causal attention does not reach the padding on the right, which is excluded from the mean.
-        sums = torch.zeros(items.numel(), hidden.shape[2]).index_add_(0, row_S, hidden[row_S, column_S])
-        embeddings_VH[items] = sums / batch.lengths.unsqueeze(1)
+    by_length = order.split(lengths_V[order].unique_consecutive(return_counts=True)[1].tolist()) if len(order) else ()
+    for items in (batch for of_length in by_length for batch in of_length.split(batch_size)):
+        ids_BT = tokens.select(items).values.view(items.numel(), -1)
+        hidden_BTH = decoder(input_ids=ids_BT.to(device), use_cache=False).last_hidden_state
+        embeddings_VH[items] = hidden_BTH.float().mean(dim=1).cpu()
     return embeddings_VH

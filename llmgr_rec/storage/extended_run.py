@@ -15,8 +15,10 @@ import torch
 from scipy import sparse
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.embedding_knn import EmbeddingKNN
+from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN
-from llmgr_rec.config import STAGES, Config
+from llmgr_rec.config import EMBEDDING_KNN, STAGES, Config
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.extended_items import write_extended_items
@@ -32,6 +34,7 @@ from llmgr_rec.storage.catalog_mapping import CatalogMapping
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.new_text_rows import new_text_rows, write_text_rows
 from llmgr_rec.storage.run_facts import TRAINING_RECORD
+from llmgr_rec.storage.text_encoder import TextEncoder
 
 _TEXT_KNN = "text_knn"
 
@@ -140,7 +143,7 @@ def _own_settings(files: BundleFiles) -> Config:
 
 
 def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping) -> Blend | None:
-    """The blend for the new catalog: text-kNN from its texts; similarities by clicks as they are among known items."""
+    """The blend for the new catalog: neighbors by text from its texts; those by clicks as they are, of known items."""
     if BLEND not in files.index.files:
         return None
     blend = Blend.load(verified_file(files.path, files.index, BLEND))
@@ -153,9 +156,7 @@ def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping)
         )
     extended = []
     for name, term in zip(used, terms, strict=False):
-        if name == _TEXT_KNN:
-            texts = catalog.texts(list(TEXT_FIELDS), required=False)
-            nearest = TextKNN(texts, k_neighbors=files.config.blend.k_neighbors)
+        if nearest := _by_texts(name, files.config, catalog):
             similarity = nearest.similarity_VV.astype(np.float32) * np.float32(blend.weights[name])
         else:
             similarity = _among_known(term.similarity_VR, mapping)
@@ -164,6 +165,16 @@ def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping)
     for term in extended:
         total = total + term.similarity_VR
     return Blend(blend.weights, sparse.csr_array(total), blend.decay, tuple(extended) if len(extended) > 1 else ())
+
+
+def _by_texts(name: str, config: Config, catalog: Catalog) -> ItemNeighbors | None:
+    """Neighbors by the texts of a catalog; None for a baseline that does not rank by texts."""
+    k_neighbors, encoder = config.blend.k_neighbors, TextEncoder.of(config)
+    if name == _TEXT_KNN:
+        return TextKNN(catalog.texts(list(TEXT_FIELDS), required=False), k_neighbors=k_neighbors)
+    if name == EMBEDDING_KNN and encoder is not None:
+        return EmbeddingKNN(encoder.embeddings(catalog), k_neighbors=k_neighbors)
+    return None
 
 
 def _among_known(similarity_VV: sparse.csr_array, mapping: CatalogMapping) -> sparse.csr_array:

@@ -22,6 +22,7 @@ from llmgr_rec.storage.bundle_index import check_trained_on, is_complete, latest
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
+from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
 from llmgr_rec.training.metric_writers import check_trackers
 from llmgr_rec.training.warm_start import WarmStart, open_warm_start
@@ -89,6 +90,8 @@ def check_run(request: RunRequest) -> CheckedRun:
     """
     request.config.validate()
     check_blended(request.config.blend.neighbors)
+    if (text_encoder := TextEncoder.of(request.config)) is not None:
+        text_encoder.check()
     check_trackers(request.config.runtime.trackers)
     dataset = Dataset(request.dataset)
     catalog = Catalog.of(dataset)
@@ -227,10 +230,11 @@ def _check_selection(config: Config, stages: Sequence[StageName], dataset: Datas
     """Checks that there are validation sessions if anything is selected on validation."""
     if dataset.manifest.num_sessions["valid"]:
         return
-    if config.blend.neighbors and not config.blend.weights:
+    if config.blend.scores and not config.blend.weights:
         raise UserError(
             f"setting blend.weights is empty, but {dataset.path} has no validation sessions to select them on; "
-            "give one weight for each of blend.neighbors, or prepare the data set with another --split"
+            f"give one weight for each of {', '.join(config.blend.scores)}, or prepare the data set with another "
+            "--split"
         )
     several = []
     if "sbr" in stages and len(config.tables.knn_smoothing) > 1:

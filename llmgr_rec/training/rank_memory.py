@@ -11,6 +11,7 @@ from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.memory_plan import FROZEN, CatalogSizes, Ranks, StagePlan
 
 _MIB = 1 << 20
@@ -103,12 +104,14 @@ def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading:
         "cached item vectors": plan.cached_bytes,
         "columns of the catalog": _catalog_bytes(plan, sizes),
     }
-    kinds = len(config.blend.neighbors)
+    kinds = len(config.blend.scores)
     neighbor_bytes = num_items * min(config.blend.k_neighbors, num_items) * (_FLOAT_BYTES + _INDEX_BYTES)
     selection = {
         "neighbors": (_COPIES_OF_NEIGHBORS * kinds) * neighbor_bytes,
         "item vectors for ranking": _FLOAT_BYTES * plan.query_width * -(-num_items // ranks.size),
     }
+    if (text_encoder := TextEncoder.of(config)) is not None:
+        selection["text encoder"] = text_encoder.num_bytes
     if plan.spec.stage == "sbr" and any(config.tables.knn_smoothing):
         (ids,) = (table for table in plan.tables if table.footprint.table == ITEM_ID)
         by_words = neighbor_bytes + num_items * K_NEIGHBORS * (_LONG_BYTES + _FLOAT_BYTES)

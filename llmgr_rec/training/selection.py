@@ -28,6 +28,7 @@ from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import EvaluationBatch, evaluation_batches, evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
+from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.freed_memory import return_freed_memory
 from llmgr_rec.training.id_row_smoothing import KnnSmoothing
 from llmgr_rec.training.neighbors import neighbor_scores
@@ -45,7 +46,7 @@ class Candidate:
     Args:
         smoothing: Strength of cold-item smoothing, in clicks.
         text_weight: Weight of the text sequence encoder's score; 1 without a text sequence encoder.
-        blend_weights: Weight of each nearest-neighbor score, in the order of `blend.neighbors`.
+        blend_weights: Weight of each nearest-neighbor score, in the order of `blend.scores`.
     """
 
     smoothing: float
@@ -125,7 +126,8 @@ def select_on_validation(
         UserError: A baseline of `blend.neighbors` is unknown or is not based on item similarities.
     """
     model, blend = ranking.model, config.blend
-    scores = neighbor_scores(blend.neighbors, blend.k_neighbors, dataset, catalog, world, folder)
+    encoder = TextEncoder.of(config)
+    scores = neighbor_scores(blend.scores, blend.k_neighbors, dataset, catalog, world, folder, encoder)
     smoothing = None
     if stage == "sbr" and any(config.tables.knn_smoothing):
         smoothing = _smoothing(ranking, blend.k_neighbors, dataset, catalog, world, folder)
@@ -147,7 +149,7 @@ def _weight_sets(blend: BlendConfig) -> list[tuple[float, ...]]:
     """The set of weights in the settings or, without one, the whole grid; one empty set without neighbors."""
     if blend.weights:
         return [tuple(blend.weights)]
-    return list(product(BLEND_WEIGHTS, repeat=len(blend.neighbors)))
+    return list(product(BLEND_WEIGHTS, repeat=len(blend.scores)))
 
 
 def _smoothing(

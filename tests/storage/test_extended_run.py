@@ -17,6 +17,7 @@ from scipy import sparse
 
 from llmgr_rec import Recommender
 from llmgr_rec.baselines.blend import Blend, combine
+from llmgr_rec.baselines.embedding_knn import EmbeddingKNN
 from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN
 from llmgr_rec.config import StageName
 from llmgr_rec.data.catalog import Catalog
@@ -30,6 +31,7 @@ from llmgr_rec.storage.bundle_index import BLEND, check_trained_on
 from llmgr_rec.storage.extended_run import extend_run
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables, local_shards
+from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.text_embeddings import embed_catalog, fill_text_table, refresh_item_vectors
 from tests.documented import ROOT
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
@@ -187,23 +189,26 @@ def test_what_a_language_model_knows_of_an_item_follows_it(tmp_path: Path, stage
 
 
 def blended(folder: Path) -> Path:
-    """A run of stage sbr with a blend of item-kNN and text-kNN."""
+    """A run of stage sbr with a blend of item-kNN, text-kNN and embedding-kNN."""
     small, rng = small_run(), np.random.default_rng(0)
     settings = config()
-    settings.blend.neighbors = ["item_knn", "text_knn"]
+    settings.blend.neighbors, settings.blend.text_encoder = ["item_knn", "text_knn"], "random-tiny"
     texts = small.catalog.texts(list(TEXT_FIELDS))
     clicks = sparse.csr_array(rng.random((NUM_ITEMS, NUM_ITEMS)) * (rng.random((NUM_ITEMS, NUM_ITEMS)) < 0.2))
     parts = {
         "item_knn": clicks.astype(np.float32),
         "text_knn": TextKNN(texts, k_neighbors=settings.blend.k_neighbors).similarity_VV.astype(np.float32),
+        "embedding_knn": EmbeddingKNN(
+            TextEncoder("random-tiny").embeddings(small.catalog), k_neighbors=settings.blend.k_neighbors
+        ).similarity_VV.astype(np.float32),
     }
-    blend = combine([Blend({name: 1.0}, sparse.csr_array(part), 0.7) for name, part in parts.items()], [2.0, 4.0])
+    blend = combine([Blend({name: 1.0}, sparse.csr_array(part), 0.7) for name, part in parts.items()], [2.0, 4.0, 1.0])
     model = load_bundle(small.run / "export/sbr").model
     export_bundle(model, "sbr", settings, small.catalog, folder / "export/sbr", ONE_RANK, blend=blend)
     return folder
 
 
-def test_the_blend_follows_the_items_and_its_text_knn_knows_the_new_ones(tmp_path: Path) -> None:
+def test_the_blend_follows_the_items_and_its_neighbors_by_text_know_the_new_ones(tmp_path: Path) -> None:
     run = blended(tmp_path / "run")
     same = extended(tmp_path / "same", known(), run)
     assert (same / "export/sbr" / BLEND).read_bytes() == (run / "export/sbr" / BLEND).read_bytes()
@@ -217,8 +222,9 @@ def test_the_blend_follows_the_items_and_its_text_knn_knows_the_new_ones(tmp_pat
     assert not clicks[:, 0].any()
     assert after[1].similarity_VR.toarray()[0].argmax() == ids.index("i17")
     assert after[1].weights == {"text_knn": 4.0}
+    assert after[2].similarity_VR.toarray()[0].any()
     explanation = Recommender.load(new).explain(["i17"], items=["n1"])
-    assert "text" in str(explanation)
+    assert {"text_knn", "embedding_knn"} <= {part["name"] for part in explanation.to_dict()["items"][0]["parts"]}
 
 
 _KILLED = """

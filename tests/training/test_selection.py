@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.builders import build_baseline
+from llmgr_rec.baselines.embedding_knn import EmbeddingKNN
 from llmgr_rec.config import BlendConfig, Config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -29,6 +30,7 @@ from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.storage.bundle import Bundle, load_bundle
+from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training import neighbors, stages
 from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.selection import select_on_validation
@@ -232,6 +234,20 @@ def test_given_weights_are_used(caught_lines: pytest.LogCaptureFixture) -> None:
     assert line == "sbr: blend weights text_knn 0.25, item_knn 3 (as set)"
 
 
+def test_a_text_encoder_adds_a_neighbor_score() -> None:
+    shared = small_run()
+    bundle = load_bundle(shared.run / "export/sbr")
+    settings = BlendConfig(["item_knn"], 5, [2.0, 3.0], "random-tiny")
+    config = replace(bundle.config, blend=settings)
+    selection = select_on_validation("sbr", bundle.ranking(), config, shared.dataset, shared.catalog, ONE_RANK)
+    assert selection.blend is not None
+    assert selection.blend.weights == {"item_knn": 2.0, "embedding_knn": 3.0}
+    by_text = EmbeddingKNN(TextEncoder("random-tiny").embeddings(shared.catalog), k_neighbors=5).similarity_VV
+    np.testing.assert_allclose(
+        selection.blend.terms[1].similarity_VR.toarray(), 3 * by_text.toarray(), rtol=1e-5, atol=1e-6
+    )
+
+
 def test_cached_neighbors_are_computed_again_where_they_are_damaged_or_of_other_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,7 +280,7 @@ def test_cached_neighbors_are_computed_again_where_they_are_damaged_or_of_other_
 def select_and_evaluate(world: World, run: Path, dataset: Dataset) -> tuple[Any, ...]:
     with sharded_bundles():
         bundle = load_bundle(run / "export/sbr", world)
-    config = replace(bundle.config, blend=BlendConfig(["item_knn", "text_knn"], 20))
+    config = replace(bundle.config, blend=BlendConfig(["item_knn"], 20, text_encoder="random-tiny"))
     selection = select_on_validation("sbr", bundle.ranking(), config, dataset, bundle.catalog, world)
     assert selection.blend is not None
     # Rank 0 has all items for the bundle, the others those that they rank.

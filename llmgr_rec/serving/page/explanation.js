@@ -6,6 +6,7 @@ const PARTS = {
   encoder: "Session encoder",
   item_knn: "Clicked together (item-kNN)",
   text_knn: "Similar words (text-kNN)",
+  embedding_knn: "Similar texts (embedding-kNN)",
   llm: "Language model",
   text_encoder: "Language model on titles",
   popularity: "Popularity",
