@@ -98,13 +98,7 @@ def high_products(
     """
     items_B = None if first_item is None else np.arange(first_item, first_item + left_BF.shape[0])
     if product.is_dense(product.additions(left_BF)):
-        parts = [sparse.csr_array((0, product.width))]
-        for start, scores_UD in product.dense_blocks(left_BF):
-            if items_B is not None:
-                rows_U = np.arange(len(scores_UD))
-                scores_UD[rows_U, items_B[start + rows_U]] = 0
-            parts.append(_high_entries(scores_UD, k, product.width))
-        return sparse.csr_array(sparse.vstack(parts, format="csr"))
+        return _high_dense_products(product, left_BF, k, items_B)
     products_BV = product.sparse_rows(left_BF)
     if items_B is not None:
         products_BV.data[products_BV.indices == np.repeat(items_B, np.diff(products_BV.indptr))] = 0
@@ -112,27 +106,51 @@ def high_products(
     return products_BV
 
 
-def _high_entries(scores_BD: Floats, k: int, width: int) -> sparse.csr_array:
-    """The entries above 0 of each row that may be among its k highest, and few others; with sorted indices.
+def _high_dense_products(
+    product: SparseProduct, left_BF: sparse.csr_array, k: int, items_B: Ints | None
+) -> sparse.csr_array:
+    """`high_products` by dense rows, without the products of rows with their items; with sorted indices."""
+    # One matrix of all blocks: making one takes longer than finding the entries of a row.
+    values, columns, counts = [np.empty(0)], [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
+    for start, scores_UD in product.dense_blocks(left_BF):
+        if items_B is not None:
+            rows_U = np.arange(len(scores_UD))
+            scores_UD[rows_U, items_B[start + rows_U]] = 0
+        rows_first_U1 = np.arange(len(scores_UD) + 1) * scores_UD.shape[1]
+        places = _high_places(scores_UD, k, product.width)
+        count_U = np.diff(np.searchsorted(places, rows_first_U1))
+        values.append(scores_UD.ravel()[places])
+        columns.append(places - np.repeat(rows_first_U1[:-1], count_U))
+        counts.append(count_U)
+    arrays = (np.concatenate(values), np.concatenate(columns), np.cumsum(np.concatenate(counts)))
+    return sparse.csr_array(arrays, shape=(left_BF.shape[0], product.width))
+
+
+def _high_places(scores_BD: Floats, k: int, width: int) -> Ints:
+    """Places of the entries above 0 of each row that may be among its k highest, and of few others.
 
     The k-th highest maximum of strips of columns is a lower bound of the k-th highest entry of a row.
 
     Args:
         scores_BD: Scores, float64; D is a multiple of `ALIGNED`, columns from `width` on are 0.
         k: Number of entries.
-        width: Number V of columns of the result.
+        width: Number V of columns that are not only padding.
+
+    Returns:
+        Places in the matrix that is read row by row, ascending.
     """
     strip = min(max(_power_of_two(width // (_STRIPS_PER_ENTRY * k)), _SMALLEST_STRIP), ALIGNED)
-    maxima_BS = torch.from_numpy(scores_BD).unflatten(1, (-1, strip)).amax(2)
+    # Strips of columns with the same distance, whose maxima are those of whole vectors; eight at a time, because
+    # fewer are in the cache again.
+    maxima_BS = torch.from_numpy(scores_BD)
+    while strip > 1:
+        folded = min(strip, _SMALLEST_STRIP)
+        maxima_BS, strip = maxima_BS.unflatten(1, (folded, -1)).amax(1), strip // folded
     lowest_B = np.full(len(scores_BD), np.finfo(np.float64).tiny)
     if k < maxima_BS.shape[1]:
         kth_B = torch.topk(maxima_BS, k, sorted=False).values.amin(1).numpy()
         lowest_B = np.maximum(lowest_B, kth_B - 10.0**-_DIGITS)
-    places = _true_places(scores_BD >= lowest_B[:, None])
-    first_B1 = np.arange(len(scores_BD) + 1) * scores_BD.shape[1]
-    offsets = np.searchsorted(places, first_B1)
-    columns = places - np.repeat(first_B1[:-1], np.diff(offsets))
-    return sparse.csr_array((scores_BD.ravel()[places], columns, offsets), shape=(len(scores_BD), width))
+    return _true_places(scores_BD >= lowest_B[:, None])
 
 
 def _true_places(is_true_BD: NDArray[np.bool_]) -> Ints:

@@ -26,7 +26,7 @@ _Arrays: TypeAlias = tuple[Floats, NDArray[np.integer], NDArray[np.integer]]
 # The width of dense products is a multiple of it.
 ALIGNED = 64
 # A product is dense if it takes more than one addition for so many columns.
-_COLUMNS_PER_ADDITION = 8
+_COLUMNS_PER_ADDITION = 24
 # Values of a block of dense rows. They and MKL's own copy of them should stay in the second cache.
 _BLOCK_VALUES = 1 << 18
 # MKL takes 32-bit indices.
