@@ -372,6 +372,7 @@ class CatalogRanker:
         added_NYR: Sequence[sparse.csr_array] = (),
         weights_PN: Sequence[Sequence[float]] = ((),),
         exclude: Jagged | None = None,
+        depth: int | None = None,
     ) -> Tensor:
         """Number of items ahead of each target under several blends, int64 [P, B] on the CPU.
 
@@ -384,6 +385,8 @@ class CatalogRanker:
             added_NYR: Scores that are added to those of this rank's items, from `added_by`.
             weights_PN: Sets of weights for the added scores.
             exclude: Item indices that must not be in a session's list, one row per session; on all ranks or on none.
+            depth: Number of ranks that are wanted; a target behind them gets any rank behind them, in less time. None
+                wants all.
 
         Raises:
             UserError: A score is NaN; raised on every rank.
@@ -401,7 +404,9 @@ class CatalogRanker:
             block = slice(start, start + rows)
             excluded = None if exclude is None else exclude.narrow(start, min(start + rows, queries.shape[0]))
             added = [added_YR[block] for added_YR in added_NYR]
-            ranks.append(self._target_ranks_of_block(queries[block], targets[block], added, weights_PN, excluded))
+            ranks.append(
+                self._target_ranks_of_block(queries[block], targets[block], added, weights_PN, excluded, depth)
+            )
         return torch.cat(ranks, dim=1)[:, local] if ranks else torch.empty(len(weights_PN), 0, dtype=torch.int64)
 
     def _target_ranks_of_block(
@@ -411,6 +416,7 @@ class CatalogRanker:
         added: Sequence[sparse.csr_array],
         weights_PN: Sequence[Sequence[float]],
         exclude: Jagged | None,
+        depth: int | None,
     ) -> Tensor:
         scores = queries @ self._items_RQ.T
         if self._domains is not None:
@@ -421,7 +427,7 @@ class CatalogRanker:
             columns = exclude.values - self.items.start
             is_local = (columns >= 0) & (columns < len(self.items))
             scores[exclude.row_of_value[is_local], columns[is_local]] = float("-inf")
-        blended = BlendedScores(scores.cpu().numpy(), added, targets.cpu().numpy(), weights_PN, self.items.start)
+        blended = BlendedScores(scores.cpu().numpy(), added, targets.cpu().numpy(), weights_PN, self.items.start, depth)
         # Ranks without the target's item add 0. A NaN on any rank makes the sum NaN, so that all ranks fail together.
         target_scores = sum_over_ranks(torch.from_numpy(blended.target_scores()), self._world)
         if target_scores.isnan().any():

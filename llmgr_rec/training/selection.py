@@ -26,6 +26,7 @@ from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker, RankingModel
 from llmgr_rec.evaluation.metrics import RankingMetrics
 from llmgr_rec.evaluation.protocol import EvaluationBatch, evaluation_batches, evaluation_mode
+from llmgr_rec.evaluation.results import K
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
 from llmgr_rec.storage.text_encoder import TextEncoder
@@ -207,6 +208,7 @@ def _validation_ndcg(
     metrics_X = [RankingMetrics(train_count_V.to(world.device)) for _ in product(text_weights, blend_weights)]
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
+        ranking = ranking.with_query_encoder(ranker)
         local_scores = [score.of_items(ranker.items) for score in scores]
         for sessions in evaluation_batches(ranking, dataset, "valid", world, "select on validation"):
             added = [ranker.added_by(score, clicks_of(sessions.batch)) for score in local_scores]
@@ -224,13 +226,15 @@ def _target_ranks(
     blend_weights: Sequence[Sequence[float]],
     text_weights: Sequence[float],
 ) -> Tensor:
-    """Target ranks, int64 [X, B], on the CPU, by text weight, then by set of blend weights."""
+    """Target ranks, int64 [X, B], on the CPU, by text weight, then by set of blend weights; exact below K."""
     scaled_BQ, encoder = sessions.queries_BQ.clone(), text_encoder_of(model)
     found = []
     for weight in text_weights:
         if encoder is not None:
             scaled_BQ[:, -encoder.dim :] = sessions.queries_BQ[:, -encoder.dim :] * weight
-        found.append(ranker.target_ranks(scaled_BQ, sessions.batch.targets_B, added, blend_weights, sessions.exclude))
+        found.append(
+            ranker.target_ranks(scaled_BQ, sessions.batch.targets_B, added, blend_weights, sessions.exclude, depth=K)
+        )
     return torch.cat(found)
 
 

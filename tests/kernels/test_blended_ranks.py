@@ -9,6 +9,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from llmgr_rec.kernels import blended_ranks
 from llmgr_rec.kernels.blended_ranks import BlendedScores
 
 WEIGHTS = [*product((0.0, 0.5, 2.0), repeat=2), (-1.0, 0.25)]
@@ -35,6 +36,11 @@ def ranks_of(parts: Sequence[BlendedScores]) -> list[list[int | None]]:
     return np.where(np.isneginf(own_WB), None, rank_WB).tolist()
 
 
+def first_of(ranks: list[list[int | None]], depth: int) -> list[list[int | None]]:
+    """Ranks, and `depth` for those behind it."""
+    return [[None if rank is None else min(rank, depth) for rank in row] for row in ranks]
+
+
 def some(density: float, whole: bool) -> tuple[Tensor, list[sparse.csr_array], Tensor]:
     """Scores, terms and targets; whole numbers make sums exact and ties frequent."""
     draw = np.random.default_rng(0)
@@ -54,14 +60,22 @@ def some(density: float, whole: bool) -> tuple[Tensor, list[sparse.csr_array], T
 @pytest.mark.parametrize("cuts", [(0, ITEMS), (0, 7, 7, 8, ITEMS)], ids=["one range", "ranges"])
 def test_ranks_are_those_of_dense_sums(whole: bool, density: float, cuts: tuple[int, ...]) -> None:
     scores, added, targets = some(density, whole)
-    parts = [
-        BlendedScores(
-            scores[:, start:stop].numpy(), [term[:, start:stop] for term in added], targets.numpy(), WEIGHTS, start
-        )
-        for start, stop in pairwise(cuts)
-    ]
+
+    def parts(depth: int | None) -> list[BlendedScores]:
+        ranges = [
+            (start, scores[:, start:stop], [term[:, start:stop] for term in added]) for start, stop in pairwise(cuts)
+        ]
+        return [
+            BlendedScores(part.numpy(), terms, targets.numpy(), WEIGHTS, start, depth) for start, part, terms in ranges
+        ]
+
     expected = [dense_ranks(scores, added, weights_N, targets) for weights_N in WEIGHTS]
-    assert ranks_of(parts) == expected
+    assert ranks_of(parts(None)) == expected
+    # Of strips shorter than the rows, those that are not searched cannot matter.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blended_ranks, "_STRIP", 4)
+        for depth in (1, 5):
+            assert first_of(ranks_of(parts(depth)), depth) == first_of(expected, depth)
     assert None in expected[0]
     assert density == 0 or len(set(map(tuple, expected))) > 2, "the weights change nothing"
 
