@@ -85,11 +85,11 @@ class BlendedScores:
         highest = _highest(unblended_BR, self._depth)
         ahead_WB = np.stack([np.count_nonzero(highest > own_B[:, None], axis=1) for own_B in own_WB]).astype(np.int64)
         has_ties_B = np.any([(highest == own_B[:, None]).any(axis=1) for own_B in own_WB], axis=0)
-        for session in np.flatnonzero(has_ties_B):
+        for session in np.flatnonzero(has_ties_B).tolist():
             before = unblended_BR[session, : self._items_before(session)]
             ahead_WB[:, session] += np.count_nonzero(before == own_WB[:, session, None], axis=1)
         is_open_WB = ahead_WB < self._depth
-        for session in np.flatnonzero(is_open_WB.any(axis=0)):
+        for session in np.flatnonzero(is_open_WB.any(axis=0)).tolist():
             blends = np.flatnonzero(is_open_WB[:, session])
             ahead_WB[blends, session] += self._count_blended(session, own_WB[blends, session], blends)
         return ahead_WB
