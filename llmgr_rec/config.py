@@ -345,8 +345,9 @@ class LossConfig(Group):
     )
     dtype: DType = setting(
         "auto",
-        "Number format of the query-item products; auto takes bfloat16 where its products are measured to be faster. "
-        "bfloat16 rounds a score by up to 1 in 256; float32 gives equal losses on any number of ranks, to about 1e-5.",
+        "Number format of the query-item products and, in stage sbr, of the products of the graph network (gcsan, "
+        "srgnn); auto takes bfloat16 where its products are measured to be faster. bfloat16 rounds a score by up to 1 "
+        "in 256; float32 gives equal losses on any number of ranks, to about 1e-5.",
     )
 
 

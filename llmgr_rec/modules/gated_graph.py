@@ -44,6 +44,9 @@ class GatedGraph(nn.Module):
     Args:
         dim: Width of node states, in columns.
         steps: Rounds of message passing; the parameters are shared between rounds.
+
+    Attributes:
+        training_dtype: Number format of the products of a training step.
     """
 
     def __init__(self, dim: int, steps: int) -> None:
@@ -56,6 +59,7 @@ class GatedGraph(nn.Module):
         self.update = nn.GRUCell(2 * dim, dim)
         initialize_uniform(self, dim)
         self._folded: Weights | None = None
+        self.training_dtype = torch.float32
 
     def reset_parameters(self) -> None:
         """Reinitializes the message matrices; TorchRec and FSDP require it of modules built on the meta device."""
@@ -82,7 +86,7 @@ class GatedGraph(nn.Module):
         states_ND = nodes_ND
         for _ in range(self.steps):
             received = _mean_of_sources(states_ND, sources, receivers, degrees)
-            states_ND = gru_cell(received, states_ND, weights)
+            states_ND = gru_cell(received, states_ND, weights, self._product_dtype)
         return states_ND
 
     def forward_prefixes(self, nodes_MD: Tensor, graph: SessionGraph, prefixes: PrefixNodes) -> Tensor:
@@ -111,7 +115,8 @@ class GatedGraph(nn.Module):
         sources, receivers = sources[is_computed], receivers[is_computed]
         degrees = _degrees(receivers, num_computed, nodes_MD.dtype)
         received = _mean_of_sources(nodes_MD, sources, receivers, degrees)
-        return gru_cell(received, nodes_MD[prefixes.vector_N[prefixes.computed_C]], self._weights())
+        states_CD = nodes_MD[prefixes.vector_N[prefixes.computed_C]]
+        return gru_cell(received, states_CD, self._weights(), self._product_dtype)
 
     def fold(self) -> None:
         """Computes for good what depends on the weights alone. They must not change any more."""
@@ -171,6 +176,10 @@ class GatedGraph(nn.Module):
         # The hyperbolic tangent, of which torch's own takes several times as long on a CPU.
         new_ND = new_ND.mul_(2).sigmoid_().mul_(2).sub_(1)
         return torch.lerp(new_ND, nodes_ND, gates[:, dim:])
+
+    @property
+    def _product_dtype(self) -> torch.dtype:
+        return self.training_dtype if self.training else torch.float32
 
     def _weights(self) -> Weights:
         """Weights of the GRU cell for mean node states as inputs.

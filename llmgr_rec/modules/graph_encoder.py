@@ -5,6 +5,7 @@ Shapes: B sessions, N nodes, M of them in longest prefixes, V items of the catal
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from llmgr_rec.config import EncoderConfig
@@ -61,6 +62,10 @@ class GraphEncoder(SessionEncoder):
         prefixes = prefix_nodes(graph, pass_offsets_P1)
         states_CD = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
         return self._read(states_CD, graph, prefixes.state_N)
+
+    def train_in(self, dtype: torch.dtype) -> None:
+        """See `SessionEncoder.train_in`: the products of the graph network."""
+        self.graph_network.training_dtype = dtype
 
     def can_prepare(self, num_items: int) -> bool:
         """See `SessionEncoder.can_prepare`."""

@@ -77,6 +77,13 @@ class SessionEncoder(nn.Module, ABC):
             Node states [N, D] and session vectors [B, D].
         """
 
+    def train_in(self, dtype: torch.dtype) -> None:
+        """Sets the number format of the products of a training step, where the encoder has a choice.
+
+        Args:
+            dtype: float32 or bfloat16.
+        """
+
     def can_prepare(self, num_items: int) -> bool:
         """Whether `prepare_items` and `encode_prepared` are there, and affordable.
 

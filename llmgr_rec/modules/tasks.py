@@ -35,7 +35,8 @@ class SbrTask(nn.Module):
     Args:
         recommender: The session recommender.
         world_size: Number of ranks, over which gradients are averaged.
-        loss_dtype: Dtype of the scores in the loss, see `ranking_loss`.
+        loss_dtype: Dtype of the scores in the loss, see `ranking_loss`, and of the encoder's products, see
+            `SessionEncoder.train_in`.
         one_pass: Whether to encode all prefixes of a session in one pass; batches then need `pass_offsets_P1`.
         catalog: Makes the vectors of all items, see `SessionRecommender.forward`.
     """
@@ -52,6 +53,7 @@ class SbrTask(nn.Module):
         self.recommender = recommender
         self.world_size = world_size
         self.loss_dtype = loss_dtype
+        recommender.encoder.train_in(loss_dtype)
         self.one_pass = one_pass
         self.catalog = catalog
 
