@@ -14,6 +14,7 @@ from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, pars
 from llmgr_rec.comma_separated import split_list
 from llmgr_rec.config import StageName
 from llmgr_rec.first_and_last_line import print_result, print_start
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import LocalPath
 from llmgr_rec.remote_path import as_path
 
@@ -33,8 +34,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse_args(_parser(), argv)
     check_options({"k": arguments.k}, {"k": Bounds(at_least=1, at_most=1_000_000)})
 
-    from llmgr_rec.scoring.program_export import check_output, write_program
-    from llmgr_rec.storage.bundle import open_bundle
+    with command_imports():
+        from llmgr_rec.scoring.program_export import check_output, write_program
+        from llmgr_rec.storage.bundle import open_bundle
 
     output, run = Path(arguments.output), as_path(arguments.run)
     check_output(output)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, parse_args, run_cli
 from llmgr_rec.comma_separated import split_list
 from llmgr_rec.first_and_last_line import print_result, print_start
+from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import StoragePath
 from llmgr_rec.remote_path import as_path
 
@@ -29,8 +30,9 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = parse_args(_parser(), argv)
 
-    from llmgr_rec.arrow_input import to_table
-    from llmgr_rec.storage.extended_run import extend_run
+    with command_imports():
+        from llmgr_rec.arrow_input import to_table
+        from llmgr_rec.storage.extended_run import extend_run
 
     run, output = as_path(arguments.run), as_path(arguments.output)
     # `arguments.items` is a method.

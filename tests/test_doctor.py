@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmgr_rec import doctor, versions
+from llmgr_rec.commands import COMMANDS
 from llmgr_rec.errors import UserError
 from llmgr_rec.library_imports import command_imports, process_unchanged
 from llmgr_rec.versions import TESTED
@@ -126,6 +127,13 @@ def test_a_library_that_does_not_load_names_the_versions(monkeypatch: pytest.Mon
     install(monkeypatch, torch=OLD.torch, torchrec=OLD.torchrec, fbgemm_gpu_cpu=NEW.fbgemm)
     with pytest.raises(UserError, match=rf"fbgemm {NEW.fbgemm} does not load with torch {OLD.torch}; fix: pip"):
         load()
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"doctor"}))
+def test_a_command_checks_the_versions_before_it_imports_them(command: str) -> None:
+    folder = ROOT / "llmgr_rec"
+    files = [file for file in (folder / f"{command}.py", folder / command / "__main__.py") if file.exists()]
+    assert "with command_imports():" in files[0].read_text()
 
 
 def test_packages_outside_of_the_ranges_fail_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,18 @@ def test_each_lock_is_within_the_ranges_of_the_wheel(name: str) -> None:
     assert [str(one) for one in direct if not one.specifier.contains(lock[canonicalize_name(one.name)])] == []
 
 
+def test_the_ranges_of_the_wheel_begin_at_the_versions_of_the_default_lock() -> None:
+    """What is older was not tested; dev tools are not asked for by users."""
+    untested = {}
+    for requirement in direct_requirements(without=UNLOCKED_EXTRAS | DEV_EXTRAS):
+        lock = CPU | GPU
+        locked = Version(lock[canonicalize_name(requirement.name)]).release
+        begins = [Version(one.version).release for one in requirement.specifier if one.operator in (">=", "==")]
+        if not begins or locked[: len(begins[0])] != begins[0]:
+            untested[str(requirement)] = locked
+    assert untested == {}
+
+
 def test_the_ranges_of_the_wheel_end_at_tested_versions() -> None:
     ranges = {canonicalize_name(one.name): one.specifier for one in map(Requirement, metadata()["dependencies"])}
     for name, package in {"torch": "torch", "torchrec": "torchrec", "fbgemm-gpu": "fbgemm"}.items():
