@@ -17,6 +17,8 @@ DType = Literal["auto", "float32", "bfloat16"]
 # Items that a list may have in a catalog of several domains: those of the domain of the session, or all.
 Domains = Literal["own", "all"]
 ALL_DOMAINS = "all"
+# Number formats of embedding tables.
+TableDType = Literal["float32", "float16", "int8", "int4"]
 StageName = Literal["sbr", "align", "behave", "llm_text"]
 # In the order of training. llm_text replaces align and behave: no stage goes on from it.
 STAGES: tuple[StageName, ...] = get_args(StageName)
@@ -113,6 +115,12 @@ class TablesConfig(Group):
         "adagrad", "Optimizer of the tables; all but adam run fused in the backward pass.", invalidates="checkpoint"
     )
     lr: float = setting(0.2, "Learning rate of the tables.", above=0, at_most=1e3, invalidates="checkpoint")
+    dtype: Literal["float32", "float16"] = setting(
+        "float32",
+        "Number format of the tables in training; the state of their optimizer stays float32. On a CPU, float16 rounds "
+        "each update to the nearest number; on a GPU, it rounds at random so that small updates count on average.",
+        invalidates="checkpoint",
+    )
     init_std: float = setting(
         0.1, "Standard deviation of the initial rows.", above=0, at_most=1e3, invalidates="checkpoint"
     )

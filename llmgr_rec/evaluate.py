@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
             device=arguments.device,
             cutoffs=split_numbers(arguments.cutoffs, "--cutoffs", "5,10,20"),
             threads=arguments.threads,
+            table_dtype=arguments.table_dtype,
             allow_code=split_list(arguments.allow_code),
         )
     )

@@ -26,7 +26,7 @@ import torch
 
 from llmgr_rec.arrow_input import to_ids, to_sessions, to_table
 from llmgr_rec.command_process import own_and_given, run_command
-from llmgr_rec.config import DType
+from llmgr_rec.config import DType, TableDType
 from llmgr_rec.config_file import load_config
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.explanation.explainer import Explainer
@@ -67,6 +67,7 @@ class Recommender:
         dataset: Prepared data set of the run, for `evaluate`; None if it is not known.
         dtype: Number format of the language model, if there is one; None uses the setting of the run.
         index: See `load`.
+        table_dtype: See `load`.
 
     Attributes:
         ranker: Ranks item indices; for the modules of this package, and no part of the public API.
@@ -79,13 +80,14 @@ class Recommender:
         dataset: Path | None = None,
         dtype: DType | None = None,
         index: float | None = None,
+        table_dtype: TableDType | None = None,
     ) -> None:
         if index is not None:
             check_recall(index, "index")
-        if dtype is not None and dtype not in get_args(DType):
-            raise UserError(f"dtype is {dtype!r}; give one of {', '.join(get_args(DType))}")
+        _check_choice("dtype", dtype, get_args(DType))
+        _check_choice("table_dtype", table_dtype, get_args(TableDType))
         self._files, self._run, self._dataset = files, run, dataset
-        self.ranker = SessionRanker(files, dtype, index)
+        self.ranker = SessionRanker(files, dtype, index, table_dtype)
 
     @classmethod
     def load(
@@ -95,6 +97,7 @@ class Recommender:
         dataset: str | os.PathLike[str] | None = None,
         dtype: DType | None = None,
         index: float | None = None,
+        table_dtype: TableDType | None = None,
         allow_code: Collection[str] = (),
     ) -> "Recommender":
         """Loads a trained recommender.
@@ -106,6 +109,8 @@ class Recommender:
             dtype: Number format of the language model, if there is one: float32, bfloat16 or auto.
             index: Share of the best 20 items that an approximate index must find, such as 0.99; None ranks exactly. For
                 catalogs of about a million items or more, with the extra `index`; see docs/serving.md.
+            table_dtype: Number format of the embedding tables in memory: float32, float16, int8 or int4; None takes
+                that of the exported model. See docs/export.md.
             allow_code: Modules and packages from which the bundle may import its encoder and head.
 
         Raises:
@@ -117,7 +122,7 @@ class Recommender:
             dataset = as_path(path) / _DATASET
         files = open_bundle(folder, allow_code)
         run = folder if files.path != folder.resolve() and files.path != folder else None
-        return cls(files, run, None if dataset is None else as_path(dataset), dtype, index)
+        return cls(files, run, None if dataset is None else as_path(dataset), dtype, index, table_dtype)
 
     @classmethod
     def load_once(cls, path: str | os.PathLike[str]) -> "Recommender":
@@ -499,6 +504,11 @@ def _copied_columns(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     if nulls := table["session_id"].null_count:
         raise UserError(f"sessions: column session_id has {nulls:,} nulls; give every row an id")
     return table.select(names)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value is not None and value not in choices:
+        raise UserError(f"{name} is {value!r}; give one of {', '.join(choices)}")
 
 
 def _checked_flag(exclude_seen: bool | None) -> bool | None:

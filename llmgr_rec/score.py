@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> None:
             device=arguments.device,
             threads=arguments.threads,
             allow_code=split_list(arguments.allow_code),
+            table_dtype=arguments.table_dtype,
             llm_dtype=arguments.llm_dtype,
             llm_layers=arguments.llm_layers,
             llm_budget=arguments.llm_budget,

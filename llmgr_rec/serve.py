@@ -15,6 +15,7 @@ from llmgr_rec.cli import add_code_argument, add_run_argument, make_parser, pars
 from llmgr_rec.comma_separated import split_list
 from llmgr_rec.config import DType
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluation.ranking_arguments import add_table_dtype_argument
 from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
 from llmgr_rec.remote_path import as_path
@@ -67,7 +68,13 @@ def main(argv: Sequence[str]) -> None:
         arguments.host,
         arguments.port,
         arguments.threads,
-        lambda bundle: Recommender.load(bundle, dtype=arguments.llm_dtype, index=arguments.index, allow_code=code),
+        lambda bundle: Recommender.load(
+            bundle,
+            dtype=arguments.llm_dtype,
+            table_dtype=arguments.table_dtype,
+            index=arguments.index,
+            allow_code=code,
+        ),
         lambda line: print_result("serve", line),
     )
 
@@ -96,6 +103,7 @@ def _parser() -> "ArgumentParser":
     )
     parser.add_argument("--threads", type=int, default=1, help="Threads that rank a batch. More help a language model.")
     parser.add_argument("--llm_dtype", type=DType, help="Dtype of the language model; default: the setting of the run.")
+    add_table_dtype_argument(parser)
     parser.add_argument(
         "--index",
         type=float,

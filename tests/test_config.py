@@ -13,7 +13,7 @@ from llmgr_rec.config import STAGES, BlendConfig, Config, Group, SettingInfo, se
 from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
 
-MOST_SETTINGS = 91
+MOST_SETTINGS = 92
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
 # llmgr_rec/recipes and the documentation that names the setting.
 COMMAND_LINE = """
@@ -23,6 +23,7 @@ tables.side_features              list of category | brand | word               
 tables.sharding                   table_wise | column_wise | auto                   "column_wise"
 tables.optimizer                  adagrad | rowwise_adagrad | sgd | adam            "adagrad"
 tables.lr                         float                                             0.2
+tables.dtype                      float32 | float16                                 "float32"
 tables.init_std                   float                                             0.1
 tables.memory_per_rank_gb         float                                             8.0
 tables.knn_smoothing              list of float                                     [0.0, 2.0]

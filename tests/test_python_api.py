@@ -36,8 +36,9 @@ PATH, IDS = "str | os.PathLike[str]", "collections.abc.Collection[typing.Any]"
 OPTIONS = "collections.abc.Mapping[str, object] | None = None"
 SIGNATURES = {
     "load": f"(cls, path: {PATH}, *, dataset: {PATH} | None = None, dtype: Optional[Literal['auto', 'float32', "
-    "'bfloat16']] = None, index: float | None = None, allow_code: collections.abc.Collection[str] = ()) "
-    "-> 'Recommender'",
+    "'bfloat16']] = None, index: float | None = None, "
+    "table_dtype: Optional[Literal['float32', 'float16', 'int8', 'int4']] = None, "
+    "allow_code: collections.abc.Collection[str] = ()) -> 'Recommender'",
     "load_once": f"(cls, path: {PATH}) -> 'Recommender'",
     "fit": "(cls, interactions: object, items: object | None = None, recipe: str = 'default', *, "
     f"settings: {OPTIONS}, preparation: {OPTIONS}, output: {PATH} | None = None, verbose: bool | None = None) "

@@ -93,6 +93,7 @@ class RankingModel:
         query_encoder: Encodes the sessions in place of the model; see `with_query_encoder`.
         is_replicated: Whether each rank has the whole model. Ranking is then no collective.
         domains: Domains of the items: a list has items of the domain of its session only. None ranks the whole catalog.
+        keeps_tables: Whether the model needs its tables after `with_query_encoder`, which encodes sessions without.
     """
 
     model: SessionRecommender | LLMGR
@@ -102,6 +103,7 @@ class RankingModel:
     query_encoder: QueryEncoder | None = None
     is_replicated: bool = False
     domains: ItemDomains | None = None
+    keeps_tables: bool = True
 
     def with_query_encoder(self, ranker: "CatalogRanker") -> "RankingModel":
         """The same model in a form that encodes sessions faster while its weights do not change, where it has one.
@@ -113,6 +115,9 @@ class RankingModel:
         """
         if not isinstance(self.model, SessionRecommender) or ranker.query_items is None:
             return self
+        if not self.keeps_tables:
+            # Frees their memory.
+            self.model.item_tables.to("meta")
         query_encoder = QueryEncoder(self.model, ranker.query_items)
         return replace(self, collate=self.collate.without_features(), query_encoder=query_encoder)
 

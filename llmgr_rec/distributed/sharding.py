@@ -28,7 +28,7 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
@@ -40,6 +40,7 @@ from llmgr_rec.errors import UserError
 
 GIB = 1024**3
 _FLOAT_BYTES = 4
+_WEIGHT_TYPES = {"float32": (torch.float32, DataType.FP32), "float16": (torch.float16, DataType.FP16)}
 # Largest number of ranks that an error message suggests.
 _MAX_RANKS = 256
 _OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
@@ -97,13 +98,14 @@ def footprints(module: nn.Module, tables: TablesConfig, trained: Callable[[str],
         trained: Whether a table trains, by the qualified name of its parameter.
     """
     found = []
+    weight_bytes = _WEIGHT_TYPES[tables.dtype][0].itemsize
     for path, collection in _collections(module):
         folder, configs = _tables_of(collection)
         for config in configs:
             parameter = ".".join(filter(None, (path, folder, config.name, "weight")))
             rows, dim = config.num_embeddings, config.embedding_dim
             state = _STATE_FLOATS[tables.optimizer](dim) * rows if trained(parameter) else 0
-            found.append(Footprint(config.name, parameter, rows, dim, _FLOAT_BYTES * rows * dim, _FLOAT_BYTES * state))
+            found.append(Footprint(config.name, parameter, rows, dim, weight_bytes * rows * dim, _FLOAT_BYTES * state))
     return found
 
 
@@ -180,6 +182,7 @@ def plan_tables(
     sizes = footprints(module, tables, trained)
     for size in sizes:
         _check_width(size)
+    _set_dtype(module, tables, device_type)
     dense = _attach_optimizers(module, tables, device_type, trained)
     try:
         with _without_log():
@@ -282,6 +285,25 @@ def _sharders() -> list[ModuleSharder[nn.Module]]:
         FusedEmbeddingBagCollectionSharder(),
     ]
     return [cast(ModuleSharder[nn.Module], sharder) for sharder in sharders]
+
+
+def _set_dtype(module: nn.Module, tables: TablesConfig, device_type: str) -> None:
+    """Gives tables their number format, before they get an optimizer. Lookups return float32 once they are sharded."""
+    dtype, data_type = _WEIGHT_TYPES[tables.dtype]
+    if dtype == torch.float32:
+        return
+    if tables.optimizer == "adam" and device_type == "cpu":
+        raise UserError(
+            "setting tables.dtype is float16, but on a CPU the optimizer adam is not fused and would keep its state in "
+            "float16, too; set tables.optimizer to adagrad or rowwise_adagrad, or tables.dtype to float32"
+        )
+    for _, collection in _collections(module):
+        folder, configs = _tables_of(collection)
+        for config in configs:
+            config.data_type = data_type
+            weight = getattr(collection, folder)[config.name].weight
+            # Keeps the parameter, which may have an optimizer.
+            weight.data = weight.data.to(dtype)
 
 
 def _attach_optimizers(

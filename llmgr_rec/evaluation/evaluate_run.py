@@ -10,7 +10,7 @@ from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.builders import DEFAULT_BASELINES, baseline_builder, build_baseline, check_baselines
 from llmgr_rec.baselines.in_domains import in_domains
 from llmgr_rec.bounds import check_options
-from llmgr_rec.config import RANKING_BOUNDS, Config, Device, Domains
+from llmgr_rec.config import RANKING_BOUNDS, Config, Device, Domains, TableDType
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -66,6 +66,7 @@ class EvaluationRequest:
         domains: Which items a list may have, where the data set has several domains.
         threads: CPU threads of each rank; None takes as many as the work is worth, see `ranking_runtime`.
         allow_code: Packages from which bundles may import their encoder or head.
+        table_dtype: Number format of the embedding tables in memory; None takes that of each bundle.
     """
 
     run: Path
@@ -81,6 +82,7 @@ class EvaluationRequest:
     domains: Domains = "own"
     threads: int | None = None
     allow_code: Sequence[str] = ()
+    table_dtype: TableDType | None = None
 
 
 def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
@@ -143,6 +145,7 @@ def evaluate_run(request: EvaluationRequest) -> dict[str, Any]:
         "run": str(request.run),
         "stages": {name: bundle.name for name, bundle in bundles.items() if name in results},
         "bundles": {name: bundle_hash(bundle) for name, bundle in bundles.items() if name in results},
+        "table_dtypes": {name: request.table_dtype or indexes[name].table_dtype for name in bundles if name in results},
         "blends": blends,
         "sessions": dataset.manifest.split_hash(request.split),
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -176,8 +179,8 @@ def _evaluate_bundle(
     measures: Measures,
 ) -> tuple[dict[str, Any], Blend | None]:
     """The metrics of a bundle, and its blend."""
-    loaded = load_bundle(bundle, world, allow_code=request.allow_code)
-    ranking = loaded.ranking(request.batch_size)
+    loaded = load_bundle(bundle, world, allow_code=request.allow_code, table_dtype=request.table_dtype)
+    ranking = loaded.ranking(request.batch_size, keeps_tables=False)
     metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V, rule, measures)
     return metrics, loaded.blend
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmgr_rec.bounds import Bounds, check_options
-from llmgr_rec.config import PROMPT_STAGES, RANKING_BOUNDS, Device, Domains, DType, StageName
+from llmgr_rec.config import PROMPT_STAGES, RANKING_BOUNDS, Device, Domains, DType, StageName, TableDType
 from llmgr_rec.data.repeats import RepeatsOption
 from llmgr_rec.errors import UserError
 from llmgr_rec.scoring.input import SESSION_ID, UnknownItems
@@ -47,6 +47,7 @@ class ScoreRequest:
         device: Device of the model; None uses the setting of the run.
         threads: CPU threads of each rank; None uses as many as the work is worth, see `ranking_runtime`.
         allow_code: Packages from which the bundle may import its encoder or head.
+        table_dtype: Number format of the embedding tables in memory; None takes that of the bundle.
         llm_dtype: Number format of the language model; None uses the setting of the run.
         llm_layers: Number of layers of the language model, counted from the first; 0 uses all of the run.
         llm_budget: Share of the sessions of each part that is routed to the language model, 0 to 1; None routes all.
@@ -69,6 +70,7 @@ class ScoreRequest:
     device: Device | None = None
     threads: int | None = None
     allow_code: Sequence[str] = ()
+    table_dtype: TableDType | None = None
     llm_dtype: DType | None = None
     llm_layers: int = 0
     llm_budget: float | None = None

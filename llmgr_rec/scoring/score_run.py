@@ -27,6 +27,7 @@ from llmgr_rec.scoring.score_checks import ScoreRequest, preflight
 from llmgr_rec.scoring.scorer import LIST_ITEM_BYTES, Scorer, ScoreSettings
 from llmgr_rec.storage.bundle import BundleFiles, load_model
 from llmgr_rec.storage.bundle_index import bundle_hash
+from llmgr_rec.training.freed_memory import share_freed_memory
 
 __all__ = ["ScoreRequest", "score_run"]
 
@@ -43,6 +44,7 @@ def score_run(request: ScoreRequest) -> Totals:
         UserError: The request or the input is invalid; raised on all ranks before the first collective operation and
             before anything is written.
     """
+    share_freed_memory()
     bundle = preflight(request)
     files = SessionFiles(request.input, request.passed_columns, bundle.catalog, request.unknown_items)
     _check_rows(files)
@@ -84,10 +86,13 @@ def _settings(request: ScoreRequest, bundle: BundleFiles) -> ScoreSettings:
 
 def _job(request: ScoreRequest, bundle: BundleFiles, files: SessionFiles, settings: ScoreSettings) -> dict[str, Any]:
     """All that the output depends on. Output folders of jobs that differ in it are not reused."""
+    stored = bundle.index.table_dtype
     return {
         "input": {file.name: {"rows": file.rows, "sha256": file.sha256()} for file in files.files},
         "settings": {
             **_flat(settings, bundle.catalog.domains is not None),
+            # Without it, the settings are those of versions that had only float32, whose jobs can be continued.
+            **({"table_dtype": table_dtype} if (table_dtype := request.table_dtype or stored) != stored else {}),
             "llm_dtype": request.llm_dtype or bundle.config.llm.dtype,
             "llm_layers": request.llm_layers,
             "columns": request.passed_columns,
@@ -112,7 +117,7 @@ def _flat(settings: ScoreSettings, has_domains: bool) -> dict[str, Any]:
 
 def _load_scorer(request: ScoreRequest, bundle: BundleFiles, settings: ScoreSettings, world: World) -> Scorer:
     """Loads the model. A collective: all ranks must call it."""
-    loaded = load_model(bundle, world, request.llm_dtype)
+    loaded = load_model(bundle, world, request.llm_dtype, table_dtype=request.table_dtype)
     if isinstance(loaded.model, LLMGR):
         prepare_for_inference(loaded.model.language_model, request.llm_layers)
     return Scorer(loaded, settings, world)

@@ -161,7 +161,7 @@ class Scorer:
         settings: ScoreSettings,
         world: World,
     ) -> None:
-        self._ranking = bundle.ranking(settings.batch_size)
+        self._ranking = bundle.ranking(settings.batch_size, keeps_tables=False)
         if settings.rule.domains == "all":
             self._ranking = replace(self._ranking, domains=None)
         self._catalog = bundle.catalog

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmgr_rec.arrow_input import to_ids
 from llmgr_rec.baselines.knn import Popularity
-from llmgr_rec.config import ALL_DOMAINS, DType
+from llmgr_rec.config import ALL_DOMAINS, DType, TableDType
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.graph import build_graphs
 from llmgr_rec.data.jagged import Jagged
@@ -44,6 +44,7 @@ class SessionRanker:
         files: The opened bundle of the model.
         dtype: Number format of the language model, if there is one; None uses the setting of the run.
         index: Share of the best 20 items that an approximate index finds, above 0 and at most 1; None ranks exactly.
+        table_dtype: Number format of the embedding tables in memory; None takes that of the bundle.
 
     Attributes:
         bundle: The loaded bundle.
@@ -58,8 +59,14 @@ class SessionRanker:
         UserError: Weights are damaged, or an index is wanted and faiss is not installed.
     """
 
-    def __init__(self, files: BundleFiles, dtype: DType | None = None, index: float | None = None) -> None:
-        self.bundle = load_model(files, dtype=dtype)
+    def __init__(
+        self,
+        files: BundleFiles,
+        dtype: DType | None = None,
+        index: float | None = None,
+        table_dtype: TableDType | None = None,
+    ) -> None:
+        self.bundle = load_model(files, dtype=dtype, table_dtype=table_dtype)
         if isinstance(self.bundle.model, LLMGR):
             prepare_for_inference(self.bundle.model.language_model)
         self.catalog = self.bundle.catalog

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmgr_rec.baselines.blend import Blend
-from llmgr_rec.config import Config, DType, StageName
+from llmgr_rec.config import Config, DType, StageName, TableDType
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import Collator
@@ -28,6 +29,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.param_groups import param_group
+from llmgr_rec.modules.quantized_tables import decode_rows, encode_rows, has_codes, quantize_tables, row_bytes
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.registry import require_allowed
@@ -106,11 +108,12 @@ class Bundle:
         """All settings of the run."""
         return self.spec.config
 
-    def ranking(self, batch_size: int | None = None) -> RankingModel:
+    def ranking(self, batch_size: int | None = None, keeps_tables: bool = True) -> RankingModel:
         """The model with its collator and blend, for ranking.
 
         Args:
             batch_size: Sessions per batch of one rank; None uses the setting of the run.
+            keeps_tables: Whether the model is used for anything else; otherwise its tables may be freed.
         """
         size = batch_size or self.config.runtime.eval_batch_size
         return RankingModel(
@@ -120,6 +123,7 @@ class Bundle:
             self.blend,
             is_replicated=self.is_replicated,
             domains=self.catalog.domains,
+            keeps_tables=keeps_tables,
         )
 
 
@@ -129,6 +133,7 @@ def load_bundle(
     dtype: DType | None = None,
     allow_code: Collection[str] = (),
     factory: ModelFactory | None = None,
+    table_dtype: TableDType | None = None,
 ) -> Bundle:
     """Builds the model of a bundle and loads its weights.
 
@@ -141,12 +146,13 @@ def load_bundle(
         allow_code: Modules and packages from which the bundle may import its encoder and head, if these are import
             paths. Modules that the process has already imported are always allowed.
         factory: Factory of the model; None uses the default factory.
+        table_dtype: Number format of the embedding tables in memory; None takes that of the bundle.
 
     Raises:
         UserError: There is no complete bundle, it is damaged, it would import code that is not allowed, or the base
             language model is not the one of the training.
     """
-    return load_model(open_bundle(path, allow_code), world, dtype, factory)
+    return load_model(open_bundle(path, allow_code), world, dtype, factory, table_dtype)
 
 
 def open_bundle(path: Path | str, allow_code: Collection[str] = ()) -> BundleFiles:
@@ -177,6 +183,7 @@ def load_model(
     world: World | None = None,
     dtype: DType | None = None,
     factory: ModelFactory | None = None,
+    table_dtype: TableDType | None = None,
 ) -> Bundle:
     """Builds the model of an opened bundle and loads its weights; the arguments are those of `load_bundle`.
 
@@ -185,11 +192,13 @@ def load_model(
         world: Ranks that rank together.
         dtype: Number format of the base language model.
         factory: Factory of the model.
+        table_dtype: Number format of the embedding tables in memory.
 
     Raises:
-        UserError: Weights are damaged, or the base language model is not the one of the training.
+        UserError: Weights are damaged, the base language model is not the one of the training, or ranks that share the
+            tables cannot hold them in the number format.
     """
-    factory = factory or ModelFactory()
+    factory, table_dtype = factory or ModelFactory(), table_dtype or files.index.table_dtype
     folder, index, config, catalog = files.path, files.index, files.config, files.catalog
     if index.factory != factory.name:
         raise UserError(
@@ -204,11 +213,22 @@ def load_model(
         check_language_model(index, factory.decoder_hash(config), folder)
     device = world.device if world else choose_device("cpu")
     language = factory.language_parts(spec, catalog, device)
-    is_replicated = world is None or fits_each_rank(files)
-    model = factory.build(spec, language, device if is_replicated else "meta").requires_grad_(False)
+    is_replicated = world is None or fits_each_rank(files, table_dtype)
+    is_quantized = is_replicated and table_dtype != "float32"
+    if not is_replicated and has_codes(table_dtype):
+        raise UserError(
+            f"tables of {table_dtype} cannot be shared by ranks, and those of {folder} do not fit into the "
+            f"{config.tables.memory_per_rank_gb:g} GiB of one (tables.memory_per_rank_gb of the run); give "
+            "--table_dtype float16"
+        )
+    model = factory.build(spec, language, device if is_replicated and not is_quantized else "meta")
+    model.requires_grad_(False)
     if world is not None and not is_replicated:
-        shard(model, config.tables, world, lambda name: False)
+        dtype_of_ranks: Literal["float32", "float16"] = "float16" if table_dtype == "float16" else "float32"
+        shard(model, replace(config.tables, dtype=dtype_of_ranks), world, lambda name: False)
     else:
+        if is_quantized:
+            _load_quantized_tables(model, files, table_dtype, device)
         model.to(device)
     if missing := copy_weights(model, folder, index):
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
@@ -221,15 +241,16 @@ def load_model(
     return Bundle(folder, spec, model.eval(), catalog, collate, blend, is_replicated)
 
 
-def fits_each_rank(files: BundleFiles) -> bool:
+def fits_each_rank(files: BundleFiles, table_dtype: TableDType = "float32") -> bool:
     """Whether the tables of a bundle fit into the memory that each rank may use for tables, whole.
 
     It does not depend on the number of ranks.
 
     Args:
         files: From `open_bundle`.
+        table_dtype: Number format of the tables in memory.
     """
-    size = sum(4 * rows * columns for rows, columns in files.index.tables.values())
+    size = sum(rows * row_bytes(columns, table_dtype) for rows, columns in files.index.tables.values())
     return size <= files.config.tables.memory_per_rank_gb * GIB
 
 
@@ -395,12 +416,30 @@ def _load_tables(
                 f"bundle {folder} has {index.tables[table]} rows and columns in table {table}, the model {shape}; "
                 "use the settings and the data set of the run that made it"
             )
-        reader = TableReader(folder, index.table_files[table])
+        reader = TableReader(folder, index.table_files[table], index.table_dtype)
         if mapping is None:
             fill_table(model, parameter, reader.read)
         else:
             mapping.fill_table(model, parameter, table, reader.take)
     return not_found
+
+
+def _load_quantized_tables(
+    model: SessionRecommender | LLMGR, files: BundleFiles, dtype: TableDType, device: torch.device
+) -> None:
+    """Replaces the tables of a model on the meta device by tables of fewer bits with the values of a bundle."""
+    index = files.index
+    readers = {name: TableReader(files.path, parts, index.table_dtype) for name, parts in index.table_files.items()}
+
+    def read(table: str, num_columns: int, rows: range) -> Tensor:
+        if index.tables.get(table, (0, 0))[1] != num_columns:
+            raise UserError(f"bundle {files.path} is damaged: it lacks table {table}; export it again")
+        return readers[table].encoded(rows, num_columns, dtype)
+
+    try:
+        quantize_tables(model, dtype, device, read)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"bundle {files.path} is damaged ({error}); copy or export it again") from None
 
 
 def _load_lora(model: LLMGR, folder: Path, index: BundleIndex) -> list[str]:
@@ -411,10 +450,17 @@ def _load_lora(model: LLMGR, folder: Path, index: BundleIndex) -> list[str]:
 
 
 class TableReader:
-    """Reads blocks of a table from those of its files that overlap them."""
+    """Reads blocks of a table from those of its files that overlap them.
 
-    def __init__(self, folder: Path, table_files: list[TableFile]) -> None:
+    Args:
+        folder: The bundle.
+        table_files: Files of the table.
+        dtype: Number format of their values.
+    """
+
+    def __init__(self, folder: Path, table_files: list[TableFile], dtype: TableDType) -> None:
         self._table_files = table_files
+        self._dtype = dtype
         # Verified when a file is read for the first time.
         self._path = cache(partial(verified_table_file, folder))
 
@@ -426,10 +472,8 @@ class TableReader:
             col0, col1 = max(cols.start, part.col), min(cols.stop, part.col + part.cols)
             if row0 >= row1 or col0 >= col1:
                 continue
-            with safe_open(self._path(part), framework="pt") as file:
-                values_RC[row0 - rows.start : row1 - rows.start, col0 - cols.start : col1 - cols.start] = (
-                    file.get_slice(TENSOR)[row0 - part.row : row1 - part.row, col0 - part.col : col1 - part.col]
-                )
+            block = self._stored(part, slice(row0 - part.row, row1 - part.row), range(col0 - part.col, col1 - part.col))
+            values_RC[row0 - rows.start : row1 - rows.start, col0 - cols.start : col1 - cols.start] = block
         return values_RC
 
     def take(self, rows_R: Tensor, cols: range) -> Tensor:
@@ -442,9 +486,44 @@ class TableReader:
                 continue
             with safe_open(self._path(part), framework="pt") as file:
                 # Mapped, not read.
-                block = file.get_tensor(TENSOR)[:, col0 - part.col : col1 - part.col]
-                values_RC[is_here_R, col0 - cols.start : col1 - cols.start] = block[rows_R[is_here_R] - part.row]
+                rows = file.get_tensor(TENSOR)[rows_R[is_here_R] - part.row]
+            block = decode_rows(rows, self._dtype)[:, col0 - part.col : col1 - part.col]
+            values_RC[is_here_R, col0 - cols.start : col1 - cols.start] = block
         return values_RC
+
+    def encoded(self, rows: range, num_columns: int, dtype: TableDType) -> Tensor:
+        """Reads whole rows in a number format; see `encode_rows`. Codes of that format are taken as they are.
+
+        Args:
+            rows: The rows.
+            num_columns: Columns of the table.
+            dtype: Number format of the result.
+
+        Raises:
+            UserError: A value is beyond the range of the number format.
+        """
+        if has_codes(dtype) and dtype == self._dtype:
+            parts = []
+            for part in self._table_files:
+                row0, row1 = max(rows.start, part.row), min(rows.stop, part.row + part.rows)
+                if row0 < row1:
+                    with safe_open(self._path(part), framework="pt") as file:
+                        parts.append(file.get_slice(TENSOR)[row0 - part.row : row1 - part.row])
+            return torch.cat(parts)
+        try:
+            return encode_rows(self.read(rows, range(num_columns)), dtype)
+        except OverflowError as error:
+            file = self._table_files[0].file
+            raise UserError(f"{file} has {error}; --table_dtype {dtype} is not possible, give float32") from None
+
+    def _stored(self, part: TableFile, rows: slice, cols: range) -> Tensor:
+        """A block of a file, float32."""
+        with safe_open(self._path(part), framework="pt") as file:
+            stored = file.get_slice(TENSOR)
+            if has_codes(self._dtype):
+                return decode_rows(stored[rows], self._dtype)[:, cols.start : cols.stop]
+            block: Tensor = stored[rows, cols.start : cols.stop]
+        return block
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from llmgr_rec.storage.bundle_index import (
 from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.pretrained import saved_model
-from llmgr_rec.storage.table_io import Shard, local_shards
+from llmgr_rec.storage.table_io import Shard, has_half_precision, local_shards
 from llmgr_rec.versions import installed_versions
 
 # Maximum bytes of a table file; larger shards are split by rows.
@@ -120,7 +120,7 @@ def export_bundle(
             index = _index(model, stage, config, catalog, partial, written, weights_hash, trained_on)
             index = replace(index, factory=factory.name)
             (partial / INDEX).write_text(index.to_json())
-            _set_default_modes(partial)
+            set_default_modes(partial)
             draft.publish()
 
     try:
@@ -164,7 +164,8 @@ def dense_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: value.detach()
         for name, value in model.state_dict().items()
-        if not {"embedding_bags", "embeddings"} & set(name.split("."))
+        # TorchRec's quantized collections have their tables in `tbes`.
+        if not {"embedding_bags", "embeddings", "tbes"} & set(name.split("."))
     }
 
 
@@ -322,11 +323,16 @@ def _index(
         consecutive_repeats=trained_on.consecutive_repeats if trained_on else "keep",
         features_hash=catalog.features_hash,
         sessions_hash=trained_on.sessions_hash if trained_on else "",
+        table_dtype="float16" if has_half_precision(model) else "float32",
     )
 
 
-def _set_default_modes(partial: Path) -> None:
-    """Gives files the default mode of new files, because safetensors creates files that only their owner can read."""
+def set_default_modes(partial: Path) -> None:
+    """Gives files the default mode of new files, because safetensors creates files that only their owner can read.
+
+    Args:
+        partial: Folder of a bundle.
+    """
     mode = (partial / INDEX).stat().st_mode
     for path in [*partial.rglob("*"), partial]:
         if path.is_file() and path.stat().st_mode != mode:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from llmgr_rec.checksums import damage, verify_file
-from llmgr_rec.config import STAGES, Config, StageName
+from llmgr_rec.config import STAGES, Config, StageName, TableDType
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.repeats import LARGEST_MAX_LENGTH, ConsecutiveRepeats, Repeats
@@ -87,6 +87,7 @@ class BundleIndex:
         sessions_hash: `Manifest.sessions_hash` of the training data; empty if unknown.
         factory: Name of the model factory that built the model; empty for the default factory.
         checksums: Checksum of each file of `files`; empty in bundles of earlier versions.
+        table_dtype: Number format of the values of the tables in their files, see `quantized_tables.encode_rows`.
     """
 
     stage: StageName
@@ -105,6 +106,7 @@ class BundleIndex:
     sessions_hash: str = ""
     factory: str = ""
     checksums: dict[str, str] = field(default_factory=dict)
+    table_dtype: TableDType = "float32"
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_length <= LARGEST_MAX_LENGTH:

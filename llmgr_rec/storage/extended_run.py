@@ -3,7 +3,6 @@
 Shapes: V items of the new catalog.
 """
 
-import shutil
 import tempfile
 from collections.abc import Collection
 from dataclasses import replace
@@ -18,22 +17,21 @@ from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.embedding_knn import EmbeddingKNN
 from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN
-from llmgr_rec.config import EMBEDDING_KNN, STAGES, Config
+from llmgr_rec.config import EMBEDDING_KNN, Config
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.extended_items import write_extended_items
 from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
-from llmgr_rec.files import atomic_folder, is_free, require_writable
 from llmgr_rec.modules.model_spec import ModelSpec
-from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, load_blend_terms, open_bundle
+from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, load_blend_terms
 from llmgr_rec.storage.bundle_export import export_bundle
-from llmgr_rec.storage.bundle_index import BLEND, CONFIG, INDEX, PROMPTS, is_complete, resolve_bundle, verified_file
+from llmgr_rec.storage.bundle_index import BLEND, CONFIG, verified_file
 from llmgr_rec.storage.catalog_mapping import CatalogMapping
+from llmgr_rec.storage.derived_run import derived_run, open_bundles
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.new_text_rows import new_text_rows, write_text_rows
-from llmgr_rec.storage.run_facts import TRAINING_RECORD
 from llmgr_rec.storage.text_encoder import TextEncoder
 
 _TEXT_KNN = "text_knn"
@@ -57,34 +55,13 @@ def extend_run(run: Path, items: pa.Table, name: str, output: Path, allow_code: 
     Raises:
         UserError: The run has no complete model, an item is not usable, or the output cannot be written.
     """
-    bundles = [open_bundle(path, allow_code) for path in _bundles(run)]
-    marker = f"export/{bundles[-1].index.stage}/{INDEX}"
-    _check_output(output, marker)
-    with atomic_folder(output.resolve(), marker) as draft:
-        with tempfile.TemporaryDirectory(dir=draft) as folder:
-            catalog = write_extended_items(bundles[0].catalog, items, name, Path(folder))
-            mapping = CatalogMapping.between(bundles[0].catalog, catalog)
-            for files in bundles:
-                _extend_bundle(files, catalog, name, mapping, draft / "export" / files.index.stage)
-        settings = run if (run / CONFIG).is_file() else bundles[-1].path
-        for file in (CONFIG, PROMPTS, TRAINING_RECORD):
-            if (settings / file).is_file():
-                shutil.copyfile(settings / file, draft / file)
+    bundles = open_bundles(run, allow_code=allow_code)
+    with derived_run(run, output, bundles) as draft, tempfile.TemporaryDirectory(dir=draft) as folder:
+        catalog = write_extended_items(bundles[0].catalog, items, name, Path(folder))
+        mapping = CatalogMapping.between(bundles[0].catalog, catalog)
+        for files in bundles:
+            _extend_bundle(files, catalog, name, mapping, draft / "export" / files.index.stage)
     return mapping
-
-
-def _bundles(run: Path) -> list[Path]:
-    """The complete bundles of a run, in the order of their stages; a bundle itself, if it is one."""
-    last = resolve_bundle(run)
-    if last == run:
-        return [run]
-    return [last.parent / stage for stage in STAGES if is_complete(last.parent / stage)]
-
-
-def _check_output(output: Path, marker: str) -> None:
-    require_writable(output)
-    if not is_free(output, marker):
-        raise UserError(f"--output {output} is not empty; give a folder that does not exist")
 
 
 def _extend_bundle(files: BundleFiles, catalog: Catalog, name: str, mapping: CatalogMapping, folder: Path) -> None:

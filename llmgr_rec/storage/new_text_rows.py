@@ -45,7 +45,7 @@ def new_text_rows(
     new_NH = _embed(language, factory.item_tokens(spec.config, catalog).select(mapping.new_items))
     sample = mapping.trained[:_SAMPLE]
     plain_SH = _embed(language, factory.item_tokens(spec.config, files.catalog).select(sample)).double()
-    table = TableReader(files.path, files.index.table_files[ITEM_TEXT])
+    table = TableReader(files.path, files.index.table_files[ITEM_TEXT], files.index.table_dtype)
     rows_SH = table.take(sample, range(new_NH.shape[1])).double()
     plain_mean_H, mean_H = plain_SH.mean(dim=0), rows_SH.mean(dim=0)
     centered_SH = rows_SH - mean_H

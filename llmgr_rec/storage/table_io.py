@@ -154,14 +154,25 @@ def zero_rows(module: nn.Module, table: str, rows_V: Tensor) -> None:
 
 def table_parameters(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Shape (rows, columns) of each table by parameter name, equal on all ranks."""
-    tables = {}
+    return {name: _shape(value) for name, value in _tables(module)}
+
+
+def has_half_precision(module: nn.Module) -> bool:
+    """Whether the tables of a module are float16, equal on all ranks."""
+    return any(
+        (value.metadata().tensor_properties.dtype if isinstance(value, ShardedTensor) else value.dtype) == torch.float16
+        for _, value in _tables(module)
+    )
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[str, Tensor | ShardedTensor]]:
+    """Each table by parameter name."""
     for path, collection in module.named_modules():
         if isinstance(collection, _COLLECTIONS):
             prefix = unwrapped_name(path)
             for key, value in collection.state_dict().items():
                 if key.endswith(".weight") and key.split(".")[0] in ("embedding_bags", "embeddings"):
-                    tables[f"{prefix}.{key}" if prefix else key] = _shape(value)
-    return tables
+                    yield f"{prefix}.{key}" if prefix else key, value
 
 
 def _shape(value: Tensor | ShardedTensor) -> tuple[int, int]:

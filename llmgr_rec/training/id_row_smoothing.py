@@ -72,7 +72,7 @@ class KnnSmoothing:
                     neighbors_UNC = rows_VC[self._ids_VN[items]]
                     weights_UN, count_U = self._weights_VN[items], self._train_count_V[items]
                     smoothed_UC = smooth_rows(smoothed_UC, neighbors_UNC, weights_UN, count_U, strength)
-                shard.tensor[items - first] = smoothed_UC
+                shard.tensor[items - first] = smoothed_UC.to(shard.tensor.dtype)
 
 
 def nearest_trained(similarity_VV: sparse.csr_array, train_count_V: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ def assemble(per_rank: list[list[tuple[str, int, int, Tensor]]]) -> dict[str, Te
         rows = max(row + tensor.shape[0] for row, _, tensor in own)
         cols = max(col + tensor.shape[1] for _, col, tensor in own)
         assert sum(tensor.numel() for *_, tensor in own) == rows * cols
-        whole = torch.full((rows, cols), float("nan"))
+        whole = torch.full((rows, cols), float("nan"), dtype=own[0][2].dtype)
         for row, col, tensor in own:
             whole[row : row + tensor.shape[0], col : col + tensor.shape[1]] = tensor
         assert not whole.isnan().any()

@@ -33,6 +33,7 @@ CASES = [
     TablesConfig(optimizer="adam", sharding="column_wise"),
     TablesConfig(optimizer="adam", sharding="table_wise"),
     TablesConfig(optimizer="rowwise_adagrad", sharding="table_wise"),
+    TablesConfig(optimizer="adagrad", sharding="column_wise", dtype="float16"),
 ]
 ROW_WISE = Identity("sbr", "catalog-a", {"tables.optimizer": "rowwise_adagrad"})
 

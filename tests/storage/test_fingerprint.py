@@ -31,6 +31,7 @@ CASES: list[tuple[str, Any, tuple[str, ...], tuple[str, ...]]] = [
     ("seed", 1, STAGES, ()),
     ("tables.lr", 0.3, STAGES, ()),
     ("tables.optimizer", "adam", STAGES, ()),
+    ("tables.dtype", "float16", STAGES, ()),
     ("encoder.dropout", 0.1, STAGES, ()),
     ("encoder.one_pass", True, ("sbr",), ()),
     ("llm.name_or_path", "random-tiny", (*PROMPTS, "llm_text"), ()),
@@ -125,7 +126,8 @@ def test_auto_stands_for_the_number_format_that_is_used(monkeypatch: pytest.Monk
     def found(stage: StageName, is_faster: bool) -> dict[str, str]:
         monkeypatch.setattr(number_format, "_has_bfloat16", lambda: True)
         monkeypatch.setattr(number_format, "_gain_of_bfloat16", lambda: 2.0 if is_faster else 0.5)
-        return {name: value for name, value in fingerprint(stage, config, CPU).items() if name.endswith(".dtype")}
+        names = ("llm.dtype", "loss.dtype")
+        return {name: value for name, value in fingerprint(stage, config, CPU).items() if name in names}
 
     assert found("sbr", True) == {"loss.dtype": "bfloat16"}
     assert found("sbr", False) == {"loss.dtype": "float32"}
