@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 # Decimals to which scores are rounded.
 _DIGITS = 12
 # Width of a strip of columns at least, and the number of strips for each of the highest entries that are wanted.
-_SMALLEST_STRIP, _STRIPS_PER_ENTRY = 8, 3
+_SMALLEST_STRIP, _STRIPS_PER_ENTRY = 8, 2
 # Maximum number of entries that are copied at a time to find the k-th highest of rows of different lengths.
 _COPIED = 1 << 20
 
