@@ -1,0 +1,29 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.several_domains import main
+from llmgr_rec.errors import UserError
+from tests.small_run import write_log
+
+
+def test_a_single_domain_is_refused(tmp_path: Path) -> None:
+    words = ["--interactions", "a=F", "--items", "a=G", "--work", str(tmp_path), "--output", str(tmp_path / "o.json")]
+    with pytest.raises(UserError, match="name two or more domains"):
+        main(words)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_each_domain_has_its_figures(tmp_path: Path) -> None:
+    logs = {name: write_log(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))}
+    clicks, items = (",".join(f"{name}={paths[place]}" for name, paths in logs.items()) for place in (0, 1))
+    words = ["--interactions", clicks, "--items", items, "--work", str(tmp_path / "work"), "--threads", "1"]
+    main([*words, "--settings", "--sbr.epochs 1 --tables.dim 16", "--output", str(tmp_path / "o.json")])
+    rows = json.loads((tmp_path / "o.json").read_text())["results"]["rows"]
+    assert [(row["domain"], row["sessions"]) for row in rows] == [("a", 90), ("b", 90)]
+    for row in rows:
+        for model in ("alone", "together", "untrained", "popularity", "item_knn", "text_knn"):
+            mean, low, high = row[model]
+            assert 0 <= low <= mean <= high <= 1
