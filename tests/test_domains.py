@@ -268,8 +268,11 @@ def test_scores_and_recommendations_are_of_the_domain(tmp_path: Path) -> None:
     assert some == [["film:i7"], ["paper:i9"]]
     with pytest.raises(UserError, match="there is no domain 'films', did you mean film"):
         rec.recommend(sessions, domain="films")
-    explained = rec.explain(sessions[0], k=3).to_dict()
-    assert [item["item_id"] for item in explained["items"]] == lists[0][:3]
+    for session, row in zip(sessions, lists, strict=True):
+        explained = rec.explain(session, k=3).to_dict()
+        assert [(item["item_id"], item["rank"]) for item in explained["items"]] == list(
+            zip(row[:3], (1, 2, 3), strict=True)
+        )
 
 
 def test_python_takes_tables_by_domain(tmp_path: Path) -> None:

@@ -329,11 +329,18 @@ class CatalogRanker:
         """A ranker of some items, ascending. Its item indices are places among them."""
         first, last = (int(torch.searchsorted(items_R, end)) for end in (self.items.start, self.items.stop))
         rows = items_R[first:last] - self.items.start
+        is_range = len(rows) > 0 and len(rows) == int(rows[-1] - rows[0]) + 1
         other = copy.copy(self)
         other.__dict__.pop("_batch_scan", None)
         other._num_items, other.items = len(items_R), range(first, last)
-        other._items_RQ = self._items_RQ[rows.to(self._items_RQ.device)]
-        other._blend = None if self._blend is None else self._blend.of_items(rows.numpy())
+        if is_range:
+            # A view, which takes no memory.
+            chosen: range | NDArray[np.int64] = range(int(rows[0]), int(rows[-1]) + 1)
+            other._items_RQ = self._items_RQ[int(rows[0]) : int(rows[-1]) + 1]
+        else:
+            chosen = rows.numpy()
+            other._items_RQ = self._items_RQ[rows.to(self._items_RQ.device)]
+        other._blend = None if self._blend is None else self._blend.of_items(chosen)
         other._domains = other._chosen_R = other._is_allowed_R = None
         other._scan = None if self._scan is None or not len(rows) else ItemScan.fastest(other._items_RQ)
         return other

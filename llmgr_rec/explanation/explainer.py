@@ -72,7 +72,7 @@ class Explainer:
         excludes = self._ranker.rule.excludes_seen if exclude_seen is None else exclude_seen
         is_fallback = not len(clicks.places_L)
         batch = self._ranker.model.collate(RawSessions.to_rank(clicks.shown))
-        numbers = self._popular(k, wanted) if is_fallback else self._numbers(batch, clicks, k, wanted, excludes)
+        numbers = self._popular(ids_C, k, wanted) if is_fallback else self._numbers(batch, clicks, k, wanted, excludes)
         return Explanation(
             stage=self._files.index.stage,
             fallback=is_fallback,
@@ -143,14 +143,18 @@ class Explainer:
         rows = zip(ids.tolist(), cosines.tolist(), strict=True)
         return [[pair for pair in zip(*row, strict=True) if pair[0] >= 0] for row in rows]
 
-    def _popular(self, k: int, wanted: Ints | None) -> ItemNumbers:
+    def _popular(self, ids_C: pa.Array, k: int, wanted: Ints | None) -> ItemNumbers:
         """The numbers of the most popular or the given items, for a session without a known item."""
         size = self._catalog.num_items
-        ids_1V, shares_1V = self._ranker.rank(Jagged.empty(1), size, excludes_seen=False)
-        places_V = np.empty(size, np.int64)
-        places_V[ids_1V[0].numpy()] = np.arange(size)
-        items_K = ids_1V[0].numpy()[:k] if wanted is None else wanted
-        shares_K = shares_1V[0].double().numpy()[places_V[items_K]]
+        domain_B = self._ranker.domains(pa.chunked_array([pa.array([ids_C.to_pylist()], pa.list_(ids_C.type))]))
+        ids_1V, shares_1V = self._ranker.rank(Jagged.empty(1), size, excludes_seen=False, domain_B=domain_B)
+        listed = ids_1V[0].numpy()
+        listed = listed[listed >= 0]
+        # -1 is the place of an item of another domain, whose rank is 0.
+        places_V = np.full(size, -1)
+        places_V[listed] = np.arange(len(listed))
+        items_K = listed[:k] if wanted is None else wanted
+        shares_K = np.append(shares_1V[0].double().numpy()[: len(listed)], 0.0)[places_V[items_K]]
         nothing = np.zeros((0, len(items_K)))
         parts = [PartValues("popularity", shares_K)]
         return ItemNumbers(items_K, places_V[items_K] + 1, parts, nothing, None, self._nearest(items_K))
