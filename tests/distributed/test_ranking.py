@@ -211,7 +211,12 @@ def target_ranks(world: World, sizes: list[int], num_items: int) -> list[Tensor]
     blend = blend_of(num_items).of_items(ranker.items)
     added = [ranker.added_by(blend, clicks), ranker.added_by(replace(blend, decay=0.25), clicks)]
     arguments = (queries_of(world.rank, size), targets_of(world.rank, size, num_items), added, WEIGHTS)
-    found = [ranker.target_ranks(*arguments), ranker.target_ranks(*arguments, clicks)]
+    within = CatalogRanker(model, Bags(num_items), world, domains=domains_of(num_items))
+    found = [
+        ranker.target_ranks(*arguments),
+        ranker.target_ranks(*arguments, clicks),
+        within.target_ranks(*arguments, clicks),
+    ]
     if world.rank == world.size - 1:
         ranker._items_RQ[-1] = torch.nan
     with pytest.raises(UserError, match="not numbers"):
@@ -228,9 +233,13 @@ def test_target_ranks_are_those_of_the_whole_catalog_at_any_number_of_ranks(rank
         clicks, targets = clicks_of(rank, size, num_items), targets_of(rank, size, num_items)
         targets_B1 = targets.unsqueeze(1)
         alone = queries_of(rank, size) @ plain_items(num_items).T
-        for found, exclude in zip(answers[rank], (None, clicks), strict=True):
+        of_target = Jagged.from_lengths(targets, torch.ones_like(targets))
+        cases = zip(
+            answers[rank], (None, clicks, clicks), (alone, alone, within_domains(alone, of_target)), strict=True
+        )
+        for found, exclude, scores in cases:
             for found_ranks, weights in zip(found, WEIGHTS, strict=True):
-                total = alone + sum(
+                total = scores + sum(
                     w * dense_blend(clicks, num_items, d) for w, d in zip(weights, (0.5, 0.25), strict=True)
                 )
                 if exclude is not None:
