@@ -116,8 +116,7 @@ class RankingModel:
         if not isinstance(self.model, SessionRecommender) or ranker.query_items is None:
             return self
         if not self.keeps_tables:
-            # Frees their memory.
-            self.model.item_tables.to("meta")
+            self.model.item_tables.free()
         query_encoder = QueryEncoder(self.model, ranker.query_items)
         return replace(self, collate=self.collate.without_features(), query_encoder=query_encoder)
 
@@ -537,13 +536,18 @@ def _vectors_of_items(
 ) -> Tensor:
     """Computes the vectors of a range of items, [R, Q], in chunks; the number of lookups is equal on all ranks."""
     max_items = -(-collate.num_items // world.size)
-    chunks = []
+    vectors_RQ: Tensor | None = None
     for start in range(items.start, items.start + max_items, _CHUNK):
         chunk = torch.arange(start, max(min(start + _CHUNK, items.stop), start))
         # A lookup in sharded tables is a collective, so a rank without items takes part with one that is discarded.
         features = collate.item_features(chunk if chunk.numel() else torch.zeros(1, dtype=torch.int64))
-        chunks.append(look_up(features.to(world.device))[: chunk.numel()].detach().float())
-    return torch.cat(chunks).contiguous()
+        found = look_up(features.to(world.device))[: chunk.numel()].detach()
+        if vectors_RQ is None:
+            # Filled in place: joining the chunks would take the memory of all of them twice.
+            vectors_RQ = torch.empty(len(items), found.shape[1], device=found.device)
+        vectors_RQ[start - items.start : start - items.start + chunk.numel()] = found
+    assert vectors_RQ is not None
+    return vectors_RQ
 
 
 def _gather_sizes(size: int, device: torch.device, world: World) -> list[int]:

@@ -133,6 +133,10 @@ class ItemTables(nn.Module):
             ids_XD = ids_XD + rows[name]
         return ItemRows(vectors_XD=self._sum(rows.values()), ids_XD=ids_XD)
 
+    def free(self) -> None:
+        """Frees the memory of the tables, which cannot be looked up any more."""
+        del self.ebc
+
     def _sum(self, pooled_XFD: Tensor) -> Tensor:
         # A sharded collection may order features differently, which a sum does not depend on.
         if len(self.feature_names) == 1:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import Config, DType, StageName, TableDType
@@ -221,14 +222,17 @@ def load_model(
             f"{config.tables.memory_per_rank_gb:g} GiB of one (tables.memory_per_rank_gb of the run); give "
             "--table_dtype float16"
         )
-    model = factory.build(spec, language, device if is_replicated and not is_quantized else "meta")
-    model.requires_grad_(False)
+    # Tables on the meta device get no initial values, which would be overwritten.
+    model = factory.build(spec, language, "meta").requires_grad_(False)
     if world is not None and not is_replicated:
         dtype_of_ranks: Literal["float32", "float16"] = "float16" if table_dtype == "float16" else "float32"
         shard(model, replace(config.tables, dtype=dtype_of_ranks), world, lambda name: False)
     else:
         if is_quantized:
             _load_quantized_tables(model, files, table_dtype, device)
+        else:
+            for collection in [part for part in model.modules() if isinstance(part, EmbeddingBagCollection)]:
+                collection.to_empty(device=device)
         model.to(device)
     if missing := copy_weights(model, folder, index):
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")

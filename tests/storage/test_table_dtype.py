@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from llmgr_rec import Recommender, UserError
+from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.export import main as export
 from llmgr_rec.modules.quantized_tables import decode_rows, encode_rows, row_bytes
 from llmgr_rec.storage import bundle as bundles
@@ -138,3 +140,14 @@ def test_some_rows_of_a_quantized_table_are_those_of_the_block(tmp_path):
     reader = TableReader(files.path, files.index.table_files["item_id"], files.index.table_dtype)
     rows = torch.tensor([5, 0, 59])
     assert torch.equal(reader.take(rows, range(4, 12)), reader.read(range(60), range(16))[rows, 4:12])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int4"])
+def test_tables_are_freed_where_nothing_needs_them_any_more(dtype):
+    loaded = load_bundle(small_run().run / "export" / "sbr", table_dtype=dtype)
+    clicks = Jagged.from_lengths(torch.tensor([3, 1, 3, 7]), torch.tensor([3, 1]))
+    ranking = loaded.ranking(keeps_tables=False)
+    expected_BQ = ranking.queries(ranking.collate(RawSessions.to_rank(clicks)))
+    fast = ranking.with_query_encoder(ranking.ranker(ONE_RANK))
+    assert not loaded.model.item_tables.state_dict()
+    torch.testing.assert_close(fast.queries(fast.collate(RawSessions.to_rank(clicks))), expected_BQ)
