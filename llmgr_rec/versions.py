@@ -36,6 +36,8 @@ TESTED = (
     Tested("2.13.0", "1.8.0", "1.8.0", ("3.11",)),
 )
 FBGEMM_WHEELS = ("fbgemm-gpu-cpu", "fbgemm-gpu")
+# Modules by the names under which some versions of Python pickle what is in them: 3.13 the classes of pathlib.
+PICKLED_MODULES = {"pathlib._local": "pathlib"}
 # What decides over the content of checkpoints and bundles, which record it.
 _RECORDED = ("llmgr-rec", "torch", "torchrec", *reversed(FBGEMM_WHEELS), "transformers", "peft", "safetensors")
 

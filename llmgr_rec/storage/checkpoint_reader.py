@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from llmgr_rec.checksums import Checksum
 from llmgr_rec.errors import UserError
 from llmgr_rec.storage.checkpoint_writer import TensorChecksums
+from llmgr_rec.versions import PICKLED_MODULES
 
 _BLOCK_BYTES = 1 << 20
 
@@ -45,10 +46,9 @@ class MetadataUnpickler(pickle.Unpickler):
         Raises:
             UnpicklingError: The name is not part of a checkpoint index.
         """
-        if module == "pathlib._local":
-            module = "pathlib"
+        module = PICKLED_MODULES.get(module, module)
         if (module, name) == ("builtins", "getattr"):
-            # Python 3.11.0 to 3.11.3 pickle an enum member as getattr(class, name).
+            # Python 3.11.0 to 3.11.3 pickle an enum member so.
             return _enum_member
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
