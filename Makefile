@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python 3.11 to 3.13 with its venv module; the rest is installed into .venv.
+# `make demo` and `make test` need only Python 3.11 with its venv module; the rest is installed into .venv.
 #
 #   make demo    [DATA=folder] [RUN=runs/demo] [CONFIG=quickstart]   all steps on real data; prints the metrics
 #   make test    [ARGS="-k name"]      all tests except slow ones

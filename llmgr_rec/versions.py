@@ -15,7 +15,7 @@ from llmgr_rec.errors import UserError
 
 @dataclass(frozen=True)
 class Tested:
-    """Versions that the tests of this package were run with.
+    """Versions that tests of this package were run with; requirements/README.md says which tests.
 
     Args:
         torch: Version of torch, without the suffix of a build.
@@ -32,7 +32,7 @@ class Tested:
 
 # From new to old. fbgemm is compiled for one minor version of torch and does not load with another.
 TESTED = (
-    Tested("2.14.1", "1.9.2", "1.9.0", ("3.11",)),
+    Tested("2.14.1", "1.9.2", "1.9.0", ("3.11", "3.13")),
     Tested("2.13.0", "1.8.0", "1.8.0", ("3.11",)),
 )
 FBGEMM_WHEELS = ("fbgemm-gpu-cpu", "fbgemm-gpu")
