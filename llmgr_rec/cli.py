@@ -337,23 +337,26 @@ def _config_source(words: Sequence[str]) -> str:
     return ""
 
 
-def progress(total: int | None, description: str, unit: str = "it", initial: int = 0) -> "tqdm[Any]":
+def progress(
+    total: int | None, description: str, unit: str = "it", initial: int = 0, log_lines: bool = True
+) -> "tqdm[Any]":
     """A progress bar with an ETA. Shown by rank 0 only, and only on a terminal that no other process writes to.
 
-    Launchers such as TorchX redirect the stderr of their children to files. The environment variable LLMGR_TERMINAL
-    then names the terminal of the user.
+    Without one, rank 0 logs the progress of long work every `LOG_LINE_SECONDS`. Launchers such as TorchX redirect the
+    stderr of their children to files. The environment variable LLMGR_TERMINAL then names the terminal of the user.
 
     Args:
         total: Total units of work; None if unknown.
         description: Label of the bar.
         unit: Name of one unit.
         initial: Units completed before a resume.
+        log_lines: Whether to log the progress where no bar is shown.
     """
-    from tqdm import tqdm
+    from llmgr_rec.progress_bar import ProgressBar
 
     is_main_process = is_rank0() and multiprocessing.parent_process() is None
     terminal = _terminal() if is_main_process else None
-    return tqdm(
+    return ProgressBar(
         total=total,
         desc=description,
         unit=unit,
@@ -361,6 +364,7 @@ def progress(total: int | None, description: str, unit: str = "it", initial: int
         disable=terminal is None,
         file=terminal,
         dynamic_ncols=True,
+        log_lines=log_lines and is_main_process,
     )
 
 

@@ -215,9 +215,9 @@ def _step_lines(plan: "StagePlan", reading: "Reading", rate: float | None) -> li
     examples = reading.examples(plan.spec)
     if examples is None:
         return ["  steps: give --dataset or --num_interactions"]
-    steps = -(-examples // stage.batch_size) * stage.epochs
-    if stage.max_steps:
-        steps = min(steps, stage.max_steps)
+    from llmgr_rec.training.remaining_time import number_of_steps
+
+    steps = number_of_steps(stage, examples)
     line = f"  about {steps:,} steps of {stage.batch_size} examples in {stage.epochs} epochs"
     if rate:
         seconds = round(steps * stage.batch_size / rate)

@@ -21,17 +21,17 @@ from llmgr_rec.distributed.process_group import World, report_progress, set_coll
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.tasks import LossAndParts
 from llmgr_rec.process_facts import peak_memory_mb
+from llmgr_rec.progress_bar import LOG_LINE_SECONDS
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.checkpoint import CheckpointManager
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import CosineSchedule
+from llmgr_rec.training.remaining_time import RemainingTime, StageWork, number_of_validations
 from llmgr_rec.training.step_time import StepTime
 
 logger = logging.getLogger(__name__)
 
 SELECTION_METRIC = "ndcg@20"
-# Seconds between log lines of progress if no terminal shows the progress bar.
-_LOG_LINE_SECONDS = 30.0
 
 
 @dataclass
@@ -74,6 +74,7 @@ class StageLoop:
         best: Best state by validation, for export.
         validate: Computes validation metrics of the current weights; all ranks call it together. None without
             validation: then the last weights are the result.
+        remaining: Estimates the time to the end of the run.
         signals: Asks to stop, on any rank: then all ranks write a checkpoint after the same step and raise
             `StopRequested`.
     """
@@ -91,15 +92,16 @@ class StageLoop:
     checkpoints: CheckpointManager
     best: CheckpointManager
     validate: Callable[[], dict[str, float]] | None
+    remaining: RemainingTime
     signals: StopSignals
 
     def __post_init__(self) -> None:
         steps = self.settings.epochs * self.reader.steps_per_epoch
         self._total_steps = min(steps, self.settings.max_steps) if self.settings.max_steps else steps
         self._schedule = CosineSchedule(self.optimizer, self._total_steps, self.warmup)
-        self._bar = progress(self._total_steps, self.name, "step")
+        self._bar = progress(self._total_steps, self.name, "step", log_lines=False)
         self._resumed_window: dict[str, Any] = {}
-        self._step_time = StepTime(self.name, self.world)
+        self._step_time = StepTime(self.name, self.world, self.remaining)
 
     def run(self, position: Position) -> None:
         """Trains from a position to the end of the stage, then loads the best weights by validation.
@@ -110,8 +112,7 @@ class StageLoop:
                 after it has ended, too.
         """
         self._bar.update(position.step)
-        self._first_step, self._started = position.step, time.monotonic()
-        self._last_progress = self._last_saved = self._started
+        self._last_progress = self._last_saved = time.monotonic()
         set_collective_timeout(self.world, self.runtime.timeout_s)
         try:
             if position.unvalidated:
@@ -174,7 +175,7 @@ class StageLoop:
             # Overlaps with the step.
             requests = self._start_requests()
             factor = self._schedule.apply(position.step)
-            with self._step_time.measured(self._total_steps - position.step):
+            with self._step_time.measured(self._left(position, 1)):
                 outputs = pipeline.progress(batches)
             position.step += 1
             position.epoch_step += 1
@@ -238,6 +239,7 @@ class StageLoop:
                 time.monotonic() - start,
             )
         position.unvalidated = False
+        self.remaining.measured_pass(self.name, time.monotonic() - start)
         self._save(position)
 
     def _out_of_patience(self, position: Position) -> bool:
@@ -278,8 +280,11 @@ class StageLoop:
     def _log(self, position: Position, window: "_Window", factor: float) -> None:
         means = mean_over_ranks(window.means(), self.world)
         self._require_finite(means, position)
-        self._bar.set_postfix(loss=f"{means['loss']:.4f}")
-        self._log_progress(position.step, means["loss"])
+        self.remaining.measured_step(self.name, window.step_seconds())
+        left = self._left(position)
+        in_words = self.remaining.text(self.name, left)
+        self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {in_words}")
+        self._log_progress(position.step, means["loss"], in_words)
         self.metrics.write(
             self.name,
             position.step,
@@ -288,6 +293,7 @@ class StageLoop:
             examples_per_s=window.examples() / window.seconds(),
             data_wait=window.waiting_share(),
             memory_mb=peak_memory_mb(),
+            seconds_left=self.remaining.seconds(self.name, left)[0],
             **means,
         )
 
@@ -298,14 +304,22 @@ class StageLoop:
                 f"lower --{self.name}.lr or --tables.lr and start again with another --output"
             )
 
-    def _log_progress(self, step: int, loss: float) -> None:
-        """Logs progress and remaining time every `_LOG_LINE_SECONDS`, unless a progress bar is shown."""
+    def _log_progress(self, step: int, loss: float, left: str) -> None:
+        """Logs progress and remaining time every `LOG_LINE_SECONDS`, unless a progress bar is shown."""
         now = time.monotonic()
-        if not self._bar.disable or now - self._last_progress < _LOG_LINE_SECONDS:
+        if not self._bar.disable or now - self._last_progress < LOG_LINE_SECONDS:
             return
-        remaining = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
-        logger.info("%s step %d of %d, loss %.4f, about %d s left", self.name, step, self._total_steps, loss, remaining)
+        logger.info("%s step %d of %d, loss %.4f, %s", self.name, step, self._total_steps, loss, left)
         self._last_progress = now
+
+    def _left(self, position: Position, steps_done: int = 0) -> StageWork:
+        """What is left of the stage when some steps after a position are done."""
+        validations = 0
+        if self.validate is not None:
+            last_epoch = -(-self._total_steps // self.reader.steps_per_epoch)
+            validations = number_of_validations(position.epoch, last_epoch, self.runtime.eval_every)
+        steps = self._total_steps - position.step - steps_done
+        return self.remaining.left(self.name, steps, validations + position.unvalidated)
 
 
 def step_seed(seed: int, stage: str, step: int, rank: int) -> int:
@@ -354,9 +368,9 @@ class _Window:
         self._used_before = batches.used
         self._start = time.perf_counter()
         self._sums: dict[str, torch.Tensor | float] = {}
-        self.steps = 0
+        self.steps = self._steps_before = 0
         if state and world:
-            self.steps = state["steps"]
+            self.steps = self._steps_before = state["steps"]
             self._sums = _sums_of_rank(state["sums"], world)
 
     def add(self, outputs: dict[str, torch.Tensor]) -> None:
@@ -380,6 +394,10 @@ class _Window:
 
     def seconds(self) -> float:
         return time.perf_counter() - self._start
+
+    def step_seconds(self) -> float:
+        """Mean time of the steps of this process."""
+        return self.seconds() / max(self.steps - self._steps_before, 1)
 
     def examples(self) -> int:
         return self._batches.used - self._used_before

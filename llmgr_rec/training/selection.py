@@ -18,7 +18,7 @@ from scipy import sparse
 from torch import Tensor
 
 from llmgr_rec.baselines.blend import Blend, clicks_of, combine
-from llmgr_rec.config import BlendConfig, Config
+from llmgr_rec.config import BlendConfig, Config, StageName
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.collectives import sum_over_ranks
@@ -144,6 +144,19 @@ def select_on_validation(
     if world.rank == 0:
         _log(stage, selection, ndcg if smoothing else {})
     return selection
+
+
+def selection_passes(stage: StageName, config: Config) -> int:
+    """Passes over the validation sessions that `select_on_validation` makes after a stage.
+
+    Args:
+        stage: The stage.
+        config: All settings.
+    """
+    # Later stages have the strength that was selected after stage sbr.
+    strengths = len(config.tables.knn_smoothing) if stage == "sbr" else 1
+    text_weights = len(config.text_encoder.score_weight) if stage == "llm_text" else 1
+    return strengths if strengths * text_weights * len(_weight_sets(config.blend)) > 1 else 0
 
 
 def _weight_sets(blend: BlendConfig) -> list[tuple[float, ...]]:

@@ -1,6 +1,7 @@
 """The stages of a run: build the model, load the weights of the previous stage, train, select on validation, export."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +43,9 @@ from llmgr_rec.training.loop import Position, StageLoop
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import build_optimizer
 from llmgr_rec.training.preflight import CheckedRun, RunRequest
-from llmgr_rec.training.selection import Selection, select_on_validation
+from llmgr_rec.training.rank_memory import Reading
+from llmgr_rec.training.remaining_time import RemainingTime, StageWork
+from llmgr_rec.training.selection import Selection, select_on_validation, selection_passes
 from llmgr_rec.training.text_embeddings import (
     TextEmbeddings,
     cache_catalog,
@@ -75,6 +78,7 @@ class RunContext:
         factory: Builds the models.
         text_embeddings: Folder of text embeddings of the items.
         signals: Signals that ask the run to stop.
+        stages: The stages to train, in their order.
         warm_start: The models that the stages start from; None for random weights.
     """
 
@@ -88,6 +92,7 @@ class RunContext:
     factory: ModelFactory
     text_embeddings: Path
     signals: StopSignals
+    stages: Sequence[StageName]
     warm_start: WarmStart | None = None
 
     @classmethod
@@ -106,8 +111,20 @@ class RunContext:
             factory=request.factory,
             text_embeddings=request.text_embeddings or request.output / "text_embeddings",
             signals=signals,
+            stages=checked.stages,
             warm_start=checked.warm_start,
         )
+
+    @cached_property
+    def remaining(self) -> RemainingTime:
+        """Estimates the time to the end of the run."""
+        return RemainingTime({stage: self._work(stage) for stage in self.stages})
+
+    def _work(self, stage: StageName) -> StageWork:
+        spec = self.factory.spec(stage, self.config, self.catalog)
+        settings, examples = self.config.stage(stage), Reading.of(self.dataset.manifest).examples(spec) or 0
+        every = self.config.runtime.eval_every if _is_validated(spec, self.dataset) else 0
+        return StageWork.of(settings, examples, every, selection_passes(stage, self.config))
 
     @property
     def export(self) -> Path:
@@ -170,6 +187,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         checkpoints=_checkpoints(spec, context, "steps", spec.config.runtime.keep_checkpoints),
         best=_checkpoints(spec, context, "best", 1),
         validate=validate if _is_validated(spec, context.dataset) else None,
+        remaining=context.remaining,
         signals=context.signals,
     )
     position = _start(loop, context)

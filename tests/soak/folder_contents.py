@@ -8,7 +8,7 @@ from pathlib import Path
 _VOLATILE = re.compile(r"(^|/)(tensorboard/.*|launch|training\.json|checkpoints/.*)$")
 # Folders that torchrun and Python's multiprocessing make for themselves, and leave behind if they are killed.
 _OF_LIBRARIES = ("torchelastic_", "pymp-")
-_TIMES = ("time", "examples_per_s", "data_wait", "memory_mb")
+_TIMES = ("time", "examples_per_s", "data_wait", "memory_mb", "seconds_left")
 
 
 def contents(folder: Path, output: str) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ structure_nodes: "N {nodes} ="
 """
 BATCH = 32
 # Fields of a metrics line that tell of time and not of what was computed.
-_TIMES = ("time", "examples_per_s", "data_wait", "memory_mb")
+_TIMES = ("time", "examples_per_s", "data_wait", "memory_mb", "seconds_left")
 
 
 def prepare(folder: Path, **synthetic: Any) -> Path:
@@ -114,10 +114,10 @@ def train(
         factory=ModelFactory(),
         text_embeddings=run / "text_embeddings",
         signals=signals or StopSignals(config.runtime.grace_s),
+        stages=[stage for stage in trained_stages(config) if not is_complete(run / "export" / stage)],
     )
-    for stage in trained_stages(config):
-        if not is_complete(run / "export" / stage):
-            run_stage(stage, context)
+    for stage in context.stages:
+        run_stage(stage, context)
     metrics.close()
 
 

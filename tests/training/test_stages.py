@@ -217,7 +217,13 @@ def test_rank_0_says_what_a_step_and_a_validation_take(trained: Trained) -> None
     first, second = ([line for line in rank.said if line.startswith("adagrad-column_wise")] for rank in trained.two)
     for stage in stages_of("adagrad"):
         (line,) = [line for line in first if re.search(rf" {stage}: about [0-9.]+ m?s a step, about ", line)]
-        assert line.endswith("left" if stage == "sbr" else f"for the {STEPS - 3} left")
+        step = line[line.index(f"{stage}: ") :]
+        later = {"sbr": ", align and behave", "align": "behave"}
+        assert re.search(r"a step, about .* for the \d+ left; about .* to the end of the run", step)
+        if stage != "behave":
+            assert step.endswith(f"{later[stage]}")
+        if stage != "sbr":
+            assert f"for the {STEPS - 3} left; " in step
     for stage in ("sbr", "behave"):
         starts = [line for line in first if f" {stage} epoch 1: validation starts" in line]
         ends = [line for line in first if re.search(rf" {stage} epoch 1: validation ndcg.*, after \d+ s$", line)]
