@@ -224,6 +224,14 @@ class LLMConfig(Group):
         "Activation checkpointing: recompute each layer in the backward pass to save memory.",
         invalidates="nothing",
     )
+    micro_batches: int = setting(
+        1,
+        "Parts of a rank's batch that are encoded and differentiated one after the other, to save memory; the gradient "
+        "is that of the whole batch.",
+        at_least=1,
+        at_most=1 << 20,
+        invalidates="nothing",
+    )
     fsdp: bool = setting(
         False,
         "Shard the language model across ranks with FSDP2 in training, for models that do not fit on one device.",

@@ -13,7 +13,7 @@ from llmgr_rec.config import STAGES, BlendConfig, Config, Group, SettingInfo, se
 from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
 
-MOST_SETTINGS = 92
+MOST_SETTINGS = 93
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
 # llmgr_rec/recipes and the documentation that names the setting.
 COMMAND_LINE = """
@@ -44,6 +44,7 @@ llm.lora_rank                     int                                           
 llm.lora_alpha                    float                                             16.0
 llm.lora_dropout                  float                                             0.05
 llm.recompute                     bool                                              false
+llm.micro_batches                 int                                               1
 llm.fsdp                          bool                                              false
 prompt.templates                  str                                               "compact"
 prompt.node_source                table | encoder                                   "table"

@@ -9,10 +9,12 @@ and item vectors.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from llmgr_rec.modules.language_model import LoraLanguageModel
 
 torch.fx.wrap("embed_tokens")
+torch.fx.wrap("encode_in_micro_batches")
 torch.fx.wrap("prompt_nodes")
 torch.fx.wrap("one_pass_nodes")
 
@@ -37,6 +40,51 @@ torch.fx.wrap("one_pass_nodes")
 def embed_tokens(language_model: "LoraLanguageModel", tokens_X: Tensor) -> Tensor:
     """`LoraLanguageModel.embed` as a function that symbolic tracing does not enter."""
     return language_model.embed(tokens_X)
+
+
+def encode_in_micro_batches(
+    llmgr: "LLMGR",
+    sessions_BD: Tensor,
+    vectors_ND: Tensor,
+    nodes: Jagged,
+    text: Jagged,
+    task: Task,
+    pass_offsets_P1: Tensor | None,
+) -> Tensor:
+    """`LLMGR.encode_prompts` of a few prompts after the other, [B, H].
+
+    The backward pass encodes them again, part by part, so that the activations of one part at a time are in memory. It
+    adds up the gradients of all parts before anything uses them, as if the prompts had been encoded at once: an
+    optimizer, a reduction over ranks or a fused optimizer of tables sees one gradient of the whole batch. The same was
+    done for contrastive losses by Gao et al. (GradCache, arXiv 2101.06983).
+
+    The number of parts is `LLMGR.micro_batches` on each rank, also where a rank has fewer prompts, because a language
+    model that is sharded across ranks makes each of its calls on all of them.
+    """
+    prompts, parts = nodes.num_rows, llmgr.micro_batches
+    bounds = [prompts * part // parts for part in range(parts + 1)]
+    hidden = []
+    for first, last in pairwise(bounds):
+        # An empty part encodes a prompt whose result is not used.
+        start, stop = (first, last) if first < last else (0, min(1, prompts))
+        outputs = range(start, stop)
+        offsets = None
+        if pass_offsets_P1 is not None:
+            outputs = range(int(pass_offsets_P1[start]), int(pass_offsets_P1[stop]))
+            offsets = pass_offsets_P1[start : stop + 1] - outputs.start
+        device = nodes.offsets.device
+        encoded_BH = checkpoint(
+            llmgr.encode_prompts,
+            sessions_BD[outputs.start : outputs.stop],
+            vectors_ND,
+            nodes.select(torch.arange(start, stop, device=device)),
+            text.select(torch.arange(outputs.start, outputs.stop, device=device)),
+            task,
+            offsets,
+            use_reentrant=False,
+        )
+        hidden.append(encoded_BH if first < last else encoded_BH[:0])
+    return torch.cat(hidden)
 
 
 class LLMGR(nn.Module):
@@ -52,6 +100,8 @@ class LLMGR(nn.Module):
         node_source: Vectors at the placeholder {nodes}: rows of the item tables or states of the session encoder.
         node_order: Clicks in order with repeats, or each distinct item once in order of its last click.
         max_nodes: Number of newest nodes in a prompt; 0 includes all.
+        micro_batches: Number of parts of a batch that are encoded one after the other in training; see
+            `encode_in_micro_batches`.
     """
 
     rows_VD: Tensor | None
@@ -69,6 +119,7 @@ class LLMGR(nn.Module):
         node_source: Literal["table", "encoder"] = "table",
         node_order: NodeOrder = "clicks",
         max_nodes: int = 20,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self.recommender = recommender
@@ -80,6 +131,7 @@ class LLMGR(nn.Module):
         self.node_source = node_source
         self.node_order: NodeOrder = node_order
         self.max_nodes = max_nodes
+        self.micro_batches = micro_batches
         # Buffers, so that they move with the model; not persistent, because they are computed from the tables.
         for name in ("item_rows_VD", "rows_VD", "text_VH"):
             self.register_buffer(name, None, persistent=False)
@@ -162,12 +214,26 @@ class LLMGR(nn.Module):
         Returns:
             Hidden states, float32 [B, H].
         """
-        packed = self.prompts(task, nodes, text, pass_offsets_P1)
         vectors_ND = output.rows_ND if self.node_source == "table" else output.states_ND
+        if self.micro_batches > 1 and torch.is_grad_enabled():
+            return encode_in_micro_batches(self, output.sessions_BD, vectors_ND, nodes, text, task, pass_offsets_P1)
+        return self.encode_prompts(output.sessions_BD, vectors_ND, nodes, text, task, pass_offsets_P1)
+
+    def encode_prompts(
+        self,
+        sessions_BD: Tensor,
+        vectors_ND: Tensor,
+        nodes: Jagged,
+        text: Jagged,
+        task: Task,
+        pass_offsets_P1: Tensor | None,
+    ) -> Tensor:
+        """`encode_nodes` from the vectors of sessions and nodes, [B, H]."""
+        packed = self.prompts(task, nodes, text, pass_offsets_P1)
         embeddings_XH = self.adapter(
             embed_tokens(self.language_model, packed.token_ids_X),
             packed.soft_rows_X,
-            output.sessions_BD,
+            sessions_BD,
             vectors_ND.index_select(0, nodes.values),
         )
         return self.language_model(embeddings_XH, packed)

@@ -290,6 +290,7 @@ class ModelSpec:
                 config.prompt.node_source,
                 config.prompt.node_order,
                 config.prompt.max_nodes,
+                llm.micro_batches,
             )
 
 

@@ -145,6 +145,8 @@ def _activation_bytes(plan: StagePlan, ranks: Ranks, clicks: float) -> int:
     if not spec.has_language_model:
         return loss + encoder
     tokens = sessions * (_PROMPT_TOKENS + round(shown))
+    if spec.encodes_prompts:
+        tokens = -(-tokens // config.llm.micro_batches)
     layers = 2 if config.llm.recompute else config.llm.num_layers
     return loss + encoder + tokens * plan.hidden_size * layers * _DECODER_BYTES * _FLOAT_BYTES // 2
 

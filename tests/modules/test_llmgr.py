@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.config import EncoderConfig
-from tests.modules.small_llmgr import NUM_ITEMS, make_batch, make_llmgr, score
+from llmgr_rec.modules.tasks import AlignTask, BehaveTask
+from tests.modules.small_llmgr import NUM_ITEMS, make_batch, make_llmgr, one_pass_batch, score
 
 
 def whole_catalog():
@@ -112,3 +113,33 @@ def test_head_with_text_needs_text_tables():
     model.text_tables = None
     with pytest.raises(ValueError, match="without text embeddings"):
         model.item_vectors(whole_catalog())
+
+
+def _loss_and_gradients(micro_batches, case):
+    """Loss, gradients, and the number of values that the forward pass kept for the backward pass."""
+    model = make_llmgr(with_text=True, behave="Items:{nodes} {text} Graph:{graph} ->", micro_batches=micro_batches)
+    if case == "align":
+        task, batch = AlignTask(model, 0.5, 0.1, 1), make_batch(text="random_node")
+    else:
+        batch = one_pass_batch(text="last_items", text_items=1) if case == "one pass" else make_batch(text="last_items")
+        task = BehaveTask(model, one_pass=case == "one pass")
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss, _ = task.train()(batch)
+    loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return loss.detach(), gradients, sum(kept)
+
+
+@pytest.mark.parametrize("case", ["behave", "one pass", "align"])
+def test_micro_batches_give_the_gradients_of_the_whole_batch_from_less_memory(case):
+    loss, gradients, kept = _loss_and_gradients(1, case)
+    assert any("lora_A" in name for name in gradients)
+    # Of three prompts, the last number leaves parts empty.
+    for micro_batches in (2, 3, 5):
+        found, same, less = _loss_and_gradients(micro_batches, case)
+        torch.testing.assert_close(found, loss)
+        assert same.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(same[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        assert less < kept / 2

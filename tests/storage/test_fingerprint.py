@@ -59,6 +59,7 @@ CASES: list[tuple[str, Any, tuple[str, ...], tuple[str, ...]]] = [
     ("tables.sharding", "table_wise", (), ()),
     ("tables.memory_per_rank_gb", 1.0, (), ()),
     ("llm.recompute", True, (), ()),
+    ("llm.micro_batches", 4, (), ()),
     ("llm.fsdp", True, (), ()),
     ("runtime.checkpoint_every", 3, (), ()),
     ("runtime.device", "cpu", (), ()),
