@@ -3,6 +3,7 @@
 #   make demo    [DATA=folder] [RUN=runs/demo] [CONFIG=quickstart]   all steps on real data; prints the metrics
 #   make test    [ARGS="-k name"]      all tests except slow ones
 #   make test-all                      all tests, including slow ones
+#   make test-k8s                      TorchX jobs on a real Kubernetes API server, which is built where there is none
 #   make lint                          ruff, mypy, import-linter
 #   make venv                          only .venv, from requirements/cpu.txt; the targets for development add dev.txt
 #   make docs                          the documentation site, in site/
@@ -39,7 +40,7 @@ unexport PYTHONPATH PYTHONHOME
 MAKE_VENV = python3 requirements/make_venv.py --venv "$(VENV)" --lock "requirements/$(LOCK).txt" \
 	--torch-index "$(TORCH_INDEX)" --python "$(PYTHON)"
 
-.PHONY: help venv tools demo test test-all lint docs wheel clean
+.PHONY: help venv tools demo test test-all test-k8s lint docs wheel clean
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -59,6 +60,10 @@ test: tools
 
 test-all: tools
 	$(BIN)/python -m pytest $(XDIST) -m "slow or not slow" $(ARGS)
+
+test-k8s: tools
+	@$(BIN)/python -m tests.kubernetes.programs || bash tests/kubernetes/build_api_server.sh runs/kubernetes
+	$(BIN)/python -m pytest -m kubernetes -ra tests/kubernetes $(ARGS)
 
 lint: tools
 	$(BIN)/python -m ruff check .

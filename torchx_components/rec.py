@@ -56,7 +56,10 @@ def _url_problem(url):  # type: ignore[no-untyped-def]
 
 
 def _overlaid(app, overlay):  # type: ignore[no-untyped-def]
-    """Lets the file of an overlay change the pods of an application."""
+    """Lets the file of an overlay change the pods of an application, and a cluster that refuses it say why."""
+    from torchx_components.refused_jobs import explain_refusals
+
+    explain_refusals()
     if overlay:
         from llmgr_rec.errors import UserError
         from torchx_components.pod_overlay import add_overlay

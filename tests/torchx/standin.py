@@ -22,13 +22,15 @@ LOG = re.compile(r"^/api/v1/namespaces/(?P<namespace>[^/]+)/pods/(?P<pod>[^/]+)/
 
 
 class StandIn(ThreadingHTTPServer):
-    """The server; tests read `jobs` and `requests`, and set a job's status by hand, as a controller would."""
+    """The server; tests read `jobs` and `requests`, set `refusal`, and set a job's status, as a controller would."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         self.jobs: dict[tuple[str, str], dict[str, Any]] = {}
         self.requests: list[tuple[str, str]] = []
+        # Message with which new jobs are refused, if it is set.
+        self.refusal = ""
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def set_phase(self, namespace: str, name: str, phase: str) -> None:
@@ -58,6 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if match is None:
             self._send(404, {"kind": "Status", "reason": "NotFound"})
+        elif self.server.refusal:
+            self._send(422, {"kind": "Status", "reason": "Invalid", "message": self.server.refusal})
         else:
             self.server.jobs[match["namespace"], body["metadata"]["name"]] = body
             self._send(201, body)

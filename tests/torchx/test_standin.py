@@ -6,8 +6,9 @@ import jsonschema
 import pytest
 from kubernetes.config import kube_config
 
+from tests.torchx import standin
 from tests.torchx.launcher import torchx, torchx_in_process
-from tests.torchx.standin import serving, write_kubeconfig
+from tests.torchx.standin import LOG, serving, write_kubeconfig
 from tests.torchx.volcano import JOB
 
 SUBMIT = (
@@ -50,3 +51,26 @@ def test_an_absent_cluster_is_an_error(tmp_path: Path) -> None:
     done = torchx(SUBMIT.split(), KUBECONFIG=str(kubeconfig))
     assert done.returncode != 0
     assert "refused" in done.stderr
+
+
+def test_a_component_that_the_cluster_refuses_ends_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kubeconfig = tmp_path / "config"
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+
+    def refused(options: str = "") -> str:
+        with pytest.raises(SystemExit) as ended:
+            torchx_in_process(f"run -s kubernetes {options} llmgr.report -- --run /data/run".split(), monkeypatch)
+        assert ended.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    with serving() as server:
+        write_kubeconfig(kubeconfig, server, "ml")
+        server.refusal = "Job is invalid:\n spec.tasks"
+        assert refused() == "error: the cluster refuses the job: Job is invalid: spec.tasks"
+        monkeypatch.setattr(standin, "JOBS", LOG)
+        assert refused().startswith("error: the cluster refuses the job: 404 Not Found; is Volcano installed")
+        assert not server.jobs
+    assert "the cluster does not answer: " in refused()
