@@ -405,6 +405,19 @@ class StageConfig(Group):
 
 
 @dataclass
+class DomainsConfig(Group):
+    """Training on the logs of several domains; without effect on one log."""
+
+    power: float = setting(
+        1.0,
+        "Share of a domain in the examples of an epoch: its number of examples to this power. 1 takes each example "
+        "once, 0 as many of each domain.",
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass
 class TextEncoderConfig(Group):
     """Text sequence encoder: a language model that encodes sessions as the texts of their items (stage llm_text)."""
 
@@ -579,6 +592,7 @@ class Config:
     contrast: ContrastConfig = group(
         ContrastConfig, "Contrastive loss of stage align.", stages=("align",), invalidates="checkpoint"
     )
+    domains: DomainsConfig = group(DomainsConfig, "Training on several domains.", invalidates="checkpoint")
     optimizer: OptimizerConfig = group(OptimizerConfig, "Optimizer.", invalidates="checkpoint")
     sbr: StageConfig = group(
         StageConfig,

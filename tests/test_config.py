@@ -13,7 +13,7 @@ from llmgr_rec.config import STAGES, BlendConfig, Config, Group, SettingInfo, se
 from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
 
-MOST_SETTINGS = 93
+MOST_SETTINGS = 94
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
 # llmgr_rec/recipes and the documentation that names the setting.
 COMMAND_LINE = """
@@ -70,6 +70,7 @@ loss.dtype                        auto | float32 | bfloat16                     
 contrast.weight                   float                                             0.1
 contrast.temperature              float                                             0.07
 contrast.hard_negatives           int                                               0
+domains.power                     float                                             1.0
 optimizer.weight_decay            float                                             0.01
 optimizer.warmup                  float                                             0.05
 optimizer.clip_norm               float                                             1.0

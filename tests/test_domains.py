@@ -16,13 +16,16 @@ from llmgr_rec import Recommender
 from llmgr_rec.baselines.builders import build_baseline
 from llmgr_rec.baselines.in_domains import in_domains
 from llmgr_rec.baselines.knn import Baseline
+from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.domain_balance import DomainBalance
 from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.extended_items import write_extended_items
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.data.schema import SPLITS
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
@@ -37,6 +40,7 @@ from llmgr_rec.storage.bundle import load_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
+from tests.data.files import write_parts
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, prepare_small, write_log
 
 DOMAINS = ("paper", "film")
@@ -273,6 +277,46 @@ def test_scores_and_recommendations_are_of_the_domain(tmp_path: Path) -> None:
         assert [(item["item_id"], item["rank"]) for item in explained["items"]] == list(
             zip(row[:3], (1, 2, 3), strict=True)
         )
+
+
+def rows_read(reader: SessionReader[RawSessions], epoch: int, step: int = 0) -> list[list[int]]:
+    return [raw.rows_B.tolist() for raw in reader.batches(epoch, step)]
+
+
+@pytest.mark.parametrize("passes", [0, 3])
+def test_balanced_epochs_have_each_domain_as_often_as_wanted_and_resume(tmp_path: Path, passes: int) -> None:
+    # Ten times as many sessions of the first domain.
+    sessions = [([row % 4, 1, 2], 3) for row in range(400)] + [([5, 6, 7], 4) for _ in range(40)]
+    rng = np.random.default_rng(0)
+    parts = write_parts(tmp_path, [sessions[row] for row in rng.permutation(len(sessions))], [250], 64)
+    domains = ItemDomains(("a", "b"), torch.tensor([0] * 4 + [1] * 4, dtype=torch.int16))
+    order = SamplingOrder(50, shuffle=True, augment_prefixes=True, max_prefixes_per_pass=passes, whole_rows=False)
+
+    def reader(power: float | None) -> SessionReader[RawSessions]:
+        balance = None if power is None else DomainBalance(domains, power)
+        return SessionReader(parts, num_items=8, collate=lambda raw: raw, order=order, balance=balance)
+
+    shares = {}
+    for power in (1.0, 0.5, 0.0):
+        read = rows_read(reader(power), epoch=1)
+        assert sum(map(len, read)) == 3 * len(sessions)
+        batches = list(reader(power).batches(1))
+        of_b = [(raw.items_L[raw.offsets_B1[:-1]] >= 4).float().mean() for raw in batches]
+        shares[power] = float(torch.stack(of_b).mean())
+        # Exactly the same rows after a resume, and others in the next epoch.
+        before = reader(power)
+        stream = before.batches(1)
+        next(stream), next(stream)
+        state = json.loads(json.dumps(before.state_dict()))
+        after = reader(power)
+        after.load_state_dict(state)
+        assert rows_read(after, after.epoch, after.step) == read[2:] != rows_read(reader(power), 2)[2:]
+        with pytest.raises(UserError, match="domain_power was"):
+            reader(None).load_state_dict(state)
+    weights = {power: 10**power for power in shares}
+    assert shares == {power: pytest.approx(1 / (1 + weight), abs=0.03) for power, weight in weights.items()}
+    once = [row for batch in rows_read(reader(1.0), 0) for row in batch]
+    assert len(set(once)) == len(once)
 
 
 def test_python_takes_tables_by_domain(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from llmgr_rec.data.batch import RawSessions
+from llmgr_rec.data.domain_balance import DomainBalance
 from llmgr_rec.data.jagged import Jagged, lengths_to_offsets
 from llmgr_rec.data.prefixes import grow_prefixes, pass_offsets, prefix_examples, prefix_lengths
 from llmgr_rec.data.row_groups import LRUCache, RowGroup, RowGroups
@@ -162,6 +163,7 @@ class SessionReader(Generic[T]):
         order: Batch size and order of the examples.
         shard: This rank's part of the data.
         prefetch: How batches are prepared ahead of their use.
+        balance: How often a shuffled epoch has the examples of each domain; None once each.
 
     Raises:
         UserError: The split is empty, or a file is unreadable, lacks a column, or has a null or an index out of range.
@@ -176,8 +178,10 @@ class SessionReader(Generic[T]):
         order: SamplingOrder,
         shard: DataShard = DataShard(),
         prefetch: Prefetch = Prefetch(),
+        balance: DomainBalance | None = None,
     ) -> None:
         self.order = order
+        self.balance = balance
         self.groups = RowGroups(parts, num_items=num_items, by_click=order.by_click)
         if not self.groups.num_examples:
             folder = f" in {Path(parts[0]).parent}" if parts else ""
@@ -265,9 +269,11 @@ class SessionReader(Generic[T]):
         """
         now = self._fingerprint()
         # Older states have no such entry.
-        for name, before in ({"whole_rows": True} | state["fingerprint"]).items():
-            if now[name] != before:
-                what = "the training files have changed" if name == "files" else f"{name} was {before}, is {now[name]}"
+        recorded = {"whole_rows": True} | state["fingerprint"]
+        for name in {**now, **recorded}:
+            was, found = recorded.get(name), now.get(name)
+            if was != found:
+                what = "the training files have changed" if name == "files" else f"{name} was {was}, is {found}"
                 raise UserError(f"cannot resume within the epoch: {what}; restore it or start a new run")
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
 
@@ -281,6 +287,7 @@ class SessionReader(Generic[T]):
             "augment_prefixes": order.augment_prefixes,
             "max_prefixes_per_pass": order.max_prefixes_per_pass,
             "whole_rows": not order.cuts_rows,
+            **({} if self.balance is None else {"domain_power": self.balance.power}),
         }
 
     def collated(self, epoch: int, step: int) -> T:
@@ -386,9 +393,19 @@ class SessionReader(Generic[T]):
         generator = self.order.generator(epoch, group)
         if self.order.cuts_rows:
             rows = self.groups[group].items
-            shuffled_R = torch.from_numpy(generator.permutation(rows.num_rows))
-            return Jagged(torch.arange(count), rows.offsets).select(shuffled_R).values
-        return torch.from_numpy(generator.permutation(count))
+            shuffled_R = torch.from_numpy(self._shuffled(rows, rows.lengths, generator))
+            return Jagged(torch.arange(count), rows.offsets).select(shuffled_R).values[:count]
+        if self.balance is None:
+            return torch.from_numpy(generator.permutation(count))
+        rows = self.groups[group].items
+        examples = rows if not self.order.by_click else Jagged(rows.values, torch.arange(count + 1))
+        return torch.from_numpy(self._shuffled(examples, torch.ones(count, dtype=torch.int64), generator)[:count])
+
+    def _shuffled(self, rows: Jagged, sizes_R: Tensor, generator: np.random.Generator) -> np.ndarray:
+        """Rows in random order, as often as the balance of domains has them."""
+        if self.balance is None:
+            return generator.permutation(rows.num_rows)
+        return self.balance.order(rows.values[rows.offsets[:-1]].numpy(), sizes_R.numpy(), generator)
 
 
 class _Steps(Dataset[Any]):

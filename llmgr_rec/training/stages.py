@@ -15,6 +15,7 @@ from llmgr_rec.config import Config, StageName
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import ITEM_ID, Collator
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.data.domain_balance import DomainBalance
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.reader import DataShard, Prefetch, SamplingOrder, SessionReader
 from llmgr_rec.distributed.collectives import broadcast_from_rank0
@@ -333,7 +334,14 @@ def _reader(spec: ModelSpec, context: RunContext) -> SessionReader:
             balanced=spec.balances_clicks,
         ),
         prefetch=Prefetch(config.runtime.reader_workers, pin_memory=world.device.type == "cuda"),
+        balance=_balance(config, context.catalog),
     )
+
+
+def _balance(config: Config, catalog: Catalog) -> DomainBalance | None:
+    if catalog.domains is None or config.domains.power == 1:
+        return None
+    return DomainBalance(catalog.domains, config.domains.power)
 
 
 def _collator(spec: ModelSpec, purpose: Purpose, context: RunContext) -> Collator:
