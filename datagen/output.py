@@ -1,7 +1,7 @@
 """The output folder of all programs in this package, which appears only when it is complete, and its two main files."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,14 +62,22 @@ def items_schema() -> "pa.Schema":
 
 def write_items(folder: Path, columns: dict[str, Any]) -> None:
     """Writes items.parquet from columns (lists or Arrow arrays of equal length); missing columns are null."""
+    write_items_in_parts(folder, [columns])
+
+
+def write_items_in_parts(folder: Path, parts: Iterable[dict[str, Any]]) -> None:
+    """Writes items.parquet from columns of consecutive items; see `write_items`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = len(columns["item_id"])
-    schema = items_schema()
-    arrays = [
-        pa.array(columns[name], pa.string()) if name in columns else pa.nulls(rows, pa.string())
-        for name in schema.names
-    ]
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), folder / "items.parquet")
-    _log.info("items.parquet: %d items", rows)
+    schema, done = items_schema(), 0
+    with pq.ParquetWriter(folder / "items.parquet", schema) as writer:
+        for columns in parts:
+            rows = len(columns["item_id"])
+            arrays = [
+                pa.array(columns[name], pa.string()) if name in columns else pa.nulls(rows, pa.string())
+                for name in schema.names
+            ]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            done += rows
+    _log.info("items.parquet: %d items", done)

@@ -20,6 +20,8 @@ SUCCESSOR_SHARES = (0.5, 0.25, 0.15, 0.1)
 CHUNK_SESSIONS = 1 << 16
 """Sessions per random stream. Another value gives other sessions for the same seed."""
 SHORTEST_SESSION = 5
+CHUNK_ITEMS = 1 << 20
+"""Items whose texts are in memory together."""
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -164,8 +166,13 @@ def theme_word(theme: int) -> str:
     return word
 
 
-def item_texts(world: Planted, shuffle_titles: bool) -> dict[str, list[str]]:
-    """Columns of items.parquet.
+def item_id(item: int) -> str:
+    """Id of an item in the files."""
+    return f"i{item:08d}"
+
+
+def item_texts(world: Planted, shuffle_titles: bool) -> Iterator[dict[str, list[str]]]:
+    """Columns of items.parquet, in ranges of `CHUNK_ITEMS` items.
 
     Only the title follows the rules: "Harbor soft lamp and tray for Meadow" has theme Harbor and leads to theme Meadow.
     Category, brand and description are independent of it, so side features cannot replace the title.
@@ -177,24 +184,29 @@ def item_texts(world: Planted, shuffle_titles: bool) -> dict[str, list[str]]:
     rng = np.random.default_rng([world.seed, 2])
     count = world.num_items
 
-    def draw(words: tuple[str, ...]) -> list[str]:
-        return [words[i] for i in rng.integers(len(words), size=count)]
+    def draw(words: tuple[str, ...]) -> NDArray[np.int8]:
+        return rng.integers(len(words), size=count).astype(np.int8)
 
     names = [theme_word(theme) for theme in range(len(world.theme_sizes_G))]
-    quality, thing, other, rooms, makers = (draw(w) for w in (_QUALITIES, _THINGS, _THINGS, _ROOMS, _MAKERS))
-    titles = [
-        f"{names[theme]} {quality[i]} {thing[i]} and {other[i]} for {names[pointer]}"
-        for i, (theme, pointer) in enumerate(zip(world.theme_V, world.pointer_V, strict=True))
-    ]
-    if shuffle_titles:
-        titles = [titles[i] for i in rng.permutation(count)]
-    return {
-        "item_id": [f"i{i:08d}" for i in range(count)],
-        "title": titles,
-        "category": rooms,
-        "brand": makers,
-        "description": [f"A {q} {t} made by {m}." for q, t, m in zip(quality, thing, makers, strict=True)],
-    }
+    qualities, things, others, rooms, makers = (draw(w) for w in (_QUALITIES, _THINGS, _THINGS, _ROOMS, _MAKERS))
+    order = rng.permutation(count) if shuffle_titles else np.arange(count)
+
+    def title(item: int) -> str:
+        words = _QUALITIES[qualities[item]], _THINGS[things[item]], _THINGS[others[item]]
+        return f"{names[world.theme_V[item]]} {words[0]} {words[1]} and {words[2]} for {names[world.pointer_V[item]]}"
+
+    def description(item: int) -> str:
+        return f"A {_QUALITIES[qualities[item]]} {_THINGS[things[item]]} made by {_MAKERS[makers[item]]}."
+
+    for first in range(0, count, CHUNK_ITEMS):
+        items = range(first, min(first + CHUNK_ITEMS, count))
+        yield {
+            "item_id": [item_id(item) for item in items],
+            "title": [title(order[item]) for item in items],
+            "category": [_ROOMS[rooms[item]] for item in items],
+            "brand": [_MAKERS[makers[item]] for item in items],
+            "description": [description(item) for item in items],
+        }
 
 
 def oracle_hit_rate(world: Planted, count: int, k: int = 20) -> dict[str, float]:

@@ -76,12 +76,10 @@ def generate(
     import pyarrow.parquet as pq
 
     from datagen import planted
-    from datagen.output import interactions_schema, output_folder, write_items
+    from datagen.output import interactions_schema, output_folder, write_items_in_parts
 
     _check(sessions, items, mean_length, text_share, rare_share, seed)
     world = planted.plant(items, mean_length, text_share, rare_share, seed)
-    texts = planted.item_texts(world, shuffle_titles)
-    item_ids = pa.array(texts["item_id"])
     schema = interactions_schema()
     with (
         output_folder(output) as folder,
@@ -94,11 +92,12 @@ def generate(
             numbers = pc.utf8_lpad(pa.array(np.arange(done, done + size)).cast(pa.string()), 9, "0")
             user_ids = pc.binary_join_element_wise("u", numbers, "")
             session_L = np.repeat(np.arange(size), np.diff(offsets_B1))
-            columns = [user_ids.take(pa.array(session_L)), item_ids.take(pa.array(items_L)), pa.array(timestamps_L)]
+            item_ids = pa.array([planted.item_id(item) for item in items_L.tolist()])
+            columns = [user_ids.take(pa.array(session_L)), item_ids, pa.array(timestamps_L)]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
             done += size
             bar.update(size)
-        write_items(folder, texts)
+        write_items_in_parts(folder, planted.item_texts(world, shuffle_titles))
 
 
 def oracle_hit_rate(

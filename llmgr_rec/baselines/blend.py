@@ -189,12 +189,13 @@ class Blend:
         )
 
     @classmethod
-    def load(cls, file: Path, items: range | None = None) -> "Blend":
+    def load(cls, file: Path, items: range | None = None, num_columns: int | None = None) -> "Blend":
         """Reads a file written by `save`.
 
         Args:
             file: The file.
             items: Ranked items (columns) to read, in memory for these; None reads all.
+            num_columns: Number of ranked items of the file; None for all items.
 
         Raises:
             UserError: The file is damaged.
@@ -210,7 +211,9 @@ class Blend:
                 # Half of the memory of the 64 bits in the file.
                 index_dtype = np.int32 if len(stored["values"]) < 1 << 31 else np.int64
                 indices, indptr = (stored[name].astype(index_dtype) for name in ("indices", "indptr"))
-                similarity_VV = sparse.csr_array((stored["values"], indices, indptr), shape=(num_items, num_items))
+                similarity_VV = sparse.csr_array(
+                    (stored["values"], indices, indptr), shape=(num_items, num_columns or num_items)
+                )
                 similarity_VV.check_format()
                 return cls(weights, similarity_VV, decay)
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
@@ -235,19 +238,24 @@ def combine(blends: Sequence[Blend], weights: Sequence[float]) -> Blend:
             f"baselines {names} cannot be blended together, because their decays differ; give them the same decay"
         )
     terms = tuple(
-        Blend(
-            {name: float(weight) for name in blend.weights},
-            sparse.csr_array(blend.similarity_VR * np.float32(weight)),
-            blend.decay,
-        )
+        replace(blend, weights={name: float(weight) for name in blend.weights}, similarity_VR=_times(blend, weight))
         for blend, weight in zip(blends, weights, strict=True)
         if weight
     )
-    similarity_VV = sparse.csr_array(blends[0].similarity_VR.shape, dtype=np.float32)
-    for term in terms:
-        similarity_VV = similarity_VV + term.similarity_VR
+    if len(terms) == 1:
+        similarity_VV = terms[0].similarity_VR
+    else:
+        similarity_VV = sparse.csr_array(blends[0].similarity_VR.shape, dtype=np.float32)
+        for number, term in enumerate(terms):
+            similarity_VV = similarity_VV + term.similarity_VR if number else term.similarity_VR
     named = {name: float(weight) for blend, weight in zip(blends, weights, strict=True) for name in blend.weights}
     return Blend(named, sparse.csr_array(similarity_VV), blends[0].decay, terms if len(terms) > 1 else ())
+
+
+def _times(blend: Blend, weight: float) -> sparse.csr_array:
+    """The similarity times a weight; shares the indices, which may take many gigabytes."""
+    matrix = blend.similarity_VR
+    return sparse.csr_array((matrix.data * np.float32(weight), matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def clicks_of(batch: SessionBatch) -> Jagged:

@@ -1,19 +1,20 @@
 """Registry of the baselines, and functions that build them from a data set.
 
-Shapes: L clicks, B sessions, S training sessions, V items.
+Shapes: L clicks, B sessions, S training sessions, V items, R items of a range.
 """
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy import sparse
 
 from llmgr_rec.baselines.knn import Baseline, ItemKNN, ItemNeighbors, Popularity, SessionKNN, session_matrix
-from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN, has_words, texts_to_compare
+from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN, texts_to_compare
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -39,10 +40,38 @@ def training_matrix(dataset: Dataset, num_items: int) -> sparse.csr_array:
         dataset: The data set.
         num_items: Number of items V of the catalog.
     """
+    return session_matrix(_training_sessions(dataset, num_items), num_items)
+
+
+def item_sessions(dataset: Dataset, num_items: int, items: range) -> sparse.csr_array:
+    """The training sessions of some items, targets included: 1 for each session with an item.
+
+    Args:
+        dataset: The data set.
+        num_items: Number of items V of the catalog.
+        items: Range of R items.
+
+    Returns:
+        Sparse matrix [R, S], float64.
+    """
+    found, sessions, done = [np.empty(0, np.int32)], [np.empty(0, np.int32)], 0
+    for items_L, offsets_B1 in _training_sessions(dataset, num_items):
+        (kept,) = np.nonzero((items_L >= items.start) & (items_L < items.stop))
+        found.append((items_L[kept] - items.start).astype(np.int32))
+        sessions.append((done + np.searchsorted(offsets_B1, kept, side="right") - 1).astype(np.int32))
+        done += len(offsets_B1) - 1
+    places = (np.concatenate(found), np.concatenate(sessions))
+    matrix = sparse.coo_array((np.ones(len(places[0])), places), shape=(len(items), done)).tocsr()
+    matrix.data[:] = 1.0
+    return matrix
+
+
+def _training_sessions(dataset: Dataset, num_items: int) -> Iterator[tuple[Any, Any]]:
+    """Batches of training sessions, targets included: items_L and offsets_B1."""
     rows = SessionReader(
         dataset.parts("train"), num_items=num_items, collate=_with_target, order=SamplingOrder(_READ_ROWS)
     )
-    return session_matrix(rows.batches(0), num_items)
+    return rows.batches(0)
 
 
 def _popularity(dataset: Dataset, catalog: Catalog, k_neighbors: int | None) -> Baseline:
@@ -160,27 +189,6 @@ def build_baseline(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: i
             "llmgr_rec.baselines.knn.Baseline"
         )
     return baseline
-
-
-def build_neighbors(name: str, dataset: Dataset, catalog: Catalog, k_neighbors: int | None = None) -> Baseline:
-    """Builds a baseline for a blend.
-
-    Unlike `build_baseline`, this accepts text_knn for a catalog without text, with a warning. Its scores are then 0, so
-    that the default settings also work for data sets without text.
-
-    Args:
-        name: See `build_baseline`.
-        dataset: The data set.
-        catalog: The items.
-        k_neighbors: See `build_baseline`.
-
-    Raises:
-        UserError: There is no such baseline.
-    """
-    if name == "text_knn" and not has_words(texts := catalog.texts(list(TEXT_FIELDS), required=False)):
-        logger.warning("%s: no item has a word in %s, so text_knn adds nothing", catalog.file, ", ".join(TEXT_FIELDS))
-        return TextKNN(texts)
-    return build_baseline(name, dataset, catalog, k_neighbors)
 
 
 def check_baselines(names: Iterable[str], catalog: Catalog) -> None:

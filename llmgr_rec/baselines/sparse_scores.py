@@ -166,13 +166,13 @@ def blocks(sizes: Ints, limit: int) -> list[tuple[int, int]]:
 
     A row that is larger than the limit is a range of its own.
     """
-    ranges, start, total = [], 0, 0
-    for row, size in enumerate(sizes.tolist()):
-        if total + size > limit and row > start:
-            ranges.append((start, row))
-            start, total = row, 0
-        total += size
-    return [*ranges, (start, len(sizes))]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    ranges, start, before = [], 0, 0
+    while start < len(sizes):
+        stop = max(int(np.searchsorted(ends, before + limit, side="right")), start + 1)
+        ranges.append((start, stop))
+        start, before = stop, int(ends[stop - 1])
+    return ranges or [(0, 0)]
 
 
 def order_in_rows(rows: Ints, columns: Ints, values: Floats) -> tuple[Ints, Ints]:

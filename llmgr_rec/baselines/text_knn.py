@@ -3,12 +3,13 @@
 It uses no interactions, so it also ranks items that are not in the training sessions. It is the control for language
 models: their benefit is their improvement over this bag-of-words baseline.
 
-Shapes: V items, T distinct words, W words of all texts.
+Shapes: V items, U items of a batch, T distinct words, W words of all texts.
 """
 
 from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import sparse
 
 from llmgr_rec.baselines.item_similarity import cosine_similarity
@@ -18,6 +19,10 @@ from llmgr_rec.data.words import words_of
 from llmgr_rec.errors import UserError
 
 TEXT_FIELDS = ("title", "category", "brand")
+# Additions that compare an item with all others: the number of items with each of its words. Of words that are so
+# common that they take more, the most common are not compared; otherwise the time would grow with the square of the
+# number of items.
+_MAX_ADDITIONS = 1 << 16
 
 
 class TextKNN(ItemNeighbors):
@@ -35,7 +40,11 @@ class TextKNN(ItemNeighbors):
             k_neighbors: Number of neighbors per item, which bounds the memory (3.6 GB for a million items and 300
                 neighbors); 0 keeps all.
         """
-        super().__init__(cosine_similarity(tf_idf(texts), k_neighbors), decay)
+        words = WordIds()
+        word_W, length_V = words.encode(texts)
+        count_T = np.bincount(word_W, minlength=len(words.words))
+        rows_VT = tf_idf_rows(word_W, length_V, count_T, len(texts))
+        super().__init__(cosine_similarity(rows_VT.T.tocsr(), k_neighbors), decay)
 
 
 def tf_idf(texts: list[str]) -> sparse.csr_array:
@@ -61,19 +70,75 @@ def word_weights(texts: list[str]) -> tuple[list[str], sparse.csr_array]:
     Returns:
         The T distinct words, and a sparse matrix [V, T], float64.
     """
-    ids: dict[str, int] = {}
-    words: list[int] = []
-    offsets = [0]
-    for text in texts:
-        words += [ids.setdefault(word, len(ids)) for word in dict.fromkeys(words_of(text))]
-        offsets.append(len(words))
-    word_W = np.array(words, np.int64)
-    count_T = np.bincount(word_W, minlength=len(ids))
-    weight_T = np.log(len(texts) / np.maximum(count_T, 1))
-    weights_VT = sparse.csr_array((weight_T[word_W], word_W, offsets), shape=(len(texts), len(ids)))
+    ids = WordIds()
+    word_W, length_V = ids.encode(texts)
+    count_T = np.bincount(word_W, minlength=len(ids.words))
+    return ids.words, _weighted(word_W, length_V, count_T, len(texts))
+
+
+class WordIds:
+    """Numbers of words, in order of their first occurrence."""
+
+    def __init__(self) -> None:
+        self._ids: dict[str, int] = {}
+
+    @property
+    def words(self) -> list[str]:
+        """The words so far, by number."""
+        return list(self._ids)
+
+    def encode(self, texts: list[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Splits texts by `words_of`.
+
+        Args:
+            texts: Texts; may be empty.
+
+        Returns:
+            The distinct words of each text, int32 [W], and their number in each text, int64.
+        """
+        ids, words, lengths = self._ids, list[int](), list[int]()
+        for text in texts:
+            distinct = dict.fromkeys(words_of(text))
+            words += [ids.setdefault(word, len(ids)) for word in distinct]
+            lengths.append(len(distinct))
+        return np.array(words, np.int32), np.array(lengths, np.int64)
+
+
+def tf_idf_rows(
+    word_W: NDArray[np.int32], length_U: NDArray[np.int64], count_T: NDArray[np.int64], num_items: int
+) -> sparse.csr_array:
+    """Weights of the words by which items are compared, see `tf_idf`; without the most common ones of large catalogs.
+
+    Args:
+        word_W: Distinct words of each item, one item after the other.
+        length_U: Number of words of each item.
+        count_T: Number of items with each word, in the whole catalog.
+        num_items: Number of items of the catalog.
+
+    Returns:
+        Sparse matrix [U, T], float64.
+    """
+    weights_UT = _weighted(word_W, length_U, count_T, num_items)
+    rows = np.repeat(np.arange(len(length_U)), np.diff(weights_UT.indptr))
+    counts = count_T[weights_UT.indices]
+    order = np.lexsort((weights_UT.indices, counts, rows))
+    sums = np.concatenate([[0], np.cumsum(counts[order])])
+    is_common = sums[1:] - sums[weights_UT.indptr[rows]] > _MAX_ADDITIONS
+    if is_common.any():
+        weights_UT.data[order[is_common]] = 0
+        weights_UT.eliminate_zeros()
+    return weights_UT
+
+
+def _weighted(
+    word_W: NDArray[np.int32], length_U: NDArray[np.int64], count_T: NDArray[np.int64], num_items: int
+) -> sparse.csr_array:
+    weight_T = np.log(num_items / np.maximum(count_T, 1))
+    offsets = np.concatenate([[0], np.cumsum(length_U)])
+    weights_UT = sparse.csr_array((weight_T[word_W], word_W, offsets), shape=(len(length_U), len(count_T)))
     # A word of all texts has weight 0, and its entries would make every pair of items a neighbor candidate.
-    weights_VT.eliminate_zeros()
-    return list(ids), weights_VT
+    weights_UT.eliminate_zeros()
+    return weights_UT
 
 
 def has_words(texts: Iterable[str]) -> bool:

@@ -65,7 +65,7 @@ class Catalog:
         found = _column_names(file)
         columns = [f"{name}_ids" for name in FEATURES if name != "word" or "word_ids" in found]
         required += [DOMAIN] if DOMAIN in found else []
-        table = _read(file, [*required, *columns])
+        table = _read(file, required)
         for name in required:
             if table[name].null_count:
                 raise UserError(f"{file}: column {name} has {table[name].null_count} nulls; {_REMEDY}")
@@ -77,7 +77,10 @@ class Catalog:
         if not np.array_equal(_ints(table["index"], file, "index"), np.arange(len(item_ids))):
             raise UserError(f"{file}: column index does not count 0, 1, 2, ... row by row; {_REMEDY}")
         _refuse_duplicates(item_ids, file)
-        features = {name.removesuffix("_ids"): _jagged(_one_array(table[name]), file, name) for name in columns}
+        # One column at a time, since a column and its tensor are two copies.
+        features = {
+            name.removesuffix("_ids"): _jagged(_one_array(_read(file, [name])[name]), file, name) for name in columns
+        }
         return cls(
             file=file,
             item_ids=item_ids,
@@ -173,18 +176,8 @@ class Catalog:
         Raises:
             UserError: `fields` is empty or names an unknown column, or an item has no text and `required` is true.
         """
-        if not fields:
-            raise UserError(f"prompt.text_fields is empty; name one or more of {', '.join(TEXT_COLUMNS)}")
-        if unknown := sorted(set(fields) - set(TEXT_COLUMNS)):
-            raise UserError(f"prompt.text_fields names {', '.join(unknown)}; choose from {', '.join(TEXT_COLUMNS)}")
-        table = _read(self.file, fields)
-        columns = [pc.utf8_trim_whitespace(table[name]).fill_null("") for name in fields]
-        # Not null_handling="skip": pyarrow 26 then drops the rows in which every column is null.
-        separated = [
-            pc.if_else(pc.equal(column, ""), "", pc.binary_join_element_wise(_TEXT_SEPARATOR, column, ""))
-            for column in columns
-        ]
-        texts = pc.utf8_slice_codeunits(pc.binary_join_element_wise(*separated, ""), start=len(_TEXT_SEPARATOR))
+        _check_fields(fields)
+        texts = _joined(_read(self.file, fields), fields)
         missing = pc.equal(texts, "")
         if required and (count := pc.sum(missing).as_py()):
             first = self.item_ids[pc.index(missing, True).as_py()].as_py()
@@ -193,6 +186,27 @@ class Catalog:
                 "give them text or name more columns in prompt.text_fields"
             )
         return texts.to_pylist()
+
+    def text_batches(self, fields: list[str], items: range) -> Iterator[list[str]]:
+        """Texts of a range of items as `texts` has them, in batches; may be empty.
+
+        Args:
+            fields: Text columns in the order in which they are joined.
+            items: The items.
+
+        Raises:
+            UserError: `fields` is empty or names an unknown column.
+        """
+        _check_fields(fields)
+        with _readable(self.file), pq.ParquetFile(self.file) as parquet:
+            first = 0
+            for number in range(parquet.num_row_groups):
+                end = first + parquet.metadata.row_group(number).num_rows
+                start, stop = max(items.start, first), min(items.stop, end)
+                if start < stop:
+                    group = parquet.read_row_group(number, fields)
+                    yield _joined(group.slice(start - first, stop - start), fields).to_pylist()
+                first = end
 
     def index_of(self, ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Item index of each raw id, int64; -1 for unknown ids and nulls.
@@ -241,6 +255,24 @@ class Catalog:
         ids = self.item_ids.to_numpy()
         order = np.argsort(ids)
         return ids[order], order
+
+
+def _check_fields(fields: list[str]) -> None:
+    if not fields:
+        raise UserError(f"prompt.text_fields is empty; name one or more of {', '.join(TEXT_COLUMNS)}")
+    if unknown := sorted(set(fields) - set(TEXT_COLUMNS)):
+        raise UserError(f"prompt.text_fields names {', '.join(unknown)}; choose from {', '.join(TEXT_COLUMNS)}")
+
+
+def _joined(table: pa.Table, fields: list[str]) -> pa.ChunkedArray:
+    """The non-empty texts of each row, joined by commas."""
+    columns = [pc.utf8_trim_whitespace(table[name]).fill_null("") for name in fields]
+    # Not null_handling="skip": pyarrow 26 then drops the rows in which every column is null.
+    separated = [
+        pc.if_else(pc.equal(column, ""), "", pc.binary_join_element_wise(_TEXT_SEPARATOR, column, ""))
+        for column in columns
+    ]
+    return pc.utf8_slice_codeunits(pc.binary_join_element_wise(*separated, ""), start=len(_TEXT_SEPARATOR))
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:

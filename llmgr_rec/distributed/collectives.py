@@ -11,10 +11,10 @@ from llmgr_rec.distributed.process_group import World
 T = TypeVar("T")
 
 
-def sum_over_ranks(values: torch.Tensor, world: World) -> torch.Tensor:
+def sum_over_ranks(values: torch.Tensor, world: World, group: dist.ProcessGroup | None = None) -> torch.Tensor:
     """Sums a tensor over all ranks, in place, and returns it. A collective: all ranks must call it."""
     if world.size > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=group)
     return values
 
 

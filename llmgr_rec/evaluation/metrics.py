@@ -55,9 +55,9 @@ class RankingMetrics:
         self._cutoffs = cutoffs
         # Length of the ranked lists that `update` requires.
         self.depth = max(cutoffs)
-        self._bucket_V = torch.bucketize(
-            train_count_V, torch.tensor(BUCKET_BOUNDS, dtype=train_count_V.dtype, device=train_count_V.device)
-        )
+        # Of each target only: a selection has a histogram for each of a hundred candidates.
+        self._train_count_V = train_count_V
+        self._bounds = torch.tensor(BUCKET_BOUNDS, dtype=train_count_V.dtype, device=train_count_V.device)
         # float64 represents integers up to 2^53 exactly, and both gloo and NCCL reduce it.
         self.counts_FP = torch.zeros(
             len(BUCKET_NAMES), self.depth + 1, dtype=torch.float64, device=train_count_V.device
@@ -87,7 +87,7 @@ class RankingMetrics:
             weights_B: Weight of each session; 0 for padding.
         """
         # Padding has no target; its weight is 0, so any valid bucket works.
-        bucket_B = self._bucket_V[targets_B.clamp(min=0)]
+        bucket_B = torch.bucketize(self._train_count_V[targets_B.clamp(min=0)], self._bounds)
         self.counts_FP.index_put_(
             (bucket_B, ranks_B.clamp(max=self.depth)), weights_B.to(torch.float64), accumulate=True
         )

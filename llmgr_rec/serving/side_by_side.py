@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.in_domains import in_domains
 from llmgr_rec.baselines.knn import Baseline, ItemNeighbors, Popularity
 from llmgr_rec.data.batch import RawSessions
@@ -18,8 +17,7 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.evaluation.exclusion import ranked_by, ranking_rule
 from llmgr_rec.evaluation.results import MODEL_NAMES
 from llmgr_rec.scoring.click_lists import flat_clicks, known_clicks
-from llmgr_rec.storage.bundle import BundleFiles, load_blend_terms
-from llmgr_rec.storage.bundle_index import BLEND, verified_file
+from llmgr_rec.storage.bundle import BundleFiles, load_blend, load_blend_terms
 
 _ITEM_KNN = "item_knn"
 
@@ -73,8 +71,7 @@ def baseline_lists(files: BundleFiles) -> list[BaselineList]:
     """
     popularity = Popularity(files.catalog.train_count_V.numpy())
     lists = [BaselineList("popularity", MODEL_NAMES["popularity"], popularity, files)]
-    if BLEND in files.index.files:
-        blend = Blend.load(verified_file(files.path, files.index, BLEND))
+    if (blend := load_blend(files)) is not None:
         chosen = next((term for term in load_blend_terms(files) if _ITEM_KNN in term.weights), blend)
         title = " + ".join(MODEL_NAMES.get(name, name) for name, weight in chosen.weights.items() if weight)
         neighbors = ItemNeighbors(chosen.similarity_VR.astype(np.float64), chosen.decay)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.blend_parts import load_parts, parts_of, parts_with
 from llmgr_rec.config import Config, DType, StageName, TableDType
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
@@ -237,10 +238,7 @@ def load_model(
     if missing := copy_weights(model, folder, index):
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
     # Where ranks share the model, each has its own items in memory only.
-    items = None if world is None or is_replicated else items_of_rank(catalog.num_items, world)
-    blend = Blend.load(verified_file(folder, index, BLEND), items) if BLEND in index.files else None
-    if blend is not None and blend.similarity_VR.shape[0] != catalog.num_items:
-        raise UserError(f"bundle {folder} is damaged: {BLEND} belongs to another catalog; copy or export it again")
+    blend = load_blend(files, None if world is None or is_replicated else items_of_rank(catalog.num_items, world))
     collate = factory.collator(spec, catalog, "rank")
     return Bundle(folder, spec, model.eval(), catalog, collate, blend, is_replicated)
 
@@ -258,6 +256,30 @@ def fits_each_rank(files: BundleFiles, table_dtype: TableDType = "float32") -> b
     return size <= files.config.tables.memory_per_rank_gb * GIB
 
 
+def load_blend(files: BundleFiles, items: range | None = None, name: str = BLEND) -> Blend | None:
+    """The blend of a bundle; None if it has none.
+
+    Args:
+        files: From `open_bundle`.
+        items: Ranked items, in memory for these; None reads all.
+        name: BLEND, or a term of it.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    num_items = files.catalog.num_items
+    parts = parts_of(name, files.index.files, num_items)
+    if not parts:
+        return None
+    items = range(num_items) if items is None else items
+    held = parts_with(items, parts)
+    blend = load_parts({of: verified_file(files.path, files.index, held[of]) for of in held}, items)
+    if blend.similarity_VR.shape[0] != num_items:
+        file = next(iter(held.values()))
+        raise UserError(f"bundle {files.path} is damaged: {file} belongs to another catalog; copy or export it again")
+    return blend
+
+
 def load_blend_terms(files: BundleFiles) -> tuple[Blend, ...]:
     """The parts of a bundle's blend of each baseline, see `Blend.terms`.
 
@@ -271,10 +293,8 @@ def load_blend_terms(files: BundleFiles) -> tuple[Blend, ...]:
         UserError: A file is damaged.
     """
     terms: list[Blend] = []
-    while (name := BLEND_TERM.format(len(terms))) in files.index.files:
-        terms.append(Blend.load(verified_file(files.path, files.index, name)))
-        if terms[-1].similarity_VR.shape[0] != files.catalog.num_items:
-            raise UserError(f"bundle {files.path} is damaged: {name} belongs to another catalog; copy it again")
+    while (term := load_blend(files, name=BLEND_TERM.format(len(terms)))) is not None:
+        terms.append(term)
     return tuple(terms)
 
 

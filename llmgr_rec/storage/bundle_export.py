@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.blend_parts import part_name
 from llmgr_rec.checksums import file_checksum
 from llmgr_rec.config import STAGES, Config, StageName
 from llmgr_rec.config_file import save_config
@@ -22,8 +23,10 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.data.prompt_templates import save_templates
 from llmgr_rec.data.schema import ITEMS_NAME
+from llmgr_rec.distributed.collectives import gather_from_ranks
 from llmgr_rec.distributed.fsdp import gather_full
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
+from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_errors
 from llmgr_rec.folder_draft import FolderDraft
@@ -52,8 +55,10 @@ from llmgr_rec.storage.pretrained import saved_model
 from llmgr_rec.storage.table_io import Shard, has_half_precision, local_shards
 from llmgr_rec.versions import installed_versions
 
-# Maximum bytes of a table file; larger shards are split by rows.
-_MAX_FILE_BYTES = 2 * 1024**3
+# Maximum bytes of a table file; larger shards are split by rows. A file is written from a copy.
+_MAX_FILE_BYTES = 256 * 1024**2
+# Size and checksum of files by name.
+_PlainFiles = dict[str, tuple[int, str]]
 # Table name, table shape, and a file of one of its blocks.
 _WrittenFile = tuple[str, tuple[int, int], TableFile]
 
@@ -84,7 +89,8 @@ def export_bundle(
         world: This process and the world size. All ranks must call this.
         trained_on: Manifest of the training data set, or index of a bundle that was trained on it; evaluation and
             scoring follow its max_length and repeats. If None, they are unknown.
-        blend: Nearest-neighbor scores that are added to the model's scores; rank 0 writes its own.
+        blend: Nearest-neighbor scores that are added to the model's scores, of all items or of those that this rank
+            ranks; each rank writes the latter. On all ranks or on none.
         factory: Factory that built the model; None for the default factory.
         step: Training steps after which the model has its weights, for error messages; None if unknown.
         table_names: Name in the bundle of each table of the model that gets another name there.
@@ -99,25 +105,22 @@ def export_bundle(
     require_finite(model, stage, step, world)
     run_on_rank0(world, lambda: _prepare(folder, draft))
 
-    def write_tables() -> list[_WrittenFile]:
+    def write_sharded() -> tuple[list[_WrittenFile], _PlainFiles]:
         names = table_names or {}
         shards = (replace(shard, table=names.get(shard.table, shard.table)) for shard in local_shards(model))
         with storage_errors(partial):
             draft.join()
             written = _write_tables(shards, partial, folder.parent, earlier, world.rank)
+            blend_files = _write_blend(blend, catalog.num_items, partial, world)
             draft.upload()
-        return written
+        return written, blend_files
 
     def finish() -> None:
         with storage_errors(partial):
             weights_hash = factory.decoder_hash(config) if isinstance(model, LLMGR) else ""
             _write_weights(model, weights, config, partial)
             _write_inputs(config, catalog, partial)
-            if blend is not None:
-                blend.save(partial / BLEND)
-                for number, term in enumerate(blend.terms):
-                    term.save(partial / BLEND_TERM.format(number))
-            index = _index(model, stage, config, catalog, partial, written, weights_hash, trained_on)
+            index = _index(model, stage, config, catalog, partial, written, blend_files, weights_hash, trained_on)
             index = replace(index, factory=factory.name)
             (partial / INDEX).write_text(index.to_json())
             set_default_modes(partial)
@@ -125,7 +128,9 @@ def export_bundle(
 
     try:
         earlier = run_on_all_ranks(world, lambda: _earlier_table_files(folder, catalog))
-        written = _gather_table_files(run_on_all_ranks(world, write_tables), world)
+        tables, own_files = run_on_all_ranks(world, write_sharded)
+        written = _gather_table_files(tables, world)
+        blend_files = {name: facts for files in gather_from_ranks(own_files, world) for name, facts in files.items()}
         weights = _gather_weights(model, world)
         run_on_rank0(world, finish)
     except UserError:
@@ -230,6 +235,25 @@ def _write_tables(
     return written
 
 
+def _write_blend(blend: Blend | None, num_items: int, partial: Path, world: World) -> _PlainFiles:
+    """Writes the similarities of the items that this rank ranks."""
+    if blend is None:
+        return {}
+    items, files = items_of_rank(num_items, world), {}
+    terms = {BLEND_TERM.format(number): term for number, term in enumerate(blend.terms)}
+    for name, part in {BLEND: blend, **terms}.items():
+        if part.similarity_VR.shape[1] == num_items:
+            part = part.of_items(items)
+        file = partial / part_name(name, items, num_items)
+        part.save(file)
+        files[file.name] = _size_and_checksum(file)
+    return files
+
+
+def _size_and_checksum(file: Path) -> tuple[int, str]:
+    return file.stat().st_size, file_checksum(file)
+
+
 def _table_file(shard: Shard, start: int, values: Tensor) -> TableFile:
     row = shard.row_offset + start
     return TableFile(
@@ -298,6 +322,7 @@ def _index(
     catalog: Catalog,
     partial: Path,
     written: list[_WrittenFile],
+    blend_files: _PlainFiles,
     weights_hash: str,
     trained_on: Manifest | BundleIndex | None,
 ) -> BundleIndex:
@@ -307,6 +332,8 @@ def _index(
         language_model = {"name": config.llm.name_or_path, "weights_hash": weights_hash}
     files = sorted(path for path in partial.rglob("*") if path.is_file() and path.parent.name != "tables")
     names = {str(path.relative_to(partial)): path for path in files}
+    own = {name: _size_and_checksum(path) for name, path in names.items() if name not in blend_files}
+    plain = dict(sorted((own | blend_files).items()))
     return BundleIndex(
         stage=stage,
         catalog_hash=catalog.hash,
@@ -315,8 +342,8 @@ def _index(
         language_model=language_model,
         tables={table: shape for table, shape, _ in written},
         table_files={name: [part for table, _, part in written if table == name] for name, *_ in written},
-        files={name: path.stat().st_size for name, path in names.items()},
-        checksums={name: file_checksum(path) for name, path in names.items()},
+        files={name: size for name, (size, _) in plain.items()},
+        checksums={name: checksum for name, (_, checksum) in plain.items()},
         versions=installed_versions(),
         repeats=trained_on.repeats if trained_on else "allow",
         max_length=trained_on.max_length if trained_on else 0,

@@ -30,7 +30,8 @@ from llmgr_rec.paths import check_inside
 FORMAT_VERSION = 2
 INDEX, CONFIG, PROMPTS = "bundle.json", "config.yaml", "prompts.yaml"
 RECOMMENDER, LANGUAGE, LORA = "recommender.safetensors", "llmgr.safetensors", "lora"
-BLEND, BLEND_TERM = "blend.npz", "blend-{}.npz"
+# Names of the blend and of its terms without the items of a file; see `baselines.blend_parts`.
+BLEND, BLEND_TERM = "blend", "blend-{}"
 TENSOR = "weight"
 _HASH_BYTES = 1 << 22
 _REMEDY = "copy or export it again"

@@ -33,6 +33,7 @@ from llmgr_rec.storage.checkpoint_state import (
     StateTensors,
     column_widths,
     equalize_steps,
+    in_blocks,
     model_tensors,
     optimizer_tensors,
 )
@@ -166,7 +167,7 @@ class CheckpointManager:
         tensors = model_tensors(model)
         if optimizer is not None:
             tensors |= equalize_steps(optimizer_tensors(optimizer, model))
-        checksums = self._write_tensors(tensors, draft)
+        checksums = self._write_tensors(in_blocks(tensors), draft)
         state = _State(
             format=FORMAT,
             step=step,
@@ -205,7 +206,7 @@ class CheckpointManager:
         chosen, state = run_on_rank0(self._world, lambda: self._check(path, optimizer is not None, widths))
         tensors |= states
         try:
-            dcp.load(tensors, storage_reader=CheckpointReader(chosen, state.tensor_checksums))
+            dcp.load(in_blocks(tensors), storage_reader=CheckpointReader(chosen, state.tensor_checksums))
         except CheckpointException as error:
             known = _cause(error)
             if isinstance(known, DamagedCheckpointError):

@@ -3,12 +3,18 @@
 Other optimizer state, such as learning rates and betas, is not saved: it follows from the settings and the step.
 """
 
+import math
+from dataclasses import replace
+
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 from torchrec.optim.keyed import KeyedOptimizer
 
 MODEL, OPTIMIZER = "model.", "optimizer."
+# Largest number of values of a block of a table in a checkpoint.
+_BLOCK_VALUES = 1 << 24
 StateTensors = dict[str, Tensor]
 
 
@@ -70,6 +76,46 @@ def equalize_steps(tensors: StateTensors) -> StateTensors:
             if dist.get_world_size() > 1:
                 dist.all_reduce(equal[key], op=dist.ReduceOp.MAX)
     return equal
+
+
+def in_blocks(tensors: StateTensors) -> StateTensors:
+    """Splits the shards of large sharded tensors into blocks of rows, which share memory with them.
+
+    A tensor is written from a copy and read into one, so that larger ones would need the memory of a second table.
+
+    Args:
+        tensors: From `model_tensors` and `optimizer_tensors`.
+    """
+    return {key: _in_blocks(value) if isinstance(value, ShardedTensor) else value for key, value in tensors.items()}
+
+
+def _in_blocks(value: ShardedTensor) -> ShardedTensor:
+    metadata = value.metadata()
+    width = max((math.prod(shard.shard_sizes[1:]) for shard in metadata.shards_metadata), default=1)
+    rows = max(_BLOCK_VALUES // max(width, 1), 1)
+    if all(shard.shard_sizes[0] <= rows for shard in metadata.shards_metadata):
+        return value
+    blocks = [block for shard in metadata.shards_metadata for block in _blocks(shard, rows)]
+    local = [
+        Shard(shard.tensor[block.shard_offsets[0] - shard.metadata.shard_offsets[0] :][: block.shard_sizes[0]], block)
+        for shard in value.local_shards()
+        for block in _blocks(shard.metadata, rows)
+    ]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        local, replace(metadata, shards_metadata=blocks), process_group=value._process_group
+    )
+
+
+def _blocks(shard: ShardMetadata, rows: int) -> list[ShardMetadata]:
+    first, size = shard.shard_offsets[0], shard.shard_sizes[0]
+    return [
+        replace(
+            shard,
+            shard_offsets=[start, *shard.shard_offsets[1:]],
+            shard_sizes=[min(rows, first + size - start), *shard.shard_sizes[1:]],
+        )
+        for start in range(first, first + size, rows)
+    ]
 
 
 def column_widths(tensors: StateTensors) -> dict[str, list[int]]:

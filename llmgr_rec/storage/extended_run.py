@@ -25,9 +25,9 @@ from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.model_spec import ModelSpec
-from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, load_blend_terms
+from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, load_blend, load_blend_terms
 from llmgr_rec.storage.bundle_export import export_bundle
-from llmgr_rec.storage.bundle_index import BLEND, CONFIG, verified_file
+from llmgr_rec.storage.bundle_index import CONFIG, verified_file
 from llmgr_rec.storage.catalog_mapping import CatalogMapping
 from llmgr_rec.storage.derived_run import derived_run, open_bundles
 from llmgr_rec.storage.model_factory import ModelFactory
@@ -121,9 +121,9 @@ def _own_settings(files: BundleFiles) -> Config:
 
 def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping) -> Blend | None:
     """The blend for the new catalog: neighbors by text from its texts; those by clicks as they are, of known items."""
-    if BLEND not in files.index.files:
+    blend = load_blend(files)
+    if blend is None:
         return None
-    blend = Blend.load(verified_file(files.path, files.index, BLEND))
     used = [name for name, weight in blend.weights.items() if weight]
     terms = load_blend_terms(files) or (blend,)
     if len(used) > 1 and len(terms) < len(used):

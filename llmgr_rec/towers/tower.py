@@ -16,7 +16,6 @@ from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from llmgr_rec.arrow_input import to_ids
-from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import StageName
 from llmgr_rec.data.collate import ITEM_ID, LastItemsText
 from llmgr_rec.data.jagged import Jagged
@@ -29,9 +28,16 @@ from llmgr_rec.modules.model_spec import query_width
 from llmgr_rec.modules.param_groups import ParamGroup, param_group, select_trainable
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.remote_path import as_path
-from llmgr_rec.storage.bundle import BundleFiles, check_language_model, copy_weights, open_bundle, require_memory
+from llmgr_rec.storage.bundle import (
+    BundleFiles,
+    check_language_model,
+    copy_weights,
+    load_blend,
+    open_bundle,
+    require_memory,
+)
 from llmgr_rec.storage.bundle_export import export_bundle
-from llmgr_rec.storage.bundle_index import BLEND, is_complete, verified_file
+from llmgr_rec.storage.bundle_index import is_complete
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
 from llmgr_rec.towers.differences import Differences, compare
@@ -355,7 +361,7 @@ class RecommenderTower(nn.Module, ABC):
                 f"{files.path} is gone, from which the tower was made; put it back, because its catalog and blend "
                 "are saved, too"
             )
-        blend = Blend.load(verified_file(files.path, files.index, BLEND)) if BLEND in files.index.files else None
+        blend = load_blend(files)
         export_bundle(
             self.model,
             files.index.stage,

@@ -2,6 +2,8 @@
 
 import ctypes
 
+import pyarrow as pa
+
 # Parameters of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
 # The largest value that glibc accepts: larger blocks are mapped one by one.
@@ -39,6 +41,8 @@ def return_freed_memory() -> None:
     What a phase leaves, some 100 MB in pieces between small objects that stay, would add to the peak of the next phase,
     whose tensors have other sizes.
     """
+    # Arrow has an allocator of its own.
+    pa.default_memory_pool().release_unused()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

@@ -1,24 +1,32 @@
-"""Nearest-neighbor similarities of a data set's items, kept in a run folder and in the cache of results."""
+"""Nearest-neighbor similarities of a data set's items, kept in a run folder and in the cache of results.
+
+Each rank computes, keeps and writes those of the items that it ranks.
+
+Shapes: V items, R items of this rank, F features.
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch.distributed as dist
+from scipy import sparse
 
 from llmgr_rec.baselines.blend import Blend
-from llmgr_rec.baselines.builders import BLENDED, build_neighbors
+from llmgr_rec.baselines.blend_parts import load_parts, part_name, parts_of
+from llmgr_rec.baselines.builders import build_baseline
 from llmgr_rec.baselines.embedding_knn import EmbeddingKNN
-from llmgr_rec.baselines.knn import Baseline, ItemNeighbors
+from llmgr_rec.baselines.knn import DECAY, Baseline, ItemNeighbors
 from llmgr_rec.config import EMBEDDING_KNN
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.words import WORD_RULE
+from llmgr_rec.distributed.collectives import gather_from_ranks
+from llmgr_rec.distributed.item_features import FEATURES
 from llmgr_rec.distributed.process_group import (
     World,
     barrier,
@@ -27,6 +35,8 @@ from llmgr_rec.distributed.process_group import (
     run_on_rank0,
 )
 from llmgr_rec.distributed.ranking import items_of_rank
+from llmgr_rec.distributed.sharded_similarity import similarity_of_ranks
+from llmgr_rec.distributed.sparse_exchange import receive, send
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
 from llmgr_rec.result_cache import CachedResult
@@ -52,83 +62,96 @@ def neighbor_scores(
         k_neighbors: Number of most similar items kept per item.
         dataset: Prepared sessions.
         catalog: Their items.
-        world: Ranks; all call together. Rank 0 computes, and the others wait with a timeout of days.
-        folder: Folder where rank 0 keeps them for later stages; None keeps them neither there nor in the cache. With
+        world: Ranks; all call together.
+        folder: Folder where they are kept for later stages; None keeps them neither there nor in the cache. With
             several ranks, all can read it.
         text_encoder: Encodes the items for `EMBEDDING_KNN`; None if that is not among the names.
 
     Returns:
-        A blend per name, in the order of `names`: on rank 0 of all items, on the others of the items that they rank
-        (`items_of_rank`), read from the files of rank 0.
+        A blend per name, in the order of `names`, of the items that this rank ranks (`items_of_rank`).
 
     Raises:
         UserError: A baseline is unknown or is not based on item similarities.
     """
     if not names:
         return []
-    with long_timeout_group(world) as group, _shared(folder, world, group) as shared:
-
-        def on_rank0() -> list[Blend]:
-            is_kept = folder is not None
-            return [_cached(name, k_neighbors, dataset, catalog, shared, is_kept, text_encoder) for name in names]
-
-        scores = run_on_all_ranks(world, on_rank0 if world.rank == 0 else list, group)
-
-        def of_rank() -> list[Blend]:
-            if not world.rank or shared is None:
-                return scores
-            items = items_of_rank(catalog.num_items, world)
-            return [Blend.load(_file(shared, name, k_neighbors, dataset, text_encoder), items) for name in names]
-
-        scores = run_on_all_ranks(world, of_rank, group)
+    with long_timeout_group(world) as group:
+        ranks = _Ranks(world, group)
+        scores = [_kept(name, k_neighbors, dataset, catalog, ranks, folder, text_encoder) for name in names]
     return_freed_memory()
     return scores
 
 
-@contextmanager
-def _shared(folder: Path | None, world: World, group: dist.ProcessGroup | None) -> Iterator[Path | None]:
-    """The folder; with several ranks and without one, a temporary folder of rank 0."""
-    if folder is not None or world.size == 1:
-        yield folder
-        return
-    with TemporaryDirectory() if world.rank == 0 else nullcontext("") as made:
-        yield Path(run_on_rank0(world, lambda: made, group))
-        barrier(world, group)
+@dataclass(frozen=True)
+class _Ranks:
+    world: World
+    group: dist.ProcessGroup | None
 
 
-def _file(folder: Path, name: str, k_neighbors: int, dataset: Dataset, text_encoder: TextEncoder | None) -> Path:
-    return folder / f"{name}-{_key(name, k_neighbors, dataset, text_encoder)}.npz"
-
-
-def _cached(
+def _kept(
     name: str,
     k_neighbors: int,
     dataset: Dataset,
     catalog: Catalog,
+    ranks: _Ranks,
     folder: Path | None,
-    is_kept: bool,
     text_encoder: TextEncoder | None,
 ) -> Blend:
+    """Reads the scores from the folder or from the cache; computes and keeps them if they are in neither."""
     if folder is None:
-        return _compute(name, k_neighbors, dataset, catalog, text_encoder)
-    file = _file(folder, name, k_neighbors, dataset, text_encoder)
-    if file.is_file():
-        try:
-            return Blend.load(file)
-        except UserError:
-            logger.info("%s is damaged; computing it again", file)
+        return _compute(name, k_neighbors, dataset, catalog, ranks, text_encoder)
+    stem = f"{name}-{_key(name, k_neighbors, dataset, text_encoder)}"
     # The key lacks the code of an own baseline.
     cached = None
-    if is_kept and name in (*BLENDED, EMBEDDING_KNN):
-        cached = CachedResult("neighbors", {"file": file.name}, packages=("numpy", "scipy"))
-    if cached and cached.take(folder):
-        return Blend.load(file)
-    scores = _compute(name, k_neighbors, dataset, catalog, text_encoder)
-    with atomic_write(file) as partial:
-        scores.save(partial)
+    if ranks.world.rank == 0 and name in (*FEATURES, EMBEDDING_KNN):
+        cached = CachedResult("neighbors", {"file": stem}, packages=("numpy", "scipy"))
+    if (found := _load(stem, catalog.num_items, ranks, folder, cached)) is not None:
+        return found
+    scores = _compute(name, k_neighbors, dataset, catalog, ranks, text_encoder)
+    file = folder / part_name(stem, items_of_rank(catalog.num_items, ranks.world), catalog.num_items)
+
+    def write() -> None:
+        with atomic_write(file) as partial:
+            scores.save(partial)
+
+    run_on_all_ranks(ranks.world, write, ranks.group)
     if cached:
-        cached.keep({file.name: file})
+        cached.keep({part: folder / part for part in parts_of(stem, _names(folder), catalog.num_items).values()})
     return scores
+
+
+def _load(stem: str, num_items: int, ranks: _Ranks, folder: Path, cached: CachedResult | None) -> Blend | None:
+    """This rank's part of scores that are complete; None on all ranks if they are not, or if a file is damaged."""
+
+    def parts() -> dict[range, str]:
+        found = parts_of(stem, _names(folder), num_items)
+        if not found and cached and cached.take(folder):
+            found = parts_of(stem, _names(folder), num_items)
+        return found
+
+    files = {items: folder / name for items, name in run_on_rank0(ranks.world, parts, ranks.group).items()}
+    if not files:
+        return None
+
+    def read() -> Blend | None:
+        try:
+            return load_parts(files, items_of_rank(num_items, ranks.world))
+        except UserError as error:
+            logger.info("%s; computing the neighbors again", error)
+            return None
+
+    found = run_on_all_ranks(ranks.world, read, ranks.group)
+    if all(gather_from_ranks(found is not None, ranks.world)):
+        return found
+    if ranks.world.rank == 0:
+        for file in files.values():
+            file.unlink(missing_ok=True)
+    barrier(ranks.world, ranks.group)
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()] if folder.is_dir() else []
 
 
 def _key(name: str, k_neighbors: int, dataset: Dataset, text_encoder: TextEncoder | None) -> str:
@@ -145,12 +168,48 @@ def _key(name: str, k_neighbors: int, dataset: Dataset, text_encoder: TextEncode
 
 
 def _compute(
-    name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, text_encoder: TextEncoder | None
+    name: str,
+    k_neighbors: int,
+    dataset: Dataset,
+    catalog: Catalog,
+    ranks: _Ranks,
+    text_encoder: TextEncoder | None,
 ) -> Blend:
+    if name not in FEATURES:
+        return _built_on_rank0(lambda: _build(name, k_neighbors, dataset, catalog, text_encoder), name, catalog, ranks)
+    world, group, num_items = ranks.world, ranks.group, catalog.num_items
+    features_RF = FEATURES[name](dataset, catalog, items_of_rank(num_items, world), world, group)
+    similarity_VR = similarity_of_ranks(features_RF, num_items, k_neighbors, world, group)
+    # Before the next baseline is built.
+    return_freed_memory()
+    return Blend({name: 1.0}, similarity_VR.astype(np.float32, copy=False), DECAY)
+
+
+def _built_on_rank0(
+    build: Callable[[], tuple[sparse.csr_array, float]], name: str, catalog: Catalog, ranks: _Ranks
+) -> Blend:
+    """A baseline that is no cosine of sparse features, which rank 0 builds and holds."""
+    world, num_items = ranks.world, catalog.num_items
+    built = run_on_all_ranks(world, lambda: build() if world.rank == 0 else None, ranks.group)
+    if built is None:
+        similarity, decay = receive(0, np.float32, ranks.group), 0.0
+    else:
+        similarity, decay = built
+        for rank in range(1, world.size):
+            items = items_of_rank(num_items, replace(world, rank=rank))
+            send(sparse.csr_array(similarity[:, items.start : items.stop]), rank, ranks.group)()
+        items = items_of_rank(num_items, world)
+        similarity = sparse.csr_array(similarity[:, items.start : items.stop])
+    return Blend({name: 1.0}, similarity, run_on_rank0(world, lambda: decay, ranks.group))
+
+
+def _build(
+    name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, text_encoder: TextEncoder | None
+) -> tuple[sparse.csr_array, float]:
     if name == EMBEDDING_KNN and text_encoder is not None:
         baseline: Baseline = EmbeddingKNN(text_encoder.embeddings(catalog), k_neighbors=k_neighbors)
     else:
-        baseline = build_neighbors(name, dataset, catalog, k_neighbors)
+        baseline = build_baseline(name, dataset, catalog, k_neighbors)
     # Before the next baseline is built.
     return_freed_memory()
     if not isinstance(baseline, ItemNeighbors):
@@ -158,4 +217,4 @@ def _compute(
             f"setting blend.neighbors contains {name}, whose builder returned a {type(baseline).__name__} instead of a "
             "subclass of llmgr_rec.baselines.knn.ItemNeighbors; derive it from that class"
         )
-    return Blend({name: 1.0}, baseline.similarity_VV.astype(np.float32), baseline.decay)
+    return baseline.similarity_VV.astype(np.float32), baseline.decay

@@ -12,6 +12,7 @@ from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.storage.text_encoder import TextEncoder
+from llmgr_rec.training.id_row_smoothing import STRIP_BYTES
 from llmgr_rec.training.memory_plan import FROZEN, CatalogSizes, Ranks, StagePlan
 
 _MIB = 1 << 20
@@ -21,8 +22,9 @@ _LONG_BYTES = 8
 _PROGRAM, _PROGRAM_WITH_LANGUAGE_MODEL, _KEPT = 430 * _MIB, 620 * _MIB, 128 * _MIB
 # Ids of an item in each side feature, where there is no data set: categories, brands, words.
 _IDS_PER_ITEM = {"category": 3, "brand": 1, "word": 8}
-# Copies of the similarities while blend weights are selected: as computed, weighted, and their sum.
-_COPIES_OF_NEIGHBORS = 3
+# A similarity and its index; both are twice in memory while they are sent to the ranks of their columns.
+_ENTRY_BYTES = _FLOAT_BYTES + _INDEX_BYTES
+_COPIES_WHILE_COMPUTED = 2
 # Copies of item rows in a step: looked up, item vectors, gradients of both.
 _COPIES_OF_ROWS = 4
 # Tensors of the encoder that are kept for the backward pass, of [clicks, dim] each.
@@ -96,7 +98,6 @@ def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading:
         ranks: Ranks of the run.
         reading: The training sessions.
     """
-    config, num_items = plan.spec.config, sizes.num_items
     always = {
         "program": (_PROGRAM_WITH_LANGUAGE_MODEL if plan.spec.has_language_model else _PROGRAM) + _KEPT,
         "tables and their optimizer": max(plan.bytes_per_rank.values(), default=0),
@@ -104,20 +105,45 @@ def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading:
         "cached item vectors": plan.cached_bytes,
         "columns of the catalog": _catalog_bytes(plan, sizes),
     }
-    kinds = len(config.blend.scores)
-    neighbor_bytes = num_items * min(config.blend.k_neighbors, num_items) * (_FLOAT_BYTES + _INDEX_BYTES)
-    selection = {
-        "neighbors": (_COPIES_OF_NEIGHBORS * kinds) * neighbor_bytes,
-        "item vectors for ranking": _FLOAT_BYTES * plan.query_width * -(-num_items // ranks.size),
-    }
-    if (text_encoder := TextEncoder.of(config)) is not None:
-        selection["text encoder"] = text_encoder.num_bytes
-    if plan.spec.stage == "sbr" and any(config.tables.knn_smoothing):
-        (ids,) = (table for table in plan.tables if table.footprint.table == ITEM_ID)
-        by_words = neighbor_bytes + num_items * K_NEIGHBORS * (_LONG_BYTES + _FLOAT_BYTES)
-        selection["smoothing of cold items"] = by_words + ids.footprint.weight_bytes // max(len(ids.bytes_per_rank), 1)
+    selection = max(_selection_phases(plan, ranks, reading), key=lambda parts: sum(parts.values()))
     training = {"activations": _activation_bytes(plan, ranks, reading.clicks)}
     return RankMemory(always, training, selection, _checkpoint_bytes(plan))
+
+
+def _selection_phases(plan: StagePlan, ranks: Ranks, reading: Reading) -> list[dict[str, int]]:
+    """What is held while neighbors are computed, while candidates are tried, and while the best one is applied."""
+    config, num_items = plan.spec.config, plan.spec.num_items
+    held = -(-num_items // ranks.size)
+    entries = [round(_neighbors_per_item(name, plan, reading) * held) for name in config.blend.scores]
+    stored = [_ENTRY_BYTES * number for number in entries]
+    vectors = {"item vectors for ranking": _FLOAT_BYTES * plan.query_width * held}
+    phases = [{"neighbors": sum(stored[:kind]) + _COPIES_WHILE_COMPUTED * stored[kind]} for kind in range(len(entries))]
+    smoothing = {}
+    if plan.spec.stage == "sbr" and any(config.tables.knn_smoothing):
+        (ids,) = (table for table in plan.tables if table.footprint.table == ITEM_ID)
+        shard = ids.footprint.weight_bytes // max(len(ids.bytes_per_rank), 1)
+        nearest = held * min(K_NEIGHBORS, num_items) * _ENTRY_BYTES
+        smoothing = {"smoothing of cold items": nearest + min(shard, max(STRIP_BYTES, 4 * _FLOAT_BYTES * num_items))}
+        by_words = _ENTRY_BYTES * round(held * _neighbors_per_item("text_knn", plan, reading))
+        phases.append({"neighbors": sum(stored) + _COPIES_WHILE_COMPUTED * by_words})
+    if (text_encoder := TextEncoder.of(config)) is not None:
+        phases.append({"neighbors": sum(stored), "text encoder": text_encoder.num_bytes})
+    phases.append({"neighbors": sum(stored), **vectors, **smoothing})
+    # The weighted ones share their indices with those that they are made of.
+    weighted = sum(stored) + _FLOAT_BYTES * sum(entries) + (sum(stored) if len(entries) > 1 else 0)
+    phases.append({"neighbors": weighted, **smoothing})
+    return phases
+
+
+def _neighbors_per_item(name: str, plan: StagePlan, reading: Reading) -> float:
+    """Largest mean number of neighbors of an item."""
+    num_items = plan.spec.num_items
+    largest = min(plan.spec.config.blend.k_neighbors, num_items - 1)
+    if name != "item_knn" or reading.num_targets is None:
+        return largest
+    # Only items with clicks have any.
+    clicks = reading.num_targets + (reading.num_sessions or 0)
+    return largest * min(clicks / num_items, 1.0)
 
 
 def _counts_sessions(spec: ModelSpec) -> bool:

@@ -29,6 +29,7 @@ from llmgr_rec.evaluation.protocol import EvaluationBatch, evaluation_batches, e
 from llmgr_rec.evaluation.results import K
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
+from llmgr_rec.remote_path import RemotePath
 from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.freed_memory import return_freed_memory
 from llmgr_rec.training.id_row_smoothing import KnnSmoothing
@@ -177,7 +178,8 @@ def _smoothing(
     if not isinstance(ranking.model, SessionRecommender):
         raise TypeError("cold-item smoothing requires a session recommender")
     (by_words,) = neighbor_scores(["text_knn"], k_neighbors, dataset, catalog, world, folder)
-    return KnnSmoothing(ranking.model, by_words.similarity_VR, catalog.train_count_V, ranking.collate, world)
+    scratch = None if folder is None or isinstance(folder, RemotePath) else folder
+    return KnnSmoothing(ranking.model, by_words.similarity_VR, catalog.train_count_V, world, scratch)
 
 
 def _search(

@@ -15,6 +15,7 @@ from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle_index import CONFIG, PROMPTS
+from llmgr_rec.training.freed_memory import return_freed_memory
 from llmgr_rec.training.metric_writers import MetricWriter, open_trackers
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import CheckedRun, RunRequest, check_run
@@ -42,6 +43,8 @@ def train_run(request: RunRequest) -> list[StageName]:
         StopRequested: SIGTERM or SIGINT; a resumed run continues after the last step.
     """
     checked = check_run(request)
+    # What reading the catalog has left, which may be as large as the catalog.
+    return_freed_memory()
     runtime = request.config.runtime
     with StopSignals(runtime.grace_s) as signals:
         try:

@@ -12,16 +12,16 @@ from llmgr_rec.baselines.builders import (
     BASELINES,
     BLENDED,
     build_baseline,
-    build_neighbors,
     check_baselines,
     check_blended,
     training_matrix,
 )
-from llmgr_rec.baselines.knn import Baseline, ItemNeighbors
+from llmgr_rec.baselines.knn import ItemNeighbors
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.errors import UserError
+from llmgr_rec.training.neighbors import neighbor_scores
 from tests.baselines.test_text_knn import kinds_log
-from tests.small_run import NUM_ITEMS, small_run
+from tests.small_run import NUM_ITEMS, ONE_RANK, small_run
 
 CLICKS, OFFSETS = np.array([3, 5, 3, 9, 2]), np.array([0, 4, 5])
 
@@ -105,7 +105,7 @@ def test_without_item_texts_the_baseline_is_refused_and_the_blend_warns(
     with pytest.raises(UserError, match="text"):
         check_baselines(["text_knn"], catalog)
     with caplog.at_level(logging.WARNING):
-        neighbors = build_neighbors("text_knn", dataset, catalog)
+        (neighbors,) = neighbor_scores(["text_knn"], 3, dataset, catalog, ONE_RANK)
     assert "text_knn adds nothing" in caplog.text
-    assert isinstance(neighbors, Baseline)
-    assert not neighbors.rank(CLICKS, OFFSETS, 3)[1].any()
+    assert neighbors.similarity_VR.shape == (catalog.num_items, catalog.num_items)
+    assert not neighbors.similarity_VR.nnz

@@ -27,7 +27,7 @@ from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.storage.bundle import load_blend_terms, load_bundle, open_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
-from llmgr_rec.storage.bundle_index import BLEND, check_trained_on
+from llmgr_rec.storage.bundle_index import check_trained_on
 from llmgr_rec.storage.extended_run import extend_run
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables, local_shards
@@ -211,7 +211,7 @@ def blended(folder: Path) -> Path:
 def test_the_blend_follows_the_items_and_its_neighbors_by_text_know_the_new_ones(tmp_path: Path) -> None:
     run = blended(tmp_path / "run")
     same = extended(tmp_path / "same", known(), run)
-    assert (same / "export/sbr" / BLEND).read_bytes() == (run / "export/sbr" / BLEND).read_bytes()
+    assert (same / "export/sbr/blend.npz").read_bytes() == (run / "export/sbr/blend.npz").read_bytes()
     ids = ["n1", *known()[:0:-1]]
     new = extended(tmp_path / "new", ids, run, title=["Thing i17", *[None] * (NUM_ITEMS - 1)])
     before, after = (load_blend_terms(open_bundle(one)) for one in (run, new))

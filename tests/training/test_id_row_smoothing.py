@@ -62,8 +62,9 @@ def train_case(
 ) -> None:
     config = config_of(Path(folder), strengths, blend)
     config.tables.sharding = sharding  # type: ignore[assignment]
-    # Several ranges of rows.
-    id_row_smoothing._LOOKUP_ITEMS = 64
+    # Several ranges of rows, and strips of columns.
+    id_row_smoothing._BLOCK_ITEMS = 64
+    id_row_smoothing.STRIP_BYTES = 0
     run = Path(folder, name)
     if world.rank == 0:
         run.mkdir(exist_ok=True)
@@ -229,7 +230,7 @@ def test_without_words_rows_stay_as_they_were_trained(trained: Trained) -> None:
     assert isinstance(model, SessionRecommender)
     before = {name: table.clone() for name, table in model.state_dict().items()}
     nothing_VV = sparse.csr_array((collate.num_items, collate.num_items), dtype=np.float32)
-    id_row_smoothing.KnnSmoothing(model, nothing_VV, trained.catalog.train_count_V, collate, ONE_RANK).apply(STRENGTH)
+    id_row_smoothing.KnnSmoothing(model, nothing_VV, trained.catalog.train_count_V, ONE_RANK).apply(STRENGTH)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 

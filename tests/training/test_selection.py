@@ -252,10 +252,8 @@ def test_cached_neighbors_are_computed_again_where_they_are_damaged_or_of_other_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared, built = small_run(), []
-    build = neighbors.build_neighbors
-    monkeypatch.setattr(
-        neighbors, "build_neighbors", lambda *words: built.append((words[0], words[3])) or build(*words)
-    )
+    build = neighbors._compute
+    monkeypatch.setattr(neighbors, "_compute", lambda *words: built.append(words[:2]) or build(*words))
 
     def scores(k_neighbors: int = 5) -> list[np.ndarray]:
         names = ["item_knn", "text_knn"]
@@ -283,9 +281,7 @@ def select_and_evaluate(world: World, run: Path, dataset: Dataset) -> tuple[Any,
     config = replace(bundle.config, blend=BlendConfig(["item_knn"], 20, text_encoder="random-tiny"))
     selection = select_on_validation("sbr", bundle.ranking(), config, dataset, bundle.catalog, world)
     assert selection.blend is not None
-    # Rank 0 has all items for the bundle, the others those that they rank.
-    held = NUM_ITEMS if world.rank == 0 else len(items_of_rank(NUM_ITEMS, world))
-    assert selection.blend.similarity_VR.shape == (NUM_ITEMS, held)
+    assert selection.blend.similarity_VR.shape == (NUM_ITEMS, len(items_of_rank(NUM_ITEMS, world)))
     ranking = replace(bundle.ranking(), blend=selection.blend)
     metrics = evaluate_model(ranking, dataset, "test", world, bundle.catalog.train_count_V)
     return selection.blend.weights, selection.metrics, metrics
