@@ -136,9 +136,7 @@ def test_what_the_server_refuses_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "faulty.yaml").write_text(overlay)
-    line = (
-        f"run -s kubernetes {f'-cfg {options}' if options else ''} llmgr.prepare --overlay faulty.yaml -- --output /d"
-    )
+    line = f"run -s kubernetes {options} llmgr.prepare --overlay faulty.yaml -- --output /data/dataset"
     with pytest.raises(SystemExit) as ended:
         torchx_in_process(line.split(), monkeypatch, tmp_path)
     assert ended.value.code == 2
