@@ -480,6 +480,12 @@ class BlendConfig(Group):
         at_least=0,
         at_most=1e6,
     )
+    reranker: Literal["none", "lambdamart"] = setting(
+        "none",
+        "Rank the best 100 items of the blend again: lambdamart fits gradient-boosted trees on the validation sessions "
+        "after training, and keeps them where cross-validation shows a gain. Needs LightGBM (the extra rerank), and "
+        "one rank in training.",
+    )
     text_encoder: str = setting(
         NO_TEXT_ENCODER,
         "Frozen model for one more neighbor score, embedding_knn (items whose texts it encodes alike): none, llm "
@@ -496,6 +502,11 @@ class BlendConfig(Group):
             raise UserError(
                 f"setting {name}.weights has {len(self.weights)} numbers, but {by} {names}; give one "
                 "weight for each, or none to choose them on validation sessions"
+            )
+        if self.reranker != "none" and not self.scores:
+            raise UserError(
+                f"setting {name}.reranker is {self.reranker}, which ranks the items of a blend again, but "
+                f"{name}.neighbors is empty; name item_knn, or set {name}.reranker to none"
             )
 
     @property

@@ -13,7 +13,7 @@ from llmgr_rec.config import STAGES, BlendConfig, Config, Group, SettingInfo, se
 from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
 
-MOST_SETTINGS = 94
+MOST_SETTINGS = 95
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
 # llmgr_rec/recipes and the documentation that names the setting.
 COMMAND_LINE = """
@@ -97,6 +97,7 @@ llm_text.patience                 int                                           
 blend.neighbors                   list of str                                       ["item_knn", "text_knn"]
 blend.k_neighbors                 int                                               100
 blend.weights                     list of float                                     []
+blend.reranker                    none | lambdamart                                 "none"
 blend.text_encoder                str                                               "none"
 runtime.device                    auto | cpu | cuda                                 "auto"
 runtime.threads_per_rank          int                                               0

@@ -53,8 +53,8 @@ def read_lock(name: str) -> dict[str, str]:
 CPU, GPU, NEXT, DEV = (read_lock(f"{name}.txt") for name in ("cpu", "gpu", "next", "dev"))
 LOCKS = {"cpu.txt": CPU, "gpu.txt": GPU, "next.txt": NEXT}
 NEWEST, DEFAULT = TESTED
-# Extras that only work on the project itself needs, and one that its tests need beside the demo.
-DEV_EXTRAS = {"dev", "docs", "index"}
+# Extras that only work on the project itself needs, and those that its tests need beside the demo.
+DEV_EXTRAS = {"dev", "docs", "index", "rerank"}
 # Extras of engines that no lock has.
 UNLOCKED_EXTRAS = {"spark", "ray", "mlflow", "wandb", "s3", "gcs"}
 

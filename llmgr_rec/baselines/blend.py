@@ -49,12 +49,14 @@ class Blend:
         decay: Weight of a click relative to the click after it.
         terms: The blends of one baseline each that add up to this one, weights included; empty if there is only one, or
             if they are not known. Ranking does not use them, explaining does.
+        trees: Trees that rank the best items again, as LightGBM writes them; see `baselines.reranker`. Empty for none.
     """
 
     weights: Mapping[str, float]
     similarity_VR: sparse.csr_array
     decay: float
     terms: tuple["Blend", ...] = ()
+    trees: str = ""
 
     def terms_of_scores(self, clicks: Jagged) -> Terms:
         """`scores` in the form that ranks fastest: dense where most items are similar to each other.
@@ -186,6 +188,7 @@ class Blend:
             indptr=self.similarity_VR.indptr.astype(np.int64),
             indices=self.similarity_VR.indices.astype(np.int64),
             values=self.similarity_VR.data,
+            trees=np.frombuffer(self.trees.encode(), np.uint8),
         )
 
     @classmethod
@@ -205,8 +208,10 @@ class Blend:
             with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:
                 weights = dict(zip(stored["names"].tolist(), stored["weights"].tolist(), strict=True))
                 decay = float(stored["decay"])
+                # Earlier versions wrote none.
+                trees = stored["trees"].tobytes().decode() if "trees" in stored else ""
                 if items is not None:
-                    return cls(weights, read_columns(opened, items), decay)
+                    return cls(weights, read_columns(opened, items), decay, trees=trees)
                 num_items = len(stored["indptr"]) - 1
                 # Half of the memory of the 64 bits in the file.
                 index_dtype = np.int32 if len(stored["values"]) < 1 << 31 else np.int64
@@ -215,7 +220,7 @@ class Blend:
                     (stored["values"], indices, indptr), shape=(num_items, num_columns or num_items)
                 )
                 similarity_VV.check_format()
-                return cls(weights, similarity_VV, decay)
+                return cls(weights, similarity_VV, decay, trees=trees)
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
             raise UserError(
                 f"{file} is damaged ({' '.join(str(error).split())}); copy the bundle again, or train its stage again"

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from llmgr_rec.baselines.blend import Blend
+from llmgr_rec.baselines.reranker import DEPTH, Reranker
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.domains import ItemDomains
@@ -94,6 +95,7 @@ class RankingModel:
         is_replicated: Whether each rank has the whole model. Ranking is then no collective.
         domains: Domains of the items: a list has items of the domain of its session only. None ranks the whole catalog.
         keeps_tables: Whether the model needs its tables after `with_query_encoder`, which encodes sessions without.
+        reranker: Ranks the best items of each list again; None keeps the order of the blend.
     """
 
     model: SessionRecommender | LLMGR
@@ -104,6 +106,7 @@ class RankingModel:
     is_replicated: bool = False
     domains: ItemDomains | None = None
     keeps_tables: bool = True
+    reranker: Reranker | None = None
 
     def with_query_encoder(self, ranker: "CatalogRanker") -> "RankingModel":
         """The same model in a form that encodes sessions faster while its weights do not change, where it has one.
@@ -149,9 +152,9 @@ class RankingModel:
         """Computes all item vectors with the current weights. A collective: all ranks must call it."""
         ranks = World.alone(world.device) if self.is_replicated else world
         if ranks.size > 1 or not isinstance(self.model, SessionRecommender) or self.model.text_encoder is not None:
-            return CatalogRanker(self.model, self.collate, ranks, self.blend, self.domains)
+            return CatalogRanker(self.model, self.collate, ranks, self.blend, self.domains, self.reranker)
         measured = MeasuredItems(self.model)
-        ranker = CatalogRanker(measured, self.collate, ranks, self.blend, self.domains)
+        ranker = CatalogRanker(measured, self.collate, ranks, self.blend, self.domains, self.reranker)
         ranker.query_items = QueryItems(ranker.item_vectors, measured.lengths())
         return ranker
 
@@ -168,6 +171,10 @@ class CatalogRanker:
         blend: Nearest-neighbor scores that are added to the model's scores; each rank stores those of its own items.
             Must be given on all ranks or on none.
         domains: Domains of the items. A session then gets items of the domain of its newest click only.
+        reranker: Ranks the best items of each list again; with one rank only.
+
+    Raises:
+        UserError: There are a re-ranker and several ranks that share the items.
     """
 
     def __init__(
@@ -177,7 +184,14 @@ class CatalogRanker:
         world: World,
         blend: Blend | None = None,
         domains: ItemDomains | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
+        if reranker is not None and world.size > 1:
+            raise UserError(
+                "ranks that share the tables of a model cannot rank with its trees (blend.reranker); start one rank, "
+                "raise tables.memory_per_rank_gb, or train with blend.reranker none"
+            )
+        self._reranker = reranker
         self._world = world
         self._num_items = collate.num_items
         self.items = items_of_rank(collate.num_items, world)
@@ -283,6 +297,14 @@ class CatalogRanker:
         """
         if self.needs_clicks and clicks is None:
             raise ValueError("a ranker with a blend or with domains needs the clicks of the sessions")
+        if self._reranker is None or clicks is None or k < 1:
+            return self._rank(queries_BQ, k, exclude, clicks)
+        # Deep enough for the trees, so that a shorter list is the beginning of a longer one.
+        ids_BK, scores_BK = self._reranker.rerank(*self._rank(queries_BQ, max(k, DEPTH), exclude, clicks), clicks)
+        return ids_BK[:, :k], scores_BK[:, :k]
+
+    def _rank(self, queries_BQ: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None) -> tuple[Tensor, Tensor]:
+        """The best items by the model and the blend; see `rank`."""
         if self._domains is not None and clicks is not None and k >= 1:
             return self._rank_by_domain(self._domains.of_sessions(clicks), queries_BQ, k, exclude, clicks)
         if k >= 1 and self._scans(queries_BQ):
@@ -340,7 +362,7 @@ class CatalogRanker:
             chosen = rows.numpy()
             other._items_RQ = self._items_RQ[rows.to(self._items_RQ.device)]
         other._blend = None if self._blend is None else self._blend.of_items(chosen)
-        other._domains = other._chosen_R = other._is_allowed_R = None
+        other._domains = other._chosen_R = other._is_allowed_R = other._reranker = None
         other._scan = None if self._scan is None or not len(rows) else ItemScan.fastest(other._items_RQ)
         return other
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmgr_rec.baselines.blend import Blend, clicks_of
 from llmgr_rec.baselines.knn_smoothing import neighbor_share
+from llmgr_rec.baselines.reranker import DEPTH
 from llmgr_rec.baselines.sparse_scores import Floats, Ints
 from llmgr_rec.data.batch import RawSessions, SessionBatch
 from llmgr_rec.data.jagged import Jagged
@@ -107,7 +108,30 @@ class Explainer:
         parts = score_parts(self._ranker.model, self._terms, query_1Q, clicks.items_L, items_KQ, items_K)
         gradient_LK = gradient_times_input(self._ranker.model, torch.from_numpy(clicks.items_L), items_KQ)
         left_out_LK = self._left_out(clicks, parts, items_KQ, items_K)
+        if self._ranker.model.reranker is not None:
+            exclude = clicks.shown if excludes else None
+            ranks_K, added_K = self._reranked(batch, query_1Q, exclude, items_K, ranks_K, parts)
+            parts.append(PartValues("reranker", added_K))
         return ItemNumbers(items_K, ranks_K, parts, left_out_LK, gradient_LK, self._nearest(items_K))
+
+    def _reranked(
+        self,
+        batch: SessionBatch,
+        query_1Q: Tensor,
+        exclude: Jagged | None,
+        items_K: Ints,
+        ranks_K: Ints,
+        parts: list[PartValues],
+    ) -> tuple[Ints, Floats]:
+        """Ranks of items, and what the re-ranker adds to their scores: 0 to those that it does not see."""
+        ids_1D, scores_1D = self._ranker.catalog_ranker.rank(query_1Q, DEPTH, exclude, clicks_of(batch))
+        place_of = {item: place for place, item in enumerate(ids_1D[0].tolist()) if item >= 0}
+        ranks_K, added_K = ranks_K.copy(), np.zeros(len(items_K))
+        for number, item in enumerate(items_K.tolist()):
+            if (place := place_of.get(item)) is not None:
+                ranks_K[number] = place + 1
+                added_K[number] = scores_1D[0, place].item() - sum(part.values_K[number] for part in parts)
+        return ranks_K, added_K
 
     def _ranks(
         self, batch: SessionBatch, query_1Q: Tensor, exclude: Jagged | None, k: int, wanted: Ints | None

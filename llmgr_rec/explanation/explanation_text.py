@@ -14,6 +14,7 @@ PART_LABELS = {
     "item_knn": "item neighbors",
     "text_knn": "similar words",
     "embedding_knn": "similar texts",
+    "reranker": "the re-ranking of the best items",
     "popularity": "popularity",
 }
 _STATES = {"unknown": "unknown item", "merged": "same item as the click before", "too_old": "older than the model sees"}

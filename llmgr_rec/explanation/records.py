@@ -99,7 +99,7 @@ class Part:
     """One summand of a score.
 
     Args:
-        name: encoder, text_encoder or llm, popularity, or the nearest-neighbor baseline.
+        name: encoder, text_encoder or llm, popularity, reranker, or the nearest-neighbor baseline.
         value: What it adds to the score.
         share: Its absolute value, relative to the sum of the absolute values of all parts.
         weight: Weight of the baseline in the blend; None for other parts.

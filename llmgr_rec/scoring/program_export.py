@@ -70,6 +70,11 @@ def session_program(files: BundleFiles, k: int) -> SessionProgram:
             f"{files.path}: the model ranks within {len(bundle.catalog.domains.names)} domains, which an exported "
             "program does not; serve it with python -m llmgr_rec.serve"
         )
+    if bundle.blend is not None and bundle.blend.trees:
+        raise UserError(
+            f"{files.path}: the model has a re-ranker, which an exported program does not; serve it with python -m "
+            "llmgr_rec.serve, or train with blend.reranker none"
+        )
     rule = ranking_rule(files.index)
     no_clicks = (np.zeros(0, np.int64), np.zeros(2, np.int64))
     popular, shares = Popularity(bundle.catalog.train_count_V.numpy()).rank(

@@ -19,6 +19,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.baselines.blend_parts import load_parts, parts_of, parts_with
+from llmgr_rec.baselines.reranker import Reranker
 from llmgr_rec.config import Config, DType, StageName, TableDType
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
@@ -126,6 +127,7 @@ class Bundle:
             is_replicated=self.is_replicated,
             domains=self.catalog.domains,
             keeps_tables=keeps_tables,
+            reranker=Reranker.of(self.blend, self.catalog.train_count_V),
         )
 
 
@@ -239,6 +241,8 @@ def load_model(
         raise UserError(f"bundle {folder} is damaged: it lacks {missing[0]}; export it again")
     # Where ranks share the model, each has its own items in memory only.
     blend = load_blend(files, None if world is None or is_replicated else items_of_rank(catalog.num_items, world))
+    if blend is not None and blend.trees and (world is None or is_replicated):
+        blend = replace(blend, terms=load_blend_terms(files))
     collate = factory.collator(spec, catalog, "rank")
     return Bundle(folder, spec, model.eval(), catalog, collate, blend, is_replicated)
 

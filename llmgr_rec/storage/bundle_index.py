@@ -7,7 +7,7 @@ Files of a bundle RUN/export/<stage>/:
     recommender.safetensors                       session recommender without its tables
     tables/<table>-r<row>-c<column>.safetensors   blocks of the embedding tables
     llmgr.safetensors, lora/                      adapter and head, PEFT adapter; only with a language model
-    blend.npz                                     nearest-neighbor similarities; only with a blend
+    blend.npz                                     nearest-neighbor similarities, trees of a re-ranker; only with a blend
     blend-<number>.npz                            their part of each baseline; only with several, and for explanations
 """
 

@@ -141,7 +141,8 @@ def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping)
     total = sparse.csr_array((catalog.num_items, catalog.num_items), dtype=np.float32)
     for term in extended:
         total = total + term.similarity_VR
-    return Blend(blend.weights, sparse.csr_array(total), blend.decay, tuple(extended) if len(extended) > 1 else ())
+    terms = tuple(extended) if len(extended) > 1 else ()
+    return Blend(blend.weights, sparse.csr_array(total), blend.decay, terms, blend.trees)
 
 
 def _by_texts(name: str, config: Config, catalog: Catalog) -> ItemNeighbors | None:

@@ -6,6 +6,7 @@ Shapes: B sessions, C shown items, Q columns of queries and item vectors.
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -33,6 +34,7 @@ from llmgr_rec.storage.bundle import (
     check_language_model,
     copy_weights,
     load_blend,
+    load_blend_terms,
     open_bundle,
     require_memory,
 )
@@ -362,6 +364,8 @@ class RecommenderTower(nn.Module, ABC):
                 "are saved, too"
             )
         blend = load_blend(files)
+        if blend is not None:
+            blend = replace(blend, terms=load_blend_terms(files))
         export_bundle(
             self.model,
             files.index.stage,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llmgr_rec.baselines.builders import check_blended, warn_of_word_rule
+from llmgr_rec.baselines.reranker import import_lightgbm
 from llmgr_rec.config import STAGES, Config, StageName, trained_stages
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -106,6 +107,7 @@ def check_run(request: RunRequest) -> CheckedRun:
         _check_order(request, stages)
         _check_earlier_stage(request, stages[0])
         _check_selection(request.config, stages, dataset)
+        _check_reranker(request.config, dataset)
     for stage in stages:
         spec = request.factory.spec(stage, request.config, catalog)
         spec.check()
@@ -245,6 +247,23 @@ def _check_selection(config: Config, stages: Sequence[StageName], dataset: Datas
         raise UserError(
             f"setting {several[0]} has several values, but {dataset.path} has no validation sessions to "
             "select on; give one, or prepare the data set with another --split"
+        )
+
+
+def _check_reranker(config: Config, dataset: Dataset) -> None:
+    """Checks that a re-ranker can be fitted, if one is wanted."""
+    if config.blend.reranker == "none":
+        return
+    import_lightgbm()
+    if not dataset.manifest.num_sessions["valid"]:
+        raise UserError(
+            f"setting blend.reranker is {config.blend.reranker}, but {dataset.path} has no validation sessions to fit "
+            "it on; set it to none, or prepare the data set with another --split"
+        )
+    if (ranks := launched_world(config.runtime.device).size) > 1:
+        raise UserError(
+            f"setting blend.reranker is {config.blend.reranker}, which one rank fits, but there are {ranks}; set it to "
+            "none, or start one rank"
         )
 
 

@@ -9,7 +9,7 @@ Shapes: B sessions of this rank, Q columns of queries, T text weights, W sets of
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.freed_memory import return_freed_memory
 from llmgr_rec.training.id_row_smoothing import KnnSmoothing
 from llmgr_rec.training.neighbors import neighbor_scores
+from llmgr_rec.training.reranker_fit import with_trees
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,8 @@ def select_on_validation(
         The selected values.
 
     Raises:
-        UserError: A baseline of `blend.neighbors` is unknown or is not based on item similarities.
+        UserError: A baseline of `blend.neighbors` is unknown or is not based on item similarities, or a re-ranker is
+            wanted and LightGBM is not installed.
     """
     model, blend = ranking.model, config.blend
     encoder = TextEncoder.of(config)
@@ -144,6 +146,9 @@ def select_on_validation(
     selection = Selection(best.smoothing, blended, _metrics(best, ndcg, blended, text_encoder_of(model) is not None))
     if world.rank == 0:
         _log(stage, selection, ndcg if smoothing else {})
+    if blended is not None and blend.reranker != "none":
+        return_freed_memory()
+        selection = replace(selection, blend=with_trees(blended, ranking, dataset, catalog, world))
     return selection
 
 

@@ -9,6 +9,7 @@ const PARTS = {
   embedding_knn: "Similar texts (embedding-kNN)",
   llm: "Language model",
   text_encoder: "Language model on titles",
+  reranker: "Re-ranking",
   popularity: "Popularity",
 };
 const SHOWN_WORDS = 5;
