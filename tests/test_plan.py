@@ -1,21 +1,15 @@
 """The plan command: sizes, remedies and exit codes without data, memory or ranks."""
 
-import json
-import os
 import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from datagen.synthetic import generate
 from llmgr_rec.config import Config
-from llmgr_rec.data.preparation.pipeline import prepare_dataset
-from llmgr_rec.data.preparation.settings import PrepareSettings
 from llmgr_rec.distributed.sharding import GIB
 from llmgr_rec.errors import UserError
 from llmgr_rec.plan import main
@@ -217,57 +211,3 @@ def test_a_plan_takes_no_memory_for_the_items(recipe: str, monkeypatch: pytest.M
     tiny = ["--llm.name_or_path", "random-tiny", "--llm.num_layers", "1", "--text_encoder.dim", "16"]
     with pytest.raises(UserError, match="with 1000000000 rows"):
         main(["--config", recipe, "--num_items", "1000000000", *tiny])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("items", "words"),
-    [
-        (2_000, ["--tables.dim", "64"]),
-        # Two kinds of neighbors.
-        (60_000, ["--tables.dim", "32", "--blend.k_neighbors", "300"]),
-        # Tables and the vectors of all items.
-        (400_000, ["--tables.dim", "64", "--blend.neighbors", "[item_knn]", "--tables.knn_smoothing", "[0]"]),
-    ],
-)
-def test_a_plan_is_what_a_run_takes(
-    items: int, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    generate(tmp_path / "raw", sessions=2000, items=items)
-    prepare_dataset(
-        PrepareSettings(
-            str(tmp_path / "data"),
-            interactions=str(tmp_path / "raw/interactions.parquet"),
-            items=str(tmp_path / "raw/items.parquet"),
-            min_interactions=0,
-            keep_unseen_items=True,
-            split="temporal",
-            valid_share=0.02,
-            test_share=0.02,
-        )
-    )
-    arguments = ["--dataset", str(tmp_path / "data"), "--sbr.epochs", "1", "--sbr.max_steps", "30", *words]
-    main(arguments)
-    (planned,) = re.findall(r"^ +peak +([\d.]+) GiB", capsys.readouterr().out, re.MULTILINE)
-    # By a shell: the peak of a process is at least that of the one that started it.
-    done = subprocess.run(
-        [
-            "sh",
-            "-c",
-            '"$@"; exit $?',
-            "sh",
-            sys.executable,
-            "-m",
-            "llmgr_rec.train",
-            *arguments,
-            "--output",
-            str(tmp_path / "run"),
-        ],
-        env={**os.environ, "LLMGR_LOG_FORMAT": "json", "LLMGR_CACHE_GB": "0", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
-    measured = json.loads(done.stderr.splitlines()[-1])["memory_mb"] / 1024
-    assert float(planned) == pytest.approx(measured, rel=0.15)
