@@ -51,14 +51,14 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec.training.train_run import train_run
 
     output = as_path(arguments.output or _default_output())
-    dataset = as_path(arguments.dataset) if arguments.dataset else _synthetic_dataset()
+    resume = arguments.resume or _is_restarted(output)
     stages = train_run(
         RunRequest(
             config=config,
-            dataset=dataset,
+            dataset=_dataset(arguments, output, resume),
             output=output,
             stage=arguments.stage,
-            resume=arguments.resume or _is_restarted(output),
+            resume=resume,
             launch=_launch(),
             recipe=_recipe(arguments, output),
             init_from=as_path(arguments.init_from) if arguments.init_from else None,
@@ -66,6 +66,25 @@ def main(argv: Sequence[str]) -> None:
     )
     trained = ", ".join(stages) or "nothing, because all stages of the run are already complete with its settings"
     print_result("train", f"trained {trained}", output)
+
+
+def _dataset(arguments: "Namespace", output: Path, resume: bool) -> Path:
+    """The data set to train on: as given, that of the run that is resumed, or synthetic sessions.
+
+    Raises:
+        UserError: It is needed and not given.
+    """
+    from llmgr_rec.storage.run_facts import dataset_of_run
+
+    if arguments.dataset:
+        return as_path(arguments.dataset)
+    if resume and (output / "config.yaml").exists():
+        if recorded := dataset_of_run(output):
+            return recorded
+        raise UserError(f"{output} does not say which data set it is trained on; give it with --dataset")
+    if arguments.init_from:
+        raise UserError("--init_from requires the data set to go on with; give it with --dataset")
+    return _synthetic_dataset()
 
 
 def _recipe(arguments: "Namespace", output: Path) -> str:
@@ -92,7 +111,10 @@ def parse_arguments(argv: Sequence[str]) -> "tuple[Namespace, Config]":
     """
     parser = make_parser("llmgr_rec.train")
     parser.add_argument(
-        "--dataset", type=StoragePath, help="Folder written by llmgr_rec.prepare; default: small synthetic sessions."
+        "--dataset",
+        type=StoragePath,
+        help="Folder written by llmgr_rec.prepare; default: that of the run that "
+        "is resumed, or small synthetic sessions.",
     )
     parser.add_argument(
         "--output",

@@ -1,4 +1,4 @@
-"""What a run folder records of its training: recipe, date, duration, machine, seed and version."""
+"""What a run folder records of its training: recipe, data set, date, duration, machine, seed and version."""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmgr_rec.errors import UserError
+from llmgr_rec.remote_path import as_path
 
 TRAINING_RECORD = "training.json"
 # Type of each value of a launch.
@@ -47,6 +48,19 @@ def read_launches(run: Path) -> list[dict[str, Any]]:
     if not isinstance(launches, list) or not all(map(_is_launch, launches)):
         raise UserError(f"{file} is damaged; delete it, it only says when and where the run was trained")
     return launches
+
+
+def dataset_of_run(run: Path) -> Path | None:
+    """The data set that a run was last trained on; None for a run that has not recorded it.
+
+    Args:
+        run: Run folder.
+
+    Raises:
+        UserError: The record is damaged.
+    """
+    recorded = [launch["dataset"] for launch in read_launches(run) if "dataset" in launch]
+    return as_path(recorded[-1]) if recorded else None
 
 
 def _is_launch(launch: object) -> bool:

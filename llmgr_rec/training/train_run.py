@@ -86,7 +86,7 @@ def _train(request: RunRequest, checked: CheckedRun, world: World, signals: Stop
 
 def _train_stages(request: RunRequest, checked: CheckedRun, context: RunContext) -> None:
     logger.info("to train: %s", context.remaining.plan())
-    with TrainingRecord(request.output, request.recipe, request.config.seed, context.world) as record:
+    with TrainingRecord(request.output, request.recipe, request.dataset, request.config.seed, context.world) as record:
         for number, stage in enumerate(checked.stages, start=1):
             logger.info("stage %s starts, %d of %d", stage, number, len(checked.stages))
             with record.stage(stage):

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.files import atomic_write
+from llmgr_rec.remote_path import RemotePath
 from llmgr_rec.storage.machine import Machine
 from llmgr_rec.storage.run_facts import TRAINING_RECORD, read_launches
 from llmgr_rec.versions import own_version
@@ -22,11 +23,12 @@ class TrainingRecord:
     Args:
         run: Run folder.
         recipe: Recipe or settings file; empty takes that of the launch before, as a resumed run does.
+        dataset: Data set of the run.
         seed: Seed of the run.
         world: Ranks; this does nothing on ranks other than 0.
     """
 
-    def __init__(self, run: Path, recipe: str, seed: int, world: World) -> None:
+    def __init__(self, run: Path, recipe: str, dataset: Path, seed: int, world: World) -> None:
         self._file = run / TRAINING_RECORD
         self._enabled = world.rank == 0
         self._started = time.monotonic()
@@ -40,6 +42,7 @@ class TrainingRecord:
             "ended": False,
             "stages": {},
             "recipe": recipe,
+            "dataset": str(dataset if isinstance(dataset, RemotePath) else dataset.absolute()),
             "seed": seed,
             "version": own_version(),
             "ranks": world.size,

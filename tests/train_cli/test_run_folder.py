@@ -15,7 +15,10 @@ from filelock import FileLock
 
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.folder_lock import LOCK_NAME
+from llmgr_rec.train import main
+from llmgr_rec.training.preflight import RunRequest
 from llmgr_rec.training.train_run import _locked
+from llmgr_rec.training.training_record import TrainingRecord
 from tests.json_files import edit_json
 from tests.train_cli.conftest import Refused
 from tests.training.damage import (
@@ -42,6 +45,24 @@ def test_a_folder_that_cannot_be_written_to_is_refused(refused: Refused, monkeyp
 
 def test_a_resumed_run_has_a_name(refused: Refused) -> None:
     assert re.search("--resume .*; .*--output", refused("--resume", output=None))
+
+
+def test_a_resumed_run_goes_on_with_its_data_set(
+    refused: Refused, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It once went on with synthetic sessions, which the catalog of the run refused."""
+    shutil.copytree(finished, refused.output)
+    with TrainingRecord(refused.output, "llm", small_dataset(), 0, World.alone()):
+        pass
+    asked: list[RunRequest] = []
+    monkeypatch.setattr("llmgr_rec.training.train_run.train_run", lambda request: asked.append(request) or [])
+    main(["--resume", "--output", str(refused.output)])
+    main(["--resume", "--output", str(refused.output), "--dataset", "moved"])
+    assert [request.dataset for request in asked] == [small_dataset().absolute(), Path("moved")]
+    capsys.readouterr()
+    (refused.output / "training.json").unlink()
+    assert re.search(r"run does not say which data set .*; give it with --dataset", refused("--resume", dataset=None))
+    assert re.search("--init_from .*; give it with --dataset", refused(init_from=finished, output=None, dataset=None))
 
 
 def test_a_run_is_not_begun_again(refused: Refused, finished: Path) -> None:
