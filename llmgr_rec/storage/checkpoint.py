@@ -38,7 +38,7 @@ from llmgr_rec.storage.checkpoint_state import (
     optimizer_tensors,
 )
 from llmgr_rec.storage.checkpoint_writer import CheckpointWriter, TensorChecksums, merge
-from llmgr_rec.storage.fingerprint import fingerprint
+from llmgr_rec.storage.fingerprint import default_settings, fingerprint
 from llmgr_rec.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -350,7 +350,9 @@ class CheckpointManager:
                 f"checkpoint {path} was made with {made_with or 'no'} controls, not with "
                 f"{self._identity.factory or 'none'}; give another --output"
             )
-        before, now = identity.settings, json.loads(json.dumps(dict(self._identity.settings)))
+        now = json.loads(json.dumps(dict(self._identity.settings)))
+        # A setting that the version which wrote the checkpoint did not have acted as its default does.
+        before = {name: value for name, value in default_settings().items() if name in now} | identity.settings
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(

@@ -39,6 +39,11 @@ def fingerprint(stage: StageName, config: Config, device: torch.device) -> dict[
     return values
 
 
+def default_settings() -> dict[str, Any]:
+    """Default of each setting by dotted name, as JSON has it."""
+    return {setting.name: json.loads(json.dumps(setting.value)) for setting in settings(Config())}
+
+
 def inherited_settings(earlier: StageName, config: Config) -> dict[str, Any]:
     """Settings that must be equal in a stage and in the stage that it starts from.
 

@@ -171,6 +171,10 @@ def refusals(world: World, folder: str, model: nn.Module, optimizer: KeyedOptimi
 
     attempt("catalog", Identity("sbr", "catalog-b", IDENTITY.settings))
     attempt("settings", Identity("sbr", "catalog-a", {**IDENTITY.settings, "seed": 1}))
+    # The version that wrote the checkpoint did not have a setting: it acted as its default does.
+    attempt("later", Identity("sbr", "catalog-a", {**IDENTITY.settings, "tables.dtype": "float16"}))
+    later = Identity("sbr", "catalog-a", {**IDENTITY.settings, "tables.dtype": "float32"})
+    manager(str(Path(folder, "kept")), world, later).load(model, optimizer)
     attempt("stage", Identity("align", "catalog-a", IDENTITY.settings))
     attempt("factory", Identity("sbr", "catalog-a", IDENTITY.settings, "shuffled_words"))
     attempt("marker", damage="COMPLETE")
@@ -223,6 +227,7 @@ def test_only_complete_and_own_checkpoints_are_read(tmp_path: Path) -> None:
     expected = [
         "belongs to another catalog",
         "setting seed is 1, but checkpoint",
+        "setting tables.dtype is float16, but checkpoint",
         "is of stage sbr, not of align",
         "was made with no controls, not with shuffled_words",
         "is not complete (it lacks the file COMPLETE)",
