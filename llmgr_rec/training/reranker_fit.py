@@ -65,7 +65,8 @@ class _Lists:
         """Number of items ahead of each target by the scores plus others."""
         scores_SD = (self.scores_SD + added_SD).astype(np.float32)
         target_S = self.is_target_SD.argmax(axis=1)[:, None]
-        own_S1, item_S1 = (np.take_along_axis(values, target_S, axis=1) for values in (scores_SD, self.ids_SD))
+        own_S1 = np.take_along_axis(scores_SD, target_S, axis=1)
+        item_S1 = np.take_along_axis(self.ids_SD, target_S, axis=1)
         is_ahead_SD = (scores_SD > own_S1) | ((scores_SD == own_S1) & (self.ids_SD < item_S1))
         return np.asarray((is_ahead_SD & (self.ids_SD >= 0)).sum(axis=1))
 
