@@ -19,9 +19,7 @@ from benchmarks.commands import run_module
 from benchmarks.harness import benchmark_parser, write_report
 from llmgr_rec.bounds import Bounds, check_options
 from llmgr_rec.cli import parse_args, run_cli
-from llmgr_rec.data.schema import ITEMS_NAME, MANIFEST_NAME, SPLITS
 
-_LONGEST = 12
 _DIM = 64
 
 
@@ -70,6 +68,7 @@ def make_run(folder: Path, items: int, sessions: int) -> tuple[Path, Path]:
     """
     import torch
 
+    from benchmarks.large_dataset import write_dataset
     from llmgr_rec.config import Config
     from llmgr_rec.config_file import save_config
     from llmgr_rec.data.catalog import Catalog
@@ -80,7 +79,7 @@ def make_run(folder: Path, items: int, sessions: int) -> tuple[Path, Path]:
     from llmgr_rec.storage.table_io import init_tables
 
     dataset, run, cpu = folder / "dataset", folder / "run", torch.device("cpu")
-    _write_dataset(dataset, items, sessions)
+    write_dataset(dataset, items, sessions)
     config = Config()
     config.tables.dim, config.tables.knn_smoothing, config.blend.neighbors = _DIM, [0.0], []
     catalog, factory = Catalog.load(dataset), ModelFactory()
@@ -90,64 +89,6 @@ def make_run(folder: Path, items: int, sessions: int) -> tuple[Path, Path]:
     save_config(config, run / "config.yaml")
     export_bundle(model, "sbr", config, catalog, run / "export" / "sbr", World.alone(), Dataset(dataset).manifest)
     return dataset, run
-
-
-def _write_dataset(folder: Path, items: int, sessions: int) -> None:
-    import numpy as np
-    import pyarrow as pa
-
-    from llmgr_rec.data.catalog import Catalog
-    from llmgr_rec.data.dataset import Manifest
-    from llmgr_rec.data.preparation.parts import PartWriter, describe_file
-    from llmgr_rec.data.schema import sessions_schema
-
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    _write_items(folder / ITEMS_NAME, items, rng)
-    catalog_hash = Catalog.load(folder).hash
-    for split in SPLITS:
-        lengths = rng.integers(1, _LONGEST, sessions)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-        clicks = pa.ListArray.from_arrays(pa.array(offsets), pa.array(rng.integers(0, items, offsets[-1])))
-        writer = PartWriter(folder / split, sessions_schema(catalog_hash))
-        writer.write(
-            [pa.array([f"s{row}" for row in range(sessions)]), clicks, pa.array(rng.integers(0, items, sessions))]
-        )
-        writer.close()
-    manifest = Manifest(
-        num_items=items,
-        num_sessions=dict.fromkeys(SPLITS, sessions),
-        num_examples=dict.fromkeys(SPLITS, sessions),
-        split="leave_one_out",
-        max_length=50,
-        min_interactions=0,
-        prefix_augmentation=[],
-        features={},
-        has_text=False,
-        catalog_hash=catalog_hash,
-        files={str(path.relative_to(folder)): describe_file(path) for path in sorted(folder.rglob("*.parquet"))},
-    )
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-
-
-def _write_items(file: Path, items: int, rng: Any) -> None:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    from llmgr_rec.data.schema import FEATURES, TEXT_COLUMNS, items_schema
-
-    numbers = pa.array(np.arange(items))
-    nothing = pa.ListArray.from_arrays(pa.array(np.zeros(items + 1, np.int32)), pa.array([], pa.int64()))
-    columns = {
-        "index": numbers,
-        "item_id": pc.binary_join_element_wise("i", numbers.cast(pa.string()), ""),
-        **dict.fromkeys(TEXT_COLUMNS, pa.nulls(items, pa.string())),
-        "train_count": pa.array(rng.integers(1, 100, items)),
-        **{f"{name}_ids": nothing for name in FEATURES},
-    }
-    pq.write_table(pa.table(columns, schema=items_schema(pa.string())), file)
 
 
 if __name__ == "__main__":

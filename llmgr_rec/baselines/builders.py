@@ -102,7 +102,8 @@ def warn_of_word_rule(dataset: Dataset, catalog: Catalog) -> None:
     """
     if dataset.manifest.word_rule == WORD_RULE:
         return
-    if not all(map(str.isascii, catalog.texts(list(TEXT_FIELDS), required=False))):
+    batches = catalog.text_batches(list(TEXT_FIELDS), range(catalog.num_items))
+    if not all(text.isascii() for batch in batches for text in batch):
         _warn_once(dataset.path)
 
 

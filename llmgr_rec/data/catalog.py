@@ -4,8 +4,8 @@ Shapes: V items.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,17 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from llmgr_rec.data.catalog_columns import (
+    check_index,
+    column_names,
+    one_array,
+    read_categories,
+    read_ids,
+    read_integers,
+    read_lists,
+    readable,
+    require_columns,
+)
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.item_ids import are_ids, int64_ids, is_text, plain_ids
@@ -27,7 +38,6 @@ from llmgr_rec.data.text_index import TextIndex
 from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.remote_path import as_path
 
-_REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 _TEXT_SEPARATOR = ", "
 
 
@@ -60,33 +70,20 @@ class Catalog:
             UserError: The file is missing or truncated, or does not have the format that `prepare` writes.
         """
         file = as_path(path) / ITEMS_NAME
-        required = ["index", "item_id", "train_count"]
+        found = column_names(file)
         # Data sets of early versions have no column word_ids and are still valid.
-        found = _column_names(file)
         columns = [f"{name}_ids" for name in FEATURES if name != "word" or "word_ids" in found]
-        required += [DOMAIN] if DOMAIN in found else []
-        table = _read(file, required)
-        for name in required:
-            if table[name].null_count:
-                raise UserError(f"{file}: column {name} has {table[name].null_count} nulls; {_REMEDY}")
-        item_ids = _one_array(table["item_id"])
-        if not (pa.types.is_string(item_ids.type) or pa.types.is_int64(item_ids.type)):
-            raise UserError(f"{file}: column item_id is {item_ids.type}, not string or int64; {_REMEDY}")
-        if not len(item_ids):
-            raise UserError(f"{file}: the catalog is empty; {_REMEDY}")
-        if not np.array_equal(_ints(table["index"], file, "index"), np.arange(len(item_ids))):
-            raise UserError(f"{file}: column index does not count 0, 1, 2, ... row by row; {_REMEDY}")
-        _refuse_duplicates(item_ids, file)
-        # One column at a time, since a column and its tensor are two copies.
-        features = {
-            name.removesuffix("_ids"): _jagged(_one_array(_read(file, [name])[name]), file, name) for name in columns
-        }
+        require_columns(file, ["index", "item_id", "train_count"])
+        require_columns(file, columns)
+        item_ids = read_ids(file)
+        check_index(file)
+        features = {name.removesuffix("_ids"): read_lists(file, name) for name in columns}
         return cls(
             file=file,
             item_ids=item_ids,
-            train_count_V=torch.from_numpy(_ints(table["train_count"], file, "train_count")),
+            train_count_V=torch.from_numpy(read_integers(file, "train_count")),
             features={name: rows for name, rows in features.items() if rows.values.numel()},
-            domains=ItemDomains.of_column(_one_array(table[DOMAIN])) if DOMAIN in found else None,
+            domains=ItemDomains.of_column(read_categories(file, DOMAIN)) if DOMAIN in found else None,
         )
 
     @classmethod
@@ -143,7 +140,7 @@ class Catalog:
         Raises:
             UserError: The file has no such column.
         """
-        return _one_array(_read(self.file, [name])[name])
+        return one_array(_read(self.file, [name])[name])
 
     def in_category(self, category: str) -> np.ndarray:
         """Mask of the items of a category or of one below it, bool [V].
@@ -176,16 +173,27 @@ class Catalog:
         Raises:
             UserError: `fields` is empty or names an unknown column, or an item has no text and `required` is true.
         """
+        if required:
+            self.require_texts(fields)
         _check_fields(fields)
-        texts = _joined(_read(self.file, fields), fields)
-        missing = pc.equal(texts, "")
-        if required and (count := pc.sum(missing).as_py()):
-            first = self.item_ids[pc.index(missing, True).as_py()].as_py()
+        return _joined(_read(self.file, fields), fields).to_pylist()
+
+    def require_texts(self, fields: list[str]) -> None:
+        """Checks that each item has a text, reading a part of the texts at a time.
+
+        Args:
+            fields: Text columns, as for `texts`.
+
+        Raises:
+            UserError: `fields` is empty or names an unknown column, or an item has no text.
+        """
+        texts = itertools.chain.from_iterable(self.text_batches(fields, range(self.num_items)))
+        missing = [item for item, text in enumerate(texts) if not text]
+        if missing:
             raise UserError(
-                f"{self.file}: {count} items have no text in {', '.join(fields)}, the first is item_id {first!r}; "
-                "give them text or name more columns in prompt.text_fields"
+                f"{self.file}: {len(missing)} items have no text in {', '.join(fields)}, the first is item_id "
+                f"{self.item_ids[missing[0]].as_py()!r}; give them text or name more columns in prompt.text_fields"
             )
-        return texts.to_pylist()
 
     def text_batches(self, fields: list[str], items: range) -> Iterator[list[str]]:
         """Texts of a range of items as `texts` has them, in batches; may be empty.
@@ -198,7 +206,8 @@ class Catalog:
             UserError: `fields` is empty or names an unknown column.
         """
         _check_fields(fields)
-        with _readable(self.file), pq.ParquetFile(self.file) as parquet:
+        require_columns(self.file, fields)
+        with readable(self.file), pq.ParquetFile(self.file) as parquet:
             first = 0
             for number in range(parquet.num_row_groups):
                 end = first + parquet.metadata.row_group(number).num_rows
@@ -221,7 +230,7 @@ class Catalog:
         Raises:
             UserError: The ids have another type, or a float is not an exact integer.
         """
-        array = _one_array(ids)
+        array = one_array(ids)
         if not are_ids(array.type):
             raise UserError(f"item ids are {ids.type}, but must be text or integers; cast them")
         if pa.types.is_string(self.item_ids.type):
@@ -276,56 +285,7 @@ def _joined(table: pa.Table, fields: list[str]) -> pa.ChunkedArray:
 
 
 def _read(file: Path, columns: list[str]) -> pa.Table:
-    if missing := [name for name in columns if name not in _column_names(file)]:
-        raise UserError(f"{file} has no column {', '.join(missing)}; {_REMEDY}")
+    require_columns(file, columns)
     # Not read_table, which imports pyarrow.dataset.
-    with _readable(file), pq.ParquetFile(file) as parquet:
+    with readable(file), pq.ParquetFile(file) as parquet:
         return parquet.read(columns)
-
-
-def _column_names(file: Path) -> list[str]:
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; {_REMEDY}")
-    with _readable(file):
-        return list(pq.read_schema(file).names)
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file} is not a readable Parquet file ({str(error).splitlines()[0]}); {_REMEDY}") from None
-
-
-def _one_array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Combines the chunks of a column to one array and decodes dictionaries."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-
-
-def _ints(column: pa.ChunkedArray, file: Path, name: str) -> np.ndarray:
-    if not pa.types.is_integer(column.type):
-        raise UserError(f"{file}: column {name} is {column.type}, not int64; {_REMEDY}")
-    return _one_array(column.cast(pa.int64())).to_numpy().copy()
-
-
-def _jagged(column: pa.Array, file: Path, name: str) -> Jagged:
-    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-    if not (is_list and pa.types.is_integer(column.type.value_type)):
-        raise UserError(f"{file}: column {name} is {column.type}, not list<int64>; {_REMEDY}")
-    values = column.flatten().cast(pa.int64())
-    if values.null_count or (len(values) and pc.min(values).as_py() < 0):
-        raise UserError(f"{file}: column {name} has a null or negative id; {_REMEDY}")
-    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-    return Jagged.from_lengths(torch.from_numpy(values.to_numpy().copy()), torch.from_numpy(lengths))
-
-
-def _refuse_duplicates(item_ids: pa.Array, file: Path) -> None:
-    if pc.count_distinct(item_ids).as_py() == len(item_ids):
-        return
-    counts = item_ids.value_counts()
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    raise UserError(
-        f"{file}: column item_id has {len(repeated)} duplicate ids, such as {repeated[0].as_py()!r}; {_REMEDY}"
-    )

@@ -32,14 +32,13 @@ class ItemDomains:
     of_item_V: Tensor
 
     @classmethod
-    def of_column(cls, names_V: pa.Array) -> "ItemDomains":
+    def of_column(cls, names_V: pa.DictionaryArray) -> "ItemDomains":
         """The domains of a catalog.
 
         Args:
-            names_V: Name of the domain of each item, string.
+            names_V: Name of the domain of each item; the dictionary has them in the order of their first items.
         """
-        encoded = names_V.dictionary_encode()
-        return cls(tuple(encoded.dictionary.to_pylist()), torch.from_numpy(encoded.indices.to_numpy().astype(np.int16)))
+        return cls(tuple(names_V.dictionary.to_pylist()), torch.from_numpy(names_V.indices.to_numpy().astype(np.int16)))
 
     def place(self, name: str) -> int:
         """Place of a domain in `names`.

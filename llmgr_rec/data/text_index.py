@@ -21,7 +21,7 @@ class TextIndex:
 
     def __init__(self, texts_V: pa.Array) -> None:
         self._texts_V = texts_V
-        hashes_V = _hashes(texts_V)
+        hashes_V = text_hashes(texts_V)
         self._order_V = np.argsort(hashes_V)
         self._hashes_V = hashes_V[self._order_V]
         # A binary search finds one text of each hash.
@@ -36,7 +36,7 @@ class TextIndex:
         if not self._is_unique:
             found = pc.index_in(texts_N, value_set=self._texts_V, skip_nulls=True)
             return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        hashes_N = _hashes(texts_N)
+        hashes_N = text_hashes(texts_N)
         places_N = np.minimum(np.searchsorted(self._hashes_V, hashes_N), len(self._order_V) - 1)
         positions_N = self._order_V[places_N]
         is_equal_N = pc.equal(self._texts_V.take(pa.array(positions_N)), texts_N)
@@ -45,8 +45,12 @@ class TextIndex:
         return np.where(is_equal_N.to_numpy(zero_copy_only=False), positions_N, -1)
 
 
-def _hashes(texts_N: pa.Array) -> NDArray[np.uint64]:
-    """Polynomial hash modulo 2^64 of the bytes of each text, uint64 [N]."""
+def text_hashes(texts_N: pa.Array) -> NDArray[np.uint64]:
+    """Polynomial hash modulo 2^64 of the bytes of each text, uint64 [N].
+
+    Args:
+        texts_N: Texts, large_string.
+    """
     offsets = np.frombuffer(texts_N.buffers()[1], np.int64)[texts_N.offset : texts_N.offset + len(texts_N) + 1]
     data = texts_N.buffers()[2]
     content_T = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data is not None else np.empty(0, np.uint8)

@@ -342,7 +342,7 @@ def _check_item_text(spec: ModelSpec, dataset: Dataset, catalog: Catalog) -> Non
             f"{dataset.items_path} has no titles, which stage {spec.stage} needs; prepare with an items file with a "
             f"column title, or set {spec.stage}.epochs to 0"
         )
-    catalog.texts(list(spec.config.prompt.text_fields))
+    catalog.require_texts(list(spec.config.prompt.text_fields))
 
 
 def _check_memory(config: Config, stages: Sequence[StageName], catalog: Catalog) -> None:

@@ -1,9 +1,11 @@
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from llmgr_rec.data import catalog_columns
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.schema import hash_item_ids
 from llmgr_rec.errors import UserError
@@ -23,6 +25,27 @@ def test_loads_what_the_file_holds(tmp_path: Path) -> None:
     assert catalog.features["category"].offsets.tolist() == [0, 2, 2, 3]
     assert catalog.titles() == ["Title 0", "Title 1", "Title 2"]
     assert catalog.hash == hash_item_ids([pa.array(["id0", "id1", "id2"])])
+
+
+@pytest.mark.parametrize("ids", [["", "é", "c", "dd", "c\0"], [3, -1, 0, 2**62, 7]])
+def test_batches_of_rows_make_the_columns_of_one_batch(
+    ids: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = [[0, 1], None, [], [4], [2, 2, 9]]
+    folder = write_items(tmp_path, 5, item_id=ids, word_ids=lists, train_count=[5, 0, 2, 1, 3])
+    whole = Catalog.load(folder)
+    assert whole.item_ids.to_pylist() == ids
+    assert whole.features["word"].values.tolist() == [0, 1, 4, 2, 2, 9]
+    assert whole.features["word"].offsets.tolist() == [0, 2, 2, 2, 3, 6]
+    monkeypatch.setattr(catalog_columns, "_BATCH_ROWS", 2)
+    # Ids of one hash are compared themselves.
+    monkeypatch.setattr(catalog_columns, "text_hashes", lambda texts: np.zeros(len(texts), np.uint64))
+    found = Catalog.load(folder)
+    assert found.item_ids.equals(whole.item_ids)
+    assert found.hash == whole.hash
+    assert found.features_hash == whole.features_hash
+    assert found.train_count_V.tolist() == [5, 0, 2, 1, 3]
+    assert found.features["word"].values.untyped_storage().nbytes() == 6 * 8
 
 
 def test_string_ids_are_found(tmp_path: Path) -> None:

@@ -30,6 +30,6 @@ def test_no_text_and_only_nulls_are_found_nowhere() -> None:
 
 @pytest.mark.parametrize("known", [["a", "b", "c"], ["a"]])
 def test_texts_of_one_hash_are_told_apart(known: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_index, "_hashes", lambda texts: np.zeros(len(texts), np.uint64))
+    monkeypatch.setattr(text_index, "text_hashes", lambda texts: np.zeros(len(texts), np.uint64))
     found = TextIndex(pa.array(known, pa.large_string())).positions(pa.array(["c", "x", None, "a"], pa.large_string()))
     assert found.tolist() == [known.index("c") if "c" in known else -1, -1, -1, 0]
