@@ -55,12 +55,23 @@ def _converted(data: object, name: str) -> pa.Table:
         if hasattr(data, "__dataframe__"):
             return pa.interchange.from_dataframe(data)
         if isinstance(data, Mapping):
+            _refuse_tables(data, name)
             return pa.table(dict(data))
         if isinstance(data, Sequence) and all(isinstance(record, Mapping) for record in data):
             return pa.Table.from_pylist(list(data))
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{name} cannot be converted to an Arrow table: {_first_line(error)}") from None
     raise UserError(f"{name} is {type(data).__name__}; give {_ACCEPTED}")
+
+
+def _refuse_tables(data: Mapping[object, object], name: str) -> None:
+    """Refuses tables by domain where one table is needed."""
+    for key, column in data.items():
+        if hasattr(column, "columns") or isinstance(column, str | os.PathLike | Mapping):
+            raise UserError(
+                f"{name} has a {type(column).__name__} for {key}, but must be one table; with several domains, give "
+                "the rows of all, with full ids such as beauty:B001"
+            )
 
 
 def _plain(table: pa.Table) -> pa.Table:

@@ -1,7 +1,7 @@
 """Hands clicks and items in the forms that Python users hold to `prepare`, which reads Parquet files."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 from llmgr_rec.arrow_input import lists_of, to_sessions, to_table
 from llmgr_rec.data.parquet_files import list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
+from llmgr_rec.data.schema import TEXT_COLUMNS
 from llmgr_rec.errors import UserError
 from llmgr_rec.remote_path import as_path
 
 # Columns by which a mapping is a table, and not tables by the names of their domains.
-_ITEM_COLUMNS = {"item_id", "items"}
+_COLUMNS = {"item_id", "items", "user_id", "session_id", "timestamp", *TEXT_COLUMNS}
 
 
 class FitInput:
@@ -23,7 +24,7 @@ class FitInput:
 
     Args:
         interactions: Clicks or sessions, or those of each domain by its name, see `Recommender.fit`.
-        items: Items, or those of each domain, or None.
+        items: Items, or those of each domain; None, also of a domain, where there are none.
         folder: Existing folder for what is written.
 
     Attributes:
@@ -46,8 +47,15 @@ class FitInput:
                 "are clicks with times; give all in one form"
             )
         self.options[next(iter(options))] = _value({name: path for name, (_, path) in clicks.items()})
-        if items is not None:
-            self.options["items"] = _value({name: self._items(one, name) for name, one in _by_domain(items).items()})
+        of_domains = {name: one for name, one in _by_domain(items).items() if one is not None}
+        if of_domains and ("" in of_domains) != ("" in clicks):
+            tables, table = ("interactions", "items") if "" in of_domains else ("items", "interactions")
+            raise UserError(
+                f"{tables} are tables by domain, but {table} are one table; give both by domain: "
+                '{"beauty": ..., "films": ...}'
+            )
+        if of_domains:
+            self.options["items"] = _value({name: self._items(one, name) for name, one in of_domains.items()})
 
     def in_terms_of_caller(self, message: str) -> str:
         """A message of `prepare` with the names of arguments where it has paths of files that were written.
@@ -64,55 +72,67 @@ class FitInput:
         if isinstance(interactions, str | os.PathLike):
             path = as_path(interactions)
             return ("sessions" if _has_sessions(path) else "interactions"), path
-        option, table = _clicks_table(interactions)
-        return option, self._write(option, domain, table, "interactions")
+        name = _shown("interactions", domain)
+        option, table = _clicks_table(interactions, name)
+        return option, self._write(option, domain, table, name)
 
     def _items(self, items: object, domain: str) -> Path:
         if isinstance(items, str | os.PathLike):
             return as_path(items)
-        return self._write("items", domain, to_table(items, "items"), "items")
+        name = _shown("items", domain)
+        return self._write("items", domain, to_table(items, name), name)
 
     def _write(self, option: str, domain: str, table: pa.Table, name: str) -> Path:
         # A number, because the name of a domain may be none of a file.
         path = self._folder / (f"{option}-{len(self._written)}.parquet" if domain else f"{option}.parquet")
-        shown = f"{name} of {domain}" if domain else name
         try:
             # One row group, in which the number of a row is that of the table.
             pq.write_table(table, path, row_group_size=max(table.num_rows, 1))
         except pa.ArrowException as error:
-            raise UserError(f"{shown} cannot be written as Parquet: {str(error).splitlines()[0]}") from None
-        self._written[path] = shown
+            raise UserError(f"{name} cannot be written as Parquet: {str(error).splitlines()[0]}") from None
+        self._written[path] = name
         return path
 
 
 def _by_domain(given: object) -> Mapping[str, Any]:
     """Tables by the names of their domains; a table that is of none has the name ""."""
-    if isinstance(given, Mapping) and given and not _ITEM_COLUMNS & set(given):
+    if isinstance(given, Mapping) and given and not (_COLUMNS & set(given) or any(map(_is_column, given.values()))):
         return {str(name): one for name, one in given.items()}
     return {"": given}
+
+
+def _is_column(values: object) -> bool:
+    """Whether the values of a mapping are one value a row, and so no table and no list of sessions."""
+    return (
+        isinstance(values, Sequence) and not isinstance(values, str) and isinstance(next(iter(values), None), int | str)
+    )
+
+
+def _shown(name: str, domain: str) -> str:
+    return f"{name} of {domain}" if domain else name
 
 
 def _value(paths: Mapping[str, Path]) -> str:
     return ",".join(f"{name}={path}" if name else str(path) for name, path in paths.items())
 
 
-def _clicks_table(interactions: object) -> tuple[str, pa.Table]:
+def _clicks_table(interactions: object, name: str) -> tuple[str, pa.Table]:
     """Option of prepare and its table: clicks with times, or sessions."""
-    if lists_of(interactions, "interactions") is not None:
-        return "sessions", to_sessions(interactions, "interactions")
-    table = to_table(interactions, "interactions")
+    if lists_of(interactions, name) is not None:
+        return "sessions", to_sessions(interactions, name)
+    table = to_table(interactions, name)
     columns = table.column_names
     if "items" in columns:
-        return "sessions", table if "session_id" in columns else to_sessions(table, "interactions")
+        return "sessions", table if "session_id" in columns else to_sessions(table, name)
     if "item_id" not in columns or not {"user_id", "session_id"} & set(columns):
         raise UserError(
-            "interactions need the columns user_id (or session_id), item_id and timestamp, or the columns session_id "
+            f"{name} need the columns user_id (or session_id), item_id and timestamp, or the columns session_id "
             f"and items; they have {', '.join(columns) or 'none'}; rename them"
         )
     if "timestamp" not in columns:
-        return "sessions", to_sessions(table, "interactions")
+        return "sessions", to_sessions(table, name)
     if "user_id" not in columns:
-        table = table.rename_columns(["user_id" if name == "session_id" else name for name in columns])
+        table = table.rename_columns(["user_id" if column == "session_id" else column for column in columns])
     return "interactions", table
 
 

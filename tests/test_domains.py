@@ -1,6 +1,7 @@
 """Several domains in one data set and one model: ids, lists of the session's domain, results by domain."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from llmgr_rec import Recommender
+from llmgr_rec.arrow_input import to_table
 from llmgr_rec.baselines.builders import build_baseline
 from llmgr_rec.baselines.in_domains import in_domains
 from llmgr_rec.baselines.knn import Baseline
@@ -25,6 +27,7 @@ from llmgr_rec.data.extended_items import write_extended_items
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.preparation.summary import summary_lines
 from llmgr_rec.data.reader import SamplingOrder, SessionReader
 from llmgr_rec.data.schema import SPLITS
 from llmgr_rec.errors import UserError
@@ -44,6 +47,7 @@ from tests.data.files import write_parts
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, prepare_small, write_log
 
 DOMAINS = ("paper", "film")
+_CLICKS = pa.table({"user_id": ["u"], "item_id": ["i1"], "timestamp": [1]})
 
 
 @cache
@@ -115,6 +119,17 @@ def test_equal_ids_of_different_domains_do_not_collide(tmp_path: Path) -> None:
         assert rows_of(dataset(), split) == expected
 
 
+def test_a_domain_without_sessions_is_counted(tmp_path: Path) -> None:
+    pq.write_table(_CLICKS, tmp_path / "one.parquet")
+    pq.write_table(_CLICKS.slice(1), tmp_path / "none.parquet")
+    settings = settings_of(tmp_path, tmp_path / "dataset", items=None)
+    more = f"{settings.interactions},one={tmp_path}/one.parquet,none={tmp_path}/none.parquet"
+    manifest = prepare_dataset(replace(settings, interactions=more, min_interactions=2))
+    assert list(manifest.domains) == [*DOMAINS, "one", "none"]
+    assert manifest.domains["one"] == manifest.domains["none"] == {"items": 0, "sessions": 0}
+    assert "; one 0 items, 0 sessions; none 0 items, 0 sessions" in summary_lines(manifest)[1]
+
+
 def test_one_log_has_no_domains() -> None:
     one = prepare_small(_folder() / "one")
     assert Catalog.of(one).domains is None
@@ -129,6 +144,8 @@ def test_one_log_has_no_domains() -> None:
         ({"items": "items.parquet"}, "--interactions names domains, but --items does not"),
         ({"interactions": "a=F,a=G", "items": None}, "--interactions names the domain a twice"),
         ({"interactions": "a b=F", "items": None}, "the domain 'a b' is not made of letters"),
+        ({"interactions": "a:b=F,c=G", "items": None}, "the domain 'a:b' is not made of letters"),
+        ({"interactions": "a=F,b:c=G", "items": None}, "the domain 'b:c' is not made of letters"),
         ({"interactions": "all=F", "items": None}, "the domain all would be"),
         ({"interactions": "a=,b=G", "items": None}, "--interactions, domain a: ''; give the path"),
     ],
@@ -331,8 +348,26 @@ def test_python_takes_tables_by_domain(tmp_path: Path) -> None:
         "interactions of paper, row 3"
     )
     assert FitInput(table.to_pydict(), None, tmp_path).options == {"interactions": f"{tmp_path}/interactions.parquet"}
-    with pytest.raises(UserError, match="domain b are sessions, those of a are clicks with times"):
-        FitInput({"a": table, "b": [["i1", "i2"]]}, None, tmp_path)
+    assert FitInput({"a": table, "b": table}, {"a": items, "b": None}, tmp_path).options["items"] == f"a={items}"
+    assert "items" not in FitInput({"a": table}, {"a": None}, tmp_path).options
+
+
+@pytest.mark.parametrize(
+    ("interactions", "items", "message"),
+    [
+        ({"a": _CLICKS, "b": [["i1", "i2"]]}, None, "domain b are sessions, those of a are clicks with times"),
+        ({"a": _CLICKS, "b": None}, None, "interactions of b is NoneType; give"),
+        ({"a": _CLICKS, "b": {"item_id": ["i1"]}}, None, "interactions of b need the columns user_id"),
+        ({"user_id": [1], "timestamp": [2]}, None, "interactions need the columns user_id .* they have user_id, times"),
+        ({"a": _CLICKS}, _CLICKS, "interactions are tables by domain, but items are one table"),
+        (_CLICKS, {"a": _CLICKS}, "items are tables by domain, but interactions are one table"),
+    ],
+)
+def test_python_says_which_table_of_a_domain_is_wrong(
+    tmp_path: Path, interactions: object, items: object, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        FitInput(interactions, items, tmp_path)
 
 
 def test_a_catalog_is_extended_by_a_domain(tmp_path: Path) -> None:
@@ -345,6 +380,8 @@ def test_a_catalog_is_extended_by_a_domain(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             write_extended_items(known, pa.table({"item_id": [wrong]}), "items", tmp_path)
         assert message in str(caught.value)
+    with pytest.raises(UserError, match="items has a Table for film, but must be one table; with several domains"):
+        to_table({"film": pa.table({"item_id": ids})}, "items")
 
 
 def test_the_domain_of_a_session_is_that_of_its_newest_click() -> None:

@@ -47,7 +47,7 @@ SIGNATURES = {
     "item_ids": "(self) -> pyarrow.lib.Array",
     "titles": "(self) -> pyarrow.lib.Array",
     "recommend": "(self, sessions: object, k: int = 10, *, exclude_seen: bool | None = None, "
-    f"among: {IDS} | None = None, without: {IDS} = (), category: str | None = None, "
+    f"among: {IDS} | None = None, without: {IDS} = (), category: str | None = None, domain: str | None = None, "
     "layout: Literal['lists', 'long'] = 'lists') -> pyarrow.lib.Table",
     "recommend_arrow": "(self, sessions: pyarrow.lib.Table | pyarrow.lib.RecordBatch, k: int = 20, *, "
     "columns: collections.abc.Sequence[str] = ('session_id',), titles: bool = False) -> pyarrow.lib.Table",

@@ -10,9 +10,10 @@ from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.paths import storage_path
 from llmgr_rec.remote_path import as_path
 
-# A path with a = in its first name, such as dt=2026-11-01, is none if it exists.
-_NAMED = re.compile(r"[^/=,:]+=")
-_BETWEEN = re.compile(r",(?=[^/=,:]+=)")
+# A path with a = in its first name, such as dt=2026-11-01, is none if it exists. Names that are not allowed are found,
+# too, so that they are refused as names and not as missing files.
+_NAMED = re.compile(r"[^/=]+=")
+_BETWEEN = re.compile(r",(?=[^/=,]+=)")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 

@@ -11,6 +11,7 @@ from llmgr_rec.cli import progress
 from llmgr_rec.data.dataset import Manifest, load_manifest
 from llmgr_rec.data.preparation import filters, load, phases, sessionize
 from llmgr_rec.data.preparation.database import Database
+from llmgr_rec.data.preparation.domain_inputs import paths_by_domain
 from llmgr_rec.data.preparation.duckdb_database import DuckDBDatabase
 from llmgr_rec.data.preparation.duplicates import (
     count_duplicates,
@@ -118,7 +119,7 @@ def _run_steps(
                 manifest = _write_files(draft, database, settings, clicks, num_items, bar)
             described = {"interactions" if settings.interactions else "sessions": clicks, "items": items}
             inputs = {option: found.description for option, found in described.items() if found and found.description}
-            domains = _count_domains(database) if clicks.domains else {}
+            domains = _count_domains(database, settings) if clicks.domains else {}
             manifest = replace(
                 manifest, domains=domains, cuts=cuts, num_clicks=num_clicks, inputs=inputs, session_gap=cut
             )
@@ -206,9 +207,10 @@ def _write_files(
     )
 
 
-def _count_domains(database: Database) -> dict[str, dict[str, int]]:
-    """Numbers of items and of users or sessions by domain, after the filters."""
-    counts: dict[str, dict[str, int]] = {}
+def _count_domains(database: Database, settings: PrepareSettings) -> dict[str, dict[str, int]]:
+    """Numbers of items and of users or sessions by domain, after the filters; 0 where these leave nothing of one."""
+    paths = paths_by_domain(str(settings.interactions or settings.sessions), "interactions")
+    counts = {name: {"items": 0, "sessions": 0} for name in paths}
     relations = {
         "items": "SELECT item_id AS id FROM catalog JOIN items USING (key)",
         "sessions": "SELECT name AS id FROM users",
@@ -216,7 +218,7 @@ def _count_domains(database: Database) -> dict[str, dict[str, int]]:
     for what, ids in relations.items():
         domain = f"split_part(id, '{DOMAIN_SEPARATOR}', 1)"
         for name, count in database.run(f"SELECT {domain} AS name, count(*) FROM ({ids}) GROUP BY 1 ORDER BY 1"):
-            counts.setdefault(name, {"items": 0, "sessions": 0})[what] = int(count)
+            counts[name][what] = int(count)
     return counts
 
 
