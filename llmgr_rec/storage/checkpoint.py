@@ -352,7 +352,7 @@ class CheckpointManager:
             )
         now = json.loads(json.dumps(dict(self._identity.settings)))
         # A setting that the version which wrote the checkpoint did not have acted as its default does.
-        before = {name: value for name, value in default_settings().items() if name in now} | identity.settings
+        before = {name: value for name, value in default_settings().items() if name in now} | dict(identity.settings)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(
