@@ -29,6 +29,7 @@ from llmgr_rec.evaluate import main as evaluate
 from llmgr_rec.evaluation.intervals import VALUES_P, count_pairs, count_ranks, mean_intervals, paired_gains
 from llmgr_rec.evaluation.session_ranks import RANK_PREFIX, ranks_path
 from llmgr_rec.extend import main as extend
+from llmgr_rec.paths import LocalPath
 from llmgr_rec.train import main as train
 
 Ranks = NDArray[np.uint8]
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--interactions", type=str, required=True, help="As for llmgr_rec.prepare, by domain.")
     parser.add_argument("--items", type=str, required=True, help="As for llmgr_rec.prepare, by domain.")
-    parser.add_argument("--work", type=str, required=True, help="Folder of data sets and runs, which are kept.")
+    parser.add_argument("--work", type=LocalPath, required=True, help="Folder of data sets and runs, which are kept.")
     parser.add_argument("--seeds", type=str, default="0", help="Seeds, separated by commas.")
     parser.add_argument("--settings", type=str, default="", help="Options of llmgr_rec.train, separated by spaces.")
     args = parse_args(parser, argv).as_dict()

@@ -1,14 +1,14 @@
 """Hands clicks and items in the forms that Python users hold to `prepare`, which reads Parquet files."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmgr_rec.arrow_input import lists_of, to_sessions, to_table
+from llmgr_rec.arrow_input import is_table, lists_of, to_sessions, to_table
 from llmgr_rec.data.parquet_files import list_parquet_files
 from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.schema import TEXT_COLUMNS
@@ -103,9 +103,9 @@ def _by_domain(given: object) -> Mapping[str, Any]:
 
 def _is_column(values: object) -> bool:
     """Whether the values of a mapping are one value a row, and so no table and no list of sessions."""
-    return (
-        isinstance(values, Sequence) and not isinstance(values, str) and isinstance(next(iter(values), None), int | str)
-    )
+    if is_table(values) or isinstance(values, Iterator) or not isinstance(values, Iterable):
+        return False
+    return not isinstance(next(iter(values), None), Iterable) or isinstance(next(iter(values)), str)
 
 
 def _shown(name: str, domain: str) -> str:

@@ -124,9 +124,9 @@ def test_a_graph_network_updates_two_nodes_of_each_longer_prefix(
     prefixes, pass_offsets_P1 = prefixes_of([[*range(9)], [4, 4, 4], [1, 2, 1, 2]])
     graph, updated = graphs_of(prefixes), []
 
-    def counted(inputs_RF: Tensor, states_RD: Tensor, weights: Weights) -> Tensor:
+    def counted(inputs_RF: Tensor, states_RD: Tensor, weights: Weights, product_dtype: torch.dtype) -> Tensor:
         updated.append(len(states_RD))
-        return gru_cell(inputs_RF, states_RD, weights)
+        return gru_cell(inputs_RF, states_RD, weights, product_dtype)
 
     monkeypatch.setattr(gated_graph, "gru_cell", counted)
     encoder.encode_one_pass(

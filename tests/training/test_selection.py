@@ -237,7 +237,7 @@ def test_given_weights_are_used(caught_lines: pytest.LogCaptureFixture) -> None:
 def test_a_text_encoder_adds_a_neighbor_score() -> None:
     shared = small_run()
     bundle = load_bundle(shared.run / "export/sbr")
-    settings = BlendConfig(["item_knn"], 5, [2.0, 3.0], "random-tiny")
+    settings = BlendConfig(["item_knn"], 5, [2.0, 3.0], text_encoder="random-tiny")
     config = replace(bundle.config, blend=settings)
     selection = select_on_validation("sbr", bundle.ranking(), config, shared.dataset, shared.catalog, ONE_RANK)
     assert selection.blend is not None
