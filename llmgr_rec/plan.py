@@ -85,8 +85,10 @@ def main(argv: Sequence[str]) -> None:
         from llmgr_rec.data.dataset import Dataset
         from llmgr_rec.distributed.process_group import choose_device
         from llmgr_rec.training.memory_plan import Ranks, plan_memory
+        from llmgr_rec.training.preflight import check_reranker_ranks
         from llmgr_rec.training.rank_memory import Reading, estimate_memory
 
+    check_reranker_ranks(config, arguments.world_size)
     features = {name: getattr(arguments, option) for name, option in _FEATURE_SIZES.items()}
     sizes = _sizes(arguments.dataset, arguments.num_items, features)
     device = config.runtime.device

@@ -36,10 +36,14 @@ from llmgr_rec.evaluation.html import by_domain
 from llmgr_rec.evaluation.metrics import target_ranks
 from llmgr_rec.evaluation.protocol import ranked_lists, split_reader
 from llmgr_rec.evaluation.results import format_domains
+from llmgr_rec.experiments.compare import ndcg
+from llmgr_rec.experiments.experiment import load_experiment
+from llmgr_rec.experiments.trial import TrialRunner
 from llmgr_rec.fit_input import FitInput
 from llmgr_rec.scoring.score_checks import ScoreRequest
 from llmgr_rec.scoring.score_run import score_run
-from llmgr_rec.storage.bundle import load_bundle
+from llmgr_rec.serving.side_by_side import baseline_lists
+from llmgr_rec.storage.bundle import load_bundle, open_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables
@@ -274,6 +278,8 @@ def test_scores_and_recommendations_are_of_the_domain(tmp_path: Path) -> None:
         {"film"},
         {item.split(":")[0] for item in rec.recommend([[]], k=5)["item_ids"].to_pylist()[0]},
     ]
+    (popularity,) = baseline_lists(open_bundle(run()))
+    assert [popularity.recommend(session, 5)["item_ids"] for session in sessions[3:]] == lists[3:]
     pq.write_table(pa.table({"session_id": list("abcde"), "items": sessions}), tmp_path / "sessions.parquet")
     request = {"run": run(), "input": tmp_path / "sessions.parquet", "k": 5, "threads": 1}
     score_run(ScoreRequest(output=tmp_path / "own", **request))  # type: ignore[arg-type]
@@ -334,6 +340,15 @@ def test_balanced_epochs_have_each_domain_as_often_as_wanted_and_resume(tmp_path
     assert shares == {power: pytest.approx(1 / (1 + weight), abs=0.03) for power, weight in weights.items()}
     once = [row for batch in rows_read(reader(1.0), 0) for row in batch]
     assert len(set(once)) == len(once)
+
+
+def test_baselines_of_experiments_rank_within_domains(tmp_path: Path) -> None:
+    file = tmp_path / "popularity.yaml"
+    file.write_text("variants: {popularity: {model: popularity}}\n")
+    experiment = load_experiment(str(file))
+    trial = TrialRunner(tmp_path, dataset(), "test").trial(experiment, experiment.variants[0], 0)
+    found = evaluate_run(EvaluationRequest(run(), dataset().path, "test", tmp_path / "metrics.json", ["popularity"]))
+    assert ndcg(trial.target_ranks_S).mean() == pytest.approx(found["test"]["popularity"]["ndcg@20"], abs=1e-9)
 
 
 def test_python_takes_tables_by_domain(tmp_path: Path) -> None:

@@ -176,6 +176,7 @@ def test_a_head_with_a_row_an_item_is_planned_without_memory(capsys: pytest.Capt
             "setting text_encoder.dim is 128, but random-tiny has 64 columns; give 64 at most",
         ),
         (["--num_items", "5", "--tables.dimm", "32"], "tables.dim"),
+        (["--num_items", "5", "--world_size", "2", "--blend.reranker", "lambdamart"], "which one rank fits, but there"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:

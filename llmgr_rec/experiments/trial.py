@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from llmgr_rec.baselines.builders import build_baseline
+from llmgr_rec.baselines.in_domains import in_domains
 from llmgr_rec.config import Config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -22,6 +23,7 @@ from llmgr_rec.experiments.target_ranks import TargetRanks, baseline_ranks, mode
 from llmgr_rec.files import atomic_write
 from llmgr_rec.storage.bundle import Bundle, load_bundle
 from llmgr_rec.storage.bundle_index import find_bundle
+from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.selection import Selection, select_on_validation
 
 
@@ -133,7 +135,7 @@ class TrialRunner:
         return self.folder / "trials" / f"{self.runs.key(variant.model, self.split, self.depth, *inputs)}.npz"
 
     def _run_baseline(self, name: str) -> Trial:
-        baseline = build_baseline(name, self.dataset, self.catalog)
+        baseline = in_domains(build_baseline(name, self.dataset, self.catalog), self.catalog.domains)
         valid_ndcg = float(ndcg(baseline_ranks(baseline, self.dataset, "valid")).mean())
         return Trial(baseline_ranks(baseline, self.dataset, self.split, self.depth), valid_ndcg, {}, 0.0, self.depth)
 
@@ -154,7 +156,9 @@ class TrialRunner:
         """A run's bundle with the values selected on validation under a variant's settings."""
         folder = find_bundle(run / "export", variant.model)
         assert folder is not None
-        bundle = load_bundle(folder, factory=factory_of(variant.model, variant.controls))
+        # Smoothing changes the tables, which are fixed in other formats.
+        factory = factory_of(variant.model, variant.controls)
+        bundle = load_bundle(folder, factory=factory, table_dtype="float32")
         device = choose_device(config.runtime.device)
         bundle.model.to(device)
         selection = select_on_validation(
@@ -177,13 +181,17 @@ def _with_selection_of(config: Config, bundle: Bundle) -> Config:
         tables=replace(bundle.config.tables, knn_smoothing=smoothing),
         text_encoder=replace(bundle.config.text_encoder, score_weight=config.text_encoder.score_weight),
         blend=config.blend,
+        # That of the blend; a session recommender is trained without.
+        llm=config.llm,
     )
 
 
 def _selection_inputs(model: str, config: Config) -> dict[str, Any]:
     """Values from which a model selects after training, as JSON values."""
+    encoder = TextEncoder.of(config)
     return {
         "blend": asdict(config.blend),
+        **({"text_encoder": asdict(encoder)} if encoder else {}),
         "smoothing": config.tables.knn_smoothing,
         "text_weights": config.text_encoder.score_weight if model == "llm_text" else [],
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from llmgr_rec.baselines.in_domains import in_domains
+from llmgr_rec.baselines.in_domains import in_domains, popular_items
 from llmgr_rec.baselines.knn import Baseline, ItemNeighbors, Popularity
 from llmgr_rec.data.batch import RawSessions
 from llmgr_rec.data.jagged import Jagged
@@ -35,6 +35,7 @@ class BaselineList:
     def __init__(self, name: str, title: str, baseline: Baseline, files: BundleFiles) -> None:
         self.name, self.title = name, title
         self._baseline, self._catalog = in_domains(baseline, files.catalog.domains), files.catalog
+        self._popularity = Popularity(files.catalog.train_count_V.numpy())
         self._titles = pa.array(files.catalog.titles(), pa.string())
         self._rule = ranking_rule(files.index)
         self._merges_repeats = files.index.consecutive_repeats == "merge"
@@ -50,11 +51,18 @@ class BaselineList:
         clicks = Jagged(*map(torch.from_numpy, known_clicks(self._catalog.index_of(ids_L), offsets_B1)))
         if self._merges_repeats:
             clicks = clicks.without_consecutive_repeats()
-        sessions = RawSessions.to_rank(clicks.last(self._rule.max_length))
-        (ids_K,), _ = ranked_by(self._baseline, sessions, min(k, self._catalog.num_items), self._rule.excludes_seen)
+        k, fallback = min(k, self._catalog.num_items), clicks.values.numel() == 0
+        if fallback:
+            # As the models, by the domain that the newest id names.
+            domains = self._catalog.domains
+            domain_B = np.array([-1]) if domains is None else domains.of_ids(ids_L, offsets_B1)
+            (ids_K,), _ = popular_items(self._popularity, domains, domain_B, k)
+        else:
+            sessions = RawSessions.to_rank(clicks.last(self._rule.max_length))
+            (ids_K,), _ = ranked_by(self._baseline, sessions, k, self._rule.excludes_seen)
         places = pa.array(ids_K[ids_K >= 0])
         return {
-            "fallback": clicks.values.numel() == 0,
+            "fallback": fallback,
             "item_ids": self._catalog.item_ids.take(places).to_pylist(),
             "titles": self._titles.take(places).to_pylist(),
         }

@@ -260,7 +260,20 @@ def _check_reranker(config: Config, dataset: Dataset) -> None:
             f"setting blend.reranker is {config.blend.reranker}, but {dataset.path} has no validation sessions to fit "
             "it on; set it to none, or prepare the data set with another --split"
         )
-    if (ranks := launched_world(config.runtime.device).size) > 1:
+    check_reranker_ranks(config, launched_world(config.runtime.device).size)
+
+
+def check_reranker_ranks(config: Config, ranks: int) -> None:
+    """Checks that a re-ranker is fitted by one rank.
+
+    Args:
+        config: All settings.
+        ranks: Number of ranks of the training.
+
+    Raises:
+        UserError: There are several.
+    """
+    if config.blend.reranker != "none" and ranks > 1:
         raise UserError(
             f"setting blend.reranker is {config.blend.reranker}, which one rank fits, but there are {ranks}; set it to "
             "none, or start one rank"

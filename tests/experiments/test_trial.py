@@ -127,7 +127,7 @@ def test_an_edited_prompt_file_is_another_one(tmp_path):
 
 
 def test_a_trial_has_the_figures_of_a_run_with_its_settings(tmp_path):
-    settings = "tables.dim: 8, sbr.epochs: 2, runtime.device: cpu, runtime.threads_per_rank: 1"
+    settings = "tables.dim: 8, tables.dtype: float16, sbr.epochs: 2, runtime.device: cpu, runtime.threads_per_rank: 1"
     selected = "blend.neighbors: [item_knn, text_knn], tables.knn_smoothing: [0.0, 2.0]"
     file = tmp_path / "blend.yaml"
     file.write_text(f"settings: {{{settings}}}\nvariants: {{blend: {{model: sbr, settings: {{{selected}}}}}}}\n")
@@ -142,6 +142,20 @@ def test_a_trial_has_the_figures_of_a_run_with_its_settings(tmp_path):
     (record,) = (line for line in records if line.get("split") == "selection")
     assert trial.valid_ndcg == pytest.approx(record["ndcg@20"], abs=1e-9)
     assert trial.selected == {name: record[name] for name in ("item_knn", "text_knn", "knn_smoothing")}
+
+
+def test_a_trial_has_the_text_encoder_of_its_variant(tmp_path):
+    settings = "tables.dim: 8, sbr.epochs: 1, runtime.device: cpu, runtime.threads_per_rank: 1"
+    encoder = "blend.neighbors: [], blend.text_encoder: llm, blend.weights: [4.0], llm.name_or_path: random-tiny"
+    variants = ", ".join(
+        f"{layers}: {{model: sbr, settings: {{{encoder}, llm.num_layers: {layers}}}}}" for layers in (1, 2)
+    )
+    file = tmp_path / "layers.yaml"
+    file.write_text(f"settings: {{{settings}}}\nvariants: {{{variants}}}\n")
+    experiment, runner = load_experiment(str(file)), TrialRunner(tmp_path / "out", small_run().dataset, "test")
+    ranks = [runner.trial(experiment, variant, 0).target_ranks_S.tolist() for variant in experiment.variants]
+    assert len({runner.recommender_of(experiment, variant, 0) for variant in experiment.variants}) == 1
+    assert ranks[0] != ranks[1]
 
 
 def test_what_was_trained_on_other_texts_or_sessions_of_the_same_items_is_not_taken(tmp_path):
