@@ -133,10 +133,7 @@ def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int])
     if dataset is not None:
         from llmgr_rec.data.dataset import Dataset
 
-        manifest = Dataset(as_path(dataset)).manifest
-        return CatalogSizes(
-            manifest.num_items, {name: feature["num_embeddings"] for name, feature in manifest.features.items()}
-        )
+        return CatalogSizes.of(Dataset(as_path(dataset)))
     assert num_items is not None
     return CatalogSizes(num_items, {name: size for name, size in features.items() if size > 0})
 
@@ -180,7 +177,14 @@ def _lines(plan: "StagePlan", world_size: int) -> list[str]:
 def _memory_lines(memory: "RankMemory", limit_gb: float | None) -> list[str]:
     """What takes the memory of the rank that needs most."""
     lines = ["  memory of the rank that needs most, estimated:"]
-    for title, parts in (("always", memory.always), ("in a step", memory.training), ("in selection", memory.selection)):
+    phases = {
+        "before": memory.preflight,
+        "always": memory.always,
+        "in a step": memory.training,
+        "in saving": memory.saving,
+        "in selection": memory.selection,
+    }
+    for title, parts in phases.items():
         lines += [f"    {title:<13}{name:<40}{size / GIB:>9.3f} GiB" for name, size in parts.items() if size]
     verdict = ""
     if limit_gb:

@@ -6,7 +6,7 @@ in memory beside the result.
 Shapes: V items, R rows of a batch, S values of all rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from llmgr_rec.errors import UserError
 
 REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 _BATCH_ROWS = 8 * ROW_GROUP_ROWS
+_LONG_BYTES = 8
 _LONGEST_TEXT = 2**31 - 1
 
 
@@ -186,6 +187,22 @@ def read_categories(file: Path, name: str) -> pa.DictionaryArray:
     return pa.chunked_array(chunks).unify_dictionaries().combine_chunks()
 
 
+def memory_of_columns(file: Path, features: Sequence[str]) -> int:
+    """Bytes that the columns of a catalog take in memory, from the footer of the file.
+
+    Args:
+        file: items.parquet.
+        features: Side features that at least one item has.
+
+    Raises:
+        UserError: The file is not readable.
+    """
+    # Text is stored with its lengths, whose offsets take as much in memory.
+    ids = sum(column.total_uncompressed_size for column in _column_chunks(file, "item_id"))
+    lists = sum(_num_places(file, f"{name}_ids") + _num_rows(file) for name in features)
+    return ids + _LONG_BYTES * (_num_rows(file) + lists)
+
+
 def _batches(file: Path, name: str) -> Iterator[pa.Array]:
     """A column batch by batch, without dictionaries."""
     # Not read_table, which imports pyarrow.dataset.
@@ -201,14 +218,16 @@ def _num_rows(file: Path) -> int:
 
 def _num_places(file: Path, name: str) -> int:
     """Number of values of a list column, with one for each list that is empty or null."""
+    return sum(column.num_values for column in _column_chunks(file, name))
+
+
+def _column_chunks(file: Path, name: str) -> Iterator[pq.ColumnChunkMetaData]:
     with readable(file):
         metadata = pq.read_metadata(file)
-    places = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        columns = (group.column(place) for place in range(group.num_columns))
-        places += sum(column.num_values for column in columns if column.path_in_schema.split(".")[0] == name)
-    return places
+        chunks = (group.column(place) for place in range(group.num_columns))
+        yield from (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == name)
 
 
 def _integers(batch_R: pa.Array, file: Path, name: str) -> NDArray[np.int64]:

@@ -153,7 +153,7 @@ class RankingModel:
         ranks = World.alone(world.device) if self.is_replicated else world
         if ranks.size > 1 or not isinstance(self.model, SessionRecommender) or self.model.text_encoder is not None:
             return CatalogRanker(self.model, self.collate, ranks, self.blend, self.domains, self.reranker)
-        measured = MeasuredItems(self.model)
+        measured = MeasuredItems(self.model, self.collate.num_items)
         ranker = CatalogRanker(measured, self.collate, ranks, self.blend, self.domains, self.reranker)
         ranker.query_items = QueryItems(ranker.item_vectors, measured.lengths())
         return ranker

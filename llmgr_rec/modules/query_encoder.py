@@ -75,11 +75,14 @@ class MeasuredItems:
 
     Args:
         model: The recommender.
+        num_items: Number of items V, whose vectors are then asked for in order.
     """
 
-    def __init__(self, model: SessionRecommender) -> None:
+    def __init__(self, model: SessionRecommender, num_items: int) -> None:
         self._model = model
-        self._lengths: list[Tensor] = []
+        self._num_items = num_items
+        self._lengths_V1: Tensor | None = None
+        self._measured = 0
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """Item vectors, [C, D], as of the model.
@@ -89,9 +92,16 @@ class MeasuredItems:
         """
         rows = self._model.rows(features)
         if self._model.score == "cosine":
-            self._lengths.append(divisors(rows.vectors_XD))
+            self._collect(divisors(rows.vectors_XD))
         return self._model.as_items(rows)
 
     def lengths(self) -> Tensor | None:
         """Lengths of the item vectors that were computed, [V, 1]; None if these are not normalized."""
-        return torch.cat(self._lengths) if self._lengths else None
+        return self._lengths_V1
+
+    def _collect(self, lengths_C1: Tensor) -> None:
+        if self._lengths_V1 is None:
+            # Small tensors that stay between large ones that are freed would leave holes in the memory.
+            self._lengths_V1 = lengths_C1.new_empty(self._num_items, 1)
+        self._lengths_V1[self._measured : self._measured + len(lengths_C1)] = lengths_C1
+        self._measured += len(lengths_C1)

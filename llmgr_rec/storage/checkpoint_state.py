@@ -14,7 +14,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 # Largest number of values of a block of a table in a checkpoint.
-_BLOCK_VALUES = 1 << 24
+BLOCK_VALUES = 1 << 24
 StateTensors = dict[str, Tensor]
 
 
@@ -92,7 +92,7 @@ def in_blocks(tensors: StateTensors) -> StateTensors:
 def _in_blocks(value: ShardedTensor) -> ShardedTensor:
     metadata = value.metadata()
     width = max((math.prod(shard.shard_sizes[1:]) for shard in metadata.shards_metadata), default=1)
-    rows = max(_BLOCK_VALUES // max(width, 1), 1)
+    rows = max(BLOCK_VALUES // max(width, 1), 1)
     if all(shard.shard_sizes[0] <= rows for shard in metadata.shards_metadata):
         return value
     blocks = [block for shard in metadata.shards_metadata for block in _blocks(shard, rows)]

@@ -5,7 +5,7 @@ Sizes are in bytes unless stated otherwise.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import fx, nn
@@ -14,6 +14,8 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableSh
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from llmgr_rec.config import Config, StageName, trained_stages
+from llmgr_rec.data.catalog_columns import memory_of_columns
+from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.fsdp import decoder_parameters
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
 from llmgr_rec.errors import UserError
@@ -39,10 +41,26 @@ class CatalogSizes:
     Args:
         num_items: Number of items.
         num_embeddings: Vocabulary size of each side feature.
+        catalog_bytes: Memory of its columns; 0 if it is not known.
     """
 
     num_items: int
     num_embeddings: Mapping[str, int] = field(default_factory=dict)
+    catalog_bytes: int = 0
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Self:
+        """Sizes of the catalog of a data set, from its manifest and the footer of its items.
+
+        Args:
+            dataset: The data set.
+
+        Raises:
+            UserError: The file of the items is not readable.
+        """
+        manifest = dataset.manifest
+        sizes = {name: feature["num_embeddings"] for name, feature in manifest.features.items()}
+        return cls(manifest.num_items, sizes, memory_of_columns(dataset.items_path, list(sizes)))
 
 
 @dataclass(frozen=True)

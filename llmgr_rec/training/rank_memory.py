@@ -11,6 +11,7 @@ from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.modules.model_spec import ModelSpec
+from llmgr_rec.storage.checkpoint_state import BLOCK_VALUES
 from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.id_row_smoothing import STRIP_BYTES
 from llmgr_rec.training.memory_plan import FROZEN, CatalogSizes, Ranks, StagePlan
@@ -20,11 +21,18 @@ _FLOAT_BYTES = _INDEX_BYTES = 4
 _LONG_BYTES = 8
 # Imported libraries and the reader, and freed memory that the allocator keeps for the next step.
 _PROGRAM, _PROGRAM_WITH_LANGUAGE_MODEL, _KEPT = 430 * _MIB, 620 * _MIB, 128 * _MIB
+# Buffers and threads of the exchanges between ranks.
+_EXCHANGES = 90 * _MIB
 # Ids of an item in each side feature, where there is no data set: categories, brands, words.
 _IDS_PER_ITEM = {"category": 3, "brand": 1, "word": 8}
+# Bytes of an item id and its offset, where there is no data set; and what checking the items takes beside them: a hash
+# and a batch of rows.
+_ID_BYTES, _CHECK_BYTES, _BATCH_BYTES = 16, 24, 16 * _MIB
 # A similarity and its index; both are twice in memory while they are sent to the ranks of their columns.
 _ENTRY_BYTES = _FLOAT_BYTES + _INDEX_BYTES
 _COPIES_WHILE_COMPUTED = 2
+# A block of a table that is written, and as a file.
+_COPIES_OF_BLOCKS = 2
 # Copies of item rows in a step: looked up, item vectors, gradients of both.
 _COPIES_OF_ROWS = 4
 # Tensors of the encoder that are kept for the backward pass, of [clicks, dim] each.
@@ -72,21 +80,36 @@ class RankMemory:
     """Memory of the rank that needs most in a stage, by what takes it.
 
     Args:
+        preflight: Held while the catalog is read and checked, before the stage is built.
         always: Held during the whole stage.
         training: Held in a step, in addition.
+        saving: Held while a checkpoint is written or read, in addition.
         selection: Held while smoothing and blend weights are selected after the last step, in addition.
         checkpoint: Disk space of a checkpoint, of all ranks together.
     """
 
+    preflight: dict[str, int]
     always: dict[str, int]
     training: dict[str, int]
+    saving: dict[str, int]
     selection: dict[str, int]
     checkpoint: int
 
     @property
+    def phases(self) -> dict[str, int]:
+        """Memory of each phase."""
+        always = sum(self.always.values())
+        return {
+            "preflight": sum(self.preflight.values()),
+            "training": always + sum(self.training.values()),
+            "saving": always + sum(self.saving.values()),
+            "selection": always + sum(self.selection.values()),
+        }
+
+    @property
     def peak(self) -> int:
-        """The larger one of both phases."""
-        return sum(self.always.values()) + max(sum(self.training.values()), sum(self.selection.values()))
+        """Memory of the phase that takes most."""
+        return max(self.phases.values())
 
 
 def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading: Reading) -> RankMemory:
@@ -98,16 +121,27 @@ def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading:
         ranks: Ranks of the run.
         reading: The training sessions.
     """
+    program = _PROGRAM_WITH_LANGUAGE_MODEL if plan.spec.has_language_model else _PROGRAM
+    columns = sizes.catalog_bytes or _catalog_bytes(sizes)
+    preflight = {
+        "program": program,
+        "columns of the catalog": columns,
+        "checking the catalog": _CHECK_BYTES * sizes.num_items + _BATCH_BYTES,
+    }
     always = {
-        "program": (_PROGRAM_WITH_LANGUAGE_MODEL if plan.spec.has_language_model else _PROGRAM) + _KEPT,
+        "program": program + _KEPT + (_EXCHANGES if ranks.size > 1 else 0),
         "tables and their optimizer": max(plan.bytes_per_rank.values(), default=0),
         "dense parameters, gradients and AdamW": plan.dense_bytes,
         "cached item vectors": plan.cached_bytes,
-        "columns of the catalog": _catalog_bytes(plan, sizes),
+        "columns of the catalog": columns,
+        "sampler of negatives": _sampler_bytes(plan),
     }
     selection = max(_selection_phases(plan, ranks, reading), key=lambda parts: sum(parts.values()))
+    saving = {
+        "blocks of tables": _COPIES_OF_BLOCKS * min(BLOCK_VALUES * _FLOAT_BYTES, always["tables and their optimizer"])
+    }
     training = {"activations": _activation_bytes(plan, ranks, reading.clicks)}
-    return RankMemory(always, training, selection, _checkpoint_bytes(plan))
+    return RankMemory(preflight, always, training, saving, selection, _checkpoint_bytes(plan))
 
 
 def _selection_phases(plan: StagePlan, ranks: Ranks, reading: Reading) -> list[dict[str, int]]:
@@ -116,7 +150,9 @@ def _selection_phases(plan: StagePlan, ranks: Ranks, reading: Reading) -> list[d
     held = -(-num_items // ranks.size)
     entries = [round(_neighbors_per_item(name, plan, reading) * held) for name in config.blend.scores]
     stored = [_ENTRY_BYTES * number for number in entries]
-    vectors = {"item vectors for ranking": _FLOAT_BYTES * plan.query_width * held}
+    # On a CPU many sessions are ranked by integers of a byte first.
+    code_bytes = 1 if ranks.device_type == "cpu" else 0
+    vectors = {"item vectors for ranking": (_FLOAT_BYTES + code_bytes) * plan.query_width * held}
     phases = [{"neighbors": sum(stored[:kind]) + _COPIES_WHILE_COMPUTED * stored[kind]} for kind in range(len(entries))]
     smoothing = {}
     if plan.spec.stage == "sbr" and any(config.tables.knn_smoothing):
@@ -151,11 +187,15 @@ def _counts_sessions(spec: ModelSpec) -> bool:
     return spec.stage != "sbr" and bool(spec.max_prefixes_per_pass)
 
 
-def _catalog_bytes(plan: StagePlan, sizes: CatalogSizes) -> int:
-    """Ids, training clicks and side features of all items, and their logQ correction."""
-    used = [name for name in plan.spec.config.tables.side_features if name in sizes.num_embeddings]
-    per_item = 2 * _LONG_BYTES + sum(_LONG_BYTES * (1 + _IDS_PER_ITEM[name]) for name in used)
-    return sizes.num_items * (per_item + (_LONG_BYTES if plan.spec.candidates("train") == "sampled" else 0))
+def _catalog_bytes(sizes: CatalogSizes) -> int:
+    """Ids, training clicks and side features of all items."""
+    features = sum(_LONG_BYTES * (1 + _IDS_PER_ITEM[name]) for name in sizes.num_embeddings)
+    return sizes.num_items * (_ID_BYTES + _LONG_BYTES + features)
+
+
+def _sampler_bytes(plan: StagePlan) -> int:
+    """The items by popularity, and the rank of each item."""
+    return 2 * _INDEX_BYTES * plan.spec.num_items if plan.spec.candidates("train") == "sampled" else 0
 
 
 def _activation_bytes(plan: StagePlan, ranks: Ranks, clicks: float) -> int:

@@ -58,7 +58,7 @@ def smoothed(
             stack.enter_context(row_wise())
         stack.enter_context(mock.patch.object(id_row_smoothing, "_BLOCK_ITEMS", 7))
         stack.enter_context(mock.patch.object(id_row_smoothing, "STRIP_BYTES", 0))
-        stack.enter_context(mock.patch.object(checkpoint_state, "_BLOCK_VALUES", 100))
+        stack.enter_context(mock.patch.object(checkpoint_state, "BLOCK_VALUES", 100))
         bundle = load_bundle(run / "export/sbr", world)
         model, catalog = bundle.model, bundle.catalog
         assert isinstance(model, SessionRecommender)

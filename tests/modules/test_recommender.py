@@ -54,7 +54,7 @@ def test_one_lookup_gives_what_separate_calls_give(score: Score) -> None:
 @pytest.mark.parametrize("score", ["dot", "cosine"])
 def test_queries_from_the_vectors_of_all_items(score: Score) -> None:
     recommender, batch = recommender_of(score).eval(), small_batch()
-    items = MeasuredItems(recommender)
+    items = MeasuredItems(recommender, NUM_ITEMS)
     items_VD = items.item_vectors(features_of(torch.arange(NUM_ITEMS)))
     torch.testing.assert_close(items_VD, recommender.item_vectors(features_of(torch.arange(NUM_ITEMS))))
     for limit in (1 << 27, 0):
