@@ -597,7 +597,10 @@ class Config:
     prompt: PromptConfig = group(PromptConfig, "Prompts.", stages=PROMPT_STAGES)
     head: HeadConfig = group(HeadConfig, "Ranking head.", stages=PROMPT_STAGES)
     text_encoder: TextEncoderConfig = group(
-        TextEncoderConfig, "Text sequence encoder.", stages=("llm_text",), invalidates="checkpoint"
+        TextEncoderConfig,
+        "Text sequence encoder of stage llm_text; not the frozen model of blend.text_encoder.",
+        stages=("llm_text",),
+        invalidates="checkpoint",
     )
     loss: LossConfig = group(LossConfig, "Ranking loss.", invalidates="checkpoint")
     contrast: ContrastConfig = group(
