@@ -154,7 +154,8 @@ def evaluation_rates(bundle: Bundle, dataset: Dataset) -> dict[str, float]:
     catalog, alone = bundle.catalog, World.alone()
     rates = {}
     started = time.process_time()
-    count = evaluate_model(bundle.ranking(), dataset, "test", alone, catalog.train_count_V)["count"]
+    ranking = bundle.ranking(bundle.evaluation_batch_size)
+    count = evaluate_model(ranking, dataset, "test", alone, catalog.train_count_V)["count"]
     spent = [time.process_time() - started]
     rates["sbr"] = count / spent[0]
     for name in ("popularity", "item_knn", "text_knn"):

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add_code_argument(parser)
     add_ranking_arguments(parser)
-    parser.add_argument("--batch_size", type=int, help="Sessions per batch; default: the setting of the run.")
+    parser.add_argument("--batch_size", type=int, help="Sessions per batch; default: the run's; twice it without LLM.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], help="Default: the setting of the run.")
     arguments = parse_args(parser, argv)
 

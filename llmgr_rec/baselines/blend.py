@@ -25,7 +25,7 @@ from llmgr_rec.baselines.stored_columns import read_columns
 from llmgr_rec.data.batch import SessionBatch
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
-from llmgr_rec.kernels.batch_scan import TermRows
+from llmgr_rec.kernels.score_terms import TermRows
 from llmgr_rec.kernels.topk import Terms
 
 # The product of sparse matrices takes time for each item of the catalog. With fewer similarities of clicked items than

@@ -60,7 +60,7 @@ class EvaluationRequest:
         models: Names of models and baselines; None takes the default baselines and all trained models of the run.
         repeats: Whether lists may contain items that the session has clicked; auto takes what the bundles record.
         max_length: Number of newest clicks of a session that are shown; None takes what the bundles record.
-        batch_size: Sessions per batch; None takes the run's setting.
+        batch_size: Sessions per batch; None takes the run's setting, twice as many without a language model.
         device: Device of the models; None takes the run's setting.
         cutoffs: Cutoffs of the metrics; 20 is added to them.
         domains: Which items a list may have, where the data set has several domains.
@@ -180,7 +180,7 @@ def _evaluate_bundle(
 ) -> tuple[dict[str, Any], Blend | None]:
     """The metrics of a bundle, and its blend."""
     loaded = load_bundle(bundle, world, allow_code=request.allow_code, table_dtype=request.table_dtype)
-    ranking = loaded.ranking(request.batch_size, keeps_tables=False)
+    ranking = loaded.ranking(request.batch_size or loaded.evaluation_batch_size, keeps_tables=False)
     metrics = evaluate_model(ranking, dataset, request.split, world, catalog.train_count_V, rule, measures)
     return metrics, loaded.blend
 

@@ -14,8 +14,7 @@ rounded to float32, plus the sum of their terms in float32. So lists and scores 
 All items have the same scale, so that products can be compared as they are. Short items beside long ones have wide
 margins and many candidates; then there is no result, and the caller ranks by the product in float32.
 
-Shapes: B queries, R items, N items of a block, M strips of it, Q columns, K places, C candidates over all queries,
-L rows of terms, E entries of these rows.
+Shapes: B queries, R items, N items of a block, M strips of it, Q columns, K places, C candidates over all queries.
 """
 
 import math
@@ -27,11 +26,11 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import Tensor
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
+from llmgr_rec.kernels.score_terms import BlockTerms, TermRows, block_terms
 from llmgr_rec.kernels.topk import NOT_NUMBERS, lists_of_keys, padded_rows, sort_keys
 
 Ints = NDArray[np.int64]
@@ -41,7 +40,10 @@ Floats = NDArray[np.float32]
 # Fewer items are ranked as fast by the product in float32.
 _LEAST_ITEMS = 4096
 _MAX_CODE = 127
-_QUERY_BLOCK = 256
+# A product reads all codes, for fewer queries as often.
+_QUERY_BLOCK = 512
+# Queries whose products are searched at a time; these stay in the cache.
+_SEARCHED_QUERIES = 64
 # Maximum number of items of a block.
 _ITEM_BLOCK = 1 << 14
 _STRIP = 32
@@ -60,26 +62,6 @@ _ENCODED_ROWS = 1 << 11
 _SCORED_QUERIES = 16
 # Rows, queries and rounds of the timed product, and how much faster integers have to be.
 _TIMED_ROWS, _TIMED_QUERIES, _ROUNDS, _LEAST_GAIN = 2048, 128, 3, 1.5
-
-
-@dataclass(frozen=True)
-class TermRows:
-    """Terms of the scores of B queries: those of a query are the sum of some rows of a sparse matrix, in their order.
-
-    Args:
-        rows_LR: The rows, float32; each item at most once a row.
-        offsets_B1: First row of each query; the last entry is L.
-    """
-
-    rows_LR: sparse.csr_array
-    offsets_B1: Ints
-
-    def narrow(self, start: int, stop: int) -> "TermRows":
-        """The terms of queries start .. stop - 1."""
-        if (start, stop) == (0, len(self.offsets_B1) - 1):
-            return self
-        first, last = self.offsets_B1[start], self.offsets_B1[stop]
-        return TermRows(self.rows_LR[first:last], self.offsets_B1[start : stop + 1] - first)
 
 
 @dataclass(frozen=True)
@@ -106,7 +88,7 @@ class _Candidates:
 class BatchScan:
     """Item vectors that batches of queries are compared with; several threads may rank at once.
 
-    Memory in addition to the vectors: Q bytes an item, and 20 MiB for each thread that ranks.
+    Memory in addition to the vectors: Q bytes an item, and 40 MiB for each thread that ranks 512 queries at once.
 
     Args:
         items_RQ: Item vectors of at least two columns, float32, on the CPU, finite and below 1e12.
@@ -117,9 +99,10 @@ class BatchScan:
         largest = max(float(rows.abs().amax()) for rows in items_RQ.split(_ENCODED_ROWS))
         # A float32, as which items are divided by it.
         self._scale = float(np.float32(max(largest / _MAX_CODE, _SMALLEST)))
-        # Blocks of equal size; the last one ends with items of zeros.
-        self._num_blocks = -(-len(items_RQ) // _ITEM_BLOCK)
-        self._width = -(-len(items_RQ) // self._num_blocks)
+        # Blocks of equal size, in whole strips; the last one ends with items of zeros.
+        num_blocks = -(-len(items_RQ) // _ITEM_BLOCK)
+        self._width = -(-len(items_RQ) // (num_blocks * _STRIP)) * _STRIP
+        self._num_blocks = -(-len(items_RQ) // self._width)
         self._codes_RQ = torch.zeros(self._num_blocks * self._width, items_RQ.shape[1], dtype=torch.int8)
         self._rest = self._length = 0.0
         for start in range(0, len(items_RQ), _ENCODED_ROWS):
@@ -197,62 +180,60 @@ class BatchScan:
         step_B1 = largest_B1.double() / _MAX_CODE
         scaled_BQ = queries_BQ.double() / step_B1
         codes_BQ = scaled_BQ.round()
-        terms = _Terms.of(added, self._scale * step_B1.squeeze(1).numpy(), self._num_blocks, self._width)
-        if terms is None or _MAX_CODE**2 * queries_BQ.shape[1] > _LARGEST_PRODUCT:
+        unit_B = self._scale * step_B1.squeeze(1).numpy()
+        rows_B, most_B = np.zeros(1), np.zeros(1)
+        if added is not None:
+            rows_B, most_B = np.diff(added.offsets_B1), added.bounds() / unit_B
+        # NaN is not below any number.
+        if not max(most_B.max(), _MAX_CODE**2 * queries_BQ.shape[1]) < _LARGEST_PRODUCT:
             return None
         norm_B = torch.linalg.vector_norm(scaled_BQ, dim=1)
         rest_B = torch.linalg.vector_norm(scaled_BQ - codes_BQ, dim=1)
         bound_B = (self._rest + _ROUNDING * self._length) * norm_B + self._length * rest_B
-        margin_B = np.ceil(bound_B.numpy() * (1 + _ROUNDING) + terms.rounding_B).astype(np.int64) + 1
-        candidates = self._candidates(codes_BQ.to(torch.int8), k, 2 * margin_B, exclude, terms)
+        # A unit for each row, and the roundings of float32.
+        rounding_B = rows_B + _ROUNDING * (1 + rows_B) * most_B
+        margin_B = np.ceil(bound_B.numpy() * (1 + _ROUNDING) + rounding_B).astype(np.int64) + 1
+        parts = []
+        for start in range(0, len(queries_BQ), _SEARCHED_QUERIES):
+            stop = min(start + _SEARCHED_QUERIES, len(queries_BQ))
+            excluded = None if exclude is None else exclude.narrow(start, stop)
+            terms: BlockTerms | None = None
+            if added is not None:
+                per_unit_B = (1 / unit_B[start:stop]).astype(np.float32)
+                sums_BN, units_BN = (self._buffer(name, stop - start) for name in ("sums", "units"))
+                terms = block_terms(added.narrow(start, stop), per_unit_B, self._num_blocks, sums_BN, units_BN)
+            parts.append(_Search(start, k, 2 * margin_B[start:stop], excluded, terms))
+        candidates = self._candidates(codes_BQ.to(torch.int8), k, parts)
         if candidates is None:
             return None
         return self._ranked(queries_BQ, k, candidates)
 
-    def _candidates(
-        self, codes_BQ: Tensor, k: int, distance_B: Ints, exclude: Jagged | None, terms: "_Terms"
-    ) -> _Candidates | None:
-        """Items whose product is at most so far below a K-th highest one; None if there are too many."""
-        num_queries, width = len(codes_BQ), self._width
-        products_BN, is_candidate_BN = self._block_buffers(num_queries)
-        products = products_BN.numpy()
-        excluded = None if exclude is None else (exclude.row_of_value.numpy(), exclude.values.numpy())
-        maxima_BM, found, count = np.empty((num_queries, 0), np.int32), [], 0
+    def _candidates(self, codes_BQ: Tensor, k: int, parts: list["_Search"]) -> _Candidates | None:
+        """What the searches of parts of the queries find; None if that is too much."""
+        found, count = [], 0
+        products_BN = self._buffer("products", len(codes_BQ))
         for number in range(self._num_blocks):
-            start = number * width
-            torch._int_mm(codes_BQ, self._codes_RQ[start : start + width].T, out=products_BN)
-            terms.add_to(products, number)
-            products[:, len(self._items_RQ) - start :] = _EXCLUDED
-            if excluded is not None:
-                rows, items = excluded
-                inside = (items >= start) & (items < start + width)
-                products[rows[inside], items[inside] - start] = _EXCLUDED
-            # Each block has more strips than there are places.
-            maxima_BM = np.concatenate([maxima_BM, _maxima_of_strips(products_BN)], axis=1)
-            place = maxima_BM.shape[1] - k
-            maxima_BM = np.partition(maxima_BM, place, axis=1)[:, place:]
-            lowest_B = np.maximum(maxima_BM[:, 0] - distance_B, _EXCLUDED + 1).astype(np.int32)
-            np.greater_equal(products, lowest_B[:, None], out=is_candidate_BN)
-            places_C = np.flatnonzero(is_candidate_BN)
-            count += len(places_C)
-            if count > (_MOST_PER_PLACE * k + _MOST_PLUS) * num_queries:
+            start = number * self._width
+            torch._int_mm(codes_BQ, self._codes_RQ[start : start + self._width].T, out=products_BN)
+            for part in parts:
+                found.append(part.candidates(products_BN[part.queries], number, len(self._items_RQ)))
+                count += len(found[-1].items_C)
+            if count > (_MOST_PER_PLACE * k + _MOST_PLUS) * len(codes_BQ):
                 return None
-            products_C = products.reshape(-1)[places_C]
-            terms_C = terms.of_candidates(number, places_C, is_candidate_BN, products)
-            queries_C, items_C = np.divmod(places_C, width)
-            found.append(_Candidates(queries_C, items_C + start, products_C, terms_C))
-        return _of_all_blocks(found, lowest_B)
+        candidates = _concatenated(found)
+        if self._num_blocks == 1:
+            return candidates
+        lowest_B = np.concatenate([part.lowest_B for part in parts])
+        candidates = candidates.where(candidates.products_C >= lowest_B[candidates.queries_C])
+        return candidates.where(np.argsort(candidates.queries_C.astype(np.int16), kind="stable"))
 
-    def _block_buffers(self, num_queries: int) -> tuple[Tensor, NDArray[np.bool_]]:
-        """Products and candidates of a block, in memory of this thread."""
-        size = num_queries * self._width
-        if getattr(self._buffers, "size", 0) < size:
-            self._buffers.size = size
-            self._buffers.products = torch.empty(size, dtype=torch.int32)
-            self._buffers.is_candidate = np.empty(size, np.bool_)
-        products_BN: Tensor = self._buffers.products[:size].view(num_queries, self._width)
-        is_candidate_BN: NDArray[np.bool_] = self._buffers.is_candidate[:size].reshape(num_queries, self._width)
-        return products_BN, is_candidate_BN
+    def _buffer(self, name: str, num_queries: int) -> Tensor:
+        """Memory of this thread for a block of items, int32 [B, N]."""
+        buffer: Tensor | None = getattr(self._buffers, name, None)
+        if buffer is None or len(buffer) < num_queries:
+            buffer = torch.empty(num_queries, self._width, dtype=torch.int32)
+            setattr(self._buffers, name, buffer)
+        return buffer[:num_queries]
 
     def _ranked(self, queries_BQ: Tensor, k: int, candidates: _Candidates) -> tuple[Tensor, Tensor]:
         """The K best of the candidates, which are in order of queries."""
@@ -276,90 +257,67 @@ class BatchScan:
         return lists_of_keys(keys_BW[:, :k], k)
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """The entries of term rows in order of blocks of items, and within one in order of the rows.
+class _Search:
+    """Search for the candidates of a few queries in one block of items after the other.
 
     Args:
-        rounding_B: Largest sum of the roundings of a query's terms, in units of its products.
-        places_E: Place of each entry in the flat products of its block.
-        values_E: Its value.
-        units_E: Its value in units of the products.
-        offsets: First entry of each block; the last is E.
+        first: The first of the queries.
+        k: Places K.
+        distance_B: How far a candidate's product is at most below a K-th highest one.
+        exclude: Items to exclude, one row a query.
+        terms: Terms that are added to the products.
     """
 
-    rounding_B: NDArray[np.float64]
-    places_E: Ints
-    values_E: Floats
-    units_E: Ints32
-    offsets: Ints
+    def __init__(self, first: int, k: int, distance_B: Ints, exclude: Jagged | None, terms: BlockTerms | None) -> None:
+        self.queries = slice(first, first + len(distance_B))
+        self.lowest_B: Ints32 = np.full(len(distance_B), _EXCLUDED, np.int32)
+        self._k, self._distance_B, self._terms = k, distance_B, terms
+        self._exclude = None if exclude is None else (exclude.row_of_value.numpy(), exclude.values.numpy())
+        self._maxima_BM: Ints32 = np.empty((len(distance_B), 0), np.int32)
 
-    @classmethod
-    def of(cls, added: TermRows | None, unit_B: NDArray[np.float64], num_blocks: int, width: int) -> "_Terms | None":
-        """Converts term rows; None if a value is too large in units of the products."""
-        offsets = np.zeros(num_blocks + 1, np.int64)
-        if added is None:
-            nothing = np.zeros(0, np.int64)
-            return cls(np.zeros(len(unit_B)), nothing, nothing.astype(np.float32), nothing.astype(np.int32), offsets)
-        rows_LR, rows_B = added.rows_LR, np.diff(added.offsets_B1)
-        entries_B = np.diff(rows_LR.indptr[added.offsets_B1])
-        units = np.repeat((1 / unit_B).astype(np.float32), entries_B)
-        with np.errstate(over="ignore", invalid="ignore"):
-            units *= rows_LR.data
-        largest = float(max(units.max(initial=0), -units.min(initial=0)))
-        # NaN is not below any number.
-        if not largest * max(rows_B.max(initial=0), 1) < _LARGEST_PRODUCT:
-            return None
-        places_E = np.repeat(np.arange(len(rows_B)) * width, entries_B)
-        places_E += rows_LR.indices
-        values_E, units_E = rows_LR.data, np.rint(units, out=units).astype(np.int32)
-        offsets[1:] = len(values_E)
-        if num_blocks > 1:
-            block_E = (rows_LR.indices // width).astype(np.int16)
-            places_E -= block_E.astype(np.int64) * width
-            order = np.argsort(block_E, kind="stable")
-            places_E, values_E, units_E = places_E[order], values_E[order], units_E[order]
-            offsets[1:] = np.bincount(block_E, minlength=num_blocks).cumsum()
-        # Half a unit each, that of the units, and that of the scores' sums of terms.
-        rounding_B = rows_B * (0.5 + _ROUNDING * rows_B * largest)
-        return cls(rounding_B, places_E, values_E, units_E, offsets)
+    def candidates(self, products_BN: Tensor, number: int, num_items: int) -> _Candidates:
+        """The candidates in a block, in order; raises `lowest_B`, below which none of them is.
 
-    def _of_block(self, number: int) -> slice:
-        return slice(self.offsets[number], self.offsets[number + 1])
+        Args:
+            products_BN: Products of the queries and the block, int32; changed in place.
+            number: Number of the block.
+            num_items: Number of items of all blocks without padding.
+        """
+        width, first_item = products_BN.shape[1], number * products_BN.shape[1]
+        products = products_BN.numpy()
+        if self._terms is not None:
+            self._terms.add_to(products_BN, number)
+        products[:, num_items - first_item :] = _EXCLUDED
+        if self._exclude is not None:
+            rows, items = self._exclude
+            inside = (items >= first_item) & (items < first_item + width)
+            products[rows[inside], items[inside] - first_item] = _EXCLUDED
+        strips_XS = products_BN.view(-1, _STRIP)
+        maxima_BM: Ints32 = strips_XS.amax(dim=1).view(len(products), -1).numpy()
+        self._raise_lowest(maxima_BM)
+        # Few strips have candidates.
+        strips_X = np.flatnonzero(maxima_BM >= self.lowest_B[:, None])
+        values_XS = strips_XS.index_select(0, torch.from_numpy(strips_X)).numpy()
+        found_C = np.flatnonzero(values_XS >= self.lowest_B[strips_X // maxima_BM.shape[1], None])
+        strips_C, columns_C = np.divmod(found_C, _STRIP)
+        places_C = strips_X[strips_C] * _STRIP + columns_C
+        queries_C, items_C = np.divmod(places_C, width)
+        terms_C = np.zeros(len(places_C), np.float32) if self._terms is None else self._terms.of_candidates(places_C)
+        return _Candidates(
+            queries_C + self.queries.start, items_C + first_item, values_XS.reshape(-1).take(found_C), terms_C
+        )
 
-    def add_to(self, products: Ints32, number: int) -> None:
-        """Adds the terms of a block to its products."""
-        entries = self._of_block(number)
-        np.add.at(products.reshape(-1), self.places_E[entries], self.units_E[entries])
-
-    def of_candidates(
-        self, number: int, places_C: Ints, is_candidate_BN: NDArray[np.bool_], products: Ints32
-    ) -> Floats:
-        """Sums of the terms of a block's candidates, [C], in order of the entries; overwrites the products."""
-        places_E, values_E = self.places_E[self._of_block(number)], self.values_E[self._of_block(number)]
-        terms_C = np.zeros(len(places_C), np.float32)
-        chosen = np.flatnonzero(is_candidate_BN.reshape(-1).take(places_E))
-        numbers = products.reshape(-1)
-        numbers[places_C] = np.arange(len(places_C), dtype=np.int32)
-        np.add.at(terms_C, numbers.take(places_E[chosen]), values_E[chosen])
-        return terms_C
+    def _raise_lowest(self, maxima_BM: Ints32) -> None:
+        # The first block has more strips than there are places.
+        maxima_BM = np.concatenate([self._maxima_BM, maxima_BM], axis=1)
+        place = maxima_BM.shape[1] - self._k
+        self._maxima_BM = np.partition(maxima_BM, place, axis=1)[:, place:]
+        self.lowest_B = np.maximum(self._maxima_BM[:, 0] - self._distance_B, _EXCLUDED + 1).astype(np.int32)
 
 
-def _of_all_blocks(found: list[_Candidates], lowest_B: Ints32) -> _Candidates:
-    """The candidates of all blocks, in order of queries, without those below what is the lowest after the last one."""
-    if len(found) == 1:
-        return found[0]
+def _concatenated(found: list[_Candidates]) -> _Candidates:
     parts = [(part.queries_C, part.items_C, part.products_C, part.terms_C) for part in found]
-    candidates = _Candidates(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-    candidates = candidates.where(candidates.products_C >= lowest_B[candidates.queries_C])
-    return candidates.where(np.argsort(candidates.queries_C.astype(np.int16), kind="stable"))
-
-
-def _maxima_of_strips(products_BN: Tensor) -> Ints32:
-    num_strips = products_BN.shape[1] // _STRIP
-    strips = products_BN[:, : num_strips * _STRIP].unflatten(1, (num_strips, _STRIP))
-    maxima_BM: Ints32 = strips.amax(dim=2).numpy()
-    return maxima_BM
+    return _Candidates(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def _longest(vectors_XQ: Tensor) -> float:

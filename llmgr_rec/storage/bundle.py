@@ -111,6 +111,14 @@ class Bundle:
         """All settings of the run."""
         return self.spec.config
 
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Sessions of a batch of one rank when a split is ranked: twice the setting without a language model.
+
+        The item vectors are read once a batch, and memory does not matter as in a long scoring job.
+        """
+        return self.config.runtime.eval_batch_size * (1 if self.spec.has_language_model else 2)
+
     def ranking(self, batch_size: int | None = None, keeps_tables: bool = True) -> RankingModel:
         """The model with its collator and blend, for ranking.
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels import batch_scan
-from llmgr_rec.kernels.batch_scan import BatchScan, TermRows
+from llmgr_rec.kernels.batch_scan import BatchScan
 from llmgr_rec.kernels.item_scan import ItemScan
+from llmgr_rec.kernels.score_terms import TermRows
 from tests.kernels.test_item_scan import reference
 
 
@@ -76,7 +77,14 @@ def test_equals_a_stable_sort_of_exact_scores(data: st.DataObject) -> None:
         for query, score in enumerate(scores):
             row = exclude.row(query)
             score[row[(row >= 0) & (row < num_items)]] = -np.inf
-    sizes = {"_STRIP": 2, "_ITEM_BLOCK": 128, "_QUERY_BLOCK": 4, "_SCORED_QUERIES": 3, "_MOST_PLUS": 10**6}
+    sizes = {
+        "_STRIP": 2,
+        "_ITEM_BLOCK": 128,
+        "_QUERY_BLOCK": 4,
+        "_SEARCHED_QUERIES": 3,
+        "_SCORED_QUERIES": 3,
+        "_MOST_PLUS": 10**6,
+    }
     with mock.patch.multiple(batch_scan, **sizes):
         scan = BatchScan(items)
         assert scan.can_rank(k)
