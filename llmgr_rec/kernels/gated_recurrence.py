@@ -20,8 +20,9 @@ from torch.nn import functional
 Weights = Sequence[Tensor]
 
 
-# A CPU compiles a product in bfloat16 for each number of rows, which is rounded up to a multiple of this.
-_ROW_STEP = 256
+# A CPU compiles a product in bfloat16 for each number of rows and keeps it. The number is rounded up to a multiple of
+# this: with 256, training takes 16 MiB more, in the same time.
+_ROW_STEP = 1024
 
 
 def gru_cell(
