@@ -80,3 +80,8 @@ def test_neither_calls_nor_operators_depend_on_the_sessions(
     # Prefixes are cut, and scores are ranked in some more blocks.
     assert many.total() <= 1.3 * few.total(), (many - few).most_common(3)
     assert many_operators.total() <= 1.4 * few_operators.total(), (many_operators - few_operators).most_common(3)
+
+
+def test_without_a_language_model_twice_the_sessions_are_ranked_at_once() -> None:
+    bundle = load_bundle(small_run().run / "export" / "sbr")
+    assert bundle.evaluation_batch_size == 2 * bundle.config.runtime.eval_batch_size
