@@ -82,6 +82,8 @@ def _dataset(arguments: "Namespace", output: Path, resume: bool) -> Path:
         if recorded := dataset_of_run(output):
             return recorded
         raise UserError(f"{output} does not say which data set it is trained on; give it with --dataset")
+    if arguments.resume:
+        raise UserError(f"there is no run in {output} to resume; give another --output, or --dataset to start a run")
     if arguments.init_from:
         raise UserError("--init_from requires the data set to go on with; give it with --dataset")
     return _synthetic_dataset()

@@ -48,7 +48,11 @@ def test_a_resumed_run_has_a_name(refused: Refused) -> None:
 
 
 def test_a_resumed_run_goes_on_with_its_data_set(
-    refused: Refused, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    refused: Refused,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It once went on with synthetic sessions, which the catalog of the run refused."""
     shutil.copytree(finished, refused.output)
@@ -62,6 +66,7 @@ def test_a_resumed_run_goes_on_with_its_data_set(
     capsys.readouterr()
     (refused.output / "training.json").unlink()
     assert re.search(r"run does not say which data set .*; give it with --dataset", refused("--resume", dataset=None))
+    assert re.search(r"no run in .*absent to resume", refused("--resume", output=tmp_path / "absent", dataset=None))
     assert re.search("--init_from .*; give it with --dataset", refused(init_from=finished, output=None, dataset=None))
 
 
