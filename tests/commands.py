@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser
 from llmgr_rec.paths import LocalPath, StoragePath
 
 ROOT = Path(__file__).parents[1]
-# Lists the others; the parser of doctor is argparse's and has no options with values; session_trainer is a worker.
-_OTHERS = {"llmgr_rec.__main__", "llmgr_rec.doctor", "benchmarks.session_trainer"}
+# Lists the others; the parser of doctor is argparse's and has no options with values; the other two are workers.
+_OTHERS = {"llmgr_rec.__main__", "llmgr_rec.doctor", "benchmarks.session_trainer", "benchmarks.phase_peaks"}
 _COMMAND = re.compile(r"^    run_cli\(main\)$", re.MULTILINE)
 
 
