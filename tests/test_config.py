@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from llmgr_rec.cli import make_parser
-from llmgr_rec.config import STAGES, BlendConfig, Config, Group, SettingInfo, settings, trained_stages
+from llmgr_rec.config import STAGES, BlendConfig, Config, settings, trained_stages
 from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
+from llmgr_rec.setting import Group, SettingInfo
 
 MOST_SETTINGS = 95
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
