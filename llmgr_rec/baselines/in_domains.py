@@ -82,10 +82,12 @@ class _Chosen:
             ends = offsets_B1[start : start + _BLOCK_SESSIONS + 1]
             ids_UV, scores_UV = self._baseline.rank(items_L[ends[0] : ends[-1]], ends - ends[0], len(self._place_V))
             places_UV = np.where(ids_UV >= 0, self._place_V[ids_UV], -1)
-            for row in range(len(places_UV)):
-                found = np.flatnonzero(places_UV[row] >= 0)[:k]
-                places_BK[start + row, : len(found)] = places_UV[row, found]
-                scores_BK[start + row, : len(found)] = scores_UV[row, found]
+            # Those of the domain first, in their order.
+            order_UK = np.argsort(places_UV < 0, axis=1, kind="stable")[:, :k]
+            found_UK = np.take_along_axis(places_UV, order_UK, axis=1)
+            block = np.s_[start : start + len(found_UK), : found_UK.shape[1]]
+            places_BK[block] = found_UK
+            scores_BK[block] = np.where(found_UK >= 0, np.take_along_axis(scores_UV, order_UK, axis=1), -np.inf)
         return places_BK, scores_BK
 
 

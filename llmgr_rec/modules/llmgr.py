@@ -60,18 +60,29 @@ def encode_in_micro_batches(
 
     The number of parts is `LLMGR.micro_batches` on each rank, also where a rank has fewer prompts, because a language
     model that is sharded across ranks makes each of its calls on all of them.
+
+    Args:
+        llmgr: The model.
+        sessions_BD: Session vectors, float32 [B, D].
+        vectors_ND: Vectors of the nodes, float32 [N, D].
+        nodes: Nodes of each prompt.
+        text: Item texts of each output.
+        task: Task whose prompts are encoded.
+        pass_offsets_P1: First output of each prompt, int64 [P + 1], where one prompt has several; None for one each.
+
+    Returns:
+        Hidden states, float32 [B, H].
     """
     prompts, parts = nodes.num_rows, llmgr.micro_batches
     bounds = [prompts * part // parts for part in range(parts + 1)]
+    # Read at once: each number that is read from a GPU waits for it.
+    ends = range(prompts + 1) if pass_offsets_P1 is None else pass_offsets_P1.tolist()
     hidden = []
     for first, last in pairwise(bounds):
         # An empty part encodes a prompt whose result is not used.
         start, stop = (first, last) if first < last else (0, min(1, prompts))
-        outputs = range(start, stop)
-        offsets = None
-        if pass_offsets_P1 is not None:
-            outputs = range(int(pass_offsets_P1[start]), int(pass_offsets_P1[stop]))
-            offsets = pass_offsets_P1[start : stop + 1] - outputs.start
+        outputs = range(ends[start], ends[stop])
+        offsets = None if pass_offsets_P1 is None else pass_offsets_P1[start : stop + 1] - outputs.start
         device = nodes.offsets.device
         encoded_BH = checkpoint(
             llmgr.encode_prompts,
