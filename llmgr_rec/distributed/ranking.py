@@ -53,7 +53,7 @@ _MAX_SCANNED_SESSIONS = 16
 # A choice of fewer than one in so many items is ranked without the others.
 _FEW_CHOSEN = 8
 # Maximum number of scores in memory while target ranks are computed.
-_MAX_SCORES = 1 << 22
+_MAX_SCORES = 1 << 21
 
 
 class ItemVectorModel(Protocol):
@@ -431,11 +431,13 @@ class CatalogRanker:
             queries = _gather(_pad_rows(queries, max_sessions), self._world).flatten(0, 1)
             targets = _gather(_pad_rows(targets, max_sessions), self._world).flatten()
             exclude = None if exclude is None else self._gather_lists(exclude, max_sessions)
-        rows = max(_MAX_SCORES // -(-self._num_items // self._world.size), 1)
+        num_queries, width = queries.shape[0], -(-self._num_items // self._world.size)
+        # Blocks of about the same size.
+        rows = max(-(-num_queries // max(-(-num_queries * width // _MAX_SCORES), 1)), 1)
         ranks = []
-        for start in range(0, queries.shape[0], rows):
+        for start in range(0, num_queries, rows):
             block = slice(start, start + rows)
-            excluded = None if exclude is None else exclude.narrow(start, min(start + rows, queries.shape[0]))
+            excluded = None if exclude is None else exclude.narrow(start, min(start + rows, num_queries))
             added = [added_YR[block] for added_YR in added_NYR]
             ranks.append(
                 self._target_ranks_of_block(queries[block], targets[block], added, weights_PN, excluded, depth)

@@ -68,7 +68,7 @@ def _most_similar(
             else:
                 found.append(merged)
             if step + 1 == world.size:
-                found[number] = merged.astype(np.float32)
+                found[number] = merged.astype(np.float32, copy=False)
         del product
         if step + 1 < world.size:
             before, after = (world.rank - 1) % world.size, (world.rank + 1) % world.size
@@ -85,10 +85,12 @@ def _compared(
     owner: int,
     world: World,
 ) -> Iterator[sparse.csr_array]:
-    """The most similar of the items of a rank, at their places among all items."""
+    """The most similar of the items of a rank, at their places among all items; float32 if there are no others."""
     first_column = num_items * owner // world.size
+    dtype = np.float32 if world.size == 1 else np.float64
     for block_US in similar_blocks(product, rows_UF, k_neighbors, first_item):
-        arrays = (block_US.data, block_US.indices + first_column, block_US.indptr)
+        columns = (block_US.indices + first_column).astype(np.int32, copy=False)
+        arrays = (block_US.data.astype(dtype, copy=False), columns, block_US.indptr)
         yield sparse.csr_array(arrays, shape=(block_US.shape[0], num_items))
 
 

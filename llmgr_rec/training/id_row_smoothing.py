@@ -29,8 +29,8 @@ from llmgr_rec.distributed.sparse_exchange import pass_on
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.table_io import Shard, local_rows, local_shards
 
-# Items that are smoothed at a time; their neighbors' rows are ten times as many.
-_BLOCK_ITEMS = 1 << 15
+# Memory for the neighbors' rows of the items that are smoothed at a time, of which there are two copies.
+_BLOCK_BYTES = 1 << 22
 # Memory for a strip, which has at least 4 columns.
 STRIP_BYTES = 1 << 28
 
@@ -98,11 +98,11 @@ class KnnSmoothing:
     def _smooth(self, strip: "_Strip", strength: float) -> None:
         """Smooths the columns of a strip, which have their trained values."""
         trained_VW = self._table.whole(strip)
-        num_items = len(self._train_count_V)
+        num_items, block_items = len(self._train_count_V), self._table.items_of_block(K_NEIGHBORS)
         for owner in range(self._world.size):
             items = items_of_rank(num_items, replace(self._world, rank=owner))
-            for start in range(items.start, items.stop, _BLOCK_ITEMS):
-                block = range(start, min(start + _BLOCK_ITEMS, items.stop))
+            for start in range(items.start, items.stop, block_items):
+                block = range(start, min(start + block_items, items.stop))
                 ids_UN, weights_UN = self._neighbors_of(block, owner, items.start)
                 if trained_VW is None:
                     continue
@@ -217,8 +217,20 @@ class _SharedTable:
         for _ in range(self.num_strips - len(own)):
             yield _Strip(range(0), None)
 
+    def items_of_block(self, num_neighbors: int) -> int:
+        """Items whose neighbors' rows of a strip fit into `_BLOCK_BYTES`; the same number on all ranks.
+
+        Args:
+            num_neighbors: Neighbors of an item.
+        """
+        return max(_BLOCK_BYTES // (4 * num_neighbors * min(self._strip_width, self.dim)), 1)
+
+    @property
+    def _strip_width(self) -> int:
+        return max(STRIP_BYTES // (16 * self.num_rows) * 4, 4)
+
     def _own_strips(self) -> list[_Strip]:
-        width = max(STRIP_BYTES // (16 * self.num_rows) * 4, 4)
+        width = self._strip_width
         if self.is_split_by_rows:
             starts = range(0, self.dim, width)
             shard = next(iter(self.shards), None)

@@ -206,6 +206,8 @@ def _search(
         return_freed_memory()
         # Text weights are tried by scaling queries that were computed with text weight 1.
         _apply(Candidate(strength, 1.0, ()), ranking.model, smoothing)
+        # The rows of neighbors.
+        return_freed_memory()
         found = _validation_ndcg(
             ranking, scores, space.blend_weights, space.text_weights, dataset, catalog.train_count_V, world
         )
@@ -228,6 +230,8 @@ def _validation_ndcg(
     metrics_X = [RankingMetrics(train_count_V.to(world.device)) for _ in product(text_weights, blend_weights)]
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
+        # What the lookups of all items have left, between which the gates of all items do not fit.
+        return_freed_memory()
         ranking = ranking.with_query_encoder(ranker)
         local_scores = [score.of_items(ranker.items) for score in scores]
         for sessions in evaluation_batches(ranking, dataset, "valid", world, "select on validation"):

@@ -15,7 +15,7 @@ from llmgr_rec.first_and_last_line import print_start
 from llmgr_rec.folder_lock import FolderLock
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.bundle_index import CONFIG, PROMPTS
-from llmgr_rec.training.freed_memory import return_freed_memory
+from llmgr_rec.training.freed_memory import return_freed_memory, share_freed_memory
 from llmgr_rec.training.metric_writers import MetricWriter, open_trackers
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.preflight import CheckedRun, RunRequest, check_run
@@ -42,6 +42,7 @@ def train_run(request: RunRequest) -> list[StageName]:
             finite, it is raised on every rank before the process group starts.
         StopRequested: SIGTERM or SIGINT; a resumed run continues after the last step.
     """
+    share_freed_memory()
     checked = check_run(request)
     # What reading the catalog has left, which may be as large as the catalog.
     return_freed_memory()

@@ -14,6 +14,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 
+from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
 from llmgr_rec.config import BlendConfig
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed import sharding
@@ -56,7 +57,7 @@ def smoothed(
     with ExitStack() as stack:
         if world.size > 1:
             stack.enter_context(row_wise())
-        stack.enter_context(mock.patch.object(id_row_smoothing, "_BLOCK_ITEMS", 7))
+        stack.enter_context(mock.patch.object(id_row_smoothing, "_BLOCK_BYTES", 7 * 4 * 4 * K_NEIGHBORS))
         stack.enter_context(mock.patch.object(id_row_smoothing, "STRIP_BYTES", 0))
         stack.enter_context(mock.patch.object(checkpoint_state, "BLOCK_VALUES", 100))
         bundle = load_bundle(run / "export/sbr", world)

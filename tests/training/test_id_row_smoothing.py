@@ -63,7 +63,7 @@ def train_case(
     config = config_of(Path(folder), strengths, blend)
     config.tables.sharding = sharding  # type: ignore[assignment]
     # Several ranges of rows, and strips of columns.
-    id_row_smoothing._BLOCK_ITEMS = 64
+    id_row_smoothing._BLOCK_BYTES = 64 * 4 * 4 * K_NEIGHBORS
     id_row_smoothing.STRIP_BYTES = 0
     run = Path(folder, name)
     if world.rank == 0:
