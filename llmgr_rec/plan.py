@@ -139,6 +139,8 @@ def _sizes(dataset: str | None, num_items: int | None, features: dict[str, int])
 
 
 def _lines(plan: "StagePlan", world_size: int) -> list[str]:
+    from llmgr_rec.distributed.item_vectors import keeps_vectors
+
     spec, config = plan.spec, plan.spec.config
     limit = config.tables.memory_per_rank_gb
     lines = [f"stage {spec.stage}, trains {', '.join(spec.trains)}"]
@@ -170,7 +172,8 @@ def _lines(plan: "StagePlan", world_size: int) -> list[str]:
     if plan.cached_bytes:
         lines.append(f"  cached item vectors: {plan.cached_bytes / GIB:.3f} GiB per rank")
     ranking = 4 * plan.query_width * -(-spec.num_items // world_size) / GIB
-    lines.append(f"  item vectors for ranking: {ranking:.3f} GiB per rank")
+    kept = keeps_vectors(spec.num_items, world_size, plan.query_width)
+    lines.append(f"  item vectors for ranking: {ranking:.3f} GiB per rank, {'kept' if kept else 'computed in blocks'}")
     return lines
 
 

@@ -137,15 +137,18 @@ def test_a_plan_counts_what_is_not_a_table(capsys: pytest.CaptureFixture[str]) -
     assert re.search(r"in selection neighbors +5\.821 GiB", shown)
     assert re.search(r"in selection smoothing of cold items +1\.607", shown)
     assert re.search(r"always +columns of the catalog +\d", shown)
+    # Of 128 columns of 4 bytes, that is 0.745 GiB, as many bytes as the tables.
+    assert "item vectors for ranking: 0.745 GiB per rank, computed in blocks" in shown
+    assert not re.search(r"in selection item vectors", shown)
     assert "about 15,625,000 steps of 512 examples in 8 epochs; 4 days, 15:06:40 at 20000 examples/s" in shown
     # 4 columns are the narrowest shard, so that 128 columns are on 32 ranks.
     assert "warning: 32 of 64 ranks hold no table, or less than a tenth" in shown
     assert "start 32 ranks" in shown
     with pytest.raises(
-        UserError, match=r"stage sbr needs about \d+\.\d+ GiB on a rank, and --memory_per_rank_gb is 16"
+        UserError, match=r"stage sbr needs about \d+\.\d+ GiB on a rank, and --memory_per_rank_gb is 15"
     ):
-        main([*arguments, "--memory_per_rank_gb", "16"])
-    assert "DOES NOT FIT into 16 GiB" in capsys.readouterr().out
+        main([*arguments, "--memory_per_rank_gb", "15"])
+    assert "DOES NOT FIT into 15 GiB" in capsys.readouterr().out
     main(["--num_items", "1000", "--memory_per_rank_gb", "2"])
     shown = capsys.readouterr().out
     assert "fits into 2 GiB" in shown

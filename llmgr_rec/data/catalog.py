@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,7 @@ from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.remote_path import as_path
 
 _TEXT_SEPARATOR = ", "
+_HASHED_VALUES = 1 << 16
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Catalog:
     @property
     def num_items(self) -> int:
         """Number of items V."""
-        return len(self.item_ids)
+        return len(self.train_count_V)
 
     @property
     def num_embeddings(self) -> dict[str, int]:
@@ -111,8 +112,23 @@ class Catalog:
     @cached_property
     def hash(self) -> str:
         """Hash of the item ids in index order. Catalogs with the same hash have the same item at each index."""
-        step = 65536
-        return hash_item_ids(self.item_ids.slice(start, step) for start in range(0, self.num_items, step))
+        starts = range(0, self.num_items, _HASHED_VALUES)
+        return hash_item_ids(self.item_ids.slice(start, _HASHED_VALUES) for start in starts)
+
+    def forget_ids(self) -> None:
+        """Frees the ids, which training does not need. They are read from the file again where they are used."""
+        # Kept, since it is computed from them.
+        _ = self.hash
+        vars(self).pop("item_ids", None)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> pa.Array:
+            """The ids after `forget_ids`."""
+            if name != "item_ids" or "file" not in vars(self):
+                raise AttributeError(name)
+            self.item_ids = read_ids(self.file)
+            return self.item_ids
 
     @cached_property
     def features_hash(self) -> str:
@@ -124,7 +140,9 @@ class Catalog:
         for name, rows in sorted(self.features.items()):
             digest.update(name.encode() + b"\0")
             for tensor in (rows.offsets, rows.values):
-                digest.update(tensor.contiguous().numpy().data)
+                # As int64, which catalogs of earlier versions were in.
+                for part in tensor.split(_HASHED_VALUES):
+                    digest.update(part.to(torch.int64).contiguous().numpy().data)
         return digest.hexdigest()
 
     def titles(self) -> list[str | None]:

@@ -24,8 +24,8 @@ from llmgr_rec.errors import UserError
 
 REMEDY = "prepare the data set again with python -m llmgr_rec.prepare"
 _BATCH_ROWS = 8 * ROW_GROUP_ROWS
-_LONG_BYTES = 8
-_LONGEST_TEXT = 2**31 - 1
+_INT_BYTES, _LONG_BYTES = 4, 8
+_LONGEST_TEXT = _LARGEST_INT32 = 2**31 - 1
 
 
 @contextmanager
@@ -147,12 +147,15 @@ def read_lists(file: Path, name: str) -> Jagged:
         file: items.parquet.
         name: Name of the column.
 
+    Returns:
+        The lists, with values in int32, and offsets, too, unless there are more values than int32 can count.
+
     Raises:
-        UserError: The column has another type, or a null or negative id, or the file is not readable.
+        UserError: The column has another type, or a null, negative or too large id, or the file is not readable.
     """
-    offsets_V1 = np.zeros(_num_rows(file) + 1, np.int64)
     # An upper bound: a null and an empty list have a place in the file, too. Unused memory is never touched.
-    values_S = np.empty(_num_places(file, name), np.int64)
+    values_S = np.empty(_num_places(file, name), np.int32)
+    offsets_V1 = np.zeros(_num_rows(file) + 1, np.int32 if len(values_S) <= _LARGEST_INT32 else np.int64)
     row = count = 0
     for batch_R in _batches(file, name):
         is_list = pa.types.is_list(batch_R.type) or pa.types.is_large_list(batch_R.type)
@@ -161,10 +164,11 @@ def read_lists(file: Path, name: str) -> Jagged:
         values = batch_R.flatten().cast(pa.int64())
         if values.null_count or (len(values) and pc.min(values).as_py() < 0):
             raise UserError(f"{file}: column {name} has a null or negative id; {REMEDY}")
+        if len(values) and pc.max(values).as_py() > _LARGEST_INT32:
+            raise UserError(f"{file}: column {name} has an id above {_LARGEST_INT32}; {REMEDY}")
         values_S[count : count + len(values)] = values.to_numpy()
         lengths_R = batch_R.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        np.cumsum(lengths_R, out=offsets_V1[row + 1 : row + 1 + len(lengths_R)])
-        offsets_V1[row + 1 : row + 1 + len(lengths_R)] += count
+        offsets_V1[row + 1 : row + 1 + len(lengths_R)] = np.cumsum(lengths_R, dtype=np.int64) + count
         row, count = row + len(lengths_R), count + len(values)
     values_S.resize(count, refcheck=False)
     return Jagged(torch.from_numpy(values_S), torch.from_numpy(offsets_V1))
@@ -188,7 +192,7 @@ def read_categories(file: Path, name: str) -> pa.DictionaryArray:
 
 
 def memory_of_columns(file: Path, features: Sequence[str]) -> int:
-    """Bytes that the columns of a catalog take in memory, from the footer of the file.
+    """Bytes that the columns of a catalog take in memory without the ids, from the footer of the file.
 
     Args:
         file: items.parquet.
@@ -197,10 +201,21 @@ def memory_of_columns(file: Path, features: Sequence[str]) -> int:
     Raises:
         UserError: The file is not readable.
     """
-    # Text is stored with its lengths, whose offsets take as much in memory.
-    ids = sum(column.total_uncompressed_size for column in _column_chunks(file, "item_id"))
     lists = sum(_num_places(file, f"{name}_ids") + _num_rows(file) for name in features)
-    return ids + _LONG_BYTES * (_num_rows(file) + lists)
+    return _LONG_BYTES * _num_rows(file) + _INT_BYTES * lists
+
+
+def memory_of_ids(file: Path) -> int:
+    """Bytes that the ids of a catalog take in memory, from the footer of the file.
+
+    Args:
+        file: items.parquet.
+
+    Raises:
+        UserError: The file is not readable.
+    """
+    # Text is stored with its lengths, whose offsets take as much in memory.
+    return sum(column.total_uncompressed_size for column in _column_chunks(file, "item_id"))
 
 
 def _batches(file: Path, name: str) -> Iterator[pa.Array]:

@@ -54,6 +54,17 @@ class Jagged:
             start_R = start_R + part.lengths
         return cls(values, offsets)
 
+    @classmethod
+    def stack(cls, parts: Sequence["Jagged"]) -> "Jagged":
+        """The rows of all parts, one part after the other.
+
+        Args:
+            parts: One or more.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        return cls.from_lengths(torch.cat([part.values for part in parts]), torch.cat([part.lengths for part in parts]))
+
     @property
     def num_rows(self) -> int:
         """Number of rows R."""

@@ -9,7 +9,7 @@ their weights.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -29,21 +29,26 @@ from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.collectives import sum_over_ranks
+from llmgr_rec.distributed.item_vectors import (
+    ItemCollator,
+    ItemVectors,
+    items_of_rank,
+    keeps_vectors,
+)
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.batch_scan import BatchScan
 from llmgr_rec.kernels.blended_ranks import BlendedScores
 from llmgr_rec.kernels.item_index import ItemIndex
 from llmgr_rec.kernels.item_scan import ItemScan, can_search
-from llmgr_rec.kernels.topk import NOT_NUMBERS, merge_top_k, top_k
+from llmgr_rec.kernels.topk import NOT_NUMBERS, TopKSearch, merge_top_k, top_k
 from llmgr_rec.modules.llmgr import LLMGR
+from llmgr_rec.modules.model_spec import query_width
 from llmgr_rec.modules.query_encoder import MeasuredItems, QueryEncoder, QueryItems
 from llmgr_rec.modules.recommender import SessionRecommender
 
 # Target rank of an excluded target: beyond the end of any list.
 EXCLUDED_RANK = 1 << 30
-# Items per call of the model when item vectors are computed.
-_CHUNK = 2048
 # Item index in the lists of a rank that has a NaN score.
 _FAILED = -2
 # A scan reads the items for each session, a product for all of them at once: items of the catalog for which a scan of
@@ -61,25 +66,6 @@ class ItemVectorModel(Protocol):
 
     def item_vectors(self, features: KeyedJaggedTensor) -> Tensor:
         """Item vectors, [C, Q], of C bags of features."""
-
-
-class ItemCollator(Protocol):
-    """Part of `Collator` that collates the features of items."""
-
-    num_items: int
-
-    def item_features(self, items_X: Tensor) -> KeyedJaggedTensor:
-        """Features of items, one bag per item; see `Collator.item_features`."""
-
-
-def items_of_rank(num_items: int, world: World) -> range:
-    """The items whose vectors and similarities a rank holds while ranks share them.
-
-    Args:
-        num_items: Items of the catalog.
-        world: This process and the world size.
-    """
-    return range(num_items * world.rank // world.size, num_items * (world.rank + 1) // world.size)
 
 
 @dataclass(frozen=True)
@@ -148,11 +134,22 @@ class RankingModel:
         )
         return {name: queries @ items.T for name, (queries, items) in zip(columns, splits, strict=True)}
 
-    def ranker(self, world: World) -> "CatalogRanker":
-        """Computes all item vectors with the current weights. A collective: all ranks must call it."""
+    def ranker(self, world: World, keep: bool = False) -> "CatalogRanker":
+        """A ranker with the current weights, which must not change while it is used. All ranks must call it.
+
+        It keeps all item vectors, unless these are large (`keeps_vectors`) and the model keeps its tables beside them.
+
+        Args:
+            world: This process and the world size.
+            keep: Whether the item vectors are kept in any case.
+        """
         ranks = World.alone(world.device) if self.is_replicated else world
-        if ranks.size > 1 or not isinstance(self.model, SessionRecommender) or self.model.text_encoder is not None:
-            return CatalogRanker(self.model, self.collate, ranks, self.blend, self.domains, self.reranker)
+        encodes_queries = ranks.size == 1 and isinstance(self.model, SessionRecommender) and not self.model.text_encoder
+        keep |= keeps_vectors(self.collate.num_items, ranks.size, query_width(self.model))
+        keep |= encodes_queries and not self.keeps_tables
+        if not (keep and encodes_queries):
+            return CatalogRanker(self.model, self.collate, ranks, self.blend, self.domains, self.reranker, keep)
+        assert isinstance(self.model, SessionRecommender)
         measured = MeasuredItems(self.model, self.collate.num_items)
         ranker = CatalogRanker(measured, self.collate, ranks, self.blend, self.domains, self.reranker)
         ranker.query_items = QueryItems(ranker.item_vectors, measured.lengths())
@@ -160,9 +157,10 @@ class RankingModel:
 
 
 class CatalogRanker:
-    """Ranks the whole catalog for sessions. Each rank has the vectors of a contiguous range of items.
+    """Ranks the whole catalog for sessions. Each rank ranks a contiguous range of items.
 
-    The constructor computes the item vectors. It and all methods are collectives: all ranks must call them.
+    The constructor computes the item vectors, if they are kept. It and all methods are collectives: all ranks must call
+    them.
 
     Args:
         model: Computes the item vectors.
@@ -172,6 +170,8 @@ class CatalogRanker:
             Must be given on all ranks or on none.
         domains: Domains of the items. A session then gets items of the domain of its newest click only.
         reranker: Ranks the best items of each list again; with one rank only.
+        keep: Whether the item vectors are kept. Otherwise each call of `rank` computes them once, each of
+            `target_ranks` twice, and the model must be in the same mode as for the queries.
 
     Raises:
         UserError: There are a re-ranker and several ranks that share the items.
@@ -185,6 +185,7 @@ class CatalogRanker:
         blend: Blend | None = None,
         domains: ItemDomains | None = None,
         reranker: Reranker | None = None,
+        keep: bool = True,
     ) -> None:
         if reranker is not None and world.size > 1:
             raise UserError(
@@ -195,7 +196,9 @@ class CatalogRanker:
         self._world = world
         self._num_items = collate.num_items
         self.items = items_of_rank(collate.num_items, world)
-        self._items_RQ = _vectors_of_items(model.item_vectors, collate, self.items, world)
+        most_items = -(-collate.num_items // world.size)
+        vectors = ItemVectors(model.item_vectors, collate, self.items, most_items, world)
+        self._vectors = vectors.keep() if keep else vectors
         # What sessions are encoded from; None where this rank does not know it.
         self.query_items: QueryItems | None = None
         self._blend = None if blend is None else blend.of_items(self.items)
@@ -215,8 +218,19 @@ class CatalogRanker:
 
     @property
     def item_vectors(self) -> Tensor:
-        """Vectors of this rank's items, float32 [R, Q]."""
-        return self._items_RQ
+        """Vectors of this rank's items, float32 [R, Q].
+
+        Raises:
+            ValueError: They are not kept.
+        """
+        if self._vectors.kept is None:
+            raise ValueError("the vectors of the items are not kept; make the ranker with keep=True")
+        return self._vectors.kept
+
+    @property
+    def sessions_at_once(self) -> int:
+        """Sessions of a rank that should be ranked by one call: several batches, where item vectors are not kept."""
+        return self._vectors.sessions_at_once
 
     def prepare_for_few_sessions(self) -> None:
         """Prepares to rank single sessions, or a few, in less time; see `ItemScan`. In a single process on a CPU only.
@@ -224,7 +238,7 @@ class CatalogRanker:
         Later scores of few sessions may differ by rounding from those of many sessions.
         """
         if self._world.size == 1:
-            self._scan = ItemScan.fastest(self._items_RQ)
+            self._scan = ItemScan.fastest(self.item_vectors)
             self._of_domain = {}
 
     def prepare_index(self, samples_SQ: Tensor, recall: float) -> float | None:
@@ -243,7 +257,7 @@ class CatalogRanker:
         if not isinstance(self._scan, ItemScan):
             return None
         samples = samples_SQ.detach().float()
-        index = ItemIndex(self._items_RQ, self._scan, samples[[can_search(query_Q) for query_Q in samples]], recall)
+        index = ItemIndex(self.item_vectors, self._scan, samples[[can_search(query_Q) for query_Q in samples]], recall)
         if not index.is_used:
             return None
         self._scan = index
@@ -354,16 +368,14 @@ class CatalogRanker:
         other = copy.copy(self)
         other.__dict__.pop("_batch_scan", None)
         other._num_items, other.items = len(items_R), range(first, last)
-        if is_range:
-            # A view, which takes no memory.
-            chosen: range | NDArray[np.int64] = range(int(rows[0]), int(rows[-1]) + 1)
-            other._items_RQ = self._items_RQ[int(rows[0]) : int(rows[-1]) + 1]
-        else:
-            chosen = rows.numpy()
-            other._items_RQ = self._items_RQ[rows.to(self._items_RQ.device)]
-        other._blend = None if self._blend is None else self._blend.of_items(chosen)
+        chosen = range(int(rows[0]), int(rows[-1]) + 1) if is_range else rows
+        firsts = [self._num_items * rank // self._world.size for rank in range(self._world.size + 1)]
+        most_items = int(torch.searchsorted(items_R, torch.tensor(firsts)).diff().max())
+        other._vectors = self._vectors.of_places(chosen, most_items)
+        if self._blend is not None:
+            other._blend = self._blend.of_items(chosen.numpy() if isinstance(chosen, Tensor) else chosen)
         other._domains = other._chosen_R = other._is_allowed_R = other._reranker = None
-        other._scan = None if self._scan is None or not len(rows) else ItemScan.fastest(other._items_RQ)
+        other._scan = None if self._scan is None or not len(rows) else ItemScan.fastest(other.item_vectors)
         return other
 
     def _scans(self, queries_BQ: Tensor) -> bool:
@@ -434,17 +446,18 @@ class CatalogRanker:
         num_queries, width = queries.shape[0], -(-self._num_items // self._world.size)
         # Blocks of about the same size.
         rows = max(-(-num_queries // max(-(-num_queries * width // _MAX_SCORES), 1)), 1)
+        if self._vectors.kept is None:
+            # Parts of them are scored by `_blended_scores`, for one block of items after the other.
+            rows = max(num_queries, 1)
         ranks = []
         for start in range(0, num_queries, rows):
             block = slice(start, start + rows)
             excluded = None if exclude is None else exclude.narrow(start, min(start + rows, num_queries))
             added = [added_YR[block] for added_YR in added_NYR]
-            ranks.append(
-                self._target_ranks_of_block(queries[block], targets[block], added, weights_PN, excluded, depth)
-            )
+            ranks.append(self._target_ranks_of_rows(queries[block], targets[block], added, weights_PN, excluded, depth))
         return torch.cat(ranks, dim=1)[:, local] if ranks else torch.empty(len(weights_PN), 0, dtype=torch.int64)
 
-    def _target_ranks_of_block(
+    def _target_ranks_of_rows(
         self,
         queries: Tensor,
         targets: Tensor,
@@ -453,22 +466,54 @@ class CatalogRanker:
         exclude: Jagged | None,
         depth: int | None,
     ) -> Tensor:
-        scores = queries @ self._items_RQ.T
-        if self._domains is not None:
-            domain_V = self._domains.of_item_V.to(scores.device)
-            of_items_R = domain_V[self.items.start : self.items.stop]
-            scores.masked_fill_(of_items_R != domain_V[targets.clamp(min=0)].unsqueeze(1), float("-inf"))
-        if exclude is not None:
-            columns = exclude.values - self.items.start
-            is_local = (columns >= 0) & (columns < len(self.items))
-            scores[exclude.row_of_value[is_local], columns[is_local]] = float("-inf")
-        blended = BlendedScores(scores.cpu().numpy(), added, targets.cpu().numpy(), weights_PN, self.items.start, depth)
+        arguments = queries, targets, _BlockTerms(added), weights_PN, exclude, depth
+        kept = list(self._blended_scores(*arguments)) if self._vectors.kept is not None else None
+        target_scores = torch.zeros(len(weights_PN), len(queries))
+        for rows, blended in kept or self._blended_scores(*arguments):
+            target_scores[:, rows] += torch.from_numpy(blended.target_scores())
         # Ranks without the target's item add 0. A NaN on any rank makes the sum NaN, so that all ranks fail together.
-        target_scores = sum_over_ranks(torch.from_numpy(blended.target_scores()), self._world)
+        target_scores = sum_over_ranks(target_scores, self._world)
         if target_scores.isnan().any():
             raise UserError(NOT_NUMBERS)
-        num_ahead = sum_over_ranks(torch.from_numpy(blended.count_ahead(target_scores.numpy())), self._world)
+        num_ahead = torch.zeros(len(weights_PN), len(queries), dtype=torch.int64)
+        for rows, blended in kept or self._blended_scores(*arguments):
+            num_ahead[:, rows] += torch.from_numpy(blended.count_ahead(target_scores[:, rows].numpy()))
+        num_ahead = sum_over_ranks(num_ahead, self._world)
         return torch.where(target_scores.isneginf(), EXCLUDED_RANK, num_ahead)
+
+    def _blended_scores(
+        self,
+        queries: Tensor,
+        targets: Tensor,
+        terms: "_BlockTerms",
+        weights_PN: Sequence[Sequence[float]],
+        exclude: Jagged | None,
+        depth: int | None,
+    ) -> Iterator[tuple[slice, BlendedScores]]:
+        """Scores of a block of this rank's items for some sessions at a time, and which sessions these are."""
+        domain_V = None if self._domains is None else self._domains.of_item_V.to(queries.device)
+        for places, vectors_NQ in self._vectors.blocks():
+            if not len(places):
+                continue
+            added = terms.of_block(places)
+            first, num_rows = self.items.start + places.start, max(len(queries), 1)
+            if self._vectors.kept is None:
+                num_rows = max(_MAX_SCORES // len(places), 1)
+            for start in range(0, len(queries), num_rows):
+                rows = slice(start, min(start + num_rows, len(queries)))
+                scores = queries[rows] @ vectors_NQ.T
+                if domain_V is not None:
+                    of_items_N = domain_V[first : first + len(places)]
+                    of_targets = domain_V[targets[rows].clamp(min=0)]
+                    scores.masked_fill_(of_items_N != of_targets.unsqueeze(1), float("-inf"))
+                if exclude is not None:
+                    excluded = exclude.narrow(rows.start, rows.stop)
+                    columns = excluded.values - first
+                    is_local = (columns >= 0) & (columns < len(places))
+                    scores[excluded.row_of_value[is_local], columns[is_local]] = float("-inf")
+                blended = [added_YN[rows] for added_YN in added]
+                wanted = targets[rows].cpu().numpy()
+                yield rows, BlendedScores(scores.cpu().numpy(), blended, wanted, weights_PN, first, depth)
 
     def _rank_by_all_ranks(
         self, queries: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None
@@ -490,6 +535,9 @@ class CatalogRanker:
     def _top_k(self, queries: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None) -> tuple[Tensor, Tensor]:
         """Top-K among this rank's items, counted from its first one."""
         blend = self._blend if clicks is not None else None
+        if self._vectors.kept is None:
+            added_BR = None if blend is None or clicks is None else blend.scores(clicks)
+            return self._top_k_in_blocks(queries, k, exclude, added_BR)
         if self._batch_scan is not None and self._batch_scan.can_rank(k):
             rows = None if blend is None or clicks is None else blend.term_rows(clicks)
             if blend is None or rows is not None:
@@ -497,17 +545,36 @@ class CatalogRanker:
                 if ranked is not None:
                     return ranked
         added = None if blend is None or clicks is None else blend.terms_of_scores(clicks)
-        return top_k(queries, self._items_RQ, k, exclude, added)
+        return top_k(queries, self.item_vectors, k, exclude, added)
+
+    def _top_k_in_blocks(
+        self, queries: Tensor, k: int, exclude: Jagged | None, added_BR: sparse.csr_array | None
+    ) -> tuple[Tensor, Tensor]:
+        """`_top_k` by blocks of items whose vectors are computed."""
+        search, failure = TopKSearch(queries, k), None
+        terms = _BlockTerms(() if added_BR is None else (added_BR,))
+        for places, vectors_NQ in self._vectors.blocks():
+            # All ranks compute all blocks together.
+            if failure is not None or not len(places):
+                continue
+            excluded = None if exclude is None else Jagged(exclude.values - places.start, exclude.offsets)
+            try:
+                search.add(vectors_NQ, excluded, *terms.of_block(places))
+            except UserError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return search.result()
 
     @cached_property
     def _batch_scan(self) -> BatchScan | None:
-        return BatchScan.where_faster(self._items_RQ)
+        return BatchScan.where_faster(self.item_vectors)
 
     def _top_k_of_chosen(
         self, chosen_R: Tensor, queries: Tensor, k: int, exclude: Jagged | None, clicks: Jagged | None
     ) -> tuple[Tensor, Tensor]:
         if self._chosen_RQ is None:
-            self._chosen_RQ = self._items_RQ[chosen_R]
+            self._chosen_RQ = self.item_vectors[chosen_R]
         items_RQ, added_BR = self._chosen_RQ, None
         if self._blend is not None and clicks is not None:
             added_BR = sparse.csr_array(self._blend.scores(clicks)[:, chosen_R.numpy()])
@@ -544,6 +611,27 @@ class CatalogRanker:
         return Jagged.from_lengths(values, lengths_WX.flatten())
 
 
+class _BlockTerms:
+    """Sparse terms of the scores of sessions, of one block of items after the other.
+
+    Args:
+        terms_YR: The terms, [Y, R] each.
+    """
+
+    def __init__(self, terms_YR: Sequence[sparse.csr_array]) -> None:
+        self._by_session = terms_YR
+        self._by_item: list[sparse.csc_array] | None = None
+
+    def of_block(self, places: range) -> list[sparse.csr_array]:
+        """The columns of a block of items, float32 [Y, N] each."""
+        if all(len(places) == term_YR.shape[1] for term_YR in self._by_session):
+            return list(self._by_session)
+        if self._by_item is None:
+            # In order of items, so that the terms of a block are a slice.
+            self._by_item = [sparse.csc_array(term_YR) for term_YR in self._by_session]
+        return [sparse.csr_array(term_YR[:, places.start : places.stop]) for term_YR in self._by_item]
+
+
 def _places_among(items_R: Tensor, lists: Jagged) -> Jagged:
     """Places among some items, ascending, of the values of each row that are among them."""
     if not len(items_R):
@@ -552,26 +640,6 @@ def _places_among(items_R: Tensor, lists: Jagged) -> Jagged:
     is_among = items_R[places] == lists.values
     found = Jagged(places, lists.offsets)
     return found if is_among.all() else found.where(is_among)
-
-
-@torch.no_grad()
-def _vectors_of_items(
-    look_up: Callable[[KeyedJaggedTensor], Tensor], collate: ItemCollator, items: range, world: World
-) -> Tensor:
-    """Computes the vectors of a range of items, [R, Q], in chunks; the number of lookups is equal on all ranks."""
-    max_items = -(-collate.num_items // world.size)
-    vectors_RQ: Tensor | None = None
-    for start in range(items.start, items.start + max_items, _CHUNK):
-        chunk = torch.arange(start, max(min(start + _CHUNK, items.stop), start))
-        # A lookup in sharded tables is a collective, so a rank without items takes part with one that is discarded.
-        features = collate.item_features(chunk if chunk.numel() else torch.zeros(1, dtype=torch.int64))
-        found = look_up(features.to(world.device))[: chunk.numel()].detach()
-        if vectors_RQ is None:
-            # Filled in place: joining the chunks would take the memory of all of them twice.
-            vectors_RQ = torch.empty(len(items), found.shape[1], device=found.device)
-        vectors_RQ[start - items.start : start - items.start + chunk.numel()] = found
-    assert vectors_RQ is not None
-    return vectors_RQ
 
 
 def _gather_sizes(size: int, device: torch.device, world: World) -> list[int]:

@@ -17,8 +17,8 @@ from scipy import sparse
 from llmgr_rec.baselines.item_similarity import similar_blocks, unit_rows
 from llmgr_rec.baselines.sparse_scores import nearest
 from llmgr_rec.distributed.collectives import gather_from_ranks
+from llmgr_rec.distributed.item_vectors import items_of_rank
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.distributed.sparse_exchange import pass_on
 from llmgr_rec.kernels.sparse_product import SparseProduct
 

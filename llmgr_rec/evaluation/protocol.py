@@ -3,9 +3,10 @@
 Shapes: B sessions of this rank, Q columns of queries, K items of a ranked list.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -125,10 +126,13 @@ def ranked_lists(
     with evaluation_mode(ranking.model):
         ranker = ranking.ranker(world)
         ranking = ranking.with_query_encoder(ranker)
-        for sessions in evaluation_batches(ranking, dataset, split, world, f"evaluate {split}", rule):
-            clicks = clicks_of(sessions.batch) if ranker.needs_clicks else None
-            ids_BK, scores_BK = ranker.rank(sessions.queries_BQ, depth, sessions.exclude, clicks)
-            yield ids_BK, scores_BK, sessions.batch
+        batches = evaluation_batches(ranking, dataset, split, world, f"evaluate {split}", rule)
+        for group in groups_of_batches(batches, ranker.sessions_at_once, ranking.batch_size):
+            clicks = group.clicks if ranker.needs_clicks else None
+            ids_BK, scores_BK = ranker.rank(group.queries_BQ, depth, group.exclude, clicks)
+            sizes = [len(sessions.queries_BQ) for sessions in group.batches]
+            for sessions, *lists in zip(group.batches, ids_BK.split(sizes), scores_BK.split(sizes), strict=True):
+                yield lists[0], lists[1], sessions.batch
 
 
 @torch.no_grad()
@@ -217,6 +221,58 @@ class EvaluationBatch:
     batch: SessionBatch
     queries_BQ: Tensor
     exclude: Jagged | None
+
+
+@dataclass(frozen=True)
+class GroupOfBatches:
+    """Batches that are ranked at once.
+
+    Args:
+        batches: One or more.
+    """
+
+    batches: list[EvaluationBatch]
+
+    @property
+    def queries_BQ(self) -> Tensor:
+        """The queries of all sessions."""
+        return torch.cat([sessions.queries_BQ for sessions in self.batches])
+
+    @property
+    def targets_B(self) -> Tensor:
+        """Their targets."""
+        return torch.cat([sessions.batch.targets_B for sessions in self.batches])
+
+    @property
+    def weights_B(self) -> Tensor:
+        """Their weights."""
+        return torch.cat([sessions.batch.weights_B for sessions in self.batches])
+
+    @property
+    def exclude(self) -> Jagged | None:
+        """Items to exclude from their rankings; None excludes none."""
+        lists = [sessions.exclude for sessions in self.batches if sessions.exclude is not None]
+        return Jagged.stack(lists) if lists else None
+
+    @property
+    def clicks(self) -> Jagged:
+        """Their clicks, oldest first."""
+        return Jagged.stack([clicks_of(sessions.batch) for sessions in self.batches])
+
+
+def groups_of_batches(
+    batches: Iterable[EvaluationBatch], sessions_at_once: int, batch_size: int
+) -> Iterator[GroupOfBatches]:
+    """Puts batches together that are ranked at once, the same numbers of them on each rank.
+
+    Args:
+        batches: From `evaluation_batches`.
+        sessions_at_once: Sessions of a group, to within a batch; see `CatalogRanker`.
+        batch_size: Sessions of a batch.
+    """
+    batches, most = iter(batches), max(sessions_at_once // batch_size, 1)
+    while group := list(islice(batches, most)):
+        yield GroupOfBatches(group)
 
 
 def evaluation_batches(

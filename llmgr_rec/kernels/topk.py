@@ -85,22 +85,55 @@ def top_k(
     Raises:
         UserError: A score is not a number.
     """
-    if 0 < queries_BQ.shape[0] <= _QUERY_BLOCK:
-        return _top_k_of_queries(queries_BQ, items_RQ, k, exclude, added_BR)
-    parts = [
-        _top_k_of_queries(
-            queries_BQ[start : start + _QUERY_BLOCK],
-            items_RQ,
-            k,
-            None if exclude is None else exclude.narrow(start, min(start + _QUERY_BLOCK, exclude.num_rows)),
-            None if added_BR is None else added_BR[start : start + _QUERY_BLOCK],
-        )
-        for start in range(0, queries_BQ.shape[0], _QUERY_BLOCK)
-    ]
-    if not parts:
-        empty = queries_BQ.new_empty(0, k, dtype=torch.float32)
-        return empty.long(), empty
-    return torch.cat([ids for ids, _ in parts]), torch.cat([scores for _, scores in parts])
+    search = TopKSearch(queries_BQ, k)
+    search.add(items_RQ, exclude, added_BR)
+    return search.result()
+
+
+class TopKSearch:
+    """The K best items of each query, where the items are given block by block.
+
+    Args:
+        queries_BQ: Queries.
+        k: Places K, at least 1; may exceed the number of items.
+    """
+
+    def __init__(self, queries_BQ: Tensor, k: int) -> None:
+        blocks = queries_BQ.split(_QUERY_BLOCK) if len(queries_BQ) else ()
+        self._parts = [_TopKOfQueries(block_XQ, k) for block_XQ in blocks]
+        self._empty = queries_BQ.new_empty(0, k, dtype=torch.float32)
+
+    @torch.no_grad()
+    def add(self, items_RQ: Tensor, exclude: Jagged | None = None, added_BR: Terms | None = None) -> None:
+        """Compares the queries with the next items, whose indices follow those before.
+
+        Args:
+            items_RQ: The next R items.
+            exclude: As in `top_k`, with the first of these items as 0.
+            added_BR: As in `top_k`, of these items.
+
+        Raises:
+            UserError: A score is not a number.
+        """
+        if len(self._parts) == 1:
+            self._parts[0].add(items_RQ, exclude, added_BR)
+            return
+        start = 0
+        for part in self._parts:
+            stop = start + part.num_queries
+            part.add(
+                items_RQ,
+                None if exclude is None else exclude.narrow(start, stop),
+                None if added_BR is None else added_BR[start:stop],
+            )
+            start = stop
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The lists of all items so far, as `top_k` returns them."""
+        if not self._parts:
+            return self._empty.long(), self._empty
+        ids, scores = zip(*(part.best.result() for part in self._parts), strict=True)
+        return (ids[0], scores[0]) if len(ids) == 1 else (torch.cat(ids), torch.cat(scores))
 
 
 def merge_top_k(ids_WBK: Tensor, scores_WBK: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -351,31 +384,41 @@ class _SparseTerms:
         scores_BN.view(-1).index_add_(0, flat_E, self._terms_E[entries])
 
 
-def _top_k_of_queries(
-    queries_BQ: Tensor, items_RQ: Tensor, k: int, exclude: Jagged | None, added_BR: Terms | None
-) -> tuple[Tensor, Tensor]:
-    """Top K of one block of queries, as `top_k`."""
-    num_queries, num_items = queries_BQ.shape[0], items_RQ.shape[0]
-    device = queries_BQ.device
-    best = _RunningTop1(num_queries, device) if k == 1 else _RunningTopK(num_queries, k, device)
-    first, width = _block_widths(device, num_queries)
-    buffer = queries_BQ.new_empty(num_queries * min(max(first, width), num_items))
-    sparse_terms = _SparseTerms(added_BR, device) if isinstance(added_BR, sparse.csr_array) else None
-    excluded = None if exclude is None else (exclude.row_of_value, exclude.values)
-    for start, stop in _item_blocks(num_items, first, width):
-        scores_BN = buffer[: num_queries * (stop - start)].view(num_queries, stop - start)
-        if isinstance(added_BR, Tensor):
-            torch.addmm(added_BR[:, start:stop], queries_BQ, items_RQ[start:stop].T, out=scores_BN)
-        else:
-            torch.mm(queries_BQ, items_RQ[start:stop].T, out=scores_BN)
-        if sparse_terms is not None:
-            sparse_terms.add_to(scores_BN, start)
-        if excluded is not None:
-            rows, items = excluded
-            inside = (items >= start) & (items < stop)
-            scores_BN[rows[inside], items[inside] - start] = float("-inf")
-        best.add_block(scores_BN, start)
-    return best.result()
+class _TopKOfQueries:
+    """`TopKSearch` of one block of queries.
+
+    Attributes:
+        num_queries: Number of the queries.
+        best: Their best items so far.
+    """
+
+    def __init__(self, queries_BQ: Tensor, k: int) -> None:
+        self._queries_BQ = queries_BQ
+        self.num_queries, device = len(queries_BQ), queries_BQ.device
+        self.best = _RunningTop1(self.num_queries, device) if k == 1 else _RunningTopK(self.num_queries, k, device)
+        self._num_items = 0
+
+    def add(self, items_RQ: Tensor, exclude: Jagged | None, added_BR: Terms | None) -> None:
+        """See `TopKSearch.add`."""
+        num_queries, num_items, device = self.num_queries, items_RQ.shape[0], items_RQ.device
+        first, width = _block_widths(device, num_queries)
+        buffer = self._queries_BQ.new_empty(num_queries * min(max(first, width), num_items))
+        sparse_terms = _SparseTerms(added_BR, device) if isinstance(added_BR, sparse.csr_array) else None
+        excluded = None if exclude is None else (exclude.row_of_value, exclude.values)
+        for start, stop in _item_blocks(num_items, width if self._num_items else first, width):
+            scores_BN = buffer[: num_queries * (stop - start)].view(num_queries, stop - start)
+            if isinstance(added_BR, Tensor):
+                torch.addmm(added_BR[:, start:stop], self._queries_BQ, items_RQ[start:stop].T, out=scores_BN)
+            else:
+                torch.mm(self._queries_BQ, items_RQ[start:stop].T, out=scores_BN)
+            if sparse_terms is not None:
+                sparse_terms.add_to(scores_BN, start)
+            if excluded is not None:
+                rows, items = excluded
+                inside = (items >= start) & (items < stop)
+                scores_BN[rows[inside], items[inside] - start] = float("-inf")
+            self.best.add_block(scores_BN, self._num_items + start)
+        self._num_items += num_items
 
 
 def _block_widths(device: torch.device, num_queries: int) -> tuple[int, int]:

@@ -48,7 +48,7 @@ class WholeCatalog(nn.Module):
         items, slots, weights = [torch.arange(num_items)], [torch.arange(num_items)], [torch.ones(num_items)]
         for feature in side_features.values():
             items.append(feature.row_of_value)
-            slots.append(feature.values)
+            slots.append(feature.values.to(torch.int64))
             weights.append(feature.lengths.to(torch.float32)[feature.row_of_value].reciprocal())
         num_rows = max(int(values.max()) + 1 for values in slots if values.numel())
         width = len(self.names)

@@ -84,7 +84,7 @@ def session_program(files: BundleFiles, k: int) -> SessionProgram:
         encoder=model.encoder,
         as_query=model.as_query,
         vectors_VD=_item_vectors(bundle, model),
-        items_VD=bundle.ranking().ranker(World.alone()).item_vectors,
+        items_VD=bundle.ranking().ranker(World.alone(), keep=True).item_vectors,
         popular_K=torch.from_numpy(popular[0]),
         shares_K=torch.from_numpy(shares[0]).float(),
         max_length=rule.max_length,

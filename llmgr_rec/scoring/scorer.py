@@ -7,6 +7,7 @@ list, Q width of queries.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -208,11 +209,18 @@ class Scorer:
             if ranking.is_replicated:
                 self._ranking = ranking.with_query_encoder(ranker)
             current: _RankedPart | None = None
+            steps, most = list[_RankBatch](), self._batches_at_once(ranker)
             for element in read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD):
                 if isinstance(element, _RankBatch):
+                    steps.append(element)
+                    if len(steps) < most:
+                        continue
+                if steps:
                     assert current is not None
-                    self._rank(ranker, element, current)
-                    on_rows(element.sessions)
+                    self._rank(ranker, steps, current)
+                    on_rows(sum(step.sessions for step in steps))
+                    steps = []
+                if isinstance(element, _RankBatch):
                     continue
                 if current is not None:
                     self._complete(ranker, current)
@@ -261,15 +269,22 @@ class Scorer:
                 routed=routed,
             )
 
-    def _rank(self, ranker: CatalogRanker, step: _RankBatch, ranked: _RankedPart) -> None:
-        """Ranks the catalog for a batch and stores the lists in its part."""
+    def _batches_at_once(self, ranker: CatalogRanker) -> int:
+        """Batches of a part that are ranked at once, the same number on all ranks."""
+        return max(ranker.sessions_at_once // self._settings.batch_size, 1)
+
+    def _rank(self, ranker: CatalogRanker, steps: list[_RankBatch], ranked: _RankedPart) -> None:
+        """Ranks the catalog for batches and stores the lists in their part."""
         device = self._world.device
-        batch = step.batch.to(device)
-        exclude = None if step.exclude is None else step.exclude.to(device)
-        clicks = clicks_of(batch) if ranker.needs_clicks else None
-        ids_BK, scores_BK = ranker.rank(self._queries(batch, step.routed), self._k, exclude, clicks)
-        ranked.ids_RK[step.rows] = ids_BK[: step.rows.numel()].cpu()
-        ranked.scores_RK[step.rows] = scores_BK[: step.rows.numel()].float().cpu()
+        batches = [step.batch.to(device) for step in steps]
+        queries = [self._queries(batch, step.routed) for batch, step in zip(batches, steps, strict=True)]
+        excluded = [step.exclude.to(device) for step in steps if step.exclude is not None]
+        clicks = Jagged.stack([clicks_of(batch) for batch in batches]) if ranker.needs_clicks else None
+        found = ranker.rank(torch.cat(queries), self._k, Jagged.stack(excluded) if excluded else None, clicks)
+        sizes = list(map(len, queries))
+        for step, ids_BK, scores_BK in zip(steps, *(lists.split(sizes) for lists in found), strict=True):
+            ranked.ids_RK[step.rows] = ids_BK[: step.rows.numel()].cpu()
+            ranked.scores_RK[step.rows] = scores_BK[: step.rows.numel()].float().cpu()
 
     def _queries(self, batch: SessionBatch, routed: bool) -> Tensor:
         """Queries of a batch, [B, Q], by the language model if routed."""
@@ -289,8 +304,9 @@ class Scorer:
         rows_S = self._settings.routing.choose(uncertainty_R)
         ranked.routed = rows_S.numel()
         reranked = _RankedPart(ranked.part, ranked.sessions, k=self._k)
-        for step in read_ahead(self._batches(ranked.sessions, rows_S.numpy(), routed=True), _READ_AHEAD):
-            self._rank(ranker, step, reranked)
+        batches = read_ahead(self._batches(ranked.sessions, rows_S.numpy(), routed=True), _READ_AHEAD)
+        while steps := list(islice(batches, self._batches_at_once(ranker))):
+            self._rank(ranker, steps, reranked)
         self._sum_over_ranks(reranked)
         ranked.ids_RK[rows_S], ranked.scores_RK[rows_S] = reranked.ids_RK[rows_S], reranked.scores_RK[rows_S]
 

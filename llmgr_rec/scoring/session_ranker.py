@@ -74,7 +74,7 @@ class SessionRanker:
         self.rule = ranking_rule(files.index)
         self.model = self.bundle.ranking(_BATCH)
         fold_weights(self.bundle.model)
-        self.catalog_ranker = self.model.ranker(World.alone())
+        self.catalog_ranker = self.model.ranker(World.alone(), keep=True)
         self._encoder = self.model.with_query_encoder(self.catalog_ranker).query_encoder
         self.catalog_ranker.prepare_for_few_sessions()
         self.index_recall = None if index is None else self._prepare_index(index)

@@ -25,8 +25,9 @@ from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import Collator
 from llmgr_rec.data.schema import ITEMS_NAME
+from llmgr_rec.distributed.item_vectors import items_of_rank
 from llmgr_rec.distributed.process_group import World, choose_device
-from llmgr_rec.distributed.ranking import RankingModel, items_of_rank
+from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.distributed.sharding import GIB, shard
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules.llmgr import LLMGR

@@ -25,8 +25,8 @@ from llmgr_rec.data.prompt_templates import save_templates
 from llmgr_rec.data.schema import ITEMS_NAME
 from llmgr_rec.distributed.collectives import gather_from_ranks
 from llmgr_rec.distributed.fsdp import gather_full
+from llmgr_rec.distributed.item_vectors import items_of_rank
 from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_rank0
-from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import storage_errors
 from llmgr_rec.folder_draft import FolderDraft
@@ -56,7 +56,7 @@ from llmgr_rec.storage.table_io import Shard, has_half_precision, local_shards
 from llmgr_rec.versions import installed_versions
 
 # Maximum bytes of a table file; larger shards are split by rows. A file is written from a copy.
-_MAX_FILE_BYTES = 256 * 1024**2
+_MAX_FILE_BYTES = 64 * 1024**2
 # Size and checksum of files by name.
 _PlainFiles = dict[str, tuple[int, str]]
 # Table name, table shape, and a file of one of its blocks.

@@ -23,8 +23,8 @@ from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS, neighbor_weights, smo
 from llmgr_rec.baselines.sparse_scores import best_entries, nearest
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.distributed.collectives import gather_from_ranks, sum_over_ranks
+from llmgr_rec.distributed.item_vectors import items_of_rank
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.distributed.sparse_exchange import pass_on
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.storage.table_io import Shard, local_rows, local_shards

@@ -14,7 +14,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, EnumerableSh
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from llmgr_rec.config import Config, StageName, trained_stages
-from llmgr_rec.data.catalog_columns import memory_of_columns
+from llmgr_rec.data.catalog_columns import memory_of_columns, memory_of_ids
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed.fsdp import decoder_parameters
 from llmgr_rec.distributed.sharding import Footprint, footprints, plan_tables
@@ -41,12 +41,14 @@ class CatalogSizes:
     Args:
         num_items: Number of items.
         num_embeddings: Vocabulary size of each side feature.
-        catalog_bytes: Memory of its columns; 0 if it is not known.
+        catalog_bytes: Memory of its columns without the ids; 0 if it is not known.
+        id_bytes: Memory of the ids; 0 if it is not known.
     """
 
     num_items: int
     num_embeddings: Mapping[str, int] = field(default_factory=dict)
     catalog_bytes: int = 0
+    id_bytes: int = 0
 
     @classmethod
     def of(cls, dataset: Dataset) -> Self:
@@ -60,7 +62,8 @@ class CatalogSizes:
         """
         manifest = dataset.manifest
         sizes = {name: feature["num_embeddings"] for name, feature in manifest.features.items()}
-        return cls(manifest.num_items, sizes, memory_of_columns(dataset.items_path, list(sizes)))
+        file = dataset.items_path
+        return cls(manifest.num_items, sizes, memory_of_columns(file, list(sizes)), memory_of_ids(file))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.words import WORD_RULE
 from llmgr_rec.distributed.collectives import gather_from_ranks
 from llmgr_rec.distributed.item_features import FEATURES
+from llmgr_rec.distributed.item_vectors import items_of_rank
 from llmgr_rec.distributed.process_group import (
     World,
     barrier,
@@ -34,7 +35,6 @@ from llmgr_rec.distributed.process_group import (
     run_on_all_ranks,
     run_on_rank0,
 )
-from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.distributed.sharded_similarity import similarity_of_ranks
 from llmgr_rec.distributed.sparse_exchange import receive, send
 from llmgr_rec.errors import UserError

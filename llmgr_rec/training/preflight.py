@@ -119,6 +119,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     warm_start = open_warm_start(request.output, request.init_from, request.resume) if stages else None
     if warm_start:
         warm_start.check(request.config, stages, request.factory)
+    catalog.forget_ids()
     return CheckedRun(request.config, dataset, catalog, stages, warm_start)
 
 

@@ -10,6 +10,7 @@ from typing import Self
 from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.dataset import Manifest
+from llmgr_rec.distributed.item_vectors import BLOCK_ITEMS, keeps_vectors
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.storage.checkpoint_state import BLOCK_VALUES
 from llmgr_rec.storage.text_encoder import TextEncoder
@@ -126,6 +127,7 @@ def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading:
     preflight = {
         "program": program,
         "columns of the catalog": columns,
+        "ids of the catalog": sizes.id_bytes or _ID_BYTES * sizes.num_items,
         "checking the catalog": _CHECK_BYTES * sizes.num_items + _BATCH_BYTES,
     }
     always = {
@@ -150,9 +152,7 @@ def _selection_phases(plan: StagePlan, ranks: Ranks, reading: Reading) -> list[d
     held = -(-num_items // ranks.size)
     entries = [round(_neighbors_per_item(name, plan, reading) * held) for name in config.blend.scores]
     stored = [_ENTRY_BYTES * number for number in entries]
-    # On a CPU many sessions are ranked by integers of a byte first.
-    code_bytes = 1 if ranks.device_type == "cpu" else 0
-    vectors = {"item vectors for ranking": (_FLOAT_BYTES + code_bytes) * plan.query_width * held}
+    vectors = {"item vectors for ranking": _vector_bytes(plan, ranks, held)}
     phases = [{"neighbors": sum(stored[:kind]) + _COPIES_WHILE_COMPUTED * stored[kind]} for kind in range(len(entries))]
     smoothing = {}
     if plan.spec.stage == "sbr" and any(config.tables.knn_smoothing):
@@ -169,6 +169,15 @@ def _selection_phases(plan: StagePlan, ranks: Ranks, reading: Reading) -> list[d
     weighted = sum(stored) + _FLOAT_BYTES * sum(entries) + (sum(stored) if len(entries) > 1 else 0)
     phases.append({"neighbors": weighted, **smoothing})
     return phases
+
+
+def _vector_bytes(plan: StagePlan, ranks: Ranks, held: int) -> int:
+    """Item vectors of a rank, or those of a block of its items."""
+    if not keeps_vectors(plan.spec.num_items, ranks.size, plan.query_width):
+        return _FLOAT_BYTES * plan.query_width * min(BLOCK_ITEMS, held)
+    # On a CPU many sessions are ranked by integers of a byte first.
+    code_bytes = 1 if ranks.device_type == "cpu" else 0
+    return (_FLOAT_BYTES + code_bytes) * plan.query_width * held
 
 
 def _neighbors_per_item(name: str, plan: StagePlan, reading: Reading) -> float:
@@ -188,9 +197,9 @@ def _counts_sessions(spec: ModelSpec) -> bool:
 
 
 def _catalog_bytes(sizes: CatalogSizes) -> int:
-    """Ids, training clicks and side features of all items."""
-    features = sum(_LONG_BYTES * (1 + _IDS_PER_ITEM[name]) for name in sizes.num_embeddings)
-    return sizes.num_items * (_ID_BYTES + _LONG_BYTES + features)
+    """Training clicks and side features of all items."""
+    features = sum(_INDEX_BYTES * (1 + _IDS_PER_ITEM[name]) for name in sizes.num_embeddings)
+    return sizes.num_items * (_LONG_BYTES + features)
 
 
 def _sampler_bytes(plan: StagePlan) -> int:

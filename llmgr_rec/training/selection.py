@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from llmgr_rec.baselines.blend import Blend, clicks_of, combine
+from llmgr_rec.baselines.blend import Blend, combine
 from llmgr_rec.config import BlendConfig, Config, StageName
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
@@ -25,7 +25,7 @@ from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker, RankingModel
 from llmgr_rec.evaluation.metrics import RankingMetrics
-from llmgr_rec.evaluation.protocol import EvaluationBatch, evaluation_batches, evaluation_mode
+from llmgr_rec.evaluation.protocol import GroupOfBatches, evaluation_batches, evaluation_mode, groups_of_batches
 from llmgr_rec.evaluation.results import K
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
@@ -234,31 +234,30 @@ def _validation_ndcg(
         return_freed_memory()
         ranking = ranking.with_query_encoder(ranker)
         local_scores = [score.of_items(ranker.items) for score in scores]
-        for sessions in evaluation_batches(ranking, dataset, "valid", world, "select on validation"):
-            added = [ranker.added_by(score, clicks_of(sessions.batch)) for score in local_scores]
-            ranks_XB = _target_ranks(ranker, ranking.model, sessions, added, blend_weights, text_weights)
+        batches = evaluation_batches(ranking, dataset, "valid", world, "select on validation")
+        for group in groups_of_batches(batches, ranker.sessions_at_once, ranking.batch_size):
+            added = [ranker.added_by(score, group.clicks) for score in local_scores]
+            ranks_XB = _target_ranks(ranker, ranking.model, group, added, blend_weights, text_weights)
             for ranks_B, metrics in zip(ranks_XB.to(world.device), metrics_X, strict=True):
-                metrics.count(ranks_B, sessions.batch.targets_B, sessions.batch.weights_B)
+                metrics.count(ranks_B, group.targets_B, group.weights_B)
     return [metrics.compute(lambda counts: sum_over_ranks(counts, world))["ndcg@20"] for metrics in metrics_X]
 
 
 def _target_ranks(
     ranker: CatalogRanker,
     model: SessionRecommender | LLMGR,
-    sessions: EvaluationBatch,
+    group: GroupOfBatches,
     added: Sequence[sparse.csr_array],
     blend_weights: Sequence[Sequence[float]],
     text_weights: Sequence[float],
 ) -> Tensor:
     """Target ranks, int64 [X, B], on the CPU, by text weight, then by set of blend weights; exact below K."""
-    scaled_BQ, encoder = sessions.queries_BQ.clone(), text_encoder_of(model)
-    found = []
+    queries_BQ, encoder = group.queries_BQ, text_encoder_of(model)
+    scaled_BQ, found = queries_BQ.clone(), []
     for weight in text_weights:
         if encoder is not None:
-            scaled_BQ[:, -encoder.dim :] = sessions.queries_BQ[:, -encoder.dim :] * weight
-        found.append(
-            ranker.target_ranks(scaled_BQ, sessions.batch.targets_B, added, blend_weights, sessions.exclude, depth=K)
-        )
+            scaled_BQ[:, -encoder.dim :] = queries_BQ[:, -encoder.dim :] * weight
+        found.append(ranker.target_ranks(scaled_BQ, group.targets_B, added, blend_weights, group.exclude, depth=K))
     return torch.cat(found)
 
 

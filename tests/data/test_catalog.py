@@ -45,7 +45,11 @@ def test_batches_of_rows_make_the_columns_of_one_batch(
     assert found.hash == whole.hash
     assert found.features_hash == whole.features_hash
     assert found.train_count_V.tolist() == [5, 0, 2, 1, 3]
-    assert found.features["word"].values.untyped_storage().nbytes() == 6 * 8
+    assert found.features["word"].values.untyped_storage().nbytes() == 6 * 4
+    found.forget_ids()
+    assert found.hash == whole.hash
+    assert found.num_items == 5
+    assert found.item_ids.equals(whole.item_ids)
 
 
 def test_string_ids_are_found(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from llmgr_rec.baselines.blend import Blend
 from llmgr_rec.config import TablesConfig
 from llmgr_rec.data.domains import ItemDomains
 from llmgr_rec.data.jagged import Jagged
-from llmgr_rec.distributed import ranking
+from llmgr_rec.distributed import item_vectors, ranking
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.distributed.sharding import shard
 from llmgr_rec.errors import UserError
 from llmgr_rec.kernels import batch_scan, topk
 from llmgr_rec.kernels.topk import top_k
-from llmgr_rec.storage.table_io import init_tables
+from llmgr_rec.storage.table_io import init_tables, local_shards
 from tests.distributed.small_model import collection
 from tests.ranks import run_on_ranks
 
@@ -124,6 +124,7 @@ def rank_with_blend(world: World, sizes: list[int], catalogs: list[int]) -> list
     # The largest catalog is ranked by bounds.
     batch_scan._LEAST_ITEMS, batch_scan._ITEM_BLOCK, batch_scan._QUERY_BLOCK = 1000, 512, 8
     batch_scan.has_fast_products = lambda num_columns: True  # type: ignore[assignment]
+    item_vectors.BLOCK_ITEMS, item_vectors._CHUNK = 700, 200
     answers: list[tuple[Tensor, ...]] = []
     for num_items in catalogs:
         model = Items(num_items, "meta")
@@ -134,13 +135,23 @@ def rank_with_blend(world: World, sizes: list[int], catalogs: list[int]) -> list
         queries = queries_of(world.rank, sizes[world.rank])
         clicks = clicks_of(world.rank, sizes[world.rank], num_items)
         within = CatalogRanker(model, Bags(num_items), world, blend_of(num_items), domains_of(num_items))
-        answers.append(
-            (
-                *ranker.rank(queries, K, None, clicks),
-                *ranker.rank(queries, K, clicks, clicks),
-                *within.rank(queries, K, clicks, clicks),
-            )
+        found = (
+            *ranker.rank(queries, K, None, clicks),
+            *ranker.rank(queries, K, clicks, clicks),
+            *within.rank(queries, K, clicks, clicks),
         )
+        bags, blend, domains = Bags(num_items), blend_of(num_items), domains_of(num_items)
+        in_blocks = CatalogRanker(model, bags, world, blend, keep=False)
+        within_in_blocks = CatalogRanker(model, bags, world, blend, domains, keep=False)
+        # Twice, as the vectors of a domain are not kept for the next batch.
+        for _ in range(2):
+            again = (
+                *in_blocks.rank(queries, K, None, clicks),
+                *in_blocks.rank(queries, K, clicks, clicks),
+                *within_in_blocks.rank(queries, K, clicks, clicks),
+            )
+            assert all(map(torch.equal, found, again))
+        answers.append(found)
     return answers
 
 
@@ -217,10 +228,24 @@ def target_ranks(world: World, sizes: list[int], num_items: int) -> list[Tensor]
         ranker.target_ranks(*arguments, clicks),
         within.target_ranks(*arguments, clicks),
     ]
+    item_vectors.BLOCK_ITEMS, ranking._MAX_SCORES = 20, 3 * 20
+    in_blocks = CatalogRanker(model, Bags(num_items), world, keep=False)
+    within = CatalogRanker(model, Bags(num_items), world, domains=domains_of(num_items), keep=False)
+    again = [
+        in_blocks.target_ranks(*arguments),
+        in_blocks.target_ranks(*arguments, clicks),
+        within.target_ranks(*arguments, clicks),
+    ]
+    assert all(map(torch.equal, found, again))
+    with pytest.raises(ValueError, match="not kept"):
+        _ = in_blocks.item_vectors
     if world.rank == world.size - 1:
-        ranker._items_RQ[-1] = torch.nan
-    with pytest.raises(UserError, match="not numbers"):
-        ranker.target_ranks(*arguments)
+        ranker.item_vectors[-1] = torch.nan
+        for shard_of_rank in local_shards(model):
+            shard_of_rank.tensor[-1] = torch.nan
+    for broken in (ranker, in_blocks):
+        with pytest.raises(UserError, match="not numbers"):
+            broken.target_ranks(*arguments)
     return found
 
 
@@ -270,8 +295,9 @@ def rank_on_ranks(world: World, sizes: list[int], catalogs: list[int]) -> list[t
         # A single rank's broken query must not leave the others waiting.
         if world.rank == 0:
             queries[0, 0] = torch.nan
-        with pytest.raises(UserError, match="not numbers"):
-            ranker.rank(queries, K)
+        for broken in (ranker, CatalogRanker(model, Bags(num_items), world, keep=False)):
+            with pytest.raises(UserError, match="not numbers"):
+                broken.rank(queries, K)
     return answers
 
 

@@ -15,8 +15,8 @@ from llmgr_rec.baselines.builders import BLENDED, build_baseline
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.distributed import sharded_similarity
+from llmgr_rec.distributed.item_vectors import items_of_rank
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.training.neighbors import neighbor_scores
 from tests.ranks import run_on_ranks
 from tests.small_run import NUM_ITEMS, ONE_RANK, small_run

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,9 @@ from llmgr_rec.baselines.embedding_knn import EmbeddingKNN
 from llmgr_rec.config import BlendConfig, Config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
+from llmgr_rec.distributed import item_vectors
+from llmgr_rec.distributed.item_vectors import items_of_rank
 from llmgr_rec.distributed.process_group import World
-from llmgr_rec.distributed.ranking import items_of_rank
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluation.evaluate_run import EvaluationRequest, evaluate_run
 from llmgr_rec.evaluation.examples import ranked_examples
@@ -284,6 +286,13 @@ def select_and_evaluate(world: World, run: Path, dataset: Dataset) -> tuple[Any,
     assert selection.blend.similarity_VR.shape == (NUM_ITEMS, len(items_of_rank(NUM_ITEMS, world)))
     ranking = replace(bundle.ranking(), blend=selection.blend)
     metrics = evaluate_model(ranking, dataset, "test", world, bundle.catalog.train_count_V)
+    # As catalogs whose vectors are too large to be kept, three batches at once.
+    blocks = {"LARGEST_KEPT_BYTES": 0, "BLOCK_ITEMS": 16, "SESSIONS_PER_PASS": 3 * ranking.batch_size * world.size}
+    with mock.patch.multiple(item_vectors, **blocks):
+        assert ranking.ranker(world).sessions_at_once > ranking.batch_size
+        again = select_on_validation("sbr", bundle.ranking(), config, dataset, bundle.catalog, world)
+        assert again.metrics == selection.metrics
+        assert evaluate_model(ranking, dataset, "test", world, bundle.catalog.train_count_V) == metrics
     return selection.blend.weights, selection.metrics, metrics
 
 
