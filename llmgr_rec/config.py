@@ -317,6 +317,14 @@ class OptimizerConfig(Group):
         0.05, "Share of the steps in linear warm-up; a cosine to zero follows.", at_least=0, at_most=1
     )
     clip_norm: float = setting(1.0, "Largest global norm of the gradient.", above=0, at_most=1e9)
+    average: float = setting(
+        0.0,
+        "Share of the steps of stage sbr, the last ones, over which the weights are averaged, in place of the cosine; "
+        "the mean is validated and exported, and takes the memory of the weights once more. 0 decays to zero instead.",
+        at_least=0,
+        at_most=1,
+        stages=("sbr",),
+    )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.setting import Group, SettingInfo
 
-MOST_SETTINGS = 95
+MOST_SETTINGS = 96
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
 # llmgr_rec/recipes and the documentation that names the setting.
 COMMAND_LINE = """
@@ -75,6 +75,7 @@ domains.power                     float                                         
 optimizer.weight_decay            float                                             0.01
 optimizer.warmup                  float                                             0.05
 optimizer.clip_norm               float                                             1.0
+optimizer.average                 float                                             0.0
 sbr.epochs                        int                                               8
 sbr.max_steps                     int                                               0
 sbr.batch_size                    int                                               512

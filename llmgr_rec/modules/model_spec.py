@@ -147,6 +147,11 @@ class ModelSpec:
         return "full" if self.num_items <= most else "sampled"
 
     @property
+    def average(self) -> float:
+        """Share of the steps, the last ones, over which training averages the weights; 0 does not."""
+        return self.config.optimizer.average if self.stage == "sbr" else 0.0
+
+    @property
     def looks_up_whole_tables(self) -> bool:
         """Whether training looks up each row of the item tables once, because a step needs the vectors of all items."""
         used = [self.num_embeddings.get(name, 0) for name in self.config.tables.side_features]

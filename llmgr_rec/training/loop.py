@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
-from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from llmgr_rec.cli import progress
 from llmgr_rec.config import RuntimeConfig, StageConfig
@@ -25,9 +26,10 @@ from llmgr_rec.progress_bar import LOG_LINE_SECONDS
 from llmgr_rec.stop_signals import StopSignals
 from llmgr_rec.storage.checkpoint import CheckpointManager
 from llmgr_rec.training.metrics_logger import MetricsLogger
-from llmgr_rec.training.optimizers import CosineSchedule
+from llmgr_rec.training.optimizers import LearningRates
 from llmgr_rec.training.remaining_time import RemainingTime, StageWork, number_of_validations
 from llmgr_rec.training.step_time import StepTime
+from llmgr_rec.training.weight_average import AveragedSteps, WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ class StageLoop:
         reader: Training examples.
         settings: Epochs, learning rate and early stopping of the stage.
         warmup: Share of the steps in linear warm-up, 0 to 1.
+        average: Share of the steps, the last ones, over which the weights are averaged, in place of a decay of the
+            learning rate; 0 decays it.
         runtime: Logging, validation and checkpoint intervals.
         seed: Seed of dropout and of all other random numbers of the steps.
         world: Ranks.
@@ -85,6 +89,7 @@ class StageLoop:
     reader: SessionReader
     settings: StageConfig
     warmup: float
+    average: float
     runtime: RuntimeConfig
     seed: int
     world: World
@@ -98,7 +103,13 @@ class StageLoop:
     def __post_init__(self) -> None:
         steps = self.settings.epochs * self.reader.steps_per_epoch
         self._total_steps = min(steps, self.settings.max_steps) if self.settings.max_steps else steps
-        self._schedule = CosineSchedule(self.optimizer, self._total_steps, self.warmup)
+        self._schedule = LearningRates(self.optimizer, self._total_steps, self.warmup, decays=not self.average)
+        self._average = None
+        self._stored: KeyedOptimizer = self.optimizer
+        if self.average:
+            averaged = AveragedSteps(self._total_steps, self.average)
+            self._average = WeightAverage.of(self.model, self.optimizer, averaged)
+            self._stored = CombinedOptimizer([self.optimizer, ("average", self._average)])
         self._bar = progress(self._total_steps, self.name, "step", log_lines=False)
         self._resumed_window: dict[str, Any] = {}
         self._step_time = StepTime(self.name, self.world, self.remaining)
@@ -125,6 +136,8 @@ class StageLoop:
         report_progress(f"stage {self.name}, after its {position.step} steps")
         if self.best.latest() is not None:
             self.best.load(self.model, None)
+        elif self._average is not None:
+            self._average.keep(position.step)
 
     def resume(self) -> Position:
         """Loads the newest complete checkpoint into model and optimizer, if there is one, and returns its position.
@@ -134,7 +147,7 @@ class StageLoop:
         """
         position = Position()
         if self.checkpoints.latest() is not None:
-            state = self.checkpoints.load(self.model, self.optimizer)
+            state = self.checkpoints.load(self.model, self._stored)
             self.reader.load_state_dict(state["reader"])
             position = Position(**state["position"])
             self._resumed_window = state.get("window", {})
@@ -179,6 +192,8 @@ class StageLoop:
                 outputs = pipeline.progress(batches)
             position.step += 1
             position.epoch_step += 1
+            if self._average is not None:
+                self._average.add(position.step)
             window.add(outputs)
             self._bar.update()
             if not pipeline._pipelined_modules:
@@ -221,13 +236,14 @@ class StageLoop:
         if self.world.rank == 0:
             logger.info("%s epoch %d: validation starts", self.name, position.epoch)
         start = time.monotonic()
-        metrics = self.validate()
-        self.metrics.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
-        if metrics[SELECTION_METRIC] > position.best:
-            position.best, position.stale = metrics[SELECTION_METRIC], 0
-            self.best.save(position.step, self.model, None, {"position": asdict(position)})
-        else:
-            position.stale += 1
+        with nullcontext() if self._average is None else self._average.in_model(position.step):
+            metrics = self.validate()
+            self.metrics.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
+            if metrics[SELECTION_METRIC] > position.best:
+                position.best, position.stale = metrics[SELECTION_METRIC], 0
+                self.best.save(position.step, self.model, None, {"position": asdict(position)})
+            else:
+                position.stale += 1
         if self.world.rank == 0:
             logger.info(
                 "%s epoch %d: validation %s %.4f, best %.4f, after %.0f s",
@@ -272,7 +288,7 @@ class StageLoop:
         start = time.perf_counter()
         # A process that is killed later loses the events that were not flushed, and a resumed run does not repeat them.
         self.metrics.flush()
-        self.checkpoints.save(position.step, self.model, self.optimizer, state)
+        self.checkpoints.save(position.step, self.model, self._stored, state)
         if window:
             window.leave_out(time.perf_counter() - start)
         self._last_saved = time.monotonic()

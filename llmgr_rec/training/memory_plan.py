@@ -110,6 +110,7 @@ class StagePlan:
         dense_bytes: Memory of the dense parameters on each rank, gradients and optimizer state included; of a language
             model that is sharded across ranks, one shard.
         cached_bytes: Memory of the cached item vectors on each rank.
+        averaged_bytes: Memory of the mean of the weights on the rank that has most of it.
         query_width: Number of columns of queries and item vectors in ranking.
         hidden_size: Width of the language model; 0 without one.
         decoder_ranks: Number of ranks that the language model is sharded across; 1 if it is replicated or absent.
@@ -123,6 +124,7 @@ class StagePlan:
     blocking: list[str]
     dense_bytes: int
     cached_bytes: int
+    averaged_bytes: int
     query_width: int
     hidden_size: int
     decoder_ranks: int
@@ -188,6 +190,7 @@ def _plan_stage(spec: ModelSpec, ranks: Ranks) -> StagePlan:
         blocking=blocking,
         dense_bytes=dense_bytes,
         cached_bytes=sum(buffer.nbytes for buffer in cached),
+        averaged_bytes=_averaged_bytes(spec, table_plans, parameters),
         query_width=query_width(model),
         hidden_size=0 if language is None else language.decoder.config.get_text_config(decoder=True).hidden_size,
         decoder_ranks=decoder_ranks,
@@ -219,6 +222,20 @@ def _count(task: nn.Module, decoder_ranks: int) -> tuple[dict[str, int], int]:
         local = -(-parameter.numel() // decoder_ranks) if parameter in sharded else parameter.numel()
         size += local * (_TRAINED_BYTES if parameter.requires_grad else parameter.element_size())
     return counts, size
+
+
+def _averaged_bytes(spec: ModelSpec, tables: Sequence[TablePlan], parameters: Mapping[str, int]) -> int:
+    """Memory of the mean of the weights, float32, on the rank that has most of it."""
+    if not spec.average:
+        return 0
+    values: dict[int, float] = {}
+    for table in tables:
+        size = table.footprint
+        for rank, table_bytes in table.bytes_per_rank.items():
+            share = table_bytes / (size.weight_bytes + size.state_bytes)
+            values[rank] = values.get(rank, 0.0) + share * size.rows * size.dim
+    dense = sum(number for group, number in parameters.items() if group != FROZEN)
+    return _FLOAT_BYTES * round(max(values.values(), default=0.0) + dense)
 
 
 def _table_plan(footprint: Footprint, plan: ShardingPlan) -> TablePlan:

@@ -82,29 +82,33 @@ def _clipped(optimizer: KeyedOptimizerWrapper, norm: float) -> GradientClippingO
     )
 
 
-class CosineSchedule:
-    """Linear warm-up and cosine decay to zero, as a factor of each param group's peak learning rate.
+class LearningRates:
+    """Linear warm-up, and cosine decay to zero or none, as a factor of each param group's peak learning rate.
 
     The learning rate depends only on the step, so the schedule has no state to save.
     """
 
-    def __init__(self, optimizer: CombinedOptimizer, total_steps: int, warmup: float) -> None:
+    def __init__(self, optimizer: CombinedOptimizer, total_steps: int, warmup: float, decays: bool = True) -> None:
         """Takes the current learning rates as peaks.
 
         Args:
             optimizer: Optimizer whose param groups are scheduled.
             total_steps: Steps of the stage.
             warmup: Share of the steps in warm-up, 0 to 1.
+            decays: Whether a decay follows the warm-up.
         """
         self._groups = optimizer.param_groups
         self._peaks = [group["lr"] for group in self._groups]
         self._total = max(total_steps, 1)
         self._warmup = round(warmup * total_steps)
+        self._decays = decays
 
     def factor(self, step: int) -> float:
         """Learning rate at a step (from 0) as a share of the peak, 0 to 1."""
         if step < self._warmup:
             return (step + 1) / self._warmup
+        if not self._decays:
+            return 1.0
         done = (step - self._warmup) / max(self._total - self._warmup, 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 

@@ -135,6 +135,7 @@ def estimate_memory(plan: StagePlan, sizes: CatalogSizes, ranks: Ranks, reading:
         "tables and their optimizer": max(plan.bytes_per_rank.values(), default=0),
         "dense parameters, gradients and AdamW": plan.dense_bytes,
         "cached item vectors": plan.cached_bytes,
+        "mean of the weights": plan.averaged_bytes,
         "columns of the catalog": columns,
         "sampler of negatives": _sampler_bytes(plan),
     }
@@ -228,6 +229,8 @@ def _activation_bytes(plan: StagePlan, ranks: Ranks, clicks: float) -> int:
 
 def _checkpoint_bytes(plan: StagePlan) -> int:
     tables = sum(table.footprint.weight_bytes + table.footprint.state_bytes for table in plan.tables)
+    if plan.spec.average:
+        tables += _FLOAT_BYTES * sum(table.footprint.rows * table.footprint.dim for table in plan.tables)
     return tables + _SAVED_VALUES * _FLOAT_BYTES * sum(
         number for group, number in plan.parameters.items() if group != FROZEN
     )

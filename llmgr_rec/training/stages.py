@@ -181,6 +181,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         reader=_reader(spec, context),
         settings=spec.config.stage(stage),
         warmup=spec.config.optimizer.warmup,
+        average=spec.average,
         runtime=spec.config.runtime,
         seed=spec.config.seed,
         world=world,

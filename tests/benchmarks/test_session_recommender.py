@@ -199,13 +199,13 @@ def test_a_peer_has_defaults_for_what_is_not_given(dataset, name, tmp_path):
 
 
 def test_our_rate_stays_at_its_peak_over_the_epochs_that_are_trained():
-    from llmgr_rec.training.optimizers import CosineSchedule
+    from llmgr_rec.training.optimizers import LearningRates
 
     config = config_of(SETTINGS.same_words())
     ours = config.sbr
     group = {"lr": ours.lr}
     optimizer = type("Optimizer", (), {"param_groups": [group]})()
-    schedule = CosineSchedule(optimizer, total_steps=ours.epochs * 100, warmup=config.optimizer.warmup)
+    schedule = LearningRates(optimizer, total_steps=ours.epochs * 100, warmup=config.optimizer.warmup)
     assert schedule.factor(0) == 1
     assert schedule.factor(SETTINGS.rounds * 100) == pytest.approx(1, abs=1e-5)
 

@@ -88,6 +88,11 @@ def without_validation(config: Config) -> None:
     config.runtime.keep_checkpoints = 1
 
 
+def averaged(config: Config) -> None:
+    without_validation(config)
+    config.optimizer.average = 0.5
+
+
 def no_training(config: Config) -> None:
     config.sbr.epochs = 0
 
@@ -103,6 +108,7 @@ CASES: dict[str, tuple[Callable[[Config], None], list[float]]] = {
     "seldom": (seldom, [0.2, 0.1]),
     "every_step": (seldom_but_every_step_logged, [0.2, 0.1]),
     "without_validation": (without_validation, []),
+    "averaged": (averaged, []),
     "no_training": (no_training, []),
     "diverges": (diverges, []),
     "changes_its_batch": (lambda config: None, []),
@@ -251,6 +257,16 @@ def test_without_validation_the_last_weights_are_the_result(cases: Cases) -> Non
     assert seen.trained is not None
     assert torch.equal(seen.exported, seen.trained)
     assert list(cases.checkpoints("without_validation")) == [2 * EPOCH]
+
+
+@pytest.mark.dist
+def test_without_validation_the_mean_of_the_last_weights_is_the_result(cases: Cases) -> None:
+    seen = cases.observed["averaged"]
+    assert seen.error == ""
+    assert seen.exported is not None
+    assert seen.trained is not None
+    assert not torch.equal(seen.exported, seen.trained)
+    torch.testing.assert_close(seen.exported, seen.trained, atol=0.2, rtol=0)
 
 
 @pytest.mark.dist

@@ -13,7 +13,7 @@ from torchrec.distributed.composable.table_batched_embedding_slice import TableB
 from torchrec.optim.keyed import CombinedOptimizer
 
 from llmgr_rec.config import Config, OptimizerConfig, StageConfig, TablesConfig
-from llmgr_rec.training.optimizers import CosineSchedule, _is_fused, build_optimizer
+from llmgr_rec.training.optimizers import LearningRates, _is_fused, build_optimizer
 
 
 class SmallTask(nn.Module):
@@ -59,9 +59,9 @@ def test_a_table_of_torchrec_has_the_fused_update() -> None:
     assert _is_fused([TableBatchedEmbeddingSlice(weights, 0, 6, 3, 2)])
 
 
-def schedule(total: int, warmup: float, *peaks: float) -> tuple[CosineSchedule, list[dict[str, float]]]:
+def schedule(total: int, warmup: float, *peaks: float) -> tuple[LearningRates, list[dict[str, float]]]:
     groups = [{"lr": peak} for peak in peaks or (1.0,)]
-    return CosineSchedule(cast(CombinedOptimizer, SimpleNamespace(param_groups=groups)), total, warmup), groups
+    return LearningRates(cast(CombinedOptimizer, SimpleNamespace(param_groups=groups)), total, warmup), groups
 
 
 def test_warm_up_rises_evenly_to_the_peak_and_a_cosine_falls_to_zero() -> None:
@@ -69,6 +69,12 @@ def test_warm_up_rises_evenly_to_the_peak_and_a_cosine_falls_to_zero() -> None:
     expected = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     assert [rates.factor(step) for step in range(10)] == pytest.approx(expected)
     assert rates.factor(10) == pytest.approx(0)
+
+
+def test_without_a_decay_the_rate_stays_at_its_peak() -> None:
+    groups = [{"lr": 1.0}]
+    rates = LearningRates(cast(CombinedOptimizer, SimpleNamespace(param_groups=groups)), 10, 0.2, decays=False)
+    assert [rates.factor(step) for step in range(10)] == [0.5] + 9 * [1.0]
 
 
 def test_every_group_keeps_its_own_peak() -> None:

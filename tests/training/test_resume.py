@@ -34,7 +34,7 @@ KILLS = {"sbr": (2, SBR_STEPS - 6), "behave": (2, BEHAVE_STEPS - 4)}
 
 def resumable(folder: Path) -> Config:
     config = small_config(folder / "prompts.yaml")
-    config.sbr.epochs = 2
+    config.sbr.epochs, config.optimizer.average = 2, 0.7
     config.align.max_steps = 3
     config.runtime.checkpoint_every = 4
     config.runtime.timeout_s = 60
