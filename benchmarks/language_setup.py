@@ -34,6 +34,12 @@ CPU = torch.device("cpu")
 
 
 def add_language_arguments(parser: "ArgumentParser") -> None:
+    """Adds the arguments that select data, model and number format."""
+    add_model_arguments(parser)
+    parser.add_argument("--dtype", type=DType, default="float32", help="float32 or bfloat16, of both sides.")
+
+
+def add_model_arguments(parser: "ArgumentParser") -> None:
     """Adds the arguments that select data and model."""
     parser.add_argument("--dataset", type=LocalPath, help="Folder made by llmgr_rec.prepare; default: one is made.")
     parser.add_argument("--llm", type=LocalPath, default="smollm2", help="Language model, as llm.name_or_path.")
@@ -41,7 +47,6 @@ def add_language_arguments(parser: "ArgumentParser") -> None:
         "--num_layers", type=int, default=4, help="Number of decoder layers kept, from the first; 0 keeps all."
     )
     parser.add_argument("--templates", type=LocalPath, default="compact", help="Prompts of both sides.")
-    parser.add_argument("--dtype", type=DType, default="float32", help="float32 or bfloat16, of both sides.")
     parser.add_argument("--batch_size", type=int, default=64, help="Sessions of a batch.")
 
 

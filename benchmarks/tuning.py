@@ -76,7 +76,7 @@ class Trainer:
     def __init__(self, task: Task, model: nn.Module, batches: Sequence[SessionBatch]) -> None:
         self.task = task
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=1e-4, fused=True)
         self.batches: Iterator[SessionBatch] = cycle(batches)
 
     def step(self) -> tuple[float, int]:

@@ -10,31 +10,37 @@ The prefix part is one product of all queries with one [P, E] matrix. The own pa
 for which queries and keys are padded; prompts of similar length share a bucket, so there is little padding, and nothing
 outside of attention is padded. The prefix is never copied for each prompt.
 
-The layout of a bucket puts the query heads that share a key and value head (grouped-query attention), and their
-queries, into the rows of one product:
+The query heads that share a key and value head (grouped-query attention), and their queries, are the rows of one
+product. Those of a key head are M rows: one bucket after another, [B, R, Q] each, then the prefix, [R, P], if it has
+queries.
 
-    queries  [G, B, R * Q, E]      prefix keys  [G, P, E]      own keys  [G, B, K, E]
-    scores   [G, B, R, Q, P] and [G, B, R, Q, K]
+    all queries         [G, M, E]          prefix keys  [G, P, E]      scores  [G, M, P]
+    those of a bucket   [G, B, R * Q, E]   own keys  [G, B, K, E]      scores  [G, B, R * Q, K]
 
 Queries, keys and values of all buckets are gathered in this layout by one selection of rows each, and the results are
 selected back. The gradients are written out: each row is gathered once, so they are selections, too, in place of sums
 over an index.
+
+Products with the prefix are in the format of the inputs. Where that is bfloat16 on a CPU, M is rounded up, so that
+there are few shapes, and the softmax and the small products with own keys are float32: these are hardly faster in
+bfloat16, and torch would compile each anew for shapes that never repeat.
 
 Shapes: P tokens of the prefix, X tokens after it, Z = P + X, Y querying tokens, B prompts of a bucket, Q and K the
 most querying tokens and tokens of any of them, G key and value heads, R query heads of each, h = G * R, E columns of a
 head, M and N gathered rows of queries and of keys, S rows of a product, F columns.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
+from llmgr_rec.kernels.row_padding import row_padding
 
 
 @dataclass
@@ -91,7 +97,7 @@ class PackedMask:
     buckets: list[MaskBucket]
     query_padding: int = 0
     key_padding: int = 0
-    _rows: dict[tuple[int, int], "_Rows"] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int, bool, torch.dtype], "_Layout"] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -110,12 +116,15 @@ class PackedMask:
             buckets.append(MaskBucket(padded_queries, padded_keys, is_masked_BQK))
         return cls(query_tokens_Y, packed.prefix_P.numel(), buckets, query_padding, key_padding)
 
-    def rows(self, groups: int, heads_of_group: int) -> "_Rows":
-        """Which rows are gathered for a number of heads; made once for all layers."""
-        numbers = (groups, heads_of_group)
-        if numbers not in self._rows:
-            self._rows[numbers] = _Rows.of(self.buckets, groups, heads_of_group)
-        return self._rows[numbers]
+    def layout(self, query_YhE: Tensor, key_ZGE: Tensor) -> "_Layout":
+        """Where the rows of queries and keys stand in the products; made once for all layers of one kind."""
+        groups = key_ZGE.shape[1]
+        heads = query_YhE.shape[1] // groups
+        has_prefix = query_YhE.shape[0] > self.query_tokens_Y.numel() + self.query_padding
+        kind = (groups, heads, has_prefix, query_YhE.dtype)
+        if kind not in self._layouts:
+            self._layouts[kind] = _Layout.of(self, groups, heads, has_prefix, query_YhE.dtype)
+        return self._layouts[kind]
 
 
 def _masked(packed: PackedPrompts, query_tokens_Y: Tensor, queries: PaddedIndex, keys: PaddedIndex) -> Tensor:
@@ -126,49 +135,51 @@ def _masked(packed: PackedPrompts, query_tokens_Y: Tensor, queries: PaddedIndex,
 
 
 @dataclass
-class _Rows:
-    """Rows that are gathered, one bucket after another: those of token t are t * h + head, and t * G + group of keys.
+class _Part:
+    """The queries of a bucket in the products.
 
     Args:
-        query_M: Row of each gathered query.
-        is_real_M1: 1 for a query, 0 for padding.
-        key_N: Row of each gathered key and value.
-        of_query: Gathered row of each query, [Y * h].
-        of_key: Gathered row of each key, [X * G].
+        queries: Their range of the M rows of each key head.
+        keys: Their range of the gathered keys.
+        shape: (G, B, R, Q, K).
+        is_masked: Own tokens that a query does not attend to, [B, 1, Q, K].
     """
 
-    query_M: Tensor
-    is_real_M1: Tensor
-    key_N: Tensor
-    of_query: Tensor
-    of_key: Tensor
+    queries: slice
+    keys: slice
+    shape: tuple[int, int, int, int, int]
+    is_masked: Tensor
 
-    @classmethod
-    def of(cls, buckets: list[MaskBucket], groups: int, heads_of_group: int) -> "_Rows":
-        """The rows for some buckets."""
-        device = buckets[0].is_masked_BQK.device
-        head_GR = torch.arange(groups * heads_of_group, device=device).view(groups, 1, heads_of_group, 1)
-        group_G11 = torch.arange(groups, device=device).view(groups, 1, 1)
-        queries, keys = [], []
-        for bucket in buckets:
-            rows_BQ, rows_BK = bucket.queries, bucket.keys
-            row_GBRQ = rows_BQ.row_BW.unsqueeze(1) * head_GR.numel() + head_GR
-            real_GBRQ = rows_BQ.is_real_BW.unsqueeze(1).expand_as(row_GBRQ)
-            queries.append((row_GBRQ.flatten(), real_GBRQ.flatten()))
-            row_GBK = rows_BK.row_BW * groups + group_G11
-            keys.append((row_GBK.flatten(), rows_BK.is_real_BW.expand_as(row_GBK).flatten()))
-        (query_M, is_real_M), (key_N, is_real_N) = (
-            tuple(map(torch.cat, zip(*parts, strict=True))) for parts in (queries, keys)
-        )
-        return cls(query_M, is_real_M.unsqueeze(1), key_N, _gathered(query_M, is_real_M), _gathered(key_N, is_real_N))
+    def own_rows(self, rows_GME: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of each prompt, [G * B, R * Q, E], in the format of the products with own keys."""
+        groups, batch = self.shape[:2]
+        return rows_GME[:, self.queries].to(dtype).reshape(groups * batch, -1, rows_GME.shape[2])
 
+    def own_keys(self, rows_NE: Tensor) -> Tensor:
+        """Keys or values of each prompt, [G * B, K, E]."""
+        groups, batch, *_, keys = self.shape
+        return rows_NE[self.keys].view(groups * batch, keys, -1)
 
-def _gathered(row_N: Tensor, is_real_N: Tensor) -> Tensor:
-    """The gathered row of each row."""
-    real = torch.nonzero(is_real_N).squeeze(1)
-    gathered = torch.empty_like(real)
-    gathered[row_N[real]] = real
-    return gathered
+    def add_to(self, rows_GME: Tensor, own: Tensor) -> None:
+        """Adds what `own_rows` has the form of."""
+        rows_GME[:, self.queries] += own.view(self.shape[0], -1, own.shape[2])
+
+    def weights(self, scores_GMP: Tensor, own_scores: Tensor) -> Tensor:
+        """Softmax over prefix and own tokens.
+
+        Args:
+            scores_GMP: Scores of the prefix; on return its weights.
+            own_scores: Scores of own tokens, [G * B, R * Q, K].
+
+        Returns:
+            Weights of own tokens, likewise.
+        """
+        own_scores.view(self.shape).masked_fill_(self.is_masked, float("-inf"))
+        prefix_scores, prefix = scores_GMP[:, self.queries], scores_GMP.shape[2]
+        own = own_scores.view(self.shape[0], -1, own_scores.shape[2])
+        weights = torch.cat([prefix_scores.to(own.dtype), own], dim=2).softmax(2)
+        prefix_scores.copy_(weights[:, :, :prefix])
+        return weights[:, :, prefix:].reshape(own_scores.shape)
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask, scale: float) -> Tensor:
@@ -192,64 +203,8 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask
     return result.unsqueeze(0)
 
 
-@dataclass
-class _Part:
-    """Queries that are multiplied together: a bucket, or the prefix.
-
-    Args:
-        queries: Their range of the gathered queries.
-        keys: Their range of the gathered keys; empty for the prefix, which only attends to itself.
-        shape: (G, B, R, Q, K).
-        is_masked: Own tokens, [B, 1, Q, K], or tokens of the prefix, [P, P], that a query does not attend to.
-    """
-
-    queries: slice
-    keys: slice
-    shape: tuple[int, ...]
-    is_masked: Tensor
-
-    def weights(self, query_MSE: Tensor, prefix_key_GPE: Tensor, key_NE: Tensor) -> Tensor:
-        """Softmax of the scores of prefix and own tokens, [G * B * R * Q, P + K]."""
-        groups, _, heads, queries, keys = self.shape
-        query_GSE = query_MSE.view(groups, -1, query_MSE.shape[-1])
-        prefix_scores = query_GSE @ prefix_key_GPE.transpose(1, 2)
-        if not keys:
-            prefix_scores.view(groups, heads, queries, -1).masked_fill_(self.is_masked, float("-inf"))
-            return prefix_scores.flatten(0, 1).softmax(1)
-        own_scores = self.by_prompt(query_MSE) @ self.by_prompt(key_NE).transpose(1, 2)
-        own_scores.view(self.shape).masked_fill_(self.is_masked, float("-inf"))
-        return torch.cat([prefix_scores.flatten(0, 1), own_scores.flatten(0, 1)], dim=1).softmax(1)
-
-    def by_prompt(self, rows_SF: Tensor) -> Tensor:
-        """Rows as [G * B, rows of a prompt, F]."""
-        return rows_SF.unflatten(0, (self.shape[0] * self.shape[1], -1))
-
-    def by_group(self, rows_SF: Tensor) -> Tensor:
-        """Rows as [G, rows of a group, F]."""
-        return rows_SF.unflatten(0, (self.shape[0], -1))
-
-
-def _parts(mask: PackedMask, groups: int, heads: int, with_prefix: bool) -> Iterator[_Part]:
-    """The buckets and, if it has queries, the prefix, whose rows come last."""
-    query = key = 0
-    for bucket in mask.buckets:
-        batch, queries, keys = bucket.is_masked_BQK.shape
-        rows, own = groups * batch * heads * queries, groups * batch * keys
-        shape = (groups, batch, heads, queries, keys)
-        yield _Part(slice(query, query + rows), slice(key, key + own), shape, bucket.is_masked_BQK.unsqueeze(1))
-        query, key = query + rows, key + own
-    if with_prefix:
-        length = mask.prefix_length
-        is_later_PP = torch.ones(length, length, dtype=torch.bool, device=mask.query_tokens_Y.device).triu(1)
-        rows = groups * heads * length
-        yield _Part(slice(query, query + rows), slice(key, key), (groups, 1, heads, length, 0), is_later_PP)
-
-
-def _products_dtype(inputs: Tensor) -> torch.dtype:
-    """Dtype of the products: float32 for bfloat16 on a CPU, whose small products are no faster in bfloat16.
-
-    There, torch also compiles a bfloat16 product anew for each of their shapes, which hardly ever repeat.
-    """
+def _own_dtype(inputs: Tensor) -> torch.dtype:
+    """Format of the softmax and of products with own keys: float32 for bfloat16 on a CPU."""
     return torch.float32 if inputs.device.type == "cpu" and inputs.dtype == torch.bfloat16 else inputs.dtype
 
 
@@ -258,63 +213,59 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query_YhE: Tensor, key_ZGE: Tensor, value_ZGE: Tensor, mask: PackedMask, scale: float
     ) -> Tensor:
-        layout = _Layout.of(query_YhE, key_ZGE, mask)
-        dtype = _products_dtype(query_YhE)
-        query_ME, key_NE, value_NE = (
-            layout.gather_queries(query_YhE).to(dtype).mul_(scale),
-            layout.gather_keys(key_ZGE).to(dtype),
-            layout.gather_keys(value_ZGE).to(dtype),
+        layout, own_dtype = mask.layout(query_YhE, key_ZGE), _own_dtype(query_YhE)
+        query_GME = layout.gather_queries(query_YhE)
+        # There are fewer keys than queries to scale.
+        key_NE, prefix_key_GPE = (
+            layout.gather_keys(key_ZGE).to(own_dtype).mul_(scale),
+            layout.of_prefix(key_ZGE).mul_(scale),
         )
-        prefix_key_GPE, prefix_value_GPE = layout.of_prefix(key_ZGE).to(dtype), layout.of_prefix(value_ZGE).to(dtype)
-        result_ME = torch.empty_like(query_ME)
-        weights = []
+        value_NE, prefix_value_GPE = layout.gather_keys(value_ZGE).to(own_dtype), layout.of_prefix(value_ZGE)
+        weights_GMP = query_GME @ prefix_key_GPE.transpose(1, 2)
+        own_weights = []
         for part in layout.parts:
-            weight = part.weights(query_ME[part.queries], prefix_key_GPE, key_NE[part.keys])
-            part_result = result_ME[part.queries]
-            torch.bmm(part.by_group(weight[:, : layout.prefix]), prefix_value_GPE, out=part.by_group(part_result))
-            if part.shape[4]:
-                own_weight = part.by_prompt(weight[:, layout.prefix :])
-                part.by_prompt(part_result).baddbmm_(own_weight, part.by_prompt(value_NE[part.keys]))
-            weights.append(weight)
-        ctx.layout, ctx.scale = layout, scale
-        ctx.save_for_backward(query_ME, key_NE, value_NE, prefix_key_GPE, prefix_value_GPE, result_ME, *weights)
-        return layout.scatter_queries(result_ME.to(query_YhE.dtype))
+            own_scores = part.own_rows(query_GME, own_dtype) @ part.own_keys(key_NE).transpose(1, 2)
+            own_weights.append(part.weights(weights_GMP, own_scores))
+        if layout.prefix_queries is not None:
+            layout.weights_in_prefix(weights_GMP, own_dtype)
+        result_GME = weights_GMP @ prefix_value_GPE
+        for part, weights in zip(layout.parts, own_weights, strict=True):
+            part.add_to(result_GME, weights @ part.own_keys(value_NE))
+        ctx.layout, ctx.scale, ctx.own_dtype = layout, scale, own_dtype
+        saved = (query_GME, key_NE, value_NE, prefix_key_GPE, prefix_value_GPE, result_GME, weights_GMP)
+        ctx.save_for_backward(*saved, *own_weights)
+        return layout.scatter_queries(result_GME)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_YhE: Tensor) -> tuple[Tensor | None, ...]:
         layout: _Layout = ctx.layout
-        query_ME, key_NE, value_NE, prefix_key_GPE, prefix_value_GPE, result_ME, *weights = ctx.saved_tensors
-        dtype = gradient_YhE.dtype
-        gradient_ME = layout.gather_queries(gradient_YhE).to(query_ME.dtype)
+        query_GME, key_NE, value_NE, prefix_key_GPE, prefix_value_GPE, result_GME, weights_GMP, *own_weights = (
+            ctx.saved_tensors
+        )
         # The results of padding are not used.
-        gradient_ME[: layout.rows.query_M.numel()].mul_(layout.rows.is_real_M1)
+        gradient_GME = layout.gather_queries(gradient_YhE).mul_(layout.is_real_GM1)
         # The sum of weight times gradient over all keys, which the softmax subtracts, without a pass over the keys.
-        mean_M1 = (gradient_ME * result_ME).sum(1, keepdim=True)
-        to_query_ME = torch.empty_like(query_ME)
+        mean_GM1 = (gradient_GME * result_GME).sum(2, keepdim=True, dtype=ctx.own_dtype)
+        of_score_GMP = gradient_GME @ prefix_value_GPE.transpose(1, 2)
+        of_score_GMP.sub_(mean_GM1).mul_(weights_GMP)
+        to_query_GME = of_score_GMP @ prefix_key_GPE
+        to_prefix_key = (of_score_GMP.transpose(1, 2) @ query_GME).mul_(ctx.scale)
+        to_prefix_value = weights_GMP.transpose(1, 2) @ gradient_GME
         to_key_NE, to_value_NE = torch.empty_like(key_NE), torch.empty_like(value_NE)
-        to_prefix_key, to_prefix_value = torch.zeros_like(prefix_key_GPE), torch.zeros_like(prefix_value_GPE)
-        for part, weight in zip(layout.parts, weights, strict=True):
-            query, gradient, to_query = query_ME[part.queries], gradient_ME[part.queries], to_query_ME[part.queries]
-            mean = mean_M1[part.queries]
-            prefix_weight = part.by_group(weight[:, : layout.prefix])
-            of_score = part.by_group(gradient) @ prefix_value_GPE.transpose(1, 2)
-            of_score.sub_(part.by_group(mean)).mul_(prefix_weight)
-            torch.bmm(of_score, prefix_key_GPE, out=part.by_group(to_query))
-            to_prefix_key.baddbmm_(of_score.transpose(1, 2), part.by_group(query))
-            to_prefix_value.baddbmm_(prefix_weight.transpose(1, 2), part.by_group(gradient))
-            if part.shape[4]:
-                own_weight = part.by_prompt(weight[:, layout.prefix :])
-                query, gradient, mean = map(part.by_prompt, (query, gradient, mean))
-                key, value = part.by_prompt(key_NE[part.keys]), part.by_prompt(value_NE[part.keys])
-                of_score = (gradient @ value.transpose(1, 2)).sub_(mean).mul_(own_weight)
-                part.by_prompt(to_query).baddbmm_(of_score, key)
-                torch.bmm(of_score.transpose(1, 2), query, out=part.by_prompt(to_key_NE[part.keys]))
-                torch.bmm(own_weight.transpose(1, 2), gradient, out=part.by_prompt(to_value_NE[part.keys]))
+        for part, weights in zip(layout.parts, own_weights, strict=True):
+            query, gradient = (part.own_rows(rows, ctx.own_dtype) for rows in (query_GME, gradient_GME))
+            key, value = part.own_keys(key_NE), part.own_keys(value_NE)
+            of_score = gradient @ value.transpose(1, 2)
+            of_score.sub_(part.own_rows(mean_GM1, ctx.own_dtype)).mul_(weights)
+            part.add_to(to_query_GME, of_score @ key)
+            torch.bmm(of_score.transpose(1, 2), query, out=part.own_keys(to_key_NE))
+            torch.bmm(weights.transpose(1, 2), gradient, out=part.own_keys(to_value_NE))
+        dtype = gradient_YhE.dtype
         return (
-            layout.scatter_queries(to_query_ME.mul_(ctx.scale).to(dtype)),
-            layout.scatter_keys(to_prefix_key.to(dtype), to_key_NE.to(dtype)),
-            layout.scatter_keys(to_prefix_value.to(dtype), to_value_NE.to(dtype)),
+            layout.scatter_queries(to_query_GME),
+            layout.scatter_keys(to_prefix_key, to_key_NE.mul_(ctx.scale).to(dtype)),
+            layout.scatter_keys(to_prefix_value, to_value_NE.to(dtype)),
             None,
             None,
         )
@@ -324,60 +275,109 @@ class _PackedAttention(torch.autograd.Function):
 class _Layout:
     """Where queries, keys and values of a packed row stand in the products.
 
+    Row t * h + head of all queries is that of token t, and row t * G + group of all keys.
+
     Args:
-        parts: What is multiplied together.
-        rows: Gathered rows of the buckets.
+        parts: The buckets.
         prefix: Tokens of the prefix P.
-        prefix_queries: Querying tokens of the prefix, P or 0.
-        groups: Key and value heads G.
+        prefix_queries: Range of the prefix among the M rows; None if it has no queries.
+        query_GM: Row of each gathered query; an arbitrary one at padding.
+        is_real_GM1: Whether a gathered query is not padding.
+        of_query: Gathered row of each query, [Y * h].
+        key_N: Row of each gathered key and value, without the rows of the prefix.
+        of_key: Gathered row of each key, [X * G].
         query_padding: Rows after the last query.
         key_padding: Rows after the last key.
     """
 
     parts: list[_Part]
-    rows: _Rows
     prefix: int
-    prefix_queries: int
-    groups: int
+    prefix_queries: slice | None
+    query_GM: Tensor
+    is_real_GM1: Tensor
+    of_query: Tensor
+    key_N: Tensor
+    of_key: Tensor
     query_padding: int
     key_padding: int
 
     @classmethod
-    def of(cls, query_YhE: Tensor, key_ZGE: Tensor, mask: PackedMask) -> "_Layout":
-        """The layout of a packed row."""
-        groups = key_ZGE.shape[1]
-        heads = query_YhE.shape[1] // groups
-        prefix_queries = query_YhE.shape[0] - mask.query_tokens_Y.numel() - mask.query_padding
-        parts = list(_parts(mask, groups, heads, prefix_queries > 0))
-        rows, prefix = mask.rows(groups, heads), mask.prefix_length
-        return cls(parts, rows, prefix, prefix_queries, groups, mask.query_padding, mask.key_padding)
+    def of(cls, mask: PackedMask, groups: int, heads: int, has_prefix: bool, dtype: torch.dtype) -> "_Layout":
+        """The layout of a packed row, for products in a number format."""
+        device, prefix = mask.query_tokens_Y.device, mask.prefix_length
+        head_GR = torch.arange(groups * heads, device=device).view(groups, 1, heads, 1)
+        group_G11 = torch.arange(groups, device=device).view(groups, 1, 1)
+        parts, queries, keys = [], [], []
+        row = key = 0
+        for bucket in mask.buckets:
+            token_BQ = bucket.queries.row_BW + (prefix if has_prefix else 0)
+            row_GBRQ = token_BQ.unsqueeze(1) * head_GR.numel() + head_GR
+            queries.append((row_GBRQ, bucket.queries.is_real_BW.unsqueeze(1).expand_as(row_GBRQ)))
+            row_GBK = bucket.keys.row_BW * groups + group_G11
+            keys.append((row_GBK.flatten(), bucket.keys.is_real_BW.expand_as(row_GBK).flatten()))
+            batch, width, own = bucket.is_masked_BQK.shape
+            ranges = slice(row, row + batch * heads * width), slice(key, key + row_GBK.numel())
+            shape = (groups, batch, heads, width, own)
+            parts.append(_Part(*ranges, shape, bucket.is_masked_BQK.unsqueeze(1)))
+            row, key = ranges[0].stop, ranges[1].stop
+        if has_prefix:
+            row_G1RP = torch.arange(prefix, device=device) * head_GR.numel() + head_GR
+            queries.append((row_G1RP, torch.ones_like(row_G1RP, dtype=torch.bool)))
+        rows = sum(numbers[0].numel() for numbers, _ in queries)
+        zeros = head_GR.new_zeros(groups, row_padding(rows, dtype, device))
+        queries.append((zeros, zeros.bool()))
+        query_GM, is_real_GM = (
+            torch.cat([part.flatten(1) for part in of_parts], dim=1) for of_parts in zip(*queries, strict=True)
+        )
+        key_N, is_real_N = (torch.cat(of_parts) for of_parts in zip(*keys, strict=True))
+        return cls(
+            parts,
+            prefix,
+            slice(row, rows) if has_prefix else None,
+            query_GM,
+            is_real_GM.unsqueeze(2),
+            _gathered(query_GM.flatten(), is_real_GM.flatten()),
+            key_N,
+            _gathered(key_N, is_real_N),
+            mask.query_padding,
+            mask.key_padding,
+        )
 
     def gather_queries(self, of_token_YhE: Tensor) -> Tensor:
-        """Rows of the buckets, then those of the prefix as [G, R, P]."""
-        rows = of_token_YhE[self.prefix_queries :].flatten(0, 1).index_select(0, self.rows.query_M)
-        if not self.prefix_queries:
-            return rows
-        return torch.cat([rows, of_token_YhE[: self.prefix_queries].transpose(0, 1).flatten(0, 1)])
+        """Rows of the queries, [G, M, E]."""
+        return of_token_YhE.flatten(0, 1).index_select(0, self.query_GM.view(-1)).unflatten(0, self.query_GM.shape)
 
-    def scatter_queries(self, rows_ME: Tensor) -> Tensor:
-        """The inverse of `gather_queries`."""
-        heads, width = self.groups * self.parts[0].shape[2], rows_ME.shape[1]
-        of_token = rows_ME.index_select(0, self.rows.of_query).view(-1, heads, width)
-        if not self.prefix_queries and not self.query_padding:
-            return of_token
-        of_prefix = rows_ME[self.rows.query_M.numel() :].view(heads, self.prefix_queries, width)
-        return torch.cat([of_prefix.transpose(0, 1), of_token, of_token.new_zeros(self.query_padding, heads, width)])
+    def scatter_queries(self, rows_GME: Tensor) -> Tensor:
+        """The inverse of `gather_queries`, [Y, h, E], with zeros at the padding."""
+        heads = self.query_GM.shape[0] * self.parts[0].shape[2]
+        of_token = rows_GME.flatten(0, 1).index_select(0, self.of_query).view(-1, heads, rows_GME.shape[2])
+        return functional.pad(of_token, (0, 0, 0, 0, 0, self.query_padding)) if self.query_padding else of_token
+
+    def weights_in_prefix(self, scores_GMP: Tensor, dtype: torch.dtype) -> None:
+        """Turns scores of the prefix's own queries into weights, in place; each attends to the tokens up to itself."""
+        of_prefix_GSP = scores_GMP[:, self.prefix_queries]
+        is_later_PP = torch.ones(self.prefix, self.prefix, dtype=torch.bool, device=scores_GMP.device).triu(1)
+        of_prefix_GSP.unflatten(1, (-1, self.prefix)).masked_fill_(is_later_PP, float("-inf"))
+        of_prefix_GSP.copy_(of_prefix_GSP.softmax(2, dtype=dtype))
 
     def gather_keys(self, of_token_ZGE: Tensor) -> Tensor:
         """Rows of the buckets."""
-        return of_token_ZGE[self.prefix :].flatten(0, 1).index_select(0, self.rows.key_N)
+        return of_token_ZGE[self.prefix :].flatten(0, 1).index_select(0, self.key_N)
 
     def of_prefix(self, of_token_ZGE: Tensor) -> Tensor:
-        """Rows of the prefix, [G, P, E]."""
-        return of_token_ZGE[: self.prefix].transpose(0, 1).contiguous()
+        """A copy of the rows of the prefix, [G, P, E]."""
+        return of_token_ZGE[: self.prefix].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     def scatter_keys(self, of_prefix_GPE: Tensor, rows_NE: Tensor) -> Tensor:
         """The inverse of `of_prefix` and `gather_keys`."""
-        of_token = rows_NE.index_select(0, self.rows.of_key).view(-1, self.groups, rows_NE.shape[1])
+        of_token = rows_NE.index_select(0, self.of_key).view(-1, of_prefix_GPE.shape[0], rows_NE.shape[1])
         padding = of_token.new_zeros(self.key_padding, *of_token.shape[1:])
         return torch.cat([of_prefix_GPE.transpose(0, 1), of_token, padding])
+
+
+def _gathered(row_N: Tensor, is_real_N: Tensor) -> Tensor:
+    """The gathered row of each row."""
+    real = torch.nonzero(is_real_N).squeeze(1)
+    gathered = torch.empty_like(real)
+    gathered[row_N[real]] = real
+    return gathered

@@ -41,6 +41,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from llmgr_rec.kernels.row_padding import row_padding
+
 # Bytes of one block of scores. On a CPU the block stays in the cache, because it is passed over five times; a GPU needs
 # large products.
 _CPU_BLOCK_BYTES = 1 << 21
@@ -51,8 +53,8 @@ _MIN_BLOCK_ROWS = 64
 _MIN_BLOCK_ROWS_LOW_PRECISION = 256
 # Bytes of the rows that are widened at once to be summed.
 _WIDENED_BYTES = 1 << 20
-# A CPU compiles a product in a lower precision for each new shape, and keeps it. A sampled softmax has another number
-# of columns in each step, which is rounded up to a multiple of this.
+# A CPU compiles a product in a lower precision for each new shape, and keeps it. Rows are rounded up, see
+# `row_padding`. A sampled softmax has another number of columns in each step, rounded up to a multiple of this.
 _COLUMN_STEP = 256
 # An item with this bias, or a lower one, has no part in the softmax.
 _LEFT_OUT = -1000.0
@@ -117,9 +119,12 @@ def softmax_loss(
     Returns:
         Scalar, differentiable once with respect to queries and items.
     """
-    is_weighted_B = row_weights_B > 0
+    if dtype is not None and (padding := row_padding(queries_BQ.shape[0], dtype, queries_BQ.device)):
+        queries_BQ = pad(queries_BQ, (0, 0, 0, padding))
+        target_columns_B, row_weights_B = (pad(rows, (0, padding)) for rows in (target_columns_B, row_weights_B))
     if dtype not in (None, queries_BQ.dtype) and items_CQ.device.type == "cpu" and bias_C is not None:
         items_CQ, bias_C = _with_whole_steps(items_CQ, bias_C)
+    is_weighted_B = row_weights_B > 0
     return _SoftmaxLoss.apply(
         queries_BQ,
         items_CQ,
@@ -155,7 +160,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         gradients = _Gradients.empty(queries_BQ, items_CQ) if with_gradients else None
         loss = queries_BQ.new_zeros(())
         is_small = _scores_are_small(queries_BQ, items_CQ, bias_C)
-        rows = _block_rows(items_CQ, dtype, low_precision=dtype != queries_BQ.dtype)
+        rows = _block_rows(queries_BQ.shape[0], items_CQ, dtype, low_precision=dtype != queries_BQ.dtype)
         # One buffer for all blocks: the allocator would map memory of this size anew for each of them.
         buffer_bC = _score_buffer(columns.items_CQ, min(rows, queries_BQ.shape[0]))
         for block in _blocks(queries_BQ.shape[0], rows):
@@ -300,11 +305,13 @@ def _blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
         yield slice(start, start + block_rows)
 
 
-def _block_rows(items_CQ: Tensor, dtype: torch.dtype, low_precision: bool) -> int:
-    """Rows of one block."""
+def _block_rows(num_rows: int, items_CQ: Tensor, dtype: torch.dtype, low_precision: bool) -> int:
+    """Rows of one block; blocks are of one size but for the last, which is hardly smaller."""
     block_bytes = _CPU_BLOCK_BYTES if items_CQ.device.type == "cpu" else _GPU_BLOCK_BYTES
     least = _MIN_BLOCK_ROWS_LOW_PRECISION if low_precision else _MIN_BLOCK_ROWS
-    return max(least, block_bytes // (dtype.itemsize * max(1, items_CQ.shape[0])))
+    rows = max(least, block_bytes // (dtype.itemsize * max(1, items_CQ.shape[0])))
+    blocks = max(1, round(num_rows / rows))
+    return max(1, -(-num_rows // blocks))
 
 
 def _score_buffer(items_CQ: Tensor, rows: int) -> Tensor:

@@ -19,10 +19,8 @@ from llmgr_rec.kernels.fused_lora import fuse_lora
 from llmgr_rec.kernels.grouped_query_attention import use_grouped_query_attention
 from llmgr_rec.kernels.packed_attention import PackedMask
 from llmgr_rec.kernels.prompt_packing import PackedPrompts
+from llmgr_rec.kernels.row_padding import row_padding
 from llmgr_rec.modules.packed_layer import use_packed_layers
-
-# Least number of rows to which those of a bfloat16 product are rounded up.
-_LEAST_ROW_STEP = 16
 
 
 class LoraLanguageModel(nn.Module):
@@ -149,14 +147,8 @@ class LoraLanguageModel(nn.Module):
         return hidden_1ZH[0].index_select(0, prefix + packed.output_token_C)
 
     def _padding(self, rows: int) -> int:
-        """Rows to add to a bfloat16 matrix on a CPU, so that its products have one of few shapes.
-
-        Torch compiles such a product anew for each number of rows, a quarter of a millisecond each. A power of two is
-        divided into 16 steps.
-        """
-        if self.base.device.type != "cpu" or self.base.dtype != torch.bfloat16:
-            return 0
-        return -rows % max(_LEAST_ROW_STEP, 1 << max(rows.bit_length() - 5, 0))
+        """Rows to add to the packed row, see `row_padding`."""
+        return row_padding(rows, self.base.dtype, self.base.device)
 
     def _precision(self) -> AbstractContextManager[object]:
         dtype = self.base.dtype

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import scoring, tuning, utilization
 from benchmarks.language_setup import Setup, make_config
+from benchmarks.operator_kinds import FROZEN, KINDS, LORA, LOSS, operator_costs
 from benchmarks.tuning import Comparison, Trainer
 from tests.small_run import small_run
 
@@ -76,11 +77,28 @@ def test_tuning_reports_ratio_and_agreement(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_utilization_reports_shares_of_the_peak(tmp_path):
-    results = run(utilization, tmp_path)
-    assert 0 < results["shares"]["training"]["median"] < 1
-    assert 0 < results["shares"]["scoring"]["median"] < 1
-    assert "aten::mm" in results["profiles"]["training"]
+def test_utilization_reports_shares_of_the_peak_and_gains(tmp_path, capsys):
+    results = run(utilization, tmp_path, "--batches", "1")
+    for name in ("training", "scoring"):
+        assert results["gain"][name]["median"] > 0
+        for dtype in utilization.FORMATS:
+            found = results[dtype][name]
+            assert 0 < found["share"]["median"] < 1
+            assert found["operators_ms"]["mm"] > 0
+            assert found["ms"][FROZEN] > 0
+            assert found["gflops"][FROZEN] > 0
+    assert "training: bfloat16" in capsys.readouterr().out
+
+
+def test_operators_are_counted_by_kind():
+    setup = make_setup()
+    trainer, _ = trainers(setup, "behave")
+    found, by_name = operator_costs(lambda: trainer.step(), 1.0, 3 * setup.config.llm.lora_rank, 10**9)
+    assert by_name["mm"] > 0
+    assert all(found[kind].seconds > 0 for kind in KINDS if kind not in (FROZEN, LOSS))
+    # The tiny model's hidden width is smaller than three times the rank.
+    assert found[LORA].flops > 0
+    assert sum(cost.seconds for cost in found.values()) == pytest.approx(1.0)
 
 
 @pytest.mark.slow

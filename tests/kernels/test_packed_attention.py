@@ -87,13 +87,27 @@ def test_the_outputs_agree(lengths: list[int], prefix: int, suffix: int | None, 
     check(packed, packed.output_token_C, False, seed)
 
 
-def test_products_of_bfloat16_on_a_cpu_are_float32() -> None:
-    packed = prompts_of([3, 5], 2, 1)
-    tokens = torch.arange(packed.num_tokens)
-    query, key, value = (torch.randn(1, heads, packed.num_tokens + 2, WIDTH).bfloat16() for heads in (6, 2, 2))
-    rounded = packed_attention(query, key, value, PackedMask.of(packed, tokens), SCALE)
-    exact = packed_attention(query.float(), key.float(), value.float(), PackedMask.of(packed, tokens), SCALE)
-    assert torch.equal(rounded, exact.bfloat16())
+def test_bfloat16_on_a_cpu_differs_by_rounding_and_has_few_shapes() -> None:
+    torch.manual_seed(0)
+    shapes = set()
+    for lengths in ([3, 5], [4, 4], [2, 6]):
+        packed = prompts_of(lengths, 2, 1)
+        mask = PackedMask.of(packed, torch.arange(packed.num_tokens))
+        exact = [torch.randn(1, heads, packed.num_tokens + 2, WIDTH).bfloat16().float() for heads in (6, 2, 2)]
+        direction = torch.randn(1, packed.num_tokens + 2, 6, WIDTH)
+        found = []
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = [tensor.to(dtype).requires_grad_() for tensor in exact]
+            result = packed_attention(*inputs, mask, SCALE)
+            gradients = torch.autograd.grad((result * direction.to(dtype)).sum(), inputs)
+            found.append([result.detach(), *gradients])
+        shapes.add(mask.layout(*(tensor[0].transpose(0, 1).bfloat16() for tensor in exact[:2])).query_GM.shape)
+        for one, other in zip(*found, strict=True):
+            assert one.dtype == torch.bfloat16
+            assert (one.float() - other).norm() < 0.01 * other.norm()
+    # Three times 18 tokens, rounded up; in float32 there is no padding.
+    assert shapes == {(GROUPS, 64)}
+    assert mask.layout(*(tensor[0].transpose(0, 1) for tensor in exact[:2])).query_GM.shape == (GROUPS, 54)
 
 
 @pytest.mark.parametrize("suffix", [None, 2])

@@ -94,26 +94,35 @@ def test_bfloat16_is_close(with_bias: bool) -> None:
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_samples_of_different_sizes_have_products_of_one_shape_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_and_samples_of_different_sizes_have_products_of_one_shape_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A CPU compiles products in bfloat16 by their shapes."""
     shapes = set()
     scores = kernel._Columns.scores
 
     def noted(columns: kernel._Columns, queries_bQ: Tensor, out_bC: Tensor) -> Tensor:
         if out_bC.dtype == torch.bfloat16:
-            shapes.add(out_bC.shape[1])
+            shapes.add(out_bC.shape)
         return scores(columns, queries_bQ, out_bC)
 
     monkeypatch.setattr(kernel._Columns, "scores", noted)
     torch.manual_seed(0)
-    for columns in (257, 300, 511, 512):
-        queries, items, bias = torch.randn(8, 16), torch.randn(columns, 16), torch.randn(columns)
-        arguments = (torch.randint(0, columns, (8,)), torch.ones(8), bias)
+    for rows, columns in ((8, 257), (3, 300), (15, 511), (16, 512)):
+        queries, items, bias = torch.randn(rows, 16), torch.randn(columns, 16), torch.randn(columns)
+        arguments = (torch.randint(0, columns, (rows,)), torch.ones(rows), bias)
         rounded = loss_and_gradients(softmax_loss, queries, items, *arguments, torch.bfloat16)
         exact = loss_and_gradients(softmax_loss, queries, items, *arguments)
-        assert rounded[2].shape == items.shape
-        assert (rounded[2] - exact[2]).norm() < 0.02 * exact[2].norm()
-    assert shapes == {512}
+        for ours, theirs in zip(rounded[1:], exact[1:], strict=True):
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).norm() < 0.02 * theirs.norm()
+    assert shapes == {(16, 512)}
+
+
+@pytest.mark.parametrize(("rows", "blocks"), [(281, [281]), (400, [200, 200]), (600, [300, 300]), (0, [])])
+def test_the_last_block_is_hardly_smaller(rows: int, blocks: list[int]) -> None:
+    size = kernel._block_rows(rows, torch.empty(1 << 20, 1), torch.bfloat16, low_precision=True)
+    assert [len(range(rows)[block]) for block in kernel._blocks(rows, size)] == blocks
 
 
 @pytest.mark.parametrize("is_small", [False, True])
