@@ -68,6 +68,7 @@ def train_settings(dim: int, neighbors: Sequence[str], threads: int) -> list[str
         "tables.optimizer": "rowwise_adagrad",
         "tables.knn_smoothing": "[0.0]",
         "blend.neighbors": f"[{','.join(neighbors)}]",
+        "sbr.epochs": 2,
         "sbr.max_steps": _STEPS,
         "runtime.threads_per_rank": threads,
     }

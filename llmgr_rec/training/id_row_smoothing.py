@@ -9,6 +9,7 @@ Shapes: V items, R rows of a shard, U items of a block, N neighbors, W columns o
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -187,7 +188,8 @@ class _SharedTable:
         shards: This rank's shards.
         num_rows: Number of rows.
         dim: Number of columns.
-        is_split_by_rows: Whether a shard has some of the rows only.
+        edges: Columns at which shards of any rank begin or end, ascending, if a shard has some of the rows only; else
+            empty.
         num_strips: Number of strips of the rank with most.
         world: Ranks.
     """
@@ -195,7 +197,7 @@ class _SharedTable:
     shards: list[Shard]
     num_rows: int
     dim: int
-    is_split_by_rows: bool
+    edges: list[int]
     num_strips: int
     world: World
 
@@ -203,11 +205,12 @@ class _SharedTable:
     def of(cls, recommender: SessionRecommender, world: World) -> "_SharedTable":
         """The table of a recommender; all ranks call together."""
         shards = [shard for shard in local_shards(recommender) if shard.table == ITEM_ID]
-        held = [(shard.num_rows, shard.dim, shard.tensor.shape[0]) for shard in shards]
-        found = gather_from_ranks(held, world)
-        num_rows, dim, _ = next(one for rank in found for one in rank)
-        is_split = any(rows < num_rows for rank in found for _, _, rows in rank)
-        table = cls(shards, num_rows, dim, is_split, 0, world)
+        held = [(shard.num_rows, shard.dim, shard.col_offset, tuple(shard.tensor.shape)) for shard in shards]
+        found = [one for of_rank in gather_from_ranks(held, world) for one in of_rank]
+        num_rows, dim, *_ = found[0]
+        edges = {edge for _, _, first, (_, columns) in found for edge in (first, first + columns)}
+        is_split = any(rows < num_rows for *_, (rows, _) in found)
+        table = cls(shards, num_rows, dim, sorted(edges) if is_split else [], 0, world)
         return replace(table, num_strips=max(gather_from_ranks(len(table._own_strips()), world)))
 
     def strips(self) -> Iterator[_Strip]:
@@ -231,15 +234,22 @@ class _SharedTable:
 
     def _own_strips(self) -> list[_Strip]:
         width = self._strip_width
-        if self.is_split_by_rows:
-            starts = range(0, self.dim, width)
-            shard = next(iter(self.shards), None)
-            return [_Strip(range(start, min(start + width, self.dim)), shard) for start in starts]
+        if self.edges:
+            return [
+                _Strip(columns := range(start, min(start + width, last)), self._shard_of(columns))
+                for first, last in pairwise(self.edges)
+                for start in range(first, last, width)
+            ]
         return [
             _Strip(range(start, min(start + width, shard.col_offset + shard.tensor.shape[1])), shard)
             for shard in self.shards
             for start in range(shard.col_offset, shard.col_offset + shard.tensor.shape[1], width)
         ]
+
+    def _shard_of(self, columns: range) -> Shard | None:
+        """This rank's shard that has some columns of some rows."""
+        ends = ((shard, shard.col_offset + shard.tensor.shape[1]) for shard in self.shards)
+        return next((one for one, end in ends if one.col_offset <= columns.start and columns.stop <= end), None)
 
     def local(self, strip: _Strip) -> Tensor:
         """The columns of a strip in this rank's shard, [R, W]; shares memory with the table."""
@@ -251,7 +261,7 @@ class _SharedTable:
     def whole(self, strip: _Strip) -> Tensor | None:
         """A copy of a strip with all rows, float32 [V, W]; None if this rank has none of its columns to write."""
         local_RW = self.local(strip)
-        if not self.is_split_by_rows:
+        if not self.edges:
             return None if strip.shard is None else local_RW.to(torch.float32, copy=True)
         whole_VW = torch.zeros(self.num_rows, len(strip.columns), device=self.world.device)
         if strip.shard is not None:

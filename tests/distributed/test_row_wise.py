@@ -1,8 +1,10 @@
 """Tables that are sharded by rows, as on GPUs: ranked, smoothed, saved and loaded as by one process."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -33,17 +35,23 @@ from tests.ranks import run_on_ranks
 from tests.sharded_bundles import sharded_bundles
 from tests.small_run import NUM_ITEMS, ONE_RANK, small_run
 
-STRENGTH = 3.0
+STRENGTH, DIM = 3.0, 16
 
 
 @contextmanager
-def row_wise() -> Iterator[None]:
-    """Within the block, tables are sharded by rows, which TorchRec offers for GPUs only; their lookup works here."""
+def sharded_by(kind: ShardingType, local_size: int) -> Iterator[None]:
+    """Within the block, tables are sharded in a way that TorchRec offers for GPUs only; their lookup works here.
+
+    Args:
+        kind: How they are sharded.
+        local_size: Ranks of a machine, as far as the sharding knows.
+    """
     constraints = ParameterConstraints(
-        sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value]
+        sharding_types=[kind.value], compute_kernels=[EmbeddingComputeKernel.FUSED.value], min_partition=DIM // 2
     )
     with ExitStack() as stack:
-        types = [ShardingType.ROW_WISE.value]
+        types = [kind.value]
+        stack.enter_context(mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": str(local_size)}))
         stack.enter_context(mock.patch.object(EmbeddingBagCollectionSharder, "sharding_types", return_value=types))
         stack.enter_context(mock.patch.object(sharding, "_constraints", return_value=constraints))
         stack.enter_context(sharded_bundles())
@@ -51,12 +59,18 @@ def row_wise() -> Iterator[None]:
 
 
 def smoothed(
-    world: World, run: Path, dataset: Dataset, output: Path
+    world: World,
+    run: Path,
+    dataset: Dataset,
+    output: Path,
+    kind: ShardingType = ShardingType.ROW_WISE,
+    machines: int = 1,
 ) -> tuple[dict[str, float], list[tuple[int, int, Tensor]]]:
     """Smooths the id rows, saves them in both ways, and returns what ranks by them and this rank's rows."""
     with ExitStack() as stack:
         if world.size > 1:
-            stack.enter_context(row_wise())
+            world = replace(world, local_size=world.size // machines)
+            stack.enter_context(sharded_by(kind, world.local_size))
         stack.enter_context(mock.patch.object(id_row_smoothing, "_BLOCK_BYTES", 7 * 4 * 4 * K_NEIGHBORS))
         stack.enter_context(mock.patch.object(id_row_smoothing, "STRIP_BYTES", 0))
         stack.enter_context(mock.patch.object(checkpoint_state, "BLOCK_VALUES", 100))
@@ -82,19 +96,38 @@ def smoothed(
 
 
 @pytest.mark.dist
-def test_tables_that_are_sharded_by_rows_give_the_results_of_one_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "ranks", "machines"),
+    [
+        (ShardingType.ROW_WISE, 2, 1),
+        (ShardingType.TABLE_ROW_WISE, 2, 1),
+        pytest.param(ShardingType.TABLE_ROW_WISE, 4, 2, marks=pytest.mark.slow),
+        pytest.param(ShardingType.GRID_SHARD, 4, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_tables_that_are_sharded_by_rows_give_the_results_of_one_rank(
+    kind: ShardingType, ranks: int, machines: int, tmp_path: Path
+) -> None:
     small = small_run()
     metrics, [(_, _, expected_VD)] = smoothed(ONE_RANK, small.run, small.dataset, tmp_path / "one")
-    by_rank = run_on_ranks(smoothed, 2, small.run, small.dataset, tmp_path / "two")
+    arguments = small.run, small.dataset, tmp_path / "several", kind, machines
+    by_rank = run_on_ranks(smoothed, ranks, *arguments)
     found = [row for _, rows in by_rank for row in rows]
-    assert [(row, col) for row, col, _ in found] == [(0, 0), (len(found[0][2]), 0)]
-    assert len(found[0][2]) < NUM_ITEMS
-    torch.testing.assert_close(torch.cat([rows for *_, rows in found]), expected_VD, rtol=1e-6, atol=1e-7)
-    assert [one for one, _ in by_rank] == [metrics, metrics]
-    assert {path.name for path in (tmp_path / "two/export/sbr").glob("blend*")} == {
-        f"{name}-{half}.npz" for name in ("blend", "blend-0", "blend-1") for half in _halves()
+    # A table-row-wise table is on the ranks of one machine.
+    columns = DIM // 2 if kind == ShardingType.GRID_SHARD else DIM
+    assert sorted((row, col) for row, col, _ in found) == [
+        (row, col) for row in (0, len(found[0][2])) for col in range(0, DIM, columns)
+    ]
+    rows_VD = torch.full_like(expected_VD, torch.nan)
+    for row, col, part in found:
+        rows_VD[row : row + part.shape[0], col : col + part.shape[1]] = part
+    torch.testing.assert_close(rows_VD, expected_VD, rtol=1e-6, atol=1e-7)
+    assert [one for one, _ in by_rank] == [metrics] * ranks
+    assert {path.name for path in (tmp_path / "several/export/sbr").glob("blend*")} == {
+        f"{name}-{part}.npz" for name in ("blend", "blend-0", "blend-1") for part in _parts(ranks)
     }
 
 
-def _halves() -> list[str]:
-    return [f"0-{NUM_ITEMS // 2}", f"{NUM_ITEMS // 2}-{NUM_ITEMS}"]
+def _parts(ranks: int) -> list[str]:
+    ends = [NUM_ITEMS * rank // ranks for rank in range(ranks + 1)]
+    return [f"{first}-{end}" for first, end in pairwise(ends)]
