@@ -85,7 +85,7 @@ def train_measured(arguments: Sequence[str]) -> dict[str, float]:
     """
     from llmgr_rec.storage.checkpoint import CheckpointManager
     from llmgr_rec.train import main
-    from llmgr_rec.training import stages, train_run
+    from llmgr_rec.training import selection, stages, train_run
     from llmgr_rec.training.loop import StageLoop
 
     peaks = PhasePeaks()
@@ -97,6 +97,7 @@ def train_measured(arguments: Sequence[str]) -> dict[str, float]:
         (CheckpointManager, "save", "checkpoint"),
         (CheckpointManager, "load", "loading of the best"),
         (stages, "select_on_validation", "selection"),
+        (selection, "with_trees", "re-ranker"),
         (stages, "export_bundle", "export"),
     ]
     replaced = [(owner, name, getattr(owner, name)) for owner, name, _ in places]

@@ -149,6 +149,9 @@ def test_a_plan_counts_what_is_not_a_table(capsys: pytest.CaptureFixture[str]) -
     ):
         main([*arguments, "--memory_per_rank_gb", "15"])
     assert "DOES NOT FIT into 15 GiB" in capsys.readouterr().out
+    # Lists of half a million sessions, of 100 items with 15 features, twice.
+    main(["--num_items", "1000", "--num_interactions", "10000000", "--blend.reranker", "lambdamart"])
+    assert re.search(r"in selection re-ranker +6\.828 GiB", capsys.readouterr().out)
     main(["--num_items", "1000", "--memory_per_rank_gb", "2"])
     shown = capsys.readouterr().out
     assert "fits into 2 GiB" in shown

@@ -18,6 +18,7 @@ from scipy import sparse
 from llmgr_rec.baselines.item_similarity import cosine_similarity
 from llmgr_rec.baselines.recency import recency_weights
 from llmgr_rec.baselines.sparse_scores import Floats, Ints, blocks, high_products, order_in_rows, top_k
+from llmgr_rec.data.popularity import by_popularity
 from llmgr_rec.kernels.sparse_product import SparseProduct
 
 DECAY = 0.7
@@ -56,14 +57,14 @@ class Popularity:
         """
         self._num_clicks = max(int(train_count_V.sum()), 1) if num_clicks is None else num_clicks
         self._train_count_V = train_count_V
-        self._order_V = np.argsort(-train_count_V, kind="stable")
-        self._share_V = train_count_V[self._order_V] / self._num_clicks
+        self._order_V = by_popularity(train_count_V)
 
     def rank(self, items_L: Ints, offsets_B1: Ints, k: int) -> tuple[Ints, Floats]:
         """See `Baseline.rank`; the score is the item's share of all training clicks."""
         sessions = len(offsets_B1) - 1
-        ids_K = _padded(self._order_V[:k], k, -1)
-        scores_K = _padded(self._share_V[:k], k, -np.inf)
+        ids = self._order_V[:k].astype(np.int64)
+        ids_K = _padded(ids, k, -1)
+        scores_K = _padded(self._train_count_V[ids] / self._num_clicks, k, -np.inf)
         return np.tile(ids_K, (sessions, 1)), np.tile(scores_K, (sessions, 1))
 
     def among(self, items_R: Ints) -> "Popularity":

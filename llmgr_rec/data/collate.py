@@ -20,6 +20,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.graph import build_graphs, nodes_of_longest
 from llmgr_rec.data.hashing import hash_ints
 from llmgr_rec.data.jagged import Jagged
+from llmgr_rec.data.popularity import by_popularity
 from llmgr_rec.data.prefixes import following_items
 
 ITEM_ID = "item_id"
@@ -29,7 +30,6 @@ CandidateSource = Literal["none", "cached", "full", "sampled"]
 PromptTextSource = Literal["none", "random_node", "last_items"]
 # Subtracted from the score of an item in a loss, so that its softmax is 0 in any floating-point format.
 _OUT_OF_SOFTMAX = 1e4
-_LARGEST_INT32 = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class LogUniformSampler:
     def __init__(self, train_count_V: Tensor, num_draws: int, seed: int) -> None:
         self._counts_V = train_count_V.numpy()
         self._total = max(int(self._counts_V.sum()), 1)
-        self.by_rank_V = _by_popularity(self._counts_V)
+        self.by_rank_V = by_popularity(self._counts_V)
         self._rank_V = np.empty_like(self.by_rank_V)
         self._rank_V[self.by_rank_V] = np.arange(len(self.by_rank_V), dtype=self.by_rank_V.dtype)
         self.num_draws = num_draws
@@ -313,23 +313,6 @@ class LogUniformSampler:
         log_absent_C = self.num_draws * _log_complement(drawn_C) + len(targets) * _log_complement(target_C)
         log_q_C = np.log(-np.expm1(log_absent_C))
         return torch.from_numpy(candidates), torch.from_numpy(log_q_C.astype(np.float32))
-
-
-def _by_popularity(counts_V: NDArray[np.int64]) -> NDArray[np.int32] | NDArray[np.int64]:
-    """Items by falling number of clicks, equal ones by index, [V].
-
-    int32 to save memory: each rank and each worker process has such arrays of up to 10^8 items. A number is sorted in
-    place whose high bits are the clicks and whose low bits are the item, which takes a third of the memory of argsort.
-    """
-    highest = int(counts_V.max(initial=0))
-    if len(counts_V) > _LARGEST_INT32 or highest > _LARGEST_INT32:
-        return np.argsort(-counts_V, kind="stable")
-    keys_V = highest - counts_V
-    keys_V <<= 32
-    keys_V |= np.arange(len(keys_V), dtype=np.int32)
-    keys_V.sort()
-    keys_V &= _LARGEST_INT32
-    return keys_V.astype(np.int32)
 
 
 def _concatenate(parts: Sequence[Tensor]) -> Tensor:

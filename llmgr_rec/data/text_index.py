@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 # Odd, so that its powers are distinct; from the literature on multiplicative hashing (Steele and Vigna, 2021).
 _MULTIPLIER = 0xD1342543DE82EF95
+# Texts that are hashed at a time, which takes some 24 bytes a byte.
+_HASHED_TEXTS = 1 << 16
 
 
 class TextIndex:
@@ -21,7 +23,9 @@ class TextIndex:
 
     def __init__(self, texts_V: pa.Array) -> None:
         self._texts_V = texts_V
-        hashes_V = text_hashes(texts_V)
+        hashes_V = np.empty(len(texts_V), np.uint64)
+        for first in range(0, len(texts_V), _HASHED_TEXTS):
+            hashes_V[first : first + _HASHED_TEXTS] = text_hashes(texts_V.slice(first, _HASHED_TEXTS))
         self._order_V = np.argsort(hashes_V)
         self._hashes_V = hashes_V[self._order_V]
         # A binary search finds one text of each hash.

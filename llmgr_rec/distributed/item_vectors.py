@@ -96,9 +96,13 @@ class ItemVectors:
             places = range(min(start, len(self.items)), min(start + BLOCK_ITEMS, len(self.items)))
             yield places, self._vectors(places, min(BLOCK_ITEMS, self.most_items - start))
 
-    def keep(self) -> "ItemVectors":
-        """Computes all vectors. A collective where the tables are sharded."""
-        return replace(self, kept=self._vectors(range(len(self.items)), self.most_items))
+    def keep(self, out_RQ: Tensor | None = None) -> "ItemVectors":
+        """Computes all vectors. A collective where the tables are sharded.
+
+        Args:
+            out_RQ: Where they are written, float32, the first ones first; None allocates memory.
+        """
+        return replace(self, kept=self._vectors(range(len(self.items)), self.most_items, out_RQ))
 
     def of_places(self, places: range | Tensor, most_items: int) -> "ItemVectors":
         """Vectors of some of the items.
@@ -117,9 +121,8 @@ class ItemVectors:
         return replace(self, items=items, most_items=most_items, kept=kept)
 
     @torch.no_grad()
-    def _vectors(self, places: range, most_places: int) -> Tensor:
+    def _vectors(self, places: range, most_places: int, vectors_NQ: Tensor | None = None) -> Tensor:
         """Computes vectors in chunks; the number of lookups is equal on all ranks."""
-        vectors_NQ: Tensor | None = None
         for start in range(places.start, places.start + most_places, _CHUNK):
             chosen = self.items[start : max(min(start + _CHUNK, places.stop), start)]
             chunk = torch.arange(chosen.start, chosen.stop) if isinstance(chosen, range) else chosen

@@ -80,7 +80,8 @@ class RankingModel:
         query_encoder: Encodes the sessions in place of the model; see `with_query_encoder`.
         is_replicated: Whether each rank has the whole model. Ranking is then no collective.
         domains: Domains of the items: a list has items of the domain of its session only. None ranks the whole catalog.
-        keeps_tables: Whether the model needs its tables after `with_query_encoder`, which encodes sessions without.
+        keeps_tables: Whether the model needs its tables after `ranker`. Otherwise item vectors may take their place,
+            and sessions are encoded by `with_query_encoder`.
         reranker: Ranks the best items of each list again; None keeps the order of the blend.
     """
 
@@ -151,7 +152,9 @@ class RankingModel:
             return CatalogRanker(self.model, self.collate, ranks, self.blend, self.domains, self.reranker, keep)
         assert isinstance(self.model, SessionRecommender)
         measured = MeasuredItems(self.model, self.collate.num_items)
-        ranker = CatalogRanker(measured, self.collate, ranks, self.blend, self.domains, self.reranker)
+        # The vector of an item is made of its own row of ids, so it can take the place of the row.
+        out = None if self.keeps_tables else self.model.item_tables.id_table()
+        ranker = CatalogRanker(measured, self.collate, ranks, self.blend, self.domains, self.reranker, out_RQ=out)
         ranker.query_items = QueryItems(ranker.item_vectors, measured.lengths())
         return ranker
 
@@ -170,6 +173,7 @@ class CatalogRanker:
             Must be given on all ranks or on none.
         domains: Domains of the items. A session then gets items of the domain of its newest click only.
         reranker: Ranks the best items of each list again; with one rank only.
+        out_RQ: Where the item vectors are written if they are kept; see `ItemVectors.keep`.
         keep: Whether the item vectors are kept. Otherwise each call of `rank` computes them once, each of
             `target_ranks` twice, and the model must be in the same mode as for the queries.
 
@@ -186,6 +190,7 @@ class CatalogRanker:
         domains: ItemDomains | None = None,
         reranker: Reranker | None = None,
         keep: bool = True,
+        out_RQ: Tensor | None = None,
     ) -> None:
         if reranker is not None and world.size > 1:
             raise UserError(
@@ -198,7 +203,7 @@ class CatalogRanker:
         self.items = items_of_rank(collate.num_items, world)
         most_items = -(-collate.num_items // world.size)
         vectors = ItemVectors(model.item_vectors, collate, self.items, most_items, world)
-        self._vectors = vectors.keep() if keep else vectors
+        self._vectors = vectors.keep(out_RQ) if keep else vectors
         # What sessions are encoded from; None where this rank does not know it.
         self.query_items: QueryItems | None = None
         self._blend = None if blend is None else blend.of_items(self.items)

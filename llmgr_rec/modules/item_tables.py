@@ -133,6 +133,17 @@ class ItemTables(nn.Module):
             ids_XD = ids_XD + rows[name]
         return ItemRows(vectors_XD=self._sum(rows.values()), ids_XD=ids_XD)
 
+    def id_table(self) -> Tensor | None:
+        """The table of ids, float32 [V, D]; None where it is sharded, quantized or not a table of its own."""
+        if type(self.ebc) is not EmbeddingBagCollection or len(self.id_features) > 1:
+            return None
+        tables = {config.name: config for config in self.ebc.embedding_bag_configs()}
+        for name, config in tables.items():
+            if config.feature_names == self.id_features:
+                weight = self.ebc.embedding_bags[name].weight.detach()
+                return weight if weight.dtype == torch.float32 and weight.is_contiguous() else None
+        return None
+
     def free(self) -> None:
         """Frees the memory of the tables, which cannot be looked up any more."""
         del self.ebc

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmgr_rec.data.catalog import Catalog
+from llmgr_rec.data.popularity import by_popularity
 
 
 class ItemSearch:
@@ -27,7 +28,7 @@ class ItemSearch:
         self._ids = catalog.item_ids
         self._titles = pa.array(catalog.titles(), pa.string())
         self._texts = pc.utf8_lower(pc.coalesce(self._titles, self._ids.cast(pa.string())))
-        self._order_V = np.argsort(-catalog.train_count_V.numpy(), kind="stable")
+        self._order_V = by_popularity(catalog.train_count_V.numpy())
 
     def find(self, query: str, limit: int) -> list[dict[str, Any]]:
         """Ids and titles of the items with all words of a query; words match within words.

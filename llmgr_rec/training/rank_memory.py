@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from llmgr_rec.baselines.knn_smoothing import K_NEIGHBORS
+from llmgr_rec.baselines.reranker import DEPTH, FEATURES, TERM_FEATURES
 from llmgr_rec.data.collate import ITEM_ID
 from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.distributed.item_vectors import BLOCK_ITEMS, keeps_vectors
@@ -32,6 +33,8 @@ _ID_BYTES, _CHECK_BYTES, _BATCH_BYTES = 16, 24, 16 * _MIB
 # A similarity and its index; both are twice in memory while they are sent to the ranks of their columns.
 _ENTRY_BYTES = _FLOAT_BYTES + _INDEX_BYTES
 _COPIES_WHILE_COMPUTED = 2
+# LightGBM, copies of the lists that it is fitted to, and the share of sessions with their target in a list.
+_LIGHTGBM, _COPIES_OF_LISTS, _LISTED_TARGETS = 30 * _MIB, 2, 0.5
 # A block of a table that is written, and as a file.
 _COPIES_OF_BLOCKS = 2
 # Copies of item rows in a step: looked up, item vectors, gradients of both.
@@ -54,15 +57,17 @@ class Reading:
     Args:
         num_targets: Number of targets; None if it is not known.
         num_sessions: Number of sessions; None if it is not known.
+        num_validated: Number of validation sessions; None if it is not known.
     """
 
     num_targets: int | None = None
     num_sessions: int | None = None
+    num_validated: int | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
         """The training sessions of a prepared data set."""
-        return cls(manifest.num_examples["train"], manifest.num_sessions["train"])
+        return cls(manifest.num_examples["train"], manifest.num_sessions["train"], manifest.num_examples["valid"])
 
     @property
     def clicks(self) -> float:
@@ -169,7 +174,24 @@ def _selection_phases(plan: StagePlan, ranks: Ranks, reading: Reading) -> list[d
     # The weighted ones share their indices with those that they are made of.
     weighted = sum(stored) + _FLOAT_BYTES * sum(entries) + (sum(stored) if len(entries) > 1 else 0)
     phases.append({"neighbors": weighted, **smoothing})
+    if config.blend.reranker != "none":
+        phases.append({"neighbors": weighted, **vectors, **smoothing, "re-ranker": _reranker_bytes(plan, reading)})
     return phases
+
+
+def _reranker_bytes(plan: StagePlan, reading: Reading) -> int:
+    """What the fit of a re-ranker holds: the lists of all validation sessions, and another copy while trees are fitted.
+
+    Without a data set it has one validation session for each training session.
+    """
+    targets = reading.num_targets or 0
+    sessions = reading.num_validated
+    if sessions is None:
+        sessions = reading.num_sessions or round(targets / _CLICKS)
+    features = len(FEATURES) + len(TERM_FEATURES) * len(plan.spec.config.blend.scores)
+    # Of an item of a list: its index, its score, its features, and whether it is the target.
+    item = _LONG_BYTES + _FLOAT_BYTES * (1 + features) + 1
+    return _LIGHTGBM + round(_COPIES_OF_LISTS * _LISTED_TARGETS * sessions) * DEPTH * item
 
 
 def _vector_bytes(plan: StagePlan, ranks: Ranks, held: int) -> int:

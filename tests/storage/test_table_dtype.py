@@ -148,6 +148,12 @@ def test_tables_are_freed_where_nothing_needs_them_any_more(dtype):
     clicks = Jagged.from_lengths(torch.tensor([3, 1, 3, 7]), torch.tensor([3, 1]))
     ranking = loaded.ranking(keeps_tables=False)
     expected_BQ = ranking.queries(ranking.collate(RawSessions.to_rank(clicks)))
-    fast = ranking.with_query_encoder(ranking.ranker(ONE_RANK))
+    id_table, expected_VQ = loaded.model.item_tables.id_table(), loaded.ranking().ranker(ONE_RANK).item_vectors
+    ranker = ranking.ranker(ONE_RANK)
+    torch.testing.assert_close(ranker.item_vectors, expected_VQ, rtol=0, atol=0)
+    # The vectors take the place of the table.
+    assert (id_table is None) == (dtype != "float32")
+    assert id_table is None or ranker.item_vectors.data_ptr() == id_table.data_ptr()
+    fast = ranking.with_query_encoder(ranker)
     assert not loaded.model.item_tables.state_dict()
     torch.testing.assert_close(fast.queries(fast.collate(RawSessions.to_rank(clicks))), expected_BQ)
