@@ -147,8 +147,9 @@ def _high_places(scores_BD: Floats, k: int, width: int) -> Ints:
         folded = min(strip, _SMALLEST_STRIP)
         maxima_BS, strip = maxima_BS.unflatten(1, (folded, -1)).amax(1), strip // folded
     lowest_B = np.full(len(scores_BD), np.finfo(np.float64).tiny)
-    if k < maxima_BS.shape[1]:
-        kth_B = torch.topk(maxima_BS, k, sorted=False).values.amin(1).numpy()
+    if k < (num_strips := maxima_BS.shape[1]):
+        # A third of the time of torch.topk.
+        kth_B = np.partition(maxima_BS.numpy(), num_strips - k, axis=1)[:, num_strips - k]
         lowest_B = np.maximum(lowest_B, kth_B - 10.0**-_DIGITS)
     return _true_places(scores_BD >= lowest_B[:, None])
 

@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 # Adding an entry to its product takes as long as adding dense rows to so many.
-_ITEMS_PER_ENTRY = 24
+_ITEMS_PER_ENTRY = 12
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ index.
 Three things keep this near the cost of the product. A strip is a few neighboring scores: K strips have a maximum as
 high as the K-th highest one, so at least K scores are as high, and few more. Hardly any score of a later block is a
 candidate. And a candidate is one integer, which holds score and item, see `sort_keys`. For many places of few items a
-strip is a single score, and the bound is exact. One place needs none of this: it is the maximum of each block.
+strip is a single score, and the bound is exact. One place needs none of this: it is the maximum of each block; nor do
+a few places of few items: each is the maximum of what the places before it have left.
 
 Shapes: B queries of a block, R items, N items of a block, M strips of it, Q columns, K results of a query, C candidates
 over all queries, W candidates of a query, E entries of sparse terms.
@@ -48,6 +49,8 @@ _STRIPS = (64, 32, 8, 4)
 _MIN_STRIPS_PER_PLACE = 2
 # With more candidates for each place, `lowest` is raised by the strips of a later block as well.
 _MAX_PER_PLACE = 2
+# Places, and scores of a query to look at for all of them, up to which one maximum after the other is found.
+_FEW_PLACES, _FEW_SCORES = 10, 1 << 17
 # Items for each place up to which all are sorted.
 _MOST_SORTED = 1.5
 # Candidates for each place, and in addition, that are collected before they are merged: `lowest` lags a little, and
@@ -85,7 +88,7 @@ def top_k(
     Raises:
         UserError: A score is not a number.
     """
-    search = TopKSearch(queries_BQ, k)
+    search = TopKSearch(queries_BQ, k, len(items_RQ))
     search.add(items_RQ, exclude, added_BR)
     return search.result()
 
@@ -96,11 +99,12 @@ class TopKSearch:
     Args:
         queries_BQ: Queries.
         k: Places K, at least 1; may exceed the number of items.
+        num_items: Number of the items, where all are given at once; None where it is not known.
     """
 
-    def __init__(self, queries_BQ: Tensor, k: int) -> None:
+    def __init__(self, queries_BQ: Tensor, k: int, num_items: int | None = None) -> None:
         blocks = queries_BQ.split(_QUERY_BLOCK) if len(queries_BQ) else ()
-        self._parts = [_TopKOfQueries(block_XQ, k) for block_XQ in blocks]
+        self._parts = [_TopKOfQueries(block_XQ, k, num_items) for block_XQ in blocks]
         self._empty = queries_BQ.new_empty(0, k, dtype=torch.float32)
 
     @torch.no_grad()
@@ -256,6 +260,34 @@ class _RunningTop1:
         return self._ids_B.unsqueeze(1), self._scores_B.unsqueeze(1)
 
 
+class _SuccessiveMaxima:
+    """The best items of every query for a few places, of a single block on the CPU: each the maximum of the rest."""
+
+    def __init__(self, num_queries: int, k: int) -> None:
+        self._ids_KB = np.full((k, num_queries), -1)
+        self._scores_KB = np.full((k, num_queries), -np.inf, np.float32)
+
+    def add_block(self, scores_BN: Tensor, start: int) -> None:
+        """See `_RunningTopK.add_block`. The maximum of a row with NaN is NaN, and of equal scores the first."""
+        scores = scores_BN.numpy()
+        flat, first_B = scores.reshape(-1), np.arange(len(scores)) * scores.shape[1]
+        for ids_B, scores_B in zip(self._ids_KB, self._scores_KB, strict=True):
+            scores.argmax(axis=1, out=ids_B)
+            places_B = ids_B + first_B
+            flat.take(places_B, out=scores_B, mode="clip")
+            flat[places_B] = -np.inf
+        if np.isnan(self._scores_KB[0]).any():
+            raise UserError(NOT_NUMBERS)
+        self._ids_KB[np.isneginf(self._scores_KB)] = -1
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Ids and scores, [B, K]; -1 and -inf where no item is left."""
+        ids_BK, scores_BK = (
+            torch.from_numpy(np.ascontiguousarray(found.T)) for found in (self._ids_KB, self._scores_KB)
+        )
+        return ids_BK, scores_BK
+
+
 def _keys_of_all(scores_BN: Tensor) -> Tensor:
     """Keys of all items of the first block, [B, N]."""
     if scores_BN.isnan().any():
@@ -392,10 +424,10 @@ class _TopKOfQueries:
         best: Their best items so far.
     """
 
-    def __init__(self, queries_BQ: Tensor, k: int) -> None:
+    def __init__(self, queries_BQ: Tensor, k: int, num_items: int | None) -> None:
         self._queries_BQ = queries_BQ
-        self.num_queries, device = len(queries_BQ), queries_BQ.device
-        self.best = _RunningTop1(self.num_queries, device) if k == 1 else _RunningTopK(self.num_queries, k, device)
+        self.num_queries = len(queries_BQ)
+        self.best = _running_best(self.num_queries, k, num_items, queries_BQ.device)
         self._num_items = 0
 
     def add(self, items_RQ: Tensor, exclude: Jagged | None, added_BR: Terms | None) -> None:
@@ -419,6 +451,17 @@ class _TopKOfQueries:
                 scores_BN[rows[inside], items[inside] - start] = float("-inf")
             self.best.add_block(scores_BN, self._num_items + start)
         self._num_items += num_items
+
+
+def _running_best(
+    num_queries: int, k: int, num_items: int | None, device: torch.device
+) -> _RunningTop1 | _SuccessiveMaxima | _RunningTopK:
+    if k == 1:
+        return _RunningTop1(num_queries, device)
+    is_single_block = num_items is not None and 0 < num_items <= _block_widths(device, num_queries)[0]
+    if num_items and is_single_block and device.type == "cpu" and k <= min(_FEW_PLACES, _FEW_SCORES // num_items):
+        return _SuccessiveMaxima(num_queries, k)
+    return _RunningTopK(num_queries, k, device)
 
 
 def _block_widths(device: torch.device, num_queries: int) -> tuple[int, int]:

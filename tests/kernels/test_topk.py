@@ -65,6 +65,7 @@ def test_equals_a_stable_sort(data: st.DataObject) -> None:
         "_MERGE_EVERY": data.draw(st.sampled_from([0.0, 0.5, 10.0])),
         "_STRIPS": data.draw(st.sampled_from([(), (2,), (5, 3)])),
         "_MAX_PER_PLACE": data.draw(st.sampled_from([0, 1, 64])),
+        "_FEW_PLACES": data.draw(st.sampled_from([0, 100])),
     }
     use_exclude = data.draw(st.booleans(), "exclude")
     added = generator.integers(-levels, levels + 1, (num_queries, num_items)).astype(np.float32)
@@ -118,7 +119,7 @@ def test_merge_keeps_the_order_of_indices() -> None:
 
 
 @pytest.mark.parametrize("where", ["queries", "items"])
-@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("k", [1, 5, 20])
 def test_scores_that_are_not_numbers_are_refused(where: str, k: int) -> None:
     sides: dict[str, Tensor] = {"queries": torch.ones(3, 4), "items": torch.ones(200, 4)}
     sides[where][2, 1] = torch.nan
