@@ -58,7 +58,8 @@ def write_log(path: Path, clicks: int) -> None:
     users, items = max(clicks // 20, 1), max(clicks // 50, 1)
 
     def drawn(seed: int) -> str:
-        return f"(hash(i, {seed}) / 18446744073709551616.0)"
+        # Not hash(i, seed): its values for two seeds are functions of each other.
+        return f"(hash(3 * i + {seed}) / 18446744073709551616.0)"
 
     columns = (
         f"'user' || CAST(floor({users} * pow({drawn(0)}, 1.5)) AS BIGINT) AS user_id, "

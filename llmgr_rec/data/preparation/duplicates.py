@@ -31,10 +31,7 @@ def drop_duplicates(database: Database) -> int:
     Returns:
         Number of deleted clicks.
     """
-    groups = f"SELECT {_SAME}, min(row) AS first FROM events GROUP BY {_SAME} HAVING count(*) > 1"
-    return database.delete(
-        "events", ["user", "row"], f"SELECT user, row FROM events JOIN ({groups}) USING ({_SAME}) WHERE row > first"
-    )
+    return _keep(database, f"row_number() OVER (PARTITION BY {_SAME} ORDER BY row) = 1")
 
 
 def merge_consecutive_repeats(database: Database) -> int:
@@ -46,11 +43,15 @@ def merge_consecutive_repeats(database: Database) -> int:
     Returns:
         Number of deleted clicks.
     """
-    return database.delete(
-        "events",
-        ["user", "row"],
-        "SELECT user, row FROM events QUALIFY item = lag(item) OVER (PARTITION BY user ORDER BY time, row)",
-    )
+    return _keep(database, "item IS DISTINCT FROM lag(item) OVER (PARTITION BY user ORDER BY time, row)")
+
+
+def _keep(database: Database, condition: str) -> int:
+    """Keeps the clicks of a condition on a window, and returns the number of the others."""
+    # To sort and write the clicks spills to disk; to delete what a join finds takes memory that grows with the log.
+    before = database.value("SELECT count(*) FROM events")
+    database.create("events", f"SELECT * FROM events QUALIFY {condition}")
+    return int(before - database.value("SELECT count(*) FROM events"))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmgr_rec.data.preparation import duckdb_database
+from llmgr_rec.data.preparation.duplicates import drop_duplicates, merge_consecutive_repeats
 from llmgr_rec.data.preparation.summary import summary_lines
 from llmgr_rec.data.repeats import RepeatCounts, decide_repeats
 from llmgr_rec.errors import UserError
@@ -180,3 +181,16 @@ def test_a_repeat_of_a_held_out_item_is_none_in_training(tmp_path: Path) -> None
     assert plain.dataset.manifest.repeat_counts["train"].repeated_targets == 2
     assert not {item["train_count"] for item in cut.items if item["item_id"] == "i90"} - {0}
     assert cut.dataset.manifest.repeat_counts["train"].repeated_targets == 0
+
+
+def test_duplicates_of_a_log_larger_than_the_memory_are_dropped(tmp_path: Path) -> None:
+    database = duckdb_database.DuckDBDatabase(tmp_path, memory_gb=16 / 1024, threads=2)
+    # Each click twice.
+    click = "hash(i // 2) % 20000 AS user, hash(-1 - i // 2) % 8000 AS item, hash(i // 2 + 500000) % 30000000 AS time"
+    database.create("events", f"SELECT {click}, i AS row, 0 AS phase FROM range(400000) clicks(i)")
+    assert drop_duplicates(database) == 200_000
+    database.create("events", "SELECT user, item // 4000 AS item, time, row, phase FROM events")
+    merged = merge_consecutive_repeats(database)
+    assert database.value("SELECT count(*) FROM events") == 200_000 - merged
+    assert merged == pytest.approx((200_000 - 20_000) / 2, rel=0.02)
+    database.close()
