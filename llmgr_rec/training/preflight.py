@@ -99,6 +99,7 @@ def check_run(request: RunRequest) -> CheckedRun:
     _check_sessions(dataset, catalog)
     warn_of_word_rule(dataset, catalog)
     stages = _stages_to_run(request)
+    _check_complete_stages(request)
     request = replace(request, config=resolve_one_pass(request.config, dataset, say="sbr" in stages))
     _check_output(request.output)
     if _complete_stages(request.output):
@@ -148,6 +149,23 @@ def _stages_to_run(request: RunRequest) -> list[StageName]:
     if request.stage != "all" and request.stage not in trained:
         raise UserError(f"setting {request.stage}.epochs is 0, so --stage {request.stage} has nothing to train")
     return [stage for stage in requested if stage not in complete and stage in trained]
+
+
+def _check_complete_stages(request: RunRequest) -> None:
+    """Checks that the complete stages of a run that is resumed had the schedules that the settings name."""
+    complete = _complete_stages(request.output)
+    for stage in trained_stages(request.config):
+        if stage not in complete or request.stage not in ("all", stage):
+            continue
+        schedule, trained = (
+            getattr(config, stage) for config in (request.config, read_config(request.output / "export" / stage))
+        )
+        for name, value in vars(trained).items():
+            if getattr(schedule, name) != value:
+                raise UserError(
+                    f"setting {stage}.{name} is {getattr(schedule, name)}, but stage {stage} of {request.output} is "
+                    f"complete with {value}; give the same setting, or another --output"
+                )
 
 
 def _complete_stages(output: Path) -> set[StageName]:

@@ -111,6 +111,7 @@ def begun(run: Path, finished: Path, done: Sequence[str], started: Sequence[str]
         ([], ["sbr"], ["--sbr.lr", "0.5"], r"setting sbr\.lr is 0\.5, but checkpoint .*step-00000003 was made with"),
         ([], ["sbr"], ["--tables.dim", "32"], r"setting tables\.dim is 32, but checkpoint"),
         (["sbr"], ["align"], ["--align.lr", "0.5"], r"setting align\.lr is 0\.5, but checkpoint"),
+        (["sbr"], [], ["--sbr.epochs", "9"], r"setting sbr\.epochs is 9, but stage sbr of .* is complete with \d"),
         (["sbr"], [], ["--tables.dim", "32"], r"setting tables\.dim is 32, but stage sbr in .* was trained with 16"),
         (["sbr"], [], ["--encoder.name", "srgnn"], r"encoder\.name is srgnn, but stage sbr in .* trained with gcsan"),
         (["sbr", "align"], [], ["--llm.lora_rank", "4"], r"llm\.lora_rank is 4, but stage align in .* trained with 2"),
