@@ -18,7 +18,7 @@ from llmgr_rec.config import StageName, TableDType
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
 from llmgr_rec.library_imports import command_imports
-from llmgr_rec.paths import LocalPath
+from llmgr_rec.paths import StoragePath, is_remote
 from llmgr_rec.remote_path import as_path
 
 if TYPE_CHECKING:
@@ -57,13 +57,18 @@ def _write_run(arguments: "Namespace") -> None:
     with command_imports():
         from llmgr_rec.storage.bundle_conversion import convert_run
 
-    output, run = Path(arguments.output), as_path(arguments.run)
+    output, run = as_path(arguments.output), as_path(arguments.run)
     print_start("export", [run], output)
     size = convert_run(run, output, arguments.table_dtype, arguments.stage, split_list(arguments.allow_code))
     print_result("export", f"embedding tables of {arguments.table_dtype}, {size / 2**20:,.1f} MiB", output)
 
 
 def _write_program(arguments: "Namespace") -> None:
+    if is_remote(arguments.output):
+        raise UserError(
+            f"--output {arguments.output}: a program is written on this machine; give a local path and copy the files"
+        )
+
     with command_imports():
         from llmgr_rec.scoring.program_export import check_output, write_program
         from llmgr_rec.storage.bundle import open_bundle
@@ -83,7 +88,7 @@ def _parser() -> "ArgumentParser":
     add_run_argument(parser)
     parser.add_argument(
         "--output",
-        type=LocalPath,
+        type=StoragePath,
         required=True,
         help="Program to write, NAME.pt2; the item ids are written to NAME.items.parquet beside it. With "
         "--table_dtype, folder to create.",

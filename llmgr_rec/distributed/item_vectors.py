@@ -87,14 +87,19 @@ class ItemVectors:
 
         Yields:
             Places of the items of a block among the items, empty where this rank has no more, and their vectors,
-            float32 [N, Q].
+            float32 [N, Q], which the next block overwrites.
         """
         if self.kept is not None:
             yield range(len(self.items)), self.kept
             return
+        block_NQ: Tensor | None = None
         for start in range(0, self.most_items, BLOCK_ITEMS):
             places = range(min(start, len(self.items)), min(start + BLOCK_ITEMS, len(self.items)))
-            yield places, self._vectors(places, min(BLOCK_ITEMS, self.most_items - start))
+            # The first block is the largest.
+            out_NQ = None if block_NQ is None else block_NQ[: len(places)]
+            vectors_NQ = self._vectors(places, min(BLOCK_ITEMS, self.most_items - start), out_NQ)
+            block_NQ = vectors_NQ if block_NQ is None else block_NQ
+            yield places, vectors_NQ
 
     def keep(self, out_RQ: Tensor | None = None) -> "ItemVectors":
         """Computes all vectors. A collective where the tables are sharded.

@@ -106,6 +106,8 @@ class TopKSearch:
         blocks = queries_BQ.split(_QUERY_BLOCK) if len(queries_BQ) else ()
         self._parts = [_TopKOfQueries(block_XQ, k, num_items) for block_XQ in blocks]
         self._empty = queries_BQ.new_empty(0, k, dtype=torch.float32)
+        # Of the scores of a block, for one part after the other.
+        self._buffer = queries_BQ.new_empty(0)
 
     @torch.no_grad()
     def add(self, items_RQ: Tensor, exclude: Jagged | None = None, added_BR: Terms | None = None) -> None:
@@ -119,8 +121,13 @@ class TopKSearch:
         Raises:
             UserError: A score is not a number.
         """
+        if not self._parts:
+            return
+        size = max(part.buffer_size(items_RQ) for part in self._parts)
+        if len(self._buffer) < size:
+            self._buffer = self._buffer.new_empty(size)
         if len(self._parts) == 1:
-            self._parts[0].add(items_RQ, exclude, added_BR)
+            self._parts[0].add(items_RQ, exclude, added_BR, self._buffer)
             return
         start = 0
         for part in self._parts:
@@ -129,6 +136,7 @@ class TopKSearch:
                 items_RQ,
                 None if exclude is None else exclude.narrow(start, stop),
                 None if added_BR is None else added_BR[start:stop],
+                self._buffer,
             )
             start = stop
 
@@ -430,14 +438,22 @@ class _TopKOfQueries:
         self.best = _running_best(self.num_queries, k, num_items, queries_BQ.device)
         self._num_items = 0
 
-    def add(self, items_RQ: Tensor, exclude: Jagged | None, added_BR: Terms | None) -> None:
-        """See `TopKSearch.add`."""
+    def buffer_size(self, items_RQ: Tensor) -> int:
+        """Scores that are in memory while items are compared."""
+        return self.num_queries * min(max(self._widths(items_RQ)), items_RQ.shape[0])
+
+    def _widths(self, items_RQ: Tensor) -> tuple[int, int]:
+        """Items of the next block and of a later one."""
+        first, width = _block_widths(items_RQ.device, self.num_queries)
+        return (width if self._num_items else first), width
+
+    def add(self, items_RQ: Tensor, exclude: Jagged | None, added_BR: Terms | None, buffer: Tensor) -> None:
+        """See `TopKSearch.add`; the buffer has room for `buffer_size` scores."""
         num_queries, num_items, device = self.num_queries, items_RQ.shape[0], items_RQ.device
-        first, width = _block_widths(device, num_queries)
-        buffer = self._queries_BQ.new_empty(num_queries * min(max(first, width), num_items))
+        first, width = self._widths(items_RQ)
         sparse_terms = _SparseTerms(added_BR, device) if isinstance(added_BR, sparse.csr_array) else None
         excluded = None if exclude is None else (exclude.row_of_value, exclude.values)
-        for start, stop in _item_blocks(num_items, width if self._num_items else first, width):
+        for start, stop in _item_blocks(num_items, first, width):
             scores_BN = buffer[: num_queries * (stop - start)].view(num_queries, stop - start)
             if isinstance(added_BR, Tensor):
                 torch.addmm(added_BR[:, start:stop], self._queries_BQ, items_RQ[start:stop].T, out=scores_BN)

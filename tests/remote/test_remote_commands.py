@@ -74,7 +74,8 @@ def test_commands_write_the_same_bytes_as_on_this_machine(bucket: Path, tmp_path
         prepare(f"{where}/raw", f"{where}/dataset")
         run("score", run=f"{where}/run" if where == BUCKET else small_run().run, input=f"{where}/dataset/test",
             output=f"{where}/scores", part_rows=20)  # fmt: skip
-    for folder in ("dataset", "scores"):
+        run("export", run=small_run().run, output=f"{where}/smaller", table_dtype="int8", stage="sbr")
+    for folder in ("dataset", "scores", "smaller"):
         assert all_bytes(bucket / folder) == all_bytes(tmp_path / folder)
     run("evaluate", run=f"{BUCKET}/run", dataset=f"{BUCKET}/dataset", output=f"{BUCKET}/metrics.json", models="sbr")
     run("report", run=f"{BUCKET}/run", metrics=f"{BUCKET}/metrics.json", output=f"{BUCKET}/report")

@@ -133,6 +133,7 @@ def test_a_compiled_program_ranks_as_the_recommender(name: str, tmp_path: Path) 
     ("words", "message"),
     [
         (["--output", "model.txt"], "ends with .pt2"),
+        (["--output", "s3://bucket/model.pt2"], "a program is written on this machine"),
         (["--output", "model.pt2", "--k", "0"], "k is 0"),
         (["--output", "model.pt2"], "has a language model, which is not exported; export that of stage sbr"),
     ],
