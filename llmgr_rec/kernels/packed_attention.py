@@ -162,7 +162,7 @@ class _Part:
 
     def add_to(self, rows_GME: Tensor, own: Tensor) -> None:
         """Adds what `own_rows` has the form of."""
-        rows_GME[:, self.queries] += own.view(self.shape[0], -1, own.shape[2])
+        rows_GME[:, self.queries].add_(own.view(self.shape[0], -1, own.shape[2]))
 
     def weights(self, scores_GMP: Tensor, own_scores: Tensor) -> Tensor:
         """Softmax over prefix and own tokens.
@@ -196,7 +196,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask
     Returns:
         Results, [1, Z or Y, h, E]; differentiable once.
     """
-    query_, key_, value_ = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query_, key_, value_ = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     # Products are in the format of the inputs; autocast would widen the softmax.
     with torch.autocast(query.device.type, enabled=False):
         result: Tensor = _PackedAttention.apply(query_, key_, value_, mask, scale)

@@ -122,8 +122,6 @@ def softmax_loss(
     if dtype is not None and (padding := row_padding(queries_BQ.shape[0], dtype, queries_BQ.device)):
         queries_BQ = pad(queries_BQ, (0, 0, 0, padding))
         target_columns_B, row_weights_B = (pad(rows, (0, padding)) for rows in (target_columns_B, row_weights_B))
-    if dtype not in (None, queries_BQ.dtype) and items_CQ.device.type == "cpu" and bias_C is not None:
-        items_CQ, bias_C = _with_whole_steps(items_CQ, bias_C)
     is_weighted_B = row_weights_B > 0
     return _SoftmaxLoss.apply(
         queries_BQ,
@@ -135,12 +133,6 @@ def softmax_loss(
         # Inside of a Function gradients are off, so whether one is wanted has to be asked here.
         torch.is_grad_enabled() and (queries_BQ.requires_grad or items_CQ.requires_grad),
     )
-
-
-def _with_whole_steps(items_CQ: Tensor, bias_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Items and bias with columns that have no part in the softmax, up to a multiple of `_COLUMN_STEP`."""
-    missing = -items_CQ.shape[0] % _COLUMN_STEP
-    return pad(items_CQ, (0, 0, 0, missing)), pad(bias_C, (0, missing), value=2 * _LEFT_OUT)
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -157,10 +149,10 @@ class _SoftmaxLoss(torch.autograd.Function):
     ) -> Tensor:
         columns = _Columns.of(items_CQ, bias_C, dtype)
         target_items_BQ = items_CQ.index_select(0, targets_B)
-        gradients = _Gradients.empty(queries_BQ, items_CQ) if with_gradients else None
+        gradients = _Gradients.empty(queries_BQ, columns.items_CQ.shape[0]) if with_gradients else None
         loss = queries_BQ.new_zeros(())
         is_small = _scores_are_small(queries_BQ, items_CQ, bias_C)
-        rows = _block_rows(queries_BQ.shape[0], items_CQ, dtype, low_precision=dtype != queries_BQ.dtype)
+        rows = _block_rows(queries_BQ.shape[0], columns.items_CQ, low_precision=dtype != queries_BQ.dtype)
         # One buffer for all blocks: the allocator would map memory of this size anew for each of them.
         buffer_bC = _score_buffer(columns.items_CQ, min(rows, queries_BQ.shape[0]))
         for block in _blocks(queries_BQ.shape[0], rows):
@@ -173,7 +165,7 @@ class _SoftmaxLoss(torch.autograd.Function):
                 gradients.add_block(block, scores_bC, sums_b1.reciprocal() * weights_b1, queries_bQ, columns.items_CQ)
         if gradients is not None:
             gradients.subtract_targets(queries_BQ, target_items_BQ, targets_B, weights_B.unsqueeze(1))
-            ctx.save_for_backward(gradients.queries_BQ, gradients.items_CQ)
+            ctx.save_for_backward(gradients.queries_BQ, gradients.items_CQ[: items_CQ.shape[0]])
         return loss
 
     @staticmethod
@@ -201,13 +193,21 @@ class _Columns:
 
     @classmethod
     def of(cls, items_CQ: Tensor, bias_C: Tensor | None, dtype: torch.dtype) -> "_Columns":
-        """The columns; a CPU does not add a bias that only leaves out items, which takes a fourth of the product."""
+        """The columns; a CPU does not add a bias that only leaves out items, which takes a fourth of the product.
+
+        In a lower precision it has more columns, which have no part in the softmax, up to a multiple of `_COLUMN_STEP`.
+        """
         if bias_C is None:
             return cls(items_CQ.to(dtype))
-        if bias_C.device.type == "cpu":
-            left_out_X = (bias_C <= _LEFT_OUT).nonzero().squeeze(1)
-            if left_out_X.numel() == torch.count_nonzero(bias_C):
-                return cls(items_CQ.to(dtype), left_out_X=left_out_X)
+        if bias_C.device.type != "cpu":
+            return cls(items_CQ.to(dtype), bias_C.to(dtype))
+        if dtype != items_CQ.dtype and (missing := -items_CQ.shape[0] % _COLUMN_STEP):
+            more_CQ = items_CQ.new_zeros(items_CQ.shape[0] + missing, items_CQ.shape[1], dtype=dtype)
+            more_CQ[: items_CQ.shape[0]] = items_CQ
+            items_CQ, bias_C = more_CQ, pad(bias_C, (0, missing), value=2 * _LEFT_OUT)
+        left_out_X = (bias_C <= _LEFT_OUT).nonzero().squeeze(1)
+        if left_out_X.numel() == torch.count_nonzero(bias_C):
+            return cls(items_CQ.to(dtype), left_out_X=left_out_X)
         return cls(items_CQ.to(dtype), bias_C.to(dtype))
 
     def scores(self, queries_bQ: Tensor, out_bC: Tensor) -> Tensor:
@@ -226,16 +226,16 @@ class _Columns:
 
 @dataclass
 class _Gradients:
-    """Gradients of the loss in the queries' number format."""
+    """Gradients of the loss in the queries' number format, with a row for each of `_Columns`."""
 
     queries_BQ: Tensor
     items_CQ: Tensor
 
     @classmethod
-    def empty(cls, queries_BQ: Tensor, items_CQ: Tensor) -> "_Gradients":
+    def empty(cls, queries_BQ: Tensor, columns: int) -> "_Gradients":
         # Without rows there is no block to write.
-        make = torch.empty_like if queries_BQ.shape[0] else torch.zeros_like
-        return cls(torch.empty_like(queries_BQ), make(items_CQ))
+        make = queries_BQ.new_empty if queries_BQ.shape[0] else queries_BQ.new_zeros
+        return cls(torch.empty_like(queries_BQ), make(columns, queries_BQ.shape[1]))
 
     def add_block(
         self, block: slice, exps_bC: Tensor, factors_b1: Tensor, queries_bQ: Tensor, items_CQ: Tensor
@@ -305,13 +305,16 @@ def _blocks(num_rows: int, block_rows: int) -> Iterator[slice]:
         yield slice(start, start + block_rows)
 
 
-def _block_rows(num_rows: int, items_CQ: Tensor, dtype: torch.dtype, low_precision: bool) -> int:
-    """Rows of one block; blocks are of one size but for the last, which is hardly smaller."""
+def _block_rows(num_rows: int, items_CQ: Tensor, low_precision: bool) -> int:
+    """Rows of one block.
+
+    In a lower precision blocks have one size, but for the last, which is hardly smaller: a block of few rows widens as
+    large a gradient of the items as any.
+    """
     block_bytes = _CPU_BLOCK_BYTES if items_CQ.device.type == "cpu" else _GPU_BLOCK_BYTES
     least = _MIN_BLOCK_ROWS_LOW_PRECISION if low_precision else _MIN_BLOCK_ROWS
-    rows = max(least, block_bytes // (dtype.itemsize * max(1, items_CQ.shape[0])))
-    blocks = max(1, round(num_rows / rows))
-    return max(1, -(-num_rows // blocks))
+    rows = max(least, block_bytes // (items_CQ.dtype.itemsize * max(1, items_CQ.shape[0])))
+    return max(1, -(-num_rows // max(1, round(num_rows / rows)))) if low_precision else rows
 
 
 def _score_buffer(items_CQ: Tensor, rows: int) -> Tensor:

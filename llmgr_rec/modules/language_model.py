@@ -143,8 +143,8 @@ class LoraLanguageModel(nn.Module):
             **masks,
         ).last_hidden_state
         if self._last_token_only:
-            return hidden_1ZH[0, :num_outputs]
-        return hidden_1ZH[0].index_select(0, prefix + packed.output_token_C)
+            return hidden_1ZH.squeeze(0)[:num_outputs]
+        return hidden_1ZH.squeeze(0).index_select(0, prefix + packed.output_token_C)
 
     def _padding(self, rows: int) -> int:
         """Rows to add to the packed row, see `row_padding`."""

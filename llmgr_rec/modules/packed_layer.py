@@ -43,12 +43,12 @@ class _PackedLayer:
     ) -> Tensor:
         if packed_mask is None or last_layer_mask is None:
             return super().forward(hidden_states, **kwargs)  # type: ignore[misc]
-        cos_ZE, sin_ZE = (part[0] for part in kwargs["position_embeddings"])
-        # All dtypes are those of the weights, without a check at each operator.
+        cos_ZE, sin_ZE = (part.squeeze(0) for part in kwargs["position_embeddings"])
+        # All dtypes are those of the weights, without a check at each operator. The gradient of squeeze copies nothing.
         with torch.autocast(hidden_states.device.type, enabled=False):
             if self.outputs_only:
-                return _forward(self, hidden_states[0], cos_ZE, sin_ZE, last_layer_mask, True).unsqueeze(0)
-            return _forward(self, hidden_states[0], cos_ZE, sin_ZE, packed_mask, False).unsqueeze(0)
+                return _forward(self, hidden_states.squeeze(0), cos_ZE, sin_ZE, last_layer_mask, True).unsqueeze(0)
+            return _forward(self, hidden_states.squeeze(0), cos_ZE, sin_ZE, packed_mask, False).unsqueeze(0)
 
 
 class PackedLlamaLayer(_PackedLayer, LlamaDecoderLayer):
@@ -108,7 +108,7 @@ def _forward(
     query, key = rotate(query, query_cos, query_sin), rotate(key, cos_ZE, sin_ZE)
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     attended = packed_attention(query, key, value, mask, float(attention.scaling))
-    hidden_YH = hidden_YH + _products(attended[0].flatten(1), attention.o_proj)[0]
+    hidden_YH = hidden_YH + _products(attended.flatten(2).squeeze(0), attention.o_proj)[0]
     mlp = layer.mlp
     gate, up = _products(_norm(layer.post_attention_layernorm, hidden_YH), mlp.gate_proj, mlp.up_proj)
     return hidden_YH + _products(mlp.act_fn(gate) * up, mlp.down_proj)[0]

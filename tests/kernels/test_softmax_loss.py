@@ -121,7 +121,7 @@ def test_batches_and_samples_of_different_sizes_have_products_of_one_shape_in_bf
 
 @pytest.mark.parametrize(("rows", "blocks"), [(281, [281]), (400, [200, 200]), (600, [300, 300]), (0, [])])
 def test_the_last_block_is_hardly_smaller(rows: int, blocks: list[int]) -> None:
-    size = kernel._block_rows(rows, torch.empty(1 << 20, 1), torch.bfloat16, low_precision=True)
+    size = kernel._block_rows(rows, torch.empty(1 << 20, 1), low_precision=True)
     assert [len(range(rows)[block]) for block in kernel._blocks(rows, size)] == blocks
 
 
