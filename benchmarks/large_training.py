@@ -67,6 +67,7 @@ def train_settings(dim: int, neighbors: Sequence[str], threads: int) -> list[str
         "tables.dim": dim,
         "tables.optimizer": "rowwise_adagrad",
         "tables.knn_smoothing": "[0.0]",
+        "optimizer.average": 0,
         "blend.neighbors": f"[{','.join(neighbors)}]",
         "sbr.epochs": 2,
         "sbr.max_steps": _STEPS,

@@ -114,7 +114,7 @@ class EncoderConfig(Group):
         50, "Newest clicks that are encoded (sasrec, esasrec, hstu, gru4rec).", at_least=1, at_most=100_000
     )
     dropout: float = setting(
-        0.5, "Probability of dropping an activation.", at_least=0, below=1, invalidates="checkpoint"
+        0.4, "Probability of dropping an activation.", at_least=0, below=1, invalidates="checkpoint"
     )
     score: Literal["dot", "cosine"] = setting(
         "cosine", "Session-item score: dot product, or cosine divided by the temperature."
@@ -318,7 +318,7 @@ class OptimizerConfig(Group):
     )
     clip_norm: float = setting(1.0, "Largest global norm of the gradient.", above=0, at_most=1e9)
     average: float = setting(
-        0.0,
+        0.7,
         "Share of the steps of stage sbr, the last ones, over which the weights are averaged, in place of the cosine; "
         "the mean is validated and exported, and takes the memory of the weights once more. 0 decays to zero instead.",
         at_least=0,
@@ -560,7 +560,7 @@ class Config:
     sbr: StageConfig = group(
         StageConfig,
         "Stage sbr: training of the session recommender.",
-        values={"epochs": 8, "lr": 3e-3, "patience": 2},
+        values={"epochs": 4, "lr": 3e-3, "patience": 2},
         stages=("sbr",),
         invalidates="checkpoint",
     )

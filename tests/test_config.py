@@ -34,7 +34,7 @@ encoder.attention_layers          int                                           
 encoder.attention_heads           int                                               1
 encoder.last_item_weight          float                                             0.6
 encoder.max_clicks                int                                               50
-encoder.dropout                   float                                             0.5
+encoder.dropout                   float                                             0.4
 encoder.score                     dot | cosine                                      "cosine"
 encoder.temperature               float                                             0.07
 encoder.one_pass                  auto | bool                                       false
@@ -75,8 +75,8 @@ domains.power                     float                                         
 optimizer.weight_decay            float                                             0.01
 optimizer.warmup                  float                                             0.05
 optimizer.clip_norm               float                                             1.0
-optimizer.average                 float                                             0.0
-sbr.epochs                        int                                               8
+optimizer.average                 float                                             0.7
+sbr.epochs                        int                                               4
 sbr.max_steps                     int                                               0
 sbr.batch_size                    int                                               512
 sbr.lr                            float                                             0.003

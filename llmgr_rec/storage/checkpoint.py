@@ -38,7 +38,7 @@ from llmgr_rec.storage.checkpoint_state import (
     optimizer_tensors,
 )
 from llmgr_rec.storage.checkpoint_writer import CheckpointWriter, TensorChecksums, merge
-from llmgr_rec.storage.fingerprint import default_settings, fingerprint
+from llmgr_rec.storage.fingerprint import fingerprint, values_before_settings
 from llmgr_rec.versions import installed_versions
 
 logger = logging.getLogger(__name__)
@@ -351,8 +351,9 @@ class CheckpointManager:
                 f"{self._identity.factory or 'none'}; give another --output"
             )
         now = json.loads(json.dumps(dict(self._identity.settings)))
-        # A setting that the version which wrote the checkpoint did not have acted as its default does.
-        before = {name: value for name, value in default_settings().items() if name in now} | dict(identity.settings)
+        # The version which wrote the checkpoint may not have had a setting.
+        known = {name: value for name, value in values_before_settings().items() if name in now}
+        before = known | dict(identity.settings)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(

@@ -14,6 +14,9 @@ from llmgr_rec.config import Config, StageName, settings
 from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.storage.number_format import resolve_dtype
 
+# Values of settings before they were there, where those are not their defaults.
+_BEFORE = {"optimizer.average": 0.0}
+
 
 def fingerprint(stage: StageName, config: Config, device: torch.device) -> dict[str, Any]:
     """Settings that determine the weights of a stage, given the weights it starts from.
@@ -39,9 +42,10 @@ def fingerprint(stage: StageName, config: Config, device: torch.device) -> dict[
     return values
 
 
-def default_settings() -> dict[str, Any]:
-    """Default of each setting by dotted name, as JSON has it."""
-    return {setting.name: json.loads(json.dumps(setting.value)) for setting in settings(Config())}
+def values_before_settings() -> dict[str, Any]:
+    """What versions that did not have a setting did: its default mostly; by dotted name, as JSON has it."""
+    defaults = {setting.name: json.loads(json.dumps(setting.value)) for setting in settings(Config())}
+    return defaults | _BEFORE
 
 
 def inherited_settings(earlier: StageName, config: Config) -> dict[str, Any]:

@@ -171,9 +171,10 @@ def refusals(world: World, folder: str, model: nn.Module, optimizer: KeyedOptimi
 
     attempt("catalog", Identity("sbr", "catalog-b", IDENTITY.settings))
     attempt("settings", Identity("sbr", "catalog-a", {**IDENTITY.settings, "seed": 1}))
-    # The version that wrote the checkpoint did not have a setting: it acted as its default does.
+    # The version that wrote the checkpoint did not have a setting: it did what its default does, or did not average.
     attempt("later", Identity("sbr", "catalog-a", {**IDENTITY.settings, "tables.dtype": "float16"}))
-    later = Identity("sbr", "catalog-a", {**IDENTITY.settings, "tables.dtype": "float32"})
+    new = {"tables.dtype": "float32", "optimizer.average": 0.0}
+    later = Identity("sbr", "catalog-a", {**IDENTITY.settings, **new})
     manager(str(Path(folder, "kept")), world, later).load(model, optimizer)
     attempt("stage", Identity("align", "catalog-a", IDENTITY.settings))
     attempt("factory", Identity("sbr", "catalog-a", IDENTITY.settings, "shuffled_words"))

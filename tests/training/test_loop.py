@@ -86,6 +86,7 @@ def seldom_but_every_step_logged(config: Config) -> None:
 def without_validation(config: Config) -> None:
     config.sbr.epochs, config.runtime.eval_every = 2, 0
     config.runtime.keep_checkpoints = 1
+    config.optimizer.average = 0
 
 
 def averaged(config: Config) -> None:
