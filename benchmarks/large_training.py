@@ -2,12 +2,12 @@
 
 ```sh
 python -m benchmarks.large_training --items [2000000] --ranks 2
-python -m benchmarks.large_training --items [20000000] --ranks 2 --neighbors [item_knn]
+python -m benchmarks.large_training --items [20000000] --ranks 2
 ```
 
 Sessions are random, and items have categories, brands and words, but no titles. A rank takes a few steps, a checkpoint,
-a validation, the selection of blend weights where there are neighbors, and the export. The second line needs about 10
-GB of disk and 16 GB of memory.
+a validation, the selection of blend weights where there are neighbors, and the export. The second line needs about 22
+GB of disk and 10 GB of memory.
 """
 
 import json
