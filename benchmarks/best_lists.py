@@ -16,9 +16,10 @@ from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import RankingModel
 from llmgr_rec.evaluation.intervals import K
-from llmgr_rec.evaluation.protocol import ranked_lists
+from llmgr_rec.evaluation.protocol import batches_of_rank, identity, ranked_lists, split_reader
 
 Ranks = NDArray[np.int64]
+_READ_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,28 @@ def best_lists(ranking: RankingModel, dataset: Dataset, split: str, depth: int) 
     clicks = Jagged.from_lengths(torch.cat([lists.clicks.values for lists in found]), lengths)
     parts = ([getattr(lists, name) for lists in found] for name in ("targets_S", "ids_SD", "scores_SD"))
     return Lists(clicks, *map(torch.cat, parts))
+
+
+def training_sessions(dataset: Dataset) -> Lists:
+    """The sessions of the training split, with empty lists."""
+    raws = list(batches_of_rank(split_reader(dataset, "train", _READ_ROWS, identity), World.alone(), "read"))
+    lengths = torch.cat([raw.offsets_B1.diff() for raw in raws])
+    clicks = Jagged.from_lengths(torch.cat([raw.items_L for raw in raws]), lengths)
+    targets_S = torch.cat([raw.targets_B for raw in raws])
+    return Lists(clicks, targets_S, targets_S.new_zeros(len(targets_S), 0), torch.zeros(len(targets_S), 0))
+
+
+def popular_examples(lists: Lists, count: int, random: np.random.Generator) -> tuple[Jagged, Tensor, Tensor]:
+    """As `examples`, with targets of random other sessions as the others, and no scores.
+
+    The run was trained on these sessions, so that its lists and scores have seen their targets.
+    """
+    sessions = len(lists)
+    others_SN = lists.targets_S[torch.from_numpy(random.integers(sessions, size=(sessions, count - 1)))]
+    is_target_SN = others_SN == lists.targets_S[:, None]
+    scores_SN = torch.zeros(sessions, count)
+    scores_SN[:, 1:].masked_fill_(is_target_SN, float("-inf"))
+    return lists.clicks, torch.cat([lists.targets_S[:, None], others_SN], dim=1), scores_SN
 
 
 def examples(lists: Lists, count: int, random: np.random.Generator) -> tuple[Jagged, Tensor, Tensor]:

@@ -3,11 +3,14 @@
     python -m llmgr_rec.train --dataset runs/beauty/dataset --output runs/beauty/default
     python -m benchmarks.cross_encoder --run runs/beauty/default --dataset runs/beauty/dataset --work runs/beauty/cross
 
-The candidates of a session are the 20 best items of a trained run. A decoder with LoRA and a linear head learns, by a
-listwise softmax over the run's score plus its own, which of them was clicked next. It is fitted on a part of the
-validation sessions, on which the run was not trained. Its score times a weight is added to the run's where the margin
-between the run's two best items is below a threshold; both are selected on the other part. Test sessions are ranked
-once. Controls are random weights in place of pre-trained ones, and trees (`blend.reranker lambdamart`).
+The candidates of a session are the 20 best items of a trained run. A decoder with LoRA and a linear head learns by a
+listwise softmax which item was clicked next. Its score times a weight is added to the run's where the margin between
+the run's two best items is below a threshold; both are selected on validation sessions. Test sessions are ranked once.
+Controls are random weights in place of pre-trained ones, and trees (`blend.reranker lambdamart`).
+
+`--fit_on training` takes training sessions, and the next items of other sessions as candidates. `--fit_on validation`
+takes 70 % of the validation sessions, on which the run was not trained, with candidates from the run's lists and the
+run's score in the softmax; the other 30 % are for the selection.
 
 What is in the work folder is not computed again, so that the command can be repeated until it is complete.
 
@@ -17,13 +20,13 @@ Shapes: S sessions, K candidates of a list.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.best_lists import Lists, Ranks, best_lists
+from benchmarks.best_lists import Lists, Ranks, best_lists, training_sessions
 from benchmarks.blending import timed_ranks
 from benchmarks.cross_encoder_fit import WAYS, Training, Work
 from benchmarks.harness import benchmark_parser, set_threads, write_report
@@ -78,7 +81,7 @@ class Parts:
     """Lists of a run: where the cross-encoder is fitted, where weight and threshold are selected, and of the test.
 
     Args:
-        fitted: Lists with the target among their items.
+        fitted: Lists with the target among their items, or training sessions.
         selected: Lists of K items.
         test: Lists of K items.
         trees_S: Target ranks of the test sessions by the run with trees; None if cross-validation does not keep these.
@@ -90,7 +93,7 @@ class Parts:
     trees_S: Ranks | None
 
     @classmethod
-    def of(cls, run: str, dataset: Dataset, catalog: Catalog, depth: int, most: int, seed: int) -> "Parts":
+    def of(cls, run: str, dataset: Dataset, catalog: Catalog, depth: int, most: int, fit_on: str, seed: int) -> "Parts":
         """The lists of a run.
 
         Args:
@@ -99,6 +102,7 @@ class Parts:
             catalog: The items.
             depth: Length of the fitted lists.
             most: Most sessions of the selection and of the test each; 0 takes all.
+            fit_on: `training` or `validation` sessions.
             seed: Seed of the random choices.
 
         Raises:
@@ -113,15 +117,17 @@ class Parts:
         reranker = Reranker.of(with_trees(blend, ranking, dataset, catalog, _WORLD), catalog.train_count_V)
         valid, test = (best_lists(ranking, dataset, split, depth) for split in ("valid", "test"))
         random = np.random.default_rng(seed)
-        fitted, selected = np.split(random.permutation(len(valid)), [int(_FITTED_SHARE * len(valid))])
+        fitted_share = _FITTED_SHARE if fit_on == "validation" else 0.0
+        fitted, selected = np.split(random.permutation(len(valid)), [int(fitted_share * len(valid))])
         of_test = random.permutation(len(test))[: most or None]
         fit_rows, rows, test_rows = (
             torch.from_numpy(np.sort(part)) for part in (fitted, selected[: most or None], of_test)
         )
         lists = valid.rows(fit_rows)
+        lists = lists.rows(lists.hits) if fit_on == "validation" else training_sessions(dataset)
         trees_S = None if reranker is None else timed_ranks(replace(ranking, reranker=reranker), dataset)[0][test_rows]
-        parts = cls(lists.rows(lists.hits), valid.rows(rows).top(K), test.rows(test_rows).top(K), trees_S)
-        if not all(len(some.hits) for some in (parts.fitted, parts.selected, parts.test)):
+        parts = cls(lists, valid.rows(rows).top(K), test.rows(test_rows).top(K), trees_S)
+        if not (len(lists) and len(parts.selected.hits) and len(parts.test.hits)):
             raise UserError(f"{run} finds too few targets in its lists; train it longer, or take more sessions")
         return parts
 
@@ -136,13 +142,15 @@ def compare(work: Work, parts: Parts) -> dict[str, Any]:
         for name, lists in (("selection", parts.selected), ("test", test)):
             scores_SK, cost_of_session = work.scores(way, name, model, lists.rows(lists.hits))
             full[name] = torch.zeros_like(lists.scores_SD).index_copy(0, lists.hits, scores_SK)
-        chosen = select(parts.selected, full["selection"])
+        chosen, selected = select(parts.selected, full["selection"]), parts.selected
         point = (chosen["weight"], chosen["threshold"])
+        selected_S = selected.target_ranks(added(selected, full["selection"], *point))
+        gain = gains(selected_S, selected.target_ranks(torch.zeros_like(selected.scores_SD)))
         ranks[way] = test.target_ranks(added(test, full["test"], *point))
         results[way] = {
             "training": cost,
             "ranking": cost_of_session,
-            "selected": {**chosen, "before": _ndcg(parts.selected.target_ranks(torch.zeros_like(full["selection"])))},
+            "selected": {**chosen, "gain": gain},
             "ranked_again": float((test.margin_S <= chosen["threshold"]).float().mean()) if chosen["weight"] else 0.0,
             _NDCG: _ndcg(ranks[way]),
             "gain": gains(ranks[way], before_S),
@@ -174,10 +182,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--work", type=LocalPath, required=True, help="Folder of fitted weights and scores.")
     parser.add_argument("--llm", type=str, default="smollm2", help="Decoder, as llm.name_or_path.")
     parser.add_argument("--layers", type=int, default=4, help="Its first layers that are used; 0 uses all.")
-    parser.add_argument("--epochs", type=int, default=2, help="Passes over the fitted sessions.")
+    parser.add_argument("--epochs", type=int, default=1, help="Passes over the fitted sessions.")
     parser.add_argument("--sessions", type=int, default=3000, help="Most sessions of a pass.")
     parser.add_argument(
         "--ranked_sessions", type=int, default=0, help="Sessions to select on and to test; 0 takes all."
+    )
+    parser.add_argument(
+        "--fit_on", type=Literal["training", "validation"], default="training", help="Sessions to fit on."
     )
     parser.add_argument("--depth", type=int, default=100, help="Items of a list in training, the target among them.")
     parser.add_argument("--candidates", type=int, default=8, help="Candidates of a session in training.")
@@ -198,7 +209,9 @@ def main(argv: Sequence[str]) -> None:
     if args["device"] != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device is {args['device']}, but torch finds no GPU; give cpu")
     training = Training(**{name: args[name] for name in Training.__dataclass_fields__})
-    parts = Parts.of(args["run"], dataset, catalog, args["depth"], args["ranked_sessions"], args["seed"])
+    parts = Parts.of(
+        args["run"], dataset, catalog, args["depth"], args["ranked_sessions"], args["fit_on"], args["seed"]
+    )
     results = compare(Work(Path(args["work"]), training, catalog, (parts.fitted, parts.selected, parts.test)), parts)
     write_report(args["output"], args, results)
 

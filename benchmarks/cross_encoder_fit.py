@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.best_lists import Lists, examples
+from benchmarks.best_lists import Lists, examples, popular_examples
 from benchmarks.candidate_prompts import CrossEncoder
 from llmgr_rec.cli import progress
 from llmgr_rec.data.catalog import Catalog
@@ -56,6 +56,7 @@ class Training:
         lr: Largest learning rate of AdamW.
         tokens: Most tokens of a title.
         clicks: Newest clicks that are shown.
+        fit_on: `training` or `validation` sessions.
         seed: Seed of all random numbers.
         device: Device of the decoder.
     """
@@ -70,6 +71,7 @@ class Training:
     lr: float
     tokens: int
     clicks: int
+    fit_on: str
     seed: int
     device: str
 
@@ -94,15 +96,16 @@ def build(training: Training, catalog: Catalog, way: str) -> CrossEncoder:
 
 
 def fit(model: CrossEncoder, lists: Lists, training: Training) -> dict[str, float]:
-    """Trains on lists that have their targets.
+    """Trains on lists that have their targets, or on training sessions.
 
     Returns:
         Processor seconds, tokens of a session, sessions, and mean losses of the first and the last tenth of the steps.
     """
     random, device = np.random.default_rng(training.seed), training.device
+    make = popular_examples if training.fit_on == "training" else examples
     passes = [random.permutation(len(lists))[: training.sessions] for _ in range(training.epochs)]
     rows = torch.from_numpy(np.concatenate(passes))
-    clicks, items_SN, _ = examples(lists.rows(rows[:_STANDARDIZED]), training.candidates, random)
+    clicks, items_SN, _ = make(lists.rows(rows[:_STANDARDIZED]), training.candidates, random)
     model.standardize(clicks, items_SN)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.01, fused=True)
@@ -113,7 +116,7 @@ def fit(model: CrossEncoder, lists: Lists, training: Training) -> dict[str, floa
     for step, batch in enumerate(batches):
         done = step / len(batches)
         optimizer.param_groups[0]["lr"] = training.lr * min((done + 1e-3) / _WARM_UP, (1 - done) / (1 - _WARM_UP))
-        clicks, items_SN, scores_SN = examples(lists.rows(batch), training.candidates, random)
+        clicks, items_SN, scores_SN = make(lists.rows(batch), training.candidates, random)
         # The target is the first candidate.
         loss = cross_entropy(scores_SN.to(device) + model(clicks, items_SN), target_S[: len(batch)])
         optimizer.zero_grad()
@@ -160,7 +163,7 @@ class Work:
         self._training, self._catalog = training, catalog
         digest = hashlib.sha256(json.dumps(asdict(training), sort_keys=True).encode())
         for some in lists:
-            digest.update(some.ids_SD.numpy().tobytes() + some.scores_SD.numpy().tobytes())
+            digest.update(some.targets_S.numpy().tobytes() + some.scores_SD.numpy().tobytes())
         self._folder = folder / digest.hexdigest()[:12]
 
     def fitted(self, way: str, lists: Lists) -> tuple[CrossEncoder, dict[str, float]]:
