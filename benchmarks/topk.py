@@ -33,7 +33,7 @@ _MIB = 1 << 20
 _MAX_SCORES = 1 << 25
 # Items and places of the sweep.
 _SWEEP_ITEMS = (500, 1349, 4000, 12_101, 40_000, 200_000, 1_000_000)
-_SWEEP_K = (1, 20, 21, 100, 1000)
+_SWEEP_K = (1, 2, 5, 10, 20, 21, 100, 1000)
 _RANKS = 2
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmgr_rec.baselines.builders import build_baseline
 from llmgr_rec.data.dataset import Dataset
@@ -20,6 +21,8 @@ from tests.small_run import ONE_RANK, small_run
 # Measured: 229 calls and 426 operators for the model, at most 99 and 133 for a baseline, with reading and metrics.
 # Another version of torch may split some operators.
 MOST_OF_A_MODEL, MOST_OF_A_BASELINE = (300, 540), (130, 170)
+# Additions and multiplications of matrix products, and elements that copying operators write. Measured: 4,480 and 430.
+MOST_OF_A_SESSION = (4900, 480)
 
 
 @pytest.fixture
@@ -85,3 +88,17 @@ def test_neither_calls_nor_operators_depend_on_the_sessions(
 def test_without_a_language_model_twice_the_sessions_are_ranked_at_once() -> None:
     bundle = load_bundle(small_run().run / "export" / "sbr")
     assert bundle.evaluation_batch_size == 2 * bundle.config.runtime.eval_batch_size
+
+
+def test_products_and_copies_of_the_model_grow_with_the_sessions_alone() -> None:
+    dataset = small_run().dataset
+    evaluate, counts = model(dataset), []
+    for split in ("test", "train"):
+        evaluate(split)
+        with FlopCounterMode(display=False) as products, Operators() as operators:
+            evaluate(split)
+        counts.append((products.get_total_flops(), operators.copied))
+    sessions = dataset.manifest.num_examples["train"] - dataset.manifest.num_examples["test"]
+    # What is computed once for all items is left out.
+    for few, many, most in zip(*counts, MOST_OF_A_SESSION, strict=True):
+        assert 0 < many - few <= most * sessions
