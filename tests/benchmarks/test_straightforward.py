@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import scoring, tuning, utilization
 from benchmarks.language_setup import Setup, make_config
-from benchmarks.operator_kinds import FROZEN, KINDS, LORA, LOSS, operator_costs
+from benchmarks.operator_kinds import ATTENTION, FROZEN, KINDS, LORA, LOSS, operator_costs
 from benchmarks.tuning import Comparison, Trainer
 from tests.small_run import small_run
 
@@ -85,8 +85,9 @@ def test_utilization_reports_shares_of_the_peak_and_gains(tmp_path, capsys):
             found = results[dtype][name]
             assert 0 < found["share"]["median"] < 1
             assert found["operators_ms"]["mm"] > 0
-            assert found["ms"][FROZEN] > 0
-            assert found["gflops"][FROZEN] > 0
+            # The tiny model's frozen layers are hardly wider than LoRA's rank, and count among its products.
+            assert found["ms"][ATTENTION] > 0
+            assert found["gflops"][ATTENTION] > 0
     assert "training: bfloat16" in capsys.readouterr().out
 
 
