@@ -24,6 +24,7 @@ from llmgr_rec.first_and_last_line import print_result
 from llmgr_rec.library_imports import command_imports
 from llmgr_rec.paths import StoragePath
 from llmgr_rec.remote_path import as_path
+from llmgr_rec.training.freed_memory import share_freed_memory
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = parse_args(_parser(), argv)
 
+    # Before libraries start threads.
+    share_freed_memory()
     with command_imports():
         from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 

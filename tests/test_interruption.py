@@ -48,6 +48,9 @@ def test_an_interrupt_is_one_line(work, capsys, monkeypatch) -> None:
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="this process was started with interrupts ignored"
+)
 def test_an_interrupt_while_a_command_is_imported_is_one_line() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=60, env=environment)

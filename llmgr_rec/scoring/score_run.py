@@ -27,7 +27,6 @@ from llmgr_rec.scoring.score_checks import ScoreRequest, preflight
 from llmgr_rec.scoring.scorer import LIST_ITEM_BYTES, Scorer, ScoreSettings
 from llmgr_rec.storage.bundle import BundleFiles, load_model
 from llmgr_rec.storage.bundle_index import bundle_hash
-from llmgr_rec.training.freed_memory import share_freed_memory
 
 __all__ = ["ScoreRequest", "score_run"]
 
@@ -44,7 +43,6 @@ def score_run(request: ScoreRequest) -> Totals:
         UserError: The request or the input is invalid; raised on all ranks before the first collective operation and
             before anything is written.
     """
-    share_freed_memory()
     bundle = preflight(request)
     files = SessionFiles(request.input, request.passed_columns, bundle.catalog, request.unknown_items)
     _check_rows(files)

@@ -2,8 +2,6 @@
 
 import ctypes
 
-import pyarrow as pa
-
 # Parameters of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENAS = -1, -3, -8
 # The largest value that glibc accepts: larger blocks are mapped one by one.
@@ -41,6 +39,9 @@ def return_freed_memory() -> None:
     What a phase leaves, some 100 MB in pieces between small objects that stay, would add to the peak of the next phase,
     whose tensors have other sizes.
     """
+    # Not when this module is imported: commands share freed memory before they import other libraries.
+    import pyarrow as pa
+
     # Arrow has an allocator of its own.
     pa.default_memory_pool().release_unused()
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

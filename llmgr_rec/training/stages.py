@@ -1,5 +1,6 @@
 """The stages of a run: build the model, load the weights of the previous stage, train, select on validation, export."""
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -194,10 +195,11 @@ def run_stage(stage: StageName, context: RunContext) -> None:
     )
     position = _start(loop, context)
     loop.run(position)
-    # The temporary tensors of the steps, before those of the selection.
-    return_freed_memory()
     # Those of the best validation, if there was one.
     step = position.step if (best := loop.best.latest()) is None else step_of(best)
+    # With the mean of the weights, which the selection does not need.
+    del loop
+    _free_memory_of_steps(task)
     require_finite(model, stage, step, world)
     refresh_item_vectors(model, world)
     # After the last checkpoint, so that a resumed run repeats it.
@@ -211,6 +213,13 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         context.metrics.write(stage, position.step, split="selection", **selection.metrics)
     if world.rank == 0:
         logger.info("stage %s is complete: %s", stage, context.export / stage)
+
+
+def _free_memory_of_steps(task: DistributedModelParallel) -> None:
+    task.zero_grad(set_to_none=True)
+    # Pipeline and optimizers are in cycles.
+    gc.collect()
+    return_freed_memory()
 
 
 def _export(
