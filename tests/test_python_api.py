@@ -410,6 +410,8 @@ def test_the_documented_lines_work(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Recommender, "fit", lambda *tables: Recommender.load("model"))
     monkeypatch.setattr(Recommender, "save", lambda self, path: None)
     run_programs(ROOT / "README.md")
+    # It once ended with a stack trace where pandas, which is no dependency, was not installed.
+    assert "to_pandas" not in (ROOT / "README.md").read_text()
     (row,) = names["ranked"].to_pylist()
     assert row["item_ids"][0] == "paper"
     assert row["titles"][0] == "a paper"
