@@ -85,25 +85,30 @@ def best_lists(ranking: RankingModel, dataset: Dataset, split: str, depth: int) 
     for ids_BD, scores_BD, batch in ranked_lists(ranking, dataset, split, World.alone(), depth=depth):
         rows_B = torch.nonzero(batch.weights_B > 0).flatten()
         found.append(Lists(clicks_of(batch), batch.targets_B, ids_BD, scores_BD).rows(rows_B))
-    lengths = torch.cat([lists.clicks.lengths for lists in found])
-    clicks = Jagged.from_lengths(torch.cat([lists.clicks.values for lists in found]), lengths)
     parts = ([getattr(lists, name) for lists in found] for name in ("targets_S", "ids_SD", "scores_SD"))
-    return Lists(clicks, *map(torch.cat, parts))
+    return Lists(Jagged.stack([lists.clicks for lists in found]), *map(torch.cat, parts))
 
 
 def training_sessions(dataset: Dataset) -> Lists:
     """The sessions of the training split, with empty lists."""
     raws = list(batches_of_rank(split_reader(dataset, "train", _READ_ROWS, identity), World.alone(), "read"))
-    lengths = torch.cat([raw.offsets_B1.diff() for raw in raws])
-    clicks = Jagged.from_lengths(torch.cat([raw.items_L for raw in raws]), lengths)
+    clicks = Jagged.stack([Jagged(raw.items_L, raw.offsets_B1) for raw in raws])
     targets_S = torch.cat([raw.targets_B for raw in raws])
     return Lists(clicks, targets_S, targets_S.new_zeros(len(targets_S), 0), torch.zeros(len(targets_S), 0))
 
 
-def popular_examples(lists: Lists, count: int, random: np.random.Generator) -> tuple[Jagged, Tensor, Tensor]:
-    """As `examples`, with targets of random other sessions as the others, and no scores.
+def training_examples(lists: Lists, count: int, random: np.random.Generator) -> tuple[Jagged, Tensor, Tensor]:
+    """Examples of training sessions: the other candidates are targets of random other sessions.
 
-    The run was trained on these sessions, so that its lists and scores have seen their targets.
+    The run was trained on these sessions, so that its lists and scores have seen their targets; there are no scores.
+
+    Args:
+        lists: The sessions, see `training_sessions`.
+        count: Candidates of a session N.
+        random: Source of the choices.
+
+    Returns:
+        Clicks, candidates [S, N], the target first, and their scores [S, N]: 0, or -inf for another that is the target.
     """
     sessions = len(lists)
     others_SN = lists.targets_S[torch.from_numpy(random.integers(sessions, size=(sessions, count - 1)))]
@@ -113,11 +118,19 @@ def popular_examples(lists: Lists, count: int, random: np.random.Generator) -> t
     return lists.clicks, torch.cat([lists.targets_S[:, None], others_SN], dim=1), scores_SN
 
 
-def examples(lists: Lists, count: int, random: np.random.Generator) -> tuple[Jagged, Tensor, Tensor]:
-    """Clicks, candidates [S, N] and their scores [S, N]: the target, then random others of the K items around it.
+def validation_examples(lists: Lists, count: int, random: np.random.Generator) -> tuple[Jagged, Tensor, Tensor]:
+    """Examples of sessions that the run was not trained on: the others are of the K items around the target, at random.
 
     Those are the items of places 0 to 19, of 20 to 39, and so on. With others from the top alone, targets that are
     further down would teach that a low score is a good sign.
+
+    Args:
+        lists: Lists that have their targets.
+        count: Candidates of a session N.
+        random: Source of the choices.
+
+    Returns:
+        Clicks, candidates [S, N], the target first, and their scores [S, N] by the run.
     """
     target_S1 = lists.is_target_SD.int().argmax(dim=1, keepdim=True)
     place_D = torch.arange(lists.ids_SD.shape[1])

@@ -73,34 +73,43 @@ class CrossEncoder(nn.Module):
         self.register_buffer("std_H", torch.ones(language_model.hidden_size))
         self._item_tokens, self._prefix_P, self._max_clicks = item_tokens, prefix_P, max_clicks
 
-    def forward(self, clicks: Jagged, items_BK: Tensor) -> Tensor:
-        """Scores of candidates, float32 [B, K].
+    def forward(self, packed: PackedPrompts) -> Tensor:
+        """Scores of candidates, float32 [C].
+
+        Args:
+            packed: Their prompts, see `pack`.
+        """
+        return self.head((self.states(packed) - self.mean_H) / self.std_H).squeeze(1)
+
+    @torch.no_grad()
+    def standardize(self, packed: PackedPrompts) -> None:
+        """Centers and scales each column of the states that the head reads, by those of some candidates.
+
+        A few columns of a decoder are a hundred times as large as the others.
+
+        Args:
+            packed: Prompts of the candidates.
+        """
+        states_CH = self.states(packed)
+        self.mean_H.copy_(states_CH.mean(dim=0))
+        self.std_H.copy_(states_CH.std(dim=0) + 1e-4)
+
+    def states(self, packed: PackedPrompts) -> Tensor:
+        """Hidden state at the end of each candidate, float32 [C, H].
+
+        Args:
+            packed: Prompts of the candidates.
+        """
+        states_CH: Tensor = self.language_model(self.language_model.embed(packed.token_ids_X), packed)
+        return states_CH
+
+    def pack(self, clicks: Jagged, items_BK: Tensor) -> PackedPrompts:
+        """The packed prompts of candidates, C = B * K in the order of `items_BK`.
 
         Args:
             clicks: Item indices of each session, oldest first.
             items_BK: Item indices of the candidates of each session.
         """
-        states_CH = (self.states(clicks, items_BK) - self.mean_H) / self.std_H
-        return self.head(states_CH).view(items_BK.shape)
-
-    @torch.no_grad()
-    def standardize(self, clicks: Jagged, items_BK: Tensor) -> None:
-        """Centers and scales each column of the states that the head reads, by those of some candidates.
-
-        A few columns of a decoder are a hundred times as large as the others.
-        """
-        states_CH = self.states(clicks, items_BK)
-        self.mean_H.copy_(states_CH.mean(dim=0))
-        self.std_H.copy_(states_CH.std(dim=0) + 1e-4)
-
-    def states(self, clicks: Jagged, items_BK: Tensor) -> Tensor:
-        """Hidden state at the end of each candidate, float32 [C, H]; arguments as in `forward`."""
-        packed = self.pack(clicks, items_BK)
-        states_CH: Tensor = self.language_model(self.language_model.embed(packed.token_ids_X), packed)
-        return states_CH
-
-    def pack(self, clicks: Jagged, items_BK: Tensor) -> PackedPrompts:
-        """The packed prompts; arguments as in `forward`."""
         device = self._prefix_P.device
         contexts = session_sequences(self._item_tokens, clicks.last(self._max_clicks).to(device)).tokens
         session_C = torch.arange(len(items_BK), device=device).repeat_interleave(items_BK.shape[1])

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.best_lists import Lists, Ranks, best_lists, training_sessions
 from benchmarks.blending import timed_ranks
-from benchmarks.cross_encoder_fit import WAYS, Training, Work
+from benchmarks.cross_encoder_fit import INITIAL_WEIGHTS, Training, Work
 from benchmarks.harness import benchmark_parser, set_threads, write_report
 from llmgr_rec.baselines.reranker import Reranker
 from llmgr_rec.cli import parse_args, run_cli
@@ -50,12 +50,24 @@ _SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 def added(lists: Lists, scores_SK: Tensor, weight: float, threshold: float) -> Tensor:
-    """What is added to the scores of lists, [S, K]: nothing where the margin is above the threshold."""
+    """What is added to the scores of lists, [S, K].
+
+    Args:
+        lists: Lists of K items.
+        scores_SK: Scores of their items by the cross-encoder.
+        weight: Their factor.
+        threshold: Margin above which nothing is added.
+    """
     return weight * scores_SK * (lists.margin_S <= threshold)[:, None]
 
 
 def select(lists: Lists, scores_SK: Tensor) -> dict[str, float]:
-    """Weight, and threshold of the margin, with the best NDCG@20 of a grid; of equal ones the smallest weight."""
+    """Weight, and threshold of the margin, with the best NDCG@20 of a grid; of equal ones the smallest weight.
+
+    Args:
+        lists: Lists of K items.
+        scores_SK: Scores of their items by the cross-encoder.
+    """
     thresholds = [float(lists.margin_S.quantile(share)) for share in _SHARES]
     grid = [(weight, threshold) for weight in _WEIGHTS for threshold in thresholds]
     values = [_ndcg(lists.target_ranks(added(lists, scores_SK, *point))) for point in grid]
@@ -133,36 +145,36 @@ class Parts:
 
 
 def compare(work: Work, parts: Parts) -> dict[str, Any]:
-    """Results of each way on the test sessions, and the gain of pre-trained over random weights."""
+    """Results of each of `INITIAL_WEIGHTS` on the test sessions, and the gain of pre-trained over random weights."""
     test, ranks, results = parts.test, {}, {}
     before_S = test.target_ranks(torch.zeros_like(test.scores_SD))
-    for way in WAYS:
-        model, cost = work.fitted(way, parts.fitted)
+    for initial in INITIAL_WEIGHTS:
+        model, cost = work.fitted(initial, parts.fitted)
         full = {}
         for name, lists in (("selection", parts.selected), ("test", test)):
-            scores_SK, cost_of_session = work.scores(way, name, model, lists.rows(lists.hits))
+            scores_SK, cost_of_session = work.scores(initial, name, model, lists.rows(lists.hits))
             full[name] = torch.zeros_like(lists.scores_SD).index_copy(0, lists.hits, scores_SK)
         chosen, selected = select(parts.selected, full["selection"]), parts.selected
         point = (chosen["weight"], chosen["threshold"])
         selected_S = selected.target_ranks(added(selected, full["selection"], *point))
         gain = gains(selected_S, selected.target_ranks(torch.zeros_like(selected.scores_SD)))
-        ranks[way] = test.target_ranks(added(test, full["test"], *point))
-        results[way] = {
+        ranks[initial] = test.target_ranks(added(test, full["test"], *point))
+        results[initial] = {
             "training": cost,
             "ranking": cost_of_session,
             "selected": {**chosen, "gain": gain},
             "ranked_again": float((test.margin_S <= chosen["threshold"]).float().mean()) if chosen["weight"] else 0.0,
-            _NDCG: _ndcg(ranks[way]),
-            "gain": gains(ranks[way], before_S),
+            _NDCG: _ndcg(ranks[initial]),
+            "gain": gains(ranks[initial], before_S),
         }
-        print(_line(way, results[way]), flush=True)
+        print(_line(initial, results[initial]), flush=True)
     if parts.trees_S is not None:
         results["trees"] = {_NDCG: _ndcg(parts.trees_S), "gain": gains(parts.trees_S, before_S)}
         print(_line("trees", results["trees"]), flush=True)
     return {
         "default": {_NDCG: _ndcg(before_S), "sessions": len(test)},
         **results,
-        "pretrained over random": gains(*(ranks[way] for way in WAYS)),
+        "pretrained over random": gains(*(ranks[initial] for initial in INITIAL_WEIGHTS)),
     }
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.best_lists import Lists, examples, popular_examples
+from benchmarks.best_lists import Lists, training_examples, validation_examples
 from benchmarks.candidate_prompts import CrossEncoder
 from llmgr_rec.cli import progress
 from llmgr_rec.data.catalog import Catalog
@@ -28,8 +28,8 @@ from llmgr_rec.files import atomic_write
 from llmgr_rec.modules.language_model import LoraLanguageModel
 from llmgr_rec.storage.pretrained import load_decoder, load_tokenizer
 
-# Pre-trained weights, and their control.
-WAYS = ("pretrained", "random")
+# The decoder before training; drawn weights are the control.
+INITIAL_WEIGHTS = ("pretrained", "random")
 _PREFIX, _END = "Clicked, then next:\n", "\n"
 _RANK, _ALPHA, _DROPOUT = 16, 32.0, 0.05
 _WARM_UP = 0.05
@@ -76,20 +76,20 @@ class Training:
     device: str
 
 
-def build(training: Training, catalog: Catalog, way: str) -> CrossEncoder:
+def build(training: Training, catalog: Catalog, initial: str) -> CrossEncoder:
     """The cross-encoder before training.
 
     Args:
         training: Its settings.
         catalog: The items; one without a title has the end token alone.
-        way: One of `WAYS`.
+        initial: One of `INITIAL_WEIGHTS`.
     """
     tokenizer, device = load_tokenizer(training.llm), torch.device(training.device)
     prefix, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (_PREFIX, _END))
     texts = append_token(
         tokenize_texts(catalog.texts(["title"], required=False), tokenizer, training.tokens), end[-1]
     ).to(device)
-    load = load_decoder if way == "pretrained" else partial(draw_decoder, seed=training.seed)
+    load = load_decoder if initial == "pretrained" else partial(draw_decoder, seed=training.seed)
     torch.manual_seed(training.seed)
     language_model = LoraLanguageModel(load(training.llm, training.layers, device=device), _RANK, _ALPHA, _DROPOUT)
     return CrossEncoder(language_model, texts, torch.tensor(prefix, device=device), training.clicks).to(device).eval()
@@ -102,11 +102,11 @@ def fit(model: CrossEncoder, lists: Lists, training: Training) -> dict[str, floa
         Processor seconds, tokens of a session, sessions, and mean losses of the first and the last tenth of the steps.
     """
     random, device = np.random.default_rng(training.seed), training.device
-    make = popular_examples if training.fit_on == "training" else examples
+    make = training_examples if training.fit_on == "training" else validation_examples
     passes = [random.permutation(len(lists))[: training.sessions] for _ in range(training.epochs)]
     rows = torch.from_numpy(np.concatenate(passes))
     clicks, items_SN, _ = make(lists.rows(rows[:_STANDARDIZED]), training.candidates, random)
-    model.standardize(clicks, items_SN)
+    model.standardize(model.pack(clicks, items_SN))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.lr, weight_decay=0.01, fused=True)
     batches, bar = rows.split(training.batch), progress(len(rows), "cross-encoder", "session")
@@ -117,14 +117,15 @@ def fit(model: CrossEncoder, lists: Lists, training: Training) -> dict[str, floa
         done = step / len(batches)
         optimizer.param_groups[0]["lr"] = training.lr * min((done + 1e-3) / _WARM_UP, (1 - done) / (1 - _WARM_UP))
         clicks, items_SN, scores_SN = make(lists.rows(batch), training.candidates, random)
+        packed = model.pack(clicks, items_SN)
         # The target is the first candidate.
-        loss = cross_entropy(scores_SN.to(device) + model(clicks, items_SN), target_S[: len(batch)])
+        loss = cross_entropy(scores_SN.to(device) + model(packed).view(items_SN.shape), target_S[: len(batch)])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.detach())
-        num_tokens += model.pack(clicks, items_SN).num_tokens
+        num_tokens += packed.num_tokens
         bar.update(len(batch))
     bar.close()
     model.eval()
@@ -143,9 +144,10 @@ def scores_of(model: CrossEncoder, lists: Lists, batch: int) -> tuple[Tensor, fl
     """Scores of the items of lists, float32 [S, K], processor seconds and tokens."""
     started, num_tokens, scores = time.process_time(), 0, []
     for rows in torch.arange(len(lists)).split(batch):
-        clicks, items_SK = lists.clicks.select(rows), lists.ids_SD[rows]
-        scores.append(model(clicks, items_SK).cpu())
-        num_tokens += model.pack(clicks, items_SK).num_tokens
+        items_SK = lists.ids_SD[rows]
+        packed = model.pack(lists.clicks.select(rows), items_SK)
+        scores.append(model(packed).view(items_SK.shape).cpu())
+        num_tokens += packed.num_tokens
     return torch.cat(scores), time.process_time() - started, num_tokens
 
 
@@ -166,23 +168,21 @@ class Work:
             digest.update(some.targets_S.numpy().tobytes() + some.scores_SD.numpy().tobytes())
         self._folder = folder / digest.hexdigest()[:12]
 
-    def fitted(self, way: str, lists: Lists) -> tuple[CrossEncoder, dict[str, float]]:
+    def fitted(self, initial: str, lists: Lists) -> tuple[CrossEncoder, dict[str, float]]:
         """The trained cross-encoder, and what `fit` returned."""
-        model = build(self._training, self._catalog, way)
+        model = build(self._training, self._catalog, initial)
 
         def make() -> dict[str, Tensor]:
             cost = fit(model, lists, self._training)
             of_model = {name: value.contiguous() for name, value in model.state_dict().items() if _is_trained(name)}
             return {**of_model, **{f"{_COST}{name}": torch.tensor(value) for name, value in cost.items()}}
 
-        stored = self._stored(f"{way}.safetensors", make)
-        cost = {
-            name.removeprefix("cost."): float(stored.pop(name)) for name in list(stored) if name.startswith("cost.")
-        }
+        stored = self._stored(f"{initial}.safetensors", make)
+        cost = {name.removeprefix(_COST): float(stored.pop(name)) for name in list(stored) if name.startswith(_COST)}
         model.load_state_dict(stored, strict=False)
         return model, cost
 
-    def scores(self, way: str, part: str, model: CrossEncoder, lists: Lists) -> tuple[Tensor, dict[str, float]]:
+    def scores(self, initial: str, part: str, model: CrossEncoder, lists: Lists) -> tuple[Tensor, dict[str, float]]:
         """Scores of the items of lists that have their targets, and the cost of a session."""
 
         def make(rows: Tensor) -> dict[str, Tensor]:
@@ -190,7 +190,7 @@ class Work:
             return {"scores": scores_SK, "cost": torch.tensor([seconds, tokens, len(rows)], dtype=torch.float64)}
 
         blocks = [
-            self._stored(f"{way}-{part}-{len(lists)}-{int(rows[0])}.safetensors", partial(make, rows))
+            self._stored(f"{initial}-{part}-{len(lists)}-{int(rows[0])}.safetensors", partial(make, rows))
             for rows in torch.arange(len(lists)).split(_BLOCK)
         ]
         seconds, tokens, count = torch.stack([block["cost"] for block in blocks]).sum(dim=0).tolist()

@@ -19,23 +19,9 @@ if [ $# -lt 2 ] || [[ $2 != *=* ]]; then
 fi
 output=$1
 shift
-# To write a checkpoint after SIGTERM, and to end.
-grace_s=30
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/within_limit.sh"
 options=${OPTIONS:---device cuda --layers 0 --sessions 20000 --batch 64 --candidates 20}
-
-within_limit() {
-    left=$((${LIMIT_S:-700} - SECONDS - grace_s))
-    if [ "$left" -le 0 ]; then
-        exit 3
-    fi
-    timeout --signal TERM --kill-after "$grace_s" "$left" "${PYTHON:-python}" -m "$@"
-    code=$?
-    if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
-        exit 3
-    elif [ "$code" -ne 0 ]; then
-        exit "$code"
-    fi
-}
 
 for ((seed = 0; seed < ${SEEDS:-3}; seed++)); do
     for named in "$@"; do

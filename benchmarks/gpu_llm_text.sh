@@ -19,23 +19,13 @@ fi
 output=$1
 shift
 experiment=${EXPERIMENT:-$(dirname "$0")/gpu_llm_text.yaml}
-# To write a checkpoint after SIGTERM, and to end.
-grace_s=30
+# shellcheck source-path=SCRIPTDIR
+. "$(dirname "$0")/within_limit.sh"
 seeds=""
 for ((seed = 0; seed < ${SEEDS:-3}; seed++)); do
     seeds=${seeds:+$seeds,}$seed
     for named in "$@"; do
-        left=$((${LIMIT_S:-700} - SECONDS - grace_s))
-        if [ "$left" -le 0 ]; then
-            exit 3
-        fi
-        timeout --signal TERM --kill-after "$grace_s" "$left" "${PYTHON:-python}" -m llmgr_rec.experiments \
-            --experiment "$experiment" --dataset "${named#*=}" --output "$output/${named%%=*}" --seeds "$seeds"
-        code=$?
-        if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
-            exit 3
-        elif [ "$code" -ne 0 ]; then
-            exit "$code"
-        fi
+        within_limit llmgr_rec.experiments --experiment "$experiment" --dataset "${named#*=}" \
+            --output "$output/${named%%=*}" --seeds "$seeds"
     done
 done

@@ -7,7 +7,7 @@ Shapes: R items of this rank, N items of a block, C items of a lookup, Q columns
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -75,7 +75,7 @@ class ItemVectors:
     items: range | Tensor
     most_items: int
     world: World
-    kept: Tensor | None = field(default=None)
+    kept: Tensor | None = None
 
     @property
     def sessions_at_once(self) -> int:

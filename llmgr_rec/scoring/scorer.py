@@ -5,7 +5,7 @@ list, Q width of queries.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -144,6 +144,23 @@ def batch_bounds(lengths_S: NDArray[np.int64], batch_size: int) -> list[int]:
     return bounds
 
 
+def _in_groups(
+    elements: Iterable[_RankedPart | _RankBatch | None], most: int
+) -> Iterator[_RankedPart | list[_RankBatch] | None]:
+    """Puts consecutive batches together, up to a number; other elements pass as they are."""
+    group: list[_RankBatch] = []
+    for element in elements:
+        if isinstance(element, _RankBatch):
+            group.append(element)
+            if len(group) < most:
+                continue
+        if group:
+            yield group
+            group = []
+        if not isinstance(element, _RankBatch):
+            yield element
+
+
 class Scorer:
     """Ranks the catalog for the sessions of parts.
 
@@ -209,18 +226,12 @@ class Scorer:
             if ranking.is_replicated:
                 self._ranking = ranking.with_query_encoder(ranker)
             current: _RankedPart | None = None
-            steps, most = list[_RankBatch](), self._batches_at_once(ranker)
-            for element in read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD):
-                if isinstance(element, _RankBatch):
-                    steps.append(element)
-                    if len(steps) < most:
-                        continue
-                if steps:
+            elements = read_ahead(self._parts_and_batches(files, parts), _READ_AHEAD)
+            for element in _in_groups(elements, self._batches_at_once(ranker)):
+                if isinstance(element, list):
                     assert current is not None
-                    self._rank(ranker, steps, current)
-                    on_rows(sum(step.sessions for step in steps))
-                    steps = []
-                if isinstance(element, _RankBatch):
+                    self._rank(ranker, element, current)
+                    on_rows(sum(step.sessions for step in element))
                     continue
                 if current is not None:
                     self._complete(ranker, current)

@@ -43,12 +43,13 @@ def test_scores_and_gradients_are_those_of_one_prompt_for_each_candidate() -> No
     model = CrossEncoder(language_model, texts, torch.tensor([20, 21]), max_clicks=2)
     torch.nn.init.normal_(model.head.weight, std=0.1)
     clicks, items_BK = jagged([[3, 0, 1], [2], []]), torch.tensor([[0, 1, 3], [3, 3, 2], [1, 0, 2]])
-    model.standardize(clicks, items_BK)
+    packed = model.pack(clicks, items_BK)
+    model.standardize(packed)
     results = []
     for packs in (True, False):
         language_model.packs_prompts = packs
         model.zero_grad()
-        scores_BK = model(clicks, items_BK)
+        scores_BK = model(packed).view(items_BK.shape)
         scores_BK.square().mean().backward()
         results.append([scores_BK.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert results[0][0].std() > 0.1

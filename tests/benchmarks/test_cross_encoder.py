@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import cross_encoder_fit
-from benchmarks.best_lists import Lists, examples, popular_examples, training_sessions
+from benchmarks.best_lists import Lists, training_examples, training_sessions, validation_examples
 from benchmarks.cross_encoder import added, gains, main, select
 from llmgr_rec.config_file import save_config
 from llmgr_rec.data.jagged import Jagged
@@ -40,7 +40,7 @@ def test_the_selection_takes_the_weight_and_the_threshold_that_rank_best() -> No
 
 def test_examples_have_the_target_first_and_other_items_of_its_twenty() -> None:
     some = lists([2, 32])
-    _, items_SN, scores_SN = examples(some, 8, np.random.default_rng(0))
+    _, items_SN, scores_SN = validation_examples(some, 8, np.random.default_rng(0))
     assert items_SN[:, 0].tolist() == [2, 32]
     assert all(len({item // 20 for item in row}) == 1 and len(set(row)) == 8 for row in items_SN.tolist())
     assert torch.equal(scores_SN, some.scores_SD.gather(1, items_SN))
@@ -49,7 +49,7 @@ def test_examples_have_the_target_first_and_other_items_of_its_twenty() -> None:
 def test_examples_of_training_sessions_have_targets_of_others_and_no_equal_ones() -> None:
     some = training_sessions(small_run().dataset)
     assert len(some) == small_run().dataset.manifest.num_examples["train"]
-    clicks, items_SN, scores_SN = popular_examples(some, 8, np.random.default_rng(0))
+    clicks, items_SN, scores_SN = training_examples(some, 8, np.random.default_rng(0))
     assert clicks is some.clicks
     assert torch.equal(items_SN[:, 0], some.targets_S)
     assert set(items_SN.flatten().tolist()) <= set(some.targets_S.tolist())
@@ -66,7 +66,7 @@ def test_gains_at_ten_do_not_count_what_is_behind() -> None:
 
 
 @pytest.mark.parametrize("fit_on", ["training", "validation"])
-def test_every_way_has_its_gains_and_a_second_call_computes_nothing(
+def test_all_initial_weights_have_gains_and_a_second_call_computes_nothing(
     fit_on: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lightgbm", reason="the extra rerank is not installed")
@@ -74,25 +74,15 @@ def test_every_way_has_its_gains_and_a_second_call_computes_nothing(
     export(run / "export" / "sbr", config(), {"item_knn": 1e-3, "text_knn": 1e-3}, "sbr", data.manifest)
     save_config(config(), run / "config.yaml")
     words = ["--run", str(run), "--dataset", str(data.path), "--work", str(tmp_path / "work"), "--threads", "1"]
-    words += [
-        "--output",
-        str(tmp_path / "o.json"),
-        "--llm",
-        "random-tiny",
-        "--layers",
-        "1",
-        "--epochs",
-        "2",
-        "--depth",
-        "40",
-    ]
+    words += ["--output", str(tmp_path / "o.json"), "--llm", "random-tiny", "--fit_on", fit_on]
+    words += ["--layers", "1", "--epochs", "2", "--depth", "40"]
     main(words)
     first = json.loads((tmp_path / "o.json").read_text())["results"]
     assert set(first) == {"default", "pretrained", "random", "trees", "pretrained over random"}
-    for way in cross_encoder_fit.WAYS:
-        assert first[way]["training"]["tokens_a_session"] > 8
-        assert first[way]["ranking"]["processor_ms_a_session"] > 0
-        assert first[way]["selected"]["gain"]["ndcg@20"][0] >= 0
+    for initial in cross_encoder_fit.INITIAL_WEIGHTS:
+        assert first[initial]["training"]["tokens_a_session"] > 8
+        assert first[initial]["ranking"]["processor_ms_a_session"] > 0
+        assert first[initial]["selected"]["gain"]["ndcg@20"][0] >= 0
     monkeypatch.delattr(cross_encoder_fit, "fit")
     monkeypatch.delattr(cross_encoder_fit, "scores_of")
     main(words)
