@@ -6,12 +6,12 @@ Cuts the clicks by time into slices. Day d has the clicks of the first d slices 
 The sessions that end last are the test. From the second day on, it trains anew, anew for as few epochs as a warm start,
 and from the run of the day before; and it extends the run of the day before by the items of the day, and ranks the test
 sessions whose target is a new item. Seconds are those of the CPU. The validation figures choose between two learning
-rates of a warm start.
+rates of a warm start. With --work, the command goes on where it was stopped.
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -25,12 +25,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from benchmarks.harness import benchmark_parser, write_report
+from benchmarks.work_folder import open_work, timed
 from llmgr_rec.cli import parse_args, run_cli
 from llmgr_rec.comma_separated import split_numbers
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
+from llmgr_rec.data.schema import MANIFEST_NAME
 from llmgr_rec.errors import UserError
 from llmgr_rec.evaluate import main as evaluate
 from llmgr_rec.evaluation.intervals import count_pairs, count_ranks, mean_intervals, paired_gains
@@ -41,6 +43,8 @@ from llmgr_rec.paths import LocalPath
 from llmgr_rec.train import main as train
 
 _READ_ROWS = 8192
+# Options that determine the data sets and runs of a seed.
+_OPTIONS = ("interactions", "items", "days", "epochs", "warm_epochs", "dim")
 _COLD_MODELS = ("sbr", "text_knn", "popularity")
 # First share of the clicks; the others are cut into slices of equal size.
 _FIRST_DAY = 0.4
@@ -80,11 +84,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--epochs", type=int, default=5, help="Epochs of a training anew.")
     parser.add_argument("--warm_epochs", type=int, default=1, help="Epochs of a training from yesterday's run.")
     parser.add_argument("--dim", type=int, default=32, help="Columns of the item tables.")
+    parser.add_argument(
+        "--work",
+        type=LocalPath | None,
+        default=None,
+        help="Folder that keeps data sets and runs, so that the same command goes on where it was stopped.",
+    )
     args = parse_args(parser, argv).as_dict()
     if args["days"] < 2:
         raise UserError(f"--days is {args['days']}; give 2 or more")
     seeds = split_numbers(args["seeds"], "--seeds", "0,1,2")
-    with TemporaryDirectory(prefix="llmgr-growing-") as folder:
+    kept = args["work"] and open_work(Path(args["work"]), {name: args[name] for name in _OPTIONS})
+    with nullcontext(kept) if kept else TemporaryDirectory(prefix="llmgr-growing-") as folder:
         days = cut(Path(args["interactions"]), Path(args["items"]), args["days"], Path(folder))
         rows = []
         for seed in seeds:
@@ -112,7 +123,7 @@ def cut(interactions: Path, items: Path, number: int, folder: Path) -> list[Day]
         clicks = log.filter(pc.less_equal(log["timestamp"].cast(pa.int64()), int(last)))
         clicked = catalog.filter(pc.is_in(catalog["item_id"], value_set=clicks["item_id"].combine_chunks().unique()))
         raw = folder / f"raw-{day}"
-        raw.mkdir()
+        raw.mkdir(exist_ok=True)
         pq.write_table(clicks, raw / "interactions.parquet")
         pq.write_table(clicked, raw / "items.parquet")
         dataset = prepare(raw, folder / f"dataset-{day}")
@@ -123,17 +134,18 @@ def cut(interactions: Path, items: Path, number: int, folder: Path) -> list[Day]
 
 def prepare(raw: Path, folder: Path) -> Dataset:
     """Prepares a day; items that only test sessions have stay in the catalog."""
-    prepare_dataset(
-        PrepareSettings(
-            interactions=str(raw / "interactions.parquet"),
-            items=str(raw / "items.parquet"),
-            output=str(folder),
-            min_interactions=0,
-            min_session_length=2,
-            split="temporal",
-            keep_unseen_items=True,
+    if not (folder / MANIFEST_NAME).is_file():
+        prepare_dataset(
+            PrepareSettings(
+                interactions=str(raw / "interactions.parquet"),
+                items=str(raw / "items.parquet"),
+                output=str(folder),
+                min_interactions=0,
+                min_session_length=2,
+                split="temporal",
+                keep_unseen_items=True,
+            )
         )
-    )
     return Dataset(folder)
 
 
@@ -173,7 +185,7 @@ def trained(day: Day, run: Path, seed: int, epochs: int, more: Sequence[str], ar
     words = ["--dataset", str(day.dataset.path), "--output", str(run), "--seed", str(seed), "--sbr.epochs", str(epochs)]
     words += ["--config", "default", "--tables.dim", str(args["dim"]), *_LIGHT, *more]
     words += ["--runtime.device", "cpu", "--runtime.threads_per_rank", str(args["threads"])]
-    return seconds_of(train, words)
+    return timed(run, train, words)
 
 
 def validated(run: Path) -> float:
@@ -184,21 +196,16 @@ def validated(run: Path) -> float:
 
 def extended(yesterday: Path, day: Day, run: Path) -> float:
     """Extends yesterday's run by the items of a day; returns CPU seconds."""
-    return seconds_of(extend, ["--run", str(yesterday), "--items", str(day.dataset.items_path), "--output", str(run)])
-
-
-def seconds_of(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> float:
-    """CPU seconds of a command in this process."""
-    started = time.process_time()
-    command(words)
-    return time.process_time() - started
+    words = ["--run", str(yesterday), "--items", str(day.dataset.items_path), "--output", str(run)]
+    return timed(run, extend, words)
 
 
 def evaluated(run: Path, day: Day, models: Sequence[str]) -> dict[str, NDArray[np.uint8]]:
     """Target ranks of the test sessions by model."""
-    output = run.with_suffix(".json")
-    words = ["--run", str(run), "--dataset", str(day.dataset.path), "--output", str(output)]
-    evaluate([*words, "--models", ",".join(models)])
+    output = run.with_name(f"{run.name}.json")
+    if not output.is_file():
+        words = ["--run", str(run), "--dataset", str(day.dataset.path), "--output", str(output)]
+        evaluate([*words, "--models", ",".join(models)])
     table = pq.read_table(ranks_path(output))
     return {model: table[f"{RANK_PREFIX}{model}"].to_numpy() for model in models}
 

@@ -250,7 +250,7 @@ def _read(path: Path, name: str) -> pa.Table:
     import pyarrow.parquet as pq
 
     if not path.exists():
-        raise UserError(f"{name}: {path} does not exist; give {_ACCEPTED}")
+        raise UserError(f"{name}: {path} does not exist; give a Parquet file, or a folder of them")
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:

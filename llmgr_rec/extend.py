@@ -32,13 +32,18 @@ def main(argv: Sequence[str]) -> None:
 
     with command_imports():
         from llmgr_rec.arrow_input import to_table
+        from llmgr_rec.data.preparation.domain_inputs import paths_by_domain
         from llmgr_rec.storage.extended_run import extend_run
 
     run, output = as_path(arguments.run), as_path(arguments.output)
     # `arguments.items` is a method.
     file = str(arguments["items"])
-    print_start("extend", [run, file], output)
-    items = to_table(file, "--items")
+    paths = paths_by_domain(file, "items")
+    print_start("extend", [run, *paths.values()], output)
+    tables = {
+        domain: to_table(path, f"--items, domain {domain}" if domain else "--items") for domain, path in paths.items()
+    }
+    items = tables.get("", tables)
     mapping = extend_run(run, items, f"--items {file}", output, split_list(arguments.allow_code))
     print_result("extend", mapping.summary(), output)
 
@@ -51,7 +56,8 @@ def _parser() -> "ArgumentParser":
         type=StoragePath,
         required=True,
         help="Parquet file or folder with the whole current catalog: item_id and, each optional, title, category, "
-        "brand, description. Items of the run that it lacks are gone.",
+        "brand, description. Items of the run that it lacks are gone. For a run of several domains one of each, "
+        "beauty=F,films=G, or one with full ids (beauty:B001).",
     )
     parser.add_argument("--output", type=StoragePath, required=True, help="Folder to write the extended run to.")
     add_code_argument(parser)

@@ -39,7 +39,7 @@ class FitInput:
         self._folder = folder
         self._written: dict[Path, str] = {}
         self.options: dict[str, str] = {}
-        clicks = {name: self._clicks(one, name) for name, one in _by_domain(interactions).items()}
+        clicks = {name: self._clicks(one, name) for name, one in by_domain(interactions).items()}
         options = {option: name for name, (option, _) in clicks.items()}
         if len(options) > 1:
             raise UserError(
@@ -47,7 +47,7 @@ class FitInput:
                 "are clicks with times; give all in one form"
             )
         self.options[next(iter(options))] = _value({name: path for name, (_, path) in clicks.items()})
-        of_domains = {name: one for name, one in _by_domain(items).items() if one is not None}
+        of_domains = {name: one for name, one in by_domain(items).items() if one is not None}
         if of_domains and ("" in of_domains) != ("" in clicks):
             tables, table = ("interactions", "items") if "" in of_domains else ("items", "interactions")
             raise UserError(
@@ -94,8 +94,12 @@ class FitInput:
         return path
 
 
-def _by_domain(given: object) -> Mapping[str, Any]:
-    """Tables by the names of their domains; a table that is of none has the name ""."""
+def by_domain(given: object) -> Mapping[str, Any]:
+    """Tables by the names of their domains; a table that is of none has the name "".
+
+    Args:
+        given: A table in any form, or a mapping of names to tables.
+    """
     if isinstance(given, Mapping) and given and not (_COLUMNS & set(given) or any(map(_is_column, given.values()))):
         return {str(name): one for name, one in given.items()}
     return {"": given}

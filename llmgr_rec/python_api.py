@@ -32,7 +32,7 @@ from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.explanation.explainer import Explainer
 from llmgr_rec.explanation.records import Explanation
 from llmgr_rec.files import atomic_folder, copy_folder, is_free
-from llmgr_rec.fit_input import FitInput
+from llmgr_rec.fit_input import FitInput, by_domain
 from llmgr_rec.kernels.item_index import check_recall
 from llmgr_rec.registry import modules_of
 from llmgr_rec.remote_path import as_path
@@ -426,7 +426,8 @@ class Recommender:
         Args:
             items: The whole current catalog, in any form that `arrow_input.to_table` takes: `item_id` and, each
                 optional, `title`, `category`, `brand`, `description`. A text that is null or whose column is missing is
-                that of this recommender.
+                that of this recommender. With several domains, a mapping of their names to items, as for `fit`, or one
+                table with full ids.
             output: New folder for the run, from which training can go on (`python -m llmgr_rec.train --init_from`).
                 None uses a temporary folder, which is deleted together with the new recommender.
 
@@ -434,7 +435,10 @@ class Recommender:
             UserError: An id is null, a duplicate or of a wrong type, a text is missing that the model needs, or the
                 folder is not empty.
         """
-        table = to_table(items, "items")
+        tables = {
+            name: to_table(one, f"items of {name}" if name else "items") for name, one in by_domain(items).items()
+        }
+        table = tables.get("", tables)
         # This recommender runs the same code.
         code = modules_of(code_names(self._files.config).values())
         source = self._run or self._files.path

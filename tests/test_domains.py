@@ -23,7 +23,7 @@ from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.data.domain_balance import DomainBalance
 from llmgr_rec.data.domains import ItemDomains
-from llmgr_rec.data.extended_items import write_extended_items
+from llmgr_rec.data.extended_items import join_domains, write_extended_items
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.data.preparation.pipeline import prepare_dataset
 from llmgr_rec.data.preparation.settings import PrepareSettings
@@ -39,6 +39,7 @@ from llmgr_rec.evaluation.results import format_domains
 from llmgr_rec.experiments.compare import ndcg
 from llmgr_rec.experiments.experiment import load_experiment
 from llmgr_rec.experiments.trial import TrialRunner
+from llmgr_rec.extend import main as extend
 from llmgr_rec.fit_input import FitInput
 from llmgr_rec.scoring.score_checks import ScoreRequest
 from llmgr_rec.scoring.score_run import score_run
@@ -397,6 +398,39 @@ def test_a_catalog_is_extended_by_a_domain(tmp_path: Path) -> None:
         assert message in str(caught.value)
     with pytest.raises(UserError, match="items has a Table for film, but must be one table; with several domains"):
         to_table({"film": pa.table({"item_id": ids})}, "items")
+
+
+def test_extend_takes_the_items_of_each_domain(tmp_path: Path) -> None:
+    tables = {
+        "film": {"item_id": ["i3", "i99"], "title": ["a", "b"]},
+        "cloth": {"item_id": [3.0, 7.0], "brand": ["c", None]},
+    }
+    for name, table in tables.items():
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    named = ",".join(f"{name}={tmp_path / name}.parquet" for name in tables)
+    extend(["--run", str(run()), "--items", named, "--output", str(tmp_path / "named")])
+    full = {"item_id": ["film:i3", "film:i99", "cloth:3", "cloth:7"], "title": ["a", "b", None, None]}
+    full["brand"] = [None, None, "c", None]
+    Recommender.load(run()).extend(full, output=tmp_path / "full")
+    Recommender.load(run()).extend(
+        {name: pa.table(table) for name, table in tables.items()}, output=tmp_path / "python"
+    )
+    items = [pq.read_table(tmp_path / name / "export/sbr/items.parquet") for name in ("named", "full", "python")]
+    assert items[0]["item_id"].to_pylist() == full["item_id"]
+    assert items[0] == items[1] == items[2]
+    for wrong, message in (
+        (
+            f"film={tmp_path}/film.parquet,cloth={tmp_path}/none.parquet",
+            "--items, domain cloth: .*none.parquet does not ex",
+        ),
+        (f"{tmp_path}/none.parquet", "--items: .*none.parquet does not exist; give a Parquet file, or a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            extend(["--run", str(run()), "--items", wrong, "--output", str(tmp_path / "wrong")])
+    with pytest.raises(UserError, match="names domains, but the run was trained on one log without a name; give its"):
+        join_domains({"film": pa.table(tables["film"])}, None, "--items")
+    with pytest.raises(UserError, match="--items, domain film has no column item_id"):
+        join_domains({"film": pa.table({"id": ["a"]})}, ItemDomains(("film",), torch.zeros(1)), "--items")
 
 
 def test_the_domain_of_a_session_is_that_of_its_newest_click() -> None:

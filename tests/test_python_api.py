@@ -347,7 +347,7 @@ _FALLBACK = {"items": [[1]], "session_id": [1], "fallback": [True]}
         (lambda rec: Recommender.load(small_run().run, dtype="fp16"), "dtype is 'fp16'; give one of auto"),
         (lambda rec: Recommender.load(__file__), r"test_python_api.py is a file; give a run folder"),
         (lambda rec: Recommender.load(ROOT / "tests"), "tests has no exported model; give a run folder"),
-        (lambda rec: rec.recommend("no_such.parquet"), "sessions: no_such.parquet does not exist; give a pandas"),
+        (lambda rec: rec.recommend("no_such.parquet"), "sessions: no_such.parquet does not exist; give a Parquet file"),
         (lambda rec: rec.recommend([], category=["a", "b"]), r"category is \['a', 'b'\]; give the name"),
         (lambda rec: rec.recommend([], exclude_seen="no"), "exclude_seen is 'no'; give True, False or None"),
         (lambda rec: rec.recommend([], without=7), r"without is 7; give a list of item ids: \[7\]"),

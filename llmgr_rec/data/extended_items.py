@@ -5,6 +5,7 @@ Shapes: V items of the new catalog.
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import pyarrow.parquet as pq
 
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.domains import ItemDomains
-from llmgr_rec.data.item_ids import are_ids, int64_ids, is_text
+from llmgr_rec.data.item_ids import are_ids, int64_ids, is_text, plain_ids
 from llmgr_rec.data.preparation.items import vocabularies
 from llmgr_rec.data.schema import (
     DOMAIN,
+    DOMAIN_SEPARATOR,
     FEATURES,
     ITEMS_NAME,
     ROW_GROUP_ROWS,
@@ -74,17 +76,50 @@ def write_extended_items(known: Catalog, items: pa.Table, name: str, folder: Pat
     return Catalog.load(folder)
 
 
-def _item_ids(known: Catalog, items: pa.Table, name: str) -> pa.Array:
-    """The ids of the items, of the type of those of the run."""
+def join_domains(items: Mapping[str, pa.Table], known: ItemDomains | None, name: str) -> pa.Table:
+    """One table of the items of several domains, with the ids that the run gives them: `beauty:B001`.
+
+    Args:
+        items: Items of each domain, with the ids of its log. Texts that only some domains have are null for the others.
+        known: Domains of the run.
+        name: Name of the items, for messages.
+
+    Raises:
+        UserError: The run has no domains, or a table has no usable item_id.
+    """
+    if known is None:
+        raise UserError(
+            f"{name} names domains, but the run was trained on one log without a name; give its items alone"
+        )
+    tables = []
+    for domain, table in items.items():
+        ids = _given_ids(table, f"{name}, domain {domain}")
+        text = plain_ids(ids.cast(pa.string())) if is_text(ids.type) else int64_ids(ids).cast(pa.string())
+        full = pc.binary_join_element_wise(f"{domain}{DOMAIN_SEPARATOR}", text, "")
+        columns = [column for column in TEXT_COLUMNS if column in table.column_names]
+        tables.append(table.select(columns).add_column(0, "item_id", full))
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(f"{name}: texts of the domains differ in type ({str(error).splitlines()[0]})") from None
+
+
+def _given_ids(items: pa.Table, name: str) -> pa.Array:
     if "item_id" not in items.column_names:
         raise UserError(f"{name} has no column item_id{did_you_mean('item_id', items.column_names)}")
     given = items["item_id"].combine_chunks()
-    if not len(given):
-        raise UserError(f"{name} has no items; give the whole current catalog")
     if not are_ids(given.type):
         raise UserError(f"{name}: column item_id is {given.type}, but must be text or integers")
     if missing := given.null_count:
         raise UserError(f"{name}: column item_id has {missing:,} nulls; give every item an id")
+    return given
+
+
+def _item_ids(known: Catalog, items: pa.Table, name: str) -> pa.Array:
+    """The ids of the items, of the type of those of the run."""
+    given = _given_ids(items, name)
+    if not len(given):
+        raise UserError(f"{name} has no items; give the whole current catalog")
     if pa.types.is_string(known.item_ids.type):
         rows_V = known.index_of(given)
         of_run = known.item_ids.take(pa.array(rows_V, mask=rows_V < 0))

@@ -4,7 +4,7 @@ Shapes: V items of the new catalog.
 """
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from llmgr_rec.baselines.text_knn import TEXT_FIELDS, TextKNN
 from llmgr_rec.config import EMBEDDING_KNN, Config
 from llmgr_rec.config_file import load_config
 from llmgr_rec.data.catalog import Catalog
-from llmgr_rec.data.extended_items import write_extended_items
+from llmgr_rec.data.extended_items import join_domains, write_extended_items
 from llmgr_rec.data.prompt_templates import load_templates
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.errors import UserError
@@ -37,14 +37,21 @@ from llmgr_rec.storage.text_encoder import TextEncoder
 _TEXT_KNN = "text_knn"
 
 
-def extend_run(run: Path, items: pa.Table, name: str, output: Path, allow_code: Collection[str] = ()) -> CatalogMapping:
+def extend_run(
+    run: Path,
+    items: pa.Table | Mapping[str, pa.Table],
+    name: str,
+    output: Path,
+    allow_code: Collection[str] = (),
+) -> CatalogMapping:
     """Writes a run that ranks another catalog: the models of all complete stages of a run, and its settings.
 
     The output gets its name when it is complete.
 
     Args:
         run: A run, or a bundle.
-        items: The whole new catalog; see `write_extended_items`. Items that only the run knows are left out.
+        items: The whole new catalog, see `write_extended_items`; or that of each domain, with the ids of its log. Items
+            that only the run knows are left out.
         name: Name of the items, for messages.
         output: Folder to create; must not exist or be empty.
         allow_code: Modules and packages from which the bundles may import encoder and head.
@@ -57,8 +64,10 @@ def extend_run(run: Path, items: pa.Table, name: str, output: Path, allow_code: 
     """
     bundles = open_bundles(run, allow_code=allow_code)
     with derived_run(run, output, bundles) as draft, tempfile.TemporaryDirectory(dir=draft) as folder:
-        catalog = write_extended_items(bundles[0].catalog, items, name, Path(folder))
-        mapping = CatalogMapping.between(bundles[0].catalog, catalog)
+        known = bundles[0].catalog
+        table = items if isinstance(items, pa.Table) else join_domains(items, known.domains, name)
+        catalog = write_extended_items(known, table, name, Path(folder))
+        mapping = CatalogMapping.between(known, catalog)
         for files in bundles:
             _extend_bundle(files, catalog, name, mapping, draft / "export" / files.index.stage)
     return mapping
