@@ -4,6 +4,7 @@ Shapes: B sessions, N nodes, M of them in longest prefixes, V items of the catal
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,6 +62,16 @@ class GraphEncoder(SessionEncoder):
         """Computes each node state of the prefixes once; see `SessionEncoder.encode_one_pass`."""
         prefixes = prefix_nodes(graph, pass_offsets_P1)
         states_CD = self.graph_network.forward_prefixes(self.dropout(nodes_MD), graph, prefixes)
+        return self._read(states_CD, graph, prefixes.state_N)
+
+    def encode_prefixes(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
+        """See `SessionEncoder.encode_prefixes`: of one round of messages, most states are shared."""
+        if self.graph_network.steps > 1:
+            return super().encode_prefixes(nodes_ND, graph, pass_offsets_P1)
+        prefixes = prefix_nodes(graph, pass_offsets_P1)
+        # Each node has a vector of its own here.
+        prefixes = replace(prefixes, vector_N=torch.arange(nodes_ND.shape[0], device=nodes_ND.device))
+        states_CD = self.graph_network.forward_prefixes(self.dropout(nodes_ND), graph, prefixes)
         return self._read(states_CD, graph, prefixes.state_N)
 
     def train_in(self, dtype: torch.dtype) -> None:

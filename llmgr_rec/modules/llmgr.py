@@ -170,10 +170,15 @@ class LLMGR(nn.Module):
         added = self.recommender.score_columns if self.head.residual else {}
         return {"llm": self.head.head_columns, **added}
 
-    def look_up(self, batch: SessionBatch) -> RecommenderOutput:
-        """The session recommender's output for a batch, without gradient."""
+    def look_up(self, batch: SessionBatch, one_pass: bool = False) -> RecommenderOutput:
+        """The session recommender's output for a batch, without gradient.
+
+        Args:
+            batch: Sessions.
+            one_pass: Whether they are encoded by `encode_one_pass`; the output then has no node states.
+        """
         with torch.no_grad():
-            return self.recommender(batch)
+            return self.recommender(batch, shares_states=one_pass)
 
     def encode(self, output: RecommenderOutput, batch: SessionBatch, task: Task) -> Tensor:
         """Hidden state of the last token of each session's prompt, [B, H].

@@ -22,6 +22,7 @@ from llmgr_rec.modules.text_sequence_encoder import TextSequenceEncoder
 from llmgr_rec.modules.whole_catalog import WholeCatalog
 
 torch.fx.wrap("encode_one_pass")
+torch.fx.wrap("encode_prefixes")
 torch.fx.wrap("items_of_longest")
 torch.fx.wrap("normalize")
 
@@ -29,6 +30,11 @@ torch.fx.wrap("normalize")
 def encode_one_pass(encoder: SessionEncoder, nodes_MD: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
     """`SessionEncoder.encode_one_pass` as a function that symbolic tracing does not enter."""
     return encoder.encode_one_pass(nodes_MD, graph, pass_offsets_P1)
+
+
+def encode_prefixes(encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
+    """`SessionEncoder.encode_prefixes` as a function that symbolic tracing does not enter."""
+    return encoder.encode_prefixes(nodes_ND, graph, pass_offsets_P1)
 
 
 def items_of_longest(graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
@@ -87,7 +93,11 @@ class SessionRecommender(nn.Module):
         self.text_encoder = text_encoder
 
     def forward(
-        self, batch: SessionBatch, one_pass: bool = False, catalog: WholeCatalog | None = None
+        self,
+        batch: SessionBatch,
+        one_pass: bool = False,
+        catalog: WholeCatalog | None = None,
+        shares_states: bool = False,
     ) -> RecommenderOutput:
         """Encodes the sessions and the candidates of a batch with one lookup.
 
@@ -97,6 +107,9 @@ class SessionRecommender(nn.Module):
                 features then have bags of the nodes of the longest prefixes only, and the output has no node states.
             catalog: Makes the vectors of all items, which are the candidates, from the rows of the tables; the batch
                 then looks up each row once, see `Collator.with_table_rows`. None takes the bags of the batch.
+            shares_states: Whether the sessions are all prefixes of the batch's passes, with bags of all their nodes, so
+                that the encoder may share work between them, see `SessionEncoder.encode_prefixes`. The output has no
+                node states.
 
         Returns:
             Queries and candidates, and the vectors that they are computed from.
@@ -109,7 +122,7 @@ class SessionRecommender(nn.Module):
             num_nodes = num_rows - batch.candidates_C.shape[0]
         # The backward pass of two slices allocates two full gradients, that of a split only one.
         rows_ND, candidates_CD = rows.vectors_XD.split([num_nodes, num_rows - num_nodes])
-        encoded = self._encode(rows_ND, batch, one_pass)
+        encoded = self._encode(rows_ND, batch, one_pass, shares_states)
         queries_BQ, candidates_CQ = self.as_query(encoded.sessions_BD), self._as_item(candidates_CD)
         if self.text_encoder is not None:
             text = self.text_encoder(rows.texts_XH, batch)
@@ -123,9 +136,12 @@ class SessionRecommender(nn.Module):
             candidate_ids_CD=rows.ids_XD[num_nodes:],
         )
 
-    def _encode(self, rows_ND: Tensor, batch: SessionBatch, one_pass: bool) -> EncodedSessions:
-        if one_pass:
-            sessions_BD = encode_one_pass(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
+    def _encode(
+        self, rows_ND: Tensor, batch: SessionBatch, one_pass: bool, shares_states: bool = False
+    ) -> EncodedSessions:
+        if one_pass or shares_states:
+            encode = encode_one_pass if one_pass else encode_prefixes
+            sessions_BD = encode(self.encoder, rows_ND, batch.graph, batch.pass_offsets_P1)
             return EncodedSessions(rows_ND[:0], sessions_BD)
         encoded: EncodedSessions = self.encoder(rows_ND, batch.graph)
         return encoded

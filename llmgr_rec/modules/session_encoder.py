@@ -128,6 +128,17 @@ class SessionEncoder(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} cannot encode all prefixes of a session in one pass")
 
+    def encode_prefixes(self, nodes_ND: Tensor, graph: SessionGraph, pass_offsets_P1: Tensor) -> Tensor:
+        """Session vectors of `forward` for all prefixes of passes, [B, D]; a subclass may share work between them.
+
+        Args:
+            nodes_ND: Item vectors of the nodes of all prefixes, as `forward` has them.
+            graph: Graphs of the prefixes.
+            pass_offsets_P1: See `encode_one_pass`.
+        """
+        encoded: EncodedSessions = self(nodes_ND, graph)
+        return encoded.sessions_BD
+
 
 def check_heads(config: EncoderConfig, dim: int) -> None:
     """Checks the number of attention blocks and heads.

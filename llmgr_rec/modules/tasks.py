@@ -118,7 +118,7 @@ class BehaveTask(nn.Module):
 
     def forward(self, batch: SessionBatch) -> LossAndParts:
         """Loss of a batch, and the values to log, detached."""
-        output = self.llmgr.look_up(batch)
+        output = self.llmgr.look_up(batch, self.one_pass)
         hidden_BH = _encode(self.llmgr, output, batch, self.one_pass)
         vectors = _trained_columns(self.llmgr, output, hidden_BH, batch)
         loss = _ranking_loss(*vectors, batch, self.world_size, self.loss_dtype)

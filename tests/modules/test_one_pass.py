@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmgr_rec.config import EncoderConfig
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.param_groups import param_group
 from llmgr_rec.modules.prompts import one_pass_nodes, prompt_nodes
@@ -47,6 +48,14 @@ def test_one_pass_nodes_are_the_clicks_of_the_longest_prefix(sessions):
     one_prompt = one_pass_nodes(batch.graph, batch.pass_offsets_P1)
     shown = [batch.graph.node_items_N[nodes].tolist() for nodes in one_prompt.values.split(one_prompt.lengths.tolist())]
     assert shown == [session[:-1] for session in sessions]
+
+
+@pytest.mark.parametrize("encoder", [EncoderConfig(), EncoderConfig(steps=2), EncoderConfig(name="stamp")])
+def test_the_recommender_shares_states_between_prefixes_where_they_are_equal(encoder):
+    model, batch = make_llmgr(encoder=encoder), batch_for("graph at the end", most=3)
+    shared, each = model.look_up(batch, one_pass=True), model.look_up(batch)
+    for name in ("sessions_BD", "queries_BQ", "rows_ND", "candidates_CQ"):
+        torch.testing.assert_close(getattr(shared, name), getattr(each, name))
 
 
 def test_long_sessions_are_split_into_passes():
