@@ -1,6 +1,6 @@
 """Data and settings of RecTools' side of the comparison: sessions as arrays, and the settings that its worker reads.
 
-Shapes: U training sessions, B validation examples, L clicks of all of them.
+Shapes: U training sessions, B validation or test examples, L clicks of all of them.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ _READ_ROWS = 8192
 
 
 def write_files(dataset: Dataset, folder: Path) -> dict[str, int]:
-    """Writes training sessions with all their clicks, and validation examples, as arrays of item indices.
+    """Writes training sessions with all their clicks, validation and test examples, as arrays of item indices.
 
     Args:
         dataset: The data set.
@@ -42,20 +42,25 @@ def write_files(dataset: Dataset, folder: Path) -> dict[str, int]:
         for part in dataset.parts("train")
         for items, target in zip(*pq.read_table(part, columns=["items", "target"]).to_pydict().values(), strict=True)
     ]
-    reader = split_reader(dataset, "valid", _READ_ROWS, lambda raw: raw)
-    examples = [session.numpy() for raw in reader.batches(0) for session in _split(raw.items_L, raw.offsets_B1)]
+    valid, test = _examples(dataset, "valid"), _examples(dataset, "test")
     np.savez(
         folder / NAME,
         train_items_L=np.concatenate(sessions).astype(np.int64),
         train_offsets_U1=_offsets(sessions),
-        valid_items_L=np.concatenate(examples),
-        valid_offsets_B1=_offsets(examples),
+        valid_items_L=np.concatenate(valid),
+        valid_offsets_B1=_offsets(valid),
+        test_items_L=np.concatenate(test),
+        test_offsets_B1=_offsets(test),
     )
-    return {"train": sum(map(len, sessions)) - len(sessions), "valid": len(examples)}
+    return {"train": sum(map(len, sessions)) - len(sessions), "valid": len(valid)}
 
 
-def _split(items_L: Any, offsets_B1: Any) -> Any:
-    return items_L.split(offsets_B1.diff().tolist())
+def _examples(dataset: Dataset, split: str) -> list[Any]:
+    """Clicks of each example of a split without its target."""
+    reader = split_reader(dataset, split, _READ_ROWS, lambda raw: raw)
+    return [
+        session.numpy() for raw in reader.batches(0) for session in raw.items_L.split(raw.offsets_B1.diff().tolist())
+    ]
 
 
 def _offsets(sessions: list[Any]) -> Any:
@@ -75,4 +80,20 @@ def sasrec(settings: Settings, folder: Path) -> dict[str, Any]:
         "lr": settings.lr,
         "recommend_torch_device": "cpu",
     }
-    return {"model": model, "sessions": str(folder / NAME), "seed": settings.seed}
+    return {
+        "model": model,
+        "ligr": False,
+        "padding": settings.padding,
+        "sessions": str(folder / NAME),
+        "seed": settings.seed,
+    }
+
+
+def esasrec(settings: Settings, folder: Path) -> dict[str, Any]:
+    """Settings file of the worker for eSASRec: SASRecModel with LiGR blocks and the sampled softmax.
+
+    Padding is masked in the attention, as in the configurations of the paper (arXiv 2508.06450).
+    """
+    of_sasrec = sasrec(settings, folder)
+    sampled = {"loss": "sampled_softmax", "n_negatives": settings.negatives, "use_key_padding_mask": True}
+    return {**of_sasrec, "ligr": True, "model": {**of_sasrec["model"], **sampled}}

@@ -2,9 +2,11 @@
 
 It runs in the environment of RecTools, as `python -m benchmarks.rectools_worker SETTINGS.json`. The model is trained by
 `fit` in one go, which a callback of Lightning pauses between epochs. Nothing of RecTools is changed, except that the
-model knows the whole catalog: its own data preparator would rank only the items that occur in training sessions.
+model knows the whole catalog: its own data preparator would rank only the items that occur in training sessions. If
+asked to, the worker also leaves out the scores at padding, which RecTools computes and then ignores in its loss.
 
-Shapes: U sessions, L clicks of all of them, B validation examples, K items of a ranked list.
+Shapes: U sessions, L clicks of all of them, B sessions of a batch or examples of a split, S clicks of the longest
+session, N targets of a batch, C candidates of a target, D columns, K items of a ranked list.
 """
 
 import json
@@ -23,6 +25,8 @@ from rectools import Columns, __version__
 from rectools.dataset import Dataset
 from rectools.dataset.identifiers import IdMap
 from rectools.models import SASRecModel
+from rectools.models.nn.transformers.lightning import TransformerLightningModule
+from rectools.models.nn.transformers.ligr import LiGRLayers
 from rectools.models.nn.transformers.sasrec import SASRecDataPreparator
 
 from benchmarks.turns_protocol import Epoch, Replies, Stopwatch
@@ -38,10 +42,19 @@ def main(argv: Sequence[str]) -> None:
     lightning.seed_everything(settings["seed"])
     with np.load(settings["sessions"]) as arrays:
         sessions = interactions(arrays["train_items_L"], arrays["train_offsets_U1"])
-        examples = interactions(arrays["valid_items_L"], arrays["valid_offsets_B1"])
-    preparator = {"catalog_size": settings["items"]}
-    model = SASRecModel(data_preparator_type=WholeCatalog, data_preparator_kwargs=preparator, **settings["model"])
-    pauses = Pauses(model, Dataset.construct(examples), replies, settings)
+        examples = {
+            settings[name]: Dataset.construct(interactions(arrays[f"{split}_items_L"], arrays[f"{split}_offsets_B1"]))
+            for split, name in (("valid", "rankings"), ("test", "test_rankings"))
+            if settings[name]
+        }
+    model = SASRecModel(
+        data_preparator_type=WholeCatalog,
+        data_preparator_kwargs={"catalog_size": settings["items"]},
+        **({"transformer_layers_type": LiGRLayers} if settings["ligr"] else {}),
+        **({} if settings["padding"] else {"lightning_module_type": WithoutPadding}),
+        **settings["model"],
+    )
+    pauses = Pauses(model, examples, replies, settings)
     model._trainer = lightning.Trainer(
         accelerator="cpu",
         devices=1,
@@ -92,17 +105,38 @@ class WholeCatalog(SASRecDataPreparator):
         self.item_id_map = items
 
 
+class WithoutPadding(TransformerLightningModule):
+    """The training of RecTools without the scores at padding: the same loss, from fewer products."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """The mean loss of the targets of a batch."""
+        is_target_BS = batch["y"] != 0
+        item_embs = self.torch_model.item_model.get_all_embeddings()
+        # The loss takes batches of sessions: all targets are one session.
+        states_1ND = self.torch_model.encode_sessions(batch, item_embs)[is_target_BS][None]
+        targets_1N, weights_1N = batch["y"][is_target_BS][None], batch["yw"][is_target_BS][None]
+        candidates_1NC = None
+        if self._requires_negatives:
+            candidates_1NC = torch.cat([targets_1N[..., None], batch["negatives"][is_target_BS][None]], dim=-1)
+        logits = self.torch_model.similarity_module(states_1ND, item_embs, candidates_1NC) / self.logits_t
+        loss: torch.Tensor = self.loss_calculator(logits, targets_1N, weights_1N)
+        self.log(self.train_loss_name, loss, on_step=False, on_epoch=True)
+        return loss
+
+
 class Pauses(lightning.Callback):
-    """Waits for a request before each epoch, and ranks the validation examples after it.
+    """Waits for a request before each epoch, and ranks examples after it.
 
     Args:
         model: The model that is trained.
-        examples: Validation examples, one user each.
+        examples: Examples to rank, one user each, by the file that gets the lists.
         replies: Sends epochs and waits for requests.
         settings: Contents of the settings file.
     """
 
-    def __init__(self, model: SASRecModel, examples: Dataset, replies: Replies, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, model: SASRecModel, examples: dict[str, Dataset], replies: Replies, settings: dict[str, Any]
+    ) -> None:
         self._model = model
         self._examples = examples
         self._replies = replies
@@ -135,7 +169,8 @@ class Pauses(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Sends the results."""
         seconds, processor_seconds = self._watch.read()
-        np.save(self._settings["rankings"], self._rank())
+        for file, examples in self._examples.items():
+            np.save(file, self._rank(examples))
         module.train()
         self._replies.done(
             Epoch(
@@ -147,12 +182,12 @@ class Pauses(lightning.Callback):
             )
         )
 
-    def _rank(self) -> Any:
-        """Items ranked first for each validation example, by their index in the catalog, [B, K]."""
-        users, k = self._examples.user_id_map.external_ids, self._settings["k"]
+    def _rank(self, examples: Dataset) -> Any:
+        """Items ranked first for each example, by their index in the catalog, [B, K]."""
+        users, k = examples.user_id_map.external_ids, self._settings["k"]
         # Until `fit` returns, the model refuses to rank.
         self._model.is_fitted = True
-        ranked = self._model.recommend(users, self._examples, k=k, filter_viewed=self._settings["exclude_seen"])
+        ranked = self._model.recommend(users, examples, k=k, filter_viewed=self._settings["exclude_seen"])
         ids_BK = np.full((len(users), k), -1)
         ids_BK[ranked[Columns.User].to_numpy(int), ranked[Columns.Rank].to_numpy(int) - 1] = ranked[Columns.Item]
         return ids_BK

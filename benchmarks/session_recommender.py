@@ -2,6 +2,7 @@
 
 ```sh
 python -m benchmarks.session_recommender --dataset PREPARED --peer rectools_sasrec
+python -m benchmarks.session_recommender --dataset PREPARED --peer rectools_esasrec --rounds 200 --patience 5
 ```
 
 Each side is a process of its own, and they take turns epoch by epoch. The peer runs in a virtual environment of its
@@ -10,10 +11,13 @@ same with the matrix products of the loss in bfloat16, where the processor is fa
 with all prefixes of a session in one pass, where the peer encodes each one; also with the sampled softmax; and by the
 recipe `default`. Sides that have not reached the best NDCG@20 of the peer then train on until they have, at most for as
 long as the peer trained.
+
+With `--patience`, each side trains until its NDCG@20 has stopped to rise, and `--against` compares the peer at its best
+epoch with evaluated models on the test sessions.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,17 +27,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from benchmarks.harness import Spread, benchmark_parser, write_report
 from benchmarks.turns_protocol import Epoch, Trainer, TrainerFailed
 from llmgr_rec.cli import parse_args, progress, run_cli
+from llmgr_rec.comma_separated import split_list
 from llmgr_rec.errors import UserError
 from llmgr_rec.paths import LocalPath
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from benchmarks.peer_quality import EvaluatedModels
     from benchmarks.peers import Peer
     from benchmarks.session_settings import Settings
     from llmgr_rec.data.dataset import Dataset
 
 SAME, ROUNDED, ONE_PASS = "same settings", "same, loss in bfloat16", "and in one pass"
 SAMPLED, DEFAULT = "and sampled softmax", "default recipe"
-PeerName = Literal["rectools_sasrec", "recbole_gcsan", "recbole_srgnn"]
+SIDES = {"same": SAME, "rounded": ROUNDED, "one_pass": ONE_PASS, "sampled": SAMPLED, "default": DEFAULT}
+PeerName = Literal["rectools_sasrec", "rectools_esasrec", "recbole_gcsan", "recbole_srgnn"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,33 +54,33 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--dataset", type=LocalPath, required=True, help="Folder made by llmgr_rec.prepare.")
     parser.add_argument("--peer", type=PeerName, default="rectools_sasrec", help="Library and model.")
+    parser.add_argument(
+        "--sides", type=str, default=",".join(SIDES), help=f"Forms of our side, of {', '.join(SIDES)}; default: all."
+    )
+    parser.add_argument(
+        "--patience",
+        type=int,
+        default=0,
+        help="Epochs without a higher NDCG@20 after which a side ends; --rounds are then the most. 0 trains all.",
+    )
+    parser.add_argument(
+        "--most_minutes", type=float, default=0.0, help="Training minutes of all sides, after which no round begins."
+    )
+    parser.add_argument(
+        "--against",
+        type=LocalPath | None,
+        help="Metrics file of llmgr_rec.evaluate, whose models are compared with the peer on test sessions (RecTools).",
+    )
     parser.add_argument("--max_examples", type=int, default=0, help="Most training examples; 0 takes all.")
     parser.add_argument("--max_validation", type=int, default=0, help="Most validation examples; 0 takes all.")
-    parser.add_argument("--dim", type=int, default=64, help="Width of item and session vectors.")
-    parser.add_argument(
-        "--batch_size", type=int | None, help="Examples of a step (RecTools: sessions). Default: 512 (RecTools: 128)."
-    )
-    parser.add_argument("--steps", type=int, default=1, help="Message-passing steps (GCSAN, SRGNN).")
-    parser.add_argument(
-        "--attention_layers", type=int | None, help="Self-attention blocks (not SRGNN). Default: 1 (RecTools: 2)."
-    )
-    parser.add_argument("--attention_heads", type=int | None, help="Heads of each block. Default: 1 (RecTools: 2).")
-    parser.add_argument("--dropout", type=float | None, help="Dropout (not SRGNN). Default: 0.2.")
-    parser.add_argument(
-        "--score",
-        type=Literal["cosine", "dot"] | None,
-        help="Score of our side with the peer's settings. Default: cosine (RecTools: dot).",
-    )
-    parser.add_argument("--lr", type=float, default=1e-3, help="Learning rate of Adam.")
-    parser.add_argument("--negatives", type=int, default=1024, help="Negatives of the sampled softmax.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of all sides, and of the choice of examples.")
+    _add_settings(parser)
     parser.add_argument(
         "--environment", type=LocalPath | None, help="Folder of the peer's environment; runs/benchmarks/PACKAGE."
     )
     # A round is one epoch of each side, and the first one counts.
     parser.set_defaults(rounds=3)
     args = parse_args(parser, argv).as_dict()
-    for name in ("max_examples", "max_validation"):
+    for name in ("max_examples", "max_validation", "patience", "most_minutes"):
         if args[name] < 0:
             raise UserError(f"--{name} is {args[name]}; set it to 0 or more")
 
@@ -82,6 +91,35 @@ def main(argv: Sequence[str]) -> None:
         results = compare(Path(folder), peer, args)
     print(table(peer.name, peer.least_ratio, results))
     write_report(args["output"], args, results)
+
+
+def _add_settings(parser: "ArgumentParser") -> None:
+    """Adds what `session_settings.Settings` reads."""
+    parser.add_argument("--dim", type=int, default=64, help="Width of item and session vectors.")
+    parser.add_argument(
+        "--batch_size", type=int | None, help="Examples of a step (RecTools: sessions). Default: 512 (RecTools: 128)."
+    )
+    parser.add_argument(
+        "--padding",
+        type=bool | None,
+        help="Whether RecTools computes scores at padding, as it does, or only what its loss needs. Default: true.",
+    )
+    parser.add_argument("--steps", type=int, default=1, help="Message-passing steps (GCSAN, SRGNN).")
+    parser.add_argument(
+        "--attention_layers", type=int | None, help="Self-attention blocks (not SRGNN). Default: 1 (SASRec: 2)."
+    )
+    parser.add_argument("--attention_heads", type=int | None, help="Heads of each block. Default: 1 (SASRec: 2).")
+    parser.add_argument("--dropout", type=float | None, help="Dropout (not SRGNN). Default: 0.2.")
+    parser.add_argument(
+        "--score",
+        type=Literal["cosine", "dot"] | None,
+        help="Score of our side with the peer's settings. Default: cosine (RecTools: dot).",
+    )
+    parser.add_argument("--lr", type=float, default=1e-3, help="Learning rate of Adam.")
+    parser.add_argument(
+        "--negatives", type=int | None, help="Negatives of the sampled softmax. Default: 1024 (eSASRec: 256)."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of all sides, and of the choice of examples.")
 
 
 def compare(folder: Path, peer: "Peer", args: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,24 +135,32 @@ def compare(folder: Path, peer: "Peer", args: Mapping[str, Any]) -> dict[str, An
     """
     from benchmarks.dataset_part import write_part
     from benchmarks.peer_environment import make_environment
+    from benchmarks.peer_quality import BestEpoch
     from benchmarks.session_settings import make_settings
-    from benchmarks.time_to_quality import time_to_quality, train_to_quality
+    from benchmarks.time_to_quality import stopped_rising, time_to_quality, train_to_quality
     from llmgr_rec.data.dataset import Dataset
 
     whole = Dataset(Path(args["dataset"]))
     settings = make_settings(args, **peer.of_settings(whole, args["dim"]))
+    ours = chosen_sides(args["sides"], settings)
+    against = _against(args, peer, whole)
     python = make_environment(Path(args["environment"] or f"runs/benchmarks/{peer.package.name}"), peer.package)
     most = {"train": args["max_examples"], "valid": args["max_validation"]}
     dataset = write_part(whole, folder / "dataset", most, settings.seed)
     counts = peer.write_files(dataset, folder / "peer")
+    test_lists = folder / "test_rankings.npy" if against else None
+    peer.write_settings(folder / "peer.json", settings, dataset, folder / "peer", test_lists)
+    best_epoch = BestEpoch(dataset, test_lists)
     try:
         with ExitStack() as stack:
-            trainers = [stack.enter_context(trainer) for trainer in _start(folder, peer, settings, dataset, python)]
-            train_in_turns(trainers, settings.rounds)
-            *ours, other = trainers
+            started = _start(folder, peer, ours, settings.threads, dataset, python, best_epoch.measure)
+            trainers = [stack.enter_context(trainer) for trainer in started]
+            train_in_turns(trainers, settings.rounds, args["patience"], 60 * args["most_minutes"])
+            other = trainers[-1]
             best = max(epoch.ndcg for epoch in other.epochs)
-            for trainer in ours:
-                train_to_quality(trainer, best, other.seconds)
+            for trainer in trainers[:-1]:
+                if not stopped_rising(trainer.epochs, args["patience"]):
+                    train_to_quality(trainer, best, other.seconds)
     except TrainerFailed as error:
         raise UserError(str(error)) from None
     check_counts(trainers, counts)
@@ -126,23 +172,58 @@ def compare(folder: Path, peer: "Peer", args: Mapping[str, Any]) -> dict[str, An
         **rates(epochs, peer.name, settings.rounds),
         "time_to_quality": time_to_quality(epochs, peer.name),
         "epochs": {name: [asdict(epoch) for epoch in of_side] for name, of_side in epochs.items()},
-        "arguments": _ours(settings),
+        "arguments": ours,
         "peer": trainers[-1].facts,
+        **({"test": against.beside(peer.name, *best_epoch.test)} if against and best_epoch.test else {}),
     }
 
 
-def _start(folder: Path, peer: "Peer", settings: "Settings", dataset: "Dataset", python: Path) -> Iterator[Trainer]:
-    """Starts the sides one after the other; the last one is the peer."""
-    from benchmarks.ranked_validation import RankedValidation
+def _against(args: Mapping[str, Any], peer: "Peer", dataset: "Dataset") -> "EvaluatedModels | None":
+    """The models of --against; None without it."""
+    from benchmarks.peer_quality import EvaluatedModels
 
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(settings.threads)}
-    for number, (name, words) in enumerate(_ours(settings).items()):
+    if not args["against"]:
+        return None
+    if not peer.ranks_test:
+        raise UserError(f"--against needs lists of test sessions, which {peer.name} does not give; leave it out")
+    if args["max_examples"]:
+        raise UserError("--against compares models of all training examples; leave --max_examples out")
+    return EvaluatedModels(Path(args["against"]), dataset)
+
+
+def _start(
+    folder: Path,
+    peer: "Peer",
+    ours: Mapping[str, list[str]],
+    threads: int,
+    dataset: "Dataset",
+    python: Path,
+    measure: Callable[[Path], tuple[float, int]],
+) -> Iterator[Trainer]:
+    """Starts the sides one after the other; the last one is the peer."""
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(threads)}
+    for number, (name, words) in enumerate(ours.items()):
         files = ["--dataset", str(dataset.path), "--output", str(folder / f"run{number}")]
         yield Trainer(name, [sys.executable, "-m", "benchmarks.session_trainer", *files, *words], folder, environment)
-    file = folder / "peer.json"
-    peer.write_settings(file, settings, dataset, folder / "peer", dataset.manifest.num_examples["train"])
-    command = [str(python), "-m", peer.worker, str(file)]
-    yield Trainer(peer.name, command, folder, environment, RankedValidation(dataset).measure)
+    command = [str(python), "-m", peer.worker, str(folder / "peer.json")]
+    yield Trainer(peer.name, command, folder, environment, measure)
+
+
+def chosen_sides(names: str, settings: "Settings") -> dict[str, list[str]]:
+    """Arguments of the forms of our side that are asked for; those that the settings have no use for are left out.
+
+    Args:
+        names: Keys of `SIDES`, separated by commas.
+        settings: Settings of all sides.
+
+    Raises:
+        UserError: There is no such form.
+    """
+    asked = split_list(names)
+    if unknown := [name for name in asked if name not in SIDES]:
+        raise UserError(f"--sides has {unknown[0]}; give some of {', '.join(SIDES)}")
+    titles = {SIDES[name] for name in asked}
+    return {title: words for title, words in _ours(settings).items() if title in titles}
 
 
 def _ours(settings: "Settings") -> dict[str, list[str]]:
@@ -156,16 +237,29 @@ def _ours(settings: "Settings") -> dict[str, list[str]]:
     one_pass = settings.one_pass_is_exact
     if one_pass and not settings.one_pass:
         sides[ONE_PASS] = settings.same_words(faster, one_pass)
-    return {**sides, SAMPLED: settings.same_words(faster, one_pass, sampled=True), DEFAULT: settings.default_words()}
+    if not settings.sampled:
+        sides[SAMPLED] = settings.same_words(faster, one_pass, sampled=True)
+    return {**sides, DEFAULT: settings.default_words()}
 
 
-def train_in_turns(trainers: Sequence[Trainer], rounds: int) -> None:
-    """Trains one epoch of each side in every round, in alternating order; a side whose training ends drops out."""
+def train_in_turns(trainers: Sequence[Trainer], rounds: int, patience: int = 0, most_seconds: float = 0.0) -> None:
+    """Trains one epoch of each side in every round, in alternating order; a side that has ended drops out.
+
+    Args:
+        trainers: The sides.
+        rounds: Most epochs of each.
+        patience: Epochs without a higher NDCG@20 after which a side has ended; 0 waits for all.
+        most_seconds: Training seconds of all sides after which no round begins; 0 for any.
+    """
+    from benchmarks.time_to_quality import stopped_rising
+
     bar = progress(rounds, "benchmark", "round")
     for number in range(rounds):
-        for trainer in trainers if number % 2 == 0 else reversed(trainers):
-            if not trainer.ended:
-                trainer.train()
+        going = [side for side in trainers if not side.ended and not stopped_rising(side.epochs, patience)]
+        if not going or (most_seconds and sum(side.seconds for side in trainers) > most_seconds):
+            break
+        for trainer in going if number % 2 == 0 else reversed(going):
+            trainer.train()
         bar.update()
     bar.close()
 
@@ -207,12 +301,12 @@ def check_counts(trainers: Sequence[Trainer], counts: Mapping[str, int]) -> None
                 raise RuntimeError(f"{trainer.name} reported {epoch}, but there are {counts} examples")
 
 
-def table(peer: str, least_ratio: float, results: Mapping[str, Any]) -> str:
+def table(peer: str, least_ratio: float | None, results: Mapping[str, Any]) -> str:
     """The results as text.
 
     Args:
         peer: Name of the peer.
-        least_ratio: How many times as fast our side should be.
+        least_ratio: How many times as fast our side should be; None where nothing is wanted.
         results: From `compare`.
     """
     counts = results["examples"]
@@ -220,11 +314,12 @@ def table(peer: str, least_ratio: float, results: Mapping[str, Any]) -> str:
         "",
         f"{counts['train']:,} training and {counts['valid']:,} validation examples, {results['items']:,} items",
         *_rate_lines(peer, results),
-        f"wanted: {least_ratio:g} times",
+        *([f"wanted: {least_ratio:g} times"] if least_ratio else []),
         "",
         *_quality_lines(results["epochs"]),
         "",
         *_time_lines(results["time_to_quality"]),
+        *(["", *_test_lines(results["test"])] if "test" in results else []),
     ]
     return "\n".join(lines)
 
@@ -252,6 +347,15 @@ def _time_lines(reached: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name:26}not within the seconds of the peer, or until its training ended"
         else:
             yield f"{name:26}{at['epoch']:>8}{at['seconds']:>12.1f}{at['processor_seconds']:>20.1f}"
+
+
+def _test_lines(compared: Mapping[str, Any]) -> Iterator[str]:
+    shown = ("hr@10", "ndcg@10", "hr@20", "ndcg@20")
+    yield f"{'test sessions':26}" + "".join(f"{column.upper():>10}" for column in shown) + "   NDCG@20 over the peer"
+    for name, metrics in compared["metrics"].items():
+        gain = compared["gains"].get(name, {}).get("ndcg@20")
+        over = f"   {100 * gain['mean']:+.1f} % [{100 * gain['low']:.1f} .. {100 * gain['high']:.1f}]" if gain else ""
+        yield f"{name:26}" + "".join(f"{metrics[column]:>10.4f}" for column in shown) + over
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ class Settings:
     Args:
         encoder: Name of our encoder.
         one_pass: Whether the peer trains on all prefixes of a session in one pass; `batch_size` then counts sessions.
+        sampled: Whether the peer trains by a sampled softmax.
+        padding: Whether RecTools computes scores at padding, which its loss ignores.
         prefixes: Mean number of prefixes of a session.
         initial_std: Standard deviation of the initial item vectors.
         max_length: Most clicks of a session.
@@ -31,13 +33,15 @@ class Settings:
             paper's model, and ours, does not have.
         lr: Learning rate of Adam, for all parameters.
         negatives: Negatives of the sampled softmax.
-        rounds: Epochs.
+        rounds: Epochs, or the most of them.
         seed: Seed of all sides.
         threads: CPU threads of each side.
     """
 
     encoder: str
     one_pass: bool
+    sampled: bool
+    padding: bool
     prefixes: float
     initial_std: float
     max_length: int
@@ -57,7 +61,7 @@ class Settings:
     @property
     def one_pass_is_exact(self) -> bool:
         """Whether our encoder gives the same vectors in one pass."""
-        return self.encoder == "sasrec" or self.steps == 1
+        return self.encoder in ("sasrec", "esasrec") or self.steps == 1
 
     def same_words(self, loss_dtype: str = "float32", one_pass: bool = False, sampled: bool = False) -> list[str]:
         """Arguments of llmgr_rec that match the peer's settings.
@@ -93,9 +97,11 @@ class Settings:
             "optimizer.weight_decay": 0.0,
             "optimizer.clip_norm": 1e9,
             "optimizer.warmup": 0.0,
+            "optimizer.average": 0.0,
+            # A full softmax is one up to more items than any catalog has.
+            "loss.full_softmax_max_items": 0 if sampled or self.sampled else 1 << 31,
+            "loss.num_negatives": self.negatives,
         }
-        # Above any catalog: the peers' softmax is full.
-        same |= {"loss.full_softmax_max_items": 0 if sampled else 1 << 31, "loss.num_negatives": self.negatives}
         return _words({**same, **self._of_all()})
 
     def default_words(self) -> list[str]:

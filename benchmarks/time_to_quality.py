@@ -34,6 +34,14 @@ def passed(epochs: Sequence[Epoch], ndcg: float) -> Passed | None:
     return None
 
 
+def stopped_rising(epochs: Sequence[Epoch], patience: int) -> bool:
+    """Whether NDCG@20 was highest at least `patience` epochs ago; never with a patience of 0."""
+    if not patience or not epochs:
+        return False
+    best = max(range(len(epochs)), key=lambda number: epochs[number].ndcg)
+    return len(epochs) - 1 - best >= patience
+
+
 def train_to_quality(trainer: Trainer, ndcg: float, most_seconds: float) -> None:
     """Trains until NDCG@20 is at least `ndcg`, for at most `most_seconds`, or until the training has ended."""
     while passed(trainer.epochs, ndcg) is None and trainer.seconds < most_seconds and not trainer.ended:

@@ -12,21 +12,37 @@ from benchmarks import peer_environment, recbole_side, rectools_side, session_re
 from benchmarks.commands import prepare_synthetic
 from benchmarks.dataset_part import write_part
 from benchmarks.peer_environment import RECBOLE, make_environment
+from benchmarks.peer_quality import BestEpoch, EvaluatedModels
 from benchmarks.peers import PEERS
-from benchmarks.ranked_validation import RankedValidation
-from benchmarks.session_recommender import DEFAULT, ROUNDED, SAME, check_counts, compare, rates, table, train_in_turns
+from benchmarks.ranked_split import RankedSplit
+from benchmarks.session_recommender import (
+    DEFAULT,
+    ROUNDED,
+    SAME,
+    SAMPLED,
+    SIDES,
+    check_counts,
+    chosen_sides,
+    compare,
+    rates,
+    table,
+    train_in_turns,
+)
 from benchmarks.session_settings import Settings, make_settings
-from benchmarks.time_to_quality import passed, time_to_quality, train_to_quality
+from benchmarks.time_to_quality import passed, stopped_rising, time_to_quality, train_to_quality
 from benchmarks.turns_protocol import Epoch, Trainer, TrainerFailed
 from llmgr_rec.cli import make_parser, run_cli
 from llmgr_rec.config_file import add_config_arguments, parse_with_config
 from llmgr_rec.data.dataset import Dataset
 from llmgr_rec.errors import UserError
+from llmgr_rec.evaluate import main as evaluate
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Settings(
     encoder="gcsan",
     one_pass=False,
+    sampled=False,
+    padding=True,
     prefixes=4.0,
     initial_std=0.02,
     max_length=50,
@@ -113,13 +129,17 @@ def test_a_part_too_small_for_a_row_is_refused(dataset, tmp_path):
         write_part(dataset, tmp_path / "part", {"train": 1}, seed=0)
 
 
-def test_rectools_gets_training_sessions_with_their_target_and_validation_examples(dataset, tmp_path):
+def test_rectools_gets_training_sessions_with_their_target_and_the_examples_of_other_splits(dataset, tmp_path):
     counts = rectools_side.write_files(dataset, tmp_path / "rectools")
     with np.load(tmp_path / "rectools" / rectools_side.NAME) as arrays:
         train = np.split(arrays["train_items_L"], arrays["train_offsets_U1"][1:-1])
-        valid = np.split(arrays["valid_items_L"], arrays["valid_offsets_B1"][1:-1])
+        clicks = {
+            split: np.split(arrays[f"{split}_items_L"], arrays[f"{split}_offsets_B1"][1:-1])
+            for split in ("valid", "test")
+        }
     assert [session.tolist() for session in train] == [[*items, target] for items, target in sessions(dataset, "train")]
-    assert [session.tolist() for session in valid] == [items for items, _ in sessions(dataset, "valid")]
+    for split, found in clicks.items():
+        assert [session.tolist() for session in found] == [items for items, _ in sessions(dataset, split)]
     examples = dataset.manifest.num_examples
     assert counts == {"train": examples["train"], "valid": examples["valid"]}
 
@@ -130,12 +150,28 @@ def test_lists_of_another_program_are_measured_in_the_order_of_the_split(dataset
     lists[:, 2] = targets
     lists[0] = -1
     np.save(tmp_path / "lists.npy", lists)
-    ndcg, count = RankedValidation(dataset).measure(tmp_path / "lists.npy")
+    metrics, ranks = RankedSplit(dataset, "valid").measure(tmp_path / "lists.npy")
+    assert ranks.tolist() == [20] + [2] * (len(targets) - 1)
+    count = metrics["count"]
     assert count == len(targets)
-    assert ndcg == pytest.approx((count - 1) / count / np.log2(4))
+    assert metrics["ndcg@20"] == pytest.approx((count - 1) / count / np.log2(4))
     np.save(tmp_path / "lists.npy", lists[1:])
     with pytest.raises(ValueError, match=f"has {count - 1} lists, but there are {count} examples"):
-        RankedValidation(dataset).measure(tmp_path / "lists.npy")
+        RankedSplit(dataset, "valid").measure(tmp_path / "lists.npy")
+
+
+def test_the_test_lists_of_the_best_epoch_are_kept(dataset, tmp_path):
+    valid, test = ([target for _, target in sessions(dataset, split)] for split in ("valid", "test"))
+    best = BestEpoch(dataset, tmp_path / "test.npy")
+    for place in (3, 1, 2):
+        for name, targets in (("valid", valid), ("test", test)):
+            lists = np.full((len(targets), 20), -1)
+            lists[:, place] = targets
+            np.save(tmp_path / f"{name}.npy", lists)
+        assert best.measure(tmp_path / "valid.npy") == (pytest.approx(1 / np.log2(place + 2)), len(valid))
+    metrics, ranks = best.test
+    assert metrics["hr@5"] == 1
+    assert ranks.tolist() == [1] * len(test)
 
 
 def test_recbole_has_the_same_settings():
@@ -173,8 +209,27 @@ def test_rectools_has_the_same_settings():
     assert ours.encoder.max_clicks == theirs["session_max_len"]
     assert ours.sbr.batch_size == theirs["batch_size"] * SASREC.prefixes
     assert ours.sbr.lr == ours.tables.lr == theirs["lr"]
+    assert config_of(SASREC.same_words()).loss.full_softmax_max_items > 1e9
+    assert ours.optimizer.average == 0
     sampled = config_of(SASREC.same_words(sampled=True)).loss
     assert (sampled.full_softmax_max_items, sampled.num_negatives) == (0, 100)
+
+
+def test_rectools_esasrec_has_the_same_settings():
+    settings = replace(SASREC, encoder="esasrec", sampled=True, padding=False)
+    ours, theirs = config_of(settings.same_words()), rectools_side.esasrec(settings, Path("files"))
+    assert (ours.encoder.name, theirs["ligr"], theirs["padding"]) == ("esasrec", True, False)
+    assert (ours.loss.full_softmax_max_items, theirs["model"]["loss"]) == (0, "sampled_softmax")
+    assert ours.loss.num_negatives == theirs["model"]["n_negatives"] == 100
+    assert theirs["model"]["n_factors"] == ours.tables.dim
+
+
+def test_sides_are_chosen_by_name():
+    assert list(chosen_sides("default,same", SETTINGS)) == [SAME, DEFAULT]
+    assert SAMPLED in chosen_sides(",".join(SIDES), SASREC)
+    assert SAMPLED not in chosen_sides(",".join(SIDES), replace(SASREC, sampled=True))
+    with pytest.raises(UserError, match="--sides has smae; give some of same, rounded"):
+        chosen_sides("smae", SETTINGS)
 
 
 def test_a_step_in_one_pass_has_as_many_prefixes():
@@ -187,14 +242,25 @@ def test_a_step_in_one_pass_has_as_many_prefixes():
 @pytest.mark.parametrize("name", PEERS)
 def test_a_peer_has_defaults_for_what_is_not_given(dataset, name, tmp_path):
     peer = PEERS[name]
-    given = {"dim": 64, "lr": 1e-3, "negatives": 100, "rounds": 1, "seed": 0, "threads": 1, "steps": 1, "dropout": None}
+    given = {
+        "dim": 64,
+        "lr": 1e-3,
+        "negatives": None,
+        "rounds": 1,
+        "seed": 0,
+        "threads": 1,
+        "steps": 1,
+        "dropout": None,
+    }
     settings = make_settings(given, **peer.of_settings(dataset, 64))
     assert settings.dropout == (0.0 if peer.encoder == "srgnn" else 0.2)
     assert settings.max_length == dataset.manifest.max_length
+    assert settings.negatives == (256 if settings.sampled else 1024)
     config_of(settings.same_words())
-    peer.write_settings(tmp_path / "peer.json", settings, dataset, tmp_path / "peer", examples=5)
+    peer.write_settings(tmp_path / "peer.json", settings, dataset, tmp_path / "peer")
     written = json.loads((tmp_path / "peer.json").read_text())
-    assert (written["items"], written["examples"], written["k"]) == (dataset.manifest.num_items, 5, 20)
+    counts = (dataset.manifest.num_items, dataset.manifest.num_examples["train"])
+    assert (written["items"], written["examples"], written["k"]) == (*counts, 20)
     assert make_settings({**given, "dropout": 0.1}, **peer.of_settings(dataset, 64)).dropout == 0.1
 
 
@@ -256,6 +322,19 @@ def test_a_side_whose_training_ends_drops_out(tmp_path):
     assert len(short.epochs) == 3
 
 
+def test_a_side_trains_until_its_quality_has_stopped_to_rise(tmp_path):
+    script = FAKE.replace("0.1 * number", "0.3 if number == 2 else 0.2").replace("number == 4", "number == 9")
+    with fake(tmp_path, script, "1", name="one") as one, fake(tmp_path, script, "2", name="two") as two:
+        train_in_turns([one, two], rounds=1, patience=2)
+        train_in_turns([one, two], rounds=6, patience=2, most_seconds=9.5)
+        assert [len(one.epochs), len(two.epochs)] == [3, 3]
+        train_in_turns([one, two], rounds=6, patience=2)
+    assert [len(one.epochs), len(two.epochs)] == [4, 4]
+    assert not stopped_rising(one.epochs, 3)
+    assert not stopped_rising(one.epochs, 0)
+    assert not stopped_rising([], 1)
+
+
 def test_only_the_seconds_of_training_count(tmp_path):
     with fake(tmp_path, FAKE, "1", name="fast") as fast, fake(tmp_path, FAKE, "4", name="slow") as slow:
         train_in_turns([fast, slow], rounds=2)
@@ -282,8 +361,11 @@ import json, sys, numpy
 from benchmarks.turns_protocol import Epoch, Replies
 replies, settings = Replies(), json.load(open(sys.argv[1]))
 replies.ready(version="1")
+sessions = numpy.load(settings["sessions"])
 while replies.wait():
-    numpy.save(settings["rankings"], numpy.full((20, settings["k"]), -1))
+    for split, name in (("valid", "rankings"), ("test", "test_rankings")):
+        if settings[name]:
+            numpy.save(settings[name], numpy.full((len(sessions[split + "_offsets_B1"]) - 1, settings["k"]), 1))
     replies.done(Epoch(settings["examples"], 1e4, 1e4, loss=1.0, rankings=settings["rankings"]))
 """
 
@@ -292,18 +374,44 @@ def test_our_side_trains_in_turns_with_a_peer(dataset, tmp_path, monkeypatch):
     """The peer is a stand-in; the real ones are run by `test_the_peers_in_their_environments`."""
     (tmp_path / "stand_in.py").write_text(WORKER)
     monkeypatch.setattr(peer_environment, "make_environment", lambda *_: Path(sys.executable))
-    monkeypatch.setattr(session_recommender, "_ours", lambda settings: {DEFAULT: settings.default_words()})
     peer = replace(PEERS["rectools_sasrec"], name=PEER, worker="stand_in")
-    results = compare(tmp_path, peer, arguments(dataset, max_examples=100, max_validation=20))
+    evaluate(["--run", str(tmp_path), *metrics_words(dataset, tmp_path)])
+    against = str(tmp_path / "metrics.json")
+    results = compare(tmp_path, peer, arguments(dataset, max_validation=20, sides="default", against=against))
     assert results["ratio"][DEFAULT]["median"] > 10
     assert results["time_to_quality"]["sides"][PEER]["seconds"] == 1e4
     assert len(results["epochs"][PEER]) == 1
+    assert list(results["test"]["metrics"]) == ["popularity", PEER]
+    assert results["test"]["metrics"][PEER]["hr@20"] == np.mean(
+        [target == 1 for _, target in sessions(dataset, "test")]
+    )
+    assert results["test"]["gains"]["popularity"].keys() == {"hr@20", "ndcg@20", "mrr@20"}
     assert PEER in table(PEER, 12, results)
 
 
+def metrics_words(dataset, folder, *others):
+    return ["--dataset", str(dataset.path), "--models", "popularity", "--output", str(folder / "metrics.json"), *others]
+
+
+def test_models_of_other_sessions_or_rankings_are_refused(dataset, tmp_path):
+    file = tmp_path / "metrics.json"
+    evaluate(["--run", str(tmp_path), *metrics_words(dataset, tmp_path, "--max_length", "3")])
+    with pytest.raises(UserError, match=r"ranked with .*, the peer with"):
+        EvaluatedModels(file, dataset)
+    evaluate(["--run", str(tmp_path), *metrics_words(dataset, tmp_path, "--split", "valid")])
+    with pytest.raises(UserError, match="is about other sessions than the test split"):
+        EvaluatedModels(file, dataset)
+    with pytest.raises(UserError, match="RecBole's GCSAN does not give; leave it out"):
+        compare(tmp_path, PEERS["recbole_gcsan"], arguments(dataset, against=str(file)))
+    with pytest.raises(UserError, match="leave --max_examples out"):
+        compare(tmp_path, PEERS["rectools_sasrec"], arguments(dataset, against=str(file), max_examples=9))
+
+
 def arguments(dataset, **given):
-    names = ("batch_size", "attention_layers", "attention_heads", "dropout", "score", "environment")
+    names = ("batch_size", "attention_layers", "attention_heads", "dropout", "score", "environment", "padding")
     values = {"dim": 8, "steps": 1, "lr": 1e-3, "negatives": 8, "seed": 0, "rounds": 1, "threads": 1}
+    values |= {"sides": ",".join(SIDES), "patience": 0, "most_minutes": 0, "against": None}
+    values |= {"max_examples": 0, "max_validation": 0}
     return {**dict.fromkeys(names), **values, "dataset": str(dataset.path), **given}
 
 
@@ -314,11 +422,19 @@ def test_the_peers_in_their_environments(dataset, name, tmp_path, monkeypatch):
     environment = ROOT / "runs" / "benchmarks" / peer.package.name
     if not (environment / "complete.txt").exists():
         pytest.skip(f"{environment} is not there; the benchmark makes it")
-    monkeypatch.setattr(session_recommender, "_ours", lambda settings: {SAME: settings.same_words()})
-    args = arguments(dataset, max_examples=100, max_validation=20, environment=str(environment))
+    args = arguments(dataset, max_examples=100, max_validation=20, environment=str(environment), sides="same")
     results = compare(tmp_path, peer, args)
     assert results["peer"]["items"] == dataset.manifest.num_items
     assert results["epochs"][peer.name][0]["ndcg"] > 0
+    if peer.package.name == "rectools":
+        # Draws that depend on the padding would differ: dropout.
+        losses = []
+        for padding in (True, False):
+            folder = tmp_path / str(padding)
+            folder.mkdir()
+            found = compare(folder, peer, {**args, "dropout": 0.0, "padding": padding})
+            losses.append(found["epochs"][peer.name][0]["loss"])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +495,7 @@ def test_table_has_a_row_for_each_side_and_each_epoch():
     [
         (["--max_examples", "-1"], "--max_examples is -1; set it to 0 or more"),
         (["--dim", "0"], "--dim is 0; set it to 1 or more"),
+        (["--sides", "smae"], "--sides has smae; give some of same, rounded, one_pass, sampled, default"),
         (["--rounds", "0"], "--rounds is 0; set it to 1 or more"),
     ],
 )
