@@ -320,7 +320,8 @@ class OptimizerConfig(Group):
     average: float = setting(
         0.7,
         "Share of the steps of stage sbr, the last ones, over which the weights are averaged, in place of the cosine; "
-        "the mean is validated and exported, and takes the memory of the weights once more. 0 decays to zero instead.",
+        "the mean is validated, and exported after the last step; it takes the memory of the weights once more. 0 "
+        "decays to zero instead.",
         at_least=0,
         at_most=1,
         stages=("sbr",),
@@ -484,8 +485,8 @@ class RuntimeConfig(Group):
     )
     eval_every: int = setting(
         1,
-        "Epochs between validations, the last epoch included; the best weights are kept. 0 never validates. Stage "
-        "align is never validated.",
+        "Epochs between validations, the last epoch included; the best weights are the result, or the mean that "
+        "optimizer.average takes. 0 never validates. Stage align is never validated.",
         at_least=0,
         at_most=1_000_000,
         invalidates="checkpoint",

@@ -24,7 +24,7 @@ from llmgr_rec.modules.tasks import LossAndParts
 from llmgr_rec.process_facts import peak_memory_mb
 from llmgr_rec.progress_bar import LOG_LINE_SECONDS
 from llmgr_rec.stop_signals import StopSignals
-from llmgr_rec.storage.checkpoint import CheckpointManager
+from llmgr_rec.storage.checkpoint import CheckpointManager, step_of
 from llmgr_rec.training.metrics_logger import MetricsLogger
 from llmgr_rec.training.optimizers import LearningRates
 from llmgr_rec.training.remaining_time import RemainingTime, StageWork, number_of_validations
@@ -75,7 +75,7 @@ class StageLoop:
         world: Ranks.
         metrics: Logger of the training and validation metrics.
         checkpoints: Newest states, for resuming.
-        best: Best state by validation, for export.
+        best: Best state by validation, where no mean is taken.
         validate: Computes validation metrics of the current weights; all ranks call it together. None without
             validation: then the last weights are the result.
         remaining: Estimates the time to the end of the run.
@@ -114,8 +114,14 @@ class StageLoop:
         self._resumed_window: dict[str, Any] = {}
         self._step_time = StepTime(self.name, self.world, self.remaining)
 
-    def run(self, position: Position) -> None:
-        """Trains from a position to the end of the stage, then loads the best weights by validation.
+    def run(self, position: Position) -> int:
+        """Trains from a position to the end of the stage, then gives the model the weights that are the result.
+
+        These are the mean of the weights where one is taken; otherwise the best weights by validation or, without
+        validation, the last ones.
+
+        Returns:
+            The step of these weights.
 
         Raises:
             UserError: The loss is not finite.
@@ -134,10 +140,12 @@ class StageLoop:
             set_collective_timeout(self.world, self.runtime.startup_timeout_s)
         self._bar.close()
         report_progress(f"stage {self.name}, after its {position.step} steps")
-        if self.best.latest() is not None:
-            self.best.load(self.model, None)
-        elif self._average is not None:
+        if self._average is not None:
             self._average.keep(position.step)
+        elif (best := self.best.latest()) is not None:
+            self.best.load(self.model, None)
+            return step_of(best)
+        return position.step
 
     def resume(self) -> Position:
         """Loads the newest complete checkpoint into model and optimizer, if there is one, and returns its position.
@@ -241,7 +249,8 @@ class StageLoop:
             self.metrics.write(self.name, position.step, split="valid", epoch=position.epoch, **metrics)
             if metrics[SELECTION_METRIC] > position.best:
                 position.best, position.stale = metrics[SELECTION_METRIC], 0
-                self.best.save(position.step, self.model, None, {"position": asdict(position)})
+                if self._average is None:
+                    self.best.save(position.step, self.model, None, {"position": asdict(position)})
             else:
                 position.stale += 1
         if self.world.rank == 0:

@@ -35,7 +35,7 @@ from llmgr_rec.storage.bundle import load_weights
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import latest_bundle, read_config
 from llmgr_rec.storage.catalog_mapping import CatalogMapping
-from llmgr_rec.storage.checkpoint import CheckpointManager, Identity, step_of
+from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
 from llmgr_rec.storage.finite_weights import require_finite
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.number_format import resolve_dtype
@@ -194,9 +194,7 @@ def run_stage(stage: StageName, context: RunContext) -> None:
         signals=context.signals,
     )
     position = _start(loop, context)
-    loop.run(position)
-    # Those of the best validation, if there was one.
-    step = position.step if (best := loop.best.latest()) is None else step_of(best)
+    step = loop.run(position)
     # With the mean of the weights, which the selection does not need.
     del loop
     _free_memory_of_steps(task)

@@ -65,7 +65,7 @@ class ChangesItsBatch(SbrTask):
 
 
 def stop_at_best(config: Config) -> None:
-    config.sbr.epochs, config.sbr.patience = 8, 2
+    config.sbr.epochs, config.sbr.patience, config.optimizer.average = 8, 2, 0
 
 
 def stop_within_epoch(config: Config) -> None:
@@ -90,8 +90,7 @@ def without_validation(config: Config) -> None:
 
 
 def averaged(config: Config) -> None:
-    without_validation(config)
-    config.optimizer.average = 0.5
+    config.sbr.epochs, config.optimizer.average = 2, 0.5
 
 
 def no_training(config: Config) -> None:
@@ -109,7 +108,7 @@ CASES: dict[str, tuple[Callable[[Config], None], list[float]]] = {
     "seldom": (seldom, [0.2, 0.1]),
     "every_step": (seldom_but_every_step_logged, [0.2, 0.1]),
     "without_validation": (without_validation, []),
-    "averaged": (averaged, []),
+    "averaged": (averaged, [0.5, 0.1]),
     "no_training": (no_training, []),
     "diverges": (diverges, []),
     "changes_its_batch": (lambda config: None, []),
@@ -261,11 +260,14 @@ def test_without_validation_the_last_weights_are_the_result(cases: Cases) -> Non
 
 
 @pytest.mark.dist
-def test_without_validation_the_mean_of_the_last_weights_is_the_result(cases: Cases) -> None:
+def test_the_mean_of_the_last_weights_is_the_result_whatever_was_validated(cases: Cases) -> None:
     seen = cases.observed["averaged"]
     assert seen.error == ""
+    assert cases.steps("averaged", "valid") == [EPOCH, 2 * EPOCH]
+    assert not (cases.folder / "averaged/checkpoints/sbr/best").exists()
     assert seen.exported is not None
     assert seen.trained is not None
+    assert torch.equal(seen.exported, seen.validated[1])
     assert not torch.equal(seen.exported, seen.trained)
     torch.testing.assert_close(seen.exported, seen.trained, atol=0.2, rtol=0)
 
