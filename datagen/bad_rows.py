@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class BadRows:
-    """The bad rows of a file: how many there are, and the first three.
+    """The bad rows of a file: how many there are of each kind, and the first of them.
 
     Args:
         source: The file, for messages.
@@ -29,7 +29,7 @@ class BadRows:
         self._source = source
         self._policy = policy
         self._counts: Counter[str] = Counter()
-        self._first: list[tuple[int, str]] = []
+        self._first: dict[str, list[tuple[int, str]]] = {}
 
     @property
     def count(self) -> int:
@@ -46,7 +46,7 @@ class BadRows:
         """
         self._counts[problem] += count
         shown = [(number, f"{value!r} {problem}" if value else problem) for number, value in first]
-        self._first = heapq.nsmallest(_SHOWN, [*self._first, *shown])
+        self._first[problem] = heapq.nsmallest(_SHOWN, [*self._first.get(problem, []), *shown])
 
     def has(self, problem: str) -> bool:
         """Whether any row has a problem."""
@@ -64,24 +64,35 @@ class BadRows:
         """
         if not self.count:
             return
-        shown = "; ".join(f"line {number:,}: {problem}" for number, problem in self._first)
+        examples = self._examples()
+        shown = "; ".join(f"line {number:,}: {problem}" for number, problem in examples)
         if self._policy != "drop":
-            more = f" ({self.count:,} bad rows of {rows:,} in all)" if self.count > len(self._first) else ""
+            kinds = f": {self._kinds()}" if 1 < len(self._counts) < self.count else ""
+            more = f" ({self.count:,} bad rows of {rows:,} in all{kinds})" if self.count > len(examples) else ""
             remedies = ["correct such rows"]
             remedies += ["drop them with --bad_rows drop"] if self._policy else []
             remedies += [other_remedy] if other_remedy else []
             raise UserError(f"{self._source}: {shown}{more}; {', or '.join(remedies)}")
         if self.count == rows:
             raise UserError(f"{self._source}: all {rows:,} rows are bad: {shown}; check the options and the file")
-        common = self._counts.most_common(_KINDS)
-        kinds = [f"{problem.removeprefix('of ')}: {count:,}" for problem, count in common]
-        if (rest := self.count - sum(count for _, count in common)) > 0:
-            kinds.append(f"others: {rest:,}")
         _log.warning(
             "%s: bad rows dropped: %s of %s (%s); the first are %s",
             self._source,
             f"{self.count:,}",
             f"{rows:,}",
-            ", ".join(kinds),
+            self._kinds(),
             shown,
         )
+
+    def _examples(self) -> list[tuple[int, str]]:
+        """The first rows of the file, but of each kind of problem one before a second of another."""
+        turns = ((place, row) for rows in self._first.values() for place, row in enumerate(rows))
+        return sorted(row for _, row in heapq.nsmallest(_SHOWN, turns))
+
+    def _kinds(self) -> str:
+        """How many rows have which problem."""
+        common = self._counts.most_common(_KINDS)
+        kinds = [f"{problem.removeprefix('of ')}: {count:,}" for problem, count in common]
+        if (rest := self.count - sum(count for _, count in common)) > 0:
+            kinds.append(f"others: {rest:,}")
+        return ", ".join(kinds)

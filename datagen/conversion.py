@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from datagen.bad_rows import BadRows, Policy
-from datagen.delimited import BadLine, DelimitedFile, Rows
+from datagen.delimited import DelimitedFile
+from datagen.json_lines import JsonLinesFile
 from datagen.output import ITEM_COLUMNS, ROW_GROUP_ROWS, interactions_schema, items_schema, output_folder
 from datagen.sessions import session_batches, sessions_schema
 from datagen.sources import clean_text
+from datagen.text_file import BadLine, Rows
 from datagen.times import TimeReading, read_times
 from llmgr_rec.cli import progress
 from llmgr_rec.data.item_ids import (
@@ -247,8 +249,8 @@ class Conversion:
                 f"{source}: item id {lost[0][0]!r} was written as a float and has lost digits; write ids as text"
             )
 
-    def read_delimited_items(self, file: DelimitedFile, columns: dict[str, str]) -> None:
-        """Loads the catalog from a delimited file. Of duplicate items, the first row is kept.
+    def read_item_file(self, file: DelimitedFile | JsonLinesFile, columns: dict[str, str]) -> None:
+        """Loads the catalog from a file of named columns. Of duplicate items, the first row is kept.
 
         Args:
             file: The file.

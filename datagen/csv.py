@@ -1,4 +1,4 @@
-r"""Converts delimited text files with a header line; the columns are named on the command line.
+r"""Converts delimited text with a header line, or JSON lines; the columns are named on the command line.
 
     python -m datagen.csv --interactions log.csv --user_column user --item_column sku --time_column at \
         --items products.csv --title_column name --output data/shop
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from datagen.conversion import Conversion
     from datagen.delimited import DelimitedFile
+    from datagen.json_lines import JsonLinesFile
 
 _TEXTS = ("title", "category", "brand", "description")
 
@@ -36,10 +37,12 @@ def main(argv: Sequence[str]) -> None:
     """Parses the arguments and converts."""
     parser = make_parser(
         "datagen.csv",
-        "Converts delimited text to interactions.parquet and items.parquet, or to sessions.",
+        "Converts delimited text or JSON lines to interactions.parquet and items.parquet, or to sessions.",
         "--interactions log.csv --user_column user --item_column item --time_column time --output raw",
     )
-    parser.add_argument("--interactions", type=LocalPath, default=None, help="log with a header line")
+    parser.add_argument(
+        "--interactions", type=LocalPath, default=None, help="log with a header line, or with a JSON object a line"
+    )
     parser.add_argument(
         "--sessions",
         type=LocalPath,
@@ -142,7 +145,7 @@ def _convert_files(args: dict[str, Any], option: str, log: Path, items: Path | N
             columns = {"item_id": args["items_id_column"] or args["item_column"]} | texts
             options = {"item_id": "items_id_column"} | {name: f"{name}_column" for name in texts}
             wanted = {f"--{options[name]}": column for name, column in columns.items()}
-            work.read_delimited_items(_open(items, wanted, args), columns)
+            work.read_item_file(_open(items, wanted, args), columns)
 
 
 def _check_options(args: dict[str, Any], texts: dict[str, str]) -> None:
@@ -168,13 +171,18 @@ def _read_log(work: "Conversion", path: Path, args: dict[str, Any]) -> None:
     work.read_interactions(path, file.read(list(names.values())), names, args["min_rating"], args["time_format"])
 
 
-def _open(path: Path, wanted: dict[str, str], args: dict[str, Any]) -> "DelimitedFile":
-    from datagen.delimited import DelimitedFile, encoding_name
+def _open(path: Path, wanted: dict[str, str], args: dict[str, Any]) -> "DelimitedFile | JsonLinesFile":
+    from datagen.delimited import DelimitedFile
+    from datagen.json_lines import JsonLinesFile, is_json_lines
+    from datagen.text_file import encoding_name
 
     delimiter = {"tab": "\t", "\\t": "\t", "auto": None}.get(args["delimiter"], args["delimiter"])
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '\r\n"' or ord(delimiter) > 127):
         raise UserError(f"--delimiter {args['delimiter']!r} is not one ASCII character; use 'tab' for a tab")
-    return DelimitedFile(path, wanted, delimiter, encoding_name(args["encoding"]))
+    encoding = encoding_name(args["encoding"])
+    if is_json_lines(path, encoding):
+        return JsonLinesFile(path, wanted, encoding)
+    return DelimitedFile(path, wanted, delimiter, encoding)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Arrow tables from what Python users hold: data frames, Arrow data, Parquet paths, lists, records."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmgr_rec.data.delimited_text import parquet_problem
 from llmgr_rec.data.schema import has_item_indices
 from llmgr_rec.errors import UserError
 from llmgr_rec.remote_path import as_path
@@ -156,6 +157,8 @@ def lists_of(data: object, name: str) -> pa.ChunkedArray | None:
     if rows and isinstance(rows[0], Mapping):
         return None
     for row in rows:
+        if isinstance(row, Set):
+            raise UserError(f"{name} holds a set, which has no order; give the item ids of a session oldest first")
         if isinstance(row, str | bytes | Mapping) or not isinstance(row, Iterable):
             raise UserError(
                 f"{name} holds {_plain_value(row)!r}, which is not a list of item ids; give one list a session, also "
@@ -254,6 +257,9 @@ def _read(path: Path, name: str) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        if path.is_file():
+            problem = parquet_problem(path, name.removeprefix("--"), error)
+            raise UserError(f"{name} {path} {problem}") from None
         raise UserError(f"{name} {path}: {_first_line(error)}") from None
 
 

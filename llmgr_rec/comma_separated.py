@@ -54,3 +54,27 @@ def split_names(text: str, option: str, known: Sequence[str], import_paths: bool
     if not names:
         raise UserError(f"{option} is empty; give some of {', '.join(known)}")
     return names
+
+
+def split_renames(text: str | None, option: str, known: Sequence[str]) -> dict[str, str]:
+    """Splits an option that renames columns, `item=item_id,ts=timestamp`, into the former name of each column.
+
+    Args:
+        text: Value of the option; None renames nothing.
+        option: The option, for messages.
+        known: Names that columns may get.
+
+    Raises:
+        UserError: A part has not this form, a name is unknown, or two columns get the same.
+    """
+    renamed: dict[str, str] = {}
+    for part in split_list(text or ""):
+        column, equals, name = (word.strip() for word in part.rpartition("="))
+        if not equals or not column:
+            raise UserError(f"{option} contains {part}; give YOURS=NAME, such as {part}={known[0]}")
+        if name not in known:
+            raise UserError(f"{option} names the column {name}, which is not known{did_you_mean(name, known)}")
+        if name in renamed:
+            raise UserError(f"{option} names {name} twice; give it one column")
+        renamed[name] = column
+    return renamed

@@ -332,6 +332,11 @@ _FALLBACK = {"items": [[1]], "session_id": [1], "fallback": [True]}
         (lambda rec: rec.recommend(small_run().dataset.path / "test"), "items are indices"),
         (lambda rec: rec.recommend(["abc"]), "not a list of item ids"),
         (lambda rec: rec.recommend([[1], ""]), "holds '', which is not a list of item ids"),
+        (lambda rec: rec.recommend([{"a", "b"}]), "sessions holds a set, which has no order"),
+        (
+            lambda rec: rec.recommend(Path(__file__).parents[1] / "README.md"),
+            "README.md is not a complete Parquet file",
+        ),
         (lambda rec: rec.recommend([0, 5]), "holds 0, which is not a list of item ids"),
         (lambda rec: rec.recommend([None]), "holds None, which is not a list of item ids"),
         (lambda rec: rec.recommend(3), "sessions is int; give a pandas"),

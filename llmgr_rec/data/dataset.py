@@ -57,6 +57,8 @@ class Manifest:
             Arrow timestamps); empty for other splits than the temporal one.
         num_clicks: Number of clicks before and after the filters: `read` and `kept`; and of those, `duplicates` and
             `consecutive_repeats`, that `prepare` found.
+        filtered: Numbers of `clicks`, and of the `sessions` and `items` that have any, `before` and `after` the k-core
+            filter; and of the `items` of the `item_file`, with or without clicks. Empty in former versions.
         held_out: Items held out of training: their `share` and sampling `seed`, the number of `items`, the number of
             `clicks` removed from training sessions, and the number of training `sessions` dropped because fewer than
             two clicks were left. Empty if no items are held out.
@@ -88,6 +90,7 @@ class Manifest:
     files: dict[str, FileEntry]
     cuts: dict[str, int] = field(default_factory=dict)
     num_clicks: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, dict[str, int]] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
     duplicates: Literal["drop", "keep"] = "keep"
     consecutive_repeats: ConsecutiveRepeats = "keep"

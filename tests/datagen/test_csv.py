@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datagen.csv import main
-from datagen.delimited import BadLine, DelimitedFile
+from datagen.delimited import DelimitedFile
 from datagen.sessions import session_batches
+from datagen.text_file import BadLine
 from llmgr_rec.errors import UserError
 from tests.datagen.dumps import interactions, items, leftovers, write
 
@@ -74,6 +75,44 @@ def test_item_column_of_another_name_and_min_rating(tmp_path: Path) -> None:
     log = write(tmp_path / "log.csv", LOG + "30,u2,b,\n")
     with pytest.raises(UserError, match="line 6: stars is missing; correct"):
         _run(tmp_path / "bad", log, *more[2:])
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    log = write(
+        tmp_path / "log.jsonl.gz",
+        '{"who": "u", "sku": 7, "at": {"ms": 1700000000001}}\n\n'
+        '{"at": {"ms": 1700000000002}, "sku": 8.0, "who": "u"}\n',
+    )
+    shop = write(
+        tmp_path / "shop.json",
+        '{"sku": 7, "name": ["Tea", "\\ud83d"], "kind": ["Food", ["Drinks", "Tea"]], "text": "<p>a &amp; b</p>"}\n'
+        '{"sku": "8", "kind": [], "maker": null, "text": ["one", "two"]}\n{"sku": 8}\n',
+    )
+    columns = ["--user_column=who", "--item_column=sku", "--time_column=at.ms"]
+    main(["--interactions", str(log), *columns, "--items", str(shop), *TEXTS, "--output", str(tmp_path / "out")])
+    assert interactions(tmp_path / "out") == [("u", "7", 1700000000001), ("u", "8", 1700000000002)]
+    none = dict.fromkeys(["title", "brand", "description", "category"])
+    assert items(tmp_path / "out") == [
+        none | {"item_id": "7", "title": "Tea \ufffd", "category": "Food | Drinks > Tea", "description": "a & b"},
+        none | {"item_id": "8", "description": "one two"},
+    ]
+    bad = write(
+        tmp_path / "bad.jsonl", '{"who": "u", "sku": 7, "at": 1}\n[1]\n{"who": {}, "sku": [1], "at": 2}\n{"who"\n'
+    )
+    with pytest.raises(UserError, match="line 2: is not a JSON object; line 3: has an object as who; line 4: is not"):
+        _run(tmp_path / "bad", bad)
+    with pytest.raises(UserError, match=r"has no field 'when' \(--time_column\); known: who, sku, at"):
+        _run(tmp_path / "bad", log, "--time_column=when")
+    with pytest.raises(UserError, match="is one JSON array; write each object on a line of its own"):
+        _run(tmp_path / "bad", write(tmp_path / "list.json", '[\n{"who": 1}\n]\n'))
+
+
+def test_bad_rows_are_shown_by_kind(tmp_path: Path) -> None:
+    rows = [f"31.12.2024,{'' if place < 5 else 'u'},a\n" for place in range(9)]
+    log = write(tmp_path / "log.csv", "at,who,sku\n" + "".join(rows))
+    with pytest.raises(UserError, match="9 bad rows of 9 in all: who is missing: 5, at is no") as error:
+        _run(tmp_path / "bad", log)
+    assert "line 2: who is missing; line 3: who is missing; line 7: '31.12.2024' of at is no" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +365,7 @@ def _parsed(path: Path) -> list[tuple[int, ...]]:
 
 
 def test_plain_blocks_equal_quoted_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datagen.delimited._BLOCK_BYTES", 64)
+    monkeypatch.setattr("datagen.delimited.BLOCK_BYTES", 64)
     lines = [f"{n},user {n % 7},i{n},{'x' * (n % 50)}" for n in range(400)]
     lines[100:100] = ["", "1,2", 'a,"b\nc",d,"e ""f"""', "1,2,3,4,,"]
     path = write(tmp_path / "log.csv", "at,who,sku,note\r\n" + "\r\n".join(lines))
@@ -346,11 +385,11 @@ def test_plain_blocks_equal_quoted_blocks(tmp_path: Path, monkeypatch: pytest.Mo
 def test_any_text_is_read_the_same_in_plain_and_quoted_blocks(pieces: list[str]) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         path = write(Path(folder) / "log.csv", "at,who,sku\n" + "1,u,a\n".join(pieces))
-        patch.setattr("datagen.delimited._BLOCK_BYTES", 8)
+        patch.setattr("datagen.delimited.BLOCK_BYTES", 8)
         fast = _parsed(path)
         patch.setattr(DelimitedFile, "_parse_plain", lambda *_: None)
         assert fast == _parsed(path)
-        patch.setattr("datagen.delimited._BLOCK_BYTES", 1 << 20)
+        patch.setattr("datagen.delimited.BLOCK_BYTES", 1 << 20)
         assert fast == _parsed(path)
 
 

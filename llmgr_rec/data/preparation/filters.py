@@ -40,6 +40,18 @@ def _delete_rare(database: Database, column: str, minimum: int) -> int:
     return database.delete("events", [column], rare)
 
 
+def count_clicked(database: Database) -> dict[str, int]:
+    """Numbers of `clicks`, and of the `sessions` and `items` that have any.
+
+    Args:
+        database: Scratch database with table events.
+    """
+    # Groups spill to disk, and distinct counts do not.
+    tables = ["events", '(SELECT "user" FROM events GROUP BY "user")', "(SELECT item FROM events GROUP BY item)"]
+    numbers = [int(database.value(f"SELECT count(*) FROM {table}")) for table in tables]
+    return dict(zip(("clicks", "sessions", "items"), numbers, strict=True))
+
+
 def number_items(database: Database, keep_unseen: bool) -> int:
     """Creates table catalog (key, index): the remaining items, numbered from 0 in the order of the item file.
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from llmgr_rec.comma_separated import split_renames
 from llmgr_rec.data.missing_values import MISSING_VALUES, SUSPECT_IDS
 from llmgr_rec.data.preparation.database import Database, identifier, literal
 from llmgr_rec.data.preparation.missing_items import resolve_missing_items
@@ -53,8 +54,9 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source | None]:
             required["timestamp"] = optional.pop("timestamp")
     if split is not None:
         (required if settings.split_column else optional)[split] = "text"
-    clicks = open_source(path, name, required, optional)
-    items = _open_items(settings.items)
+    names = split_renames(settings.rename, "--rename", [*required, *optional])
+    clicks = open_source(path, name, required, optional, names)
+    items = _open_items(settings.items, settings.rename_items)
     if items and clicks.types[item_column] != items.types["item_id"]:
         # One file has text, so the ids of the other are compared as text.
         _log.info(
@@ -69,11 +71,12 @@ def open_inputs(settings: PrepareSettings) -> tuple[Source, Source | None]:
     return clicks, items
 
 
-def _open_items(path: str | None) -> Source | None:
+def _open_items(path: str | None, rename: str | None) -> Source | None:
     if path is None:
         return None
     texts: dict[str, Kind] = dict.fromkeys(TEXT_COLUMNS, "text")
-    items = open_source(path, "items", {"item_id": "id"}, texts)
+    names = split_renames(rename, "--rename_items", ["item_id", *texts])
+    items = open_source(path, "items", {"item_id": "id"}, texts, names)
     if "title" not in items.types:
         _log.warning("%s: there is no column title, so the items have none", path)
     return items

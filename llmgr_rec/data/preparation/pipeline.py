@@ -110,7 +110,13 @@ def _run_steps(
             cut = sessionize.cut_sessions(database, clicks, settings) if settings.session_gap else {}
             duplicates = _find_duplicates(database, settings)
             with naming_duplicates(duplicates if settings.duplicates == "drop" else 0, read):
+                before = filters.count_clicked(database)
                 num_clicks = {"read": read, "duplicates": duplicates, **_filter(database, settings)}
+                filtered = {
+                    "before": before,
+                    "after": filters.count_clicked(database),
+                    "item_file": {"items": int(database.value("SELECT count(*) FROM items"))},
+                }
                 bar.update()
                 bar.set_description("prepare: split")
                 cuts = phases.assign_phases(database, settings)
@@ -121,7 +127,13 @@ def _run_steps(
             inputs = {option: found.description for option, found in described.items() if found and found.description}
             domains = _count_domains(database, settings) if clicks.domains else {}
             manifest = replace(
-                manifest, domains=domains, cuts=cuts, num_clicks=num_clicks, inputs=inputs, session_gap=cut
+                manifest,
+                domains=domains,
+                cuts=cuts,
+                num_clicks=num_clicks,
+                filtered=filtered,
+                inputs=inputs,
+                session_gap=cut,
             )
             (draft / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -241,7 +253,10 @@ def _check_not_empty(writers: dict[str, PartWriter], settings: PrepareSettings) 
     ]
     for split in required:
         if writers[split].num_rows == 0:
-            advice = "lower --hold_out_items, or " if settings.hold_out_items and split == "train" else ""
+            advice = ""
+            if split == "train" and settings.split == "leave_one_out":
+                advice = "the last two clicks of each session are held out, so sessions of three train nothing; "
+            advice += "lower --hold_out_items, or " if settings.hold_out_items and split == "train" else ""
             advice += "give a longer --session_gap, or " if settings.session_gap else ""
             advice += "lower --min_interactions, or " if max(_core_minimums(settings)) > 1 else ""
             raise UserError(

@@ -44,6 +44,9 @@ class PrepareSettings:
         items: Item catalog: a Parquet file or a folder of them, with item_id and any of title, category, brand,
             description. By domain as interactions. Default: the items of the clicks, without text. In folders, files at
             any depth are read, and dt=2026-11-01 in a path is a column.
+        rename: Names of columns of the log or the sessions that have other ones: item=item_id,ts_ms=timestamp. A log
+            without user_id may have session_id.
+        rename_items: The same for the item file: sku=item_id,name=title.
         session_gap: Inactivity that ends a session of a user_id, such as 30min, 2h or 1d (s, min, h, d); default: all
             clicks of a user_id are one session. Needs interactions.
         time_unit: Unit of timestamps that are numbers since 1970; auto: by their size, if all are from 1990 to 2100.
@@ -86,6 +89,8 @@ class PrepareSettings:
     interactions: StoragePath | None = None
     sessions: StoragePath | None = None
     items: StoragePath | None = None
+    rename: str | None = None
+    rename_items: str | None = None
     session_gap: str | None = None
     time_unit: Literal["auto", "seconds", "milliseconds", "microseconds", "nanoseconds"] = "auto"
     duplicates: Literal["drop", "keep"] = "drop"

@@ -2,10 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from llmgr_rec.data.parquet_footer import read_footer
 from llmgr_rec.data.preparation.database import Database, identifier, literal
 from llmgr_rec.data.preparation.domain_inputs import paths_by_domain
 from llmgr_rec.data.schema import DOMAIN_SEPARATOR, has_item_indices
-from llmgr_rec.errors import UserError
+from llmgr_rec.errors import UserError, did_you_mean
 from llmgr_rec.remote_path import as_path
 
 Kind = Literal["id", "time", "text", "id_list"]
@@ -53,6 +53,7 @@ class Source:
         stored: Type of each column in each file.
         kinds: Kind of each column.
         domains: Name of the domain of each file, by which its ids begin; empty if the files are not of domains.
+        names: Name in the files of the columns that have another one there.
     """
 
     files: tuple[Path, ...]
@@ -64,6 +65,7 @@ class Source:
     stored: tuple[dict[str, str], ...]
     kinds: dict[str, Kind]
     domains: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
 
     @property
     def float_ids(self) -> list[str]:
@@ -118,7 +120,8 @@ class Source:
         ]
         columns += [f"{self._inexact_sql(name, stored.get(name))} AS {inexact(name)}" for name in self.float_ids]
         files = database.parquet(
-            [self.files[place] for place in places], [name for name in stored if name not in self.partitions]
+            [self.files[place] for place in places],
+            [self.names.get(name, name) for name in stored if name not in self.partitions],
         )
         row = f"file_row_number + list_extract([{starts}], (file_index + 1)::BIGINT)"
         return f"SELECT {', '.join(columns)}, {row} AS {_SOURCE_ROW} FROM {files}"
@@ -132,7 +135,7 @@ class Source:
             texts = ", ".join("NULL" if value is None else literal(value) for value in values)
             text = f"list_extract([{texts}]::VARCHAR[], (file_index + 1)::BIGINT)"
             return database.date(text) if target == "date" else f"CAST({text} AS {_SQL_TYPES[target]})"
-        column = identifier(name)
+        column = self._identifier(name)
         if self.kinds[name] == "id":
             return self._in_domain(_id_sql(column, stored, target), places)
         if self.kinds[name] == "id_list":
@@ -140,6 +143,10 @@ class Source:
         if target == "float":
             return f"CASE WHEN isfinite({column}) THEN CAST({column} AS DOUBLE) END"
         return column
+
+    def _identifier(self, name: str) -> str:
+        """SQL of a column of the files."""
+        return identifier(self.names.get(name, name))
 
     def _in_domain(self, value: str, places: list[int]) -> str:
         """SQL of an id after the name of the domain of its file; an empty id stays empty, and a null null."""
@@ -154,8 +161,10 @@ class Source:
         # Not isnan, which DuckDB takes for false where the statistics of a file have a minimum and a maximum.
         wrong = f"isfinite({{0}}) AND ({{0}} <> floor({{0}}) OR abs({{0}}) >= {_EXACT[stored]})"
         if self.kinds[name] == "id":
-            return f"coalesce({wrong.format(identifier(name))}, false)"
-        return f"coalesce(array_length(list_filter({identifier(name)}, lambda x: {wrong.format('x')})) > 0, false)"
+            return f"coalesce({wrong.format(self._identifier(name))}, false)"
+        return (
+            f"coalesce(array_length(list_filter({self._identifier(name)}, lambda x: {wrong.format('x')})) > 0, false)"
+        )
 
 
 def _id_sql(value: str, stored: str, target: str) -> str:
@@ -175,7 +184,9 @@ def inexact(name: str) -> str:
     return identifier(f"inexact({name})")
 
 
-def open_source(value: str, option: str, required: dict[str, Kind], optional: dict[str, Kind]) -> Source:
+def open_source(
+    value: str, option: str, required: dict[str, Kind], optional: dict[str, Kind], names: dict[str, str]
+) -> Source:
     """Finds the files of an input and checks that each is a Parquet file with the right columns.
 
     A column that no file has may come from the names of folders, `dt=2026-11-01`. Files without rows may have any
@@ -187,6 +198,8 @@ def open_source(value: str, option: str, required: dict[str, Kind], optional: di
         option: Command-line option that named the path, for messages.
         required: Kind of each required column.
         optional: Kind of each optional column.
+        names: Name in the files of the columns that have another one there. A log without `user_id` may have
+            `session_id`.
 
     Raises:
         UserError: A file is missing or unreadable, or a column is missing or has the wrong type.
@@ -209,15 +222,10 @@ def open_source(value: str, option: str, required: dict[str, Kind], optional: di
         # Some writers give the columns of a file without rows no types.
         if not sum(footer.group_rows):
             continue
-        found = _column_types(file, footer.schema, required, optional)
-        for name in {**types, **found} if files else found:
-            common = _unify(types.get(name), found.get(name), kinds[name], bool(domain)) if files else found[name]
-            if common is None:
-                raise UserError(
-                    f"{file.path}: column {name} is {found.get(name, 'missing')}, but {types.get(name, 'missing')} in "
-                    f"{files[0].path}; write all files with the same columns and types"
-                )
-            types[name] = common
+        if not files:
+            names = _with_session_id(names, required, {*footer.schema.names, *file.partitions})
+        found = _column_types(file, option, footer.schema, required, optional, names)
+        types = _types_of_both(types, found, kinds, bool(domain), (files[0].path, file.path)) if files else dict(found)
         files.append(file)
         domains.append(domain)
         stored.append(found)
@@ -227,7 +235,9 @@ def open_source(value: str, option: str, required: dict[str, Kind], optional: di
     if rows == 0:
         raise UserError(f"{value} (--{option}) has no rows; give a file with at least one")
     partitions = {
-        name: tuple(file.partitions[name] for file in files) for name, found in types.items() if found == _FROM_FOLDER
+        name: tuple(file.partitions[names.get(name, name)] for file in files)
+        for name, found in types.items()
+        if found == _FROM_FOLDER
     }
     types |= {name: _partition_type(name, values, kinds[name], value) for name, values in partitions.items()}
     for name, found_type in types.items():
@@ -250,7 +260,29 @@ def open_source(value: str, option: str, required: dict[str, Kind], optional: di
         stored=tuple(stored),
         kinds={name: kinds[name] for name in types},
         domains=tuple(domains) if in_domains else (),
+        names=names,
     )
+
+
+def _with_session_id(names: dict[str, str], required: dict[str, Kind], columns: set[str]) -> dict[str, str]:
+    """The names of columns, where a log that has sessions and no users names them session_id."""
+    if "user_id" in required and "user_id" not in {*names, *columns} and "session_id" in columns:
+        return {**names, "user_id": "session_id"}
+    return names
+
+
+def _types_of_both(
+    types: dict[str, str], found: dict[str, str], kinds: dict[str, Kind], in_domains: bool, files: tuple[Path, Path]
+) -> dict[str, str]:
+    """Types of the columns of the files so far, the first of which is named for messages, and of one more file."""
+    unified = {name: _unify(types.get(name), found.get(name), kinds[name], in_domains) for name in {**types, **found}}
+    for name, common in unified.items():
+        if common is None:
+            raise UserError(
+                f"{files[1]}: column {name} is {found.get(name, 'missing')}, but {types.get(name, 'missing')} in "
+                f"{files[0]}; write all files with the same columns and types"
+            )
+    return cast("dict[str, str]", unified)
 
 
 def _unify(first: str | None, second: str | None, kind: Kind, in_domains: bool) -> str | None:
@@ -294,32 +326,56 @@ def _is_date(text: str) -> bool:
 
 
 def _column_types(
-    source: ParquetFile, schema: pa.Schema, required: dict[str, Kind], optional: dict[str, Kind]
+    source: ParquetFile,
+    option: str,
+    schema: pa.Schema,
+    required: dict[str, Kind],
+    optional: dict[str, Kind],
+    names: dict[str, str],
 ) -> dict[str, str]:
     file, types = source.path, {}
     for name in schema.names:
         if name.lower() in _RESERVED or (name == _SOURCE_ROW and name in {**required, **optional}):
             raise UserError(f"{file}: the name of column {name} is reserved; rename the column")
     for name, kind in {**required, **optional}.items():
-        indices = schema.get_all_field_indices(name)
+        column = names.get(name, name)
+        indices = schema.get_all_field_indices(column)
         if len(indices) > 1:
-            raise UserError(f"{file}: column {name} occurs {len(indices)} times; keep one of them")
+            raise UserError(f"{file}: column {column} occurs {len(indices)} times; keep one of them")
         if not indices:
-            if name in source.partitions:
+            if column in source.partitions:
                 types[name] = _FROM_FOLDER
                 continue
-            if name in optional:
+            if name in optional and name not in names:
                 continue
-            known = ", ".join([*schema.names, *source.partitions])
-            raise UserError(f"{file}: column {name} is missing (it has {known}); add or rename it")
-        if alike := [other for other in schema.names if other != name and other.casefold() == name.casefold()]:
-            raise UserError(f"{file}: columns {name} and {alike[0]} differ only in case; rename or drop one of them")
+            raise _missing(file, option, name, column, [*schema.names, *source.partitions])
+        if alike := [other for other in schema.names if other != column and other.casefold() == column.casefold()]:
+            raise UserError(f"{file}: columns {column} and {alike[0]} differ only in case; rename or drop one of them")
         found = schema.field(indices[0]).type
         common = _common_type(found, kind)
         if common is None:
-            raise UserError(f"{file}: column {name} is {found}, but must be {_EXPECTED_TYPES[kind]}; cast it")
+            raise UserError(
+                f"{file}: column {column} is {found}, but must be {_EXPECTED_TYPES[kind]}; {_cast(found, kind)}"
+            )
         types[name] = common
     return types
+
+
+def _missing(file: Path, option: str, name: str, column: str, known: list[str]) -> UserError:
+    """The error for a column that a file lacks."""
+    if column != name:
+        return UserError(f"{file}: column {column}, which is to be {name}, is missing{did_you_mean(column, known)}")
+    return UserError(
+        f"{file}: column {name} is missing (it has {', '.join(known)}); add it, or name yours by "
+        f"{'--rename_items' if option == 'items' else '--rename'} COLUMN={name}"
+    )
+
+
+def _cast(found: pa.DataType, kind: Kind) -> str:
+    """How to convert a column of a type that is not allowed."""
+    if kind == "time" and _common_type(found, "text"):
+        return "cast it, as pandas.to_datetime does"
+    return "join its lists, with ' > ' or ' | '" if kind == "text" and hasattr(found, "value_type") else "cast it"
 
 
 def _common_type(found: pa.DataType, kind: Kind) -> str | None:

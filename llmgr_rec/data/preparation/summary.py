@@ -15,6 +15,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
         *_domains(manifest),
         *_session_cuts(manifest),
         *_deduplication(manifest),
+        *_filters(manifest),
         _click_use(manifest),
         _repeats(manifest),
         *(f"{option}: {files}" for option, files in manifest.inputs.items()),
@@ -61,6 +62,29 @@ def _deduplication(manifest: Manifest) -> list[str]:
         lines.append(line)
     if merged := manifest.num_clicks["consecutive_repeats"]:
         lines.append(f"{merged:,} clicks on the item clicked just before: merged")
+    return lines
+
+
+def _filters(manifest: Manifest) -> list[str]:
+    """What the filters and the item file left out; each line has the option that decides it."""
+    if not manifest.filtered:
+        return []
+    lines = []
+    before, after = manifest.filtered["before"], manifest.filtered["after"]
+    dropped_duplicates = manifest.num_clicks["duplicates"] if manifest.duplicates == "drop" else 0
+    if missing := manifest.num_clicks["read"] - dropped_duplicates - before["clicks"]:
+        lines.append(f"{missing:,} clicks on items that the item file lacks: dropped (--missing_items)")
+    clicks = before["clicks"] - manifest.num_clicks["consecutive_repeats"] - after["clicks"]
+    if clicks:
+        parts = [f"{before[name] - after[name]:,} of {before[name]:,} {name}" for name in ("sessions", "items")]
+        lines.append(
+            f"sessions and items with too few clicks: {' and '.join(parts)} dropped, with {clicks:,} clicks "
+            "(--min_interactions, --min_session_length)"
+        )
+    if unclicked := manifest.filtered["item_file"]["items"] - before["items"]:
+        kept = manifest.num_items > after["items"]
+        outcome = "kept" if kept else "left out (--keep_unseen_items keeps them)"
+        lines.append(f"{unclicked:,} items of the item file have no click: {outcome}")
     return lines
 
 

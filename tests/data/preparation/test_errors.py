@@ -1,6 +1,7 @@
 """Bad input of prepare: one clear line each, exit code 2, nothing left behind."""
 
 import gzip
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -187,6 +188,47 @@ def test_delimited_text_is_answered_with_the_command_that_converts_it(folder: Pa
     (folder / "shop.tsv.gz").write_bytes(gzip.compress(b"sku\tname\na\tTea\n"))
     message = refused(folder, items=str(folder / "shop.tsv.gz"))
     assert_names(message, "(columns: sku, name)", "--interactions LOG --items ", "shop.tsv.gz --title_column TITLE")
+
+
+def test_renamed_columns(folder: Path) -> None:
+    table = pq.read_table(folder / "interactions.parquet")
+    plain = pq.read_table(folder / "items.parquet")
+    for day, rows in (("dt=1", table.slice(0, 30)), ("dt=2", table.slice(30))):
+        (folder / "log" / day).mkdir(parents=True)
+        pq.write_table(rows.rename_columns(["session_id", "sku", "ts"]), folder / "log" / day / "a.parquet")
+    pq.write_table(plain.rename_columns(["sku", "name"]), folder / "shop.parquet")
+    log, shop = str(folder / "log"), str(folder / "shop.parquet")
+    message = refused(folder, interactions=log)
+    assert_names(message, "item_id is missing (it has session_id, sku, ts, dt)", "by --rename COLUMN=item_id")
+    assert_names(refused(folder, "--rename", "sku=item", interactions=log), "did you mean item_id?")
+    assert_names(refused(folder, "--rename", "sk=item_id", interactions=log), "column sk, which is to be item_id, is")
+    assert_names(refused(folder, "--rename", "sku", interactions=log), "give YOURS=NAME, such as sku=user_id")
+    rename = ["--rename", "sku=item_id,ts=timestamp"]
+    assert_names(refused(folder, *rename, interactions=log, items=shop), "by --rename_items COLUMN=item_id")
+    outputs = []
+    for files in ([], ["--interactions", log, *rename, "--items", shop, "--rename_items", "sku=item_id,name=title"]):
+        outputs.append(folder / f"set-{len(outputs)}")
+        words = ["--interactions", str(folder / "interactions.parquet"), "--items", str(folder / "items.parquet")]
+        main([*(files or words), "--output", str(outputs[-1])])
+    first, second = (json.loads((output / "manifest.json").read_text())["files"] for output in outputs)
+    assert first == second
+    main(
+        ["--interactions", log, "--rename", "sku=item_id,dt=timestamp", "--duplicates", "keep", "--output", f"{log}-3"]
+    )
+
+
+def test_json_and_empty_files_are_answered_with_what_to_do(folder: Path) -> None:
+    log = folder / "log.json"
+    log.write_text('{"user_id": 1, "item_id": 2}\n')
+    command = f"is JSON, not Parquet; convert it with: python -m datagen.csv --interactions {log} --user_column USER"
+    assert_names(refused(folder, interactions=str(log)), "log.json (--interactions) " + command)
+    log.write_bytes(b"")
+    assert_names(refused(folder, interactions=str(log)), "log.json (--interactions) is empty; write or download it")
+
+
+def test_leave_one_out_of_short_sessions_says_what_it_holds_out(folder: Path) -> None:
+    write(folder, user_id=[f"u{n // 3}" for n in range(60)], item_id=[f"i{n % 3}" for n in range(60)])
+    assert_names(refused(folder, "--min_interactions", "1"), "gives no train rows", "sessions of three train nothing")
 
 
 def test_damaged_data_page(folder: Path) -> None:

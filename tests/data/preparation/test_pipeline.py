@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmgr_rec.data.preparation import parts
 from llmgr_rec.data.preparation.items import category_paths
+from llmgr_rec.data.preparation.summary import summary_lines
 from llmgr_rec.data.preparation.windows import make_windows, phase_ends
 from llmgr_rec.data.schema import SPLITS
 from llmgr_rec.errors import UserError
@@ -381,7 +382,8 @@ def test_command_line_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFix
     words = ["--interactions", str(interactions), "--items", str(items), "--output", str(tmp_path / "new" / "set")]
     main([*words, "--min_interactions", "1", "--keep_unseen_items"])
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 3
+    assert printed.count("\n") == 4
+    assert "\n1 items of the item file have no click: kept\n" in f"\n{printed}"
     assert "of 11 clicks, 8 are targets (train 4, valid 2, test 2), 2 only inputs, 1 neither; 1 the only" in printed
     assert "targets train 0.0%, valid 0.0%, test 0.0%; excluded from rankings (less than 5% of the targets" in printed
     assert "11 of 11 clicks kept, 6 items, train 2 rows, valid 2 rows, test 2 rows" in printed
@@ -389,6 +391,25 @@ def test_command_line_prints_a_summary(tmp_path: Path, capsys: pytest.CaptureFix
     assert manifest["num_items"] == 6
     assert manifest["prefix_augmentation"] == ["train"]
     assert read(tmp_path / "new" / "set").rows["test"][0] == ("u", ("i0", "i1", "i2", "i3"), "i4")
+
+
+def test_the_summary_counts_what_the_filters_leave_out(tmp_path: Path) -> None:
+    clicks = [("a", f"i{n}", n) for n in range(4)] * 2 + [("b", f"i{n}", 9 + n) for n in range(4)] + [("c", "i9", 1)]
+    clicks += [("a", "gone", 20)]
+    items = write_items(tmp_path / "items.parquet", [f"i{n}" for n in range(10)])
+    found = prepare(tmp_path, clicks, items=str(items), min_interactions=2, missing_items="drop").dataset.manifest
+    lines = summary_lines(found)
+    assert "1 clicks on items that the item file lacks: dropped (--missing_items)" in lines
+    assert (
+        "sessions and items with too few clicks: 1 of 3 sessions and 1 of 5 items dropped, with 1 clicks "
+        "(--min_interactions, --min_session_length)"
+    ) in lines
+    assert "5 items of the item file have no click: left out (--keep_unseen_items keeps them)" in lines
+    assert found.filtered == {
+        "before": {"clicks": 9, "sessions": 3, "items": 5},
+        "after": {"clicks": 8, "sessions": 2, "items": 4},
+        "item_file": {"items": 10},
+    }
 
 
 def test_an_empty_output_folder_is_filled(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ def test_duplicate_rows_are_dropped_and_counted(tmp_path: Path) -> None:
         "604 rows (25.1%) equal to another one in user, item and time: dropped; if times are coarser than clicks, keep "
         "them (--duplicates keep)"
     )
-    assert lines[3].startswith(
+    assert lines[2].startswith("sessions and items with too few clicks: 1 of ")
+    assert lines[4].startswith(
         "repeats (items the session has clicked before): clicks train 0.0%, valid 0.0%, test 0.0%"
     )
     kept = prepare(tmp_path, double, output=str(tmp_path / "kept"), duplicates="keep").dataset.manifest
