@@ -16,7 +16,9 @@ With `--patience`, each side trains until its NDCG@20 has stopped to rise, and `
 epoch with evaluated models on the test sessions.
 """
 
+import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from benchmarks.peers import Peer
     from benchmarks.session_settings import Settings
     from llmgr_rec.data.dataset import Dataset
+
+logger = logging.getLogger(__name__)
 
 SAME, ROUNDED, ONE_PASS = "same settings", "same, loss in bfloat16", "and in one pass"
 SAMPLED, DEFAULT = "and sampled softmax", "default recipe"
@@ -64,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         help="Epochs without a higher NDCG@20 after which a side ends; --rounds are then the most. 0 trains all.",
     )
     parser.add_argument(
-        "--most_minutes", type=float, default=0.0, help="Training minutes of all sides, after which no round begins."
+        "--most_minutes", type=float, default=0.0, help="Minutes after which no further round begins; 0 sets no limit."
     )
     parser.add_argument(
         "--against",
@@ -249,19 +253,30 @@ def train_in_turns(trainers: Sequence[Trainer], rounds: int, patience: int = 0, 
         trainers: The sides.
         rounds: Most epochs of each.
         patience: Epochs without a higher NDCG@20 after which a side has ended; 0 waits for all.
-        most_seconds: Training seconds of all sides after which no round begins; 0 for any.
+        most_seconds: Seconds, validation included, after which no further round begins; 0 sets no limit.
     """
     from benchmarks.time_to_quality import stopped_rising
 
+    started = time.perf_counter()
     bar = progress(rounds, "benchmark", "round")
     for number in range(rounds):
         going = [side for side in trainers if not side.ended and not stopped_rising(side.epochs, patience)]
-        if not going or (most_seconds and sum(side.seconds for side in trainers) > most_seconds):
-            break
         for trainer in going if number % 2 == 0 else reversed(going):
             trainer.train()
+            _log_epoch(trainer)
         bar.update()
+        if not going or (most_seconds and time.perf_counter() - started > most_seconds):
+            break
     bar.close()
+
+
+def _log_epoch(trainer: Trainer) -> None:
+    # A long comparison that is ended before its last round has left its curves in the log.
+    if trainer.epochs and not trainer.ended:
+        last = trainer.epochs[-1]
+        logger.info(
+            "%s: epoch %d, %.1f s in all, NDCG@20 %.4f", trainer.name, len(trainer.epochs), trainer.seconds, last.ndcg
+        )
 
 
 def rates(epochs: Mapping[str, Sequence[Epoch]], peer: str, rounds: int) -> dict[str, Any]:

@@ -322,12 +322,13 @@ def test_a_side_whose_training_ends_drops_out(tmp_path):
     assert len(short.epochs) == 3
 
 
-def test_a_side_trains_until_its_quality_has_stopped_to_rise(tmp_path):
+def test_a_side_trains_until_its_quality_has_stopped_to_rise(tmp_path, caplog):
+    caplog.set_level("INFO")
     script = FAKE.replace("0.1 * number", "0.3 if number == 2 else 0.2").replace("number == 4", "number == 9")
     with fake(tmp_path, script, "1", name="one") as one, fake(tmp_path, script, "2", name="two") as two:
-        train_in_turns([one, two], rounds=1, patience=2)
-        train_in_turns([one, two], rounds=6, patience=2, most_seconds=9.5)
-        assert [len(one.epochs), len(two.epochs)] == [3, 3]
+        train_in_turns([one, two], rounds=6, patience=2, most_seconds=1e-9)
+        assert [len(one.epochs), len(two.epochs)] == [1, 1]
+        assert "two: epoch 1, 2.0 s in all, NDCG@20 0.2000" in caplog.text
         train_in_turns([one, two], rounds=6, patience=2)
     assert [len(one.epochs), len(two.epochs)] == [4, 4]
     assert not stopped_rising(one.epochs, 3)
