@@ -403,6 +403,8 @@ def _read_whole_state(path: Path) -> _State:
     for name, recorded in state.checksums.items():
         if (checksum := file_checksum(path / name)) != recorded:
             raise DamagedCheckpointError(damage(path / name, checksum, recorded))
+    # torch would log the stack trace of a damaged index, and raise another error.
+    CheckpointReader(path).read_metadata()
     return state
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, GPT2Config, GPTJConfig, MistralConfig, Qwen3Config
+from transformers import AutoModel, GPT2Config, GPTNeoConfig, MistralConfig, Qwen3Config
 
 from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.modules.language_model import (
@@ -111,7 +111,10 @@ def test_any_causal_decoder_packs(config, suffix):
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_a_decoder_whose_attention_cannot_be_replaced_encodes_whole_prompts(one_pass):
     torch.manual_seed(1)
-    config = GPTJConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=4, rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0)
+    config = GPTNeoConfig(
+        vocab_size=50, hidden_size=16, num_layers=2, num_heads=4, attention_types=[[["global"], 2]],
+        resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
     model = make(AutoModel.from_config(config)).eval()
     assert not model.packs_prompts
     packed = pack([2, 3], [7, 8], one_pass, suffix=1)
