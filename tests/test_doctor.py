@@ -145,8 +145,19 @@ def test_packages_outside_of_the_ranges_fail_with_a_fix(monkeypatch: pytest.Monk
     assert finding.fix == "pip install 'pyarrow>=2' 'duckdb>=1'"
 
 
-@pytest.mark.parametrize(("running", "status"), [((3, 10), "FAIL"), ((3, 11), "ok"), ((3, 99), "WARN")])
-def test_pythons(monkeypatch: pytest.MonkeyPatch, running: tuple[int, int], status: str) -> None:
+@pytest.mark.parametrize(
+    ("row", "running", "status"),
+    [
+        (OLD, (3, 10), "FAIL"),
+        (OLD, (3, 11), "ok"),
+        (OLD, (3, 13), "WARN"),
+        (NEW, (3, 12), "WARN"),
+        (NEW, (3, 13), "ok"),
+        (NEW, (3, 99), "WARN"),
+    ],
+)
+def test_pythons(monkeypatch: pytest.MonkeyPatch, row: versions.Tested, running: tuple[int, int], status: str) -> None:
+    install(monkeypatch, torch=row.torch, torchrec=row.torchrec, fbgemm_gpu_cpu=row.fbgemm)
     monkeypatch.setattr(doctor.sys, "version_info", running)
     assert by_name(doctor.check_python())["python"].status == status
 
