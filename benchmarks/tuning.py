@@ -52,9 +52,8 @@ class Comparison:
         if self.stage == "behave":
             ours = BehaveTask(setup.fast, one_pass=self.one_pass, loss_dtype=loss_dtype)
             return ours, PlainBehaveTask(setup.plain)
-        contrast = setup.config.contrast
-        settings = (contrast.weight, contrast.temperature, contrast.hard_negatives)
-        return AlignTask(setup.fast, *settings, loss_dtype=loss_dtype), PlainAlignTask(setup.plain, *settings)
+        weight = setup.config.contrast.weight
+        return AlignTask(setup.fast, weight, loss_dtype=loss_dtype), PlainAlignTask(setup.plain, weight)
 
 
 COMPARISONS = (

@@ -25,9 +25,9 @@ TableDType = Literal["float32", "float16", "int8", "int4"]
 # Stages of LLMGR, which encode prompts with soft tokens by the language model.
 PROMPT_STAGES: tuple[StageName, ...] = ("align", "behave")
 
-# Name of the neighbor score of the text encoder, and values of `blend.text_encoder` that are no model.
+# Name of the neighbor score of the embedding model, and values of `blend.embedding_model` that are no model.
 EMBEDDING_KNN = "embedding_knn"
-NO_TEXT_ENCODER, TEXT_ENCODER_IS_LLM = "none", "llm"
+NO_EMBEDDING_MODEL, EMBEDDING_MODEL_IS_LLM = "none", "llm"
 
 # Options of the commands that rank sessions.
 RANKING_BOUNDS = {
@@ -106,9 +106,6 @@ class EncoderConfig(Group):
     )
     attention_heads: int = setting(
         1, "Heads of each self-attention block (gcsan, sasrec, esasrec, hstu).", at_least=1, at_most=1024
-    )
-    last_item_weight: float = setting(
-        0.6, "Weight of the self-attention output against the last item's state (gcsan).", at_least=0, at_most=1
     )
     max_clicks: int = setting(
         50, "Newest clicks that are encoded (sasrec, esasrec, hstu, gru4rec).", at_least=1, at_most=100_000
@@ -399,13 +396,6 @@ class ContrastConfig(Group):
     """Structure-aware contrastive loss of stage align (InfoNCE); ours, the paper leaves its form open."""
 
     weight: float = setting(0.1, "Weight beside the node-context loss; 0 leaves it out.", at_least=0, at_most=1e6)
-    temperature: float = setting(0.07, "Divisor of the cosine similarities.", above=0, at_most=1e6)
-    hard_negatives: int = setting(
-        0,
-        "Corrupted node lists (one node replaced) per session, beside those of 15 other sessions.",
-        at_least=0,
-        at_most=1000,
-    )
 
 
 @dataclass
@@ -425,7 +415,7 @@ class BlendConfig(Group):
     )
     weights: list[float] = setting(
         [],
-        "Weight of each neighbor score, in the order of blend.neighbors, and last of blend.text_encoder if there is "
+        "Weight of each neighbor score, in the order of blend.neighbors, and last of blend.embedding_model if there is "
         "one; empty chooses those with the best NDCG@20 on validation sessions, for every stage.",
         at_least=0,
         at_most=1e6,
@@ -436,9 +426,9 @@ class BlendConfig(Group):
         "after training, and keeps them where cross-validation shows a gain. Needs LightGBM (the extra rerank), and "
         "one rank in training.",
     )
-    text_encoder: str = setting(
-        NO_TEXT_ENCODER,
-        "Frozen model for one more neighbor score, embedding_knn (items whose texts it encodes alike): none, llm "
+    embedding_model: str = setting(
+        NO_EMBEDDING_MODEL,
+        "Frozen model for one more neighbor score, embedding_knn (items whose texts it embeds alike): none, llm "
         "(llm.num_layers layers of llm.name_or_path), or the local folder or hub id of any encoder or decoder, such as "
         "a sentence encoder.",
         is_path=True,
@@ -462,7 +452,7 @@ class BlendConfig(Group):
     @property
     def scores(self) -> list[str]:
         """Names of all neighbor scores, in the order of their weights."""
-        return [*self.neighbors, *([] if self.text_encoder == NO_TEXT_ENCODER else [EMBEDDING_KNN])]
+        return [*self.neighbors, *([] if self.embedding_model == NO_EMBEDDING_MODEL else [EMBEDDING_KNN])]
 
 
 @dataclass
@@ -548,7 +538,7 @@ class Config:
     head: HeadConfig = group(HeadConfig, "Ranking head.", stages=PROMPT_STAGES)
     text_encoder: TextEncoderConfig = group(
         TextEncoderConfig,
-        "Text sequence encoder of stage llm_text; not the frozen model of blend.text_encoder.",
+        "Text sequence encoder of stage llm_text.",
         stages=("llm_text",),
         invalidates="checkpoint",
     )

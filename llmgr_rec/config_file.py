@@ -1,14 +1,17 @@
 """Config files: recipes, reading and writing of YAML, and dotted overrides on the command line."""
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from llmgr_rec.cli import make_parser, parse_args
 from llmgr_rec.config import Config, settings
 from llmgr_rec.errors import UserError, did_you_mean
+from llmgr_rec.former_settings import present_options, translated
 from llmgr_rec.paths import is_remote, path_problem
 from llmgr_rec.remote_path import as_path
 from llmgr_rec.yaml_file import read_yaml
@@ -69,13 +72,14 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     parser = make_parser("llmgr_rec.config_file", "Reads settings.")
     add_config_arguments(parser)
     try:
-        content = read_yaml(Path(_config_file(str(path))))
+        file = _config_file(str(path))
+        content = read_yaml(Path(file))
         try:
             config = _build(Config, parser.parse_object(content or {}))
         except Exception:
             # For a path the parser changes the folder of the whole process for a moment, which other threads notice, so
             # only its messages come from there.
-            return parse_with_config(parser, ["--config", str(path)])[1]
+            return parse_with_config(parser, ["--config", file])[1]
         config.validate()
         return config
     except UserError as error:
@@ -117,7 +121,7 @@ def _resolve_recipes(argv: Sequence[str]) -> list[str]:
     """Replaces recipe names by their files, and moves --config to the front so that all other options override it."""
     recipes: list[str] = []
     others: list[str] = []
-    words = iter(argv)
+    words = iter(present_options(argv))
     for word in words:
         if word == "--config" and (name := next(words, None)) is not None:
             recipes.append(f"--config={_config_file(name)}")
@@ -134,8 +138,7 @@ def _config_file(name: str) -> str:
     if problem := path_problem(name):
         raise UserError(f"--config {name}: {problem}")
     if Path(name).is_file():
-        _check_sections(Path(name))
-        return name
+        return _in_present_names(Path(name))
     shipped = RECIPES / f"{name}.yaml"
     if shipped.is_file():
         return str(shipped)
@@ -152,9 +155,24 @@ def _copy_of_settings(url: str) -> str:
         raise UserError(f"settings file {url} does not exist; give a YAML file") from None
 
 
-def _check_sections(file: Path) -> None:
-    """Checks what the parser would take without a word, or fail on: keys given twice, emptied sections."""
+def _in_present_names(file: Path) -> str:
+    """A settings file, or, of one that has settings of a former version, a copy with those of this version."""
     content = read_yaml(file)
+    _check_sections(file, content)
+    if (present := translated(content)) == content:
+        return os.fspath(file)
+    import yaml
+
+    # The parser opens files by name.
+    folder = TemporaryDirectory(prefix="llmgr-settings-")
+    atexit.register(folder.cleanup)
+    copy = Path(folder.name) / file.name
+    copy.write_text(yaml.safe_dump(present, sort_keys=False))
+    return os.fspath(copy)
+
+
+def _check_sections(file: Path, content: Any) -> None:
+    """Checks what the parser would take without a word, or fail on: keys given twice, emptied sections."""
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file} has no settings; give a YAML file of settings, or one of {', '.join(recipe_names())}")
     for group in (item.name for item in fields(Config) if is_dataclass(item.type)):

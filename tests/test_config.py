@@ -14,7 +14,7 @@ from llmgr_rec.config_file import add_config_arguments, load_config
 from llmgr_rec.errors import UserError
 from llmgr_rec.setting import Group, SettingInfo
 
-MOST_SETTINGS = 96
+MOST_SETTINGS = 93
 # Name, type and default (as JSON) of every setting. A change here is a change of the interface: also change
 # llmgr_rec/recipes and the documentation that names the setting.
 COMMAND_LINE = """
@@ -32,7 +32,6 @@ encoder.name                      str                                           
 encoder.steps                     int                                               1
 encoder.attention_layers          int                                               1
 encoder.attention_heads           int                                               1
-encoder.last_item_weight          float                                             0.6
 encoder.max_clicks                int                                               50
 encoder.dropout                   float                                             0.4
 encoder.score                     dot | cosine                                      "cosine"
@@ -69,8 +68,6 @@ loss.max_cached_items             int                                           
 loss.num_negatives                int                                               2048
 loss.dtype                        auto | float32 | bfloat16                         "auto"
 contrast.weight                   float                                             0.1
-contrast.temperature              float                                             0.07
-contrast.hard_negatives           int                                               0
 domains.power                     float                                             1.0
 optimizer.weight_decay            float                                             0.01
 optimizer.warmup                  float                                             0.05
@@ -100,7 +97,7 @@ blend.neighbors                   list of str                                   
 blend.k_neighbors                 int                                               100
 blend.weights                     list of float                                     []
 blend.reranker                    none | lambdamart                                 "none"
-blend.text_encoder                str                                               "none"
+blend.embedding_model             str                                               "none"
 runtime.device                    auto | cpu | cuda                                 "auto"
 runtime.threads_per_rank          int                                               0
 runtime.reader_workers            int                                               0

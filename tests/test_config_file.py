@@ -10,6 +10,7 @@ from llmgr_rec.cli import make_parser
 from llmgr_rec.config import Config, StageName, trained_stages
 from llmgr_rec.config_file import add_config_arguments, load_config, parse_with_config, recipe_names, save_config
 from llmgr_rec.errors import UserError
+from llmgr_rec.former_settings import of_this_version
 
 
 def _parse(*words: str) -> Config:
@@ -124,3 +125,25 @@ def test_an_absent_file_is_named() -> None:
 def test_a_value_out_of_its_range_is_refused_before_anything_is_made() -> None:
     with pytest.raises(UserError, match=r"setting sbr\.batch_size is 0"):
         _parse("--sbr.batch_size", "0")
+
+
+def test_settings_of_former_versions_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "config.yaml"
+    former = (
+        "encoder:\n  last_item_weight: 0.6\n  steps: 2\ncontrast:\n  hard_negatives: 0\nblend:\n  text_encoder: llm\n"
+    )
+    file.write_text(former)
+    parser = make_parser("llmgr_rec.train", "Trains.")
+    add_config_arguments(parser)
+    for config in (load_config(file), parse_with_config(parser, ["--config", str(file)])[1]):
+        assert (config.encoder.steps, config.blend.embedding_model) == (2, "llm")
+    assert parse_with_config(parser, ["--blend.text_encoder=llm"])[1].blend.embedding_model == "llm"
+    assert "setting blend.text_encoder is called blend.embedding_model now" in caplog.text
+    file.write_text("encoder:\n  last_item_weight: 0.5\n")
+    with pytest.raises(UserError, match=r"config\.yaml: setting encoder\.last_item_weight is 0\.5, but is 0\.6 in"):
+        load_config(file)
+    file.write_text("blend:\n  text_encoder: llm\n  embedding_model: llm\n")
+    with pytest.raises(UserError, match=r"blend\.text_encoder and blend\.embedding_model are the same; give the"):
+        load_config(file)
+    checkpoint = {"encoder.last_item_weight": 0.6, "contrast.temperature": 0.1, "seed": 1}
+    assert of_this_version(checkpoint) == {"contrast.temperature": 0.1, "seed": 1}

@@ -6,10 +6,9 @@ Shapes: V items.
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +41,6 @@ _TEXT_SEPARATOR = ", "
 _HASHED_VALUES = 1 << 16
 
 
-@dataclass
 class Catalog:
     """Items in index order. Texts are read from disk on each call of `titles` or `texts`.
 
@@ -54,11 +52,19 @@ class Catalog:
         domains: The domain of each item; None for a catalog of one log.
     """
 
-    file: Path
-    item_ids: pa.Array
-    train_count_V: Tensor
-    features: dict[str, Jagged] = field(default_factory=dict)
-    domains: ItemDomains | None = None
+    def __init__(
+        self,
+        file: Path,
+        item_ids: pa.Array,
+        train_count_V: Tensor,
+        features: dict[str, Jagged] | None = None,
+        domains: ItemDomains | None = None,
+    ) -> None:
+        self.file = file
+        self._item_ids: pa.Array | None = item_ids
+        self.train_count_V = train_count_V
+        self.features = features or {}
+        self.domains = domains
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -115,20 +121,18 @@ class Catalog:
         starts = range(0, self.num_items, _HASHED_VALUES)
         return hash_item_ids(self.item_ids.slice(start, _HASHED_VALUES) for start in starts)
 
+    @property
+    def item_ids(self) -> pa.Array:
+        """Raw ids, string or int64; element i belongs to item index i."""
+        if self._item_ids is None:
+            self._item_ids = read_ids(self.file)
+        return self._item_ids
+
     def forget_ids(self) -> None:
         """Frees the ids, which training does not need. They are read from the file again where they are used."""
         # Kept, since it is computed from them.
         _ = self.hash
-        vars(self).pop("item_ids", None)
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> pa.Array:
-            """The ids after `forget_ids`."""
-            if name != "item_ids" or "file" not in vars(self):
-                raise AttributeError(name)
-            self.item_ids = read_ids(self.file)
-            return self.item_ids
+        self._item_ids = None
 
     @cached_property
     def features_hash(self) -> str:

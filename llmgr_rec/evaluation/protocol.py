@@ -209,7 +209,7 @@ def split_reader(
 
 
 @dataclass(frozen=True)
-class EvaluationBatch:
+class QueryBatch:
     """A batch of sessions and the queries of a model.
 
     Args:
@@ -231,7 +231,7 @@ class GroupOfBatches:
         batches: One or more.
     """
 
-    batches: list[EvaluationBatch]
+    batches: list[QueryBatch]
 
     @property
     def queries_BQ(self) -> Tensor:
@@ -261,7 +261,7 @@ class GroupOfBatches:
 
 
 def groups_of_batches(
-    batches: Iterable[EvaluationBatch], sessions_at_once: int, batch_size: int
+    batches: Iterable[QueryBatch], sessions_at_once: int, batch_size: int
 ) -> Iterator[GroupOfBatches]:
     """Puts batches together that are ranked at once, the same numbers of them on each rank.
 
@@ -282,7 +282,7 @@ def evaluation_batches(
     world: World,
     description: str,
     rule: RankingRule | None = None,
-) -> Iterator[EvaluationBatch]:
+) -> Iterator[QueryBatch]:
     """Batches of this rank's sessions of a split, with queries and excluded items.
 
     Args:
@@ -297,7 +297,7 @@ def evaluation_batches(
     reader = split_reader(dataset, split, ranking.batch_size, lambda raw: ranking.collate(raw.newest(rule.max_length)))
     for loaded in batches_of_rank(reader, world, description):
         batch = loaded.to(world.device)
-        yield EvaluationBatch(batch, ranking.queries(batch), seen_items(batch) if rule.excludes_seen else None)
+        yield QueryBatch(batch, ranking.queries(batch), seen_items(batch) if rule.excludes_seen else None)
 
 
 def batches_of_rank(reader: SessionReader[T], world: World, description: str) -> Iterator[T]:

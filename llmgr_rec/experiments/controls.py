@@ -17,7 +17,6 @@ With `no_graph` or `no_nodes`, set `contrast.weight` to 0, because equal tokens 
 import functools
 import hashlib
 from collections.abc import Collection
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -114,7 +113,8 @@ class ControlledFactory(ModelFactory):
         """The collator of a model, with words shuffled between items under `shuffled_words`."""
         if "shuffled_words" in self.controls and "word" in catalog.features:
             words = shuffle_texts(catalog.features["word"], spec.config.seed)
-            catalog = replace(catalog, features={**catalog.features, "word": words})
+            features = {**catalog.features, "word": words}
+            catalog = Catalog(catalog.file, catalog.item_ids, catalog.train_count_V, features, catalog.domains)
         return super().collator(spec, catalog, purpose, item_tokens)
 
 

@@ -23,7 +23,7 @@ from llmgr_rec.experiments.target_ranks import TargetRanks, baseline_ranks, mode
 from llmgr_rec.files import atomic_write
 from llmgr_rec.storage.bundle import Bundle, load_bundle
 from llmgr_rec.storage.bundle_index import find_bundle
-from llmgr_rec.storage.text_encoder import TextEncoder
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.training.selection import Selection, select_on_validation
 
 
@@ -188,7 +188,7 @@ def _with_selection_of(config: Config, bundle: Bundle) -> Config:
 
 def _selection_inputs(model: str, config: Config) -> dict[str, Any]:
     """Values from which a model selects after training, as JSON values."""
-    encoder = TextEncoder.of(config)
+    encoder = EmbeddingModel.of(config)
     return {
         "blend": asdict(config.blend),
         **({"text_encoder": asdict(encoder)} if encoder else {}),

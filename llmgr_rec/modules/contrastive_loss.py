@@ -1,6 +1,6 @@
 """The structure-aware contrastive loss of stage align.
 
-Shapes: B sessions, H = d2 hidden width, R hard negatives per session.
+Shapes: B sessions, H = d2 hidden width.
 """
 
 import torch
@@ -15,13 +15,12 @@ def contrastive_loss(
     global_size: int,
     world_scale: int,
     temperature: float,
-    hard_nodes_BRH: Tensor | None = None,
     groups_B: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE between the hidden state of a session's graph prompt and those of the node list prompts of all sessions.
 
-    Symmetric: the mean of graph-to-nodes and nodes-to-graph. Hard negatives enter the former only. LLMGR (arXiv
-    2402.16539) leaves the loss of this task open; this definition is ours.
+    Symmetric: the mean of graph-to-nodes and nodes-to-graph. LLMGR (arXiv 2402.16539) leaves the loss of this task
+    open; this definition is ours.
 
     Args:
         graphs_BH: Hidden states of the graph prompts.
@@ -30,7 +29,6 @@ def contrastive_loss(
         global_size: Number of sessions of the global batch, over all ranks, without padding.
         world_scale: Number of ranks, see `ranking_loss`.
         temperature: Divisor of the cosine similarities.
-        hard_nodes_BRH: Hidden states of each session's corrupted node lists.
         groups_B: Group of each session, int64; only sessions of one group are negatives of each other. None is one
             group of all. The loss does not depend on the number of ranks if no group spans two ranks.
 
@@ -48,10 +46,6 @@ def contrastive_loss(
     columns_B = torch.arange(real_B.shape[0], device=real_B.device)
     cosines_BB = graphs_BH @ nodes_BH.T / temperature
     forward_scores = cosines_BB.masked_fill(masked_BB, float("-inf"))
-    if hard_nodes_BRH is not None:
-        hard_BRH = functional.normalize(hard_nodes_BRH, dim=2)
-        hard_BR = torch.einsum("bh,brh->br", graphs_BH, hard_BRH) / temperature
-        forward_scores = torch.cat([forward_scores, hard_BR], dim=1)
     backward_scores = cosines_BB.T.masked_fill(masked_BB, float("-inf"))
     losses_B = functional.cross_entropy(forward_scores, columns_B, reduction="none")
     losses_B = (losses_B + functional.cross_entropy(backward_scores, columns_B, reduction="none")) / 2

@@ -19,6 +19,9 @@ from llmgr_rec.kernels.shared_states import SharedStates
 from llmgr_rec.modules.graph_encoder import GraphEncoder
 from llmgr_rec.modules.session_encoder import check_heads, click_counts, initialize_uniform, segment_softmax
 
+# Weight of the self-attention output against the state of the last item, as in the paper.
+ATTENTION_WEIGHT = 0.6
+
 
 class AttentionBlock(nn.Module):
     """Self-attention and a feed-forward network with a residual connection.
@@ -126,7 +129,6 @@ class GCSAN(GraphEncoder):
 
     def __init__(self, config: EncoderConfig, dim: int) -> None:
         super().__init__(config, dim)
-        self.last_item_weight = config.last_item_weight
         self.blocks = nn.ModuleList(
             AttentionBlock(dim, config.attention_heads, config.dropout) for _ in range(config.attention_layers)
         )
@@ -149,5 +151,5 @@ class GCSAN(GraphEncoder):
         final = cast(AttentionBlock, self.blocks[-1])
         attended_BD = final.forward_last(attended, last_attended_BD, log_counts_N)
         # Under autocast, the attention has a lower precision than the graph network.
-        mixed_BD = torch.lerp(last_BD, attended_BD.to(last_BD.dtype), self.last_item_weight)
+        mixed_BD = torch.lerp(last_BD, attended_BD.to(last_BD.dtype), ATTENTION_WEIGHT)
         return mixed_BD * (graph.click_offsets_B1.diff() > 0).unsqueeze(1)

@@ -226,15 +226,7 @@ class ModelSpec:
                 catalog = WholeCatalog(self.num_items, {name: side_features[name] for name in names})
             return SbrTask(model, world_size, loss_dtype, self.encoder_in_one_pass, catalog)
         if self.stage == "align":
-            contrast = config.contrast
-            return AlignTask(
-                model,
-                contrast.weight,
-                contrast.temperature,
-                contrast.hard_negatives,
-                world_size=world_size,
-                loss_dtype=loss_dtype,
-            )
+            return AlignTask(model, config.contrast.weight, world_size=world_size, loss_dtype=loss_dtype)
         return BehaveTask(model, world_size, config.prompt.one_pass, loss_dtype)
 
     def _recommender(

@@ -1,14 +1,13 @@
 """Training tasks: modules that compute (loss, logged values) of a batch, as TorchRec's training pipeline requires.
 
-Shapes: B sessions, C candidates, K columns of the text encoder, Q columns of queries and item vectors, R hard negatives
-per session, H = d2 hidden width.
+Shapes: B sessions, C candidates, K columns of the text encoder, Q columns of queries and item vectors, H = d2 hidden
+width.
 """
 
 import torch
 from torch import Tensor, nn
 
 from llmgr_rec.data.batch import SessionBatch
-from llmgr_rec.data.jagged import Jagged
 from llmgr_rec.kernels.softmax_loss import ranking_loss
 from llmgr_rec.modules.contrastive_loss import contrastive_loss
 from llmgr_rec.modules.llmgr import LLMGR
@@ -27,6 +26,8 @@ LossAndParts = tuple[Tensor, dict[str, Tensor]]
 
 # Sessions that are negatives of each other in the contrastive loss: the batch size of the paper.
 CONTRASTIVE_GROUP = 16
+# Divisor of the cosine similarities of the structure-aware loss.
+CONTRASTIVE_TEMPERATURE = 0.07
 
 
 class SbrTask(nn.Module):
@@ -135,8 +136,6 @@ class AlignTask(nn.Module):
     Args:
         llmgr: The model.
         contrastive_weight: Weight of the structure-aware loss; 0 skips its prompts.
-        contrastive_temperature: Divisor of its cosine similarities.
-        hard_negatives: Number of corrupted node lists per session, in each of which one node is replaced.
         contrastive_group: Number of consecutive sessions that are negatives of each other. With groups instead of whole
             batches, the loss does not depend on the number of ranks, if a rank's batch is a multiple of the group.
         world_size: Number of ranks, over which gradients are averaged.
@@ -147,8 +146,6 @@ class AlignTask(nn.Module):
         self,
         llmgr: LLMGR,
         contrastive_weight: float,
-        contrastive_temperature: float,
-        hard_negatives: int,
         contrastive_group: int = CONTRASTIVE_GROUP,
         world_size: int = 1,
         loss_dtype: torch.dtype = torch.float32,
@@ -156,8 +153,6 @@ class AlignTask(nn.Module):
         super().__init__()
         self.llmgr = llmgr
         self.contrastive_weight = contrastive_weight
-        self.contrastive_temperature = contrastive_temperature
-        self.hard_negatives = hard_negatives
         self.contrastive_group = contrastive_group
         self.world_size = world_size
         self.loss_dtype = loss_dtype
@@ -178,18 +173,13 @@ class AlignTask(nn.Module):
         nodes = prompt_nodes(batch.graph, self.llmgr.node_order, self.llmgr.max_nodes)
         graphs_BH = self.llmgr.encode_nodes(output, nodes, batch.text_tokens, "structure_graph")
         nodes_BH = self.llmgr.encode_nodes(output, nodes, batch.text_tokens, "structure_nodes")
-        hard = []
-        for number in range(self.hard_negatives):
-            corrupted = _corrupt_nodes(nodes, batch, number, self.contrastive_group)
-            hard.append(self.llmgr.encode_nodes(output, corrupted, batch.text_tokens, "structure_nodes"))
         return contrastive_loss(
             graphs_BH,
             nodes_BH,
             batch.weights_B,
             batch.global_size,
             self.world_size,
-            self.contrastive_temperature,
-            torch.stack(hard, dim=1) if hard else None,
+            CONTRASTIVE_TEMPERATURE,
             _contrast_groups(batch, self.contrastive_group),
         )
 
@@ -224,30 +214,3 @@ def _ranking_loss(
 def _contrast_groups(batch: SessionBatch, size: int) -> Tensor:
     """Group of each session, int64 [B]: `size` consecutive sessions each."""
     return torch.arange(batch.weights_B.numel(), device=batch.weights_B.device) // size
-
-
-def _corrupt_nodes(nodes: Jagged, batch: SessionBatch, number: int, group: int) -> Jagged:
-    """Replaces one node of each session by a node of another session of its group.
-
-    The position and the replacement are functions of the session's row number and the epoch, so they do not depend on
-    the number of ranks. A session that is alone in its group stays unchanged.
-
-    Args:
-        nodes: Nodes of the prompts, one non-empty row per session.
-        batch: The sessions.
-        number: Number of the hard negative, from 0, which varies the position and the other session.
-        group: Number of sessions per group.
-    """
-    batch_size = nodes.num_rows
-    session_B = torch.arange(batch_size, device=nodes.values.device)
-    first_B = session_B // group * group
-    width_B = (batch_size - first_B).clamp(max=group)
-    # Another session of the group: 1 to width - 1 sessions further, modulo the width.
-    shift_B = 1 + number % (width_B - 1).clamp(min=1)
-    other_B = first_B + (session_B - first_B + shift_B) % width_B
-    lengths_B, starts_B = nodes.lengths, nodes.offsets[:-1]
-    noise_B = (batch.rows_B + batch.epoch + number).abs()
-    position_B = starts_B + noise_B % lengths_B
-    source_B = starts_B[other_B] + noise_B % lengths_B[other_B]
-    values = nodes.values.index_copy(0, position_B, nodes.values[source_B])
-    return Jagged(values, nodes.offsets)

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmgr_rec.baselines.blend import clicks_of
 from llmgr_rec.baselines.in_domains import popular_items
 from llmgr_rec.baselines.knn import Popularity
 from llmgr_rec.data.batch import RawSessions, SessionBatch
@@ -25,7 +24,7 @@ from llmgr_rec.distributed.collectives import sum_over_ranks
 from llmgr_rec.distributed.process_group import World
 from llmgr_rec.distributed.ranking import CatalogRanker
 from llmgr_rec.evaluation.exclusion import RankingRule
-from llmgr_rec.evaluation.protocol import evaluation_mode
+from llmgr_rec.evaluation.protocol import GroupOfBatches, QueryBatch, evaluation_mode
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.scoring.background import WriteBehind, read_ahead
 from llmgr_rec.scoring.input import Part, PartSessions, SessionFiles
@@ -286,16 +285,18 @@ class Scorer:
 
     def _rank(self, ranker: CatalogRanker, steps: list[_RankBatch], ranked: _RankedPart) -> None:
         """Ranks the catalog for batches and stores the lists in their part."""
-        device = self._world.device
-        batches = [step.batch.to(device) for step in steps]
-        queries = [self._queries(batch, step.routed) for batch, step in zip(batches, steps, strict=True)]
-        excluded = [step.exclude.to(device) for step in steps if step.exclude is not None]
-        clicks = Jagged.stack([clicks_of(batch) for batch in batches]) if ranker.needs_clicks else None
-        found = ranker.rank(torch.cat(queries), self._k, Jagged.stack(excluded) if excluded else None, clicks)
-        sizes = list(map(len, queries))
+        group = GroupOfBatches([self._with_queries(step) for step in steps])
+        clicks = group.clicks if ranker.needs_clicks else None
+        found = ranker.rank(group.queries_BQ, self._k, group.exclude, clicks)
+        sizes = [len(sessions.queries_BQ) for sessions in group.batches]
         for step, ids_BK, scores_BK in zip(steps, *(lists.split(sizes) for lists in found), strict=True):
             ranked.ids_RK[step.rows] = ids_BK[: step.rows.numel()].cpu()
             ranked.scores_RK[step.rows] = scores_BK[: step.rows.numel()].float().cpu()
+
+    def _with_queries(self, step: _RankBatch) -> QueryBatch:
+        batch = step.batch.to(self._world.device)
+        exclude = None if step.exclude is None else step.exclude.to(self._world.device)
+        return QueryBatch(batch, self._queries(batch, step.routed), exclude)
 
     def _queries(self, batch: SessionBatch, routed: bool) -> Tensor:
         """Queries of a batch, [B, Q], by the language model if routed."""

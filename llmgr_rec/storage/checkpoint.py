@@ -26,6 +26,7 @@ from llmgr_rec.distributed.process_group import World, run_on_all_ranks, run_on_
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write, remove_folder, storage_errors, write_and_fsync
 from llmgr_rec.folder_draft import FolderDraft
+from llmgr_rec.former_settings import of_this_version
 from llmgr_rec.index_files import from_json, read_json, seal, unseal
 from llmgr_rec.paths import check_inside
 from llmgr_rec.storage.checkpoint_reader import CheckpointReader, DamagedCheckpointError
@@ -353,7 +354,7 @@ class CheckpointManager:
         now = json.loads(json.dumps(dict(self._identity.settings)))
         # The version which wrote the checkpoint may not have had a setting.
         known = {name: value for name, value in values_before_settings().items() if name in now}
-        before = known | dict(identity.settings)
+        before = known | of_this_version(identity.settings)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(

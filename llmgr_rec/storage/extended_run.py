@@ -30,9 +30,9 @@ from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import CONFIG, verified_file
 from llmgr_rec.storage.catalog_mapping import CatalogMapping
 from llmgr_rec.storage.derived_run import derived_run, open_bundles
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.new_text_rows import new_text_rows, write_text_rows
-from llmgr_rec.storage.text_encoder import TextEncoder
 
 _TEXT_KNN = "text_knn"
 
@@ -156,7 +156,7 @@ def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping)
 
 def _by_texts(name: str, config: Config, catalog: Catalog) -> ItemNeighbors | None:
     """Neighbors by the texts of a catalog; None for a baseline that does not rank by texts."""
-    k_neighbors, encoder = config.blend.k_neighbors, TextEncoder.of(config)
+    k_neighbors, encoder = config.blend.k_neighbors, EmbeddingModel.of(config)
     if name == _TEXT_KNN:
         return TextKNN(catalog.texts(list(TEXT_FIELDS), required=False), k_neighbors=k_neighbors)
     if name == EMBEDDING_KNN and encoder is not None:

@@ -40,7 +40,7 @@ from llmgr_rec.distributed.sparse_exchange import receive, send
 from llmgr_rec.errors import UserError
 from llmgr_rec.files import atomic_write
 from llmgr_rec.result_cache import CachedResult
-from llmgr_rec.storage.text_encoder import TextEncoder
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.training.freed_memory import return_freed_memory
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def neighbor_scores(
     catalog: Catalog,
     world: World,
     folder: Path | None = None,
-    text_encoder: TextEncoder | None = None,
+    embedding_model: EmbeddingModel | None = None,
 ) -> list[Blend]:
     """The scores of each nearest-neighbor baseline, with weight 1.
 
@@ -65,7 +65,7 @@ def neighbor_scores(
         world: Ranks; all call together.
         folder: Folder where they are kept for later stages; None keeps them neither there nor in the cache. With
             several ranks, all can read it.
-        text_encoder: Encodes the items for `EMBEDDING_KNN`; None if that is not among the names.
+        embedding_model: Encodes the items for `EMBEDDING_KNN`; None if that is not among the names.
 
     Returns:
         A blend per name, in the order of `names`, of the items that this rank ranks (`items_of_rank`).
@@ -77,7 +77,7 @@ def neighbor_scores(
         return []
     with long_timeout_group(world) as group:
         ranks = _Ranks(world, group)
-        scores = [_kept(name, k_neighbors, dataset, catalog, ranks, folder, text_encoder) for name in names]
+        scores = [_kept(name, k_neighbors, dataset, catalog, ranks, folder, embedding_model) for name in names]
     return_freed_memory()
     return scores
 
@@ -95,19 +95,19 @@ def _kept(
     catalog: Catalog,
     ranks: _Ranks,
     folder: Path | None,
-    text_encoder: TextEncoder | None,
+    embedding_model: EmbeddingModel | None,
 ) -> Blend:
     """Reads the scores from the folder or from the cache; computes and keeps them if they are in neither."""
     if folder is None:
-        return _compute(name, k_neighbors, dataset, catalog, ranks, text_encoder)
-    stem = f"{name}-{_key(name, k_neighbors, dataset, text_encoder)}"
+        return _compute(name, k_neighbors, dataset, catalog, ranks, embedding_model)
+    stem = f"{name}-{_key(name, k_neighbors, dataset, embedding_model)}"
     # The key lacks the code of an own baseline.
     cached = None
     if ranks.world.rank == 0 and name in (*FEATURES, EMBEDDING_KNN):
         cached = CachedResult("neighbors", {"file": stem}, packages=("numpy", "scipy"))
     if (found := _load(stem, catalog.num_items, ranks, folder, cached)) is not None:
         return found
-    scores = _compute(name, k_neighbors, dataset, catalog, ranks, text_encoder)
+    scores = _compute(name, k_neighbors, dataset, catalog, ranks, embedding_model)
     file = folder / part_name(stem, items_of_rank(catalog.num_items, ranks.world), catalog.num_items)
 
     def write() -> None:
@@ -154,7 +154,7 @@ def _names(folder: Path) -> list[str]:
     return [file.name for file in folder.iterdir()] if folder.is_dir() else []
 
 
-def _key(name: str, k_neighbors: int, dataset: Dataset, text_encoder: TextEncoder | None) -> str:
+def _key(name: str, k_neighbors: int, dataset: Dataset, embedding_model: EmbeddingModel | None) -> str:
     """Hash of a baseline's settings, of all files of the data set except validation and test, and of the word rule."""
     files = {
         path: entry.sha256
@@ -162,8 +162,8 @@ def _key(name: str, k_neighbors: int, dataset: Dataset, text_encoder: TextEncode
         if path.split("/")[0] not in ("valid", "test")
     }
     inputs = [name, k_neighbors, files, WORD_RULE]
-    if name == EMBEDDING_KNN and text_encoder is not None:
-        inputs.append(text_encoder.key())
+    if name == EMBEDDING_KNN and embedding_model is not None:
+        inputs.append(embedding_model.key())
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -173,10 +173,12 @@ def _compute(
     dataset: Dataset,
     catalog: Catalog,
     ranks: _Ranks,
-    text_encoder: TextEncoder | None,
+    embedding_model: EmbeddingModel | None,
 ) -> Blend:
     if name not in FEATURES:
-        return _built_on_rank0(lambda: _build(name, k_neighbors, dataset, catalog, text_encoder), name, catalog, ranks)
+        return _built_on_rank0(
+            lambda: _build(name, k_neighbors, dataset, catalog, embedding_model), name, catalog, ranks
+        )
     world, group, num_items = ranks.world, ranks.group, catalog.num_items
     features_RF = FEATURES[name](dataset, catalog, items_of_rank(num_items, world), world, group)
     similarity_VR = similarity_of_ranks(features_RF, num_items, k_neighbors, world, group)
@@ -204,10 +206,10 @@ def _built_on_rank0(
 
 
 def _build(
-    name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, text_encoder: TextEncoder | None
+    name: str, k_neighbors: int, dataset: Dataset, catalog: Catalog, embedding_model: EmbeddingModel | None
 ) -> tuple[sparse.csr_array, float]:
-    if name == EMBEDDING_KNN and text_encoder is not None:
-        baseline: Baseline = EmbeddingKNN(text_encoder.embeddings(catalog), k_neighbors=k_neighbors)
+    if name == EMBEDDING_KNN and embedding_model is not None:
+        baseline: Baseline = EmbeddingKNN(embedding_model.embeddings(catalog), k_neighbors=k_neighbors)
     else:
         baseline = build_baseline(name, dataset, catalog, k_neighbors)
     # Before the next baseline is built.

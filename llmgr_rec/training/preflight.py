@@ -21,9 +21,9 @@ from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.modules.tasks import CONTRASTIVE_GROUP
 from llmgr_rec.storage.bundle_index import check_trained_on, is_complete, latest_bundle, read_config, read_index
 from llmgr_rec.storage.checkpoint import CheckpointManager, Identity
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.storage.fingerprint import inherited_settings
 from llmgr_rec.storage.model_factory import ModelFactory
-from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.memory_plan import CatalogSizes, Ranks, plan_memory
 from llmgr_rec.training.metric_writers import check_trackers
 from llmgr_rec.training.warm_start import WarmStart, open_warm_start
@@ -91,8 +91,8 @@ def check_run(request: RunRequest) -> CheckedRun:
     """
     request.config.validate()
     check_blended(request.config.blend.neighbors)
-    if (text_encoder := TextEncoder.of(request.config)) is not None:
-        text_encoder.check()
+    if (embedding_model := EmbeddingModel.of(request.config)) is not None:
+        embedding_model.check()
     check_trackers(request.config.runtime.trackers)
     dataset = Dataset(request.dataset)
     catalog = Catalog.of(dataset)

@@ -14,7 +14,7 @@ from llmgr_rec.data.dataset import Manifest
 from llmgr_rec.distributed.item_vectors import BLOCK_ITEMS, keeps_vectors
 from llmgr_rec.modules.model_spec import ModelSpec
 from llmgr_rec.storage.checkpoint_state import BLOCK_VALUES
-from llmgr_rec.storage.text_encoder import TextEncoder
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.training.id_row_smoothing import STRIP_BYTES
 from llmgr_rec.training.memory_plan import FROZEN, CatalogSizes, Ranks, StagePlan
 
@@ -168,8 +168,8 @@ def _selection_phases(plan: StagePlan, ranks: Ranks, reading: Reading) -> list[d
         smoothing = {"smoothing of cold items": nearest + min(shard, max(STRIP_BYTES, 4 * _FLOAT_BYTES * num_items))}
         by_words = _ENTRY_BYTES * round(held * _neighbors_per_item("text_knn", plan, reading))
         phases.append({"neighbors": sum(stored) + _COPIES_WHILE_COMPUTED * by_words})
-    if (text_encoder := TextEncoder.of(config)) is not None:
-        phases.append({"neighbors": sum(stored), "text encoder": text_encoder.num_bytes})
+    if (embedding_model := EmbeddingModel.of(config)) is not None:
+        phases.append({"neighbors": sum(stored), "embedding model": embedding_model.num_bytes})
     phases.append({"neighbors": sum(stored), **vectors, **smoothing})
     # The weighted ones share their indices with those that they are made of.
     weighted = sum(stored) + _FLOAT_BYTES * sum(entries) + (sum(stored) if len(entries) > 1 else 0)

@@ -30,7 +30,7 @@ from llmgr_rec.evaluation.results import K
 from llmgr_rec.modules.llmgr import LLMGR
 from llmgr_rec.modules.recommender import SessionRecommender, text_encoder_of
 from llmgr_rec.remote_path import RemotePath
-from llmgr_rec.storage.text_encoder import TextEncoder
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.training.freed_memory import return_freed_memory
 from llmgr_rec.training.id_row_smoothing import KnnSmoothing
 from llmgr_rec.training.neighbors import neighbor_scores
@@ -130,7 +130,7 @@ def select_on_validation(
             wanted and LightGBM is not installed.
     """
     model, blend = ranking.model, config.blend
-    encoder = TextEncoder.of(config)
+    encoder = EmbeddingModel.of(config)
     scores = neighbor_scores(blend.scores, blend.k_neighbors, dataset, catalog, world, folder, encoder)
     smoothing = None
     if stage == "sbr" and any(config.tables.knn_smoothing):

@@ -17,7 +17,7 @@ def make_setup(separate_loss=True):
     settings = make_config("random-tiny", num_layers=2, templates="default", dtype="float32", batch_size=8)
     settings.tables.dim = 16
     settings.prompt.text_items = 2
-    settings.contrast.weight, settings.contrast.hard_negatives = 0.5, 1
+    settings.contrast.weight = 0.5
     settings.head.separate_loss = separate_loss
     return Setup.make(settings, small_run().dataset)
 

@@ -76,7 +76,7 @@ def test_shuffled_words_are_those_of_other_items_and_nothing_else_moves() -> Non
     items = torch.arange(catalog.num_items)
     # Two words an item, which nobody else has, and none on the first one.
     of_words = Jagged.from_lengths(torch.arange(2 * NUM_ITEMS - 2), torch.tensor([0] + [2] * (NUM_ITEMS - 1)))
-    catalog = replace(catalog, features={**catalog.features, "word": of_words})
+    catalog = Catalog(catalog.file, catalog.item_ids, catalog.train_count_V, {**catalog.features, "word": of_words})
 
     def bags(purpose: Purpose, *controls: str) -> dict[str, list[list[int]]]:
         chosen = settings()

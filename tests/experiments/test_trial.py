@@ -146,7 +146,7 @@ def test_a_trial_has_the_figures_of_a_run_with_its_settings(tmp_path):
 
 def test_a_trial_has_the_text_encoder_of_its_variant(tmp_path):
     settings = "tables.dim: 8, sbr.epochs: 1, runtime.device: cpu, runtime.threads_per_rank: 1"
-    encoder = "blend.neighbors: [], blend.text_encoder: llm, blend.weights: [4.0], llm.name_or_path: random-tiny"
+    encoder = "blend.neighbors: [], blend.embedding_model: llm, blend.weights: [4.0], llm.name_or_path: random-tiny"
     variants = ", ".join(
         f"{layers}: {{model: sbr, settings: {{{encoder}, llm.num_layers: {layers}}}}}" for layers in (1, 2)
     )

@@ -13,7 +13,7 @@ from llmgr_rec.errors import UserError
 from llmgr_rec.kernels.shared_states import SharedStates
 from llmgr_rec.modules.encoders import build_encoder
 from llmgr_rec.modules.gated_graph import GatedGraph
-from llmgr_rec.modules.gcsan import GCSAN, AttentionBlock
+from llmgr_rec.modules.gcsan import ATTENTION_WEIGHT, GCSAN, AttentionBlock
 from llmgr_rec.modules.session_encoder import SessionEncoder, segment_softmax
 from llmgr_rec.modules.srgnn import SRGNN
 from tests.modules.graphs import NUM_ITEMS, graphs_of, sessions_strategy
@@ -79,7 +79,7 @@ def dense_gcsan(encoder: GCSAN, states_LD: Tensor) -> Tensor:
             heads.append(weights @ (hidden @ v.T))
         attended = torch.cat(heads, dim=1)
         hidden = attended + block.contract(torch.relu(block.expand(attended)))
-    return encoder.last_item_weight * hidden[-1] + (1 - encoder.last_item_weight) * states_LD[-1]
+    return ATTENTION_WEIGHT * hidden[-1] + (1 - ATTENTION_WEIGHT) * states_LD[-1]
 
 
 def encode_one_by_one(encoder: SessionEncoder, nodes_ND: Tensor, graph: SessionGraph, sessions: list[list[int]]):

@@ -1,10 +1,9 @@
 """Items that no training session holds have no part in any loss: neither right nor wrong."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.collate import LogUniformSampler
 from llmgr_rec.kernels.softmax_loss import ranking_loss
 from llmgr_rec.modules.item_tables import ItemRows
@@ -20,7 +19,7 @@ SESSIONS, TARGETS = ((1, 2, 3, 2), (7,), (5, 5, 6)), (0, 3, 11)
 
 
 def batch(candidates, train_count=COUNTS, text="none"):
-    items = replace(catalog(), train_count_V=train_count)
+    items = Catalog(catalog().file, catalog().item_ids, train_count, catalog().features)
     return collator(candidates, 64, text, catalog=items)(raw_sessions(SESSIONS, TARGETS))
 
 

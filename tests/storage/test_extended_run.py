@@ -28,10 +28,10 @@ from llmgr_rec.modules.text_table import ITEM_TEXT
 from llmgr_rec.storage.bundle import load_blend_terms, load_bundle, open_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import check_trained_on
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.storage.extended_run import extend_run
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables, local_shards
-from llmgr_rec.storage.text_encoder import TextEncoder
 from llmgr_rec.training.text_embeddings import embed_catalog, fill_text_table, refresh_item_vectors
 from tests.documented import ROOT
 from tests.small_run import NUM_ITEMS, ONE_RANK, config, small_run
@@ -192,14 +192,14 @@ def blended(folder: Path) -> Path:
     """A run of stage sbr with a blend of item-kNN, text-kNN and embedding-kNN."""
     small, rng = small_run(), np.random.default_rng(0)
     settings = config()
-    settings.blend.neighbors, settings.blend.text_encoder = ["item_knn", "text_knn"], "random-tiny"
+    settings.blend.neighbors, settings.blend.embedding_model = ["item_knn", "text_knn"], "random-tiny"
     texts = small.catalog.texts(list(TEXT_FIELDS))
     clicks = sparse.csr_array(rng.random((NUM_ITEMS, NUM_ITEMS)) * (rng.random((NUM_ITEMS, NUM_ITEMS)) < 0.2))
     parts = {
         "item_knn": clicks.astype(np.float32),
         "text_knn": TextKNN(texts, k_neighbors=settings.blend.k_neighbors).similarity_VV.astype(np.float32),
         "embedding_knn": EmbeddingKNN(
-            TextEncoder("random-tiny").embeddings(small.catalog), k_neighbors=settings.blend.k_neighbors
+            EmbeddingModel("random-tiny").embeddings(small.catalog), k_neighbors=settings.blend.k_neighbors
         ).similarity_VV.astype(np.float32),
     }
     blend = combine([Blend({name: 1.0}, sparse.csr_array(part), 0.7) for name, part in parts.items()], [2.0, 4.0, 1.0])

@@ -32,7 +32,7 @@ from llmgr_rec.evaluation.protocol import evaluate_model
 from llmgr_rec.modules.recommender import SessionRecommender
 from llmgr_rec.scoring.score_run import ScoreRequest, score_run
 from llmgr_rec.storage.bundle import Bundle, load_bundle
-from llmgr_rec.storage.text_encoder import TextEncoder
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.training import neighbors, stages
 from llmgr_rec.training.preflight import RunRequest, check_run
 from llmgr_rec.training.selection import select_on_validation
@@ -244,7 +244,7 @@ def test_a_text_encoder_adds_a_neighbor_score() -> None:
     selection = select_on_validation("sbr", bundle.ranking(), config, shared.dataset, shared.catalog, ONE_RANK)
     assert selection.blend is not None
     assert selection.blend.weights == {"item_knn": 2.0, "embedding_knn": 3.0}
-    by_text = EmbeddingKNN(TextEncoder("random-tiny").embeddings(shared.catalog), k_neighbors=5).similarity_VV
+    by_text = EmbeddingKNN(EmbeddingModel("random-tiny").embeddings(shared.catalog), k_neighbors=5).similarity_VV
     np.testing.assert_allclose(
         selection.blend.terms[1].similarity_VR.toarray(), 3 * by_text.toarray(), rtol=1e-5, atol=1e-6
     )

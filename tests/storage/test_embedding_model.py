@@ -8,8 +8,8 @@ import torch
 from llmgr_rec.config import Config
 from llmgr_rec.errors import UserError
 from llmgr_rec.modules import language_model
+from llmgr_rec.storage.embedding_model import EmbeddingModel
 from llmgr_rec.storage.pretrained import load_decoder, load_tokenizer
-from llmgr_rec.storage.text_encoder import TextEncoder
 from tests.small_run import small_run
 
 TEXTS = ["red soap", "", "hair", "soap for red hair", "red red"]
@@ -33,7 +33,7 @@ def save_tiny_bert(folder: Path) -> Path:
 
 def test_an_encoder_reads_each_text_with_its_special_tokens_and_without_padding(tmp_path: Path) -> None:
     folder = save_tiny_bert(tmp_path / "bert")
-    found = TextEncoder(str(folder)).encode(TEXTS)
+    found = EmbeddingModel(str(folder)).encode(TEXTS)
     tokenizer, model = load_tokenizer(str(folder)), load_decoder(str(folder), dtype="float32")
     for text, embedding in zip(TEXTS, found, strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -47,12 +47,12 @@ def test_the_setting_names_a_model_and_its_layers_and_embeddings_are_made_once(
     monkeypatch.setenv("LLMGR_CACHE", str(tmp_path))
     monkeypatch.setenv("LLMGR_CACHE_GB", "1")
     config = Config()
-    assert TextEncoder.of(config) is None
-    config.blend.text_encoder, config.llm.name_or_path, config.llm.num_layers = "llm", "random-tiny", 1
-    of_llm = TextEncoder.of(config)
-    config.blend.text_encoder = "random-tiny"
-    whole = TextEncoder.of(config)
-    assert (of_llm, whole) == (TextEncoder("random-tiny", 1), TextEncoder("random-tiny", 0))
+    assert EmbeddingModel.of(config) is None
+    config.blend.embedding_model, config.llm.name_or_path, config.llm.num_layers = "llm", "random-tiny", 1
+    of_llm = EmbeddingModel.of(config)
+    config.blend.embedding_model = "random-tiny"
+    whole = EmbeddingModel.of(config)
+    assert (of_llm, whole) == (EmbeddingModel("random-tiny", 1), EmbeddingModel("random-tiny", 0))
     assert of_llm is not None
     assert whole is not None
     assert of_llm.key() != whole.key()
@@ -64,4 +64,4 @@ def test_the_setting_names_a_model_and_its_layers_and_embeddings_are_made_once(
 
 def test_a_model_that_is_not_there_is_named_by_its_setting() -> None:
     with pytest.raises(UserError, match=r"^blend\.text_encoder: folder /absent does not exist"):
-        TextEncoder("/absent").check()
+        EmbeddingModel("/absent").check()

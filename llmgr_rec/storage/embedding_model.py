@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmgr_rec.baselines.text_knn import TEXT_FIELDS
-from llmgr_rec.config import NO_TEXT_ENCODER, TEXT_ENCODER_IS_LLM, Config
+from llmgr_rec.config import EMBEDDING_MODEL_IS_LLM, NO_EMBEDDING_MODEL, Config
 from llmgr_rec.data.catalog import Catalog
 from llmgr_rec.data.item_tokens import tokenize_texts
 from llmgr_rec.errors import UserError
@@ -39,14 +39,14 @@ from llmgr_rec.storage.pretrained import (
 MAX_TOKENS = 48
 _BATCH_SIZE = 64
 _FILE = "embeddings.safetensors"
-_SETTING = "blend.text_encoder"
+_SETTING = "blend.embedding_model"
 _VERSION_OF_EMBEDDINGS = 1
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TextEncoder:
+class EmbeddingModel:
     """A pre-trained model by its name; nothing is loaded before it is asked for embeddings.
 
     Args:
@@ -64,10 +64,10 @@ class TextEncoder:
         Args:
             config: All settings.
         """
-        name = config.blend.text_encoder
-        if name == NO_TEXT_ENCODER:
+        name = config.blend.embedding_model
+        if name == NO_EMBEDDING_MODEL:
             return None
-        return cls(config.llm.name_or_path, config.llm.num_layers) if name == TEXT_ENCODER_IS_LLM else cls(name)
+        return cls(config.llm.name_or_path, config.llm.num_layers) if name == EMBEDDING_MODEL_IS_LLM else cls(name)
 
     def check(self) -> None:
         """Checks that the model is available.
