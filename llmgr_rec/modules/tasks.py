@@ -18,7 +18,6 @@ from llmgr_rec.modules.whole_catalog import WholeCatalog
 torch.fx.wrap("ranking_loss")
 torch.fx.wrap("contrastive_loss")
 torch.fx.wrap("prompt_nodes")
-torch.fx.wrap("_corrupt_nodes")
 torch.fx.wrap("_contrast_groups")
 
 LossAndParts = tuple[Tensor, dict[str, Tensor]]

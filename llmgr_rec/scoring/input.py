@@ -35,6 +35,11 @@ ITEMS = "items"
 # A folder with this file is a scoring output, whose files are not input.
 MANIFEST_NAME = "_manifest.json"
 
+# How a log with one click a row becomes sessions.
+_AS_SESSIONS = (
+    ", a list of item ids a session, oldest first; DuckDB makes it of clicks by: SELECT user_id AS session_id, "
+    "list(item_id ORDER BY timestamp) AS items FROM 'clicks.parquet' GROUP BY user_id"
+)
 # Ids in a message.
 _EXAMPLES = 3
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")
@@ -273,7 +278,9 @@ class SessionFiles:
                 partitions[column] = pa.scalar(value, pa.string()).cast(partition_types[column])
             elif column not in footer.names:
                 known = [*footer.names, *file.partitions]
-                raise UserError(f"{file.path} has no column {column}{did_you_mean(column, known)}")
+                is_log = column == ITEMS and {"user_id", "session_id"} & set(known)
+                remedy = _AS_SESSIONS if is_log else did_you_mean(column, known)
+                raise UserError(f"{file.path} has no column {column}{remedy}")
             elif len(schema.get_all_field_indices(column)) > 1:
                 raise UserError(f"{file.path} has more than one column {column}; keep one of them")
         has_indices = has_item_indices(schema)

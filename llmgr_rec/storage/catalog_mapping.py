@@ -93,7 +93,9 @@ class CatalogMapping:
         """Numbers of known, new and gone items."""
         placed = int(self.weights_NK.any(dim=1).sum())
         new = f"{self.num_new:,} new" + (f" ({placed:,} of them with similar texts)" if self.num_new else "")
-        return f"{len(self.known_V) - self.num_new:,} items known, {new}, {self.num_gone:,} gone"
+        known = len(self.known_V) - self.num_new
+        doubt = "" if known else "; no item has the id of an item of the run, check that both are written alike"
+        return f"{known:,} items known, {new}, {self.num_gone:,} gone{doubt}"
 
     def fill_table(self, module: nn.Module, parameter: str, table: str, read: ReadRows) -> None:
         """Writes rows to this rank's shards of a table of the new model; rows of new values of a side feature stay.

@@ -203,6 +203,9 @@ def test_columns_come_from_the_names_of_folders(tmp_path: Path, catalog: Catalog
         SessionFiles(tmp_path / "in", ["session_id", "hours"], catalog, "skip")
     table, _ = read_all(SessionFiles(tmp_path / "in" / "dt=2026-11-01", ["session_id"], catalog, "skip"))
     assert table.num_rows == 1
+    write(tmp_path / "log.parquet", session_id=pa.array(["a"]), item_id=pa.array(["id1"]))
+    with pytest.raises(UserError, match=r"no column items, a list of item ids a session, .*list\(item_id ORDER BY"):
+        SessionFiles(tmp_path / "log.parquet", ["session_id"], catalog, "skip")
     write(tmp_path / "days" / "session_id=__HIVE_DEFAULT_PARTITION__" / "a.parquet", items=pa.array([["id1"]]))
     with pytest.raises(UserError, match="column session_id has 1 nulls; give every row an id"):
         SessionFiles(tmp_path / "days", ["session_id"], catalog, "skip").check(lambda rows: None)

@@ -126,6 +126,7 @@ def test_all_items_may_be_new(tmp_path: Path) -> None:
     assert [set(row) for row in scores(run, [["a"], ["i17"]])] == [{"a", "b"}] * 2
     back = extend_run(run, items_of(["c"], title=["Thing i18 a"]), "items", tmp_path / "back")
     assert (back.num_new, back.num_gone, back.neighbors_NK[0, 0]) == (1, 2, 1)
+    assert back.summary().endswith("gone; no item has the id of an item of the run, check that both are written alike")
 
 
 def test_ids_may_be_of_another_type(tmp_path: Path) -> None:
