@@ -145,6 +145,7 @@ class AlignTask(nn.Module):
         self,
         llmgr: LLMGR,
         contrastive_weight: float,
+        *,
         contrastive_group: int = CONTRASTIVE_GROUP,
         world_size: int = 1,
         loss_dtype: torch.dtype = torch.float32,

@@ -119,7 +119,7 @@ def _loss_and_gradients(micro_batches, case):
     """Loss, gradients, and the number of values that the forward pass kept for the backward pass."""
     model = make_llmgr(with_text=True, behave="Items:{nodes} {text} Graph:{graph} ->", micro_batches=micro_batches)
     if case == "align":
-        task, batch = AlignTask(model, 0.5, 0.1, 1), make_batch(text="random_node")
+        task, batch = AlignTask(model, 0.5), make_batch(text="random_node")
     else:
         batch = one_pass_batch(text="last_items", text_items=1) if case == "one pass" else make_batch(text="last_items")
         task = BehaveTask(model, one_pass=case == "one pass")

@@ -48,7 +48,7 @@ def test_an_unseen_candidate_changes_no_loss_and_gets_no_gradient(candidates, dt
 @pytest.mark.parametrize("candidates", ["full", "cached"])
 def test_a_stage_does_not_see_the_text_of_unseen_items(stage, candidates):
     model = make_llmgr().eval()
-    task = AlignTask(model, 0.0, 0.1, 0) if stage == "align" else BehaveTask(model)
+    task = AlignTask(model, 0.0) if stage == "align" else BehaveTask(model)
     text = "random_node" if stage == "align" else "none"
 
     def loss(train_count):

@@ -63,5 +63,5 @@ def test_the_setting_names_a_model_and_its_layers_and_embeddings_are_made_once(
 
 
 def test_a_model_that_is_not_there_is_named_by_its_setting() -> None:
-    with pytest.raises(UserError, match=r"^blend\.text_encoder: folder /absent does not exist"):
+    with pytest.raises(UserError, match=r"^blend\.embedding_model: folder /absent does not exist"):
         EmbeddingModel("/absent").check()
