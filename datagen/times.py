@@ -30,7 +30,7 @@ _AMBIGUOUS_ZONES = (
 _CLOCKS = ("", "%H:%M", "%H:%M:%S", "%H:%M:%S.%f", "%I:%M %p", "%I:%M:%S %p")
 _DAYS = {"mdy": "%m{0}%d{0}", "dmy": "%d{0}%m{0}"}
 _FORMATS = "auto, number, mdy (01/31/2024), dmy (31.01.2024), or a pattern such as '%d %b %Y %H:%M'"
-_OTHER_FORMATS = "name the form of the dates with --time_format, such as mdy for 01/31/2024"
+_OTHER_FORMATS = "name the form of the dates with --time_format, such as dmy for 31.01.2024 or mdy for 01/31/2024"
 _MICROSECOND_DIGITS, _NANOSECOND_DIGITS = 6, 9
 _SCALES = {3: "thousandths", 6: "millionths", 9: "billionths"}
 

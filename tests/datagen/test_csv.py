@@ -340,8 +340,8 @@ def test_bad_rows_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCapt
     assert str(caught.value).endswith(
         "log.csv: line 4: has 3 fields, but the header has 4; line 5: has 5 fields, but the header has 4; "
         "line 6: 'later' of at is not a number or a date like 2024-01-31 (6 bad rows of 9 in all); correct such rows, "
-        "or drop them with --bad_rows drop, or name the form of the dates with --time_format, such as mdy for "
-        "01/31/2024"
+        "or drop them with --bad_rows drop, or name the form of the dates with --time_format, such as dmy for "
+        "31.01.2024 or mdy for 01/31/2024"
     )
     _run(tmp_path, log, "--bad_rows=drop")
     assert [row[1] for row in interactions(tmp_path / "out")] == ["a", "f", "h"]
