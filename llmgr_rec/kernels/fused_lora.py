@@ -8,6 +8,9 @@ With base weight W, LoRA matrices A and B and scale c, a layer computes
 and dropout draws one random byte for each activation in place of a 64-bit number. On a CPU, PEFT's scale, sum and
 dropout cost as much as the products with W. Names, state and saved files are PEFT's.
 
+Merged bfloat16 weights are rounded at random. W is of that format, and a LoRA term is far smaller than the distance of
+its numbers: rounded to the nearest, most weights would stay as they were.
+
 Shapes: X tokens, I input width, O output width, R rank.
 """
 
@@ -36,17 +39,35 @@ class FusedLora(LoraVariant):
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """A new weight with the LoRA term in it."""
-        return (orig_weight + module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+        return round_at_random(orig_weight + module.get_delta_weight(active_adapter), orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
         """Adds the LoRA term to a weight in place."""
-        orig_weight.data.copy_(orig_weight + module.get_delta_weight(active_adapter))
+        orig_weight.data.copy_(FusedLora.merge_safe(module, active_adapter, orig_weight))
 
     @staticmethod
     def unmerge(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         """The weight without the LoRA term."""
         return orig_weight.data - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+
+
+def round_at_random(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds float32 to bfloat16, up or down with the chances that keep the mean (Gupta et al., arXiv 1502.02551).
+
+    The draws are the same in each call, so equal values give equal results.
+
+    Args:
+        values: Finite values.
+        dtype: Format of the result; others than bfloat16 are rounded to the nearest.
+    """
+    if dtype != torch.bfloat16:
+        return values.to(dtype)
+    generator = torch.Generator(values.device).manual_seed(0)
+    # A bfloat16 is the upper half of a float32; the lower half carries over as often as it is large.
+    draws = torch.randint(1 << 16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
+    bits = values.contiguous().view(torch.int32).add(draws).bitwise_and_(-1 << 16)
+    return bits.view(torch.float32).to(dtype)
 
 
 def fuse_lora(model: PeftModel) -> None:

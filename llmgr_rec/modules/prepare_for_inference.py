@@ -22,7 +22,7 @@ def prepare_for_inference(model: "LoraLanguageModel", num_layers: int = 0) -> No
     Raises:
         ValueError: The decoder has fewer layers, or no attribute `layers`.
     """
-    # PEFT merges in the float32 of the LoRA weights, so a bfloat16 weight is rounded once.
+    # Merged in the float32 of the LoRA weights, a bfloat16 weight is rounded once, see `kernels.fused_lora`.
     model.decoder.merge_and_unload()
     if num_layers:
         layers = getattr(model.base, "layers", None)

@@ -3,7 +3,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from llmgr_rec.kernels.fused_lora import FusedLora, fuse_lora
+from llmgr_rec.kernels.fused_lora import FusedLora, fuse_lora, round_at_random
 
 
 def make(dropout=0.0, dtype=torch.float32):
@@ -56,3 +56,29 @@ def test_merging_keeps_the_result_and_can_be_undone(safe):
     torch.testing.assert_close(model(inputs), before)
     model.unmerge_adapter()
     torch.testing.assert_close(model.base_model.model[0].weight, weight)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_merged_bfloat16_weights_keep_a_term_that_is_smaller_than_their_steps(safe):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(256, 256)).to(torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=2.0, target_modules=["0"]))
+    fuse_lora(model)
+    layer = model.base_model.model[0]
+    nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
+    before, term = layer.get_base_layer().weight.detach().float(), layer.get_delta_weight("default").detach()
+    model.merge_adapter(safe_merge=safe)
+    change = layer.get_base_layer().weight.detach().float() - before
+    assert term.abs().max() < 0.1 * before.abs().mean()
+    # 0.69 by rounding to the nearest.
+    assert float((change * term).sum() / term.square().sum()) == pytest.approx(1, abs=0.1)
+
+
+def test_rounding_at_random_keeps_what_bfloat16_has_and_repeats_itself():
+    exact = torch.randn(1000).bfloat16().float()
+    assert torch.equal(round_at_random(exact, torch.bfloat16).float(), exact)
+    values = torch.randn(100_000)
+    rounded = round_at_random(values, torch.bfloat16)
+    assert torch.equal(rounded, round_at_random(values, torch.bfloat16))
+    assert float((rounded.float() / values - 1).abs().max()) <= 2**-7
+    assert abs(float((rounded.float() - values).mean())) < 2**-9 * 0.02
