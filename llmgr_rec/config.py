@@ -345,7 +345,8 @@ class StageConfig(Group):
     lr: float = setting(1e-3, "Peak learning rate of the dense parameters.", above=0, at_most=1e3)
     patience: int = setting(
         0,
-        "Validations without a better NDCG@20 after which the stage stops; 0 never stops early.",
+        "Validations without a better NDCG@20 after which the stage stops; 0 never stops early. Stage align has no "
+        "validations, so there it does nothing.",
         at_least=0,
         at_most=1_000_000,
     )
