@@ -236,10 +236,10 @@ def test_given_weights_are_used(caught_lines: pytest.LogCaptureFixture) -> None:
     assert line == "sbr: blend weights text_knn 0.25, item_knn 3 (as set)"
 
 
-def test_a_text_encoder_adds_a_neighbor_score() -> None:
+def test_an_embedding_model_adds_a_neighbor_score() -> None:
     shared = small_run()
     bundle = load_bundle(shared.run / "export/sbr")
-    settings = BlendConfig(["item_knn"], 5, [2.0, 3.0], text_encoder="random-tiny")
+    settings = BlendConfig(["item_knn"], 5, [2.0, 3.0], embedding_model="random-tiny")
     config = replace(bundle.config, blend=settings)
     selection = select_on_validation("sbr", bundle.ranking(), config, shared.dataset, shared.catalog, ONE_RANK)
     assert selection.blend is not None
