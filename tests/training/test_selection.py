@@ -280,7 +280,7 @@ def test_cached_neighbors_are_computed_again_where_they_are_damaged_or_of_other_
 def select_and_evaluate(world: World, run: Path, dataset: Dataset) -> tuple[Any, ...]:
     with sharded_bundles():
         bundle = load_bundle(run / "export/sbr", world)
-    config = replace(bundle.config, blend=BlendConfig(["item_knn"], 20, text_encoder="random-tiny"))
+    config = replace(bundle.config, blend=BlendConfig(["item_knn"], 20, embedding_model="random-tiny"))
     selection = select_on_validation("sbr", bundle.ranking(), config, dataset, bundle.catalog, world)
     assert selection.blend is not None
     assert selection.blend.similarity_VR.shape == (NUM_ITEMS, len(items_of_rank(NUM_ITEMS, world)))
