@@ -5,15 +5,15 @@
 Cuts the clicks by time into slices. Day d has the clicks of the first d slices and the items that were clicked in them.
 The sessions that end last are the test. From the second day on, it trains anew, anew for as few epochs as a warm start,
 and from the run of the day before; and it extends the run of the day before by the items of the day, and ranks the test
-sessions whose target is a new item. Seconds are those of the CPU. The validation figures choose between two learning
-rates of a warm start. With --work, the command goes on where it was stopped.
+sessions whose target is a new item. Seconds are those of the CPU. With --work, the command goes on where it was
+stopped.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,9 +50,6 @@ _COLD_MODELS = ("sbr", "text_knn", "popularity")
 _FIRST_DAY = 0.4
 # Settings that make the recipe `default` light: one pass and sampled softmax.
 _LIGHT = ("--encoder.one_pass", "true", "--loss.full_softmax_max_items", "1000")
-# Learning rate of the tables, and those of the trainings from yesterday's run: the steps of a new Adagrad are large.
-_LR = 0.2
-WARM = {"warm": 0.2, "gentle": 0.05}
 
 
 @dataclass(frozen=True)
@@ -159,31 +156,35 @@ def follow(days: Sequence[Day], seed: int, args: dict[str, Any], folder: Path) -
         folder: Folder to write to.
 
     Yields:
-        A row for each day after the first.
+        A row for each day after the first, and one with the gains over all of them.
     """
-    first = folder / f"seed-{seed}-first"
-    trained(days[0], first, seed, args["epochs"], ["--tables.lr", str(_LR)], args)
-    yesterday = dict.fromkeys(WARM, first)
+    of_days: dict[str, list[NDArray[np.uint8]]] = {}
+    yesterday = folder / f"seed-{seed}-first"
+    trained(days[0], yesterday, seed, args["epochs"], args)
     for before, day in pairwise(days):
-        runs, seconds = {}, {}
-        for name, lr in {"anew": _LR, "short": _LR, **WARM}.items():
-            runs[name] = folder / f"seed-{seed}-{name}-{day.number}"
-            words = ["--tables.lr", str(lr), *(["--init_from", str(yesterday[name])] if name in WARM else [])]
-            epochs = args["epochs"] if name == "anew" else args["warm_epochs"]
-            seconds[name] = trained(day, runs[name], seed, epochs, words, args)
+        epochs = {"anew": args["epochs"], "short": args["warm_epochs"], "warm": args["warm_epochs"]}
+        runs = {name: folder / f"seed-{seed}-{name}-{day.number}" for name in epochs}
+        seconds = {
+            name: trained(day, run, seed, epochs[name], args, yesterday if name == "warm" else None)
+            for name, run in runs.items()
+        }
         ranks = {name: evaluated(run, day, ("sbr",))["sbr"] for name, run in runs.items()}
         run = folder / f"seed-{seed}-extended-{day.number}"
-        seconds["extended"] = extended(yesterday["warm"], day, run)
+        seconds["extended"] = extended(yesterday, day, run)
         cold = evaluated(run, day, _COLD_MODELS)
         valid = {f"validation {name}": validated(run) for name, run in runs.items()}
         yield {"seed": seed, "day": day.number, **valid, **summary(day, before, ranks, cold, seconds)}
-        yesterday = {name: runs[name] for name in WARM}
+        for name, ranks_S in ranks.items():
+            of_days.setdefault(name, []).append(ranks_S)
+        yesterday = runs["warm"]
+    yield {"seed": seed, "day": "all", **gains({name: np.concatenate(found) for name, found in of_days.items()})}
 
 
-def trained(day: Day, run: Path, seed: int, epochs: int, more: Sequence[str], args: dict[str, Any]) -> float:
+def trained(day: Day, run: Path, seed: int, epochs: int, args: dict[str, Any], yesterday: Path | None = None) -> float:
     """Trains stage sbr; returns CPU seconds."""
     words = ["--dataset", str(day.dataset.path), "--output", str(run), "--seed", str(seed), "--sbr.epochs", str(epochs)]
-    words += ["--config", "default", "--tables.dim", str(args["dim"]), *_LIGHT, *more]
+    words += ["--config", "default", "--tables.dim", str(args["dim"]), *_LIGHT]
+    words += ["--init_from", str(yesterday)] if yesterday else []
     words += ["--runtime.device", "cpu", "--runtime.threads_per_rank", str(args["threads"])]
     return timed(run, train, words)
 
@@ -228,14 +229,21 @@ def summary(
     }
     for name, ranks_S in ranks.items():
         row[f"ndcg@20 {name}"] = ndcg(ranks_S)
-    for name, other in product(WARM, ("anew", "short")):
-        gain = paired_gains(count_pairs(ranks[name], ranks[other]))["ndcg@20"]
-        numbers = None if gain is None else [round(one, 4) for one in (gain.mean, gain.low, gain.high)]
-        row[f"gain of {name} over {other}"] = numbers
+    row |= gains(ranks)
     row |= {f"seconds {name}": round(value, 1) for name, value in seconds.items()}
     for name, ranks_S in {**cold, "warm": ranks["warm"]}.items():
         row[f"new items: ndcg@20 {'extended' if name == 'sbr' else name}"] = ndcg(ranks_S[is_new_S])
     return row
+
+
+def gains(ranks: dict[str, NDArray[np.uint8]]) -> dict[str, list[float] | None]:
+    """Relative gains in NDCG@20 with paired 95 % intervals over sessions; None where there are too few hits."""
+    found = {}
+    for name, other in (("warm", "anew"), ("warm", "short"), ("short", "anew")):
+        gain = paired_gains(count_pairs(ranks[name], ranks[other]))["ndcg@20"]
+        numbers = None if gain is None else [round(one, 4) for one in (gain.mean, gain.low, gain.high)]
+        found[f"gain of {name} over {other}"] = numbers
+    return found
 
 
 def ndcg(ranks_S: NDArray[np.uint8]) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 
 from llmgr_rec.baselines.blend import Blend
@@ -35,6 +36,9 @@ from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.new_text_rows import new_text_rows, write_text_rows
 
 _TEXT_KNN = "text_knn"
+# Weight of text neighbors for clicks where nobody has clicked before: they decide, and the model orders what they leave
+# equal. What it has learned elsewhere ranked such items far worse (docs/results/domains.md).
+_WEIGHT_WITHOUT_CLICKS = 128.0
 
 
 def extend_run(
@@ -129,7 +133,10 @@ def _own_settings(files: BundleFiles) -> Config:
 
 
 def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping) -> Blend | None:
-    """The blend for the new catalog: neighbors by text from its texts; those by clicks as they are, of known items."""
+    """The blend for the new catalog: neighbors by text from its texts; those by clicks as they are, of known items.
+
+    Where nobody has clicked, text neighbors decide, unless the run has a language model, which reads texts, too.
+    """
     blend = load_blend(files)
     if blend is None:
         return None
@@ -140,10 +147,16 @@ def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping)
             f"bundle {files.path} was written by an earlier version, which did not store the parts of a blend; train "
             "the run again"
         )
+    by_texts = {name: nearest for name in used if (nearest := _by_texts(name, files.config, catalog))}
+    factor_V = np.ones(catalog.num_items, np.float32)
+    if by_texts and not files.index.language_model:
+        text_weight = sum(blend.weights[name] for name in by_texts)
+        factor_V[_without_clicks(catalog)] = max(_WEIGHT_WITHOUT_CLICKS / text_weight, 1)
     extended = []
     for name, term in zip(used, terms, strict=False):
-        if nearest := _by_texts(name, files.config, catalog):
-            similarity = nearest.similarity_VV.astype(np.float32) * np.float32(blend.weights[name])
+        if name in by_texts:
+            similarity = by_texts[name].similarity_VV.astype(np.float32) * np.float32(blend.weights[name])
+            similarity.data *= np.repeat(factor_V, np.diff(similarity.indptr))
         else:
             similarity = _among_known(term.similarity_VR, mapping)
         extended.append(Blend({name: blend.weights[name]}, sparse.csr_array(similarity), term.decay))
@@ -152,6 +165,13 @@ def _extend_blend(files: BundleFiles, catalog: Catalog, mapping: CatalogMapping)
         total = total + term.similarity_VR
     terms = tuple(extended) if len(extended) > 1 else ()
     return Blend(blend.weights, sparse.csr_array(total), blend.decay, terms, blend.trees)
+
+
+def _without_clicks(catalog: Catalog) -> NDArray[np.bool_]:
+    """Whether the domain of each item, or the whole catalog of one log, has no training clicks; bool [V]."""
+    is_clicked_V = catalog.train_count_V.numpy() > 0
+    domain_V = np.zeros(len(is_clicked_V), np.int64) if catalog.domains is None else catalog.domains.of_item_V.numpy()
+    return ~np.isin(domain_V, domain_V[is_clicked_V])
 
 
 def _by_texts(name: str, config: Config, catalog: Catalog) -> ItemNeighbors | None:

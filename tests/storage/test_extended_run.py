@@ -29,7 +29,7 @@ from llmgr_rec.storage.bundle import load_blend_terms, load_bundle, open_bundle
 from llmgr_rec.storage.bundle_export import export_bundle
 from llmgr_rec.storage.bundle_index import check_trained_on
 from llmgr_rec.storage.embedding_model import EmbeddingModel
-from llmgr_rec.storage.extended_run import extend_run
+from llmgr_rec.storage.extended_run import _without_clicks, extend_run
 from llmgr_rec.storage.model_factory import ModelFactory
 from llmgr_rec.storage.table_io import init_tables, local_shards
 from llmgr_rec.training.text_embeddings import embed_catalog, fill_text_table, refresh_item_vectors
@@ -226,6 +226,29 @@ def test_the_blend_follows_the_items_and_its_neighbors_by_text_know_the_new_ones
     assert after[2].similarity_VR.toarray()[0].any()
     explanation = Recommender.load(new).explain(["i17"], items=["n1"])
     assert {"text_knn", "embedding_knn"} <= {part["name"] for part in explanation.to_dict()["items"][0]["parts"]}
+
+
+def test_text_neighbors_decide_where_nobody_has_clicked(tmp_path: Path) -> None:
+    run, titles = blended(tmp_path / "run"), ["Thing i17", "Thing i17 a", "a b", "Thing b"]
+    new = extended(tmp_path / "new", list("abcd"), run, title=titles)
+    mixed = extended(tmp_path / "mixed", [*"abcd", "i17"], run, title=[*titles, "i17 c"])
+    for path, number, factor in ((new, 4, 128 / 5), (mixed, 5, 1)):
+        files = open_bundle(path)
+        (_, by_words, by_embeddings), texts = load_blend_terms(files), files.catalog.texts(list(TEXT_FIELDS), False)
+        expected = 4 * factor * TextKNN(texts, k_neighbors=files.config.blend.k_neighbors).similarity_VV.toarray()
+        np.testing.assert_allclose(by_words.similarity_VR.toarray(), expected, rtol=1e-5)
+        assert by_embeddings.similarity_VR.shape == (number, number)
+    # In the order of the similarities to each of the clicks, most similar first.
+    expected = load_blend_terms(open_bundle(new))[1].similarity_VR.toarray()[0].argsort()[::-1]
+    assert Recommender.load(new).recommend([["a"]], k=4).to_pylist()[0]["item_ids"][0] == "abcd"[expected[0]]
+
+
+def test_a_domain_without_clicks_is_told_from_one_with_some(tmp_path: Path) -> None:
+    columns = {"index": [0, 1, 2, 3], "item_id": ["a:1", "b:1", "a:2", "b:2"], "train_count": [0, 0, 3, 0]}
+    none: pa.Array = pa.array([[]] * 4, pa.list_(pa.int64()))
+    features = {"category_ids": none, "brand_ids": none, "word_ids": none, "domain": ["a", "b", "a", "b"]}
+    pq.write_table(pa.table({**columns, **features}), tmp_path / "items.parquet")
+    assert _without_clicks(Catalog.load(tmp_path)).tolist() == [False, True, False, True]
 
 
 _KILLED = """
