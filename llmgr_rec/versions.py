@@ -32,7 +32,7 @@ class Tested:
 
 # From new to old. fbgemm is compiled for one minor version of torch and does not load with another.
 TESTED = (
-    Tested("2.14.1", "1.9.2", "1.9.0", ("3.11", "3.13")),
+    Tested("2.14.1", "1.9.2", "1.9.0", ("3.11", "3.12", "3.13")),
     Tested("2.13.0", "1.8.0", "1.8.0", ("3.11",)),
 )
 FBGEMM_WHEELS = ("fbgemm-gpu-cpu", "fbgemm-gpu")
