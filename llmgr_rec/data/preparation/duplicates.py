@@ -50,7 +50,8 @@ def _keep(database: Database, condition: str) -> int:
     """Keeps the clicks of a condition on a window, and returns the number of the others."""
     # To sort and write the clicks spills to disk; to delete what a join finds takes memory that grows with the log.
     before = database.value("SELECT count(*) FROM events")
-    database.create("events", f"SELECT * FROM events QUALIFY {condition}")
+    # The columns by name: for Spark, QUALIFY becomes a column of its own, which * would keep.
+    database.create("events", f"SELECT user, item, time, row, phase FROM events QUALIFY {condition}")
     return int(before - database.value("SELECT count(*) FROM events"))
 
 

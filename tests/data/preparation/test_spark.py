@@ -132,9 +132,14 @@ def sessions_with_a_split_column(folder: Path) -> dict[str, Any]:
 def users_with_a_prefix_and_newest_for_validation(folder: Path) -> dict[str, Any]:
     log = random_log(3)
     names = [f"{'test' if user % 4 == 0 else 'train'}_{user}" for user in log["user"]]
-    columns = {"user_id": names, "item_id": words(log["item"], "i"), "timestamp": log["time"] + 0.25}
+    columns = {"who": names, "item_id": words(log["item"], "i"), "At": log["time"] + 0.25}
     pq.write_table(pa.table(columns), folder / "log.parquet")
-    return {"interactions": str(folder / "log.parquet"), "split": "predefined", "valid_share": 0.3}
+    return {
+        "interactions": str(folder / "log.parquet"),
+        "rename": "who=user_id,At=timestamp",
+        "split": "predefined",
+        "valid_share": 0.3,
+    }
 
 
 def an_item_twice(folder: Path) -> dict[str, Any]:
