@@ -54,12 +54,18 @@ def present_options(argv: Sequence[str]) -> list[str]:
 
     Args:
         argv: Arguments.
+
+    Raises:
+        UserError: A setting is fixed now.
     """
     words = []
     for word in argv:
         option, equals, value = word.partition("=")
-        if (present := RENAMED.get(option.removeprefix("--"))) and option.startswith("--"):
-            _log.warning("setting %s is called %s now", option.removeprefix("--"), present)
+        name = option.removeprefix("--") if option.startswith("--") else ""
+        if name in FIXED:
+            raise UserError(f"setting {name} is {FIXED[name]} in this version; leave {option} out")
+        if present := RENAMED.get(name):
+            _log.warning("setting %s is called %s now", name, present)
             option = f"--{present}"
         words.append(option + equals + value)
     return words

@@ -139,6 +139,8 @@ def test_settings_of_former_versions_are_read(tmp_path: Path, caplog: pytest.Log
         assert (config.encoder.steps, config.blend.embedding_model) == (2, "llm")
     assert parse_with_config(parser, ["--blend.text_encoder=llm"])[1].blend.embedding_model == "llm"
     assert "setting blend.text_encoder is called blend.embedding_model now" in caplog.text
+    with pytest.raises(UserError, match=r"setting encoder\.last_item_weight is 0\.6 in this version; leave --enc"):
+        parse_with_config(parser, ["--encoder.last_item_weight", "0.5"])
     file.write_text("encoder:\n  last_item_weight: 0.5\n")
     with pytest.raises(UserError, match=r"config\.yaml: setting encoder\.last_item_weight is 0\.5, but is 0\.6 in"):
         load_config(file)
