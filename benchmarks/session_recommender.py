@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from benchmarks.session_settings import Settings
     from llmgr_rec.data.dataset import Dataset
 
-logger = logging.getLogger(__name__)
+# Run as a command, this module has another name, under which nothing is shown.
+logger = logging.getLogger("llmgr_rec.benchmarks")
 
 SAME, ROUNDED, ONE_PASS = "same settings", "same, loss in bfloat16", "and in one pass"
 SAMPLED, DEFAULT = "and sampled softmax", "default recipe"

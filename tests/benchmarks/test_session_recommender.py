@@ -329,6 +329,8 @@ def test_a_side_trains_until_its_quality_has_stopped_to_rise(tmp_path, caplog):
         train_in_turns([one, two], rounds=6, patience=2, most_seconds=1e-9)
         assert [len(one.epochs), len(two.epochs)] == [1, 1]
         assert "two: epoch 1, 2.0 s in all, NDCG@20 0.2000" in caplog.text
+        # The only name whose messages a command shows.
+        assert {record.name.split(".")[0] for record in caplog.records} == {"llmgr_rec"}
         train_in_turns([one, two], rounds=6, patience=2)
     assert [len(one.epochs), len(two.epochs)] == [4, 4]
     assert not stopped_rising(one.epochs, 3)
