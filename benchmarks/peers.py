@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,34 +98,31 @@ def _xavier_std(items: int, dim: int) -> float:
     return (2 / (items + 1 + dim)) ** 0.5
 
 
+_SASREC = Peer(
+    name="RecTools' SASRecModel",
+    package=RECTOOLS,
+    worker="benchmarks.rectools_worker",
+    write_files=rectools_side.write_files,
+    model_settings=rectools_side.sasrec,
+    least_ratio=12.0,
+    encoder="sasrec",
+    one_pass=True,
+    defaults={**_RECTOOLS, "attention_layers": 2, "attention_heads": 2},
+    initial_std=_xavier_std,
+    ranks_test=True,
+)
+
 PEERS = {
-    "rectools_sasrec": Peer(
-        name="RecTools' SASRecModel",
-        package=RECTOOLS,
-        worker="benchmarks.rectools_worker",
-        write_files=rectools_side.write_files,
-        model_settings=rectools_side.sasrec,
-        least_ratio=12.0,
-        encoder="sasrec",
-        one_pass=True,
-        defaults={**_RECTOOLS, "attention_layers": 2, "attention_heads": 2},
-        initial_std=_xavier_std,
-        ranks_test=True,
-    ),
-    "rectools_esasrec": Peer(
+    "rectools_sasrec": _SASREC,
+    "rectools_esasrec": replace(
+        _SASREC,
         name="RecTools' eSASRec",
-        package=RECTOOLS,
-        worker="benchmarks.rectools_worker",
-        write_files=rectools_side.write_files,
         model_settings=rectools_side.esasrec,
         least_ratio=None,
         encoder="esasrec",
-        one_pass=True,
         # Selected by its authors for Amazon Beauty, Sports and Toys.
         defaults={**_RECTOOLS, "attention_layers": 1, "attention_heads": 1, "negatives": 256},
-        initial_std=_xavier_std,
         sampled=True,
-        ranks_test=True,
     ),
     "recbole_gcsan": Peer(
         name="RecBole's GCSAN",

@@ -12,7 +12,7 @@ with all prefixes of a session in one pass, where the peer encodes each one; als
 recipe `default`. Sides that have not reached the best NDCG@20 of the peer then train on until they have, at most for as
 long as the peer trained.
 
-With `--patience`, each side trains until its NDCG@20 has stopped to rise, and `--against` compares the peer at its best
+With `--patience`, each side trains until its NDCG@20 stops rising, and `--against` compares the peer at its best
 epoch with evaluated models on the test sessions.
 """
 

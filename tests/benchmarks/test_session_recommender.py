@@ -322,7 +322,7 @@ def test_a_side_whose_training_ends_drops_out(tmp_path):
     assert len(short.epochs) == 3
 
 
-def test_a_side_trains_until_its_quality_has_stopped_to_rise(tmp_path, caplog):
+def test_a_side_trains_until_its_quality_stops_rising(tmp_path, caplog):
     caplog.set_level("INFO")
     script = FAKE.replace("0.1 * number", "0.3 if number == 2 else 0.2").replace("number == 4", "number == 9")
     with fake(tmp_path, script, "1", name="one") as one, fake(tmp_path, script, "2", name="two") as two:

@@ -47,9 +47,9 @@ def count_clicked(database: Database) -> dict[str, int]:
         database: Scratch database with table events.
     """
     # Groups spill to disk, and distinct counts do not.
-    tables = ["events", '(SELECT "user" FROM events GROUP BY "user")', "(SELECT item FROM events GROUP BY item)"]
-    numbers = [int(database.value(f"SELECT count(*) FROM {table}")) for table in tables]
-    return dict(zip(("clicks", "sessions", "items"), numbers, strict=True))
+    tables = ["events", "(SELECT user FROM events GROUP BY user)", "(SELECT item FROM events GROUP BY item)"]
+    counts = ", ".join(f"(SELECT count(*) FROM {table})" for table in tables)
+    return dict(zip(("clicks", "sessions", "items"), map(int, database.run(f"SELECT {counts}")[0]), strict=True))
 
 
 def number_items(database: Database, keep_unseen: bool) -> int:
